@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bitcpm_megatron: ternary (1.58-bit) pretraining as a Megatron-LM / MindSpeed plugin.
+
+The names below need torch alone; :func:`apply_recipe` needs megatron-core beside it and is loaded at first use.
+"""
+
+from pathlib import Path
+
+from .ops import fake_quantize
+from .quantization import QuantizerConfig, dequantize, quantize
+
+__version__ = "0.1.0"
+__all__ = ["QuantizerConfig", "__version__", "apply_recipe", "dequantize", "fake_quantize", "quantize"]
+
+# From a bare checkout (PYTHONPATH=checkout) patches/, launch/ and checkpoint_tools/ stand beside this package; an
+# installed copy holds them inside. Either way they are imported as bitcpm_megatron.patches and so on.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "patches" / "__init__.py").is_file() and (_checkout / "launch" / "__init__.py").is_file():
+    __path__.append(str(_checkout))
+
+
+def __getattr__(name: str) -> object:
+    if name == "apply_recipe":
+        from .tensor_parallel import apply_recipe
+
+        return apply_recipe
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

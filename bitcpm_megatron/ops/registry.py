@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends of the fused op: who they are, which one runs, and why."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Kernel = Callable[[torch.Tensor, int, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+"""``(weight, group_size, eps, scales or None) -> (quantized, scales)``, as
+:func:`bitcpm_megatron.quantization.quantize_dequantize`."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of ``bitcpm::fake_quantize``.
+
+    Attributes:
+        name: what users type after ``--ternary-backend``.
+        kernel: the implementation.
+        unavailable: returns why it cannot run on a device type (``"cpu"``, ``"cuda"``, ``"npu"``), or None if it can.
+        priority: ``auto`` takes the available backend with the highest one.
+    """
+
+    name: str
+    kernel: Kernel
+    unavailable: Callable[[str], str | None]
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves a device type, and the reason in words."""
+
+    backend: Backend
+    reason: str
+
+
+_BACKENDS: dict[str, Backend] = {}
+_requested = "auto"
+_choices: dict[str, Choice] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Adds a backend; a later one of the same name replaces the earlier."""
+    _BACKENDS[backend.name] = backend
+    _choices.clear()
+
+
+def backends() -> tuple[Backend, ...]:
+    """All registered backends, by falling priority."""
+    return tuple(sorted(_BACKENDS.values(), key=lambda b: -b.priority))
+
+
+def set_backend(name: str, device_type: str) -> Choice:
+    """Makes ``name`` (or ``"auto"``) serve the op from now on.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend cannot run on ``device_type``, with the reason and the alternatives.
+    """
+    global _requested
+    if name != "auto" and name not in _BACKENDS:
+        raise ValueError(
+            f"backend {name!r} is not part of this build: use auto or one of {[b.name for b in backends()]}"
+        )
+    previous, _requested = _requested, name
+    _choices.clear()
+    try:
+        return active_backend(device_type)
+    except Exception:
+        _requested = previous
+        raise
+
+
+def active_backend(device_type: str) -> Choice:
+    """The backend that serves a device type now.
+
+    Raises:
+        RuntimeError: the requested backend cannot run there.
+    """
+    choice = _choices.get(device_type)
+    if choice is None:
+        choice = _choices[device_type] = _choose(device_type)
+    return choice
+
+
+def _choose(device_type: str) -> Choice:
+    reasons = {b.name: b.unavailable(device_type) for b in backends()}
+    able = [b for b in backends() if reasons[b.name] is None]
+    if _requested != "auto":
+        if reasons[_requested] is not None:
+            raise RuntimeError(
+                f"backend {_requested!r} was asked for and cannot run on {device_type}: {reasons[_requested]}; "
+                f"available there: {[b.name for b in able]}"
+            )
+        return Choice(_BACKENDS[_requested], "asked for by name")
+    passed = [f"{b.name}: {reasons[b.name]}" for b in backends() if reasons[b.name] is not None]
+    why = "best available" + (f" (not {'; not '.join(passed)})" if passed else "")
+    return Choice(able[0], why)

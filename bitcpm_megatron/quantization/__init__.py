@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Floor 1: the mathematics of the quantizer, on torch alone."""
+
+from .config import GROUP_MULTIPLE, WEIGHT_DTYPES, QuantizerConfig, check_weight, effective_group
+from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite
+from .spaces import SPACES, Space
+
+__all__ = [
+    "GROUP_MULTIPLE",
+    "SPACES",
+    "WEIGHT_DTYPES",
+    "QuantizerConfig",
+    "Space",
+    "check_weight",
+    "dequantize",
+    "effective_group",
+    "quantize",
+    "quantize_dequantize",
+    "scales_are_finite",
+]

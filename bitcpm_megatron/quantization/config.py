@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a weight is quantized to: one frozen dataclass, and the checks of a weight against it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .spaces import SPACES
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUP_MULTIPLE = 32
+"""Group sizes are multiples of this: the kernels move 32-byte blocks and the packed formats count in 32s."""
+SMALLEST_EPS = 2.0**-100
+"""Below this the threshold s/2 of an all-zero group would leave the normal range of fp32 and bf16."""
+LARGEST_EPS = 2.0**100
+"""Far above any use, and far below what fp32 and bf16 hold."""
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """How a weight matrix ``[out_features, in_features]`` is quantized.
+
+    Args:
+        space: name of the quantization space; ``"ternary"`` is {-1, 0, 1} times the scale.
+        group_size: elements along ``in_features`` that share one scale: -1 for the whole row, or a multiple of 32
+            that divides the row.
+        eps: lower bound of a scale, so that an all-zero group stays finite.
+
+    Raises:
+        ValueError: unknown space, group size or eps, with the cure.
+    """
+
+    space: str = "ternary"
+    group_size: int = -1
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.space not in SPACES:
+            raise ValueError(f"unknown quantization space {self.space!r}: choose one of {sorted(SPACES)}")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise ValueError(f"group_size must be an integer, got {self.group_size!r}")
+        if self.group_size != -1 and (self.group_size <= 0 or self.group_size % GROUP_MULTIPLE):
+            raise ValueError(
+                f"group_size={self.group_size} is not possible: use -1 (one scale per row) or a multiple of "
+                f"{GROUP_MULTIPLE} that divides the row"
+            )
+        number = isinstance(self.eps, int | float) and not isinstance(self.eps, bool)
+        if not number or not SMALLEST_EPS <= self.eps <= LARGEST_EPS:
+            raise ValueError(
+                f"eps={self.eps!r} is not possible: use a finite number from 2**-100 to 2**100 (default 1e-5)"
+            )
+
+
+def effective_group(in_features: int, group_size: int) -> int:
+    """Elements per scale of a row of ``in_features`` under ``group_size`` (-1: the row).
+
+    Raises:
+        ValueError: the group does not divide the row.
+    """
+    if group_size == -1:
+        return in_features
+    if group_size <= 0 or in_features % group_size:
+        divisors = [g for g in range(GROUP_MULTIPLE, in_features + 1, GROUP_MULTIPLE) if in_features % g == 0]
+        raise ValueError(
+            f"group_size={group_size} does not divide a row of {in_features} elements: use -1 or one of {divisors}"
+        )
+    return group_size
+
+
+def check_weight(weight: torch.Tensor, group_size: int, scales: torch.Tensor | None = None) -> int:
+    """Checks shape, dtype and group of a weight without reading its values (so without a device sync).
+
+    Args:
+        weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
+        group_size: as in :class:`QuantizerConfig`.
+        scales: given scales, ``[out_features, groups]`` bfloat16, or None.
+
+    Returns:
+        The number of elements per scale.
+
+    Raises:
+        ValueError: with the offending shape or dtype, and the cure.
+    """
+    shape = tuple(weight.shape)
+    if weight.dim() != 2:
+        raise ValueError(f"a weight of shape {shape} cannot be quantized: pass a matrix [out_features, in_features]")
+    if weight.numel() == 0:
+        raise ValueError(f"a weight of shape {shape} is empty: there is nothing to quantize")
+    if weight.dtype not in WEIGHT_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in WEIGHT_DTYPES)
+        raise ValueError(f"a weight of dtype {weight.dtype} (shape {shape}) cannot be quantized: cast it to {names}")
+    group = effective_group(shape[1], group_size)
+    if scales is not None:
+        expected = (shape[0], shape[1] // group)
+        if tuple(scales.shape) != expected or scales.dtype != torch.bfloat16:
+            raise ValueError(
+                f"scales of shape {tuple(scales.shape)} and dtype {scales.dtype} do not fit a weight of shape {shape} "
+                f"with groups of {group}: pass bfloat16 of shape {expected}"
+            )
+    return group

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantizer's mathematics, on torch alone. Everything else in this package agrees with this file bit for bit.
+
+For a group of a latent weight W (BitCPM-CANN technical report, "quantizer"; the one bf16 scale is ours):
+
+    s  = bf16(max(mean(|W|) in fp32, eps))          one scale, for the threshold and for the value
+    Wq = clamp(round_half_even(W / s), -1, 1) * s   which for ternary equals sign(W) * (|W| > s / 2) * s
+
+Zeros of Wq are +0.0. What happens outside the usual range:
+
+- a group whose absmean is below eps has s = bf16(eps), and only its values beyond s / 2 survive; an all-zero group
+  stays all +0.0;
+- a non-finite weight, or an fp32 sum of |W| beyond 3.4e38, gives a non-finite scale, code 0 for the whole group, and
+  NaN in Wq: it cannot go unnoticed, and :func:`scales_are_finite` finds it without looking at the weights;
+- an fp16 group with an absmean of 65408 or more has a scale (65536) that bf16 holds and fp16 does not: Wq is infinite.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from .config import QuantizerConfig, check_weight, effective_group
+from .spaces import SPACES
+
+# On a CPU the fp32 scratch should stay in the L2 cache; on a device one launch per operation is cheaper.
+_CPU_BLOCK_ELEMENTS = 1 << 17
+
+
+def quantize(
+    weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a weight.
+
+    Args:
+        weight: latent weight ``[out, in]`` in fp32, bf16 or fp16.
+        config: the quantizer.
+        scales: quantize with these bf16 scales ``[out, groups]`` instead of the weight's own.
+
+    Returns:
+        ``codes`` int8 ``[out, in]`` (for ternary -1, 0, 1) and ``scales`` bfloat16 ``[out, groups]``.
+
+    Raises:
+        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
+    """
+    group = check_weight(weight, config.group_size, scales)
+    space = SPACES[config.space]
+    # Contiguous, because the layout decides the order of the sum, and with it now and then the scale.
+    w = weight.detach().reshape(-1, group).float().contiguous()
+    if scales is None:
+        scales = _absmean(w, config.eps).reshape(weight.shape[0], -1)
+    s = scales.reshape(-1, 1).float()
+    codes = torch.full(w.shape, space.lowest_code, dtype=torch.int8, device=w.device)
+    for threshold, tie in zip(space.thresholds, space.ties, strict=True):
+        bound = s * threshold
+        codes += w >= bound if tie == "upper" else w > bound
+    codes.masked_fill_(~s.isfinite(), 0)
+    return codes.reshape(weight.shape), scales.clone()
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, config: QuantizerConfig, dtype: torch.dtype) -> torch.Tensor:
+    """The weight that codes and scales stand for: ``level[code] * scale``, rounded once to ``dtype``.
+
+    Args:
+        codes: int8 ``[out, in]``.
+        scales: bfloat16 ``[out, groups]``.
+        config: the quantizer that made them; its group size must agree with the shape of the scales.
+        dtype: of the result.
+
+    Returns:
+        ``[out, in]`` of ``dtype``; zeros are +0.0.
+
+    Raises:
+        ValueError: codes or scales of the wrong shape or dtype.
+    """
+    if codes.dim() != 2 or codes.dtype != torch.int8 or codes.numel() == 0:
+        raise ValueError(f"codes of shape {tuple(codes.shape)}, {codes.dtype}: pass int8 codes [out, in]")
+    group = effective_group(codes.shape[1], config.group_size)
+    expected = (codes.shape[0], codes.shape[1] // group)
+    if tuple(scales.shape) != expected or scales.dtype != torch.bfloat16:
+        raise ValueError(
+            f"scales of shape {tuple(scales.shape)}, {scales.dtype} do not fit codes of shape {tuple(codes.shape)} "
+            f"with group_size={config.group_size}: pass bfloat16 of shape {expected}"
+        )
+    space = SPACES[config.space]
+    levels = torch.tensor(space.levels, dtype=torch.float32, device=codes.device)
+    w = levels[codes.reshape(-1, group).int() - space.lowest_code]
+    # "+ 0.0" turns -0.0 into +0.0 and leaves everything else as it is. After the cast: fp16 may underflow to -0.0.
+    return (w * scales.reshape(-1, 1).float()).to(dtype).add_(0.0).reshape(codes.shape)
+
+
+def quantize_dequantize(
+    weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ternary ``dequantize(*quantize(weight))`` in one go: what every fused kernel computes, and the torch backend.
+
+    The division form works in place on one fp32 scratch and is the fastest exact form in pure torch.
+
+    Args:
+        weight: latent weight ``[out, in]``; it is not differentiated here.
+        group_size: elements per scale, -1 for the row.
+        eps: lower bound of the scales.
+        scales: given bf16 scales ``[out, groups]``, or None for the weight's own.
+
+    Returns:
+        The quantized weight ``[out, in]`` in the weight's dtype, and the bf16 scales ``[out, groups]``.
+
+    Raises:
+        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
+    """
+    group = check_weight(weight, group_size, scales)
+    w = weight.detach().reshape(-1, group)
+    quantized = torch.empty_like(w, memory_format=torch.contiguous_format)
+    own = torch.empty(w.shape[0], 1, dtype=torch.bfloat16, device=w.device)
+    if scales is not None:
+        own.copy_(scales.reshape(-1, 1))
+    rows = max(1, _CPU_BLOCK_ELEMENTS // group) if w.device.type == "cpu" else w.shape[0]
+    rows = min(rows, w.shape[0])
+    scratch = torch.empty(rows, group, dtype=torch.float32, device=w.device)
+    for start in range(0, w.shape[0], rows):
+        block = w[start : start + rows]
+        s = own[start : start + rows]
+        x = scratch[: block.shape[0]]
+        if scales is None:
+            s.copy_(_absmean_into(x.copy_(block), eps))
+        sf = s.float()
+        x.copy_(block).div_(sf).round_().clamp_(-1.0, 1.0).mul_(sf).add_(0.0)
+        quantized[start : start + rows].copy_(x)
+    if quantized.dtype == torch.float16:
+        quantized.add_(0.0)  # a scale below 2**-25 underflows in fp16, to -0.0 where the code is -1
+    return quantized.reshape(weight.shape), own.reshape(weight.shape[0], -1)
+
+
+def scales_are_finite(scales: Iterable[torch.Tensor]) -> torch.Tensor:
+    """One boolean tensor, on the scales' device: whether every scale is finite (no host sync)."""
+    return torch.stack([s.abs().amax() for s in scales]).isfinite().all()
+
+
+def _absmean(w: torch.Tensor, eps: float) -> torch.Tensor:
+    """bf16 scales ``[rows, 1]`` of fp32 groups ``[rows, group]``."""
+    return _absmean_into(w.clone(), eps)
+
+
+def _absmean_into(scratch: torch.Tensor, eps: float) -> torch.Tensor:
+    """Same, overwriting its fp32 argument. The sum is fp32: in bf16 it would stall at a fraction of the true value."""
+    # A row alone is summed by all CPU threads together, in another order than among others: so it is given company.
+    rows = scratch.abs_() if scratch.shape[0] > 1 else scratch.abs_().expand(2, -1)
+    total = rows.sum(-1, keepdim=True)[: scratch.shape[0]]
+    return total.div_(scratch.shape[-1]).clamp_(min=eps).to(torch.bfloat16)

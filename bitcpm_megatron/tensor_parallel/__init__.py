@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Floor 3: ternary column / row parallel linears for megatron-core."""
+
+from .apply import apply_recipe
+from .cache import CacheEpoch, find_epoch
+from .coverage import CoverageEntry, CoverageReport
+from .linear import StaleCacheError, TernaryState, make_ternary, ternary_state
+from .probe import ProbeError, probe, ternary_modules
+from .recipe import Recipe, RecipeError
+
+__all__ = [
+    "CacheEpoch",
+    "CoverageEntry",
+    "CoverageReport",
+    "ProbeError",
+    "Recipe",
+    "RecipeError",
+    "StaleCacheError",
+    "TernaryState",
+    "apply_recipe",
+    "find_epoch",
+    "make_ternary",
+    "probe",
+    "ternary_modules",
+    "ternary_state",
+]

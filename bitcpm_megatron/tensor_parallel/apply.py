@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to ternary modules: apply all of it, or raise and change nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from ..quantization import QuantizerConfig, check_weight
+from .cache import attach_epoch
+from .coverage import CoverageEntry, CoverageReport
+from .linear import CacheMode, TernaryState, make_ternary
+from .linears import Candidate, candidates, local_config, whole_shape
+from .recipe import Matcher, Recipe, RecipeError
+from .sharded_scales import save_scales_with
+
+
+def apply_recipe(
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    recipe: Recipe | str | Path | None = None,
+    *,
+    default: QuantizerConfig,
+    row_parallel_shards: int | None = None,
+    cache: CacheMode = "step",
+    verify_cache: bool = False,
+) -> CoverageReport:
+    """Makes the linears of a model ternary.
+
+    Call it on the bare model, before DDP and the optimizer are built, on every rank of the pipeline group at once (its
+    stages exchange their module names, so that a matcher may name a layer of another stage).
+
+    Args:
+        model: a model, or all model chunks of this rank under virtual pipeline parallelism.
+        recipe: a :class:`Recipe`, a YAML file, or None for every linear of the decoder layers.
+        default: quantizer of modules whose recipe entry does not say otherwise.
+        row_parallel_shards: groups per whole row of row-parallel weights under ``group_size=-1``; None for the
+            tensor-parallel size of this run. A later run must use the same number.
+        cache: ``step`` quantizes once per optimizer step, ``none`` in every forward; the results are bit-identical.
+        verify_cache: quantize again at every use of the cache, and raise where it is stale.
+
+    Returns:
+        What was quantized and what was not, over all pipeline stages.
+
+    Raises:
+        RecipeError: a matcher fits no module of the whole model, or one that cannot be quantized.
+        ValueError: a weight's dtype or shape does not fit, or fp8 / fp4 is configured.
+    """
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    if cache not in ("step", "none"):
+        raise ValueError(f"cache={cache!r} is not possible: use step or none")
+    if row_parallel_shards is not None and row_parallel_shards < 1:
+        raise ValueError(f"row_parallel_shards={row_parallel_shards} is not possible: use 1 or more")
+    if recipe is None:
+        recipe = Recipe.all_linears(default)
+    elif not isinstance(recipe, Recipe):
+        recipe = Recipe.from_yaml(recipe, default)
+
+    found = [[(c, recipe.decide(c.path)) for c in candidates(chunk)] for chunk in chunks]
+    mistakes: list[str] = []
+    entries: list[CoverageEntry] = []
+    shards = row_parallel_shards or _tensor_parallel_size(c for chunk in found for c, _ in chunk)
+    for candidate, matcher in (pair for chunk in found for pair in chunk):
+        try:
+            entries.append(_entry(candidate, matcher, shards))
+        except ValueError as error:
+            mistakes.append(str(error))
+    entries, mistakes = _over_pipeline(entries, mistakes)
+    mistakes += _idle_matchers(recipe, entries)
+    if mistakes:
+        raise RecipeError("the recipe cannot be applied:\n  " + "\n  ".join(mistakes))
+
+    report = CoverageReport(tuple(entries), shards)
+    by_path = {e.path: e for e in entries}
+    uneven = report.uneven_layers()
+    for chunk, pairs in zip(chunks, found, strict=True):
+        epoch = attach_epoch(chunk)
+        for candidate, _ in pairs:
+            config = by_path[candidate.path].config
+            if config is not None:
+                like_all = candidate.path not in uneven
+                state = TernaryState(candidate.path, config, epoch, cache, verify_cache, like_all)
+                make_ternary(candidate.module, state)
+                if candidate.kind != "dense":
+                    save_scales_with(candidate.module)
+    return report
+
+
+def _entry(candidate: Candidate, matcher: Matcher | None, shards: int) -> CoverageEntry:
+    weight = getattr(candidate.module, "weight", None)
+    module, kind, path = candidate.module, candidate.kind, candidate.path
+    shape = whole_shape(module)
+    wanted = matcher is not None and matcher.config is not None
+    if kind == "never" or not wanted:
+        reason = "never quantized" if kind == "never" else f"matcher {matcher.name}" if matcher else "no matcher"
+        return CoverageEntry(path, kind, shape, None, 0, reason)
+    if kind == "unsupported" or weight is None:
+        raise ValueError(
+            f"{path}: matcher {matcher.name!r} asks to quantize a {type(module).__module__}.{type(module).__name__}, "
+            "which would bypass the quantizer: use column / row parallel linears of megatron-core (local spec), or "
+            "keep it in full precision"
+        )
+    _refuse_low_precision(candidate)
+    config = local_config(candidate, matcher.config, shards)
+    try:
+        group = check_weight(weight, config.group_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return CoverageEntry(path, kind, shape, config, shape[1] // group, f"matcher {matcher.name}", not weight.requires_grad)
+
+
+def _refuse_low_precision(candidate: Candidate) -> None:
+    config = getattr(candidate.module, "config", None)
+    for name in ("fp8", "fp4", "use_kitchen"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"{candidate.path}: {name}={getattr(config, name)!r} is configured, whose GEMMs would requantize the "
+                "ternary weight: switch it off, or train without --ternary"
+            )
+
+
+def _tensor_parallel_size(found) -> int:  # noqa: ANN001 - an iterator of Candidate
+    return max((c.module.input_size // c.module.weight.shape[1] for c in found if c.kind == "row"), default=1)
+
+
+def _over_pipeline(entries: list[CoverageEntry], mistakes: list[str]) -> tuple[list[CoverageEntry], list[str]]:
+    """Entries and mistakes of all pipeline stages; the same on each."""
+    if not parallel_state.model_parallel_is_initialized():
+        return entries, mistakes
+    group = parallel_state.get_pipeline_model_parallel_group()
+    size = torch.distributed.get_world_size(group)
+    if size == 1:
+        return entries, mistakes
+    gathered: list[tuple[list[CoverageEntry], list[str]]] = [([], [])] * size
+    torch.distributed.all_gather_object(gathered, (entries, mistakes), group=group)
+    return [e for stage, _ in gathered for e in stage], [m for _, stage in gathered for m in stage]
+
+
+def _idle_matchers(recipe: Recipe, entries: list[CoverageEntry]) -> list[str]:
+    mistakes = []
+    for matcher in recipe.matchers:
+        fitting = [e for e in entries if matcher.fits(e.path)]
+        if not fitting:
+            mistakes.append(
+                f"matcher {matcher.name!r} ({matcher.pattern}) fits no module of the model; its modules with weights "
+                f"are named like {_examples(entries)}"
+            )
+        elif matcher.config is not None and all(e.kind == "never" for e in fitting):
+            mistakes.append(
+                f"matcher {matcher.name!r} ({matcher.pattern}) names {fitting[0].path}: embeddings and the output "
+                "layer are never quantized; remove it"
+            )
+    return mistakes
+
+
+def _examples(entries: list[CoverageEntry]) -> str:
+    return ", ".join(e.path for e in entries[:6]) or "(none)"

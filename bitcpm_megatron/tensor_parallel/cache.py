@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a cached quantized weight may be used: one epoch counter per model chunk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..patches import megatron_core
+
+_ATTRIBUTE = "_ternary_epoch"
+
+
+@dataclass
+class CacheEpoch:
+    """The validity of all quantized weights cached in one model chunk.
+
+    A quantized weight made in epoch ``number`` may be used again while ``number`` stands and ``open`` is true. The
+    counter moves when a schedule announces its first micro-batch and when a checkpoint is loaded; the epoch closes at
+    the end of the schedule. Outside a schedule it is closed, and every forward quantizes anew: nobody there promises
+    that the weights stand still.
+    """
+
+    number: int = 0
+    open: bool = False
+
+    def begin(self) -> None:
+        """A schedule starts: weights may have changed before, and will not until it ends."""
+        self.number += 1
+        self.open = True
+
+    def invalidate(self) -> None:
+        """The weights changed."""
+        self.number += 1
+
+    def end(self) -> None:
+        """A schedule is over."""
+        self.open = False
+
+
+def attach_epoch(chunk: torch.nn.Module) -> CacheEpoch:
+    """Gives a model chunk its epoch and connects it to schedules and to ``load_state_dict``."""
+    epoch = CacheEpoch()
+    chunk.__dict__[_ATTRIBUTE] = epoch
+    chunk.register_load_state_dict_post_hook(_invalidate_after_load)
+    megatron_core.announce_optimizer_steps(_begin, _end)
+    return epoch
+
+
+def find_epoch(model: torch.nn.Module) -> CacheEpoch | None:
+    """The epoch of a chunk, looking through wrappers (DDP, Float16Module) that hold it as ``module``."""
+    seen: torch.nn.Module | None = model
+    while seen is not None:
+        epoch = seen.__dict__.get(_ATTRIBUTE)
+        if epoch is not None:
+            return epoch
+        seen = getattr(seen, "module", None)
+    return None
+
+
+def _begin(model: torch.nn.Module) -> None:
+    epoch = find_epoch(model)
+    if epoch is not None:
+        epoch.begin()
+
+
+def _end(chunks: Sequence[torch.nn.Module]) -> None:
+    for chunk in chunks:
+        epoch = find_epoch(chunk)
+        if epoch is not None:
+            epoch.end()
+
+
+def _invalidate_after_load(module: torch.nn.Module, incompatible_keys: object) -> None:
+    epoch = find_epoch(module)
+    if epoch is not None:
+        epoch.invalidate()

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ternary linear: an unchanged upstream module whose ``forward`` sees the quantized weight.
+
+The latent weight stays the module's parameter, so that names, sharding, optimizer and checkpoint keys are untouched.
+The module *instance's* ``forward`` is wrapped, not its class: this survives hosts that replace the class, the linear
+function or ``_forward_impl`` (megatron-core 0.12.1 assigns the last one on the instance in every forward).
+"""
+
+import types
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..ops import fake_quantize
+from ..quantization import QuantizerConfig
+from .cache import CacheEpoch
+from .straight_through import shadow
+
+CacheMode = Literal["step", "none"]
+_ATTRIBUTE = "_ternary"
+
+
+class StaleCacheError(RuntimeError):
+    """A cached quantized weight is not the quantization of the latent weight any more."""
+
+
+@dataclass
+class TernaryState:
+    """What a quantized module carries beside its latent weight.
+
+    Attributes:
+        name: module path with global layer numbers.
+        config: the quantizer, its group size the effective one of the local weight.
+        epoch: validity of the cache, shared by the model chunk.
+        cache: ``step`` keeps one quantized weight per optimizer step, ``none`` quantizes in every forward.
+        verify: quantize again at every use of the cache and compare.
+        like_all_layers: whether the same module of every other layer is quantized with the same number of groups.
+        quantized: the last quantized weight ``[out, in]`` (kept only with ``step``).
+        scales: its bf16 scales ``[out, groups]``.
+        count: quantizations made so far, for reports.
+    """
+
+    name: str
+    config: QuantizerConfig
+    epoch: CacheEpoch
+    cache: CacheMode = "step"
+    verify: bool = False
+    like_all_layers: bool = True
+    quantized: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    count: int = 0
+    made_in: tuple[int, bool] | None = None
+
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The quantized weight and scales of a latent weight, from the op, outside any graph."""
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.ops.bitcpm.fake_quantize(weight.detach(), self.config.group_size, self.config.eps, None)
+
+    def weight(self, latent: torch.Tensor, training: bool) -> torch.Tensor:
+        """The quantized weight to use now: the cached one where it is valid, else a new one.
+
+        Raises:
+            StaleCacheError: in verify mode, when the cached one does not fit the latent weight.
+        """
+        now = (self.epoch.number, training)
+        if self.quantized is not None and self.epoch.open and self.made_in == now:
+            if self.verify:
+                self._compare(latent)
+            return self.quantized
+        quantized, self.scales = self.quantize(latent)
+        self.count += 1
+        if self.cache == "step":
+            self.quantized, self.made_in = quantized, now
+        return quantized
+
+    def _compare(self, latent: torch.Tensor) -> None:
+        fresh, _ = self.quantize(latent)
+        if not torch.equal(fresh, self.quantized):
+            changed = (fresh != self.quantized).sum().item()
+            raise StaleCacheError(
+                f"{self.name}: {changed} of {fresh.numel()} cached quantized weights no longer fit the latent weight. "
+                "It was written during the optimizer step, probably through `.data`. Write weights only between "
+                "steps, call CacheEpoch.invalidate() after writing them, or run with --ternary-cache none."
+            )
+
+
+def ternary_state(module: torch.nn.Module) -> TernaryState | None:
+    """The state of a quantized module, or None."""
+    return module.__dict__.get(_ATTRIBUTE)
+
+
+def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
+    """Wraps ``module.forward`` so that it computes with the quantized weight.
+
+    Args:
+        module: a linear that holds its weight ``[out, in]`` as the parameter ``weight`` and reads it as ``self.weight``.
+        state: how to quantize it.
+
+    Raises:
+        RuntimeError: the module is quantized already, or another wrapper sits on its ``forward``.
+    """
+    if ternary_state(module) is not None:
+        raise RuntimeError(f"{state.name} is ternary already: apply_recipe() once per model")
+    if "forward" in module.__dict__:
+        raise RuntimeError(
+            f"{state.name}: its forward is wrapped already ({module.__dict__['forward']!r}), so that the quantizer "
+            "could be bypassed: apply the recipe before other wrappers"
+        )
+    module.__dict__[_ATTRIBUTE] = state
+    # A bound method of a module-level function: deepcopy rebinds it, and a later change of the class is followed.
+    module.forward = types.MethodType(_ternary_forward, module)
+
+
+def _ternary_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    state: TernaryState = self.__dict__[_ATTRIBUTE]
+    if kwargs.get("weight") is not None or any(isinstance(a, torch.nn.Parameter) for a in args[1:]):
+        raise RuntimeError(f"{state.name}: a weight handed to forward() would bypass the quantizer")
+    latent = self.weight
+    if torch.compiler.is_compiling():
+        stand_in = _traceable_stand_in(self, state, latent)
+    else:
+        stand_in = shadow(latent, state.weight(latent, self.training))
+    self.__dict__["weight"] = stand_in
+    try:
+        return type(self).forward(self, *args, **kwargs)
+    finally:
+        del self.__dict__["weight"]
+
+
+def _traceable_stand_in(module: torch.nn.Module, state: TernaryState, latent: torch.Tensor) -> torch.Tensor:
+    """Under torch.compile the registered op itself, without cache: same values, a gradient the compiler can see."""
+    if getattr(module, "gradient_accumulation_fusion", False):
+        raise RuntimeError(
+            f"{state.name}: torch.compile cannot trace gradient-accumulation fusion: switch one of the two off"
+        )
+    return fake_quantize(latent, state.config)

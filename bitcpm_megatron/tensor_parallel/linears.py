@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What counts as a linear, where it stands in the whole model, and how its local shard is grouped."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+from ..quantization import GROUP_MULTIPLE, QuantizerConfig, effective_group
+
+Kind = Literal["column", "row", "dense", "never", "unsupported"]
+_NEVER_NAMES = ("output_layer", "embedding", "word_embeddings", "position_embeddings", "lm_head")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that holds weight matrices.
+
+    Attributes:
+        path: module path with global layer numbers.
+        module: the module.
+        kind: ``column`` / ``row`` parallel, ``dense`` (``torch.nn.Linear``), ``never`` (embeddings and the output
+            layer), or ``unsupported``.
+    """
+
+    path: str
+    module: torch.nn.Module
+    kind: Kind
+
+
+def candidates(chunk: torch.nn.Module) -> Iterator[Candidate]:
+    """Every module of a chunk that directly holds a parameter of two or more dimensions."""
+    for path, module in _globally_named(chunk):
+        if any(p.dim() >= 2 for p in module.parameters(recurse=False)) or path.rpartition(".")[2] == "output_layer":
+            yield Candidate(path, module, _kind(path, module))
+
+
+def _kind(path: str, module: torch.nn.Module) -> Kind:
+    if any(part in _NEVER_NAMES for part in path.split(".")):
+        return "never"
+    if isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
+        return "never"
+    if isinstance(module, ColumnParallelLinear):
+        return "column"
+    if isinstance(module, RowParallelLinear):
+        return "row"
+    if isinstance(module, torch.nn.Linear):
+        return "dense"
+    return "unsupported"
+
+
+def _globally_named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """``named_modules`` with the layer numbers of the whole model: a pipeline stage counts its own from 0."""
+    renamed: dict[str, str] = {"": ""}
+    for local, module in chunk.named_modules():
+        parent, _, leaf = local.rpartition(".")
+        number = getattr(module, "layer_number", None)
+        if leaf.isdigit() and parent.rpartition(".")[2] == "layers" and isinstance(number, int):
+            leaf = str(number - 1)
+        renamed[local] = f"{renamed[parent]}.{leaf}".lstrip(".")
+        yield renamed[local], module
+
+
+def whole_shape(module: torch.nn.Module) -> tuple[int, ...]:
+    """Shape of a module's weight over all tensor-parallel shards; (0,) where it has none of its own."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return (0,)
+    if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        return (module.output_size, module.input_size)
+    if isinstance(module, VocabParallelEmbedding):
+        return (module.num_embeddings, module.embedding_dim)
+    return tuple(weight.shape)
+
+
+def local_config(candidate: Candidate, config: QuantizerConfig, row_parallel_shards: int | None) -> QuantizerConfig:
+    """The quantizer of a local shard: ``config`` with the group size that fits it.
+
+    Column-parallel shards keep whole rows. Row-parallel shards split them: with ``group_size=-1`` a whole row is
+    ``row_parallel_shards`` groups for ever, so that the weights are the same at every tensor-parallel size that divides
+    this number.
+
+    Args:
+        candidate: a column, row or dense linear.
+        config: as the recipe gives it, for the whole row.
+        row_parallel_shards: None for the tensor-parallel size of this run.
+
+    Raises:
+        ValueError: the group does not fit the shard, or the tensor-parallel size does not divide the shards.
+    """
+    local_in = candidate.module.weight.shape[1]
+    try:
+        if candidate.kind != "row":
+            return replace(config, group_size=_row_or_group(local_in, config.group_size))
+        whole = candidate.module.input_size
+        tensor_parallel = whole // local_in
+        if config.group_size != -1:
+            effective_group(whole, config.group_size)
+            effective_group(local_in, config.group_size)
+            return config
+        shards = tensor_parallel if row_parallel_shards is None else row_parallel_shards
+        if shards % tensor_parallel:
+            raise ValueError(
+                f"{shards} row-parallel shards cannot be spread over a tensor-parallel size of {tensor_parallel}: "
+                f"use a size that divides {shards} (--ternary-row-parallel-shards is fixed when training starts)"
+            )
+        if shards == 1:
+            return config
+        if whole % (shards * GROUP_MULTIPLE):
+            raise ValueError(
+                f"{shards} row-parallel shards cut a row of {whole} into groups of {whole / shards:g}, which is no "
+                f"multiple of {GROUP_MULTIPLE}: use fewer shards, or a group_size"
+            )
+        return replace(config, group_size=_row_or_group(local_in, whole // shards))
+    except ValueError as error:
+        raise ValueError(f"{candidate.path}: {error}") from None
+
+
+def _row_or_group(in_features: int, group_size: int) -> int:
+    return -1 if effective_group(in_features, group_size) == in_features else group_size

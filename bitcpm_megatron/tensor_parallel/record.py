@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantizer record: how the weights of a checkpoint were quantized, in ``ternary_quantizer.json`` beside them."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..quantization import QuantizerConfig
+from .coverage import CoverageReport
+
+FILE_NAME = "ternary_quantizer.json"
+_VERSION = 1
+
+
+class RecordError(ValueError):
+    """A quantizer record that cannot be read, or that contradicts what was asked for."""
+
+
+@dataclass(frozen=True)
+class QuantizerRecord:
+    """How a checkpoint's weights were quantized.
+
+    Attributes:
+        state: ``latent`` weights still to be quantized, or ``fused`` ones that are ternary times scale already.
+        space: quantization space.
+        eps: lower bound of the scales.
+        latent_dtype: dtype of the weights that the forward quantized, such as ``bfloat16``.
+        row_parallel_shards: groups per whole row of row-parallel weights under group size -1.
+        activation_bits: 16 for none.
+        modules: module path -> ``{"group_size": elements per scale along the whole row, or -1}``.
+        version: of this format.
+    """
+
+    state: Literal["latent", "fused"]
+    space: str
+    eps: float
+    latent_dtype: str
+    row_parallel_shards: int
+    activation_bits: int = 16
+    modules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    version: int = _VERSION
+
+    @classmethod
+    def of(cls, report: CoverageReport, default: QuantizerConfig, latent_dtype: str) -> "QuantizerRecord":
+        """The record of a model that a recipe was applied to."""
+        return cls("latent", default.space, default.eps, latent_dtype, report.row_parallel_shards, 16, report.modules())
+
+    @classmethod
+    def read(cls, directory: str | Path) -> "QuantizerRecord | None":
+        """The record in an iteration directory or export, or None where there is none.
+
+        Raises:
+            RecordError: it cannot be understood.
+        """
+        path = Path(directory) / FILE_NAME
+        if not path.is_file():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            record = cls(**content)
+        except (OSError, ValueError, TypeError) as error:
+            raise RecordError(f"{path}: not a quantizer record ({error})") from error
+        if record.version != _VERSION:
+            raise RecordError(f"{path}: version {record.version} is unknown here (known: {_VERSION}); update the package")
+        return record
+
+    def write(self, directory: str | Path) -> None:
+        """Writes the record into a directory, whole or not at all."""
+        path = Path(directory) / FILE_NAME
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def contradictions(self, other: "QuantizerRecord") -> list[str]:
+        """Where two records quantize the same weights differently, one line each; empty if nowhere."""
+        lines = [
+            f"{name}: {getattr(self, name)!r} in the checkpoint, {getattr(other, name)!r} asked for"
+            for name in ("state", "space", "eps", "latent_dtype", "row_parallel_shards", "activation_bits")
+            if getattr(self, name) != getattr(other, name)
+        ]
+        for path in sorted(set(self.modules) | set(other.modules)):
+            mine, theirs = (r.modules.get(path, {}).get("group_size", "full precision") for r in (self, other))
+            if mine != theirs:
+                lines.append(f"{path}: group size {mine} in the checkpoint, {theirs} asked for")
+        return lines

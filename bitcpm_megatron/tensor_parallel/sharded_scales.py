@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scales in the checkpoint: ``<weight key>.ternary_scale`` beside each ternary weight, sharded as it is.
+
+Whoever exports the checkpoint needs the very scales that training uses: summing in another order moves a scale by one
+bf16 step in a few rows of a hundred thousand.
+
+Where all layers are quantized alike their scales are stacked into one tensor ``[layers, out, groups]``, as upstream
+stacks the weights; otherwise (a recipe treats layers differently) each has a key of its own, ending in its layer number.
+"""
+
+import re
+import types
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+
+from .linear import ternary_state
+
+SUFFIX = ".ternary_scale"
+
+
+def save_scales_with(module: torch.nn.Module) -> None:
+    """Lets a ternary column / row parallel linear add its scales to ``sharded_state_dict``."""
+    module.sharded_state_dict = types.MethodType(_sharded_state_dict, module)
+
+
+def without_scales(state: dict[str, Any]) -> dict[str, Any]:
+    """A nested sharded state dict without its scales: what loading asks for, since it derives them from the weights."""
+    return {
+        key: without_scales(value) if isinstance(value, dict) else value
+        for key, value in state.items()
+        if SUFFIX not in str(key)
+    }
+
+
+def _sharded_state_dict(
+    self: torch.nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+) -> ShardedStateDict:
+    state = type(self).sharded_state_dict(self, prefix, sharded_offsets, metadata)
+    ternary = ternary_state(self)
+    key = f"{prefix}weight{SUFFIX}"
+    if not ternary.like_all_layers:
+        key += "." + re.search(r"\.layers\.(\d+)\.", ternary.name).group(1)
+        sharded_offsets = ()
+    # Of the weight as it is now: an optimizer step lies between it and the scales of the last forward.
+    _, scales = ternary.quantize(self.weight)
+    row_parallel = hasattr(self, "input_size_per_partition")
+    sharded = make_tp_sharded_tensor_for_checkpoint(
+        tensor=scales,
+        key=key,
+        tp_axis=1 if row_parallel else 0,
+        prepend_offsets=sharded_offsets,
+        tp_group=self.tp_group,
+        dp_cp_group=metadata["dp_cp_group"],
+    )
+    if self.config.gated_linear_unit and prefix.endswith("linear_fc1."):
+        # MLP.sharded_state_dict splits gate and up of the weight only; the scales must be split alike.
+        sharded = apply_swiglu_sharded_factory(sharded, sharded_offsets)
+    state[key] = sharded
+    return state

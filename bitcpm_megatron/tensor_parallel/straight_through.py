@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stand-in for a latent weight inside a linear's forward: quantized values, the latent parameter's gradient path.
+
+megatron-core's linear function writes weight gradients straight into ``weight.main_grad`` when gradient-accumulation
+fusion is on, sets ``weight.grad_added_to_main_grad`` and returns a dummy gradient, so that DDP's hook still fires. So the
+stand-in must carry the latent parameter's attributes, and what is set on it must be seen on the parameter.
+"""
+
+import torch
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:  # noqa: ANN001
+        ctx.set_materialize_grads(False)
+        # An alias of an input, not the input: returning `quantized` itself would put the cache into the graph.
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:  # noqa: ANN001
+        ctx.shadow = None
+        # A pure pass-through: under fusion the gradient is in main_grad already and `grad` is a dummy.
+        return grad, None
+
+
+def shadow(weight: torch.nn.Parameter, quantized: torch.Tensor) -> torch.Tensor:
+    """A tensor with the values of ``quantized`` that stands for ``weight`` in a linear's forward and backward.
+
+    Args:
+        weight: the latent parameter ``[out, in]``; its gradient is the one of the result, unchanged.
+        quantized: its quantized values, same shape and dtype, outside any graph. Not copied.
+
+    Returns:
+        A view of ``quantized``. It shares the attribute dictionary of ``weight`` (``main_grad``, tensor-parallel marks),
+        both ways. Frozen weights give a tensor that requires no gradient.
+    """
+    if not weight.requires_grad:
+        stand_in = quantized.detach()
+    elif not torch.is_grad_enabled():
+        # Also the first pass of activation recompute. Upstream takes its frozen-weight branch for a weight that does
+        # not require a gradient, and would compute something else than in the second pass.
+        stand_in = quantized.detach().requires_grad_(True)
+    else:
+        stand_in = _StraightThrough.apply(weight, quantized)
+        # Upstream's backward reaches the attributes through the saved tensor: its Python half must live until then.
+        stand_in.grad_fn.shadow = stand_in
+    stand_in.__dict__ = weight.__dict__
+    return stand_in

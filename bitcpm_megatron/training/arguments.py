@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the training loop: Megatron-LM's names and meanings, and the ``--ternary`` flags.
+
+An unknown flag is an error (also an abbreviated one), and contradictions are reported together before anything starts.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from ..ops import backends
+from ..quantization import QuantizerConfig, SPACES
+
+_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+_WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
+
+
+def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the ``--ternary`` flags; the same on every host."""
+    group = parser.add_argument_group("ternary")
+    group.add_argument("--ternary", action="store_true", help="quantize the linears of the decoder layers")
+    group.add_argument("--ternary-space", choices=sorted(SPACES), default="ternary")
+    group.add_argument("--ternary-group-size", type=int, default=-1, help="elements per scale, -1 for a whole row")
+    group.add_argument("--ternary-recipe", metavar="FILE", help="YAML: which module is quantized how")
+    group.add_argument(
+        "--ternary-row-parallel-shards",
+        type=int,
+        metavar="N",
+        help="with group size -1: groups per row of row-parallel weights, fixed when training starts "
+        "(default: what the loaded checkpoint records, else the tensor-parallel size)",
+    )
+    group.add_argument("--ternary-backend", choices=("auto", *(b.name for b in backends())), default="auto")
+    group.add_argument("--ternary-cache", choices=("step", "none"), default="step")
+    group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
+    group.add_argument("--allow-quantizer-change", action="store_true", help="load a checkpoint of another quantizer")
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``launch/pretrain.py``."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    _model(parser.add_argument_group("model"))
+    _parallel(parser.add_argument_group("parallelism"))
+    _training(parser.add_argument_group("training"))
+    _data(parser.add_argument_group("data"))
+    _checkpoint(parser.add_argument_group("checkpoint"))
+    _logging(parser.add_argument_group("logging"))
+    return add_ternary_arguments(parser)
+
+
+def _model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--num-layers", type=int, required=True)
+    group.add_argument("--hidden-size", type=int, required=True)
+    group.add_argument("--ffn-hidden-size", type=int, help="default 4 x hidden size, or 8/3 of it with --swiglu")
+    group.add_argument("--num-attention-heads", type=int, required=True)
+    group.add_argument("--group-query-attention", action="store_true")
+    group.add_argument("--num-query-groups", type=int, default=1)
+    group.add_argument("--kv-channels", type=int, help="size of one head, default hidden size / heads")
+    group.add_argument("--seq-length", type=int, required=True)
+    group.add_argument("--max-position-embeddings", type=int, required=True)
+    group.add_argument("--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute")
+    group.add_argument("--rotary-base", type=int, default=10000)
+    group.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
+    group.add_argument("--norm-epsilon", type=float, default=1e-5)
+    group.add_argument("--swiglu", action="store_true")
+    group.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
+    group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
+    group.add_argument("--attention-dropout", type=float, default=0.1)
+    group.add_argument("--hidden-dropout", type=float, default=0.1)
+    group.add_argument("--init-method-std", type=float, default=0.02)
+    group.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+
+
+def _parallel(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    group.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
+    group.add_argument("--sequence-parallel", action="store_true")
+    group.add_argument("--use-distributed-optimizer", action="store_true")
+    group.add_argument("--overlap-grad-reduce", action="store_true")
+    group.add_argument("--overlap-param-gather", action="store_true")
+    group.add_argument("--no-gradient-accumulation-fusion", action="store_false", dest="gradient_accumulation_fusion")
+    group.add_argument("--distributed-backend", choices=("nccl", "gloo"), help="default nccl with CUDA, else gloo")
+    group.add_argument("--distributed-timeout-minutes", type=int, default=10)
+
+
+def _training(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--micro-batch-size", type=int, required=True)
+    group.add_argument("--global-batch-size", type=int, help="default: one micro-batch per data-parallel rank")
+    group.add_argument("--train-iters", type=int, required=True)
+    group.add_argument("--exit-interval", type=int, help="stop, with a checkpoint, when the iteration divides by this")
+    group.add_argument("--bf16", action="store_true", help="bf16 weights and GEMMs with fp32 master weights")
+    group.add_argument("--lr", type=float, required=True)
+    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument("--lr-decay-style", choices=_DECAY_STYLES, default="linear")
+    group.add_argument("--lr-decay-iters", type=int, help="default --train-iters")
+    group.add_argument("--lr-warmup-iters", type=int, default=0)
+    group.add_argument("--lr-wsd-decay-iters", type=int)
+    group.add_argument("--lr-wsd-decay-style", choices=_WSD_STYLES, default="exponential")
+    group.add_argument("--weight-decay", type=float, default=0.01)
+    group.add_argument("--adam-beta1", type=float, default=0.9)
+    group.add_argument("--adam-beta2", type=float, default=0.999)
+    group.add_argument("--adam-eps", type=float, default=1e-8)
+    group.add_argument("--clip-grad", type=float, default=1.0)
+    group.add_argument("--seed", type=int, default=1234)
+    group.add_argument("--use-cpu-initialization", action="store_true", help="the same weights at every TP size")
+    group.add_argument("--recompute-granularity", choices=("full", "selective"))
+    group.add_argument("--recompute-method", choices=("uniform", "block"))
+    group.add_argument("--recompute-num-layers", type=int)
+
+
+def _data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--data-path", nargs="+", help="PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...; cut by --split")
+    group.add_argument("--split", default="969,30,1", help="train, validation and test shares of --data-path")
+    group.add_argument("--train-data-path", nargs="+", help="instead of --data-path and --split")
+    group.add_argument("--valid-data-path", nargs="+")
+    group.add_argument("--mock-data", action="store_true", help="synthetic tokens; needs --vocab-size")
+    group.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model")
+    group.add_argument("--vocab-size", type=int, help="with --mock-data")
+    group.add_argument("--data-cache-path", metavar="DIR")
+    group.add_argument("--num-workers", type=int, default=0, help="data loading processes per rank")
+    group.add_argument("--eval-iters", type=int, default=100)
+    group.add_argument("--eval-interval", type=int, default=1000)
+
+
+def _checkpoint(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--save", metavar="DIR")
+    group.add_argument("--save-interval", type=int)
+    group.add_argument("--load", metavar="DIR", help="resume from here; starts anew where it holds no checkpoint")
+    group.add_argument("--exit-on-missing-checkpoint", action="store_true")
+    group.add_argument("--finetune", action="store_true", help="load the weights alone, start at iteration 0")
+    group.add_argument("--no-load-optim", action="store_true")
+    group.add_argument("--no-load-rng", action="store_true")
+    group.add_argument("--no-save-optim", action="store_true")
+
+
+def _logging(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--log-interval", type=int, default=100)
+    group.add_argument("--log-dir", metavar="DIR", help="metrics.jsonl, TensorBoard events, loss.png")
+
+
+def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespace:
+    """Parses and checks the command line.
+
+    Args:
+        argv: without the program's name; None for this process's.
+        world_size: number of processes of the job.
+
+    Returns:
+        The arguments, with ``data_parallel_size``, ``num_microbatches`` and all defaults that depend on others filled in.
+
+    Raises:
+        SystemExit: status 2, after naming every mistake.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    mistakes = [*_shape_mistakes(args), *_parallel_mistakes(args, world_size), *_other_mistakes(args)]
+    if mistakes:
+        parser.error("these arguments cannot go together:\n  " + "\n  ".join(mistakes))
+    _fill_in(args)
+    return args
+
+
+def quantizer_config(args: argparse.Namespace) -> QuantizerConfig:
+    """The quantizer that the flags describe.
+
+    Raises:
+        ValueError: an impossible group size.
+    """
+    return QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size)
+
+
+def params_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Dtype of the weights that the forward sees."""
+    return torch.bfloat16 if args.bf16 else torch.float32
+
+
+def _shape_mistakes(args: argparse.Namespace) -> list[str]:
+    tp = args.tensor_model_parallel_size
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    found = []
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters"):
+        if getattr(args, name) < 1:
+            found.append(f"{_flag(name)} {getattr(args, name)}: must be 1 or more")
+    if found:
+        return found
+    if args.kv_channels is None and args.hidden_size % args.num_attention_heads:
+        found.append(f"--hidden-size {args.hidden_size} is not divisible by {args.num_attention_heads} heads")
+    if args.num_attention_heads % max(groups, 1) or groups < 1:
+        found.append(f"--num-query-groups {groups} does not divide {args.num_attention_heads} heads")
+    if args.seq_length > args.max_position_embeddings:
+        found.append(f"--seq-length {args.seq_length} exceeds --max-position-embeddings {args.max_position_embeddings}")
+    if tp > 0 and args.num_attention_heads % tp:
+        found.append(f"--tensor-model-parallel-size {tp} does not divide {args.num_attention_heads} attention heads")
+    if tp > 0 and groups > 0 and groups % tp:
+        found.append(f"--tensor-model-parallel-size {tp} does not divide {groups} query groups")
+    if tp > 0 and args.ffn_hidden_size is not None and args.ffn_hidden_size % tp:
+        found.append(f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {args.ffn_hidden_size}")
+    return found
+
+
+def _parallel_mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
+    tp, pp, vp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.num_virtual_stages_per_pipeline_rank,
+    )
+    if tp < 1 or pp < 1 or (vp is not None and vp < 1):
+        return ["parallel sizes must be 1 or more"]
+    if world_size % (tp * pp):
+        return [f"{world_size} processes cannot be split into groups of {tp} (tensor) x {pp} (pipeline)"]
+    found = []
+    if args.sequence_parallel and tp == 1:
+        found.append("--sequence-parallel needs --tensor-model-parallel-size > 1")
+    if args.sequence_parallel and args.seq_length % tp:
+        found.append(f"--sequence-parallel: --seq-length {args.seq_length} is not divisible by {tp}")
+    if args.num_layers % (pp * (vp or 1)):
+        found.append(f"--num-layers {args.num_layers} cannot be split over {pp} stages" + (f" x {vp}" if vp else ""))
+    if vp is not None and pp == 1:
+        found.append("--num-virtual-stages-per-pipeline-rank needs --pipeline-model-parallel-size > 1")
+    if args.overlap_param_gather and not args.use_distributed_optimizer:
+        found.append("--overlap-param-gather needs --use-distributed-optimizer")
+    if args.overlap_param_gather and not args.overlap_grad_reduce:
+        found.append("--overlap-param-gather needs --overlap-grad-reduce")
+    per_step = args.micro_batch_size * (world_size // (tp * pp))
+    args.data_parallel_size = world_size // (tp * pp)
+    args.global_batch_size = args.global_batch_size or per_step
+    args.num_microbatches, rest = divmod(args.global_batch_size, per_step)
+    if rest or args.num_microbatches < 1:
+        found.append(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{args.micro_batch_size} x {args.data_parallel_size} data-parallel ranks"
+        )
+    if vp is not None and args.num_microbatches % pp:
+        found.append(f"virtual stages need a multiple of {pp} micro-batches per step, got {args.num_microbatches}")
+    return found
+
+
+def _other_mistakes(args: argparse.Namespace) -> list[str]:
+    found = []
+    cuda = torch.cuda.is_available()
+    if args.distributed_backend == "nccl" and not cuda:
+        found.append("--distributed-backend nccl needs CUDA: use gloo")
+    if (args.recompute_granularity == "full") != (args.recompute_method is not None):
+        found.append("--recompute-granularity full and --recompute-method go together")
+    if args.recompute_method is not None and args.recompute_num_layers is None:
+        found.append("--recompute-method needs --recompute-num-layers")
+    if args.recompute_num_layers is not None and args.recompute_method is None:
+        found.append("--recompute-num-layers needs --recompute-method")
+    decay = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_iters >= decay:
+        found.append(f"--lr-warmup-iters {args.lr_warmup_iters} must be less than the {decay} iterations of decay")
+    if args.min_lr > args.lr:
+        found.append(f"--min-lr {args.min_lr} is above --lr {args.lr}")
+    if (args.lr_decay_style == "WSD") != (args.lr_wsd_decay_iters is not None):
+        found.append("--lr-decay-style WSD and --lr-wsd-decay-iters go together")
+    elif args.lr_wsd_decay_iters is not None and args.lr_warmup_iters + args.lr_wsd_decay_iters > decay:
+        found.append("--lr-warmup-iters and --lr-wsd-decay-iters together exceed the iterations of decay")
+    found += _data_mistakes(args)
+    if args.save_interval is not None and args.save is None:
+        found.append("--save-interval needs --save")
+    if args.finetune and args.load is None:
+        found.append("--finetune needs --load")
+    if args.exit_on_missing_checkpoint and args.load is None:
+        found.append("--exit-on-missing-checkpoint needs --load")
+    return found + _ternary_mistakes(args)
+
+
+def _data_mistakes(args: argparse.Namespace) -> list[str]:
+    sources = [args.data_path is not None, args.train_data_path is not None, args.mock_data]
+    found = []
+    if sum(sources) != 1:
+        found.append("give the data in one way: --data-path, --train-data-path, or --mock-data")
+    if args.valid_data_path is not None and args.train_data_path is None:
+        found.append("--valid-data-path goes with --train-data-path")
+    if args.mock_data != (args.vocab_size is not None):
+        found.append("--mock-data and --vocab-size go together")
+    if args.mock_data == (args.tokenizer_model is not None):
+        found.append("--tokenizer-model is needed with real data, and only then")
+    return found
+
+
+def _ternary_mistakes(args: argparse.Namespace) -> list[str]:
+    if args.ternary:
+        try:
+            quantizer_config(args)
+        except ValueError as error:
+            return [f"--ternary-group-size: {error}"]
+        if args.ternary_verify_cache and args.ternary_cache == "none":
+            return ["--ternary-verify-cache has nothing to verify with --ternary-cache none"]
+        return []
+    parser = add_ternary_arguments(argparse.ArgumentParser())
+    idle = [
+        action.option_strings[0]
+        for action in parser._actions
+        if action.dest.startswith("ternary_") and getattr(args, action.dest) != action.default
+    ]
+    return [f"{', '.join(idle)} without --ternary would do nothing"] if idle else []
+
+
+def _fill_in(args: argparse.Namespace) -> None:
+    if args.ffn_hidden_size is None:
+        # Megatron-LM: two thirds of 4h, rounded down to a multiple of 64, so that SwiGLU's three matrices weigh alike.
+        args.ffn_hidden_size = (4 * args.hidden_size * 2 // 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size
+    args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+    args.num_query_groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    args.lr_decay_iters = args.lr_decay_iters or args.train_iters
+    args.distributed_backend = args.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

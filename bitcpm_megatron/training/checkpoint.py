@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in megatron-core's ``torch_dist`` format, published whole or not at all.
+
+Layout of ``--save DIR``: ``iter_0000100/`` per checkpoint with the tensors, ``ternary_quantizer.json`` (the quantizer
+record) and ``arguments.json``; ``latest_checkpointed_iteration.txt`` names the newest. A checkpoint is written under a
+temporary name and renamed when every rank has finished, then the tracker is replaced: at any moment the tracker names a
+complete checkpoint.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from ..tensor_parallel.record import QuantizerRecord
+from ..tensor_parallel.sharded_scales import without_scales
+from .model import Model
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+_ARGUMENTS = "arguments.json"
+_RESHARDABLE = "fully_reshardable"
+
+
+@dataclass
+class Progress:
+    """How far a run has come: optimizer steps taken, training samples used."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used as asked."""
+
+
+def latest(directory: str | Path) -> Path | None:
+    """The newest complete checkpoint under ``directory``, or None where there is none.
+
+    Raises:
+        CheckpointError: the tracker names a checkpoint that is not there.
+    """
+    tracker = Path(directory) / _TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8").strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker} holds {text!r} and not an iteration number")
+    path = iteration_directory(directory, int(text))
+    if not (path / "metadata.json").is_file():
+        raise CheckpointError(f"{tracker} names {path}, which is not a complete checkpoint: correct the number in it")
+    return path
+
+
+def iteration_directory(directory: str | Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration lies."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def saved_arguments(checkpoint: Path) -> dict[str, Any]:
+    """The arguments of the run that wrote a checkpoint."""
+    return json.loads((checkpoint / _ARGUMENTS).read_text(encoding="utf-8"))
+
+
+def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_change: bool) -> str:
+    """Compares a checkpoint's quantizer record with what this run wants.
+
+    Returns:
+        One line for the log.
+
+    Raises:
+        CheckpointError: they contradict each other and ``allow_change`` is false.
+    """
+    found = QuantizerRecord.read(checkpoint)
+    if found is None:
+        return "quantizer: the checkpoint records none" + (", starting ternary training from it" if wanted else "")
+    if wanted is None:
+        lines = ["the checkpoint was trained with a quantizer, and --ternary is not given"]
+    else:
+        lines = found.contradictions(wanted)
+    if lines and not allow_change:
+        shown = "\n  ".join(lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else []))
+        raise CheckpointError(
+            f"{checkpoint} was trained with another quantizer:\n  {shown}\n"
+            "give the recorded one, or --allow-quantizer-change to go on with the new one"
+        )
+    return "quantizer: changed on request: " + "; ".join(lines) if lines else "quantizer: as the checkpoint records"
+
+
+def save(
+    args: argparse.Namespace,
+    model: Model,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    progress: Progress,
+    record: QuantizerRecord | None,
+) -> Path:
+    """Writes a checkpoint of this moment; collective over all ranks."""
+    final = iteration_directory(args.save, progress.iteration)
+    temporary = final.with_name(f".{final.name}.incomplete")
+    first = torch.distributed.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    state = _model_state(model)
+    state.update(
+        progress={"iteration": progress.iteration, "consumed_samples": progress.consumed_samples},
+        scheduler=scheduler.state_dict(),
+        rng=_rng_state(),
+    )
+    if not args.no_save_optim:
+        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_metadata())
+    dist_checkpointing.save(state, str(temporary), content_metadata={"distrib_optim_sharding_type": _RESHARDABLE})
+    torch.distributed.barrier()
+    if first:
+        (temporary / _ARGUMENTS).write_text(json.dumps(vars(args), indent=1, default=str), encoding="utf-8")
+        if record is not None:
+            record.write(temporary)
+        _fsync_tree(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _write_tracker(Path(args.save), progress.iteration)
+    torch.distributed.barrier()
+    return final
+
+
+def load(
+    args: argparse.Namespace,
+    checkpoint: Path,
+    model: Model,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> tuple[Progress, list[str]]:
+    """Restores weights, and unless ``--finetune`` optimizer, schedule, position and random states.
+
+    Returns:
+        The progress to go on from, and lines for the log.
+
+    Raises:
+        CheckpointError: the checkpoint lacks what is asked of it.
+    """
+    notes = []
+    saved = saved_arguments(checkpoint)
+    with_optimizer = not (args.finetune or args.no_load_optim)
+    if with_optimizer and saved.get("no_save_optim"):
+        raise CheckpointError(f"{checkpoint} holds no optimizer state: add --no-load-optim or --finetune")
+    same_layout = all(
+        saved.get(name) == getattr(args, name)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+    )
+    with_rng = not (args.finetune or args.no_load_rng)
+    if with_rng and not same_layout:
+        with_rng = False
+        notes.append("random states: seeded anew, the parallel layout differs from the checkpoint's")
+    state = without_scales(_model_state(model))
+    if not args.finetune:
+        state.update(progress={}, scheduler={})
+    if with_rng:
+        state["rng"] = _rng_state()
+    if with_optimizer:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_metadata())
+    loaded = dist_checkpointing.load(state, str(checkpoint))
+    for index, chunk in enumerate(model.bare):
+        chunk.load_state_dict(loaded[_chunk_key(model, index)])
+    if with_optimizer:
+        optimizer.load_state_dict(loaded["optimizer"])
+    else:
+        optimizer.reload_model_params()
+    if args.finetune:
+        return Progress(), notes
+    scheduler.load_state_dict(loaded["scheduler"])
+    if with_rng:
+        _set_rng_state(loaded["rng"])
+    return Progress(**loaded["progress"]), notes
+
+
+def _chunk_key(model: Model, index: int) -> str:
+    return "model" if len(model.bare) == 1 else f"model{index}"
+
+
+def _model_state(model: Model) -> dict[str, Any]:
+    return {
+        _chunk_key(model, i): chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(model.bare)
+    }
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": _RESHARDABLE,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _rng_state() -> ShardedObject:
+    """The random states of this tensor / pipeline rank, under Megatron-LM's key."""
+    state = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    pp, tp = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+    shape = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    return ShardedObject("rng_state", [state], shape, (pp, tp), replica_id=parallel_state.get_data_parallel_rank())
+
+
+def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
+    state = loaded[0]
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+
+
+def _write_tracker(directory: Path, iteration: int) -> None:
+    temporary = directory / f".{_TRACKER}.incomplete"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, directory / _TRACKER)
+    _fsync(directory)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        _fsync(path)
+    _fsync(directory)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process groups, host patches and random seeds."""
+
+import argparse
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from ..patches import cpu, megatron_core
+
+
+def world_size() -> int:
+    """Number of processes of this job, as ``torchrun`` says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Patches the host, joins the process group, builds the parallel groups and seeds every generator."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        cpu.install()
+    megatron_core.allow_sequence_parallel_torch_norm()
+    megatron_core.provide_fused_adam()
+
+    timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(args.distributed_backend, timeout=timeout)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(args.distributed_backend, store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    seed(args.seed)
+
+
+def seed(value: int) -> None:
+    """Seeds Python, numpy, torch and megatron-core's tracker; pipeline stages differ, as in Megatron-LM."""
+    value += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+    tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+def shutdown() -> None:
+    """Leaves the process groups."""
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

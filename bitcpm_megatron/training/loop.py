@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: one pretraining run from arguments to its last checkpoint."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from ..quantization import scales_are_finite
+from ..tensor_parallel import ternary_modules
+from ..tensor_parallel.record import QuantizerRecord
+from . import checkpoint
+from .arguments import params_dtype, quantizer_config
+from .checkpoint import Progress
+from .data import Batch, batches, build_data, build_tokenizer
+from .initialize import device
+from .metrics import MetricsLog, ProgressBar
+from .model import Model, build_model, parameter_count
+from .optimizer import build_optimizer, build_scheduler, learning_rate, step
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint stands."""
+
+
+def pretrain(args: argparse.Namespace) -> Progress:
+    """Trains as the arguments say; the process groups must stand.
+
+    Returns:
+        How far the run has come.
+
+    Raises:
+        TrainingError, CheckpointError, RecipeError, ProbeError, ValueError: with the cure in the message.
+    """
+    found = _find_checkpoint(args)
+    tokenizer, vocabulary = build_tokenizer(args)
+    model = build_model(args, vocabulary)
+    record = _record(args, model)
+    optimizer = build_optimizer(args, model)
+    scheduler = build_scheduler(args, optimizer)
+    progress, notes = Progress(), list(model.notes)
+    if found is not None:
+        notes.append(checkpoint.check_quantizer(found, record, args.allow_quantizer_change))
+        progress, more = checkpoint.load(args, found, model, optimizer, scheduler)
+        notes += [f"loaded {found}, going on after iteration {progress.iteration}", *more]
+    elif args.load is not None:
+        notes.append(f"no checkpoint in {args.load}: starting anew")
+    data = build_data(args, tokenizer)
+    _introduce(args, model, vocabulary, notes)
+
+    first = torch.distributed.get_rank() == 0
+    log = MetricsLog(args.log_dir if first else None, progress.iteration)
+    bar = ProgressBar(args.train_iters, progress.iteration, enabled=first)
+    train_batches = batches(args, data.train, progress.consumed_samples)
+    valid_batches = None
+    saved_at = progress.iteration
+    try:
+        while progress.iteration < args.train_iters:
+            started = time.perf_counter()
+            rate = learning_rate(optimizer)
+            loss = _forward_backward(args, model, train_batches)
+            taken, grad_norm = step(optimizer)
+            if taken:
+                scheduler.step(increment=args.global_batch_size)
+            progress.iteration += 1
+            progress.consumed_samples += args.global_batch_size
+            elapsed = time.perf_counter() - started
+            tokens = args.global_batch_size * args.seq_length / elapsed
+            bar.step({"loss": f"{loss:.3f}", "tok/s": f"{tokens:.0f}"})
+            if progress.iteration % args.log_interval == 0 or progress.iteration == args.train_iters:
+                log.write(_train_record(progress, loss, grad_norm, rate, tokens, elapsed))
+                bar.say(
+                    f"iteration {progress.iteration:>7}/{args.train_iters} | loss {loss:.4f} | "
+                    f"grad norm {grad_norm:.3f} | lr {rate:.3e} | {tokens:.0f} tokens/s"
+                )
+            last = progress.iteration == args.train_iters
+            leaving = args.exit_interval is not None and progress.iteration % args.exit_interval == 0
+            if data.valid is not None and (progress.iteration % args.eval_interval == 0 or last):
+                valid_batches = batches(args, data.valid, 0)
+                valid = evaluate(args, model, valid_batches)
+                log.write(_valid_record(progress, valid))
+                bar.say(f"iteration {progress.iteration:>7}/{args.train_iters} | validation loss {valid:.4f}")
+            due = args.save_interval is not None and progress.iteration % args.save_interval == 0
+            if args.save is not None and (due or last or leaving) and saved_at != progress.iteration:
+                path = checkpoint.save(args, model, optimizer, scheduler, progress, record)
+                saved_at = progress.iteration
+                bar.say(f"saved {path}")
+            if leaving:
+                break
+    finally:
+        bar.close()
+        log.close()
+    return progress
+
+
+@torch.no_grad()
+def evaluate(args: argparse.Namespace, model: Model, data: Iterator[Batch]) -> float:
+    """Mean validation loss, in nats per token, over ``--eval-iters`` global batches."""
+    for chunk in model.chunks:
+        chunk.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for _ in range(args.eval_iters):
+        total += _run_schedule(args, model, data, forward_only=True)[:2]
+    for chunk in model.chunks:
+        chunk.train()
+    return float(total[0] / total[1])
+
+
+def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Batch]) -> float:
+    """Gradients of one global batch; returns its loss, and raises on every rank alike where it is not finite."""
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    loss_sum, tokens, broken = _run_schedule(args, model, data, forward_only=False).tolist()
+    if broken:
+        for state, _ in ternary_modules(model.bare):
+            if not state.scales.isfinite().all():
+                print(f"{state.name}: its weight has no finite scale", file=sys.stderr)
+        raise TrainingError(
+            "a latent weight is not finite or too large to be quantized: training has diverged. Resume from the last "
+            "checkpoint with a lower --lr or --clip-grad"
+        )
+    loss = loss_sum / tokens
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss}: training has diverged. Resume from the last checkpoint with a lower --lr or --clip-grad"
+        )
+    return loss
+
+
+def _run_schedule(args: argparse.Namespace, model: Model, data: Iterator[Batch], forward_only: bool) -> torch.Tensor:
+    """Runs megatron-core's schedule over the micro-batches of one global batch.
+
+    Returns:
+        float64 ``[loss sum, tokens, ranks with a scale that is not finite]`` over the whole job, on the CPU. Every
+        tensor-parallel rank counts the same loss, which the quotient does not see. This is the one point per step that
+        waits for the device in any case.
+    """
+    # The schedule's stages (and virtual stages) each read the same micro-batches.
+    shared = list(islice(data, args.num_microbatches))
+    iterators = [iter(shared) for _ in model.chunks]
+    results = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=model.chunks,
+        num_microbatches=args.num_microbatches,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        forward_only=forward_only,
+    )
+    total = torch.zeros(3, dtype=torch.float64, device=device())
+    for result in results:
+        total[:2] += result["lm_loss"].to(total.dtype)
+    scales = [state.scales for state, _ in ternary_modules(model.bare) if state.scales is not None]
+    if scales:
+        total[2] = (~scales_are_finite(scales)).to(total.dtype)
+    torch.distributed.all_reduce(total)
+    return total.cpu()
+
+
+def _forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
+    batch = {name: value.to(device(), non_blocking=True) for name, value in next(data).items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the token losses, number of tokens, and both again for the report."""
+    mask = mask.reshape(-1).float()
+    total = (losses.reshape(-1).float() * mask).sum()
+    tokens = mask.sum()
+    # Schedules divide the loss in place: the report needs a copy.
+    return total.clone(), tokens.int(), {"lm_loss": torch.stack((total.detach(), tokens))}
+
+
+def _find_checkpoint(args: argparse.Namespace) -> checkpoint.Path | None:
+    """The checkpoint to load; takes the recorded number of row-parallel shards where none is given."""
+    if args.load is None:
+        return None
+    found = checkpoint.latest(args.load)
+    if found is None:
+        if args.exit_on_missing_checkpoint:
+            raise checkpoint.CheckpointError(f"no checkpoint in {args.load}, and --exit-on-missing-checkpoint is given")
+        return None
+    recorded = QuantizerRecord.read(found)
+    if args.ternary and recorded is not None and args.ternary_row_parallel_shards is None:
+        args.ternary_row_parallel_shards = recorded.row_parallel_shards
+    return found
+
+
+def _record(args: argparse.Namespace, model: Model) -> QuantizerRecord | None:
+    if model.coverage is None:
+        return None
+    dtype = str(params_dtype(args)).removeprefix("torch.")
+    return QuantizerRecord.of(model.coverage, quantizer_config(args), dtype)
+
+
+def _introduce(args: argparse.Namespace, model: Model, vocabulary: int, notes: list[str]) -> None:
+    parameters = parameter_count(model)
+    if torch.distributed.get_rank() != 0:
+        return
+    print(
+        f"{parameters:,} parameters, vocabulary {vocabulary:,} (padded), {params_dtype(args)}, "
+        f"TP {parallel_state.get_tensor_model_parallel_world_size()} x "
+        f"PP {parallel_state.get_pipeline_model_parallel_world_size()} x DP {args.data_parallel_size}, "
+        f"{args.num_microbatches} micro-batches of {args.micro_batch_size} x {args.seq_length} tokens per step, "
+        f"{device().type} over {args.distributed_backend}"
+    )
+    for note in notes:
+        print(note)
+    if model.coverage is not None:
+        print(model.coverage.table())
+    sys.stdout.flush()
+
+
+def _train_record(
+    progress: Progress, loss: float, grad_norm: float, rate: float, tokens: float, elapsed: float
+) -> dict[str, object]:
+    return {
+        "kind": "train",
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "lm_loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "tokens_per_second": tokens,
+        "elapsed_ms": elapsed * 1e3,
+    }
+
+
+def _valid_record(progress: Progress, loss: float) -> dict[str, object]:
+    return {
+        "kind": "valid",
+        "iteration": progress.iteration,
+        "consumed_samples": progress.consumed_samples,
+        "lm_loss": loss,
+    }

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves to be looked at: ``metrics.jsonl``, TensorBoard events, ``loss.png``, and a progress bar."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
+    """All records of a run's ``metrics.jsonl``, oldest first."""
+    lines = (Path(directory) / METRICS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+class MetricsLog:
+    """Writes the records of one run; only rank 0 holds one.
+
+    A resumed run appends to the same files; records after the iteration it resumes from are dropped first, so that
+    every iteration stands there once.
+
+    Args:
+        directory: where to write, or None for nowhere.
+        resumed_from: iteration that training goes on from.
+
+    Raises:
+        RuntimeError: a directory is given and tensorboard or matplotlib is not installed.
+    """
+
+    def __init__(self, directory: str | Path | None, resumed_from: int = 0) -> None:
+        self._directory = None if directory is None else Path(directory)
+        self._events = None
+        if self._directory is None:
+            return
+        _require_plotting()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._truncate(resumed_from)
+        self._events = SummaryWriter(str(self._directory), purge_step=resumed_from + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record; numbers become TensorBoard scalars ``<kind>/<name>``."""
+        if self._directory is None:
+            return
+        with open(self._directory / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name not in ("kind", "iteration") and isinstance(value, int | float):
+                self._events.add_scalar(f"{record['kind']}/{name}", value, record["iteration"])
+
+    def close(self) -> None:
+        """Flushes the events and draws ``loss.png``."""
+        if self._directory is None:
+            return
+        self._events.close()
+        if (self._directory / METRICS).is_file():
+            plot_losses({"": self._directory}, self._directory / "loss.png")
+
+    def _truncate(self, resumed_from: int) -> None:
+        path = self._directory / METRICS
+        if not path.is_file():
+            return
+        kept = [r for r in read_metrics(self._directory) if r["iteration"] <= resumed_from]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Mapping[str, float] | None = None) -> None:
+    """Draws training (line) and validation (dots) losses of one or more runs.
+
+    Args:
+        runs: name in the legend -> directory with ``metrics.jsonl``.
+        picture: the PNG to write.
+        levels: horizontal lines to compare with, name -> loss in nats per token.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for index, (name, directory) in enumerate(runs.items()):
+        records = read_metrics(directory)
+        for kind, style in (("train", {"linewidth": 1, "alpha": 0.6}), ("valid", {"marker": "o", "linewidth": 2})):
+            points = [(r["iteration"], r["lm_loss"]) for r in records if r["kind"] == kind]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=f"C{index}", label=f"{name} {kind}".strip(), **style)
+    for name, value in (levels or {}).items():
+        axes.axhline(value, color="grey", linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+
+
+class ProgressBar:
+    """Iterations done, speed and time left, on standard error; silent on all ranks but the first."""
+
+    def __init__(self, total: int, done: int, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bar = tqdm(total=total, initial=done, unit="it", desc="train", disable=not enabled, mininterval=1.0)
+
+    def step(self, shown: Mapping[str, str]) -> None:
+        """One iteration is done."""
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Prints a line to standard output without tearing the bar."""
+        if self._enabled:
+            self._bar.write(line)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
+
+
+def _require_plotting() -> None:
+    try:
+        import matplotlib  # noqa: F401
+        import tensorboard  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"--log-dir needs {error.name}: pip install 'bitcpm_megatron[plot]', or leave it out"
+        ) from None

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From arguments to model chunks: GPTModel, ternary linears, mixed precision, DDP."""
+
+import argparse
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from ..ops import set_backend
+from ..tensor_parallel import CoverageReport, apply_recipe, probe
+from .arguments import params_dtype, quantizer_config
+from .initialize import device
+
+
+@dataclass
+class Model:
+    """The model chunks of this rank.
+
+    Attributes:
+        chunks: wrapped in DDP, as the schedules take them; more than one with virtual pipeline stages.
+        bare: the same chunks without wrappers.
+        config: shared by all.
+        coverage: what was quantized, None for a BF16 / FP32 run.
+        notes: what was decided at start-up, for the log.
+    """
+
+    chunks: list[torch.nn.Module]
+    bare: list[GPTModel]
+    config: TransformerConfig
+    coverage: CoverageReport | None
+    notes: list[str]
+
+
+def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool = True) -> Model:
+    """Builds, quantizes, probes and wraps the model.
+
+    Args:
+        args: from :func:`~bitcpm_megatron.training.arguments.parse_args`.
+        padded_vocab_size: rows of the embedding.
+        with_ddp: wrap for training.
+
+    Raises:
+        RecipeError, ProbeError, ValueError, RuntimeError: the ternary request cannot be carried out.
+    """
+    config = transformer_config(args)
+    notes = [] if config.gradient_accumulation_fusion else [_fusion_note(args)]
+    bare = [_chunk(args, config, padded_vocab_size, stage) for stage in _stages(args)]
+    for chunk in bare:
+        chunk.to(device())
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if args.bf16:
+        # Before the quantizer: it must see the dtype that the forward sees.
+        chunks: list[torch.nn.Module] = [Float16Module(config, chunk) for chunk in bare]
+    else:
+        chunks = list(bare)
+
+    coverage = None
+    if args.ternary:
+        choice = set_backend(args.ternary_backend, device().type)
+        notes.append(f"quantizer backend: {choice.backend.name} ({choice.reason})")
+        coverage = apply_recipe(
+            bare,
+            args.ternary_recipe,
+            default=quantizer_config(args),
+            row_parallel_shards=args.ternary_row_parallel_shards,
+            cache=args.ternary_cache,
+            verify_cache=args.ternary_verify_cache,
+        )
+        notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(bare)} layers of this rank")
+    if with_ddp:
+        chunks = [_wrap(args, config, chunk, i) for i, chunk in enumerate(chunks)]
+        _connect_schedule(config, chunks, args)
+    return Model(chunks, bare, config, coverage, notes)
+
+
+def transformer_config(args: argparse.Namespace) -> TransformerConfig:
+    """megatron-core's configuration for these arguments (local spec, unfused element-wise operations)."""
+    return TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        normalization=args.normalization,
+        layernorm_epsilon=args.norm_epsilon,
+        gated_linear_unit=args.swiglu,
+        activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
+        add_bias_linear=args.add_bias_linear,
+        attention_dropout=args.attention_dropout,
+        hidden_dropout=args.hidden_dropout,
+        init_method_std=args.init_method_std,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
+        sequence_parallel=args.sequence_parallel,
+        params_dtype=params_dtype(args),
+        pipeline_dtype=params_dtype(args),
+        bf16=args.bf16,
+        use_cpu_initialization=args.use_cpu_initialization,
+        gradient_accumulation_fusion=args.gradient_accumulation_fusion and _fusion_available(),
+        recompute_granularity=args.recompute_granularity,
+        recompute_method=args.recompute_method,
+        recompute_num_layers=args.recompute_num_layers,
+        # Interleaved stages with batched exchanges run over gloo and do not learn; overlapped ones do.
+        overlap_p2p_comm=args.num_virtual_stages_per_pipeline_rank is not None,
+        batch_p2p_comm=args.num_virtual_stages_per_pipeline_rank is None,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def parameter_count(model: Model) -> int:
+    """Parameters of the whole model, over all tensor and pipeline ranks."""
+    local = 0
+    for chunk in model.bare:
+        for name, p in chunk.named_parameters():
+            shared_copy = getattr(p, "shared", False) or (name == "output_layer.weight" and not chunk.pre_process)
+            if shared_copy and chunk.share_embeddings_and_output_weights:
+                continue
+            if tensor_parallel.param_is_not_tensor_parallel_duplicate(p):
+                local += p.numel()
+    total = torch.tensor([local], dtype=torch.int64, device=device())
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total.item())
+
+
+def _fusion_available() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _fusion_note(args: argparse.Namespace) -> str:
+    why = "fused_weight_gradient_mlp_cuda is not installed" if args.gradient_accumulation_fusion else "switched off"
+    return f"gradient-accumulation fusion: off ({why})"
+
+
+def _stages(args: argparse.Namespace) -> list[int | None]:
+    virtual = args.num_virtual_stages_per_pipeline_rank
+    return [None] if virtual is None else list(range(virtual))
+
+
+def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_stage: int | None) -> GPTModel:
+    spec = get_gpt_layer_local_spec(normalization=args.normalization)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=vocab,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_base=args.rotary_base,
+        vp_stage=vp_stage,
+    )
+    model.model_type = ModelType.encoder_or_decoder
+    return model
+
+
+def _wrap(args: argparse.Namespace, config: TransformerConfig, chunk: torch.nn.Module, index: int) -> torch.nn.Module:
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        bucket_size=40_000_000 if args.overlap_grad_reduce else None,
+    )
+    return DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
+
+
+def _connect_schedule(config: TransformerConfig, chunks: list[torch.nn.Module], args: argparse.Namespace) -> None:
+    """Hands the schedule the hooks that Megatron-LM's ``train()`` hands it."""
+    config.finalize_model_grads_func = finalize_model_grads
+    one = len(chunks) == 1
+    if args.overlap_grad_reduce:
+        config.no_sync_func = chunks[0].no_sync if one else [c.no_sync for c in chunks]
+        if not one:
+            config.grad_sync_func = [c.start_grad_sync for c in chunks]
+    if args.overlap_param_gather and not one:
+        config.param_sync_func = [c.start_param_sync for c in chunks]

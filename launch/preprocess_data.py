@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn text into the token files that training reads.
+
+Documents come from plain text and JSON Lines files (also ``.gz``), or from the English prose inside of CPython. They
+are tokenized with a SentencePiece model, given or trained on the spot, into ``<prefix>_<key>_document.bin`` and
+``.idx``, the format of Megatron-LM; training then takes ``--data-path <prefix>_text_document``.
+
+    python launch/preprocess_data.py --input corpus.jsonl --tokenizer-model tokenizer.model --append-eod \\
+        --output-prefix data/corpus
+
+Without any data at hand, a small corpus with a tokenizer and a held-out part:
+
+    python launch/preprocess_data.py --builtin-corpus python-prose --split train --append-eod \\
+        --train-tokenizer data/tokenizer.model --vocab-size 4096 --output-prefix data/train
+    python launch/preprocess_data.py --builtin-corpus python-prose --split valid --append-eod \\
+        --tokenizer-model data/tokenizer.model --output-prefix data/valid
+
+Exit codes: 0 done, 1 failed, 2 bad input or arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+try:
+    import bitcpm_megatron  # noqa: F401
+except ModuleNotFoundError:  # started as a script from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bitcpm_megatron.training.corpus import (
+    FORM_FEED,
+    TEXT_KEY,
+    detect_format,
+    document_split,
+    python_prose,
+    read_documents,
+    refuse_existing,
+    write_corpus,
+)
+from bitcpm_megatron.training.tokenizer import SentencePieceTokenizer, train_sentencepiece
+
+# A pass over the corpus: the argument names it in the progress bar.
+Corpus = Callable[[str], Iterator[dict[str, str]]]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line; a bad one ends the process with code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    source = parser.add_argument_group("input").add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", type=Path, metavar="FILE", help="text or JSON Lines files, plain or .gz")
+    source.add_argument(
+        "--builtin-corpus",
+        choices=["python-prose"],
+        help="about 2 MB of English from the documentation inside of CPython",
+    )
+    reading = parser.add_argument_group("reading")
+    reading.add_argument(
+        "--input-format", choices=["auto", "jsonl", "text"], default="auto", help="default: by the suffix of each file"
+    )
+    reading.add_argument(
+        "--json-keys", nargs="+", metavar="KEY", help=f"keys of the texts, each to its own output (default: {TEXT_KEY})"
+    )
+    reading.add_argument(
+        "--document-separator",
+        metavar="LINE",
+        help="a plain text line that ends a document, '' for blank lines (default: a form feed); a file without any is "
+        "one document",
+    )
+    reading.add_argument(
+        "--split",
+        choices=["all", "train", "valid"],
+        default="all",
+        help="take all documents, or one side of a fixed split by the hash of each document (default: all)",
+    )
+    reading.add_argument(
+        "--valid-fraction", type=float, metavar="F", help="share of the documents in --split valid (default: 0.05)"
+    )
+    tokens = parser.add_argument_group("tokenizer")
+    model = tokens.add_mutually_exclusive_group(required=True)
+    model.add_argument("--tokenizer-model", type=Path, metavar="MODEL", help="SentencePiece model to use")
+    model.add_argument(
+        "--train-tokenizer", type=Path, metavar="MODEL", help="train one on the documents and write it here"
+    )
+    tokens.add_argument("--vocab-size", type=int, metavar="N", help="number of pieces for --train-tokenizer")
+    tokens.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="leading part of the output names")
+    output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    output.add_argument("--workers", type=int, default=1, metavar="N", help="tokenizer threads (default: 1)")
+    args = parser.parse_args(argv)
+    problem = _problem(args)
+    if problem:
+        parser.error(problem)
+    args.document_separator = FORM_FEED if args.document_separator is None else args.document_separator
+    args.json_keys = args.json_keys or [TEXT_KEY]
+    args.valid_fraction = 0.05 if args.valid_fraction is None else args.valid_fraction
+    return args
+
+
+def _problem(args: argparse.Namespace) -> str | None:
+    """Return what is wrong with the combination of arguments: whatever would have no effect is an error."""
+    if (args.train_tokenizer is None) != (args.vocab_size is None):
+        return "--train-tokenizer and --vocab-size go together; a given --tokenizer-model has its own size"
+    if args.valid_fraction is not None and args.split == "all":
+        return "--valid-fraction needs --split train or --split valid"
+    if args.workers < 1:
+        return "--workers must be at least 1"
+    if args.builtin_corpus and (args.json_keys or args.document_separator is not None or args.input_format != "auto"):
+        return "--json-keys, --document-separator and --input-format are for --input, not for --builtin-corpus"
+    return None
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Do what the command line asks for and print one line per output.
+
+    Raises:
+        ValueError: bad input; the message says where and what to do.
+    """
+    if not args.overwrite:  # before the long first pass
+        refuse_existing(args.output_prefix, args.json_keys)
+    corpus = _builtin_corpus(args) if args.builtin_corpus else _file_corpus(args)
+    tokenizer = _train_tokenizer(corpus, args) if args.train_tokenizer else SentencePieceTokenizer(args.tokenizer_model)
+    if not args.append_eod:
+        print("note: documents run into one another without --append-eod", file=sys.stderr)
+    summaries = write_corpus(
+        corpus("tokenizing"),
+        args.output_prefix,
+        tokenizer,
+        keys=args.json_keys,
+        append_eod=args.append_eod,
+        threads=args.workers,
+        overwrite=args.overwrite,
+    )
+    for summary in summaries.values():
+        print(summary)
+
+
+def _builtin_corpus(args: argparse.Namespace) -> Corpus:
+    # Two megabytes that take seconds to collect: held in memory for both passes.
+    documents = [{TEXT_KEY: text} for text in python_prose()]
+    return lambda _: _chosen(iter(documents), args)
+
+
+def _file_corpus(args: argparse.Namespace) -> Corpus:
+    formats = {detect_format(path, args.input_format) for path in args.input}
+    if args.document_separator != FORM_FEED and "text" not in formats:
+        raise ValueError("--document-separator is for plain text, and no --input is; leave it out")
+    for path in args.input:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file; check --input")
+    return functools.partial(_read_with_progress, args)
+
+
+def _read_with_progress(args: argparse.Namespace, title: str) -> Iterator[dict[str, str]]:
+    total = sum(path.stat().st_size for path in args.input)
+    # A terminal gets a live bar, a log file a line every half minute.
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    with tqdm(total=total, unit="B", unit_scale=True, desc=title, mininterval=interval, file=sys.stderr) as bar:
+        documents = read_documents(
+            args.input,
+            keys=args.json_keys,
+            input_format=args.input_format,
+            separator=args.document_separator,
+            on_read=bar.update,
+        )
+        yield from _chosen(documents, args)
+
+
+def _chosen(documents: Iterator[dict[str, str]], args: argparse.Namespace) -> Iterator[dict[str, str]]:
+    for document in documents:
+        words = "\n".join(document.values())
+        if args.split == "all" or document_split(words, args.valid_fraction) == args.split:
+            yield document
+
+
+def _train_tokenizer(corpus: Corpus, args: argparse.Namespace) -> SentencePieceTokenizer:
+    if args.train_tokenizer.exists() and not args.overwrite:
+        raise ValueError(
+            f"{args.train_tokenizer} exists, and what was tokenized with it needs it; pass it as --tokenizer-model, or "
+            "--overwrite to replace it"
+        )
+    texts = (text for document in corpus("reading for the tokenizer") for text in document.values())
+    return train_sentencepiece(texts, args.train_tokenizer, args.vocab_size)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 failed, 2 bad input (bad arguments exit with 2, too)."""
+    args = parse_arguments(argv)
+    try:
+        prepare(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError, ImportError) as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted before the output was complete", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # a cancelled job cleans up as after Ctrl-C
+    sys.exit(main())

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches of upstream packages: one module per upstream, each patch idempotent, logged, and explained where it stands.
+
+A patched object carries the attribute ``__bitcpm_original__``. Importing a module here changes nothing: the functions do.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger("bitcpm_megatron.patches")
+
+ORIGINAL = "__bitcpm_original__"
+
+
+def replace(owner: Any, attribute: str, make: Callable[[Any], Any]) -> bool:
+    """Puts ``make(original)`` in the place of ``owner.attribute``, once.
+
+    Args:
+        owner: module or class that holds the symbol.
+        attribute: its name there.
+        make: builds the replacement from the original. A fresh function each time: torch's compiler keeps a table of
+            ``torch.*`` functions by identity, and one function under two names breaks it.
+
+    Returns:
+        Whether anything was changed (False when the patch was already in place).
+    """
+    original = getattr(owner, attribute)
+    if hasattr(original, ORIGINAL):
+        return False
+    replacement = make(original)
+    setattr(replacement, ORIGINAL, original)
+    setattr(owner, attribute, replacement)
+    logger.info("patched %s.%s", getattr(owner, "__name__", owner), attribute)
+    return True

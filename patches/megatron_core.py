@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches of megatron-core, for every device."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+from . import logger, replace
+
+FirstMicrobatchListener = Callable[[torch.nn.Module], None]
+ScheduleEndListener = Callable[[Sequence[torch.nn.Module]], None]
+
+
+def announce_optimizer_steps(on_first: FirstMicrobatchListener, on_end: ScheduleEndListener) -> None:
+    """Tells when a model chunk starts its first micro-batch, and when the schedule that ran it is over.
+
+    Displaces ``megatron.core.transformer.module.MegatronModule.set_is_first_microbatch``, which acts only when fp8, fp4
+    or kitchen is configured, and ``forward_backward_*`` in ``megatron.core.pipeline_parallel.schedules``
+    (``get_forward_backward_func`` looks them up there at each call, so nothing else needs to change). Without the first
+    a cached quantized weight would never be renewed; without the second a plain ``model(x)`` after the schedule could
+    see one that the optimizer has made stale. The originals run unchanged.
+
+    Args:
+        on_first: called with the chunk as the schedule holds it (wrapped in DDP and Float16Module, as the case may be).
+        on_end: called with all chunks of the schedule, also when it raised.
+    """
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer.module import MegatronModule
+
+    def announce_first(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def set_is_first_microbatch(self: torch.nn.Module) -> None:
+            on_first(self)
+            original(self)
+
+        return set_is_first_microbatch
+
+    def announce_end(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def forward_backward(*, model: torch.nn.Module | list[torch.nn.Module], **kwargs):  # noqa: ANN202
+            try:
+                return original(model=model, **kwargs)
+            finally:
+                on_end(model if isinstance(model, list) else [model])
+
+        return forward_backward
+
+    replace(MegatronModule, "set_is_first_microbatch", announce_first)
+    for name in (
+        "forward_backward_no_pipelining",
+        "forward_backward_pipelining_without_interleaving",
+        "forward_backward_pipelining_with_interleaving",
+    ):
+        replace(schedules, name, announce_end)
+
+
+def allow_sequence_parallel_torch_norm() -> None:
+    """Lets torch's RMSNorm / LayerNorm run under sequence parallelism.
+
+    Displaces ``megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__``, which asserts that sequence parallelism
+    is off, so that neither Apex nor Transformer Engine can be done without. What is missing there is only the mark
+    ``sequence_parallel`` on the parameters: ``finalize_model_grads`` sums the gradients of marked parameters over the
+    tensor-parallel group, and without it every rank would train its own norm weights on its own part of the sequence.
+    """
+    from megatron.core.transformer import torch_norm
+
+    def marked(original: Callable) -> Callable:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def __new__(cls: type, *args, **kwargs) -> torch.nn.Module:  # noqa: N807
+            config = signature.bind(cls, *args, **kwargs).arguments["config"]
+            wanted, config.sequence_parallel = config.sequence_parallel, False
+            try:
+                norm = original(cls, *args, **kwargs)
+            finally:
+                config.sequence_parallel = wanted
+            for parameter in norm.parameters():
+                parameter.sequence_parallel = wanted
+            return norm
+
+        return __new__
+
+    replace(torch_norm.WrappedTorchNorm, "__new__", marked)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam with the interface of Apex's ``FusedAdam``, on torch's own fused kernel.
+
+    The one difference from ``torch.optim.AdamW`` that matters: the step count lives in ``param_groups``, not in the
+    per-parameter state, which is what megatron-core's distributed optimizer saves and restores.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the denominator.
+        weight_decay: coefficient.
+        adam_w_mode: decoupled weight decay (AdamW); otherwise L2 regularisation.
+    """
+
+    def __init__(
+        self,
+        params,  # noqa: ANN001 - torch.optim's ParamsT
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("FusedAdam takes no closure: compute the gradients before step()")
+        update = adamw if self.adam_w_mode else adam
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            if not params:
+                continue
+            beta1, beta2 = group["betas"]
+            update(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                # torch counts the step up itself, in these throw-away tensors.
+                [torch.full((), group["step"] - 1.0, device=p.device) for p in params],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def provide_fused_adam() -> None:
+    """Gives megatron-core an Apex-like Adam where neither Apex nor Transformer Engine is installed.
+
+    Sets ``Adam`` and ``USING_PYTORCH_OPTIMIZER`` in ``megatron.core.optimizer``, and ``Adam``, ``HAVE_APEX_OR_TE`` and
+    ``USING_APEX_OPTIMIZER`` in ``megatron.core.optimizer.distrib_optimizer``. With torch's AdamW the distributed
+    optimizer asserts on one common step count when it is saved, and cannot be loaded on a rank that holds no shard.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    logger.info("patched megatron.core.optimizer.Adam")

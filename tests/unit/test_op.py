@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered op: schema, fake kernel, straight-through gradient, compilation, and the choice of a backend.
+
+What the values are is tested in ``test_quantizer.py``; here the op must give those values through every door.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bitcpm_megatron import QuantizerConfig, dequantize, fake_quantize, quantize
+from bitcpm_megatron.ops import Backend, active_backend, backends, register_backend, registry, set_backend
+from bitcpm_megatron.quantization import SPACES, Space
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 1e-5
+OP = torch.ops.bitcpm.fake_quantize
+
+
+def gaussian(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal including the sign of zeros."""
+    return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(torch.signbit(a), torch.signbit(b))
+
+
+# ------------------------------------------------------------------------------------------------ schema and values
+
+
+def test_schema() -> None:
+    expected = "(Tensor weight, SymInt group_size, float eps, Tensor? scale) -> (Tensor, Tensor)"
+    assert str(OP.default._schema) == "bitcpm::fake_quantize" + expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize("group", [-1, 32])
+def test_opcheck(dtype: torch.dtype, with_scale: bool, group: int) -> None:
+    weight = gaussian(6, 64, dtype).requires_grad_()
+    scale = quantize(weight, QuantizerConfig(group_size=group))[1] * 2 if with_scale else None
+    torch.library.opcheck(OP.default, (weight, group, EPS, scale))
+
+
+def test_opcheck_of_a_transposed_weight() -> None:
+    torch.library.opcheck(OP.default, (gaussian(64, 6).t().requires_grad_(), 32, EPS, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "transpose"), [(-1, False), (32, False), (-1, True)])
+def test_values_are_those_of_the_reference(dtype: torch.dtype, group: int, transpose: bool) -> None:
+    weight = gaussian(64, 64, dtype, 1)
+    weight[3] = -0.0
+    weight = weight.t() if transpose else weight
+    before = weight.clone()
+    config = QuantizerConfig(group_size=group, eps=2.0**-10)
+    codes, scales = quantize(weight, config)
+    expected = dequantize(codes, scales, config, dtype)
+    assert len(codes.unique()) == 3
+    assert bits_equal(fake_quantize(weight, config), expected)
+    quantized, found = OP(weight, group, config.eps, None)
+    assert bits_equal(quantized, expected) and torch.equal(found, scales)
+
+    double = scales * 2
+    quantized, found = OP(weight, group, config.eps, double)
+    assert bits_equal(quantized, dequantize(*quantize(weight, config, double), config, dtype))
+    assert not torch.equal(quantized, expected)
+    assert torch.equal(found, double)
+    assert found.untyped_storage().data_ptr() != double.untyped_storage().data_ptr()
+    assert bits_equal(weight, before)
+
+
+def test_the_config_reaches_the_op() -> None:
+    weight = torch.zeros(2, 64)
+    weight[:, 0] = 1.0
+    assert fake_quantize(weight, QuantizerConfig())[0, 0] == 2.0**-6
+    assert fake_quantize(weight, QuantizerConfig(group_size=32))[0, 0] == 2.0**-5
+    assert fake_quantize(weight, QuantizerConfig(eps=0.25))[0, 0] == 0.25
+
+
+def test_a_space_that_the_op_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    five = Space("five", (-2.0, -1.0, 0.0, 1.0, 2.0), (-1.5, -0.5, 0.5, 1.5), ("lower", "upper") * 2, "absmean")
+    monkeypatch.setitem(SPACES, "five", five)
+    # Ternary values in place of the five that were asked for would be an answer to another question.
+    with pytest.raises(ValueError, match="ternary, not to 'five': use quantize and dequantize"):
+        fake_quantize(gaussian(2, 64), QuantizerConfig(space="five"))
+
+
+@pytest.mark.parametrize(
+    ("weight", "group", "scale", "cure"),
+    [
+        (torch.zeros(64), -1, None, r"\(64,\).*matrix"),
+        (torch.zeros(0, 64), -1, None, r"\(0, 64\).*empty"),
+        (torch.zeros(2, 64, dtype=torch.float64), -1, None, r"float64.*\(2, 64\).*cast it to"),
+        (torch.zeros(2, 64, dtype=torch.int8), -1, None, r"int8.*\(2, 64\).*cast it to"),
+        (torch.zeros(2, 96), 64, None, r"group_size=64.*96.*use -1 or one of"),
+        (torch.zeros(2, 96), 0, None, r"group_size=0.*96.*use -1 or one of"),
+        (torch.zeros(2, 64), 32, torch.ones(2, 1, dtype=torch.bfloat16), r"\(2, 1\).*pass bfloat16 of shape \(2, 2\)"),
+        (torch.zeros(2, 64), 32, torch.ones(2, 2), r"float32.*pass bfloat16 of shape \(2, 2\)"),
+    ],
+)
+def test_bad_input_is_refused_by_the_kernel_and_by_its_fake(
+    weight: torch.Tensor, group: int, scale: torch.Tensor | None, cure: str
+) -> None:
+    with pytest.raises(ValueError, match=cure):
+        OP(weight, group, EPS, scale)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=cure):
+        OP(mode.from_tensor(weight), group, EPS, None if scale is None else mode.from_tensor(scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_fake_tensors_have_the_layout_of_the_real_ones(dtype: torch.dtype, transpose: bool) -> None:
+    weight = gaussian(64, 96, dtype)
+    weight = weight.t() if transpose else weight
+    real = OP(weight, 32, EPS, None)
+    with FakeTensorMode() as mode:
+        fake = OP(mode.from_tensor(weight), 32, EPS, None)
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+    assert fake[1].shape == (weight.shape[0], weight.shape[1] // 32) and fake[1].dtype == torch.bfloat16
+
+
+# --------------------------------------------------------------------------------------------------------- gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_the_gradient_passes_unchanged(dtype: torch.dtype, with_scale: bool) -> None:
+    # Zeros, clamped values and codes 0 included; upstream values of every size, with signed zeros and an infinity.
+    weight = gaussian(8, 64, dtype, 2)
+    weight[0] = 0.0
+    weight[1] *= 100
+    weight.requires_grad_()
+    scale = quantize(weight, QuantizerConfig(group_size=32))[1] * 0.7 if with_scale else None
+    upstream = gaussian(8, 64, dtype, 3) * 10 ** torch.linspace(-6, 4, 64).to(dtype)
+    upstream[2, :3] = torch.tensor([-0.0, float("inf"), 0.0])
+    quantized, scales = OP(weight, 32, EPS, scale)
+    quantized.backward(upstream)
+    assert bits_equal(weight.grad, upstream)
+    assert not scales.requires_grad and scales.grad_fn is None
+
+
+def test_gradients_of_a_transposed_weight_and_of_a_sum() -> None:
+    weight = gaussian(64, 8, seed=4).requires_grad_()
+    upstream = gaussian(64, 8, seed=5).t()
+    fake_quantize(weight.t(), QuantizerConfig()).backward(upstream)
+    assert bits_equal(weight.grad, upstream.t().contiguous())
+    weight.grad = None
+    fake_quantize(weight.t(), QuantizerConfig()).sum().backward()
+    assert (weight.grad == 1).all()
+
+
+def test_gradients_accumulate_over_uses() -> None:
+    weight = gaussian(4, 64, seed=6).requires_grad_()
+    a, b = gaussian(4, 64, seed=7), gaussian(4, 64, seed=8)
+    (fake_quantize(weight, QuantizerConfig()) * a).sum().backward()
+    (fake_quantize(weight, QuantizerConfig()) * b).sum().backward()
+    assert torch.equal(weight.grad, a + b)
+
+
+def test_the_scales_are_not_differentiable() -> None:
+    weight = gaussian(4, 64).requires_grad_()
+    given = torch.ones(4, 1, dtype=torch.bfloat16, requires_grad=True)
+    quantized, scales = OP(weight, -1, EPS, given)
+    assert quantized.requires_grad and not scales.requires_grad
+    (quantized.sum() + scales.float().sum()).backward()
+    assert (weight.grad == 1).all() and given.grad is None
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        OP(weight, -1, EPS, None)[1].sum().backward()
+
+
+def test_a_frozen_weight_gives_no_graph() -> None:
+    assert not fake_quantize(gaussian(4, 64), QuantizerConfig()).requires_grad
+    with torch.no_grad():
+        assert not fake_quantize(gaussian(4, 64).requires_grad_(), QuantizerConfig()).requires_grad
+
+
+def test_nothing_is_saved_for_the_backward() -> None:
+    saved = []
+    weight = gaussian(4, 64).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fake_quantize(weight, QuantizerConfig())
+        assert not saved
+        weight.square()  # the hook does see what other operations save
+    assert len(saved) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_linear_equals_eager(dtype: torch.dtype, dynamic: bool) -> None:
+    config = QuantizerConfig(group_size=32)
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, fake_quantize(weight, config)).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows, columns in ((48, 64), (40, 96)):
+        results = []
+        for function in (linear, compiled):
+            x = gaussian(16, columns, dtype, 9).requires_grad_()
+            weight = gaussian(rows, columns, dtype, 10).requires_grad_()
+            out = function(x, weight)
+            out.backward()
+            results.append((out.detach(), x.grad, weight.grad))
+        assert all(bits_equal(a, b) for a, b in zip(*results, strict=True))
+        # The straight-through weight gradient by hand, so that both are not wrong alike.
+        wq = dequantize(*quantize(gaussian(rows, columns, dtype, 10), config), config, dtype)
+        x = gaussian(16, columns, dtype, 9)
+        wq.requires_grad_()
+        torch.nn.functional.linear(x, wq).square().sum().backward()
+        assert bits_equal(results[1][2], wq.grad)
+    torch._dynamo.reset()
+
+
+# --------------------------------------------------------------------------------------------------------- backends
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry with the torch backend alone, whose changes end with the test."""
+    monkeypatch.setattr(registry, "_BACKENDS", {"torch": registry._BACKENDS["torch"]})
+    monkeypatch.setattr(registry, "_requested", "auto")
+    monkeypatch.setattr(registry, "_choices", {})
+
+
+def backend(name: str, priority: int, reason: str | None = None, only: str | None = None) -> Backend:
+    """A backend that fills the weight with its priority, so that values tell which one ran.
+
+    ``reason`` says why it cannot run on ``only`` (on any device type, if that is None).
+    """
+
+    def kernel(
+        weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full_like(weight, priority), torch.ones(weight.shape[0], 1, dtype=torch.bfloat16)
+
+    return Backend(name, kernel, lambda device: reason if only in (None, device) else None, priority)
+
+
+def test_the_torch_backend_is_there_and_runs_everywhere(own_registry: None) -> None:
+    assert [b.name for b in backends()] == ["torch"]
+    for device_type in ("cpu", "cuda", "npu"):
+        choice = active_backend(device_type)
+        assert choice.backend.name == "torch" and choice.reason == "best available"
+
+
+def test_auto_takes_the_highest_priority_that_can_run_and_says_why(own_registry: None) -> None:
+    weight = gaussian(2, 64)
+    register_backend(backend("slow", -5))
+    register_backend(backend("fast", 10))
+    register_backend(backend("fastest", 20, "no such chip", only="cpu"))
+    assert [b.name for b in backends()] == ["fastest", "fast", "torch", "slow"]
+    choice = active_backend("cpu")
+    assert choice.backend.name == "fast"
+    assert "best available" in choice.reason and "fastest: no such chip" in choice.reason
+    assert (fake_quantize(weight, QuantizerConfig()) == 10).all()
+    # Another device type is another choice.
+    assert active_backend("cuda").backend.name == "fastest" and "no such chip" not in active_backend("cuda").reason
+    assert active_backend("cpu").backend.name == "fast"
+    assert set_backend("auto", "cpu") == choice
+
+
+def test_a_later_backend_is_taken_at_once(own_registry: None) -> None:
+    assert active_backend("cpu").backend.name == "torch"
+    register_backend(backend("late", 3))
+    assert active_backend("cpu").backend.name == "late"
+    register_backend(backend("late", -3))
+    assert active_backend("cpu").backend.name == "torch" and len(backends()) == 2
+
+
+def test_a_backend_by_name(own_registry: None) -> None:
+    weight = gaussian(2, 64)
+    register_backend(backend("fast", 10))
+    choice = set_backend("torch", "cpu")
+    assert choice.backend.name == "torch" and "by name" in choice.reason
+    assert fake_quantize(weight, QuantizerConfig()).unique().numel() > 3
+    assert set_backend("fast", "cpu").backend.name == "fast"
+    assert (fake_quantize(weight, QuantizerConfig()) == 10).all()
+    set_backend("torch", "cpu")
+    assert set_backend("auto", "cpu").backend.name == "fast"
+
+
+@pytest.mark.parametrize("before", ["auto", "fast", "torch"])
+def test_an_unknown_backend_is_an_error_and_changes_nothing(before: str, own_registry: None) -> None:
+    register_backend(backend("fast", 10))
+    choice = set_backend(before, "cpu")
+    with pytest.raises(ValueError, match="'magic'.*auto.*'fast', 'torch'"):
+        set_backend("magic", "cpu")
+    assert active_backend("cpu") == choice
+
+
+@pytest.mark.parametrize("before", ["auto", "fast", "torch"])
+def test_an_unavailable_backend_is_an_error_and_changes_nothing(before: str, own_registry: None) -> None:
+    register_backend(backend("fast", 10))
+    register_backend(backend("chip", 20, "no such chip", only="cpu"))
+    choice = set_backend(before, "cpu")
+    with pytest.raises(RuntimeError, match=r"'chip'.*cannot run on cpu: no such chip.*\['fast', 'torch'\]"):
+        set_backend("chip", "cpu")
+    assert active_backend("cpu") == choice
+    assert (fake_quantize(gaussian(2, 64), QuantizerConfig()) == 10).all() == (before != "torch")
+
+
+def test_a_probe_that_fails_changes_nothing(own_registry: None) -> None:
+    def probe(device_type: str) -> str | None:
+        raise OSError("driver too old")
+
+    choice = set_backend("torch", "cpu")
+    register_backend(Backend("broken", backend("broken", 1).kernel, probe))
+    with pytest.raises(OSError, match="driver too old"):
+        set_backend("broken", "cpu")
+    assert registry._requested == choice.backend.name
+
+
+def test_a_named_backend_never_gives_way_to_another_on_a_device_it_cannot_serve(own_registry: None) -> None:
+    register_backend(backend("chip", 20, "needs the chip", only="cpu"))
+    set_backend("chip", "npu")
+    with pytest.raises(RuntimeError, match="'chip'.*cpu: needs the chip"):
+        fake_quantize(gaussian(2, 64), QuantizerConfig())

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SentencePiece and null tokenizers, the training of a model, the padded vocabulary."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from bitcpm_megatron.training.tokenizer import (
+    NullTokenizer,
+    SentencePieceTokenizer,
+    padded_vocab_size,
+    train_sentencepiece,
+)
+
+TEXTS = [f"Section {n}.\n\n    The weights of layer {n} take the values -1, 0 and 1.  Done.\n" for n in range(200)]
+VOCAB = 340
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece(TEXTS, path, VOCAB)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_path: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(model_path)
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
+@example("")
+@example("  two  leading, trailing \t\n\r\n\n ")
+@example("\x00 \ufeff \u2047 \U0001f600 三值 </s><s><unk><0x0A>")
+def test_every_text_survives_the_round_trip(tokenizer: SentencePieceTokenizer, text: str) -> None:
+    ids = tokenizer.tokenize(text)
+    assert tokenizer.detokenize(ids) == text
+    assert not {tokenizer.eod, tokenizer.bos, 0} & set(ids), "text must not produce special or unknown pieces"
+
+
+def test_the_trained_vocabulary_compresses(tokenizer: SentencePieceTokenizer) -> None:
+    """Byte fallback alone would pass the round trip: words of the corpus must have become pieces."""
+    assert tokenizer.vocab_size == VOCAB
+    assert len(tokenizer.tokenize("The weights of layer")) <= 5
+
+
+def test_digits_and_newlines_stay_single_pieces(tokenizer: SentencePieceTokenizer) -> None:
+    assert len(tokenizer.tokenize("1234567")) == 7
+    assert len(tokenizer.tokenize("\n\n\n")) == 3
+
+
+def test_special_pieces_vanish_in_text(tokenizer: SentencePieceTokenizer) -> None:
+    ids = [tokenizer.bos, *tokenizer.tokenize("weights"), tokenizer.eod]
+    assert tokenizer.detokenize(ids) == "weights"
+    assert (tokenizer.bos, tokenizer.eod, tokenizer.eos, tokenizer.pad) == (1, 2, 2, -1)
+
+
+def test_a_batch_equals_single_calls_for_any_number_of_threads(tokenizer: SentencePieceTokenizer) -> None:
+    expected = [tokenizer.tokenize(text) for text in TEXTS]
+    assert tokenizer.tokenize_batch(TEXTS, threads=2) == expected
+    assert tokenizer.tokenize_batch(TEXTS) == expected
+    assert tokenizer.tokenize_batch([]) == []
+
+
+def test_ids_outside_of_the_vocabulary_are_refused(tokenizer: SentencePieceTokenizer) -> None:
+    for outside in (tokenizer.vocab_size, -1):
+        with pytest.raises(ValueError, match=f"token id {outside} is outside"):
+            tokenizer.detokenize([5, outside])
+
+
+def test_lone_surrogates_are_refused(tokenizer: SentencePieceTokenizer) -> None:
+    with pytest.raises(ValueError, match="surrogate at character 2"):
+        tokenizer.tokenize("ab\ud800")
+
+
+def test_a_tokenizer_travels_to_data_loader_processes(tokenizer: SentencePieceTokenizer) -> None:
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.tokenize(TEXTS[3]) == tokenizer.tokenize(TEXTS[3])
+    assert copy.unique_identifiers == tokenizer.unique_identifiers
+
+
+def test_identity_is_the_content_of_the_model(
+    tokenizer: SentencePieceTokenizer, model_path: Path, tmp_path: Path
+) -> None:
+    """megatron-core caches sample indices under this identity: a moved model keeps them, a retrained one must not."""
+    moved = tmp_path / "moved.model"
+    moved.write_bytes(model_path.read_bytes())
+    assert SentencePieceTokenizer(moved).unique_identifiers == tokenizer.unique_identifiers
+    retrained = train_sentencepiece(TEXTS, moved, VOCAB - 10)
+    assert retrained.unique_identifiers != tokenizer.unique_identifiers
+
+
+def test_training_is_deterministic_also_when_it_samples(tmp_path: Path) -> None:
+    """Sampling depends on a global seed that a caller may have moved."""
+    models = []
+    for seed in (1, 2):
+        sentencepiece.set_random_generator_seed(seed)
+        train_sentencepiece(TEXTS, tmp_path / "model", VOCAB, max_lines=300)
+        models.append((tmp_path / "model").read_bytes())
+    assert models[0] == models[1]
+
+
+def test_long_lines_are_used_not_dropped(tmp_path: Path) -> None:
+    """The trainer skips sentences above a limit without a word: one line without a break must still train a model."""
+    text = "".join(f"layer{chr(97 + n % 26)} " for n in range(5000))
+    tokenizer = train_sentencepiece([text], tmp_path / "model", 300)
+    assert len(tokenizer.tokenize("layera")) <= 3
+
+
+def test_a_small_corpus_is_an_error_whose_cure_works(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"too small for a vocabulary of 9999 pieces.*--vocab-size (\d+)") as caught:
+        train_sentencepiece(TEXTS, tmp_path / "model", 9999)
+    supported = int(str(caught.value).split("--vocab-size ")[1].split(")")[0])
+    assert not list(tmp_path.iterdir())
+    assert train_sentencepiece(TEXTS, tmp_path / "model", supported).vocab_size == supported
+
+
+def test_a_vocabulary_below_the_bytes_is_an_error_whose_cure_works(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"give at least (\d+)") as caught:
+        train_sentencepiece(TEXTS, tmp_path / "model", 100)
+    needed = int(str(caught.value).split("at least ")[1].split(" ")[0])
+    assert train_sentencepiece(TEXTS, tmp_path / "model", needed).vocab_size == needed
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"), [([], VOCAB, "no text"), (["\n"], VOCAB, "no text"), (TEXTS, 0, "positive")]
+)
+def test_training_refuses(tmp_path: Path, texts: list[str], vocab_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_sentencepiece(texts, tmp_path / "model", vocab_size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_reader_comes_through_and_the_old_model_stays(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(b"old")
+
+    def texts() -> Iterator[str]:
+        yield from TEXTS
+        raise ValueError("corpus.jsonl:7: not valid JSON")
+
+    with pytest.raises(ValueError, match="^corpus.jsonl:7: not valid JSON$"):
+        train_sentencepiece(texts(), path, VOCAB)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such tokenizer model"):
+        SentencePieceTokenizer(tmp_path / "absent.model")
+    for content in (b"", b"plain text"):
+        (tmp_path / "bad.model").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.model: not a SentencePiece model"):
+            SentencePieceTokenizer(tmp_path / "bad.model")
+
+
+def test_a_model_without_an_end_piece_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "bare.model").open("wb") as writer:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_writer=writer, vocab_size=60, eos_id=-1, minloglevel=2
+        )
+    with pytest.raises(ValueError, match="no end-of-sentence piece"):
+        SentencePieceTokenizer(tmp_path / "bare.model")
+
+
+def test_null_tokenizer_counts_like_megatron_lm() -> None:
+    tokenizer = NullTokenizer(127)
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.eos, tokenizer.pad) == (128, 127, 127, -1)
+    assert tokenizer.tokenize("3 127 0") == [3, 127, 0]
+    assert tokenizer.detokenize([3, 127, 0]) == "3 127 0"
+    assert tokenizer.unique_identifiers != NullTokenizer(128).unique_identifiers
+
+
+def test_null_tokenizer_refuses_words_and_ids_outside() -> None:
+    for text in ("3 four", "3 128", "-1"):
+        with pytest.raises(ValueError, match="is no id below 128"):
+            NullTokenizer(127).tokenize(text)
+    with pytest.raises(ValueError, match="--vocab-size"):
+        NullTokenizer(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((73448,), 73472),
+        ((73472,), 73472),
+        ((1, 128, 8), 1024),
+        ((1025, 128, 8), 2048),
+        ((320, 1, 1), 320),
+        ((320, 64, 2), 384),
+    ],
+)
+def test_padded_vocab_size(arguments: tuple[int, ...], expected: int) -> None:
+    assert padded_vocab_size(*arguments) == expected
+
+
+def test_padded_vocab_size_refuses_zero() -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        padded_vocab_size(320, 0)
