@@ -171,8 +171,7 @@ def load(
     if with_optimizer:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_metadata())
     loaded = dist_checkpointing.load(state, str(checkpoint))
-    for index, chunk in enumerate(model.bare):
-        chunk.load_state_dict(loaded[_chunk_key(model, index)])
+    _load_chunks(model, loaded)
     if with_optimizer:
         optimizer.load_state_dict(loaded["optimizer"])
     else:
@@ -183,6 +182,17 @@ def load(
     if with_rng:
         _set_rng_state(loaded["rng"])
     return Progress(**loaded["progress"]), notes
+
+
+def load_weights(checkpoint: Path, model: Model) -> None:
+    """Restores the latent weights alone; collective over all ranks, at any parallel layout."""
+    loaded = dist_checkpointing.load(without_scales(_model_state(model)), str(checkpoint))
+    _load_chunks(model, loaded)
+
+
+def _load_chunks(model: Model, loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(model.bare):
+        chunk.load_state_dict(loaded[_chunk_key(model, index)])
 
 
 def _chunk_key(model: Model, index: int) -> str:

@@ -32,12 +32,8 @@ def initialize(args: argparse.Namespace) -> None:
     megatron_core.allow_sequence_parallel_torch_norm()
     megatron_core.provide_fused_adam()
 
-    timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group(args.distributed_backend, timeout=timeout)
-    else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(args.distributed_backend, store=store, rank=0, world_size=1)
+    if not torch.distributed.is_initialized():
+        _join(args)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -45,6 +41,15 @@ def initialize(args: argparse.Namespace) -> None:
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
     seed(args.seed)
+
+
+def _join(args: argparse.Namespace) -> None:
+    timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(args.distributed_backend, timeout=timeout)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(args.distributed_backend, store=store, rank=0, world_size=1)
 
 
 def seed(value: int) -> None:

@@ -65,6 +65,9 @@ def pretrain(args: argparse.Namespace) -> Progress:
         while progress.iteration < args.train_iters:
             started = time.perf_counter()
             rate = learning_rate(optimizer)
+            for chunk in model.chunks:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
             loss = _forward_backward(args, model, train_batches)
             taken, grad_norm = step(optimizer)
             if taken:
@@ -115,8 +118,6 @@ def evaluate(args: argparse.Namespace, model: Model, data: Iterator[Batch]) -> f
 
 def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Batch]) -> float:
     """Gradients of one global batch; returns its loss, and raises on every rank alike where it is not finite."""
-    for chunk in model.chunks:
-        chunk.zero_grad_buffer()
     loss_sum, tokens, broken = _run_schedule(args, model, data, forward_only=False).tolist()
     if broken:
         for state, _ in ternary_modules(model.bare):

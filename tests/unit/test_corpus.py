@@ -327,7 +327,8 @@ def test_the_split_is_fixed_for_good() -> None:
     """These sides are a promise: a change would put validation documents of old runs into new training data."""
     sides = [document_split(f"document {n}", 0.25) for n in range(16)]
     assert "".join(side[0] for side in sides) == "tttttttttttvtttv"
-    assert document_split(" document\n\t7 ", 0.25) == sides[7], "line breaks must not move a document"
+    rewrapped = [document_split(f" document\n\t{n} ", 0.25) for n in range(16)]
+    assert rewrapped == sides, "line breaks must not move a document"
 
 
 def test_the_split_takes_about_the_fraction_and_grows_with_it() -> None:
@@ -362,7 +363,8 @@ FIRST_REST = f"""
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small standard library; its sources raise when they are imported."""
     monkeypatch.setattr(
-        "bitcpm_megatron.training.corpus._pydoc_topics", lambda: {"b": f"Topic b. {LONG}", "a": "Short."}
+        "bitcpm_megatron.training.corpus._pydoc_topics",
+        lambda: {"b": f"Topic.b {LONG}", "a": f"Topic.a {LONG}", "0": "Short."},
     )
     sources = {
         "z.py": f'raise SystemExit\ndef f():\n    """Second. {LONG}"""\nclass C:\n    """Third. {LONG}"""\n',
@@ -383,9 +385,16 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_prose_comes_in_order_without_code_tests_and_copies(library: Path) -> None:
     documents = list(python_prose(library))
-    assert [document.split()[0] for document in documents] == ["Topic", "First.", "Comment.", "Second.", "Third."]
-    assert documents[1] == f"First. {LONG.strip()}\n\nUse:\n\nHeading"
-    assert documents[2].startswith("Comment.\nThis paragraph") and "not whole" not in documents[2]
+    assert [document.split()[0] for document in documents] == [
+        "Topic.a",
+        "Topic.b",
+        "First.",
+        "Comment.",
+        "Second.",
+        "Third.",
+    ]
+    assert documents[2] == f"First. {LONG.strip()}\n\nUse:\n\nHeading"
+    assert documents[3].startswith("Comment.\nThis paragraph") and "not whole" not in documents[3]
 
 
 def test_no_paragraph_of_the_real_texts_stands_on_both_sides() -> None:
@@ -417,7 +426,7 @@ def command(path: Path, *more: str) -> list[str]:
 
 
 def test_command_trains_a_tokenizer_and_splits(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = corpus_file.with_name("tokenizer.model")
+    model = corpus_file.parent / "new folder" / "tokenizer.model"
     options = ["--append-eod", "--valid-fraction", "0.3"]
     train = ["--split", "train", "--train-tokenizer", str(model), "--vocab-size", "310"]
     assert main([*command(corpus_file, *options, *train)]) == 0
@@ -436,6 +445,7 @@ def test_command_trains_a_tokenizer_and_splits(corpus_file: Path, capsys: pytest
         for name in ("out", "valid")
     )
     assert tokenizer.vocab_size == 310
+    assert all(ids[-1] == tokenizer.eod for ids in stored(corpus_file.with_name("out_text_document")))
     assert sorted(train_texts + valid_texts) == sorted(TEXTS)
     assert 0 < len(valid_texts) < len(train_texts)
     first, second = capsys.readouterr().out.splitlines()

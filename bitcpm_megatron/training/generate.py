@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a trained model: plain sampling, one full forward per token. For looking at a model, not for serving it."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from ..tensor_parallel.record import QuantizerRecord
+from . import checkpoint
+from .data import Tokenizer, build_tokenizer
+from .initialize import device, initialize, world_size
+from .model import Model, build_model
+
+
+def load_for_inference(path: Path) -> tuple[argparse.Namespace, Model, Tokenizer]:
+    """The model of a checkpoint, over all processes of this job as tensor-parallel ranks, ternary where it was.
+
+    Args:
+        path: an iteration directory.
+
+    Raises:
+        ValueError: this number of processes does not fit the model or its row-parallel shards.
+    """
+    args = argparse.Namespace(**checkpoint.saved_arguments(path))
+    args.tensor_model_parallel_size = world_size()
+    args.pipeline_model_parallel_size = args.data_parallel_size = 1
+    args.num_virtual_stages_per_pipeline_rank = None
+    args.sequence_parallel = False
+    args.gradient_accumulation_fusion = False
+    record = QuantizerRecord.read(path)
+    if record is not None:
+        args.ternary_row_parallel_shards = record.row_parallel_shards
+    if args.num_query_groups % args.tensor_model_parallel_size:
+        raise ValueError(f"{world_size()} processes do not divide the model's {args.num_query_groups} query groups")
+    initialize(args)
+    tokenizer, vocabulary = build_tokenizer(args)
+    model = build_model(args, vocabulary, with_ddp=False)
+    checkpoint.load_weights(path, model)
+    for chunk in model.chunks:
+        chunk.eval()
+    return args, model, tokenizer
+
+
+@torch.inference_mode()
+def generate(
+    model: Model,
+    prompt: list[int],
+    count: int,
+    context: int,
+    vocab_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_token: Callable[[int], None] = lambda token: None,
+) -> list[int]:
+    """Continues a prompt; every tensor-parallel rank must call this alike, and gets the same tokens.
+
+    Args:
+        model: from :func:`load_for_inference`.
+        prompt: token ids, at least one.
+        count: tokens to add.
+        context: longest input of the model; earlier tokens are dropped.
+        vocab_size: without padding; padded entries are never drawn.
+        temperature: 0 takes the likeliest token.
+        seed: of the draws.
+        on_token: called with each new token.
+
+    Returns:
+        The new tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(count):
+        inputs = torch.tensor([tokens[-context:]], device=device())
+        positions = torch.arange(inputs.shape[1], device=device()).unsqueeze(0)
+        logits = model.chunks[0](inputs, positions, None)[:, -1]
+        logits = gather_from_tensor_model_parallel_region(logits, group=parallel_state.get_tensor_model_parallel_group())
+        logits = logits[0, :vocab_size].float().cpu()
+        if temperature > 0:
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        tokens.append(token)
+        on_token(token)
+    return tokens[len(prompt) :]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way on one small machine: text to tokens to two training runs, BF16 and ternary, to a sample of text.
+
+    python launch/demo.py [--output DIR] [--train-iters N]
+
+Everything runs on the CPU (or one GPU per process) with tensor parallelism 2, from prose that every CPython carries.
+The last line is ``demo: ok`` if every part worked, the ternary validation loss is below the entropy of the validation
+tokens' frequencies (what a model that only counts tokens reaches), and at most 10 % above the BF16 one. Everything is
+left in the output directory. Exit status: 0 ok, 1 a part failed, 3 a loss is not where it should be.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+if __package__ in (None, ""):
+    sys.path.insert(0, str(CHECKOUT))
+
+import numpy as np
+
+from bitcpm_megatron.training.checkpoint import latest
+from bitcpm_megatron.training.metrics import plot_losses, read_metrics
+from bitcpm_megatron.tensor_parallel.record import QuantizerRecord
+
+TENSOR_PARALLEL = 2
+VOCABULARY = 2048
+PROMPTS = ("The function returns", "If the argument is", "This module provides")
+TOLERANCE = 1.10
+
+MODEL = """
+    --num-layers 4 --hidden-size 256 --ffn-hidden-size 704 --num-attention-heads 4
+    --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm --disable-bias-linear
+    --position-embedding-type rope --seq-length 128 --max-position-embeddings 128
+    --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 64
+    --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer --bf16
+    --micro-batch-size 4 --global-batch-size 16 --lr 3e-3 --min-lr 3e-4 --lr-decay-style WSD
+    --lr-wsd-decay-style linear --lr-warmup-iters 10 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --seed 1234
+""".split()
+
+
+class DemoError(RuntimeError):
+    """A part of the demo failed."""
+
+
+def run(title: str, command: list[str], log: Path, show: bool = True) -> str:
+    """Runs one part, shows and keeps its standard output, and returns it.
+
+    Raises:
+        DemoError: it did not exit with 0.
+    """
+    print(f"\n== {title}\n$ {' '.join(command)}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    with subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if show:
+                print(line, end="", flush=True)
+    log.write_text("".join(lines), encoding="utf-8")
+    if process.returncode:
+        raise DemoError(f"{title}: exit status {process.returncode}; its output is in {log}")
+    return "".join(lines)
+
+
+def prepare(out: Path) -> None:
+    """Corpus to tokenizer to token files, for training and for validation."""
+    tool = [sys.executable, "launch/preprocess_data.py", "--builtin-corpus", "python-prose", "--append-eod"]
+    model = str(out / "tokenizer.model")
+    data = out / "data"
+    data.mkdir(exist_ok=True)
+    train = [*tool, "--split", "train", "--output-prefix", str(data / "train")]
+    run("tokenizer and training data", [*train, "--train-tokenizer", model, "--vocab-size", str(VOCABULARY)],
+        out / "prepare-train.log")
+    valid = [*tool, "--split", "valid", "--output-prefix", str(data / "valid")]
+    run("validation data", [*valid, "--tokenizer-model", model], out / "prepare-valid.log")
+
+
+def train(out: Path, name: str, iterations: int, flags: list[str]) -> float:
+    """One training run; returns its last validation loss."""
+    directory = out / name
+    command = torchrun("launch/pretrain.py") + MODEL + flags
+    command += ["--train-iters", str(iterations), "--lr-wsd-decay-iters", str(iterations // 4)]
+    command += ["--train-data-path", str(out / "data" / "train_text_document")]
+    command += ["--valid-data-path", str(out / "data" / "valid_text_document")]
+    command += ["--tokenizer-model", str(out / "tokenizer.model"), "--data-cache-path", str(out / "cache")]
+    command += ["--eval-interval", str(max(iterations // 4, 1)), "--eval-iters", "8", "--log-interval", "10"]
+    command += ["--save", str(directory / "checkpoint"), "--log-dir", str(directory)]
+    run(f"{name} training", command, out / f"{name}.log")
+    return [r["lm_loss"] for r in read_metrics(directory) if r["kind"] == "valid"][-1]
+
+
+def torchrun(script: str) -> list[str]:
+    """The launch of one process per tensor-parallel rank."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc_per_node", str(TENSOR_PARALLEL), script]
+
+
+def unigram_entropy(prefix: Path) -> float:
+    """Entropy of the token frequencies of an indexed dataset, in nats."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    counts = np.bincount(np.concatenate([dataset[i] for i in range(len(dataset))]))
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=CHECKOUT / "runs" / "demo", metavar="DIR")
+    parser.add_argument("--train-iters", type=int, default=200)
+    args = parser.parse_args(argv)
+    if args.train_iters < 50:
+        parser.error("--train-iters must be 50 or more: less is no training")
+    started = time.perf_counter()
+    out = args.output.resolve() / time.strftime("%Y%m%d-%H%M%S")
+    out.mkdir(parents=True)
+    try:
+        prepare(out)
+        losses = {
+            "BF16": train(out, "bf16", args.train_iters, []),
+            "ternary": train(out, "ternary", args.train_iters, ["--ternary"]),
+        }
+        sample = run(
+            "sample from the ternary weights",
+            [*torchrun("launch/generate.py"), "--load", str(out / "ternary" / "checkpoint"), "--num-tokens", "40",
+             "--temperature", "0.7", "--prompt", *PROMPTS],
+            out / "sample.txt",
+        )
+        record = QuantizerRecord.read(latest(out / "ternary" / "checkpoint"))
+        if record is None or not record.modules or not sample.strip():
+            raise DemoError("the ternary checkpoint holds no quantizer record, or no text came of it")
+    except DemoError as error:
+        print(f"demo: FAILED: {error}", file=sys.stderr)
+        return 1
+    entropy = unigram_entropy(out / "data" / "valid_text_document")
+    plot_losses({"BF16": out / "bf16", "ternary": out / "ternary"}, out / "loss.png", {"unigram entropy": entropy})
+    ratio = losses["ternary"] / losses["BF16"]
+    print(f"\n{'run':<22}{'validation loss':>16}{'tokens/s (median)':>20}")
+    for name, directory in (("BF16", "bf16"), ("ternary", "ternary")):
+        speed = np.median([r["tokens_per_second"] for r in read_metrics(out / directory) if r["kind"] == "train"])
+        print(f"{name:<22}{losses[name]:>16.4f}{speed:>20.0f}")
+    print(f"{'unigram entropy':<22}{entropy:>16.4f}")
+    print(f"ternary / BF16 {ratio:.4f}; {len(record.modules)} ternary modules; {time.perf_counter() - started:.0f} s")
+    print(f"curves: {out / 'loss.png'}")
+    if not losses["ternary"] < entropy or not ratio <= TOLERANCE:
+        print("demo: FAILED: the ternary validation loss is not below the entropy, or too far above BF16",
+              file=sys.stderr)
+        return 3
+    print("demo: ok")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

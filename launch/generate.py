@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples text from a checkpoint: ``torchrun --nproc_per_node TP launch/generate.py --load DIR --prompt TEXT``.
+
+A ternary checkpoint computes with its ternary weights. Exit status: 0 done, 1 failed, 2 bad input or arguments.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # From a bare checkout the package stands two levels up.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from bitcpm_megatron.training import checkpoint
+from bitcpm_megatron.training.generate import generate, load_for_inference
+from bitcpm_megatron.training.initialize import shutdown
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; a bad one ends the process with status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--load", required=True, metavar="DIR", help="the --save directory of a run")
+    parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT")
+    parser.add_argument("--num-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.num_tokens < 1 or args.temperature < 0:
+        parser.error("--num-tokens must be 1 or more, and --temperature 0 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints one continuation per prompt on rank 0; returns the exit status."""
+    args = parse_arguments(argv)
+    try:
+        path = checkpoint.latest(args.load)
+        if path is None:
+            raise ValueError(f"no checkpoint in {args.load}")
+        run, model, tokenizer = load_for_inference(path)
+        for prompt in args.prompt:
+            ids = tokenizer.tokenize(prompt)
+            if not ids:
+                raise ValueError(f"the prompt {prompt!r} has no token")
+            new = generate(
+                model, ids, args.num_tokens, run.seq_length, tokenizer.vocab_size, args.temperature, args.seed
+            )
+            if torch.distributed.get_rank() == 0:
+                print(tokenizer.detokenize(ids + new), flush=True)
+    except (ValueError, OSError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

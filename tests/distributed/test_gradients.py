@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of a ternary column-row pair against a plain PyTorch straight-through reference, and planted bugs."""
+
+import pytest
+from launcher import torchrun
+
+CASES = [
+    f"{layout} fusion={fusion} sp={sp} overlap={overlap} do={do}"
+    for layout in ("TP1", "TP2", "DP2")
+    for fusion in (0, 1)
+    for sp in ((0, 1) if layout == "TP2" else (0,))
+    for overlap in (0, 1)
+    for do in (0, 1)
+]
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+    """Case -> what each rank reports."""
+    merged: dict[str, list] = {}
+    for ranks in (1, 2):
+        for report in torchrun("gradients", ranks, tmp_path_factory.mktemp(f"gradients{ranks}")):
+            for name, result in report.items():
+                merged.setdefault(name, []).append(result)
+    return merged
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weight_gradients_equal_the_straight_through_reference(case: str, results: dict[str, list]) -> None:
+    for result in results[case]:
+        assert result["error"] < EXACT
+        assert result["moved"] > 1e-3, "weights that stand still cannot show a stale cache"
+        assert result["versus_latent"] > 0.1, "a full-precision reference must be told apart"
+        assert result["quantizations"] == [3, 3], "once per optimizer step"
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+def test_without_cache_every_micro_batch_quantizes(layout: str, results: dict[str, list]) -> None:
+    for result in results[f"{layout} no cache"]:
+        assert result["error"] < EXACT
+        assert result["quantizations"] == [9, 9]
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+def test_a_frozen_weight_is_quantized_like_any_other(layout: str, results: dict[str, list]) -> None:
+    # The gradient of the first weight flows through the second, which is frozen.
+    for result in results[f"{layout} frozen"]:
+        assert result["error"] < EXACT
+        assert result["versus_latent"] > 0.1
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+def test_the_probe_proves_both_layers(layout: str, results: dict[str, list]) -> None:
+    assert results[f"{layout} probe"] == ["proved 2"] * len(results[f"{layout} probe"])
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+@pytest.mark.parametrize(
+    ("bug", "seen_by"),
+    [
+        ("stale cache", "gradients"),
+        ("unquantized forward", "both"),
+        ("residual form", "probe"),
+        ("gradient to the wrong tensor", "gradients"),
+        ("flag not carried back", "gradients"),
+    ],
+)
+def test_planted_bugs_are_caught(layout: str, bug: str, seen_by: str, results: dict[str, list]) -> None:
+    for result in results[f"{layout} planted {bug}"]:
+        assert (not result["error"] < EXACT) == (seen_by in ("gradients", "both"))
+        assert result["probe"].startswith("ProbeError") == (seen_by in ("probe", "both"))

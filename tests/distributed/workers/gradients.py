@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A column-row pair under megatron-core's DDP, schedule and optimizer, against plain PyTorch in float64.
+
+Reports for each case the largest relative error of a weight gradient over the steps, and what else a test wants to know.
+The gradient-accumulation GEMM is a stand-in that adds on the CPU: it proves the plumbing, not the CUDA kernel.
+"""
+
+import itertools
+import json
+import sys
+import types
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+
+def _install_fusion_stand_in() -> None:
+    def accumulate(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        main_grad.add_(grad_output.t().to(main_grad.dtype) @ total_input.to(main_grad.dtype))
+
+    module = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate
+    sys.modules[module.__name__] = module
+
+
+_install_fusion_stand_in()  # before megatron.core.tensor_parallel looks for it
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+
+from bitcpm_megatron import QuantizerConfig  # noqa: E402
+from bitcpm_megatron.patches import cpu, megatron_core  # noqa: E402
+from bitcpm_megatron.tensor_parallel import ProbeError, apply_recipe, cache, linear, probe, ternary_modules  # noqa: E402
+
+HIDDEN, INNER, SEQUENCE, BATCH = 64, 128, 8, 2
+MICRO_BATCHES, STEPS, SHARDS = 3, 3, 2
+
+
+class Block(torch.nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        init = partial(torch.nn.init.normal_, std=0.05)
+        self.linear_fc1 = ColumnParallelLinear(HIDDEN, INNER, config=config, init_method=init, bias=False)
+        self.linear_fc2 = RowParallelLinear(
+            INNER, HIDDEN, config=config, init_method=init, bias=False, input_is_parallel=True, skip_bias_add=True
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_fc2(torch.nn.functional.gelu(self.linear_fc1(x)[0]))[0]
+
+
+class Pair(MegatronModule):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.mlp = Block(config)
+        self.model_type = ModelType.encoder_or_decoder
+
+    def set_input_tensor(self, tensor: object) -> None:
+        """Asked for by schedules; there is one stage only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+
+def reference_quantizer(w: torch.Tensor, groups: int) -> torch.Tensor:
+    """The paper's formula in float64, with its residual form as the straight-through estimator."""
+    grouped = w.reshape(w.shape[0] * groups, -1)
+    s = grouped.detach().abs().mean(-1, keepdim=True).clamp(min=1e-5).bfloat16().double()
+    q = (grouped.detach() / s).round().clamp(-1, 1) * s
+    return (grouped + (q - grouped).detach()).reshape(w.shape)
+
+
+def reference_gradients(weights: list[torch.Tensor], data: list[tuple], quantized: bool = True) -> list[torch.Tensor]:
+    leaves = [w.double().requires_grad_() for w in weights]
+    w1, w2 = (reference_quantizer(w, g) if quantized else w for w, g in zip(leaves, (1, SHARDS), strict=True))
+    for x, target in data:
+        y = torch.nn.functional.gelu(x.double() @ w1.t()) @ w2.t()
+        ((y * target.double()).sum() / len(data)).backward()
+    return [w.grad for w in leaves]
+
+
+def samples(step: int, dp_rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1000 * step + dp_rank)
+    draw = partial(torch.randn, SEQUENCE, BATCH, HIDDEN, generator=generator)
+    return [(draw(), draw()) for _ in range(MICRO_BATCHES)]
+
+
+def gathered(local: torch.Tensor, axis: int) -> torch.Tensor:
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts, axis)
+
+
+def share_gradient_shards(ddp: DistributedDataParallel) -> None:
+    """The distributed optimizer leaves each rank with its reduced shard: put the whole gradient together again."""
+    group = parallel_state.get_data_parallel_group()
+    for bucket in (b for buffer in ddp.buffers for b in buffer.buckets):
+        shards = list(bucket.grad_data.chunk(group.size()))
+        torch.distributed.all_gather(shards, shards[group.rank()].clone(), group=group)
+
+
+def run_case(
+    fusion: bool, sequence_parallel: bool, overlap: bool, distributed_optimizer: bool, cache_mode: str = "step",
+    frozen: bool = False,
+) -> dict[str, object]:
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, gradient_accumulation_fusion=fusion,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel, params_dtype=torch.float32,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    model = Pair(config)
+    model.mlp.linear_fc2.weight.requires_grad_(not frozen)
+    for p in model.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(p)
+    apply_recipe(model, default=QuantizerConfig(), row_parallel_shards=SHARDS, cache=cache_mode)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=distributed_optimizer,
+        overlap_param_gather=overlap and distributed_optimizer, bucket_size=4096 if overlap else None,
+    )
+    ddp = DistributedDataParallel(config, ddp_config, model)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = ddp.no_sync
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=2e-2, weight_decay=0.0, clip_grad=0.0, params_dtype=torch.float32,
+            use_distributed_optimizer=distributed_optimizer, overlap_param_gather=overlap and distributed_optimizer,
+        ),
+        [ddp],
+    )
+    made = [s for s, _ in ternary_modules(model)]
+    before = [s.count for s in made]
+    errors, versus_latent, moved, previous = [], [], [], None
+    for step in range(STEPS):
+        data = samples(step, parallel_state.get_data_parallel_rank())
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        get_forward_backward_func()(
+            forward_step_func=_forward_step, data_iterator=iter(data), model=[ddp], num_microbatches=MICRO_BATCHES,
+            seq_length=SEQUENCE, micro_batch_size=BATCH,
+        )
+        if distributed_optimizer:
+            share_gradient_shards(ddp)
+        layers = (model.mlp.linear_fc1, model.mlp.linear_fc2)
+        weights = [gathered(m.weight.detach(), axis) for m, axis in zip(layers, (0, 1), strict=True)]
+        everything = [d for r in range(parallel_state.get_data_parallel_world_size()) for d in samples(step, r)]
+        trained = slice(0, 1) if frozen else slice(0, 2)
+        found = [gathered(m.weight.main_grad, a) for m, a in list(zip(layers, (0, 1), strict=True))[trained]]
+        errors.append(_relative(found, reference_gradients(weights, everything)[trained]))
+        versus_latent.append(_relative(found, reference_gradients(weights, everything, quantized=False)[trained]))
+        if previous is not None:
+            moved.append(max(float((a - b).abs().max()) for a, b in zip(weights, previous, strict=True)))
+        previous = weights
+        optimizer.step()
+    return {
+        "error": max(errors), "versus_latent": min(versus_latent), "moved": min(moved),
+        "quantizations": [s.count - b for s, b in zip(made, before, strict=True)],
+    }
+
+
+def run_probe(sequence_parallel: bool) -> str:
+    """What the start-up probe says of a bf16 pair (in fp32 the residual form happens to be exact)."""
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, params_dtype=torch.bfloat16, bf16=True,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    model = Pair(config)
+    apply_recipe(model, default=QuantizerConfig(), row_parallel_shards=SHARDS)
+    try:
+        return f"proved {probe(model)}"
+    except ProbeError as error:
+        return f"ProbeError: {error}"
+
+
+def _relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    pairs = list(zip(found, expected, strict=True))
+    error = max(float((f.double() - e).abs().max() / e.abs().max()) for f, e in pairs)
+    # max() drops a NaN or keeps it depending on the order.
+    return error if all(bool(f.isfinite().all()) for f, _ in pairs) else float("inf")
+
+
+def _forward_step(data: Iterator[tuple], model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
+    x, target = next(data)
+    if model.config.sequence_parallel:
+        rank, size = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        x, target = x.chunk(size)[rank].contiguous(), target.chunk(size)[rank]
+    return model(x), lambda y: ((y * target).sum(), {})
+
+
+def _keep_epoch(self: cache.CacheEpoch) -> None:
+    self.open = True
+
+
+def _full_precision(self: linear.TernaryState, latent: torch.Tensor, training: bool) -> torch.Tensor:
+    return latent.detach()
+
+
+def _residual(self: linear.TernaryState, latent: torch.Tensor, training: bool) -> torch.Tensor:
+    return latent.detach() + (self.quantize(latent)[0] - latent.detach())
+
+
+def _shadow_with(attributes) -> object:  # noqa: ANN001
+    original = linear.shadow
+
+    def planted(weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        stand_in = original(weight, quantized)
+        stand_in.__dict__ = attributes(weight)
+        return stand_in
+
+    return planted
+
+
+def _wrong_main_grad(weight: torch.Tensor) -> dict[str, object]:
+    return {**weight.__dict__, "main_grad": torch.zeros_like(weight)} if hasattr(weight, "main_grad") else {}
+
+
+PLANTED = {
+    "stale cache": mock.patch.object(cache.CacheEpoch, "begin", _keep_epoch),
+    "unquantized forward": mock.patch.object(linear.TernaryState, "weight", _full_precision),
+    "residual form": mock.patch.object(linear.TernaryState, "weight", _residual),
+    "gradient to the wrong tensor": mock.patch.object(linear, "shadow", _shadow_with(_wrong_main_grad)),
+    "flag not carried back": mock.patch.object(linear, "shadow", _shadow_with(lambda w: dict(w.__dict__))),
+}
+
+
+def main(directory: Path) -> None:
+    cpu.install()
+    megatron_core.provide_fused_adam()
+    torch.distributed.init_process_group("gloo")
+    # Also fills what torch.empty() returns with NaN: the dummy gradients of fusion must never reach a real one.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    world = torch.distributed.get_world_size()
+    results: dict[str, object] = {}
+    for layout, tp in (("TP1", 1),) if world == 1 else (("TP2", 2), ("DP2", 1)):
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+        for flags in itertools.product((False, True), repeat=4):
+            fusion, sequence_parallel, overlap, distributed_optimizer = flags
+            if sequence_parallel and tp == 1:
+                continue
+            name = f"{layout} fusion={fusion:d} sp={sequence_parallel:d} overlap={overlap:d} do={distributed_optimizer:d}"
+            results[name] = run_case(*flags)
+        results[f"{layout} no cache"] = run_case(True, tp > 1, False, False, cache_mode="none")
+        results[f"{layout} frozen"] = run_case(True, tp > 1, False, False, frozen=True)
+        results[f"{layout} probe"] = run_probe(tp > 1)
+        for bug, patch in PLANTED.items():
+            with patch:
+                results[f"{layout} planted {bug}"] = {
+                    **run_case(True, tp > 1, False, False),
+                    "probe": run_probe(tp > 1),
+                }
+        parallel_state.destroy_model_parallel()
+    (directory / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
