@@ -22,9 +22,9 @@ if __package__ in (None, ""):
 
 import numpy as np
 
+from bitcpm_megatron.tensor_parallel.record import QuantizerRecord
 from bitcpm_megatron.training.checkpoint import latest
 from bitcpm_megatron.training.metrics import plot_losses, read_metrics
-from bitcpm_megatron.tensor_parallel.record import QuantizerRecord
 
 TENSOR_PARALLEL = 2
 VOCABULARY = 2048
@@ -37,7 +37,7 @@ MODEL = """
     --position-embedding-type rope --seq-length 128 --max-position-embeddings 128
     --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 64
     --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer --bf16
-    --micro-batch-size 4 --global-batch-size 16 --lr 3e-3 --min-lr 3e-4 --lr-decay-style WSD
+    --micro-batch-size 4 --global-batch-size 16 --lr 1e-3 --min-lr 1e-4 --lr-decay-style WSD
     --lr-wsd-decay-style linear --lr-warmup-iters 10 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --seed 1234
 """.split()
 
@@ -73,8 +73,11 @@ def prepare(out: Path) -> None:
     data = out / "data"
     data.mkdir(exist_ok=True)
     train = [*tool, "--split", "train", "--output-prefix", str(data / "train")]
-    run("tokenizer and training data", [*train, "--train-tokenizer", model, "--vocab-size", str(VOCABULARY)],
-        out / "prepare-train.log")
+    run(
+        "tokenizer and training data",
+        [*train, "--train-tokenizer", model, "--vocab-size", str(VOCABULARY)],
+        out / "prepare-train.log",
+    )
     valid = [*tool, "--split", "valid", "--output-prefix", str(data / "valid")]
     run("validation data", [*valid, "--tokenizer-model", model], out / "prepare-valid.log")
 
@@ -128,8 +131,17 @@ def main(argv: list[str] | None = None) -> int:
         }
         sample = run(
             "sample from the ternary weights",
-            [*torchrun("launch/generate.py"), "--load", str(out / "ternary" / "checkpoint"), "--num-tokens", "40",
-             "--temperature", "0.7", "--prompt", *PROMPTS],
+            [
+                *torchrun("launch/generate.py"),
+                "--load",
+                str(out / "ternary" / "checkpoint"),
+                "--num-tokens",
+                "40",
+                "--temperature",
+                "0.7",
+                "--prompt",
+                *PROMPTS,
+            ],
             out / "sample.txt",
         )
         record = QuantizerRecord.read(latest(out / "ternary" / "checkpoint"))
@@ -149,8 +161,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"ternary / BF16 {ratio:.4f}; {len(record.modules)} ternary modules; {time.perf_counter() - started:.0f} s")
     print(f"curves: {out / 'loss.png'}")
     if not losses["ternary"] < entropy or not ratio <= TOLERANCE:
-        print("demo: FAILED: the ternary validation loss is not below the entropy, or too far above BF16",
-              file=sys.stderr)
+        print(
+            "demo: FAILED: the ternary validation loss is not below the entropy, or too far above BF16", file=sys.stderr
+        )
         return 3
     print("demo: ok")
     return 0

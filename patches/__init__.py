@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches of upstream packages: one module per upstream, each patch idempotent, logged, and explained where it stands.
 
-A patched object carries the attribute ``__bitcpm_original__``. Importing a module here changes nothing: the functions do.
+A patched object carries the attribute ``__bitcpm_original__``. Importing a module here changes nothing: its functions
+do.
 """
 
 import logging

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets megatron-core train on a machine without CUDA: over gloo, on CPU tensors.
 
-The only place that knows CUDA is missing. megatron-core asks for CUDA by name in many places; what follows answers those
-calls with the CPU's equivalent, one patch per kind of call, and touches nothing where CUDA is present.
+The only place that knows CUDA is missing. megatron-core asks for CUDA by name in many places; what follows answers
+those calls with the CPU's equivalent, one patch per kind of call, and touches nothing where CUDA is present.
 """
 
 import functools
@@ -25,7 +25,9 @@ def install() -> None:
         RuntimeError: CUDA is available, so that its calls must not be redirected.
     """
     if torch.cuda.is_available():
-        raise RuntimeError("CUDA is available: the CPU patches would hide it. Set CUDA_VISIBLE_DEVICES= to use the CPU.")
+        raise RuntimeError(
+            "CUDA is available: the CPU patches would hide it. Set CUDA_VISIBLE_DEVICES= to use the CPU."
+        )
     current_device()
     factories()
     tensor_type()

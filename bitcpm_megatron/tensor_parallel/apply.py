@@ -106,7 +106,9 @@ def _entry(candidate: Candidate, matcher: Matcher | None, shards: int) -> Covera
         group = check_weight(weight, config.group_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return CoverageEntry(path, kind, shape, config, shape[1] // group, f"matcher {matcher.name}", not weight.requires_grad)
+    return CoverageEntry(
+        path, kind, shape, config, shape[1] // group, f"matcher {matcher.name}", not weight.requires_grad
+    )
 
 
 def _refuse_low_precision(candidate: Candidate) -> None:

@@ -94,7 +94,7 @@ def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
     """Wraps ``module.forward`` so that it computes with the quantized weight.
 
     Args:
-        module: a linear that holds its weight ``[out, in]`` as the parameter ``weight`` and reads it as ``self.weight``.
+        module: a linear that holds its weight ``[out, in]`` as a parameter and reads it as ``self.weight``.
         state: how to quantize it.
 
     Raises:

@@ -64,7 +64,9 @@ class QuantizerRecord:
         except (OSError, ValueError, TypeError) as error:
             raise RecordError(f"{path}: not a quantizer record ({error})") from error
         if record.version != _VERSION:
-            raise RecordError(f"{path}: version {record.version} is unknown here (known: {_VERSION}); update the package")
+            raise RecordError(
+                f"{path}: version {record.version} is unknown here (known: {_VERSION}); update the package"
+            )
         return record
 
     def write(self, directory: str | Path) -> None:

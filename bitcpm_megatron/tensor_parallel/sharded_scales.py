@@ -5,7 +5,8 @@ Whoever exports the checkpoint needs the very scales that training uses: summing
 bf16 step in a few rows of a hundred thousand.
 
 Where all layers are quantized alike their scales are stacked into one tensor ``[layers, out, groups]``, as upstream
-stacks the weights; otherwise (a recipe treats layers differently) each has a key of its own, ending in its layer number.
+stacks the weights; otherwise (a recipe treats layers differently) each has a key of its own that ends in its layer
+number.
 """
 
 import re

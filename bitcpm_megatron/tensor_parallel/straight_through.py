@@ -2,8 +2,8 @@
 """The stand-in for a latent weight inside a linear's forward: quantized values, the latent parameter's gradient path.
 
 megatron-core's linear function writes weight gradients straight into ``weight.main_grad`` when gradient-accumulation
-fusion is on, sets ``weight.grad_added_to_main_grad`` and returns a dummy gradient, so that DDP's hook still fires. So the
-stand-in must carry the latent parameter's attributes, and what is set on it must be seen on the parameter.
+fusion is on, sets ``weight.grad_added_to_main_grad`` and returns a dummy gradient, so that DDP's hook still fires. So
+the stand-in must carry the latent parameter's attributes, and what is set on it must be seen on the parameter.
 """
 
 import torch
@@ -31,8 +31,8 @@ def shadow(weight: torch.nn.Parameter, quantized: torch.Tensor) -> torch.Tensor:
         quantized: its quantized values, same shape and dtype, outside any graph. Not copied.
 
     Returns:
-        A view of ``quantized``. It shares the attribute dictionary of ``weight`` (``main_grad``, tensor-parallel marks),
-        both ways. Frozen weights give a tensor that requires no gradient.
+        A view of ``quantized``. It shares the attribute dictionary of ``weight`` (``main_grad``, parallel marks) both
+        ways. Frozen weights give a tensor that requires no gradient.
     """
     if not weight.requires_grad:
         stand_in = quantized.detach()

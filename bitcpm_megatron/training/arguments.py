@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ..ops import backends
-from ..quantization import QuantizerConfig, SPACES
+from ..quantization import SPACES, QuantizerConfig
 
 _DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
@@ -148,7 +148,7 @@ def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespac
         world_size: number of processes of the job.
 
     Returns:
-        The arguments, with ``data_parallel_size``, ``num_microbatches`` and all defaults that depend on others filled in.
+        The arguments, with ``data_parallel_size``, ``num_microbatches`` and all dependent defaults filled in.
 
     Raises:
         SystemExit: status 2, after naming every mistake.

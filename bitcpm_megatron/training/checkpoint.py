@@ -200,9 +200,7 @@ def _chunk_key(model: Model, index: int) -> str:
 
 
 def _model_state(model: Model) -> dict[str, Any]:
-    return {
-        _chunk_key(model, i): chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(model.bare)
-    }
+    return {_chunk_key(model, i): chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(model.bare)}
 
 
 def _metadata() -> dict[str, Any]:

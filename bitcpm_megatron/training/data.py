@@ -62,7 +62,9 @@ def build_data(args: argparse.Namespace, tokenizer: Tokenizer) -> Data:
     if train is None or len(train) == 0:
         raise ValueError("the data holds no training sample: give more text, or a shorter --seq-length")
     if args.eval_iters and valid is None:
-        raise ValueError("the data holds no validation sample: change --split, give --valid-data-path or --eval-iters 0")
+        raise ValueError(
+            "the data holds no validation sample: change --split, give --valid-data-path or --eval-iters 0"
+        )
     return Data(train, valid if args.eval_iters else None)
 
 

@@ -77,7 +77,9 @@ def generate(
         inputs = torch.tensor([tokens[-context:]], device=device())
         positions = torch.arange(inputs.shape[1], device=device()).unsqueeze(0)
         logits = model.chunks[0](inputs, positions, None)[:, -1]
-        logits = gather_from_tensor_model_parallel_region(logits, group=parallel_state.get_tensor_model_parallel_group())
+        logits = gather_from_tensor_model_parallel_region(
+            logits, group=parallel_state.get_tensor_model_parallel_group()
+        )
         logits = logits[0, :vocab_size].float().cpu()
         if temperature > 0:
             token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))

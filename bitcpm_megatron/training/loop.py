@@ -130,7 +130,7 @@ def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Bat
     loss = loss_sum / tokens
     if not math.isfinite(loss):
         raise TrainingError(
-            f"the loss is {loss}: training has diverged. Resume from the last checkpoint with a lower --lr or --clip-grad"
+            f"the loss is {loss}: training has diverged. Resume from the last checkpoint with a lower --lr"
         )
     return loss
 

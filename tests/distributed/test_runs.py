@@ -51,8 +51,17 @@ def base(run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:  # n
     runs = {
         "two": [*common, *two, "--save", str(directory / "two")],
         "one": [*common, "--ternary", "--save", str(directory / "one")],
-        "TP1": ["--eval-iters", "0", "--train-iters", "3", *two, "--load", str(directory / "two"),
-                "--log-dir", str(directory / "log")],
+        "TP1": [
+            "--eval-iters",
+            "0",
+            "--train-iters",
+            "3",
+            *two,
+            "--load",
+            str(directory / "two"),
+            "--log-dir",
+            str(directory / "log"),
+        ],
     }
     report, where = run(runs, 1)
     assert all(r["status"] == 0 for r in report.values()), report
@@ -82,8 +91,14 @@ def two_ranks(run, base: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         runs[f"resumed {cache}"] = [*flags, *stop, "--load", str(logs / f"save {cache}")]
     tp2 = [*short, *LAYOUTS["TP2"]]
     runs["verified"] = [*tp2, "--ternary", "--ternary-verify-cache"]
-    runs["partial recipe"] = [*tp2, "--ternary", "--save", str(logs / "partial"), "--ternary-recipe",
-                              str(Path(__file__).parent / "keep_last_layer.yaml")]
+    runs["partial recipe"] = [
+        *tp2,
+        "--ternary",
+        "--save",
+        str(logs / "partial"),
+        "--ternary-recipe",
+        str(Path(__file__).parent / "keep_last_layer.yaml"),
+    ]
     runs["shards refused"] = [*tp2, "--ternary", "--load", str(base["one"])]
     runs["group refused"] = [*tp2, "--ternary", "--ternary-group-size", "64"]
     runs["no quantizer refused"] = [*tp2, "--load", str(base["two"])]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A column-row pair under megatron-core's DDP, schedule and optimizer, against plain PyTorch in float64.
 
-Reports for each case the largest relative error of a weight gradient over the steps, and what else a test wants to know.
+Reports for each case the largest relative error of a weight gradient over the steps, and what else a test may ask.
 The gradient-accumulation GEMM is a stand-in that adds on the CPU: it proves the plumbing, not the CUDA kernel.
 """
 
@@ -114,13 +114,21 @@ def share_gradient_shards(ddp: DistributedDataParallel) -> None:
 
 
 def run_case(
-    fusion: bool, sequence_parallel: bool, overlap: bool, distributed_optimizer: bool, cache_mode: str = "step",
+    fusion: bool,
+    sequence_parallel: bool,
+    overlap: bool,
+    distributed_optimizer: bool,
+    cache_mode: str = "step",
     frozen: bool = False,
 ) -> dict[str, object]:
     config = TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, gradient_accumulation_fusion=fusion,
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        gradient_accumulation_fusion=fusion,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        sequence_parallel=sequence_parallel, params_dtype=torch.float32,
+        sequence_parallel=sequence_parallel,
+        params_dtype=torch.float32,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     model = Pair(config)
@@ -129,16 +137,24 @@ def run_case(
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(p)
     apply_recipe(model, default=QuantizerConfig(), row_parallel_shards=SHARDS, cache=cache_mode)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=distributed_optimizer,
-        overlap_param_gather=overlap and distributed_optimizer, bucket_size=4096 if overlap else None,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_param_gather=overlap and distributed_optimizer,
+        bucket_size=4096 if overlap else None,
     )
     ddp = DistributedDataParallel(config, ddp_config, model)
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = ddp.no_sync
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=2e-2, weight_decay=0.0, clip_grad=0.0, params_dtype=torch.float32,
-            use_distributed_optimizer=distributed_optimizer, overlap_param_gather=overlap and distributed_optimizer,
+            optimizer="adam",
+            lr=2e-2,
+            weight_decay=0.0,
+            clip_grad=0.0,
+            params_dtype=torch.float32,
+            use_distributed_optimizer=distributed_optimizer,
+            overlap_param_gather=overlap and distributed_optimizer,
         ),
         [ddp],
     )
@@ -150,8 +166,12 @@ def run_case(
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
         get_forward_backward_func()(
-            forward_step_func=_forward_step, data_iterator=iter(data), model=[ddp], num_microbatches=MICRO_BATCHES,
-            seq_length=SEQUENCE, micro_batch_size=BATCH,
+            forward_step_func=_forward_step,
+            data_iterator=iter(data),
+            model=[ddp],
+            num_microbatches=MICRO_BATCHES,
+            seq_length=SEQUENCE,
+            micro_batch_size=BATCH,
         )
         if distributed_optimizer:
             share_gradient_shards(ddp)
@@ -167,7 +187,9 @@ def run_case(
         previous = weights
         optimizer.step()
     return {
-        "error": max(errors), "versus_latent": min(versus_latent), "moved": min(moved),
+        "error": max(errors),
+        "versus_latent": min(versus_latent),
+        "moved": min(moved),
         "quantizations": [s.count - b for s, b in zip(made, before, strict=True)],
     }
 
@@ -175,7 +197,11 @@ def run_case(
 def run_probe(sequence_parallel: bool) -> str:
     """What the start-up probe says of a bf16 pair (in fp32 the residual form happens to be exact)."""
     config = TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, params_dtype=torch.bfloat16, bf16=True,
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        params_dtype=torch.bfloat16,
+        bf16=True,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         sequence_parallel=sequence_parallel,
     )
@@ -253,10 +279,10 @@ def main(directory: Path) -> None:
     for layout, tp in (("TP1", 1),) if world == 1 else (("TP2", 2), ("DP2", 1)):
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
         for flags in itertools.product((False, True), repeat=4):
-            fusion, sequence_parallel, overlap, distributed_optimizer = flags
-            if sequence_parallel and tp == 1:
+            if flags[1] and tp == 1:
                 continue
-            name = f"{layout} fusion={fusion:d} sp={sequence_parallel:d} overlap={overlap:d} do={distributed_optimizer:d}"
+            numbers = dict(zip(("fusion", "sp", "overlap", "do"), map(int, flags), strict=True))
+            name = " ".join([layout, *(f"{key}={value}" for key, value in numbers.items())])
             results[name] = run_case(*flags)
         results[f"{layout} no cache"] = run_case(True, tp > 1, False, False, cache_mode="none")
         results[f"{layout} frozen"] = run_case(True, tp > 1, False, False, frozen=True)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def _process_group() -> Iterator[None]:
+    """One process that is a whole job."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def single_rank(_process_group: None) -> Iterator[None]:
+    """megatron-core's parallel state at TP1, on the CPU, seeded."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from bitcpm_megatron.patches import cpu, megatron_core
+
+    if not torch.cuda.is_available():
+        cpu.install()
+    megatron_core.allow_sequence_parallel_torch_norm()
+    megatron_core.provide_fused_adam()
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()

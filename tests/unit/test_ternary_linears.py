@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ternary linears in one process: what they compute, when the cache is valid, and what is refused."""
+
+import copy
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
+from megatron.core.transformer import TransformerConfig
+
+from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, quantize
+from bitcpm_megatron.patches import ORIGINAL
+from bitcpm_megatron.tensor_parallel import (
+    ProbeError,
+    Recipe,
+    RecipeError,
+    StaleCacheError,
+    find_epoch,
+    probe,
+    ternary_modules,
+    ternary_state,
+)
+from bitcpm_megatron.tensor_parallel.linears import Candidate, local_config
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+DEFAULT = QuantizerConfig()
+
+
+def transformer_config(**changes) -> TransformerConfig:
+    values = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128}
+    return TransformerConfig(**{**values, "attention_dropout": 0.0, "hidden_dropout": 0.0, **changes})
+
+
+def gpt(**changes) -> GPTModel:
+    config = transformer_config(gated_linear_unit=True, add_bias_linear=False, normalization="RMSNorm", **changes)
+    return GPTModel(config, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=64, max_sequence_length=16)
+
+
+class Linears(torch.nn.Module):
+    """A column, a row and a dense linear under names that recipes match."""
+
+    def __init__(self, **changes) -> None:
+        super().__init__()
+        config = transformer_config(**changes)
+        init = torch.nn.init.xavier_normal_
+        self.mlp = torch.nn.Module()
+        self.mlp.linear_fc1 = ColumnParallelLinear(64, 128, config=config, init_method=init, bias=True)
+        self.mlp.linear_fc2 = RowParallelLinear(
+            128, 64, config=config, init_method=init, bias=True, input_is_parallel=True, skip_bias_add=False
+        )
+        self.dense = torch.nn.Linear(64, 32)
+
+
+def wq(weight: torch.Tensor, config: QuantizerConfig = DEFAULT) -> torch.Tensor:
+    return dequantize(*quantize(weight, config), config, weight.dtype)
+
+
+def everything() -> Recipe:
+    matchers = {"all": {"config": "q", "pattern": "*"}}
+    return Recipe.from_mapping({"configs": {"q": {}}, "matchers": matchers}, DEFAULT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_multiplies_with_the_quantized_weight(dtype: torch.dtype) -> None:
+    model = Linears(params_dtype=dtype)
+    model.dense.to(dtype)
+    apply_recipe(model, everything(), default=DEFAULT)
+    x = torch.randn(5, 2, 64, dtype=dtype)
+    y, bias = model.mlp.linear_fc1(x)
+    assert bias is None
+    assert torch.equal(y, x @ wq(model.mlp.linear_fc1.weight).t() + model.mlp.linear_fc1.bias)
+    assert torch.equal(model.dense(x), torch.nn.functional.linear(x, wq(model.dense.weight), model.dense.bias))
+
+
+def test_names_and_checkpoint_keys_are_unchanged() -> None:
+    plain, ternary = gpt(), gpt()
+    apply_recipe(ternary, default=DEFAULT)
+    assert list(plain.state_dict()) == list(ternary.state_dict())
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in ternary.named_parameters()]
+    assert [n for n, _ in plain.named_modules()] == [n for n, _ in ternary.named_modules()]
+
+
+def test_the_scales_travel_in_the_sharded_state_dict() -> None:
+    model = gpt()
+    apply_recipe(model, default=DEFAULT)
+    state = model.sharded_state_dict(metadata={"dp_cp_group": torch.distributed.group.WORLD})
+    layer = model.decoder.layers[1]
+    saved = state["decoder.layers.1.self_attention.linear_qkv.weight.ternary_scale"]
+    assert saved.key == "decoder.layers.self_attention.linear_qkv.weight.ternary_scale"
+    assert torch.equal(saved.data, quantize(layer.self_attention.linear_qkv.weight, DEFAULT)[1])
+    # Gate and up are separate shards of fc1's weight; their scales must be split alike.
+    gate, up = state["decoder.layers.1.mlp.linear_fc1.weight.ternary_scale"].build()
+    assert torch.equal(torch.cat((gate.data, up.data)), quantize(layer.mlp.linear_fc1.weight, DEFAULT)[1])
+
+
+def test_embeddings_and_output_layer_are_never_quantized() -> None:
+    model = gpt()
+    report = apply_recipe(model, everything(), default=DEFAULT)
+    assert {e.path.rpartition(".")[2] for e in report.quantized} == {
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    }
+    assert len(report.quantized) == 8
+    assert {e.path for e in report.entries if e.config is None} == {
+        "embedding.word_embeddings",
+        "embedding.position_embeddings",
+        "output_layer",
+    }
+    table = report.table()
+    assert "decoder.layers.0-1.mlp.linear_fc1" in table and "never quantized" in table
+
+
+def test_outside_a_schedule_nothing_stale_is_used() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT)
+    x = torch.randn(3, 1, 64)
+    model.mlp.linear_fc1(x)
+    model.mlp.linear_fc1.weight.data.copy_(torch.randn(128, 64))
+    y, _ = model.mlp.linear_fc1(x)
+    assert torch.equal(y, x @ wq(model.mlp.linear_fc1.weight).t() + model.mlp.linear_fc1.bias)
+
+
+def run_schedule(model: torch.nn.Module, forward_step, micro_batches: int, forward_only: bool = False) -> None:
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=[model],
+        num_microbatches=micro_batches,
+        seq_length=4,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def gpt_step(data, model: torch.nn.Module):
+    tokens = torch.randint(0, 64, (1, 4))
+    loss = model(tokens, torch.arange(4).unsqueeze(0), None, labels=tokens)
+    return loss, lambda output: (output.mean().clone(), {})
+
+
+def test_once_per_schedule_and_anew_after_train_eval_and_loading() -> None:
+    model = gpt()
+    apply_recipe(model, default=DEFAULT)
+    model.model_type = None
+    state = ternary_state(model.decoder.layers[0].mlp.linear_fc1)
+
+    def quantizations(change=lambda: None, micro_batches: int = 3) -> int:
+        change()
+        before = state.count
+        run_schedule(model, gpt_step, micro_batches)
+        return state.count - before
+
+    assert quantizations() == 1
+    assert quantizations(model.eval) == 1
+    assert quantizations(model.train) == 1
+    assert not find_epoch(model).open, "the schedule is over"
+
+    def in_the_middle(change) -> int:
+        def forward_step(data, chunk: torch.nn.Module):
+            result = gpt_step(data, chunk)
+            change()
+            return result
+
+        before = state.count
+        with torch.no_grad():
+            run_schedule(model, forward_step, 4, forward_only=True)
+        return state.count - before
+
+    assert in_the_middle(lambda: None) == 1
+    assert in_the_middle(lambda: model.load_state_dict(model.state_dict())) == 4
+    assert in_the_middle(lambda: model.train(not model.training)) == 4
+
+
+def test_the_schedule_closes_the_epoch_also_when_it_fails() -> None:
+    model = gpt()
+    apply_recipe(model, default=DEFAULT)
+    model.model_type = None
+
+    def fails(data, chunk: torch.nn.Module):
+        gpt_step(data, chunk)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_schedule(model, fails, 2)
+    assert not find_epoch(model).open
+
+
+def test_verify_mode_finds_a_cache_made_stale_by_data_writes() -> None:
+    model = gpt()
+    apply_recipe(model, default=DEFAULT, verify_cache=True)
+    model.model_type = None
+    weight = model.decoder.layers[1].mlp.linear_fc2.weight
+
+    def writes(data, chunk: torch.nn.Module):
+        result = gpt_step(data, chunk)
+        weight.data[0].neg_()
+        return result
+
+    with pytest.raises(StaleCacheError, match=r"decoder\.layers\.1\.mlp\.linear_fc2: \d+ of .*--ternary-cache none"):
+        run_schedule(model, writes, 2)
+
+
+def test_many_micro_batches_in_flight_share_one_quantized_weight() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT)
+    find_epoch(model).begin()
+    weight = model.mlp.linear_fc1.weight
+    inputs = [torch.randn(3, 1, 64) for _ in range(4)]
+    outputs = [model.mlp.linear_fc1(x)[0] for x in inputs]
+    assert ternary_state(model.mlp.linear_fc1).count == 1
+    for y in reversed(outputs):
+        y.sum().backward()
+    expected = sum(torch.ones(3, 128).t() @ x[:, 0] for x in inputs)
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_recompute_under_no_grad_takes_the_same_path_and_leaks_nothing() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT)
+    layer = model.mlp.linear_fc1
+    find_epoch(model).begin()
+    x = torch.randn(3, 1, 64, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(lambda t: layer(t)[0], x, use_reentrant=True)
+    y.sum().backward()
+    assert ternary_state(layer).count == 1
+    torch.testing.assert_close(x.grad, wq(layer.weight).sum(0).expand_as(x))
+    dead = weakref.ref(ternary_state(layer).quantized)
+    find_epoch(model).begin()
+    layer(x)[0].sum().backward()
+    gc.collect()
+    assert dead() is None, "a finished step keeps its quantized weight alive"
+
+
+def test_a_frozen_weight_is_quantized_and_gets_no_gradient() -> None:
+    model = Linears()
+    model.mlp.linear_fc1.weight.requires_grad_(False)
+    report = apply_recipe(model, default=DEFAULT)
+    assert "(frozen)" in report.table()
+    x = torch.randn(3, 1, 64, requires_grad=True)
+    model.mlp.linear_fc1(x)[0].sum().backward()
+    torch.testing.assert_close(x.grad, wq(model.mlp.linear_fc1.weight).sum(0).expand_as(x))
+    assert model.mlp.linear_fc1.weight.grad is None
+
+
+def test_inference_mode_then_training() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT)
+    find_epoch(model).begin()
+    x = torch.randn(3, 1, 64)
+    with torch.inference_mode():
+        y = model.mlp.linear_fc1(x)[0]
+    again = model.mlp.linear_fc1(x)[0]
+    again.sum().backward()
+    assert torch.equal(y, again)
+
+
+def test_a_deep_copy_is_a_model_of_its_own() -> None:
+    # Dense linears alone: those of megatron-core hold a process group, which nobody can copy.
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+    apply_recipe(model, everything(), default=DEFAULT)
+    twin = copy.deepcopy(model)
+    twin[0].weight.data.neg_()
+    x = torch.randn(3, 64)
+    assert torch.equal(twin(x), x @ wq(twin[0].weight).t())
+    assert torch.equal(model(x), x @ wq(model[0].weight).t())
+    assert not torch.equal(twin(x), model(x))
+    assert find_epoch(twin) is ternary_state(twin[0]).epoch is not find_epoch(model)
+
+
+@pytest.mark.parametrize("name", ["dense", "column", "row"])
+def test_torch_compile_traces_a_whole_ternary_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # megatron-core's row-parallel forward warns of a default that it takes itself: the compiler would stop there.
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_group_if_none", lambda group, **_: group)
+    model = Linears()
+    apply_recipe(model, everything(), default=DEFAULT)
+    layer = {"dense": model.dense, "column": model.mlp.linear_fc1, "row": model.mlp.linear_fc2}[name]
+    x = torch.randn(3, 2, layer.weight.shape[1])
+
+    def first(y):
+        return y[0] if isinstance(y, tuple) else y
+
+    eager = first(layer(x))
+    eager.square().sum().backward()
+    gradient, layer.weight.grad = layer.weight.grad, None
+    compiled = first(torch.compile(layer, fullgraph=True, backend="aot_eager")(x))
+    compiled.square().sum().backward()
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(layer.weight.grad, gradient)
+
+
+def test_torch_compile_with_fusion_is_refused() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT)
+    model.mlp.linear_fc1.gradient_accumulation_fusion = True
+    with pytest.raises(Exception, match="cannot trace gradient-accumulation fusion"):
+        torch.compile(model.mlp.linear_fc1, fullgraph=True, backend="eager")(torch.randn(3, 1, 64))
+
+
+def test_a_weight_handed_to_forward_is_refused() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT)
+    layer = model.mlp.linear_fc1
+    for call in ({"weight": layer.weight}, {}):
+        arguments = () if call else (layer.weight,)
+        with pytest.raises(RuntimeError, match="mlp.linear_fc1: a weight handed to forward.. would bypass"):
+            layer(torch.randn(3, 1, 64), *arguments, **call)
+
+
+def test_the_probe_finds_a_forward_that_bypasses_the_quantizer() -> None:
+    model = Linears()
+    apply_recipe(model, everything(), default=DEFAULT)
+    assert probe(model) == 3 == len(ternary_modules(model))
+    del model.mlp.linear_fc2.__dict__["forward"]
+    with pytest.raises(ProbeError, match=r"mlp\.linear_fc2 \(RowParallelLinear\): largest difference") as caught:
+        probe(model)
+    assert "linear_fc1" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["fp8", "fp4"])
+def test_low_precision_formats_are_refused(field: str) -> None:
+    model = Linears()
+    setattr(model.mlp.linear_fc1.config, field, "hybrid")
+    with pytest.raises(RecipeError, match=rf"mlp\.linear_fc1: {field}='hybrid' is configured.*switch it off"):
+        apply_recipe(model, default=DEFAULT)
+
+
+def test_an_unsupported_dtype_is_refused_and_nothing_is_changed() -> None:
+    model = Linears()
+    model.mlp.linear_fc2.to(torch.float64)
+    with pytest.raises(RecipeError, match=r"mlp\.linear_fc2: a weight of dtype torch\.float64 .*cast it to"):
+        apply_recipe(model, default=DEFAULT)
+    assert ternary_modules(model) == []
+    assert "forward" not in model.mlp.linear_fc1.__dict__
+
+
+def test_a_module_that_would_bypass_the_quantizer_is_refused() -> None:
+    model = Linears()
+    model.mlp.linear_odd = torch.nn.Bilinear(4, 4, 4)
+    with pytest.raises(RecipeError, match=r"mlp\.linear_odd: matcher 'linears' asks to quantize .*Bilinear"):
+        apply_recipe(model, default=DEFAULT)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*.linear_fc3", "fits no module of the model"),
+        ("decoder.layers.7.*", "fits no module of the model"),
+        ("output_layer", "names output_layer: embeddings and the output layer are never quantized"),
+        ("embedding.*", "are never quantized; remove it"),
+    ],
+)
+def test_a_matcher_without_effect_is_refused(pattern: str, message: str) -> None:
+    recipe = {"configs": {"q": {"group_size": 32}}, "matchers": {"mine": {"config": "q", "pattern": pattern}}}
+    with pytest.raises(RecipeError, match=message):
+        apply_recipe(gpt(), Recipe.from_mapping(recipe, DEFAULT), default=DEFAULT)
+
+
+def test_twice_is_refused() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT)
+    with pytest.raises(RuntimeError, match="once per model"):
+        apply_recipe(model, default=DEFAULT)
+
+
+def test_a_foreign_wrapper_on_forward_is_refused() -> None:
+    model = Linears()
+    model.mlp.linear_fc1.forward = lambda x: x
+    with pytest.raises(RuntimeError, match="mlp.linear_fc1: its forward is wrapped already"):
+        apply_recipe(model, default=DEFAULT)
+
+
+def test_first_matcher_decides_with_global_layer_numbers() -> None:
+    recipe = {
+        "configs": {"keep": "full-precision", "fine": {"group_size": 32}},
+        "matchers": {
+            "first": {"config": "keep", "pattern": "decoder.layers.0.*"},
+            "off": {"config": "keep", "pattern": "*", "enabled": False},
+            "rest": {"config": "fine", "pattern": "*.linear_*"},
+        },
+    }
+    model = gpt()
+    report = apply_recipe(model, Recipe.from_mapping(recipe, DEFAULT), default=DEFAULT)
+    assert {e.path.split(".")[2] for e in report.quantized} == {"1"}
+    assert set(map(str, report.modules().values())) == {"{'group_size': 32}"}
+
+
+@pytest.mark.parametrize(
+    ("in_features", "tensor_parallel", "group_size", "shards", "expected"),
+    [
+        (256, 1, -1, None, -1),
+        (256, 2, -1, None, -1),
+        (256, 1, -1, 4, 64),
+        (256, 2, -1, 4, 64),
+        (256, 4, -1, 4, -1),
+        (256, 2, 64, None, 64),
+        (256, 2, 64, 8, 64),
+    ],
+)
+def test_row_parallel_groups(in_features, tensor_parallel, group_size, shards, expected) -> None:
+    assert local_group(in_features, tensor_parallel, group_size, shards) == expected
+
+
+@pytest.mark.parametrize(
+    ("in_features", "tensor_parallel", "group_size", "shards", "message"),
+    [
+        (256, 4, -1, 2, "2 row-parallel shards cannot be spread over a tensor-parallel size of 4"),
+        (256, 4, 128, None, "group_size=128 does not divide a row of 64"),
+        (96, 1, -1, 2, "cut a row of 96 into groups of 48, which is no multiple of 32"),
+    ],
+)
+def test_row_parallel_groups_that_cannot_be(in_features, tensor_parallel, group_size, shards, message) -> None:
+    with pytest.raises(ValueError, match=rf"^here: .*{message}"):
+        local_group(in_features, tensor_parallel, group_size, shards)
+
+
+def local_group(in_features: int, tensor_parallel: int, group_size: int, shards: int | None) -> int:
+    module = SimpleNamespace(weight=torch.empty(8, in_features // tensor_parallel), input_size=in_features)
+    return local_config(Candidate("here", module, "row"), QuantizerConfig(group_size=group_size), shards).group_size
+
+
+def test_the_same_row_groups_at_every_tensor_parallel_size() -> None:
+    weight = torch.randn(16, 256)
+    whole = wq(weight, QuantizerConfig(group_size=local_group(256, 1, -1, 4)))
+    for tensor_parallel in (2, 4):
+        config = QuantizerConfig(group_size=local_group(256, tensor_parallel, -1, 4))
+        assert torch.equal(torch.cat([wq(p, config) for p in weight.chunk(tensor_parallel, 1)], 1), whole)
+
+
+def test_patches_are_marked_and_applied_once() -> None:
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer.module import MegatronModule
+
+    apply_recipe(Linears(), default=DEFAULT)
+    apply_recipe(Linears(), default=DEFAULT)
+    for patched in (MegatronModule.set_is_first_microbatch, schedules.forward_backward_no_pipelining):
+        assert not hasattr(getattr(patched, ORIGINAL), ORIGINAL)
+
+
+def test_unknown_modules_are_listed_not_hidden() -> None:
+    model = Linears()
+    report = apply_recipe(model, default=DEFAULT)
+    dense = next(e for e in report.entries if e.path == "dense")
+    assert (dense.config, dense.reason, dense.kind) == (None, "no matcher", "dense")
