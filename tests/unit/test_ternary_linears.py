@@ -277,10 +277,10 @@ def test_a_deep_copy_is_a_model_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["dense", "column", "row"])
 def test_torch_compile_traces_a_whole_ternary_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # megatron-core's row-parallel forward warns of a default that it takes itself: the compiler would stop there.
-    monkeypatch.setattr(layers, "get_tensor_model_parallel_group_if_none", lambda group, **_: group)
     model = Linears()
     apply_recipe(model, everything(), default=DEFAULT)
+    # megatron-core's row-parallel forward warns of a default that it takes itself: the compiler would stop there.
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_group_if_none", lambda group, **_: group)
     layer = {"dense": model.dense, "column": model.mlp.linear_fc1, "row": model.mlp.linear_fc2}[name]
     x = torch.randn(3, 2, layer.weight.shape[1])
 
