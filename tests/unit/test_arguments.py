@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: unknown flags are errors, contradictions are named together, defaults follow Megatron-LM."""
+
+import pytest
+
+from bitcpm_megatron.training.arguments import parse_args
+
+GOOD = """
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+    --micro-batch-size 2 --train-iters 10 --lr 1e-3 --mock-data --vocab-size 100
+""".split()
+
+
+def parse(*more: str, world_size: int = 1, base: list[str] = GOOD):
+    return parse_args([*base, *more], world_size)
+
+
+def refusal(capsys: pytest.CaptureFixture, *more: str, **kwargs) -> str:
+    with pytest.raises(SystemExit) as leaving:
+        parse(*more, **kwargs)
+    assert leaving.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_defaults_that_depend_on_others() -> None:
+    args = parse("--swiglu", "--global-batch-size", "8", world_size=2)
+    assert (args.data_parallel_size, args.num_microbatches) == (2, 2)
+    assert (args.ffn_hidden_size, args.kv_channels, args.num_query_groups, args.lr_decay_iters) == (128, 16, 4, 10)
+    assert parse().ffn_hidden_size == 256
+    assert parse("--num-query-groups", "2").num_query_groups == 4, "as in Megatron-LM: without the GQA flag, no groups"
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "message"),
+    [
+        (["--tensor-model-parallel-size", "3"], 3, "3 does not divide 4 attention heads"),
+        (["--tensor-model-parallel-size", "2"], 3, "3 processes cannot be split into groups of 2"),
+        (
+            ["--tensor-model-parallel-size", "4", "--group-query-attention", "--num-query-groups", "2"],
+            4,
+            "4 does not divide 2 query groups",
+        ),
+        (["--sequence-parallel"], 1, "--sequence-parallel needs --tensor-model-parallel-size > 1"),
+        (["--pipeline-model-parallel-size", "3"], 3, "--num-layers 4 cannot be split over 3 stages"),
+        (["--num-virtual-stages-per-pipeline-rank", "2"], 1, "needs --pipeline-model-parallel-size > 1"),
+        (
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 6".split(),
+            2,
+            "multiple of 2 micro-batches",
+        ),
+        (["--overlap-param-gather"], 1, "--overlap-param-gather needs --use-distributed-optimizer"),
+        (["--global-batch-size", "3"], 1, "--global-batch-size 3 is not a multiple of --micro-batch-size 2 x 1"),
+        (["--seq-length", "64"], 1, "--seq-length 64 exceeds --max-position-embeddings 32"),
+        (["--num-attention-heads", "5"], 1, "--hidden-size 64 is not divisible by 5 heads"),
+        (["--recompute-granularity", "full"], 1, "--recompute-method go together"),
+        (["--recompute-num-layers", "1"], 1, "--recompute-num-layers needs --recompute-method"),
+        (["--lr-warmup-iters", "10"], 1, "must be less than the 10 iterations"),
+        (["--min-lr", "1"], 1, "--min-lr 1.0 is above --lr 0.001"),
+        (["--lr-decay-style", "WSD"], 1, "WSD and --lr-wsd-decay-iters go together"),
+        (["--data-path", "x"], 1, "give the data in one way"),
+        (["--tokenizer-model", "x"], 1, "--tokenizer-model is needed with real data, and only then"),
+        (["--save-interval", "5"], 1, "--save-interval needs --save"),
+        (["--finetune"], 1, "--finetune needs --load"),
+        (["--ternary", "--ternary-group-size", "33"], 1, "multiple of 32"),
+        (["--ternary", "--ternary-verify-cache", "--ternary-cache", "none"], 1, "nothing to verify"),
+        (["--ternary-cache", "none", "--ternary-verify-cache"], 1, "without --ternary would do nothing"),
+        (["--distributed-backend", "nccl"], 1, "needs CUDA"),
+        (["--train-iters", "0"], 1, "--train-iters 0: must be 1 or more"),
+        (["--tensor-model-parallel-size", "0"], 1, "parallel sizes must be 1 or more"),
+        (["--save-intervall", "3"], 1, "unrecognized arguments: --save-intervall"),
+        (["--train-iter", "3"], 1, "unrecognized arguments: --train-iter"),
+        (["--ternary-space", "5-value"], 1, "invalid choice"),
+        (["--ternary-backend", "cuda"], 1, "invalid choice"),
+    ],
+)
+def test_contradictions_are_reported_before_anything_starts(capsys, flags, world_size, message) -> None:
+    assert message in refusal(capsys, *flags, world_size=world_size)
+
+
+def test_all_mistakes_are_named_at_once(capsys) -> None:
+    said = refusal(capsys, "--sequence-parallel", "--min-lr", "1", "--finetune")
+    assert all(flag in said for flag in ("--sequence-parallel", "--min-lr", "--finetune"))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe files: what is read, and what is refused with the place named."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bitcpm_megatron import QuantizerConfig
+from bitcpm_megatron.tensor_parallel import Recipe, RecipeError
+
+DEFAULT = QuantizerConfig(group_size=128, eps=1e-6)
+
+
+def read(tmp_path: Path, content: object) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return Recipe.from_yaml(path, DEFAULT)
+
+
+def test_what_a_config_leaves_out_comes_from_the_default(tmp_path: Path) -> None:
+    recipe = read(
+        tmp_path,
+        {
+            "configs": {"fine": {"group_size": 32}, "plain": {}, "keep": "full-precision"},
+            "matchers": {
+                "a": {"config": "fine", "type": "glob", "pattern": "*fc1", "enabled": True},
+                "b": {"config": "keep", "pattern": "*fc2"},
+                "c": {"config": "plain", "pattern": "*"},
+            },
+        },
+    )
+    assert recipe.decide("x.fc1").config == QuantizerConfig(group_size=32, eps=1e-6)
+    assert recipe.decide("x.fc2").config is None
+    assert recipe.decide("x.fc3").config == DEFAULT
+
+
+def test_order_decides(tmp_path: Path) -> None:
+    matchers = {"first": {"config": "a", "pattern": "*"}, "second": {"config": "b", "pattern": "*fc1"}}
+    recipe = read(tmp_path, {"configs": {"a": {"group_size": 32}, "b": {"group_size": 64}}, "matchers": matchers})
+    assert recipe.decide("x.fc1").name == "first"
+
+
+MATCHER = {"config": "q", "pattern": "*"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("configs: [", "recipe.yaml"),
+        ("just text", "the recipe must be a mapping, got str"),
+        ({"configs": {}, "matcher": {}}, "the recipe: unknown keys ['matcher']"),
+        ({"configs": {"q": {}}}, "no enabled matcher quantizes anything"),
+        ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "enabled": False}}}, "no enabled matcher"),
+        ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "enabled": "yes"}}}, "enabled must be true or false"),
+        ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "type": "regex"}}}, "type 'regex' is unknown"),
+        ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "config": "r"}}}, "a config out of ['q']"),
+        ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "patern": "x"}}}, "unknown keys ['patern']"),
+        ({"configs": {"q": {"group": 32}}, "matchers": {"m": MATCHER}}, "unknown keys ['group']"),
+        ({"configs": {"q": {"group_size": 31}}, "matchers": {"m": MATCHER}}, "config 'q': group_size=31"),
+        ({"configs": {"q": {"space": "5-value"}}, "matchers": {"m": MATCHER}}, "unknown quantization space"),
+        ({"configs": {"q": "bf16"}, "matchers": {"m": MATCHER}}, "the word full-precision"),
+    ],
+)
+def test_a_malformed_recipe_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, content)
+    assert message in str(caught.value) and "recipe.yaml" in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nothing-here.yaml"):
+        Recipe.from_yaml(tmp_path / "nothing-here.yaml", DEFAULT)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantizer record, and the checkpoint directory around it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bitcpm_megatron.tensor_parallel.record import FILE_NAME, QuantizerRecord, RecordError
+from bitcpm_megatron.training import checkpoint
+
+RECORD = QuantizerRecord(
+    "latent", "ternary", 1e-5, "bfloat16", 2, 16, {"decoder.layers.0.mlp.linear_fc1": {"group_size": -1}}
+)
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    RECORD.write(tmp_path)
+    assert QuantizerRecord.read(tmp_path) == RECORD
+    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+    assert QuantizerRecord.read(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"surprise": 1}'])
+def test_an_unreadable_record_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE_NAME).write_text(text)
+    with pytest.raises(RecordError, match="not a quantizer record"):
+        QuantizerRecord.read(tmp_path)
+
+
+def test_a_later_version_is_refused(tmp_path: Path) -> None:
+    dataclasses.replace(RECORD, version=99).write(tmp_path)
+    with pytest.raises(RecordError, match="version 99 is unknown"):
+        QuantizerRecord.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"row_parallel_shards": 4}, "row_parallel_shards: 2 in the checkpoint, 4 asked for"),
+        ({"latent_dtype": "float32"}, "latent_dtype: 'bfloat16' in the checkpoint, 'float32' asked for"),
+        ({"eps": 1e-4}, "eps: 1e-05 in the checkpoint, 0.0001 asked for"),
+        ({"modules": {}}, "group size -1 in the checkpoint, full precision asked for"),
+    ],
+)
+def test_contradictions_are_named(tmp_path: Path, change: dict, line: str) -> None:
+    RECORD.write(tmp_path)
+    other = dataclasses.replace(RECORD, **change)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.check_quantizer(tmp_path, other, allow_change=False)
+    assert line in str(caught.value) and "--allow-quantizer-change" in str(caught.value)
+    assert line in checkpoint.check_quantizer(tmp_path, other, allow_change=True)
+    assert checkpoint.check_quantizer(tmp_path, RECORD, allow_change=False) == "quantizer: as the checkpoint records"
+
+
+def test_a_full_precision_checkpoint_may_start_ternary_training(tmp_path: Path) -> None:
+    assert "starting ternary training" in checkpoint.check_quantizer(tmp_path, RECORD, allow_change=False)
+
+
+def test_the_latest_checkpoint_is_a_complete_one(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("12")
+    with pytest.raises(checkpoint.CheckpointError, match="not a complete checkpoint"):
+        checkpoint.latest(tmp_path)
+    directory = tmp_path / "iter_0000012"
+    directory.mkdir()
+    (directory / "metadata.json").write_text("{}")
+    assert checkpoint.latest(tmp_path) == directory
+    tracker.write_text("twelve")
+    with pytest.raises(checkpoint.CheckpointError, match="'twelve' and not an iteration number"):
+        checkpoint.latest(tmp_path)
