@@ -11,16 +11,16 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from megatron.core import parallel_state
-
-from bitcpm_megatron.launch import pretrain as command
-from bitcpm_megatron.tensor_parallel import ternary_modules
-from bitcpm_megatron.training import loop
+# Imports stand where they are used: the checkpoint writer's helper process imports this file at each save.
 
 
-def gathered_weights(model: loop.Model) -> dict[str, torch.Tensor]:
+def gathered_weights(model) -> dict:
     """Whole quantized weights by global module path, gate and up apart."""
+    import torch
+    from megatron.core import parallel_state
+
+    from bitcpm_megatron.tensor_parallel import ternary_modules
+
     group = parallel_state.get_tensor_model_parallel_group()
     whole = {}
     for state, module in ternary_modules(model.bare):
@@ -39,12 +39,18 @@ def gathered_weights(model: loop.Model) -> dict[str, torch.Tensor]:
 
 
 def main(directory: Path) -> None:
+    import torch
+    from megatron.core import parallel_state
+
+    from bitcpm_megatron.launch import pretrain as command
+    from bitcpm_megatron.training import initialize, loop
+
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    built: list[loop.Model] = []
+    built = []
     build = loop.build_model
     loop.build_model = lambda *args: built.append(build(*args)) or built[-1]
-    command.shutdown = lambda: None
+    initialize.shutdown = lambda: None
     report = {}
     for name, argv in json.loads((directory / "runs.json").read_text()).items():
         built.clear()
