@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 2: the registered op ``bitcpm::fake_quantize`` and its backends."""
+"""Floor 2: the registered ops, and the backends of ``bitcpm::fake_quantize``."""
 
 from .fake_quantize import fake_quantize
+from .fake_quantize_activations import fake_quantize_activations
 from .registry import Backend, Choice, active_backend, backends, register_backend, set_backend
 
-__all__ = ["Backend", "Choice", "active_backend", "backends", "fake_quantize", "register_backend", "set_backend"]
+__all__ = [
+    "Backend",
+    "Choice",
+    "active_backend",
+    "backends",
+    "fake_quantize",
+    "fake_quantize_activations",
+    "register_backend",
+    "set_backend",
+]

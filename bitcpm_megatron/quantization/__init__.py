@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floor 1: the mathematics of the quantizer, on torch alone."""
 
+from .activations import quantize_activations
 from .config import GROUP_MULTIPLE, WEIGHT_DTYPES, QuantizerConfig, check_weight, effective_group
 from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite
 from .spaces import SPACES, Space
@@ -15,6 +16,7 @@ __all__ = [
     "dequantize",
     "effective_group",
     "quantize",
+    "quantize_activations",
     "quantize_dequantize",
     "scales_are_finite",
 ]

@@ -7,6 +7,7 @@ from .coverage import CoverageEntry, CoverageReport
 from .linear import StaleCacheError, TernaryState, make_ternary, ternary_state
 from .probe import ProbeError, probe, ternary_modules
 from .recipe import Recipe, RecipeError
+from .telemetry import Telemetry
 
 __all__ = [
     "CacheEpoch",
@@ -16,6 +17,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "StaleCacheError",
+    "Telemetry",
     "TernaryState",
     "apply_recipe",
     "find_epoch",

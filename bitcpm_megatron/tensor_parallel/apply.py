@@ -11,7 +11,7 @@ from ..quantization import QuantizerConfig, check_weight
 from .cache import attach_epoch
 from .coverage import CoverageEntry, CoverageReport
 from .linear import CacheMode, TernaryState, make_ternary
-from .linears import Candidate, candidates, local_config, whole_shape
+from .linears import Candidate, activation_groups, candidates, local_config, whole_shape
 from .recipe import Matcher, Recipe, RecipeError
 from .sharded_scales import save_scales_with
 
@@ -24,6 +24,7 @@ def apply_recipe(
     row_parallel_shards: int | None = None,
     cache: CacheMode = "step",
     verify_cache: bool = False,
+    activation_bits: int = 16,
 ) -> CoverageReport:
     """Makes the linears of a model ternary.
 
@@ -39,6 +40,8 @@ def apply_recipe(
         cache: ``step`` quantizes once per optimizer step, ``none`` in every forward; the results are bit-identical.
         verify_cache: quantize again at every use of the cache, and raise where it is stale.
 
+        activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
+
     Returns:
         What was quantized and what was not, over all pipeline stages.
 
@@ -49,6 +52,8 @@ def apply_recipe(
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     if cache not in ("step", "none"):
         raise ValueError(f"cache={cache!r} is not possible: use step or none")
+    if activation_bits not in (8, 16):
+        raise ValueError(f"activation_bits={activation_bits} is not possible: use 8, or 16 for none")
     if row_parallel_shards is not None and row_parallel_shards < 1:
         raise ValueError(f"row_parallel_shards={row_parallel_shards} is not possible: use 1 or more")
     if recipe is None:
@@ -63,6 +68,8 @@ def apply_recipe(
     for candidate, matcher in (pair for chunk in found for pair in chunk):
         try:
             entries.append(_entry(candidate, matcher, shards))
+            if activation_bits == 8 and entries[-1].config is not None:
+                activation_groups(candidate, shards)
         except ValueError as error:
             mistakes.append(str(error))
     entries, mistakes = _over_pipeline(entries, mistakes)
@@ -78,8 +85,15 @@ def apply_recipe(
         for candidate, _ in pairs:
             config = by_path[candidate.path].config
             if config is not None:
-                like_all = candidate.path not in uneven
-                state = TernaryState(candidate.path, config, epoch, cache, verify_cache, like_all)
+                state = TernaryState(
+                    name=candidate.path,
+                    config=config,
+                    epoch=epoch,
+                    cache=cache,
+                    verify=verify_cache,
+                    like_all_layers=candidate.path not in uneven,
+                    activation_groups=activation_groups(candidate, shards) if activation_bits == 8 else 0,
+                )
                 make_ternary(candidate.module, state)
                 if candidate.kind != "dense":
                     save_scales_with(candidate.module)

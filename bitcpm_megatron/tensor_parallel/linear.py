@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..ops import fake_quantize
+from ..ops import fake_quantize, fake_quantize_activations
 from ..quantization import QuantizerConfig
 from .cache import CacheEpoch
 from .straight_through import shadow
@@ -36,6 +36,8 @@ class TernaryState:
         cache: ``step`` keeps one quantized weight per optimizer step, ``none`` quantizes in every forward.
         verify: quantize again at every use of the cache and compare.
         like_all_layers: whether the same module of every other layer is quantized with the same number of groups.
+        activation_groups: 0 to leave the layer's input alone; else it is quantized to 8 bits per token, in this many
+            groups of its features.
         quantized: the last quantized weight ``[out, in]`` (kept only with ``step``).
         scales: its bf16 scales ``[out, groups]``.
         count: quantizations made so far, for reports.
@@ -47,6 +49,7 @@ class TernaryState:
     cache: CacheMode = "step"
     verify: bool = False
     like_all_layers: bool = True
+    activation_groups: int = 0
     quantized: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     count: int = 0
@@ -121,6 +124,11 @@ def _ternary_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         stand_in = _traceable_stand_in(self, state, latent)
     else:
         stand_in = shadow(latent, state.weight(latent, self.training))
+    if state.activation_groups:
+        if not args:
+            raise RuntimeError(f"{state.name}: hand the input to forward() by position, so that it can be quantized")
+        # Before any gather of the sequence: a token's scale needs its own features only.
+        args = (fake_quantize_activations(args[0], state.activation_groups), *args[1:])
     self.__dict__["weight"] = stand_in
     try:
         return type(self).forward(self, *args, **kwargs)

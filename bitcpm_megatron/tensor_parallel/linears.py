@@ -96,11 +96,11 @@ def local_config(candidate: Candidate, config: QuantizerConfig, row_parallel_sha
             return replace(config, group_size=_row_or_group(local_in, config.group_size))
         whole = candidate.module.input_size
         tensor_parallel = whole // local_in
+        shards = tensor_parallel if row_parallel_shards is None else row_parallel_shards
         if config.group_size != -1:
             effective_group(whole, config.group_size)
             effective_group(local_in, config.group_size)
             return config
-        shards = tensor_parallel if row_parallel_shards is None else row_parallel_shards
         if shards % tensor_parallel:
             raise ValueError(
                 f"{shards} row-parallel shards cannot be spread over a tensor-parallel size of {tensor_parallel}: "
@@ -116,6 +116,25 @@ def local_config(candidate: Candidate, config: QuantizerConfig, row_parallel_sha
         return replace(config, group_size=_row_or_group(local_in, whole // shards))
     except ValueError as error:
         raise ValueError(f"{candidate.path}: {error}") from None
+
+
+def activation_groups(candidate: Candidate, row_parallel_shards: int) -> int:
+    """Scales per token of a layer's local input: the features of row-parallel layers are split over the ranks, so that
+    they are quantized per row-parallel shard, whatever the tensor-parallel size.
+
+    Raises:
+        ValueError: the tensor-parallel size does not divide the shards, or the shards the features.
+    """
+    if candidate.kind != "row":
+        return 1
+    whole, local_in = candidate.module.input_size, candidate.module.weight.shape[1]
+    tensor_parallel = whole // local_in
+    if row_parallel_shards % tensor_parallel or whole % row_parallel_shards:
+        raise ValueError(
+            f"{candidate.path}: {whole} input features cannot be quantized in {row_parallel_shards} row-parallel "
+            f"shards at a tensor-parallel size of {tensor_parallel}: use a number of shards that it divides"
+        )
+    return row_parallel_shards // tensor_parallel
 
 
 def _row_or_group(in_features: int, group_size: int) -> int:

@@ -2,12 +2,12 @@
 """The quantizer record: how the weights of a checkpoint were quantized, in ``ternary_quantizer.json`` beside them."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..files import write_text
 from ..quantization import QuantizerConfig
 from .coverage import CoverageReport
 
@@ -44,9 +44,19 @@ class QuantizerRecord:
     version: int = _VERSION
 
     @classmethod
-    def of(cls, report: CoverageReport, default: QuantizerConfig, latent_dtype: str) -> "QuantizerRecord":
+    def of(
+        cls, report: CoverageReport, default: QuantizerConfig, latent_dtype: str, activation_bits: int = 16
+    ) -> "QuantizerRecord":
         """The record of a model that a recipe was applied to."""
-        return cls("latent", default.space, default.eps, latent_dtype, report.row_parallel_shards, 16, report.modules())
+        return cls(
+            state="latent",
+            space=default.space,
+            eps=default.eps,
+            latent_dtype=latent_dtype,
+            row_parallel_shards=report.row_parallel_shards,
+            activation_bits=activation_bits,
+            modules=report.modules(),
+        )
 
     @classmethod
     def read(cls, directory: str | Path) -> "QuantizerRecord | None":
@@ -71,13 +81,7 @@ class QuantizerRecord:
 
     def write(self, directory: str | Path) -> None:
         """Writes the record into a directory, whole or not at all."""
-        path = Path(directory) / FILE_NAME
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text(Path(directory) / FILE_NAME, json.dumps(asdict(self), indent=1))
 
     def contradictions(self, other: "QuantizerRecord") -> list[str]:
         """Where two records quantize the same weights differently, one line each; empty if nowhere."""

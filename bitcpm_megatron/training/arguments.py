@@ -33,6 +33,15 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group.add_argument("--ternary-backend", choices=("auto", *(b.name for b in backends())), default="auto")
     group.add_argument("--ternary-cache", choices=("step", "none"), default="step")
     group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
+    group.add_argument(
+        "--ternary-activation-bits", type=int, choices=(16, 8), default=16, help="8: int8 inputs, one scale per token"
+    )
+    group.add_argument(
+        "--ternary-telemetry-interval",
+        type=int,
+        metavar="N",
+        help="every N iterations: zeros, changed codes and scales of every module, into --log-dir",
+    )
     group.add_argument("--allow-quantizer-change", action="store_true", help="load a checkpoint of another quantizer")
     return parser
 
@@ -127,6 +136,8 @@ def _data(group: argparse._ArgumentGroup) -> None:
 def _checkpoint(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save", metavar="DIR")
     group.add_argument("--save-interval", type=int)
+    group.add_argument("--async-save", action="store_true", help="write checkpoints while training goes on")
+    group.add_argument("--keep-last-n", type=int, metavar="N", help="delete all checkpoints but the newest N")
     group.add_argument("--load", metavar="DIR", help="resume from here; starts anew where it holds no checkpoint")
     group.add_argument("--exit-on-missing-checkpoint", action="store_true")
     group.add_argument("--finetune", action="store_true", help="load the weights alone, start at iteration 0")
@@ -260,6 +271,10 @@ def _other_mistakes(args: argparse.Namespace) -> list[str]:
     found += _data_mistakes(args)
     if args.save_interval is not None and args.save is None:
         found.append("--save-interval needs --save")
+    if args.save is None and (args.async_save or args.keep_last_n is not None):
+        found.append("--async-save and --keep-last-n need --save")
+    if args.keep_last_n is not None and args.keep_last_n < 1:
+        found.append(f"--keep-last-n {args.keep_last_n}: must be 1 or more")
     if args.finetune and args.load is None:
         found.append("--finetune needs --load")
     if args.exit_on_missing_checkpoint and args.load is None:
@@ -287,6 +302,11 @@ def _ternary_mistakes(args: argparse.Namespace) -> list[str]:
             quantizer_config(args)
         except ValueError as error:
             return [f"--ternary-group-size: {error}"]
+        if args.ternary_telemetry_interval is not None:
+            if args.log_dir is None:
+                return ["--ternary-telemetry-interval needs --log-dir"]
+            if args.ternary_telemetry_interval < 1:
+                return [f"--ternary-telemetry-interval {args.ternary_telemetry_interval}: must be 1 or more"]
         if args.ternary_verify_cache and args.ternary_cache == "none":
             return ["--ternary-verify-cache has nothing to verify with --ternary-cache none"]
         return []

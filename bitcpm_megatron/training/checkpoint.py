@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from ..files import publish, write_text
 from ..tensor_parallel.record import QuantizerRecord
 from ..tensor_parallel.sharded_scales import without_scales
 from .model import Model
@@ -58,7 +60,11 @@ def latest(directory: str | Path) -> Path | None:
         raise CheckpointError(f"{tracker} holds {text!r} and not an iteration number")
     path = iteration_directory(directory, int(text))
     if not (path / "metadata.json").is_file():
-        raise CheckpointError(f"{tracker} names {path}, which is not a complete checkpoint: correct the number in it")
+        complete = sorted(p.parent.name for p in Path(directory).glob("iter_*/metadata.json"))
+        raise CheckpointError(
+            f"{tracker} names {path}, which is not a complete checkpoint: write the number of a complete one into it "
+            f"({', '.join(complete) or 'there is none'})"
+        )
     return path
 
 
@@ -97,42 +103,85 @@ def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_chan
     return "quantizer: changed on request: " + "; ".join(lines) if lines else "quantizer: as the checkpoint records"
 
 
-def save(
-    args: argparse.Namespace,
-    model: Model,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    progress: Progress,
-    record: QuantizerRecord | None,
-) -> Path:
-    """Writes a checkpoint of this moment; collective over all ranks."""
-    final = iteration_directory(args.save, progress.iteration)
-    temporary = final.with_name(f".{final.name}.incomplete")
-    first = torch.distributed.get_rank() == 0
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
-    state = _model_state(model)
-    state.update(
-        progress={"iteration": progress.iteration, "consumed_samples": progress.consumed_samples},
-        scheduler=scheduler.state_dict(),
-        rng=_rng_state(),
-    )
-    if not args.no_save_optim:
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_metadata())
-    dist_checkpointing.save(state, str(temporary), content_metadata={"distrib_optim_sharding_type": _RESHARDABLE})
-    torch.distributed.barrier()
-    if first:
-        (temporary / _ARGUMENTS).write_text(json.dumps(vars(args), indent=1, default=str), encoding="utf-8")
-        if record is not None:
-            record.write(temporary)
-        _fsync_tree(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _write_tracker(Path(args.save), progress.iteration)
-    torch.distributed.barrier()
-    return final
+class Saver:
+    """Writes the checkpoints of a run; collective over all ranks.
+
+    With ``--async-save`` a forked process writes a snapshot of this moment while training goes on, and the checkpoint
+    is published at a later :meth:`poll`. A save waits for the one before it.
+
+    Args:
+        args: of the run.
+        record: the quantizer record to put beside the tensors, None for a run without quantizer.
+    """
+
+    def __init__(self, args: argparse.Namespace, record: QuantizerRecord | None) -> None:
+        self._args = args
+        self._record = record
+        self._queue = AsyncCallsQueue() if args.async_save else None
+        self._unpublished: list[Path] = []
+
+    def save(
+        self, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, progress: Progress
+    ) -> None:
+        """Saves this moment, or begins to."""
+        self.wait()
+        final = iteration_directory(self._args.save, progress.iteration)
+        temporary = final.with_name(f".{final.name}.incomplete")
+        if torch.distributed.get_rank() == 0:
+            _remove_leftovers(Path(self._args.save))
+            temporary.mkdir(parents=True)
+        torch.distributed.barrier()
+        state = _model_state(model)
+        state.update(
+            progress={"iteration": progress.iteration, "consumed_samples": progress.consumed_samples},
+            scheduler=scheduler.state_dict(),
+            rng=_rng_state(),
+        )
+        if not self._args.no_save_optim:
+            state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_metadata())
+        request = dist_checkpointing.save(
+            state,
+            str(temporary),
+            content_metadata={"distrib_optim_sharding_type": _RESHARDABLE},
+            async_sharded_save=self._queue is not None,
+        )
+        self._unpublished.append(final)
+        if self._queue is None:
+            torch.distributed.barrier()
+            self._publish(temporary, final)
+        else:
+            request.add_finalize_fn(lambda: self._publish(temporary, final))
+            self._queue.schedule_async_request(request)
+
+    def poll(self) -> list[Path]:
+        """The checkpoints that became complete since the last call."""
+        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=False)
+        done = [path for path in self._unpublished if path not in self._pending()]
+        self._unpublished = [path for path in self._unpublished if path not in done]
+        return done
+
+    def wait(self) -> None:
+        """Waits until every checkpoint that was begun is complete."""
+        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def _pending(self) -> list[Path]:
+        unfinished = 0 if self._queue is None else self._queue.get_num_unfinalized_calls()
+        return self._unpublished[len(self._unpublished) - unfinished :]
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        if torch.distributed.get_rank() == 0:
+            write_text(temporary / _ARGUMENTS, json.dumps(vars(self._args), indent=1, default=str))
+            if self._record is not None:
+                self._record.write(temporary)
+            _move_away(final)
+            publish(temporary, final)
+            write_text(final.parent / _TRACKER, str(int(final.name.removeprefix("iter_"))))
+            if self._args.keep_last_n is not None:
+                for old in sorted(final.parent.glob("iter_*"))[: -self._args.keep_last_n]:
+                    _move_away(old)
+        torch.distributed.barrier()
 
 
 def load(
@@ -237,25 +286,17 @@ def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
 
 
-def _write_tracker(directory: Path, iteration: int) -> None:
-    temporary = directory / f".{_TRACKER}.incomplete"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(str(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / _TRACKER)
-    _fsync(directory)
+def _move_away(directory: Path) -> None:
+    """Deletes a checkpoint so that its name never stands for a part of it."""
+    if directory.exists():
+        doomed = directory.with_name(f".{directory.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(directory, doomed)
+        shutil.rmtree(doomed)
 
 
-def _fsync_tree(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        _fsync(path)
-    _fsync(directory)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_leftovers(directory: Path) -> None:
+    """What killed runs left: checkpoints that were being written or deleted."""
+    for pattern in (".iter_*.incomplete", ".iter_*.deleted"):
+        for leftover in directory.glob(pattern):
+            shutil.rmtree(leftover)

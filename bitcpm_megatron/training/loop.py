@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..quantization import scales_are_finite
-from ..tensor_parallel import ternary_modules
+from ..tensor_parallel import Telemetry, ternary_modules
 from ..tensor_parallel.record import QuantizerRecord
 from . import checkpoint
 from .arguments import params_dtype, quantizer_config
@@ -60,6 +60,8 @@ def pretrain(args: argparse.Namespace) -> Progress:
     bar = ProgressBar(args.train_iters, progress.iteration, enabled=first)
     train_batches = batches(args, data.train, progress.consumed_samples)
     valid_batches = None
+    saver = checkpoint.Saver(args, record)
+    telemetry = Telemetry(model.bare) if args.ternary_telemetry_interval else None
     saved_at = progress.iteration
     try:
         while progress.iteration < args.train_iters:
@@ -69,6 +71,9 @@ def pretrain(args: argparse.Namespace) -> Progress:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
             loss = _forward_backward(args, model, train_batches)
+            codes = None
+            if telemetry is not None and (progress.iteration + 1) % args.ternary_telemetry_interval == 0:
+                codes = telemetry.record()
             taken, grad_norm = step(optimizer)
             if taken:
                 scheduler.step(increment=args.global_batch_size)
@@ -83,6 +88,8 @@ def pretrain(args: argparse.Namespace) -> Progress:
                     f"iteration {progress.iteration:>7}/{args.train_iters} | loss {loss:.4f} | "
                     f"grad norm {grad_norm:.3f} | lr {rate:.3e} | {tokens:.0f} tokens/s"
                 )
+            if codes is not None and first:
+                log.write(_telemetry_record(progress, codes))
             last = progress.iteration == args.train_iters
             leaving = args.exit_interval is not None and progress.iteration % args.exit_interval == 0
             if data.valid is not None and (progress.iteration % args.eval_interval == 0 or last):
@@ -92,8 +99,11 @@ def pretrain(args: argparse.Namespace) -> Progress:
                 bar.say(f"iteration {progress.iteration:>7}/{args.train_iters} | validation loss {valid:.4f}")
             due = args.save_interval is not None and progress.iteration % args.save_interval == 0
             if args.save is not None and (due or last or leaving) and saved_at != progress.iteration:
-                path = checkpoint.save(args, model, optimizer, scheduler, progress, record)
+                saver.save(model, optimizer, scheduler, progress)
                 saved_at = progress.iteration
+            if last or leaving:
+                saver.wait()
+            for path in saver.poll():
                 bar.say(f"saved {path}")
             if leaving:
                 break
@@ -199,7 +209,7 @@ def _record(args: argparse.Namespace, model: Model) -> QuantizerRecord | None:
     if model.coverage is None:
         return None
     dtype = str(params_dtype(args)).removeprefix("torch.")
-    return QuantizerRecord.of(model.coverage, quantizer_config(args), dtype)
+    return QuantizerRecord.of(model.coverage, quantizer_config(args), dtype, args.ternary_activation_bits)
 
 
 def _introduce(args: argparse.Namespace, model: Model, vocabulary: int, notes: list[str]) -> None:
@@ -232,6 +242,15 @@ def _train_record(
         "learning_rate": rate,
         "tokens_per_second": tokens,
         "elapsed_ms": elapsed * 1e3,
+    }
+
+
+def _telemetry_record(progress: Progress, codes: dict[str, dict[str, float | None]]) -> dict[str, object]:
+    return {
+        "kind": "ternary",
+        "iteration": progress.iteration,
+        "total": codes["total"],
+        "modules": {name: statistics for name, statistics in codes.items() if name != "total"},
     }
 
 

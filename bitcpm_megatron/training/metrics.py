@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..files import write_text
+
 METRICS = "metrics.jsonl"
 
 
@@ -44,31 +46,31 @@ class MetricsLog:
         self._events = SummaryWriter(str(self._directory), purge_step=resumed_from + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record; numbers become TensorBoard scalars ``<kind>/<name>``."""
+        """Appends one record; numbers become TensorBoard scalars ``<kind>/<name>``, nested ones ``<kind>/<path>``."""
         if self._directory is None:
             return
         with open(self._directory / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("kind", "iteration") and isinstance(value, int | float):
-                self._events.add_scalar(f"{record['kind']}/{name}", value, record["iteration"])
+        scalars = _scalars({k: v for k, v in record.items() if k not in ("kind", "iteration")})
+        for name, value in scalars.items():
+            self._events.add_scalar(f"{record['kind']}/{name}", value, record["iteration"])
 
     def close(self) -> None:
-        """Flushes the events and draws ``loss.png``."""
+        """Flushes the events and draws ``loss.png``, and ``ternary.png`` where there is telemetry."""
         if self._directory is None:
             return
         self._events.close()
         if (self._directory / METRICS).is_file():
             plot_losses({"": self._directory}, self._directory / "loss.png")
+            if any(r["kind"] == "ternary" for r in read_metrics(self._directory)):
+                plot_telemetry(self._directory, self._directory / "ternary.png")
 
     def _truncate(self, resumed_from: int) -> None:
         path = self._directory / METRICS
         if not path.is_file():
             return
         kept = [r for r in read_metrics(self._directory) if r["iteration"] <= resumed_from]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
 def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Mapping[str, float] | None = None) -> None:
@@ -98,6 +100,53 @@ def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Map
     axes.legend()
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
+
+
+def plot_telemetry(directory: str | Path, picture: str | Path) -> None:
+    """Draws zeros, changed codes and mean scales over the iterations, a line per kind of module and one for all.
+
+    Args:
+        directory: with a ``metrics.jsonl`` that holds records of kind ``ternary``.
+        picture: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [r for r in read_metrics(directory) if r["kind"] == "ternary"]
+    kinds = sorted({name.rpartition(".")[2] for r in records for name in r["modules"]})
+    panels = {"zeros": "fraction of zeros", "changed": "fraction of codes changed", "scale_mean": "mean scale"}
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    for axes, (field, title) in zip(all_axes, panels.items(), strict=True):
+        for kind in (*kinds, "total"):
+            points = [(r["iteration"], _mean_of(r, kind, field)) for r in records]
+            points = [(x, y) for x, y in points if y is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=kind, linewidth=2 if kind == "total" else 1)
+        axes.set(xlabel="iteration", title=title)
+        axes.grid(alpha=0.3)
+    all_axes[0].legend(fontsize="small")
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+
+
+def _mean_of(record: Mapping[str, Any], kind: str, field: str) -> float | None:
+    if kind == "total":
+        return record["total"][field]
+    values = [m[field] for name, m in record["modules"].items() if name.endswith(f".{kind}")]
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found.update(_scalars(value, f"{prefix}{name}/"))
+        elif isinstance(value, int | float):
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 class ProgressBar:

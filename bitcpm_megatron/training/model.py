@@ -74,6 +74,7 @@ def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool
             row_parallel_shards=args.ternary_row_parallel_shards,
             cache=args.ternary_cache,
             verify_cache=args.ternary_verify_cache,
+            activation_bits=args.ternary_activation_bits,
         )
         notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(bare)} layers of this rank")
     if with_ddp:

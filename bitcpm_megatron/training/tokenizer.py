@@ -202,27 +202,28 @@ def train_sentencepiece(
 ) -> SentencePieceTokenizer:
     """Train a byte-fallback BPE model on `texts`, write it to `model_path` and return it.
 
-    The model keeps text exactly: no normalization, no dummy prefix, runs of spaces survive, a newline is a piece of its
-    own, digits are single pieces, and what the vocabulary lacks is spelled in bytes. Ids: 0 unknown, 1 ``<s>``,
-    2 ``</s>`` (``eod``), no padding piece. The same texts give the same file, byte for byte, under one
-    version of SentencePiece. The file appears at `model_path` only when it is complete.
+    The model keeps text exactly: no normalization, no dummy prefix, runs of spaces survive, and what the vocabulary
+    lacks, newlines among it, is spelled in bytes. Digits are single pieces. Ids: 0 unknown, 1 ``<s>``, 2 ``</s>``
+    (``eod``), no padding piece. The same texts give the same file, byte for byte, under one version of SentencePiece.
+    The file appears at `model_path` only when it is complete.
 
     Args:
         texts: documents; they are streamed, at most `max_lines` lines (a fixed random sample) are held in memory.
         model_path: where to write the ``.model`` file; an existing one is replaced.
-        vocab_size: number of pieces, including 3 special ones, the newline and 256 bytes.
+        vocab_size: number of pieces, including 3 special ones and 256 bytes.
         character_coverage: share of all characters that get a piece of their own; the rest is spelled in bytes.
-        max_lines: size of the sample of lines to train on.
+        max_lines: size of the sample of lines to train on, above 100.
 
     Raises:
         ValueError: the texts are too few for the vocabulary, or the vocabulary cannot hold bytes and characters.
         Exception: whatever iterating `texts` raises, unchanged.
     """
+    if max_lines <= 100:
+        raise ValueError(f"a sample of {max_lines} lines is too small to train on; take more than 100")
     if vocab_size < 1:
         raise ValueError(f"a vocabulary of {vocab_size} pieces is none; give a positive --vocab-size")
     lines = _TrainingLines(texts)
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -236,7 +237,6 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            user_defined_symbols=["\n"],
             input_sentence_size=max_lines,
             shuffle_input_sentence=True,
             max_sentence_length=_MAX_SENTENCE_BYTES,

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered op ``bitcpm::fake_quantize_activations``, with a straight-through gradient."""
+
+import torch
+
+from ..quantization import quantize_activations
+
+
+@torch.library.custom_op("bitcpm::fake_quantize_activations", mutates_args=())
+def _fake_quantize_activations(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    return quantize_activations(x, groups, eps)
+
+
+@_fake_quantize_activations.register_fake
+def _(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _straight_through(ctx, grad):  # noqa: ANN001, ANN202 - the autograd context has no public type
+    return grad, None, None
+
+
+_fake_quantize_activations.register_autograd(_straight_through)
+
+
+def fake_quantize_activations(x: torch.Tensor, groups: int = 1, eps: float = 1e-5) -> torch.Tensor:
+    """Int8 fake quantization per token, differentiable by the straight-through estimator.
+
+    See :func:`bitcpm_megatron.quantization.quantize_activations`.
+    """
+    return torch.ops.bitcpm.fake_quantize_activations(x, groups, eps)
