@@ -153,17 +153,39 @@ class FusedAdam(torch.optim.Optimizer):
 def provide_fused_adam() -> None:
     """Gives megatron-core an Apex-like Adam where neither Apex nor Transformer Engine is installed.
 
-    Sets ``Adam`` and ``USING_PYTORCH_OPTIMIZER`` in ``megatron.core.optimizer``, and ``Adam``, ``HAVE_APEX_OR_TE`` and
-    ``USING_APEX_OPTIMIZER`` in ``megatron.core.optimizer.distrib_optimizer``. With torch's AdamW the distributed
-    optimizer asserts on one common step count when it is saved, and cannot be loaded on a rank that holds no shard.
+    Sets ``Adam`` in ``megatron.core.optimizer`` and in ``megatron.core.optimizer.distrib_optimizer``, and the flags
+    there that say an Apex-like Adam is used (``USING_PYTORCH_OPTIMIZER`` and ``USING_APEX_OPTIMIZER`` are absent in
+    0.12.1). With torch's AdamW the distributed optimizer asserts on one common step count when it is saved, and cannot
+    be loaded on a rank that holds no shard.
     """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
+    if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    if hasattr(optimizer, "USING_PYTORCH_OPTIMIZER"):
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.USING_APEX_OPTIMIZER = True
     logger.info("patched megatron.core.optimizer.Adam")
+
+
+def allow_distributed_optimizer_without_te() -> None:
+    """Lets the distributed optimizer of megatron-core 0.12.1 step where Transformer Engine is absent.
+
+    Displaces ``megatron.core.optimizer.distrib_optimizer.quantize_param_shard``, which gets all fp8 parameters
+    after each step and, without Transformer Engine, raises "Invalid Transformer Engine version" also when there are
+    none. Later versions return at once, and so does this; with fp8 parameters the original still raises.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    def unless_empty(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def quantize_param_shard(model_params: Sequence[torch.Tensor], *args, **kwargs) -> None:
+            if len(model_params) > 0:
+                original(model_params, *args, **kwargs)
+
+        return quantize_param_shard
+
+    replace(distrib_optimizer, "quantize_param_shard", unless_empty)

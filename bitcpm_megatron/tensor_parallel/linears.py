@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from ..quantization import GROUP_MULTIPLE, QuantizerConfig, effective_group
@@ -61,6 +62,18 @@ def _globally_named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
             leaf = str(number - 1)
         renamed[local] = f"{renamed[parent]}.{leaf}".lstrip(".")
         yield renamed[local], module
+
+
+def tensor_parallel_group(module: torch.nn.Module) -> torch.distributed.ProcessGroup | None:
+    """The group that a parallel linear is sharded over; None for other modules. (0.12.1 keeps none on the module.)"""
+    if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        return None
+    group = getattr(module, "tp_group", None)
+    if group is not None:
+        return group
+    if getattr(module, "is_expert", False):
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def whole_shape(module: torch.nn.Module) -> tuple[int, ...]:

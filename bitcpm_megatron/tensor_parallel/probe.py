@@ -12,6 +12,7 @@ import torch
 
 from ..quantization import quantize_dequantize
 from .linear import TernaryState, ternary_state
+from .linears import tensor_parallel_group
 
 _POSITIONS = 16
 
@@ -58,7 +59,8 @@ def probe(model: torch.nn.Module | Sequence[torch.nn.Module]) -> int:
 def _columns(state: TernaryState, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns of the weight as the layer's forward used them, and as they should be; both ``[positions, out]``."""
     weight = module.weight
-    rank, size = _shard(module)
+    group = tensor_parallel_group(module)
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
     row_parallel = hasattr(module, "input_size_per_partition")
     local_in = weight.shape[1]
     whole_in = local_in * size if row_parallel else local_in
@@ -81,16 +83,9 @@ def _columns(state: TernaryState, module: torch.nn.Module) -> tuple[torch.Tensor
     inside = (local >= 0) & (local < local_in)
     expected = quantized.t()[local.clamp(0, local_in - 1)] * inside.unsqueeze(1)
     if row_parallel and size > 1:
-        torch.distributed.all_reduce(expected, group=module.tp_group)
+        torch.distributed.all_reduce(expected, group=group)
         if sequence_parallel:
             expected = expected.chunk(size)[rank]
     if bias is None and getattr(module, "bias", None) is not None:
         expected = expected + module.bias
     return found, expected.to(found.dtype)
-
-
-def _shard(module: torch.nn.Module) -> tuple[int, int]:
-    group = getattr(module, "tp_group", None)
-    if group is None or not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)

@@ -14,11 +14,12 @@ import types
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from .linear import ternary_state
+from .linears import tensor_parallel_group
 
 SUFFIX = ".ternary_scale"
 
@@ -49,13 +50,17 @@ def _sharded_state_dict(
     # Of the weight as it is now: an optimizer step lies between it and the scales of the last forward.
     _, scales = ternary.quantize(self.weight)
     row_parallel = hasattr(self, "input_size_per_partition")
-    sharded = make_tp_sharded_tensor_for_checkpoint(
-        tensor=scales,
-        key=key,
-        tp_axis=1 if row_parallel else 0,
-        prepend_offsets=sharded_offsets,
-        tp_group=self.tp_group,
-        dp_cp_group=metadata["dp_cp_group"],
+    tensor_group = tensor_parallel_group(self)
+    data_group = (metadata or {}).get("dp_cp_group") or parallel_state.get_data_parallel_group(
+        with_context_parallel=True
+    )
+    sharded = ShardedTensor.from_rank_offsets(
+        key,
+        scales,
+        *sharded_offsets,
+        (len(sharded_offsets) + (1 if row_parallel else 0), tensor_group.rank(), tensor_group.size()),
+        replica_id=(0, 0, data_group.rank()),
+        prepend_axis_num=len(sharded_offsets),
     )
     if self.config.gated_linear_unit and prefix.endswith("linear_fc1."):
         # MLP.sharded_state_dict splits gate and up of the weight only; the scales must be split alike.
