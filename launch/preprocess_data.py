@@ -34,16 +34,9 @@ try:
 except ModuleNotFoundError:  # started as a script from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bitcpm_megatron.training.corpus import (
-    FORM_FEED,
-    TEXT_KEY,
-    detect_format,
-    document_split,
-    python_prose,
-    read_documents,
-    refuse_existing,
-    write_corpus,
-)
+from bitcpm_megatron.training.corpus import FORM_FEED, TEXT_KEY, detect_format, document_split, read_documents
+from bitcpm_megatron.training.python_prose import python_prose
+from bitcpm_megatron.training.token_files import refuse_existing, write_corpus
 from bitcpm_megatron.training.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
 # A pass over the corpus: the argument names it in the progress bar.

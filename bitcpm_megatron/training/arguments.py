@@ -107,6 +107,12 @@ def _training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--lr-warmup-iters", type=int, default=0)
     group.add_argument("--lr-wsd-decay-iters", type=int)
     group.add_argument("--lr-wsd-decay-style", choices=_WSD_STYLES, default="exponential")
+    group.add_argument(
+        "--override-opt-param-scheduler", action="store_true", help="the schedule of these flags, not the checkpoint's"
+    )
+    group.add_argument(
+        "--use-checkpoint-opt-param-scheduler", action="store_true", help="the checkpoint's schedule, not these flags'"
+    )
     group.add_argument("--weight-decay", type=float, default=0.01)
     group.add_argument("--adam-beta1", type=float, default=0.9)
     group.add_argument("--adam-beta2", type=float, default=0.999)
@@ -262,6 +268,8 @@ def _other_mistakes(args: argparse.Namespace) -> list[str]:
     decay = args.lr_decay_iters or args.train_iters
     if args.lr_warmup_iters >= decay:
         found.append(f"--lr-warmup-iters {args.lr_warmup_iters} must be less than the {decay} iterations of decay")
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        found.append("--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler exclude each other")
     if args.min_lr > args.lr:
         found.append(f"--min-lr {args.min_lr} is above --lr {args.lr}")
     if (args.lr_decay_style == "WSD") != (args.lr_wsd_decay_iters is not None):

@@ -227,7 +227,14 @@ def load(
         optimizer.reload_model_params()
     if args.finetune:
         return Progress(), notes
-    scheduler.load_state_dict(loaded["scheduler"])
+    try:
+        scheduler.load_state_dict(loaded["scheduler"])
+    except AssertionError as error:
+        raise CheckpointError(
+            f"{checkpoint} was trained with another learning-rate schedule ({error}): give the same --lr, --min-lr, "
+            "--train-iters and --lr-... flags, or --override-opt-param-scheduler for these, or "
+            "--use-checkpoint-opt-param-scheduler for the checkpoint's"
+        ) from None
     if with_rng:
         _set_rng_state(loaded["rng"])
     return Progress(**loaded["progress"]), notes

@@ -14,9 +14,9 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """All records of a run's ``metrics.jsonl``, oldest first."""
-    lines = (Path(directory) / METRICS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    """All records of a run's ``metrics.jsonl``, oldest first; a last line that a killed run left unfinished is none."""
+    lines = (Path(directory) / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class MetricsLog:

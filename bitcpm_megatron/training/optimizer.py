@@ -48,6 +48,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: MegatronOptimizer) -> O
         end_wd=args.weight_decay,
         wd_incr_steps=args.train_iters * step,
         wd_incr_style="constant",
+        override_opt_param_scheduler=args.override_opt_param_scheduler,
+        use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
         wsd_decay_steps=None if wsd is None else wsd * step,
         lr_wsd_decay_style=args.lr_wsd_decay_style,
     )

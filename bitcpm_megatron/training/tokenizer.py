@@ -20,6 +20,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from ..files import publish
+
 # The trainer silently drops sentences above its own limit, so longer lines are cut into chunks of this many characters.
 _MAX_LINE_CHARACTERS = 2000
 _MAX_SENTENCE_BYTES = 4 * _MAX_LINE_CHARACTERS
@@ -256,21 +258,6 @@ def train_sentencepiece(
     finally:
         temporary.unlink(missing_ok=True)
     return SentencePieceTokenizer(path)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Rename a complete file to its final name, so that after a crash the name holds all of it or nothing of it."""
-    _fsync(temporary)
-    os.replace(temporary, final)
-    _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _load(model: bytes) -> sentencepiece.SentencePieceProcessor | None:

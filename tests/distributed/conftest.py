@@ -1,5 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+from launcher import torchrun
+
+
+@pytest.fixture(scope="session")
+def launch_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dict[str, dict], Path]]:
+    """Launches training runs, name -> arguments, on some ranks; gives back rank 0's report and the directory."""
+    cache = ["--data-cache-path", str(tmp_path_factory.getbasetemp() / "cache")]
+
+    def launch(runs: dict[str, list[str]], ranks: int, resave: dict[str, Path] | None = None) -> tuple[dict, Path]:
+        directory = tmp_path_factory.mktemp("runs")
+        content = {name: {"argv": [*argv, *cache]} for name, argv in runs.items()}
+        for name, where in (resave or {}).items():
+            content[name]["resave"] = str(where)
+        (directory / "runs.json").write_text(json.dumps(content))
+        return torchrun("runs", ranks, directory)[0], directory
+
+    return launch

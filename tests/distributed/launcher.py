@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts real ``torchrun`` processes over gloo and collects what they report."""
 
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,13 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 WORKERS = Path(__file__).parent / "workers"
 
 
+@functools.cache
+def environment() -> dict[str, str]:
+    """For processes under test; a megatron-core that PYTHONPATH puts in front stays in front."""
+    paths = [p for p in (os.environ.get("PYTHONPATH"), str(CHECKOUT)) if p]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+
+
 def torchrun(worker: str, processes: int, directory: Path, *arguments: str, timeout: int = 300) -> list[Any]:
     """Runs ``workers/<worker>.py DIRECTORY ARGUMENTS`` on some processes.
 
@@ -21,10 +29,9 @@ def torchrun(worker: str, processes: int, directory: Path, *arguments: str, time
         What they wrote, by rank.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [*command, str(WORKERS / f"{worker}.py"), str(directory), *arguments],
-        env=environment,
+        env=environment(),
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -28,6 +28,14 @@ def test_a_resumed_run_holds_every_iteration_once(tmp_path: Path) -> None:
     assert [(s.step, s.value) for s in events.Scalars("train/lm_loss")] == [(1, 5.0), (2, 4.0), (3, 3.0), (4, 2.0)]
 
 
+def test_a_killed_run_leaves_an_unfinished_line(tmp_path: Path) -> None:
+    write(tmp_path, {1: 5.0, 2: 4.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "itera')
+    write(tmp_path, {3: 3.0}, resumed_from=2)
+    assert read_metrics(tmp_path) == [record(1, 5.0), record(2, 4.0), record(3, 3.0)]
+
+
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     write(tmp_path, {1: 5.0, 2: 4.0})
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

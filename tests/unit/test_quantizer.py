@@ -190,7 +190,7 @@ def test_ten_million_random_and_tie_adjacent_values(dtype: torch.dtype) -> None:
     assert checked + tie_adjacent >= 10_000_000 / len(DTYPES)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     rows=st.integers(1, 5),
     groups=st.integers(1, 4),
@@ -214,7 +214,7 @@ def test_any_finite_weight(
     check(weight.to(dtype), QuantizerConfig(group_size=group, eps=eps))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     s=st.floats(2.0**-126, 2.0**126, width=32).map(lambda v: float(bf16_nearest(np.array(v)))),
     factors=st.lists(st.floats(-4.0, 4.0, width=32), min_size=32, max_size=32),

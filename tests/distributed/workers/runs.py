@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs ``launch/pretrain.py`` several times in one set of processes, as the list ``runs.json`` says.
+"""Runs ``launch/pretrain.py`` several times in one set of processes, as the dictionary in ``runs.json`` says:
 
-Reports each run's exit status and standard error, and writes the quantized weights that its last training forward used,
-gathered over the tensor-parallel ranks, to ``<name>.rank<N>.pt``.
+    name: {"argv": [...], "resave": "DIR or absent: save here at once what was loaded"}
+
+Reports each run's exit status and standard error, and writes the quantized weights that its first training forward
+used, gathered over the tensor-parallel ranks, to ``<name>.rank<N>.pt``.
 """
 
 import contextlib
@@ -38,6 +40,44 @@ def gathered_weights(model) -> dict:
     return whole
 
 
+def hook(loop, name: str, rank: int, directory: Path, resave: str | None) -> None:
+    """Makes the next run of the loop report its first quantized weights, and save again what it loads."""
+    import argparse
+
+    import torch
+
+    build, forward_backward = loop.build_model.__wrapped__, loop._forward_backward.__wrapped__
+    load, built, steps = loop.checkpoint.load.__wrapped__, [], []
+
+    def build_and_keep(*args):
+        built.append(build(*args))
+        return built[0]
+
+    def forward_backward_and_report(*args):
+        loss = forward_backward(*args)
+        if not steps:
+            torch.save(gathered_weights(built[0]), directory / f"{name}.rank{rank}.pt")
+        steps.append(loss)
+        return loss
+
+    def load_and_save(args, path, model, optimizer, scheduler):
+        result = load(args, path, model, optimizer, scheduler)
+        if resave is not None:
+            again = argparse.Namespace(**{**vars(args), "save": resave})
+            loop.checkpoint.Saver(again, None).save(model, optimizer, scheduler, result[0])
+        return result
+
+    replace(loop, "build_model", build_and_keep)
+    replace(loop, "_forward_backward", forward_backward_and_report)
+    replace(loop.checkpoint, "load", load_and_save)
+
+
+def replace(owner, name: str, function) -> None:
+    original = getattr(owner, name)
+    function.__wrapped__ = getattr(original, "__wrapped__", original)
+    setattr(owner, name, function)
+
+
 def main(directory: Path) -> None:
     import torch
     from megatron.core import parallel_state
@@ -47,22 +87,19 @@ def main(directory: Path) -> None:
 
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    built = []
-    build = loop.build_model
-    loop.build_model = lambda *args: built.append(build(*args)) or built[-1]
     initialize.shutdown = lambda: None
+    for owner, name in ((loop, "build_model"), (loop, "_forward_backward"), (loop.checkpoint, "load")):
+        replace(owner, name, lambda *args: None)
     report = {}
-    for name, argv in json.loads((directory / "runs.json").read_text()).items():
-        built.clear()
+    for name, run in json.loads((directory / "runs.json").read_text()).items():
+        hook(loop, name, rank, directory, run.get("resave"))
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):
-                status = command.main(argv)
+                status = command.main(run["argv"])
         except SystemExit as leaving:
             status = leaving.code
         report[name] = {"status": status, "stderr": errors.getvalue()}
-        if built and status == 0:
-            torch.save(gathered_weights(built[0]), directory / f"{name}.rank{rank}.pt")
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
     (directory / f"rank{rank}.json").write_text(json.dumps(report))

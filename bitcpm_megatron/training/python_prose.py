@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A corpus without a download: the English prose in the documentation that every CPython carries, about 2 MB."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from inspect import cleandoc
+from pathlib import Path
+
+from .corpus import normalized
+
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_MIN_DOCUMENT_CHARACTERS = 200
+# Shorter paragraphs (headings, "Changed in version 3.8: ...") may recur; longer ones that do are copies.
+_LONG_PARAGRAPH = 60
+# Share of letters below which a paragraph of that length is a formula, a table or a diagram.
+_MIN_LETTERS = 0.65
+
+
+def python_prose(stdlib: str | os.PathLike[str] | None = None) -> Iterator[str]:
+    """Yield English prose that every CPython carries: pydoc's language reference, docstrings and block comments.
+
+    The modules are parsed, not imported. Test packages and site-packages are left out, interpreter sessions, grammar
+    rules and diagrams are cut, and a paragraph of 60 characters or more is yielded only the first time it occurs, so
+    that none stands on both sides of `document_split`. The order is the same on every run of one Python version.
+
+    Args:
+        stdlib: folder of the standard library's sources, default that of the running Python.
+
+    Yields:
+        Documents of at least 200 characters, dedented, paragraphs separated by blank lines.
+
+    Raises:
+        ValueError: this Python has no ``pydoc_data.topics`` or no sources of its library.
+    """
+    root = Path(stdlib if stdlib is not None else sysconfig.get_path("stdlib"))
+    seen: set[str] = set()
+    for text in _raw_prose(root):
+        paragraphs = _new_paragraphs(text, seen)
+        document = "\n\n".join(paragraphs)
+        if len(document) >= _MIN_DOCUMENT_CHARACTERS:
+            seen.update(map(normalized, paragraphs))
+            yield document
+
+
+def _raw_prose(root: Path) -> Iterator[str]:
+    topics = _pydoc_topics()
+    for name in sorted(topics):
+        yield topics[name]
+    sources = _source_files(root)
+    if not sources:
+        raise ValueError(
+            f"{root}: no Python sources of the standard library; use a CPython that carries them as .py files"
+        )
+    for path in sources:
+        try:
+            with tokenize.open(path) as stream:
+                source = stream.read()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in old modules are none of our business
+                tree = ast.parse(source)
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # templates and samples that are no Python of this version
+        yield from _docstrings(tree)
+        yield from _block_comments(source)
+
+
+def _pydoc_topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ValueError(
+            "this Python has no pydoc_data.topics, which some distributions package apart; install the full standard "
+            "library, use another CPython, or give your own text with --input"
+        ) from error
+    return topics
+
+
+def _source_files(root: Path) -> list[Path]:
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED_FOLDERS)
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Yield docstrings in the order of the source."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = ast.get_docstring(node, clean=False)
+        if text:
+            yield text
+    for child in ast.iter_child_nodes(node):
+        yield from _docstrings(child)
+
+
+def _block_comments(source: str) -> Iterator[str]:
+    """Yield runs of whole-line comments without their signs."""
+    block: list[str] = []
+    for line in [*source.splitlines(), ""]:
+        stripped = line.strip()
+        if stripped.startswith("#"):
+            block.append(stripped.lstrip("#"))
+        elif block:
+            yield "\n".join(["", *block])  # cleandoc leaves the first line out when it looks for the common indent
+            block = []
+
+
+def _new_paragraphs(text: str, seen: set[str]) -> list[str]:
+    """Return the prose paragraphs of `text`, dedented, without long ones that `seen` has."""
+    paragraphs = []
+    for block in cleandoc(text).split("\n\n"):
+        paragraph = _prose_of(block)
+        words = normalized(paragraph)
+        if words and (len(words) < _LONG_PARAGRAPH or words not in seen):
+            paragraphs.append(paragraph)
+    return paragraphs
+
+
+def _prose_of(paragraph: str) -> str:
+    """Return a paragraph without rulers, up to its first interpreter prompt; nothing for grammar and diagrams."""
+    if "::=" in paragraph:
+        return ""
+    lines = []
+    for line in paragraph.split("\n"):
+        if line.lstrip().startswith(">>>"):
+            break
+        if any(map(str.isalnum, line)):
+            lines.append(line.rstrip())
+    marks = [mark for line in lines for mark in line if not mark.isspace()]
+    if len(marks) >= _LONG_PARAGRAPH and sum(map(str.isalpha, marks)) < _MIN_LETTERS * len(marks):
+        return ""
+    return "\n".join(lines)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token files out: documents, tokenized, as the ``.bin`` / ``.idx`` pairs that Megatron reads.
+
+A file has its final name only when all of it is on disk, and an existing one is replaced only on demand.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+from ..files import publish
+from .corpus import TEXT_KEY
+
+# Enough documents per call that native threads have work, few enough that memory stays flat.
+_BATCH_DOCUMENTS = 512
+_BATCH_CHARACTERS = 4_000_000
+
+
+class Tokenizer(Protocol):
+    """What the writer needs; `bitcpm_megatron.training.tokenizer.SentencePieceTokenizer` has it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eod(self) -> int: ...
+
+    def tokenize_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]: ...
+
+
+@dataclass
+class CorpusSummary:
+    """What one ``.bin`` / ``.idx`` pair holds. `text_bytes` is the UTF-8 size; `tokens` includes the eod tokens."""
+
+    prefix: Path
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    empty_documents: int = 0
+
+    def __str__(self) -> str:
+        skipped = f", {self.empty_documents:,} empty documents skipped" if self.empty_documents else ""
+        return (
+            f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, {self.text_bytes:,} bytes of text, "
+            f"{self.text_bytes / max(self.tokens, 1):.2f} bytes per token{skipped}"
+        )
+
+
+def write_corpus(
+    documents: Iterable[Mapping[str, str]],
+    output_prefix: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    *,
+    keys: Sequence[str] = (TEXT_KEY,),
+    append_eod: bool = True,
+    threads: int = 1,
+    overwrite: bool = False,
+) -> dict[str, CorpusSummary]:
+    """Tokenize documents into ``<output_prefix>_<key>_document.bin`` and ``.idx``, one pair per key.
+
+    Tokens are uint16 for vocabularies below 65500, else int32 (megatron-core's ``DType.optimal_dtype``); each document
+    is one sequence. Everything goes to temporary names beside the outputs, which are renamed when all of it is on disk:
+    after an error or a kill there is no output, at most (after SIGKILL) ``*.tmp-<pid>`` files to delete.
+
+    Args:
+        documents: mappings that have all `keys`; a text of white space only is skipped and counted.
+        output_prefix: leading part of the file names; missing directories are created.
+        tokenizer: gives ids, ``eod`` and ``vocab_size``.
+        keys: which texts to write.
+        append_eod: end every document with ``tokenizer.eod``.
+        threads: native tokenizer threads; the output does not depend on their number.
+        overwrite: replace outputs that exist, and drop the sample indices that megatron-core cached for them.
+
+    Returns:
+        A summary per key.
+
+    Raises:
+        ValueError: an output exists (without `overwrite`), or there was not one document to write for a key.
+        ModuleNotFoundError: megatron-core is not installed.
+    """
+    dtype = _token_dtype(tokenizer.vocab_size)
+    if not overwrite:
+        refuse_existing(output_prefix, keys)
+    datasets: dict[str, _PendingDataset] = {}
+    try:
+        for key, prefix in _prefixes(output_prefix, keys).items():
+            datasets[key] = _PendingDataset(prefix, dtype)
+        for batch in _batches(documents):
+            for key, dataset in datasets.items():
+                _add(dataset, [document[key] for document in batch], tokenizer, append_eod, threads)
+        for key, dataset in datasets.items():
+            _require_documents(key, dataset.summary)
+        for dataset in datasets.values():
+            dataset.finish()
+        for dataset in datasets.values():
+            dataset.publish()
+    finally:
+        for dataset in datasets.values():
+            dataset.discard()
+    return {key: dataset.summary for key, dataset in datasets.items()}
+
+
+def _add(dataset: _PendingDataset, texts: list[str], tokenizer: Tokenizer, append_eod: bool, threads: int) -> None:
+    filled = [text for text in texts if text.strip()]
+    for text, ids in zip(filled, tokenizer.tokenize_batch(filled, threads), strict=True):
+        dataset.add(ids + [tokenizer.eod] if append_eod else ids, len(text.encode("utf-8")))
+    dataset.summary.empty_documents += len(texts) - len(filled)
+
+
+def _require_documents(key: str, summary: CorpusSummary) -> None:
+    if summary.documents == 0:
+        found = f"only {summary.empty_documents} empty documents" if summary.empty_documents else "no documents"
+        raise ValueError(f"{found} for {key!r}, nothing was written; give input with text (and check --split)")
+
+
+def _batches(documents: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[str, str]]]:
+    batch: list[Mapping[str, str]] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += sum(map(len, document.values()))
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def refuse_existing(output_prefix: str | os.PathLike[str], keys: Sequence[str] = (TEXT_KEY,)) -> None:
+    """Raise `ValueError` if `write_corpus` would replace a file."""
+    for prefix in _prefixes(output_prefix, keys).values():
+        for path in (_with_suffix(prefix, ".bin"), _with_suffix(prefix, ".idx")):
+            if path.exists():
+                raise ValueError(f"{path} exists; choose another --output-prefix, or pass --overwrite to replace it")
+
+
+def _prefixes(output_prefix: str | os.PathLike[str], keys: Sequence[str]) -> dict[str, Path]:
+    return {key: Path(f"{os.fspath(output_prefix)}_{key}_document") for key in keys}
+
+
+def _with_suffix(prefix: Path, suffix: str) -> Path:
+    # Path.with_suffix would cut a prefix such as "corpus.v2".
+    return prefix.with_name(prefix.name + suffix)
+
+
+def _token_dtype(vocab_size: int) -> type:
+    return _indexed_dataset().DType.optimal_dtype(vocab_size)
+
+
+def _indexed_dataset() -> ModuleType:
+    # Imported on use: reading a corpus needs no Megatron, and the import takes seconds. Its warnings about absent
+    # accelerator packages do not concern a tool that writes files.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from megatron.core.datasets import indexed_dataset
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "writing .bin/.idx needs megatron-core: pip install 'bitcpm-megatron[standalone]', or put your Megatron-LM "
+            "checkout on PYTHONPATH"
+        ) from error
+    return indexed_dataset
+
+
+class _PendingDataset:
+    """One .bin/.idx pair under temporary names."""
+
+    def __init__(self, prefix: Path, dtype: type) -> None:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self.summary = CorpusSummary(prefix)
+        self._final = {suffix: _with_suffix(prefix, suffix) for suffix in (".bin", ".idx")}
+        self._temporary = {suffix: Path(f"{path}.tmp-{os.getpid()}") for suffix, path in self._final.items()}
+        self._builder = _indexed_dataset().IndexedDatasetBuilder(str(self._temporary[".bin"]), dtype=dtype)
+
+    def add(self, ids: list[int], text_bytes: int) -> None:
+        self._builder.add_document(ids, [len(ids)])
+        self.summary.documents += 1
+        self.summary.tokens += len(ids)
+        self.summary.text_bytes += text_bytes
+
+    def finish(self) -> None:
+        self._builder.finalize(str(self._temporary[".idx"]))
+
+    def publish(self) -> None:
+        # The index makes a dataset: an old one must not meet new tokens, so it goes first and the new one comes last.
+        self._final[".idx"].unlink(missing_ok=True)
+        # megatron-core names its cached sample indices by the path of the dataset and would reuse those of the old one.
+        shutil.rmtree(self.summary.prefix / "cache" / "GPTDataset_indices", ignore_errors=True)
+        for suffix in (".bin", ".idx"):
+            publish(self._temporary[suffix], self._final[suffix])
+
+    def discard(self) -> None:
+        """Remove what is still under a temporary name."""
+        self._builder.data_file.close()
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)

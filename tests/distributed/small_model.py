@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that whole training runs are tested with, and how their results are read."""
+
+from pathlib import Path
+
+import torch
+
+from bitcpm_megatron.training.metrics import read_metrics
+
+# 192: so that the vocabulary is padded to the same 384 rows at TP1 and TP2.
+MODEL = """
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention
+    --num-query-groups 2 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
+    --attention-dropout 0 --hidden-dropout 0 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1
+    --global-batch-size 4 --mock-data --vocab-size 300 --lr 1e-2 --use-distributed-optimizer --log-interval 1
+    --make-vocab-size-divisible-by 192
+""".split()
+
+
+def succeeded(report: dict[str, dict], *names: str) -> None:
+    """Asserts that runs of a report ended with 0."""
+    for name in names:
+        assert report[name]["status"] == 0, f"{name}: {report[name]['stderr'][-4000:]}"
+
+
+def losses(directory: Path) -> list[tuple]:
+    """Everything of a run's log that must not depend on how it was run."""
+    return [
+        (r["kind"], r["iteration"], r["lm_loss"], r.get("grad_norm"), r["consumed_samples"])
+        for r in read_metrics(directory)
+        if r["kind"] in ("train", "valid")
+    ]
+
+
+def quantized_weights(directory: Path, name: str, ranks: int) -> dict[str, torch.Tensor]:
+    """Quantized weights of a run's first step by module path; ranks that hold the same one must agree."""
+    merged: dict[str, torch.Tensor] = {}
+    for rank in range(ranks):
+        for path, weight in torch.load(directory / f"{name}.rank{rank}.pt", weights_only=True).items():
+            assert torch.equal(merged.setdefault(path, weight), weight), path
+    return merged
