@@ -189,3 +189,17 @@ def allow_distributed_optimizer_without_te() -> None:
         return quantize_param_shard
 
     replace(distrib_optimizer, "quantize_param_shard", unless_empty)
+
+
+def allow_moe_router_without_te() -> None:
+    """Lets the router of a mixture of experts compute where Transformer Engine is absent.
+
+    Sets ``megatron.core.transformer.moe.moe_utils.te_general_gemm`` to None where it is undefined. The router asks for
+    "is not None" before it falls back to ``torch.mm``, and without Transformer Engine the name does not even exist
+    (NameError). 0.12.1 does not know the name, and does not need it.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if hasattr(moe_utils, "RouterGatingLinearFunction") and not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+        logger.info("patched megatron.core.transformer.moe.moe_utils.te_general_gemm")

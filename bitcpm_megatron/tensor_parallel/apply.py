@@ -28,8 +28,8 @@ def apply_recipe(
 ) -> CoverageReport:
     """Makes the linears of a model ternary.
 
-    Call it on the bare model, before DDP and the optimizer are built, on every rank of the pipeline group at once (its
-    stages exchange their module names, so that a matcher may name a layer of another stage).
+    Call it on the bare model, before DDP and the optimizer are built, on all ranks at once: they exchange their module
+    names, so that a matcher may name a layer of another pipeline stage, and that all raise where one cannot go on.
 
     Args:
         model: a model, or all model chunks of this rank under virtual pipeline parallelism.
@@ -43,7 +43,7 @@ def apply_recipe(
         activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
 
     Returns:
-        What was quantized and what was not, over all pipeline stages.
+        What was quantized and what was not, in the whole model.
 
     Raises:
         RecipeError: a matcher fits no module of the whole model, or one that cannot be quantized.
@@ -72,7 +72,7 @@ def apply_recipe(
                 activation_groups(candidate, shards)
         except ValueError as error:
             mistakes.append(str(error))
-    entries, mistakes = _over_pipeline(entries, mistakes)
+    entries, mistakes = _whole_model(entries, mistakes)
     mistakes += _idle_matchers(recipe, entries)
     if mistakes:
         raise RecipeError("the recipe cannot be applied:\n  " + "\n  ".join(mistakes))
@@ -139,17 +139,21 @@ def _tensor_parallel_size(found) -> int:  # noqa: ANN001 - an iterator of Candid
     return max((c.module.input_size // c.module.weight.shape[1] for c in found if c.kind == "row"), default=1)
 
 
-def _over_pipeline(entries: list[CoverageEntry], mistakes: list[str]) -> tuple[list[CoverageEntry], list[str]]:
-    """Entries and mistakes of all pipeline stages; the same on each."""
+def _whole_model(entries: list[CoverageEntry], mistakes: list[str]) -> tuple[list[CoverageEntry], list[str]]:
+    """Entries and mistakes of all expert-, pipeline- and tensor-parallel ranks; the same on each."""
     if not parallel_state.model_parallel_is_initialized():
         return entries, mistakes
-    group = parallel_state.get_pipeline_model_parallel_group()
-    size = torch.distributed.get_world_size(group)
-    if size == 1:
-        return entries, mistakes
-    gathered: list[tuple[list[CoverageEntry], list[str]]] = [([], [])] * size
-    torch.distributed.all_gather_object(gathered, (entries, mistakes), group=group)
-    return [e for stage, _ in gathered for e in stage], [m for _, stage in gathered for m in stage]
+    for group in (
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_tensor_model_parallel_group(),
+    ):
+        if group.size() > 1:
+            gathered: list[tuple[list[CoverageEntry], list[str]]] = [([], [])] * group.size()
+            torch.distributed.all_gather_object(gathered, (entries, mistakes), group=group)
+            entries = list({e.path: e for part, _ in gathered for e in part}.values())
+            mistakes = list(dict.fromkeys(m for _, part in gathered for m in part))
+    return entries, mistakes
 
 
 def _idle_matchers(recipe: Recipe, entries: list[CoverageEntry]) -> list[str]:

@@ -53,13 +53,19 @@ def _kind(path: str, module: torch.nn.Module) -> Kind:
 
 
 def _globally_named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """``named_modules`` with the layer numbers of the whole model: a pipeline stage counts its own from 0."""
+    """``named_modules`` with the numbers of the whole model: a pipeline stage counts its own layers from 0, and an
+    expert-parallel rank its own experts."""
     renamed: dict[str, str] = {"": ""}
+    first_expert: dict[str, int] = {}
     for local, module in chunk.named_modules():
         parent, _, leaf = local.rpartition(".")
+        if isinstance(module, torch.nn.ModuleList) and leaf == "local_experts":
+            first_expert[local] = parallel_state.get_expert_model_parallel_rank() * len(module)
         number = getattr(module, "layer_number", None)
         if leaf.isdigit() and parent.rpartition(".")[2] == "layers" and isinstance(number, int):
             leaf = str(number - 1)
+        elif parent in first_expert:
+            leaf = str(first_expert[parent] + int(leaf))
         renamed[local] = f"{renamed[parent]}.{leaf}".lstrip(".")
         yield renamed[local], module
 

@@ -70,7 +70,9 @@ def _columns(state: TernaryState, module: torch.nn.Module) -> tuple[torch.Tensor
     if row_parallel:
         one_hot = one_hot[..., rank * local_in : (rank + 1) * local_in]
         local = positions - rank * local_in
-    sequence_parallel = getattr(module, "sequence_parallel", False) and size > 1
+    # Experts leave gathering, reducing and scattering to the token dispatcher.
+    communicates = size > 1 and not getattr(module, "explicit_expert_comm", False)
+    sequence_parallel = getattr(module, "sequence_parallel", False) and communicates
     if sequence_parallel and not row_parallel:
         one_hot = one_hot.chunk(size)[rank]
 
@@ -82,7 +84,7 @@ def _columns(state: TernaryState, module: torch.nn.Module) -> tuple[torch.Tensor
     quantized, _ = quantize_dequantize(weight, state.config.group_size, state.config.eps, scales)
     inside = (local >= 0) & (local < local_in)
     expected = quantized.t()[local.clamp(0, local_in - 1)] * inside.unsqueeze(1)
-    if row_parallel and size > 1:
+    if row_parallel and communicates:
         torch.distributed.all_reduce(expected, group=group)
         if sequence_parallel:
             expected = expected.chunk(size)[rank]

@@ -75,23 +75,26 @@ class Telemetry:
 
     @torch.no_grad()
     def record(self) -> dict[str, dict[str, float | None]] | None:
-        """Statistics of the weights that the last training forward used; collective over the model-parallel group.
+        """Statistics of the weights that the last training forward used; collective over all ranks.
 
         Call it between the schedule and the optimizer step.
 
         Returns:
-            On the first rank of the group, module path -> statistics, and ``"total"``; None elsewhere.
+            On rank 0, module path -> statistics of the whole weight, and ``"total"``; None elsewhere.
         """
         mine = {state.name: self._measure(state, module) for state, module in self._modules}
-        group = parallel_state.get_model_parallel_group()
-        everywhere: list[dict[str, CodeStatistics]] = [{}] * group.size()
-        torch.distributed.all_gather_object(everywhere, mine, group=group)
-        if group.rank() != 0:
-            return None
+        # Tensor-parallel shards add up; pipeline stages and expert-parallel ranks complete each other.
         merged: dict[str, CodeStatistics] = {}
-        for part in everywhere:
+        for part in _gathered(mine, parallel_state.get_tensor_model_parallel_group()):
             for name, statistics in part.items():
                 merged[name] = merged[name].merged(statistics) if name in merged else statistics
+        for group in (
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_expert_model_parallel_group(),
+        ):
+            merged = {name: s for part in _gathered(merged, group) for name, s in part.items()}
+        if torch.distributed.get_rank() != 0:
+            return None
         whole = list(merged.values())
         total = whole[0]
         for statistics in whole[1:]:
@@ -123,3 +126,13 @@ class Telemetry:
             scale_min=float(s.min()),
             scale_max=float(s.max()),
         )
+
+
+def _gathered(
+    mine: dict[str, CodeStatistics], group: torch.distributed.ProcessGroup
+) -> list[dict[str, CodeStatistics]]:
+    if group.size() == 1:
+        return [mine]
+    parts: list[dict[str, CodeStatistics]] = [{}] * group.size()
+    torch.distributed.all_gather_object(parts, mine, group=group)
+    return parts

@@ -75,6 +75,9 @@ def _model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--swiglu", action="store_true")
     group.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
+    group.add_argument("--num-experts", type=int, help="mixture of experts in every layer")
+    group.add_argument("--moe-router-topk", type=int, default=2, help="experts per token")
+    group.add_argument("--moe-ffn-hidden-size", type=int, help="of one expert, default --ffn-hidden-size")
     group.add_argument("--attention-dropout", type=float, default=0.1)
     group.add_argument("--hidden-dropout", type=float, default=0.1)
     group.add_argument("--init-method-std", type=float, default=0.02)
@@ -85,6 +88,7 @@ def _parallel(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tensor-model-parallel-size", type=int, default=1)
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     group.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
+    group.add_argument("--expert-model-parallel-size", type=int, default=1)
     group.add_argument("--sequence-parallel", action="store_true")
     group.add_argument("--use-distributed-optimizer", action="store_true")
     group.add_argument("--overlap-grad-reduce", action="store_true")
@@ -208,6 +212,14 @@ def _shape_mistakes(args: argparse.Namespace) -> list[str]:
         found.append(f"--num-query-groups {groups} does not divide {args.num_attention_heads} heads")
     if args.seq_length > args.max_position_embeddings:
         found.append(f"--seq-length {args.seq_length} exceeds --max-position-embeddings {args.max_position_embeddings}")
+    experts, ep = args.num_experts, args.expert_model_parallel_size
+    if experts is None and (ep != 1 or args.moe_ffn_hidden_size is not None):
+        found.append("--expert-model-parallel-size and --moe-ffn-hidden-size need --num-experts")
+    if experts is not None and (ep < 1 or experts % ep or not 1 <= args.moe_router_topk <= experts):
+        found.append(
+            f"--num-experts {experts} does not go with --expert-model-parallel-size {ep} and "
+            f"--moe-router-topk {args.moe_router_topk}"
+        )
     if tp > 0 and args.num_attention_heads % tp:
         found.append(f"--tensor-model-parallel-size {tp} does not divide {args.num_attention_heads} attention heads")
     if tp > 0 and groups > 0 and groups % tp:
@@ -228,6 +240,13 @@ def _parallel_mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
     if world_size % (tp * pp):
         return [f"{world_size} processes cannot be split into groups of {tp} (tensor) x {pp} (pipeline)"]
     found = []
+    if (world_size // (tp * pp)) % max(args.expert_model_parallel_size, 1):
+        found.append(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size} does not divide the "
+            f"{world_size // (tp * pp)} data-parallel ranks"
+        )
+    if args.num_experts is not None and tp > 1 and not args.sequence_parallel:
+        found.append("--num-experts with tensor parallelism needs --sequence-parallel")
     if args.sequence_parallel and tp == 1:
         found.append("--sequence-parallel needs --tensor-model-parallel-size > 1")
     if args.sequence_parallel and args.seq_length % tp:

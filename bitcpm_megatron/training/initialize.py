@@ -31,6 +31,7 @@ def initialize(args: argparse.Namespace) -> None:
         cpu.install()
     megatron_core.allow_sequence_parallel_torch_norm()
     megatron_core.provide_fused_adam()
+    megatron_core.allow_moe_router_without_te()
 
     if not torch.distributed.is_initialized():
         _join(args)
@@ -38,6 +39,7 @@ def initialize(args: argparse.Namespace) -> None:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
+        expert_model_parallel_size=args.expert_model_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
     seed(args.seed)

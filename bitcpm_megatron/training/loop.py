@@ -88,7 +88,7 @@ def pretrain(args: argparse.Namespace) -> Progress:
                     f"iteration {progress.iteration:>7}/{args.train_iters} | loss {loss:.4f} | "
                     f"grad norm {grad_norm:.3f} | lr {rate:.3e} | {tokens:.0f} tokens/s"
                 )
-            if codes is not None and first:
+            if codes is not None:
                 log.write(_telemetry_record(progress, codes))
             last = progress.iteration == args.train_iters
             leaving = args.exit_interval is not None and progress.iteration % args.exit_interval == 0

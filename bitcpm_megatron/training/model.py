@@ -97,6 +97,11 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         gated_linear_unit=args.swiglu,
         activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
         add_bias_linear=args.add_bias_linear,
+        num_moe_experts=args.num_experts,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        moe_router_topk=args.moe_router_topk,
+        moe_ffn_hidden_size=args.moe_ffn_hidden_size if args.num_experts else None,
+        moe_token_dispatcher_type="allgather",
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
         init_method_std=args.init_method_std,
@@ -124,15 +129,16 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
 
 
 def parameter_count(model: Model) -> int:
-    """Parameters of the whole model, over all tensor and pipeline ranks."""
+    """Parameters of the whole model, over all tensor-, pipeline- and expert-parallel ranks."""
     local = 0
+    expert_ranks = parallel_state.get_expert_model_parallel_world_size()
     for chunk in model.bare:
         for name, p in chunk.named_parameters():
             shared_copy = getattr(p, "shared", False) or (name == "output_layer.weight" and not chunk.pre_process)
             if shared_copy and chunk.share_embeddings_and_output_weights:
                 continue
             if tensor_parallel.param_is_not_tensor_parallel_duplicate(p):
-                local += p.numel()
+                local += p.numel() * (1 if getattr(p, "allreduce", True) else expert_ranks)
     total = torch.tensor([local], dtype=torch.int64, device=device())
     torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return int(total.item())
@@ -153,7 +159,9 @@ def _stages(args: argparse.Namespace) -> list[int | None]:
 
 
 def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_stage: int | None) -> GPTModel:
-    spec = get_gpt_layer_local_spec(normalization=args.normalization)
+    spec = get_gpt_layer_local_spec(
+        num_experts=args.num_experts, moe_grouped_gemm=False, normalization=args.normalization
+    )
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,

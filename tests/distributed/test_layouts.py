@@ -33,6 +33,16 @@ CACHE_CASES = {
     "VPP": LAYOUTS["PP2+VPP2"][1],
     "overlaps": OVERLAPS,
 }
+EXPERTS = [*TERNARY, "--num-experts", "4", "--moe-ffn-hidden-size", "64"]
+# Variants of the model that start alike at every layout, too: their own checkpoint, and one step at each.
+VARIANTS = {
+    "int8": ([*TERNARY, "--ternary-activation-bits", "8"], {"TP1": 1, "TP2+SP": 2}),
+    "experts": (EXPERTS, {"TP1": 1, "EP2": 2, "TP2+SP": 2}),
+    "untied": ([*TERNARY, "--untie-embeddings-and-output-weights"], {"TP1": 1, "PP2": 2}),
+}
+VARIANT_LAYOUTS = {name: flags for name, (_, flags) in LAYOUTS.items()}
+VARIANT_LAYOUTS["EP2"] = ["--expert-model-parallel-size", "2"]
+TELEMETRY = ["--ternary-telemetry-interval", "10"]
 RESHARDINGS = [("TP2", "PP2"), ("DP2", "TP2"), ("TP2", "TP1"), ("TP2", "TP2"), ("PP2", "TP2xDP2")]
 SAVED_AT, END = 3, 6
 
@@ -50,15 +60,29 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
     def logged(name: str) -> list[str]:
         return ["--log-dir", str(where / name)]
 
-    start = [*TERNARY, "--train-iters", "1", "--save", str(where / "start")]
-    launch(1, {"start": start})
-    succeeded(results["start"][0], "start")
+    one_step = ["--train-iters", "1", "--save"]
+    starts = {"start": [*TERNARY, *one_step, str(where / "start")]}
+    for variant, (flags, _) in VARIANTS.items():
+        starts[f"start {variant}"] = [*flags, *one_step, str(where / f"start {variant}")]
+    launch(1, starts)
+    succeeded(results["start"][0], *starts)
     for ranks in (2, 1, 4):
         wanted, resave = {}, {}
         for name, (size, flags) in LAYOUTS.items():
             if size == ranks:
                 begin = ["--load", str(where / "start"), "--train-iters", "51", "--override-opt-param-scheduler"]
-                wanted[name] = [*TERNARY, *flags, *begin, *logged(name)]
+                wanted[name] = [*TERNARY, *flags, *begin, *logged(name), *TELEMETRY]
+        for variant, (model, layouts) in VARIANTS.items():
+            for layout in (name for name, size in layouts.items() if size == ranks):
+                begin = [
+                    "--load",
+                    str(where / f"start {variant}"),
+                    "--train-iters",
+                    "3",
+                    "--override-opt-param-scheduler",
+                ]
+                name = f"{variant} {layout}"
+                wanted[name] = [*model, *VARIANT_LAYOUTS[layout], *begin, *logged(name)]
         if ranks == 2:
             for name, flags in CACHE_CASES.items():
                 for cache in ("step", "none"):
@@ -87,8 +111,8 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_every_layout_starts_alike_from_one_checkpoint_and_learns(layout: str, runs: dict) -> None:
     report, directory = runs[layout]
     succeeded(report, layout)
-    found = [r["lm_loss"] for r in read_metrics(runs["where"] / layout)]
-    expected = [r["lm_loss"] for r in read_metrics(runs["where"] / "TP1")]
+    found = [loss for _, _, loss, *_ in losses(runs["where"] / layout)]
+    expected = [loss for _, _, loss, *_ in losses(runs["where"] / "TP1")]
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert len(found) == 50
     assert sum(found[-5:]) / 5 <= found[0] - 1.0
@@ -97,6 +121,37 @@ def test_every_layout_starts_alike_from_one_checkpoint_and_learns(layout: str, r
     assert sorted(mine) == sorted(reference) and len(mine) == 16
     for path in mine:
         assert torch.equal(mine[path], reference[path]), path
+
+
+@pytest.mark.parametrize(("variant", "layout"), [(v, name) for v, (_, names) in VARIANTS.items() for name in names])
+def test_variants_of_the_model_start_alike_at_every_layout(variant: str, layout: str, runs: dict) -> None:
+    name, reference = f"{variant} {layout}", f"{variant} TP1"
+    succeeded(runs[name][0], name)
+    found, expected = losses(runs["where"] / name), losses(runs["where"] / reference)
+    assert [r[2] for r in found] == pytest.approx([r[2] for r in expected], rel=1e-5)
+    assert len(found) == 2
+    assert found[0][2] != pytest.approx(losses(runs["where"] / "TP1")[0][2], rel=1e-5), "the variant changes nothing"
+    mine = quantized_weights(runs[name][1], name, VARIANTS[variant][1][layout])
+    whole = quantized_weights(runs[reference][1], reference, 1)
+    assert sorted(mine) == sorted(whole)
+    for path in mine:
+        assert torch.equal(mine[path], whole[path]), path
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "PP2+VPP2", "TP2xPP2", "TP2xDP2"])
+def test_telemetry_is_that_of_the_whole_model(layout: str, runs: dict) -> None:
+    def records(name: str) -> list[dict]:
+        return [r for r in read_metrics(runs["where"] / name) if r["kind"] == "ternary"]
+
+    found, expected = records(layout), records("TP1")
+    assert [r["iteration"] for r in found] == [10, 20, 30, 40, 50]
+    assert (runs["where"] / layout / "ternary.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(found[0]["modules"]) == sorted(expected[0]["modules"]) and len(found[0]["modules"]) == 16
+    assert found[0]["total"]["changed"] is None
+    for mine, theirs in zip(found, expected, strict=True):
+        for field in ("zeros", "scale_mean", "scale_max"):
+            assert mine["total"][field] == pytest.approx(theirs["total"][field], rel=0.02)
+    assert all(0 < r["total"]["changed"] < 0.5 for r in found[1:])
 
 
 @pytest.mark.parametrize("case", CACHE_CASES)
