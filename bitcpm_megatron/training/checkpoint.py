@@ -204,9 +204,20 @@ def load(
     with_optimizer = not (args.finetune or args.no_load_optim)
     if with_optimizer and saved.get("no_save_optim"):
         raise CheckpointError(f"{checkpoint} holds no optimizer state: add --no-load-optim or --finetune")
+    expert_ranks = saved.get("expert_model_parallel_size", 1), args.expert_model_parallel_size
+    if with_optimizer and min(expert_ranks) == 1 < max(expert_ranks):
+        raise CheckpointError(
+            f"{checkpoint}: megatron-core cannot carry optimizer state from --expert-model-parallel-size "
+            f"{expert_ranks[0]} to {expert_ranks[1]}: add --no-load-optim, or keep the size"
+        )
     same_layout = all(
         saved.get(name) == getattr(args, name)
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+            "data_parallel_size",
+        )
     )
     with_rng = not (args.finetune or args.no_load_rng)
     if with_rng and not same_layout:
@@ -263,6 +274,8 @@ def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": _RESHARDABLE,
         "distrib_optim_fully_reshardable_mem_efficient": False,
+        # With expert parallelism there are two optimizers: their keys must not depend on it.
+        "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 

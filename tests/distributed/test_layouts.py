@@ -74,13 +74,9 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
                 wanted[name] = [*TERNARY, *flags, *begin, *logged(name), *TELEMETRY]
         for variant, (model, layouts) in VARIANTS.items():
             for layout in (name for name, size in layouts.items() if size == ranks):
-                begin = [
-                    "--load",
-                    str(where / f"start {variant}"),
-                    "--train-iters",
-                    "3",
-                    "--override-opt-param-scheduler",
-                ]
+                # Without optimizer state: megatron-core cannot carry it from one expert-parallel rank to several.
+                begin = ["--load", str(where / f"start {variant}"), "--no-load-optim"]
+                begin += ["--train-iters", "3", "--override-opt-param-scheduler"]
                 name = f"{variant} {layout}"
                 wanted[name] = [*model, *VARIANT_LAYOUTS[layout], *begin, *logged(name)]
         if ranks == 2:
