@@ -8,7 +8,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint format clean
+# The line that MindSpeed supports commercially, laid over the environment: no second torch.
+OLD_MEGATRON := $(VENV)/megatron-core-0.12.1
+ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_linears.py tests/unit/test_recipe.py \
+	tests/unit/test_record.py tests/unit/test_telemetry.py tests/distributed/test_gradients.py
+
+.PHONY: setup demo test test-mcore-0.12 test-kill lint format clean
 
 setup: $(READY)
 
@@ -24,6 +29,17 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest
+
+$(OLD_MEGATRON)/.ready: $(READY)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(OLD_MEGATRON) megatron-core==0.12.1
+	touch $@
+
+test-mcore-0.12: $(OLD_MEGATRON)/.ready
+	PYTHONPATH=$(CURDIR)/$(OLD_MEGATRON) $(PY) -m pytest $(ON_OLD_MEGATRON)
+
+# Kills a training run 30 times at random moments; bounded in time, prints its seed. KILL='--kills 100 --seed 7'
+test-kill: $(READY)
+	$(PY) tests/kill_campaign.py $(KILL)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -5,6 +5,13 @@ import pytest
 import torch
 
 
+def pytest_report_header() -> str:
+    """Which megatron-core is under test: an overlay on PYTHONPATH may stand in front of the installed one."""
+    from megatron.core import package_info
+
+    return f"torch {torch.__version__}, megatron-core {package_info.__version__}"
+
+
 @pytest.fixture(scope="session")
 def _process_group() -> Iterator[None]:
     """One process that is a whole job."""
