@@ -122,6 +122,9 @@ def _config(name: str, entry: Any, default: QuantizerConfig) -> QuantizerConfig 
         raise RecipeError(f"config {name!r}: write a mapping of {list(_CONFIG_KEYS)}, or the word {FULL_PRECISION}")
     _expect_keys(f"config {name!r}", entry, _CONFIG_KEYS)
     try:
+        if isinstance(entry.get("eps"), str):
+            # YAML 1.1 reads 1e-5, without a point, as text.
+            entry = {**entry, "eps": float(entry["eps"])}
         return replace(default, **entry)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"config {name!r}: {error}") from None

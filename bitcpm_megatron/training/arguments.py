@@ -11,6 +11,7 @@ import torch
 
 from ..ops import backends
 from ..quantization import SPACES, QuantizerConfig
+from .metrics import missing_packages
 
 _DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
@@ -296,6 +297,8 @@ def _other_mistakes(args: argparse.Namespace) -> list[str]:
     elif args.lr_wsd_decay_iters is not None and args.lr_warmup_iters + args.lr_wsd_decay_iters > decay:
         found.append("--lr-warmup-iters and --lr-wsd-decay-iters together exceed the iterations of decay")
     found += _data_mistakes(args)
+    if args.log_dir is not None and missing_packages():
+        found.append(f"--log-dir needs {' and '.join(missing_packages())}: pip install 'bitcpm_megatron[plot]'")
     if args.save_interval is not None and args.save is None:
         found.append("--save-interval needs --save")
     if args.save is None and (args.async_save or args.keep_last_n is not None):

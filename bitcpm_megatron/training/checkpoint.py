@@ -179,8 +179,10 @@ class Saver:
             publish(temporary, final)
             write_text(final.parent / _TRACKER, str(int(final.name.removeprefix("iter_"))))
             if self._args.keep_last_n is not None:
-                for old in sorted(final.parent.glob("iter_*"))[: -self._args.keep_last_n]:
-                    _move_away(old)
+                # Only older ones: after a step back there may be newer ones, and none of them is the latest.
+                older = sorted(path for path in final.parent.glob("iter_*") if path.name < final.name)
+                for path in older[: max(0, len(older) + 1 - self._args.keep_last_n)]:
+                    _move_away(path)
         torch.distributed.barrier()
 
 

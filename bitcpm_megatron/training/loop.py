@@ -59,7 +59,6 @@ def pretrain(args: argparse.Namespace) -> Progress:
     log = MetricsLog(args.log_dir if first else None, progress.iteration)
     bar = ProgressBar(args.train_iters, progress.iteration, enabled=first)
     train_batches = batches(args, data.train, progress.consumed_samples)
-    valid_batches = None
     saver = checkpoint.Saver(args, record)
     telemetry = Telemetry(model.bare) if args.ternary_telemetry_interval else None
     saved_at = progress.iteration
@@ -93,8 +92,7 @@ def pretrain(args: argparse.Namespace) -> Progress:
             last = progress.iteration == args.train_iters
             leaving = args.exit_interval is not None and progress.iteration % args.exit_interval == 0
             if data.valid is not None and (progress.iteration % args.eval_interval == 0 or last):
-                valid_batches = batches(args, data.valid, 0)
-                valid = evaluate(args, model, valid_batches)
+                valid = evaluate(args, model, batches(args, data.valid, 0))
                 log.write(_valid_record(progress, valid))
                 bar.say(f"iteration {progress.iteration:>7}/{args.train_iters} | validation loss {valid:.4f}")
             due = args.save_interval is not None and progress.iteration % args.save_interval == 0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves to be looked at: ``metrics.jsonl``, TensorBoard events, ``loss.png``, and a progress bar."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ class MetricsLog:
         resumed_from: iteration that training goes on from.
 
     Raises:
-        RuntimeError: a directory is given and tensorboard or matplotlib is not installed.
+        ImportError: a directory is given, and :func:`missing_packages` is not empty.
     """
 
     def __init__(self, directory: str | Path | None, resumed_from: int = 0) -> None:
@@ -38,7 +39,6 @@ class MetricsLog:
         self._events = None
         if self._directory is None:
             return
-        _require_plotting()
         from torch.utils.tensorboard import SummaryWriter
 
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -171,11 +171,6 @@ class ProgressBar:
         self._bar.close()
 
 
-def _require_plotting() -> None:
-    try:
-        import matplotlib  # noqa: F401
-        import tensorboard  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(
-            f"--log-dir needs {error.name}: pip install 'bitcpm_megatron[plot]', or leave it out"
-        ) from None
+def missing_packages() -> list[str]:
+    """What a log directory needs and this environment lacks."""
+    return [name for name in ("matplotlib", "tensorboard") if importlib.util.find_spec(name) is None]

@@ -35,6 +35,13 @@ def test_what_a_config_leaves_out_comes_from_the_default(tmp_path: Path) -> None
     assert recipe.decide("x.fc3").config == DEFAULT
 
 
+def test_eps_may_be_written_as_people_write_it(tmp_path: Path) -> None:
+    text = "configs: {q: {eps: 1e-7}}\nmatchers: {all: {config: q, pattern: '*'}}"
+    assert read(tmp_path, text).decide("x").config.eps == 1e-7
+    with pytest.raises(RecipeError, match="config 'q': could not convert"):
+        read(tmp_path, text.replace("1e-7", "tiny"))
+
+
 def test_order_decides(tmp_path: Path) -> None:
     matchers = {"first": {"config": "a", "pattern": "*"}, "second": {"config": "b", "pattern": "*fc1"}}
     recipe = read(tmp_path, {"configs": {"a": {"group_size": 32}, "b": {"group_size": 64}}, "matchers": matchers})

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantizer record, and the checkpoint directory around it."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -70,3 +71,20 @@ def test_the_latest_checkpoint_is_a_complete_one(tmp_path: Path) -> None:
     tracker.write_text("twelve")
     with pytest.raises(checkpoint.CheckpointError, match="'twelve' and not an iteration number"):
         checkpoint.latest(tmp_path)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [40]), (2, [30, 40]), (4, [10, 20, 30, 40]), (6, [10, 20, 30, 40])])
+def test_only_older_checkpoints_are_deleted(keep, kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint.torch.distributed, "barrier", lambda: None)
+    args = argparse.Namespace(save=str(tmp_path), keep_last_n=keep, async_save=False)
+    for iteration in (10, 20, 30, 90):
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+    # 90 is of a run that was given up for one that went on from 30.
+    temporary = tmp_path / ".iter_0000040.incomplete"
+    temporary.mkdir()
+    (temporary / "metadata.json").write_text("{}")
+    checkpoint.Saver(args, RECORD)._publish(temporary, tmp_path / "iter_0000040")
+    assert sorted(p.name for p in tmp_path.glob("*iter_*")) == [f"iter_{i:07d}" for i in (*kept, 90)]
+    assert checkpoint.latest(tmp_path) == tmp_path / "iter_0000040"
+    assert QuantizerRecord.read(tmp_path / "iter_0000040") == RECORD
