@@ -11,20 +11,21 @@ from torch.optim.adamw import adamw
 
 from . import logger, replace
 
-FirstMicrobatchListener = Callable[[torch.nn.Module], None]
-ScheduleEndListener = Callable[[Sequence[torch.nn.Module]], None]
+ChunkListener = Callable[[torch.nn.Module], None]
+ScheduleListener = Callable[[Sequence[torch.nn.Module]], None]
 
 
-def announce_optimizer_steps(on_first: FirstMicrobatchListener, on_end: ScheduleEndListener) -> None:
-    """Tells when a model chunk starts its first micro-batch, and when the schedule that ran it is over.
+def announce_schedules(on_start: ScheduleListener, on_first: ChunkListener, on_end: ScheduleListener) -> None:
+    """Tells when a schedule starts, when a model chunk starts its first micro-batch in it, and when it is over.
 
     Displaces ``megatron.core.transformer.module.MegatronModule.set_is_first_microbatch``, which acts only when fp8, fp4
     or kitchen is configured, and ``forward_backward_*`` in ``megatron.core.pipeline_parallel.schedules``
     (``get_forward_backward_func`` looks them up there at each call, so nothing else needs to change). Without the first
-    a cached quantized weight would never be renewed; without the second a plain ``model(x)`` after the schedule could
+    a cached quantized weight would never be renewed; without the second a plain ``model(x)`` outside a schedule could
     see one that the optimizer has made stale. The originals run unchanged.
 
     Args:
+        on_start: called with all chunks of the schedule.
         on_first: called with the chunk as the schedule holds it (wrapped in DDP and Float16Module, as the case may be).
         on_end: called with all chunks of the schedule, also when it raised.
     """
@@ -39,13 +40,15 @@ def announce_optimizer_steps(on_first: FirstMicrobatchListener, on_end: Schedule
 
         return set_is_first_microbatch
 
-    def announce_end(original: Callable) -> Callable:
+    def announce_ends(original: Callable) -> Callable:
         @functools.wraps(original)
         def forward_backward(*, model: torch.nn.Module | list[torch.nn.Module], **kwargs):  # noqa: ANN202
+            chunks = model if isinstance(model, list) else [model]
+            on_start(chunks)
             try:
                 return original(model=model, **kwargs)
             finally:
-                on_end(model if isinstance(model, list) else [model])
+                on_end(chunks)
 
         return forward_backward
 
@@ -55,7 +58,7 @@ def announce_optimizer_steps(on_first: FirstMicrobatchListener, on_end: Schedule
         "forward_backward_pipelining_without_interleaving",
         "forward_backward_pipelining_with_interleaving",
     ):
-        replace(schedules, name, announce_end)
+        replace(schedules, name, announce_ends)
 
 
 def allow_sequence_parallel_torch_norm() -> None:

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from ..quantization import QuantizerConfig, check_weight
 from .cache import attach_epoch
 from .coverage import CoverageEntry, CoverageReport
-from .linear import CacheMode, TernaryState, make_ternary
+from .linear import CacheMode, TernaryState, check_unwrapped, make_ternary
 from .linears import Candidate, activation_groups, candidates, local_config, whole_shape
 from .recipe import Matcher, Recipe, RecipeError
 from .sharded_scales import save_scales_with
@@ -56,6 +56,7 @@ def apply_recipe(
         raise ValueError(f"activation_bits={activation_bits} is not possible: use 8, or 16 for none")
     if row_parallel_shards is not None and row_parallel_shards < 1:
         raise ValueError(f"row_parallel_shards={row_parallel_shards} is not possible: use 1 or more")
+    unnamed = recipe is None
     if recipe is None:
         recipe = Recipe.all_linears(default)
     elif not isinstance(recipe, Recipe):
@@ -68,6 +69,8 @@ def apply_recipe(
     for candidate, matcher in (pair for chunk in found for pair in chunk):
         try:
             entries.append(_entry(candidate, matcher, shards))
+            if unnamed:
+                _refuse_unnamed(candidate)
             if activation_bits == 8 and entries[-1].config is not None:
                 activation_groups(candidate, shards)
         except ValueError as error:
@@ -114,6 +117,7 @@ def _entry(candidate: Candidate, matcher: Matcher | None, shards: int) -> Covera
             "which would bypass the quantizer: use column / row parallel linears of megatron-core (local spec), or "
             "keep it in full precision"
         )
+    check_unwrapped(module, path)
     _refuse_low_precision(candidate)
     config = local_config(candidate, matcher.config, shards)
     try:
@@ -123,6 +127,16 @@ def _entry(candidate: Candidate, matcher: Matcher | None, shards: int) -> Covera
     return CoverageEntry(
         path, kind, shape, config, shape[1] // group, f"matcher {matcher.name}", not weight.requires_grad
     )
+
+
+def _refuse_unnamed(candidate: Candidate) -> None:
+    """Without a recipe everything in the decoder layers counts as asked for, but the router of experts."""
+    layer, router = ".layers." in f".{candidate.path}.", candidate.path.endswith(".router")
+    if candidate.kind == "unsupported" and layer and not router:
+        raise ValueError(
+            f"{candidate.path}: a {type(candidate.module).__name__} cannot be quantized, and would stay in full "
+            "precision: use column / row parallel linears (for experts SequentialMLP), or name it in a recipe"
+        )
 
 
 def _refuse_low_precision(candidate: Candidate) -> None:

@@ -16,18 +16,23 @@ class CacheEpoch:
     """The validity of all quantized weights cached in one model chunk.
 
     A quantized weight made in epoch ``number`` may be used again while ``number`` stands and ``open`` is true. The
-    counter moves when a schedule announces its first micro-batch and when a checkpoint is loaded; the epoch closes at
-    the end of the schedule. Outside a schedule it is closed, and every forward quantizes anew: nobody there promises
-    that the weights stand still.
+    counter moves when a schedule announces its first micro-batch and when a checkpoint is loaded; the epoch is open
+    from that micro-batch to the end of the schedule. Outside a schedule it is closed, and every forward quantizes anew:
+    nobody there promises that the weights stand still.
     """
 
     number: int = 0
+    scheduled: bool = False
     open: bool = False
 
+    def start(self) -> None:
+        """A schedule starts: the weights will not change until it ends."""
+        self.scheduled = True
+
     def begin(self) -> None:
-        """A schedule starts: weights may have changed before, and will not until it ends."""
+        """The first micro-batch of a step: the weights may have changed before."""
         self.number += 1
-        self.open = True
+        self.open = self.scheduled
 
     def invalidate(self) -> None:
         """The weights changed."""
@@ -35,7 +40,7 @@ class CacheEpoch:
 
     def end(self) -> None:
         """A schedule is over."""
-        self.open = False
+        self.scheduled = self.open = False
 
 
 def attach_epoch(chunk: torch.nn.Module) -> CacheEpoch:
@@ -43,7 +48,7 @@ def attach_epoch(chunk: torch.nn.Module) -> CacheEpoch:
     epoch = CacheEpoch()
     chunk.__dict__[_ATTRIBUTE] = epoch
     chunk.register_load_state_dict_post_hook(_invalidate_after_load)
-    megatron_core.announce_optimizer_steps(_begin, _end)
+    megatron_core.announce_schedules(_start, _begin, _end)
     return epoch
 
 
@@ -56,6 +61,13 @@ def find_epoch(model: torch.nn.Module) -> CacheEpoch | None:
             return epoch
         seen = getattr(seen, "module", None)
     return None
+
+
+def _start(chunks: Sequence[torch.nn.Module]) -> None:
+    for chunk in chunks:
+        epoch = find_epoch(chunk)
+        if epoch is not None:
+            epoch.start()
 
 
 def _begin(model: torch.nn.Module) -> None:

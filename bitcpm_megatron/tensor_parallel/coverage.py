@@ -2,7 +2,7 @@
 """What was quantized and what was not, for the whole model: the table that is printed once at start-up."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from ..quantization import QuantizerConfig
 
@@ -55,20 +55,22 @@ class CoverageReport:
         """The entries that are quantized."""
         return tuple(e for e in self.entries if e.config is not None)
 
-    def modules(self) -> dict[str, dict[str, object]]:
-        """For the quantizer record: path -> effective group size along the whole row."""
-        return {e.path: {"group_size": e.shape[1] // e.groups if e.groups > 1 else -1} for e in self.quantized}
+    def modules(self, default: QuantizerConfig) -> dict[str, dict[str, object]]:
+        """For the quantizer record: path -> effective group size along the whole row, and what differs from default."""
+        found: dict[str, dict[str, object]] = {}
+        for e in self.quantized:
+            found[e.path] = {"group_size": e.shape[1] // e.groups if e.groups > 1 else -1}
+            for name in ("space", "eps"):
+                if getattr(e.config, name) != getattr(default, name):
+                    found[e.path][name] = getattr(e.config, name)
+        return found
 
     def uneven_layers(self) -> set[str]:
-        """Paths of modules that other layers quantize differently, or not at all."""
+        """Paths of modules that other layers, or other experts, quantize differently or not at all."""
         alike: dict[str, list[CoverageEntry]] = {}
         for entry in self.entries:
             alike.setdefault(_any_layer(entry.path), []).append(entry)
         return {e.path for layers in alike.values() if len({e.groups for e in layers}) > 1 for e in layers}
-
-    def as_dicts(self) -> list[dict[str, object]]:
-        """Entries as plain data."""
-        return [asdict(e) for e in self.entries]
 
     def table(self) -> str:
         """The coverage table: one line for all layers that are alike."""
@@ -99,7 +101,7 @@ def _row(entry: CoverageEntry) -> tuple[str, ...]:
 
 
 def _any_layer(path: str) -> str:
-    return re.sub(r"\.layers\.\d+\.", ".layers.*.", path)
+    return re.sub(r"\.(layers|local_experts)\.\d+\.", r".\1.*.", path)
 
 
 def _span(alike: str, entries: list[CoverageEntry]) -> str:

@@ -93,6 +93,21 @@ def ternary_state(module: torch.nn.Module) -> TernaryState | None:
     return module.__dict__.get(_ATTRIBUTE)
 
 
+def check_unwrapped(module: torch.nn.Module, name: str) -> None:
+    """Checks that a module's forward can be wrapped.
+
+    Raises:
+        ValueError: the module is quantized already, or another wrapper sits on its ``forward``.
+    """
+    if ternary_state(module) is not None:
+        raise ValueError(f"{name} is ternary already: apply_recipe() once per model")
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"{name}: its forward is wrapped already ({module.__dict__['forward']!r}), so that the quantizer could be "
+            "bypassed: apply the recipe before other wrappers"
+        )
+
+
 def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
     """Wraps ``module.forward`` so that it computes with the quantized weight.
 
@@ -101,15 +116,9 @@ def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
         state: how to quantize it.
 
     Raises:
-        RuntimeError: the module is quantized already, or another wrapper sits on its ``forward``.
+        ValueError: see :func:`check_unwrapped`.
     """
-    if ternary_state(module) is not None:
-        raise RuntimeError(f"{state.name} is ternary already: apply_recipe() once per model")
-    if "forward" in module.__dict__:
-        raise RuntimeError(
-            f"{state.name}: its forward is wrapped already ({module.__dict__['forward']!r}), so that the quantizer "
-            "could be bypassed: apply the recipe before other wrappers"
-        )
+    check_unwrapped(module, state.name)
     module.__dict__[_ATTRIBUTE] = state
     # A bound method of a module-level function: deepcopy rebinds it, and a later change of the class is followed.
     module.forward = types.MethodType(_ternary_forward, module)
@@ -117,23 +126,31 @@ def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
 
 def _ternary_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     state: TernaryState = self.__dict__[_ATTRIBUTE]
-    if kwargs.get("weight") is not None or any(isinstance(a, torch.nn.Parameter) for a in args[1:]):
+    if kwargs.get("weight") is not None or any(isinstance(a, torch.Tensor) for a in args[1:]):
         raise RuntimeError(f"{state.name}: a weight handed to forward() would bypass the quantizer")
     latent = self.weight
     if torch.compiler.is_compiling():
         stand_in = _traceable_stand_in(self, state, latent)
     else:
-        stand_in = shadow(latent, state.weight(latent, self.training))
+        fused = getattr(self, "gradient_accumulation_fusion", False)
+        stand_in = shadow(latent, state.weight(latent, self.training), fused)
     if state.activation_groups:
         if not args:
             raise RuntimeError(f"{state.name}: hand the input to forward() by position, so that it can be quantized")
         # Before any gather of the sequence: a token's scale needs its own features only.
         args = (fake_quantize_activations(args[0], state.activation_groups), *args[1:])
+    # Usually nothing stands there, for parameters live elsewhere; FSDP1 puts views of its flat parameter there.
+    before = self.__dict__.get("weight")
     self.__dict__["weight"] = stand_in
     try:
+        if self.weight is not stand_in:
+            raise RuntimeError(f"{state.name}: something, such as a parametrization, hides the quantized weight")
         return type(self).forward(self, *args, **kwargs)
     finally:
-        del self.__dict__["weight"]
+        if before is None:
+            del self.__dict__["weight"]
+        else:
+            self.__dict__["weight"] = before
 
 
 def _traceable_stand_in(module: torch.nn.Module, state: TernaryState, latent: torch.Tensor) -> torch.Tensor:

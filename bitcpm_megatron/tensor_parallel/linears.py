@@ -14,6 +14,9 @@ from ..quantization import GROUP_MULTIPLE, QuantizerConfig, effective_group
 Kind = Literal["column", "row", "dense", "never", "unsupported"]
 _NEVER_NAMES = ("output_layer", "embedding", "word_embeddings", "position_embeddings", "lm_head")
 
+# Their fast paths and functional calls read the weights of the linears inside without calling them.
+_READ_WEIGHTS_DIRECTLY = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -33,9 +36,12 @@ class Candidate:
 
 def candidates(chunk: torch.nn.Module) -> Iterator[Candidate]:
     """Every module of a chunk that directly holds a parameter of two or more dimensions."""
+    bypassed: set[torch.nn.Module] = set()
     for path, module in _globally_named(chunk):
+        if isinstance(module, _READ_WEIGHTS_DIRECTLY):
+            bypassed.update(module.modules())
         if any(p.dim() >= 2 for p in module.parameters(recurse=False)) or path.rpartition(".")[2] == "output_layer":
-            yield Candidate(path, module, _kind(path, module))
+            yield Candidate(path, module, _kind(path, module) if module not in bypassed else "unsupported")
 
 
 def _kind(path: str, module: torch.nn.Module) -> Kind:
@@ -47,7 +53,8 @@ def _kind(path: str, module: torch.nn.Module) -> Kind:
         return "column"
     if isinstance(module, RowParallelLinear):
         return "row"
-    if isinstance(module, torch.nn.Linear):
+    # A subclass may read its weight elsewhere than in forward().
+    if type(module) is torch.nn.Linear:
         return "dense"
     return "unsupported"
 
@@ -83,10 +90,11 @@ def tensor_parallel_group(module: torch.nn.Module) -> torch.distributed.ProcessG
 
 
 def whole_shape(module: torch.nn.Module) -> tuple[int, ...]:
-    """Shape of a module's weight over all tensor-parallel shards; (0,) where it has none of its own."""
+    """Shape of a module's weight over all tensor-parallel shards; of several matrices, or none, just their number of
+    elements."""
     weight = getattr(module, "weight", None)
     if weight is None:
-        return (0,)
+        return (sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2),)
     if isinstance(module, ColumnParallelLinear | RowParallelLinear):
         return (module.output_size, module.input_size)
     if isinstance(module, VocabParallelEmbedding):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantizer record: how the weights of a checkpoint were quantized, in ``ternary_quantizer.json`` beside them."""
 
+import glob
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from ..files import write_text
 from ..quantization import QuantizerConfig
 from .coverage import CoverageReport
+from .recipe import Matcher, Recipe
 
 FILE_NAME = "ternary_quantizer.json"
 _VERSION = 1
@@ -30,7 +32,8 @@ class QuantizerRecord:
         latent_dtype: dtype of the weights that the forward quantized, such as ``bfloat16``.
         row_parallel_shards: groups per whole row of row-parallel weights under group size -1.
         activation_bits: 16 for none.
-        modules: module path -> ``{"group_size": elements per scale along the whole row, or -1}``.
+        modules: module path -> ``{"group_size": elements per scale along the whole row, or -1}``, with ``space`` and
+            ``eps`` where they differ from the ones above.
         version: of this format.
     """
 
@@ -40,7 +43,7 @@ class QuantizerRecord:
     latent_dtype: str
     row_parallel_shards: int
     activation_bits: int = 16
-    modules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     version: int = _VERSION
 
     @classmethod
@@ -55,7 +58,7 @@ class QuantizerRecord:
             latent_dtype=latent_dtype,
             row_parallel_shards=report.row_parallel_shards,
             activation_bits=activation_bits,
-            modules=report.modules(),
+            modules=report.modules(default),
         )
 
     @classmethod
@@ -87,11 +90,24 @@ class QuantizerRecord:
         """Where two records quantize the same weights differently, one line each; empty if nowhere."""
         lines = [
             f"{name}: {getattr(self, name)!r} in the checkpoint, {getattr(other, name)!r} asked for"
-            for name in ("state", "space", "eps", "latent_dtype", "row_parallel_shards", "activation_bits")
+            for name in ("state", "latent_dtype", "row_parallel_shards", "activation_bits")
             if getattr(self, name) != getattr(other, name)
         ]
         for path in sorted(set(self.modules) | set(other.modules)):
-            mine, theirs = (r.modules.get(path, {}).get("group_size", "full precision") for r in (self, other))
-            if mine != theirs:
-                lines.append(f"{path}: group size {mine} in the checkpoint, {theirs} asked for")
+            if path not in self.modules or path not in other.modules:
+                where = ("ternary", "full precision") if path in self.modules else ("full precision", "ternary")
+                lines.append(f"{path}: {where[0]} in the checkpoint, {where[1]} asked for")
+                continue
+            mine, theirs = self._config_of(path), other._config_of(path)
+            for name in ("space", "group_size", "eps"):
+                a, b = getattr(mine, name), getattr(theirs, name)
+                if a != b:
+                    lines.append(f"{path}: {name} {a} in the checkpoint, {b} asked for")
         return lines
+
+    def recipe(self) -> Recipe:
+        """A recipe that quantizes exactly the recorded modules exactly so, at any tensor-parallel size that fits."""
+        return Recipe(tuple(Matcher(path, glob.escape(path), self._config_of(path)) for path in self.modules))
+
+    def _config_of(self, path: str) -> QuantizerConfig:
+        return QuantizerConfig(**{"space": self.space, "eps": self.eps, **self.modules[path]})

@@ -4,9 +4,8 @@
 Whoever exports the checkpoint needs the very scales that training uses: summing in another order moves a scale by one
 bf16 step in a few rows of a hundred thousand.
 
-Where all layers are quantized alike their scales are stacked into one tensor ``[layers, out, groups]``, as upstream
-stacks the weights; otherwise (a recipe treats layers differently) each has a key of its own that ends in its layer
-number.
+Where all layers (and experts) are quantized alike their scales are stacked into one tensor ``[layers, out, groups]``,
+as upstream stacks the weights; otherwise each has a key of its own that ends in its layer number (and expert number).
 """
 
 import re
@@ -45,7 +44,7 @@ def _sharded_state_dict(
     ternary = ternary_state(self)
     key = f"{prefix}weight{SUFFIX}"
     if not ternary.like_all_layers:
-        key += "." + re.search(r"\.layers\.(\d+)\.", ternary.name).group(1)
+        key += "".join(f".{n}" for n in re.findall(r"\.(?:layers|local_experts)\.(\d+)\.", ternary.name))
         sharded_offsets = ()
     # Of the weight as it is now: an optimizer step lies between it and the scales of the last forward.
     _, scales = ternary.quantize(self.weight)

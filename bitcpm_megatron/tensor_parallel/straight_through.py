@@ -23,12 +23,13 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def shadow(weight: torch.nn.Parameter, quantized: torch.Tensor) -> torch.Tensor:
+def shadow(weight: torch.nn.Parameter, quantized: torch.Tensor, fused: bool) -> torch.Tensor:
     """A tensor with the values of ``quantized`` that stands for ``weight`` in a linear's forward and backward.
 
     Args:
         weight: the latent parameter ``[out, in]``; its gradient is the one of the result, unchanged.
         quantized: its quantized values, same shape and dtype, outside any graph. Not copied.
+        fused: whether gradient-accumulation fusion will reach for the attributes in the backward pass.
 
     Returns:
         A view of ``quantized``. It shares the attribute dictionary of ``weight`` (``main_grad``, parallel marks) both
@@ -42,7 +43,9 @@ def shadow(weight: torch.nn.Parameter, quantized: torch.Tensor) -> torch.Tensor:
         stand_in = quantized.detach().requires_grad_(True)
     else:
         stand_in = _StraightThrough.apply(weight, quantized)
-        # Upstream's backward reaches the attributes through the saved tensor: its Python half must live until then.
-        stand_in.grad_fn.shadow = stand_in
+        if fused:
+            # Upstream's backward reaches the attributes through the saved tensor: its Python half must live until then.
+            # Only then, for a graph that never runs backward (non-reentrant recompute makes such) would keep it alive.
+            stand_in.grad_fn.shadow = stand_in
     stand_in.__dict__ = weight.__dict__
     return stand_in

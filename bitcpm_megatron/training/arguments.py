@@ -70,14 +70,14 @@ def _model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seq-length", type=int, required=True)
     group.add_argument("--max-position-embeddings", type=int, required=True)
     group.add_argument("--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute")
-    group.add_argument("--rotary-base", type=int, default=10000)
+    group.add_argument("--rotary-base", type=int, help="of rope, default 10000")
     group.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
     group.add_argument("--norm-epsilon", type=float, default=1e-5)
     group.add_argument("--swiglu", action="store_true")
     group.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
     group.add_argument("--num-experts", type=int, help="mixture of experts in every layer")
-    group.add_argument("--moe-router-topk", type=int, default=2, help="experts per token")
+    group.add_argument("--moe-router-topk", type=int, help="experts per token, default 2")
     group.add_argument("--moe-ffn-hidden-size", type=int, help="of one expert, default --ffn-hidden-size")
     group.add_argument("--attention-dropout", type=float, default=0.1)
     group.add_argument("--hidden-dropout", type=float, default=0.1)
@@ -205,6 +205,14 @@ def _shape_mistakes(args: argparse.Namespace) -> list[str]:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters"):
         if getattr(args, name) < 1:
             found.append(f"{_flag(name)} {getattr(args, name)}: must be 1 or more")
+    for name in ("eval_interval", "log_interval", "save_interval", "exit_interval", "ternary_telemetry_interval"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            found.append(f"{_flag(name)} {getattr(args, name)}: must be 1 or more")
+    for name in ("eval_iters", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "num_workers"):
+        if getattr(args, name) < 0:
+            found.append(f"{_flag(name)} {getattr(args, name)}: must not be negative")
+    if not args.lr > 0:
+        found.append(f"--lr {args.lr}: must be above 0")
     if found:
         return found
     if args.kv_channels is None and args.hidden_size % args.num_attention_heads:
@@ -214,13 +222,15 @@ def _shape_mistakes(args: argparse.Namespace) -> list[str]:
     if args.seq_length > args.max_position_embeddings:
         found.append(f"--seq-length {args.seq_length} exceeds --max-position-embeddings {args.max_position_embeddings}")
     experts, ep = args.num_experts, args.expert_model_parallel_size
-    if experts is None and (ep != 1 or args.moe_ffn_hidden_size is not None):
-        found.append("--expert-model-parallel-size and --moe-ffn-hidden-size need --num-experts")
-    if experts is not None and (ep < 1 or experts % ep or not 1 <= args.moe_router_topk <= experts):
+    topk = 2 if args.moe_router_topk is None else args.moe_router_topk
+    if experts is None and (ep != 1 or args.moe_ffn_hidden_size is not None or args.moe_router_topk is not None):
+        found.append("--expert-model-parallel-size, --moe-ffn-hidden-size and --moe-router-topk need --num-experts")
+    if experts is not None and (ep < 1 or experts % ep or not 1 <= topk <= experts):
         found.append(
-            f"--num-experts {experts} does not go with --expert-model-parallel-size {ep} and "
-            f"--moe-router-topk {args.moe_router_topk}"
+            f"--num-experts {experts} does not go with --expert-model-parallel-size {ep} and --moe-router-topk {topk}"
         )
+    if args.rotary_base is not None and args.position_embedding_type != "rope":
+        found.append("--rotary-base needs --position-embedding-type rope")
     if tp > 0 and args.num_attention_heads % tp:
         found.append(f"--tensor-model-parallel-size {tp} does not divide {args.num_attention_heads} attention heads")
     if tp > 0 and groups > 0 and groups % tp:
@@ -307,8 +317,11 @@ def _other_mistakes(args: argparse.Namespace) -> list[str]:
         found.append(f"--keep-last-n {args.keep_last_n}: must be 1 or more")
     if args.finetune and args.load is None:
         found.append("--finetune needs --load")
-    if args.exit_on_missing_checkpoint and args.load is None:
-        found.append("--exit-on-missing-checkpoint needs --load")
+    for name in ("exit_on_missing_checkpoint", "no_load_optim", "no_load_rng", "allow_quantizer_change"):
+        if getattr(args, name) and args.load is None:
+            found.append(f"{_flag(name)} needs --load")
+    if args.no_save_optim and args.save is None:
+        found.append("--no-save-optim needs --save")
     return found + _ternary_mistakes(args)
 
 
@@ -332,11 +345,12 @@ def _ternary_mistakes(args: argparse.Namespace) -> list[str]:
             quantizer_config(args)
         except ValueError as error:
             return [f"--ternary-group-size: {error}"]
-        if args.ternary_telemetry_interval is not None:
-            if args.log_dir is None:
-                return ["--ternary-telemetry-interval needs --log-dir"]
-            if args.ternary_telemetry_interval < 1:
-                return [f"--ternary-telemetry-interval {args.ternary_telemetry_interval}: must be 1 or more"]
+        if args.ternary_telemetry_interval is not None and args.log_dir is None:
+            return ["--ternary-telemetry-interval needs --log-dir"]
+        shards = args.ternary_row_parallel_shards
+        grouped = args.ternary_group_size != -1 and args.ternary_recipe is None
+        if shards is not None and grouped and args.ternary_activation_bits == 16:
+            return ["--ternary-row-parallel-shards does nothing with a --ternary-group-size: leave it out"]
         if args.ternary_verify_cache and args.ternary_cache == "none":
             return ["--ternary-verify-cache has nothing to verify with --ternary-cache none"]
         return []
@@ -353,6 +367,8 @@ def _fill_in(args: argparse.Namespace) -> None:
     if args.ffn_hidden_size is None:
         # Megatron-LM: two thirds of 4h, rounded down to a multiple of 64, so that SwiGLU's three matrices weigh alike.
         args.ffn_hidden_size = (4 * args.hidden_size * 2 // 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size
+    args.rotary_base = 10000 if args.rotary_base is None else args.rotary_base
+    args.moe_router_topk = 2 if args.moe_router_topk is None else args.moe_router_topk
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     args.num_query_groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters

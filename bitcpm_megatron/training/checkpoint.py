@@ -8,10 +8,13 @@ complete checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,10 @@ def latest(directory: str | Path) -> Path | None:
     if not text.isdigit():
         raise CheckpointError(f"{tracker} holds {text!r} and not an iteration number")
     path = iteration_directory(directory, int(text))
+    if not path.exists() and _aside(path).exists():
+        # Killed while a checkpoint of this iteration was replaced by another. Every rank may try: one succeeds.
+        with contextlib.suppress(OSError):
+            os.replace(_aside(path), path)
     if not (path / "metadata.json").is_file():
         complete = sorted(p.parent.name for p in Path(directory).glob("iter_*/metadata.json"))
         raise CheckpointError(
@@ -131,6 +138,7 @@ class Saver:
             _remove_leftovers(Path(self._args.save))
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
+        _gather_parameters(model)
         state = _model_state(model)
         state.update(
             progress={"iteration": progress.iteration, "consumed_samples": progress.consumed_samples},
@@ -162,9 +170,21 @@ class Saver:
         return done
 
     def wait(self) -> None:
-        """Waits until every checkpoint that was begun is complete."""
-        if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        """Waits until every checkpoint that was begun is complete.
+
+        Raises:
+            CheckpointError: the writer does not finish within ``--distributed-timeout-minutes``.
+        """
+        deadline = time.monotonic() + 60 * self._args.distributed_timeout_minutes
+        while self._queue is not None and self._queue.get_num_unfinalized_calls():
+            # Not blocking=True: upstream's writer waits for ever for a process of its own that was killed.
+            self._queue.maybe_finalize_async_calls(blocking=False)
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    "the asynchronous writer of the checkpoint does not finish: one of its processes may have been "
+                    "killed (out of memory?). The checkpoint before it is complete"
+                )
+            time.sleep(0.02)
 
     def _pending(self) -> list[Path]:
         unfinished = 0 if self._queue is None else self._queue.get_num_unfinalized_calls()
@@ -175,14 +195,20 @@ class Saver:
             write_text(temporary / _ARGUMENTS, json.dumps(vars(self._args), indent=1, default=str))
             if self._record is not None:
                 self._record.write(temporary)
-            _move_away(final)
+            # A checkpoint of the same iteration, which the tracker may name, stands aside until the new one is there.
+            aside = _aside(final)
+            if final.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(final, aside)
             publish(temporary, final)
             write_text(final.parent / _TRACKER, str(int(final.name.removeprefix("iter_"))))
+            shutil.rmtree(aside, ignore_errors=True)
             if self._args.keep_last_n is not None:
                 # Only older ones: after a step back there may be newer ones, and none of them is the latest.
                 older = sorted(path for path in final.parent.glob("iter_*") if path.name < final.name)
                 for path in older[: max(0, len(older) + 1 - self._args.keep_last_n)]:
-                    _move_away(path)
+                    os.replace(path, _aside(path))
+                    shutil.rmtree(_aside(path))
         torch.distributed.barrier()
 
 
@@ -206,6 +232,8 @@ def load(
     with_optimizer = not (args.finetune or args.no_load_optim)
     if with_optimizer and saved.get("no_save_optim"):
         raise CheckpointError(f"{checkpoint} holds no optimizer state: add --no-load-optim or --finetune")
+    _check_arguments(args, saved, checkpoint, with_optimizer)
+    notes += _changes(args, saved)
     expert_ranks = saved.get("expert_model_parallel_size", 1), args.expert_model_parallel_size
     if with_optimizer and min(expert_ranks) == 1 < max(expert_ranks):
         raise CheckpointError(
@@ -248,9 +276,53 @@ def load(
             "--train-iters and --lr-... flags, or --override-opt-param-scheduler for these, or "
             "--use-checkpoint-opt-param-scheduler for the checkpoint's"
         ) from None
+    if args.override_opt_param_scheduler:
+        # The scheduler asks the parameter groups first, which came with the optimizer state.
+        for group in optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = args.lr, args.min_lr
+        scheduler.step(0)
     if with_rng:
         _set_rng_state(loaded["rng"])
     return Progress(**loaded["progress"]), notes
+
+
+_ARCHITECTURE = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels position_embedding_type "
+    "rotary_base normalization norm_epsilon swiglu add_bias_linear untie_embeddings_and_output_weights num_experts "
+    "moe_router_topk moe_ffn_hidden_size"
+).split()
+_OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
+_DATA_ORDER = ("seed",)
+_TOLD = (
+    "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
+    "weight_decay clip_grad"
+).split()
+
+
+def _check_arguments(args: argparse.Namespace, saved: dict[str, Any], checkpoint: Path, with_optimizer: bool) -> None:
+    """Refuses to go on with another model, optimizer or order of samples than the checkpoint's."""
+    checks = [(_ARCHITECTURE, "the model is another one: give the same flags")]
+    if with_optimizer:
+        checks.append((_OPTIMIZER, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
+    if not args.finetune:
+        checks.append((_DATA_ORDER, "the order of the samples would change: give the same, or --finetune"))
+    for names, cure in checks:
+        different = _differences(args, saved, names)
+        if different:
+            raise CheckpointError(f"{checkpoint} was saved with {', '.join(different)}: {cure}")
+
+
+def _changes(args: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
+    different = _differences(args, saved, _TOLD)
+    return [f"changed since the checkpoint, which had {', '.join(different)}"] if different else []
+
+
+def _differences(args: argparse.Namespace, saved: dict[str, Any], names: Sequence[str]) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} {saved[name]} (now {getattr(args, name)})"
+        for name in names
+        if name in saved and saved[name] != getattr(args, name)
+    ]
 
 
 def load_weights(checkpoint: Path, model: Model) -> None:
@@ -308,17 +380,22 @@ def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
 
 
-def _move_away(directory: Path) -> None:
-    """Deletes a checkpoint so that its name never stands for a part of it."""
-    if directory.exists():
-        doomed = directory.with_name(f".{directory.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(directory, doomed)
-        shutil.rmtree(doomed)
-
-
 def _remove_leftovers(directory: Path) -> None:
-    """What killed runs left: checkpoints that were being written or deleted."""
-    for pattern in (".iter_*.incomplete", ".iter_*.deleted"):
+    """Deletes what killed runs left of checkpoints they wrote, replaced or deleted, but not what the tracker needs."""
+    with contextlib.suppress(CheckpointError):
+        latest(directory)
+    for pattern in (".iter_*.incomplete", ".iter_*.aside"):
         for leftover in directory.glob(pattern):
             shutil.rmtree(leftover)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.aside")
+
+
+def _gather_parameters(model: Model) -> None:
+    """Completes the weights: with ``--overlap-param-gather`` other ranks' shards come with the next forward only."""
+    for chunk in model.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()

@@ -36,11 +36,13 @@ def build_tokenizer(args: argparse.Namespace) -> tuple[Tokenizer, int]:
 def build_data(args: argparse.Namespace, tokenizer: Tokenizer) -> Data:
     """Builds (or finds in the cache) the sample indices, for as many samples as the run will ask for.
 
+    megatron-core shuffles exactly so many: the order of the training samples depends on ``--train-iters``.
+
     Raises:
         ValueError: no training samples, or too few for evaluation.
     """
-    evaluations = (args.train_iters // args.eval_interval + 1) * args.eval_iters if args.eval_iters else 0
-    sizes = [args.train_iters * args.global_batch_size, evaluations * args.global_batch_size, 0]
+    # Every evaluation reads the same validation samples, from the first.
+    sizes = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
     blends = None
     if args.train_data_path is not None:
         blends = [get_blend_from_list(args.train_data_path), get_blend_from_list(args.valid_data_path), None]
@@ -78,6 +80,8 @@ def batches(args: argparse.Namespace, dataset: torch.utils.data.Dataset, consume
         dataset,
         batch_sampler=_indices(args, len(dataset), consumed),
         num_workers=args.num_workers,
+        # Of its own: from the global one each loader would draw, and a resumed run go on with other random numbers.
+        generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)

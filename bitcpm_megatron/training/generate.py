@@ -32,8 +32,11 @@ def load_for_inference(path: Path) -> tuple[argparse.Namespace, Model, Tokenizer
     args.sequence_parallel = False
     args.gradient_accumulation_fusion = False
     record = QuantizerRecord.read(path)
+    args.ternary = record is not None
     if record is not None:
+        args.ternary_recipe = record.recipe()
         args.ternary_row_parallel_shards = record.row_parallel_shards
+        args.ternary_activation_bits = record.activation_bits
     if args.num_query_groups % args.tensor_model_parallel_size:
         raise ValueError(f"{world_size()} processes do not divide the model's {args.num_query_groups} query groups")
     initialize(args)

@@ -25,6 +25,8 @@ from .metrics import MetricsLog, ProgressBar
 from .model import Model, build_model, parameter_count
 from .optimizer import build_optimizer, build_scheduler, learning_rate, step
 
+_CURE = "Resume from the last checkpoint with a lower --lr (and --override-opt-param-scheduler) or --clip-grad"
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint stands."""
@@ -74,6 +76,8 @@ def pretrain(args: argparse.Namespace) -> Progress:
             if telemetry is not None and (progress.iteration + 1) % args.ternary_telemetry_interval == 0:
                 codes = telemetry.record()
             taken, grad_norm = step(optimizer)
+            if grad_norm is not None and not math.isfinite(grad_norm):
+                raise TrainingError(f"the gradient norm is {grad_norm}: training has diverged. {_CURE}")
             if taken:
                 scheduler.step(increment=args.global_batch_size)
             progress.iteration += 1
@@ -83,9 +87,10 @@ def pretrain(args: argparse.Namespace) -> Progress:
             bar.step({"loss": f"{loss:.3f}", "tok/s": f"{tokens:.0f}"})
             if progress.iteration % args.log_interval == 0 or progress.iteration == args.train_iters:
                 log.write(_train_record(progress, loss, grad_norm, rate, tokens, elapsed))
+                norm = "" if grad_norm is None else f"grad norm {grad_norm:.3f} | "
                 bar.say(
-                    f"iteration {progress.iteration:>7}/{args.train_iters} | loss {loss:.4f} | "
-                    f"grad norm {grad_norm:.3f} | lr {rate:.3e} | {tokens:.0f} tokens/s"
+                    f"iteration {progress.iteration:>7}/{args.train_iters} | loss {loss:.4f} | {norm}lr {rate:.3e} | "
+                    f"{tokens:.0f} tokens/s"
                 )
             if codes is not None:
                 log.write(_telemetry_record(progress, codes))
@@ -97,14 +102,21 @@ def pretrain(args: argparse.Namespace) -> Progress:
                 bar.say(f"iteration {progress.iteration:>7}/{args.train_iters} | validation loss {valid:.4f}")
             due = args.save_interval is not None and progress.iteration % args.save_interval == 0
             if args.save is not None and (due or last or leaving) and saved_at != progress.iteration:
+                before = time.perf_counter()
+                _refuse_broken_weights(model)
                 saver.save(model, optimizer, scheduler, progress)
                 saved_at = progress.iteration
+                bar.say(f"saving iteration {saved_at}: training waited {time.perf_counter() - before:.2f} s")
             if last or leaving:
                 saver.wait()
             for path in saver.poll():
                 bar.say(f"saved {path}")
             if leaving:
                 break
+    except TrainingError:
+        # Raised on all ranks alike, so that the checkpoint that is being written can be completed.
+        saver.wait()
+        raise
     finally:
         bar.close()
         log.close()
@@ -129,17 +141,14 @@ def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Bat
     loss_sum, tokens, broken = _run_schedule(args, model, data, forward_only=False).tolist()
     if broken:
         for state, _ in ternary_modules(model.bare):
-            if not state.scales.isfinite().all():
+            if state.scales is not None and not state.scales.isfinite().all():
                 print(f"{state.name}: its weight has no finite scale", file=sys.stderr)
         raise TrainingError(
-            "a latent weight is not finite or too large to be quantized: training has diverged. Resume from the last "
-            "checkpoint with a lower --lr or --clip-grad"
+            f"a latent weight is not finite or too large to be quantized: training has diverged. {_CURE}"
         )
     loss = loss_sum / tokens
     if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {loss}: training has diverged. Resume from the last checkpoint with a lower --lr"
-        )
+        raise TrainingError(f"the loss is {loss}: training has diverged. {_CURE}")
     return loss
 
 
@@ -228,8 +237,19 @@ def _introduce(args: argparse.Namespace, model: Model, vocabulary: int, notes: l
     sys.stdout.flush()
 
 
+def _refuse_broken_weights(model: Model) -> None:
+    """A checkpoint never holds a weight that is not finite; raises on every rank alike."""
+    broken = torch.zeros(1, device=device())
+    for chunk in model.bare:
+        for parameter in chunk.parameters():
+            broken += (~parameter.detach().isfinite().all()).float()
+    torch.distributed.all_reduce(broken)
+    if broken.item():
+        raise TrainingError(f"weights are not finite and will not be saved: training has diverged. {_CURE}")
+
+
 def _train_record(
-    progress: Progress, loss: float, grad_norm: float, rate: float, tokens: float, elapsed: float
+    progress: Progress, loss: float, grad_norm: float | None, rate: float, tokens: float, elapsed: float
 ) -> dict[str, object]:
     return {
         "kind": "train",

@@ -3,7 +3,6 @@
 
 import argparse
 
-import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -60,11 +59,11 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
     return float(next(g["lr"] for g in optimizer.param_groups if g.get("default_config", True)))
 
 
-def step(optimizer: MegatronOptimizer) -> tuple[bool, float]:
+def step(optimizer: MegatronOptimizer) -> tuple[bool, float | None]:
     """One optimizer step.
 
     Returns:
-        Whether it was taken (a loss scaler may skip it), and the gradient norm before clipping.
+        Whether it was taken (a loss scaler may skip it), and the gradient norm before clipping, None without clipping.
     """
     taken, grad_norm, _ = optimizer.step()
-    return bool(taken), float(grad_norm) if grad_norm is not None else float(torch.nan)
+    return bool(taken), None if grad_norm is None else float(grad_norm)

@@ -17,7 +17,13 @@ WORKERS = Path(__file__).parent / "workers"
 def environment() -> dict[str, str]:
     """For processes under test; a megatron-core that PYTHONPATH puts in front stays in front."""
     paths = [p for p in (os.environ.get("PYTHONPATH"), str(CHECKOUT)) if p]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 def torchrun(worker: str, processes: int, directory: Path, *arguments: str, timeout: int = 300) -> list[Any]:

@@ -98,7 +98,7 @@ def test_a_recipe_that_keeps_a_layer_trains_and_saves(two_ranks: tuple) -> None:
         "shards refused": ("1 row-parallel shards", "tensor-parallel size of 2", "use a size that divides 1"),
         "group refused": ("linear_proj", "group_size=64 does not divide a row of 32", "use -1 or one of [32]"),
         "no quantizer refused": ("--ternary is not given", "--allow-quantizer-change"),
-        "other quantizer refused": ("group size -1 in the checkpoint, 32 asked for", "--allow-quantizer-change"),
+        "other quantizer refused": ("group_size -1 in the checkpoint, 32 asked for", "--allow-quantizer-change"),
         "schedule refused": ("another learning-rate schedule", "--override-opt-param-scheduler"),
         "unknown flag refused": ("unrecognized arguments", "--tenary-cache"),
         "abbreviation refused": ("unrecognized arguments", "--ternary-group"),

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from bitcpm_megatron import QuantizerConfig
 from bitcpm_megatron.tensor_parallel.record import FILE_NAME, QuantizerRecord, RecordError
 from bitcpm_megatron.training import checkpoint
 
-RECORD = QuantizerRecord(
-    "latent", "ternary", 1e-5, "bfloat16", 2, 16, {"decoder.layers.0.mlp.linear_fc1": {"group_size": -1}}
-)
+PATH = "decoder.layers.0.mlp.linear_fc1"
+RECORD = QuantizerRecord("latent", "ternary", 1e-5, "bfloat16", 2, 16, {PATH: {"group_size": -1}})
 
 
 def test_written_and_read_again(tmp_path: Path) -> None:
@@ -40,8 +40,10 @@ def test_a_later_version_is_refused(tmp_path: Path) -> None:
     [
         ({"row_parallel_shards": 4}, "row_parallel_shards: 2 in the checkpoint, 4 asked for"),
         ({"latent_dtype": "float32"}, "latent_dtype: 'bfloat16' in the checkpoint, 'float32' asked for"),
-        ({"eps": 1e-4}, "eps: 1e-05 in the checkpoint, 0.0001 asked for"),
-        ({"modules": {}}, "group size -1 in the checkpoint, full precision asked for"),
+        ({"eps": 1e-4}, "linear_fc1: eps 1e-05 in the checkpoint, 0.0001 asked for"),
+        ({"modules": {PATH: {"group_size": -1, "eps": 0.5}}}, "linear_fc1: eps 1e-05 in the checkpoint, 0.5 asked for"),
+        ({"modules": {PATH: {"group_size": 64}}}, "linear_fc1: group_size -1 in the checkpoint, 64 asked for"),
+        ({"modules": {}}, "linear_fc1: ternary in the checkpoint, full precision asked for"),
     ],
 )
 def test_contradictions_are_named(tmp_path: Path, change: dict, line: str) -> None:
@@ -52,6 +54,13 @@ def test_contradictions_are_named(tmp_path: Path, change: dict, line: str) -> No
     assert line in str(caught.value) and "--allow-quantizer-change" in str(caught.value)
     assert line in checkpoint.check_quantizer(tmp_path, other, allow_change=True)
     assert checkpoint.check_quantizer(tmp_path, RECORD, allow_change=False) == "quantizer: as the checkpoint records"
+
+
+def test_a_record_is_a_recipe() -> None:
+    record = dataclasses.replace(RECORD, modules={PATH: {"group_size": 64, "eps": 0.5}})
+    recipe = record.recipe()
+    assert recipe.decide(PATH).config == QuantizerConfig(group_size=64, eps=0.5)
+    assert recipe.decide(PATH.replace("fc1", "fc2")) is None
 
 
 def test_a_full_precision_checkpoint_may_start_ternary_training(tmp_path: Path) -> None:

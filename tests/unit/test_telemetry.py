@@ -28,6 +28,7 @@ def test_zeros_changed_codes_and_scales(cached: bool) -> None:
     telemetry = Telemetry([chunk])
 
     def record() -> dict:
+        find_epoch(chunk).start()
         find_epoch(chunk).begin()
         if cached:
             chunk(torch.randn(2, 64))

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, quantize
+from bitcpm_megatron.ops import fake_quantize_activations
 from bitcpm_megatron.patches import ORIGINAL
 from bitcpm_megatron.tensor_parallel import (
     ProbeError,
@@ -59,6 +60,12 @@ class Linears(torch.nn.Module):
 
 def wq(weight: torch.Tensor, config: QuantizerConfig = DEFAULT) -> torch.Tensor:
     return dequantize(*quantize(weight, config), config, weight.dtype)
+
+
+def open_epoch(model: torch.nn.Module) -> None:
+    """What a schedule does at its first micro-batch."""
+    find_epoch(model).start()
+    find_epoch(model).begin()
 
 
 def everything() -> Recipe:
@@ -211,7 +218,7 @@ def test_verify_mode_finds_a_cache_made_stale_by_data_writes() -> None:
 def test_many_micro_batches_in_flight_share_one_quantized_weight() -> None:
     model = Linears()
     apply_recipe(model, default=DEFAULT)
-    find_epoch(model).begin()
+    open_epoch(model)
     weight = model.mlp.linear_fc1.weight
     inputs = [torch.randn(3, 1, 64) for _ in range(4)]
     outputs = [model.mlp.linear_fc1(x)[0] for x in inputs]
@@ -226,14 +233,14 @@ def test_recompute_under_no_grad_takes_the_same_path_and_leaks_nothing() -> None
     model = Linears()
     apply_recipe(model, default=DEFAULT)
     layer = model.mlp.linear_fc1
-    find_epoch(model).begin()
+    open_epoch(model)
     x = torch.randn(3, 1, 64, requires_grad=True)
     y = torch.utils.checkpoint.checkpoint(lambda t: layer(t)[0], x, use_reentrant=True)
     y.sum().backward()
     assert ternary_state(layer).count == 1
     torch.testing.assert_close(x.grad, wq(layer.weight).sum(0).expand_as(x))
     dead = weakref.ref(ternary_state(layer).quantized)
-    find_epoch(model).begin()
+    open_epoch(model)
     layer(x)[0].sum().backward()
     gc.collect()
     assert dead() is None, "a finished step keeps its quantized weight alive"
@@ -253,7 +260,7 @@ def test_a_frozen_weight_is_quantized_and_gets_no_gradient() -> None:
 def test_inference_mode_then_training() -> None:
     model = Linears()
     apply_recipe(model, default=DEFAULT)
-    find_epoch(model).begin()
+    open_epoch(model)
     x = torch.randn(3, 1, 64)
     with torch.inference_mode():
         y = model.mlp.linear_fc1(x)[0]
@@ -309,7 +316,7 @@ def test_a_weight_handed_to_forward_is_refused() -> None:
     apply_recipe(model, default=DEFAULT)
     layer = model.mlp.linear_fc1
     for call in ({"weight": layer.weight}, {}):
-        arguments = () if call else (layer.weight,)
+        arguments = () if call else (layer.weight.detach(),)
         with pytest.raises(RuntimeError, match="mlp.linear_fc1: a weight handed to forward.. would bypass"):
             layer(torch.randn(3, 1, 64), *arguments, **call)
 
@@ -366,15 +373,25 @@ def test_a_matcher_without_effect_is_refused(pattern: str, message: str) -> None
 def test_twice_is_refused() -> None:
     model = Linears()
     apply_recipe(model, default=DEFAULT)
-    with pytest.raises(RuntimeError, match="once per model"):
+    with pytest.raises(RecipeError, match="once per model"):
         apply_recipe(model, default=DEFAULT)
+
+
+def test_what_was_applied_survives_a_refusal() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT)
+    epoch = find_epoch(model)
+    with pytest.raises(RecipeError):
+        apply_recipe(model, default=DEFAULT)
+    assert find_epoch(model) is epoch is ternary_state(model.mlp.linear_fc1).epoch
 
 
 def test_a_foreign_wrapper_on_forward_is_refused() -> None:
     model = Linears()
     model.mlp.linear_fc1.forward = lambda x: x
-    with pytest.raises(RuntimeError, match="mlp.linear_fc1: its forward is wrapped already"):
+    with pytest.raises(RecipeError, match="mlp.linear_fc1: its forward is wrapped already"):
         apply_recipe(model, default=DEFAULT)
+    assert ternary_modules(model) == [], "apply all of it, or change nothing"
 
 
 def test_first_matcher_decides_with_global_layer_numbers() -> None:
@@ -389,7 +406,7 @@ def test_first_matcher_decides_with_global_layer_numbers() -> None:
     model = gpt()
     report = apply_recipe(model, Recipe.from_mapping(recipe, DEFAULT), default=DEFAULT)
     assert {e.path.split(".")[2] for e in report.quantized} == {"1"}
-    assert set(map(str, report.modules().values())) == {"{'group_size': 32}"}
+    assert set(map(str, report.modules(DEFAULT).values())) == {"{'group_size': 32}"}
 
 
 @pytest.mark.parametrize(
@@ -449,3 +466,79 @@ def test_unknown_modules_are_listed_not_hidden() -> None:
     report = apply_recipe(model, default=DEFAULT)
     dense = next(e for e in report.entries if e.path == "dense")
     assert (dense.config, dense.reason, dense.kind) == (None, "no matcher", "dense")
+
+
+def test_without_a_wrapped_schedule_the_cache_stays_closed() -> None:
+    model = gpt()
+    apply_recipe(model, default=DEFAULT)
+    model.set_is_first_microbatch()
+    assert not find_epoch(model).open
+
+
+def test_linears_that_others_read_without_calling_are_refused() -> None:
+    model = torch.nn.TransformerEncoderLayer(64, 4, 128)
+    for pattern in ("linear1", "self_attn.out_proj"):
+        recipe = {"configs": {"q": {}}, "matchers": {"m": {"config": "q", "pattern": pattern}}}
+        with pytest.raises(RecipeError, match="would bypass the quantizer"):
+            apply_recipe(model, Recipe.from_mapping(recipe, DEFAULT), default=DEFAULT)
+    recipe = {"configs": {"q": {}}, "matchers": {"m": {"config": "q", "pattern": "here"}}}
+    both = torch.nn.ModuleDict({"here": torch.nn.Linear(64, 64, bias=False), "there": model})
+    report = apply_recipe(both, Recipe.from_mapping(recipe, DEFAULT), default=DEFAULT)
+    matrices = sum(p.numel() for p in both.parameters() if p.dim() >= 2)
+    assert sum(e.parameters for e in report.entries) == matrices, "the table counts every matrix"
+
+
+def test_without_a_recipe_no_matrix_of_a_layer_is_left_out_silently() -> None:
+    model = gpt()
+    model.decoder.layers[0].mlp.experts = torch.nn.ParameterList([torch.randn(4, 4)])
+    with pytest.raises(RecipeError, match=r"layers\.0\.mlp\.experts: a ParameterList cannot be quantized"):
+        apply_recipe(model, default=DEFAULT)
+
+
+def test_a_parametrization_on_top_is_refused() -> None:
+    model = Linears()
+    apply_recipe(model, everything(), default=DEFAULT)
+    torch.nn.utils.parametrize.register_parametrization(model.dense, "weight", torch.nn.Identity())
+    with pytest.raises(RuntimeError, match="dense: something, .* hides the quantized weight"):
+        model.dense(torch.randn(2, 64))
+
+
+def test_a_weight_that_lives_in_the_instance_is_put_back() -> None:
+    model = Linears()
+    apply_recipe(model, everything(), default=DEFAULT)
+    weight = model.dense.weight.detach().clone()
+    del model.dense._parameters["weight"]
+    model.dense.__dict__["weight"] = weight  # as FSDP1 does
+    for _ in range(2):
+        assert torch.equal(model.dense(torch.eye(64)) - model.dense.bias, wq(weight).t() + 0 * model.dense.bias)
+        assert model.dense.weight is weight
+
+
+def test_non_reentrant_recompute_leaks_nothing() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT)
+    layer, seen = model.mlp.linear_fc1, []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = layer(x)[0]
+        seen.append(weakref.ref(ternary_state(layer).quantized))
+        return y
+
+    for _ in range(3):
+        x = torch.randn(3, 1, 64, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False).sum().backward()
+    gc.collect()
+    assert [r() is not None for r in seen[:-1]] == [False] * (len(seen) - 1)
+
+
+def test_activations_are_quantized_before_the_gemm() -> None:
+    model = Linears()
+    apply_recipe(model, default=DEFAULT, activation_bits=8)
+    x = torch.randn(3, 2, 64)
+    expected = fake_quantize_activations(x) @ wq(model.mlp.linear_fc1.weight).t() + model.mlp.linear_fc1.bias
+    assert torch.equal(model.mlp.linear_fc1(x)[0], expected)
+    assert probe(model) == 2
+    with pytest.raises(RuntimeError, match="hand the input to forward.. by position"):
+        model.mlp.linear_fc1(input_=x)
+    with pytest.raises(ValueError, match="activation_bits=4 is not possible"):
+        apply_recipe(Linears(), default=DEFAULT, activation_bits=4)

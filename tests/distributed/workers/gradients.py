@@ -250,8 +250,8 @@ def _residual(self: linear.TernaryState, latent: torch.Tensor, training: bool) -
 def _shadow_with(attributes) -> object:  # noqa: ANN001
     original = linear.shadow
 
-    def planted(weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-        stand_in = original(weight, quantized)
+    def planted(weight: torch.Tensor, quantized: torch.Tensor, fused: bool) -> torch.Tensor:
+        stand_in = original(weight, quantized, fused)
         stand_in.__dict__ = attributes(weight)
         return stand_in
 
