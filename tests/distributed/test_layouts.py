@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from small_model import MODEL, losses, quantized_weights, succeeded
 
+from bitcpm_megatron import QuantizerConfig, quantize
 from bitcpm_megatron.training.checkpoint import latest
 from bitcpm_megatron.training.metrics import read_metrics
 
@@ -23,6 +24,7 @@ LAYOUTS = {
     "PP2": (2, PP2),
     "PP2+VPP2": (2, [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]),
     "DP2": (2, []),
+    "DP2+overlaps": (2, OVERLAPS),
     "TP2xPP2": (4, [*TP2, *PP2, "--sequence-parallel"]),
     "TP2xDP2": (4, [*TP2, "--sequence-parallel", *OVERLAPS]),
 }
@@ -43,7 +45,14 @@ VARIANTS = {
 VARIANT_LAYOUTS = {name: flags for name, (_, flags) in LAYOUTS.items()}
 VARIANT_LAYOUTS["EP2"] = ["--expert-model-parallel-size", "2"]
 TELEMETRY = ["--ternary-telemetry-interval", "10"]
-RESHARDINGS = [("TP2", "PP2"), ("DP2", "TP2"), ("TP2", "TP1"), ("TP2", "TP2"), ("PP2", "TP2xDP2")]
+RESHARDINGS = [
+    ("TP2", "PP2"),
+    ("DP2", "TP2"),
+    ("TP2", "TP1"),
+    ("TP2", "TP2"),
+    ("PP2", "TP2xDP2"),
+    ("DP2+overlaps", "DP2+overlaps"),
+]
 SAVED_AT, END = 3, 6
 
 
@@ -92,6 +101,13 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
                     *logged(f"whole {source}"),
                 ]
             recipe = str(Path(__file__).parent / "keep_last_layer.yaml")
+            uneven = [
+                *EXPERTS,
+                *VARIANT_LAYOUTS["EP2"],
+                "--ternary-recipe",
+                str(Path(__file__).parent / "experts.yaml"),
+            ]
+            wanted["uneven experts"] = [*uneven, "--train-iters", "1", "--save", str(where / "uneven experts")]
             wanted["other stage"] = [*TERNARY, *PP2, "--train-iters", "1", "--ternary-recipe", recipe]
         for source, target in RESHARDINGS:
             if LAYOUTS[target][0] == ranks:
@@ -185,6 +201,18 @@ def test_another_layout_takes_over(source: str, target: str, runs: dict) -> None
         assert found == expected
     else:
         assert [r[2] for r in found] == pytest.approx([r[2] for r in expected], rel=1e-5)
+
+
+def test_scales_of_unevenly_quantized_experts_are_saved(runs: dict) -> None:
+    succeeded(runs["uneven experts"][0], "uneven experts")
+    saved = tensors(latest(runs["where"] / "uneven experts"))
+    scale = "decoder.layers.mlp.experts.experts.linear_fc1.weight.ternary_scale"
+    kept = {f"{scale}.{layer}.{expert}" for layer in range(4) for expert in (0, 1, 2)}
+    assert {key for key in saved if key.startswith(scale)} == kept
+    weight = saved["decoder.layers.mlp.experts.experts.linear_fc1.weight"]
+    for layer, expert in ((0, 0), (3, 2)):
+        expected = quantize(weight[layer, expert], QuantizerConfig())[1]
+        assert torch.equal(saved[f"{scale}.{layer}.{expert}"], expected)
 
 
 def test_a_matcher_may_name_a_layer_of_another_stage(runs: dict) -> None:

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from small_model import MODEL, losses, quantized_weights, succeeded
 
+from bitcpm_megatron.training.metrics import read_metrics
+
 TP2 = ["--tensor-model-parallel-size", "2"]
-BF16 = [*MODEL, *TP2, "--sequence-parallel", "--bf16", "--ternary"]
+# With dropout: random states that are lost show in the loss.
+DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+BF16 = [*MODEL, *TP2, "--sequence-parallel", "--bf16", "--ternary", *DROPOUT]
 STEPS = 20
 TWENTY_STEPS = ["--train-iters", str(STEPS), "--eval-interval", "7", "--eval-iters", "1"]
 
@@ -43,12 +47,17 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
     ternary = [*short, "--ternary"]
     other = [*ternary, "--ternary-group-size", "32", "--load", str(logs / "save step")]
     recipe = str(Path(__file__).parent / "keep_last_layer.yaml")
+    saved = ["--load", str(logs / "save step")]
+    overridden = [*saved, "--override-opt-param-scheduler", "--log-dir", str(logs / "lower rate")]
     runs |= {
         "verified": [*ternary, "--ternary-verify-cache"],
         "partial recipe": [*ternary, "--save", str(logs / "partial"), "--ternary-recipe", recipe],
         "shards refused": [*ternary, "--load", str(base)],
         "group refused": [*ternary, "--ternary-group-size", "64"],
         "no quantizer refused": [*short, "--load", str(base)],
+        "lower rate": [*BF16, "--train-iters", "22", "--eval-iters", "0", "--lr", "1e-3", *overridden],
+        "diverges": [*ternary, "--lr", "1e39", "--save", str(logs / "diverged"), "--save-interval", "1"],
+        "other model refused": [*BF16, *TWENTY_STEPS, "--rotary-base", "500", *saved],
         "other quantizer refused": other,
         "other quantizer allowed": [*other, "--finetune", "--allow-quantizer-change"],
         "schedule refused": [*BF16, "--train-iters", "30", "--load", str(logs / "save step")],
@@ -76,6 +85,20 @@ def test_the_cache_changes_no_bit_across_evaluation_and_reload(two_ranks: tuple)
     assert len({loss for _, _, loss, *_ in losses(logs / "whole step")}) > STEPS / 2, "the weights must change"
 
 
+def test_an_overriding_learning_rate_is_used(two_ranks: tuple) -> None:
+    report, _, logs = two_ranks
+    succeeded(report, "lower rate")
+    rates = [r["learning_rate"] for r in read_metrics(logs / "lower rate")]
+    assert len(rates) == 2 and 0 < max(rates) <= 1e-3
+
+
+def test_weights_that_are_not_finite_are_never_saved(two_ranks: tuple) -> None:
+    report, _, logs = two_ranks
+    assert report["diverges"]["status"] == 1
+    assert "training has diverged" in report["diverges"]["stderr"]
+    assert not list((logs / "diverged").glob("*"))
+
+
 def test_training_passes_its_own_verification(two_ranks: tuple) -> None:
     succeeded(two_ranks[0], "verified")
 
@@ -100,6 +123,7 @@ def test_a_recipe_that_keeps_a_layer_trains_and_saves(two_ranks: tuple) -> None:
         "no quantizer refused": ("--ternary is not given", "--allow-quantizer-change"),
         "other quantizer refused": ("group_size -1 in the checkpoint, 32 asked for", "--allow-quantizer-change"),
         "schedule refused": ("another learning-rate schedule", "--override-opt-param-scheduler"),
+        "other model refused": ("--rotary-base 10000 (now 500)", "give the same flags"),
         "unknown flag refused": ("unrecognized arguments", "--tenary-cache"),
         "abbreviation refused": ("unrecognized arguments", "--ternary-group"),
         "idle recipe refused": ("*.linear_typo", "fits no module", "decoder.layers.0"),

@@ -3,11 +3,14 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from bitcpm_megatron import QuantizerConfig
+from bitcpm_megatron import QuantizerConfig, apply_recipe
+from bitcpm_megatron.tensor_parallel import Recipe
 from bitcpm_megatron.tensor_parallel.record import FILE_NAME, QuantizerRecord, RecordError
 from bitcpm_megatron.training import checkpoint
 
@@ -97,3 +100,56 @@ def test_only_older_checkpoints_are_deleted(keep, kept, tmp_path: Path, monkeypa
     assert sorted(p.name for p in tmp_path.glob("*iter_*")) == [f"iter_{i:07d}" for i in (*kept, 90)]
     assert checkpoint.latest(tmp_path) == tmp_path / "iter_0000040"
     assert QuantizerRecord.read(tmp_path / "iter_0000040") == RECORD
+
+
+@pytest.mark.parametrize("crash_at", [1, 2, 3])
+def test_a_crash_while_a_checkpoint_is_replaced_loses_none(
+    crash_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that starts anew saves an iteration that the tracker names already, and is killed at a rename."""
+    monkeypatch.setattr(checkpoint.torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint.torch.distributed, "barrier", lambda: None)
+    saver = checkpoint.Saver(argparse.Namespace(save=str(tmp_path), keep_last_n=None, async_save=False), None)
+    final, temporary = tmp_path / "iter_0000002", tmp_path / ".iter_0000002.incomplete"
+
+    def write(content: str) -> None:
+        temporary.mkdir()
+        (temporary / "metadata.json").write_text(content)
+        saver._publish(temporary, final)
+
+    write("old")
+    replace, renames = os.replace, []
+
+    def crash(source: Path, target: Path) -> None:
+        if Path(source).is_dir():
+            renames.append(source)
+            if len(renames) == crash_at:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    if crash_at < 3:
+        with pytest.raises(KeyboardInterrupt):
+            write("new")
+    else:
+        write("new")
+    assert len(renames) == min(crash_at, 2), "one aside, one into place"
+    monkeypatch.setattr(os, "replace", replace)
+    content = (checkpoint.latest(tmp_path) / "metadata.json").read_text()
+    assert content == ("old" if crash_at < 3 else "new")
+    checkpoint._remove_leftovers(tmp_path)
+    assert (checkpoint.latest(tmp_path) / "metadata.json").read_text() == content
+    assert not list(tmp_path.glob(".iter_*"))
+
+
+def test_a_recipe_of_its_own_eps_is_recorded(single_rank: None) -> None:
+    def record(eps: float) -> QuantizerRecord:
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        recipe = {"configs": {"q": {"eps": eps}}, "matchers": {"all": {"config": "q", "pattern": "*"}}}
+        default = QuantizerConfig()
+        report = apply_recipe(model, Recipe.from_mapping(recipe, default), default=default)
+        return QuantizerRecord.of(report, default, "float32")
+
+    assert record(0.5).modules == {"0": {"group_size": -1, "eps": 0.5}}
+    assert record(0.5).contradictions(record(1e-5)) == ["0: eps 0.5 in the checkpoint, 1e-05 asked for"]
+    assert record(0.5).contradictions(record(0.5)) == []
