@@ -23,7 +23,7 @@ if __package__ in (None, ""):
 import numpy as np
 
 from bitcpm_megatron.tensor_parallel.record import QuantizerRecord
-from bitcpm_megatron.training.checkpoint import latest
+from bitcpm_megatron.training.checkpoint_directory import latest
 from bitcpm_megatron.training.metrics import plot_losses, read_metrics
 
 TENSOR_PARALLEL = 2
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         prepare(out)
         losses = {
             "BF16": train(out, "bf16", args.train_iters, []),
-            "ternary": train(out, "ternary", args.train_iters, ["--ternary"]),
+            "ternary": train(out, "ternary", args.train_iters, ["--ternary", "--ternary-telemetry-interval", "20"]),
         }
         sample = run(
             "sample from the ternary weights",
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:<22}{losses[name]:>16.4f}{speed:>20.0f}")
     print(f"{'unigram entropy':<22}{entropy:>16.4f}")
     print(f"ternary / BF16 {ratio:.4f}; {len(record.modules)} ternary modules; {time.perf_counter() - started:.0f} s")
-    print(f"curves: {out / 'loss.png'}")
+    print(f"curves: {out / 'loss.png'}; what the quantizer did: {out / 'ternary' / 'ternary.png'}")
     if not losses["ternary"] < entropy or not ratio <= TOLERANCE:
         print(
             "demo: FAILED: the ternary validation loss is not below the entropy, or too far above BF16", file=sys.stderr

@@ -14,7 +14,7 @@ if __package__ in (None, ""):
 
 import torch
 
-from bitcpm_megatron.training import checkpoint
+from bitcpm_megatron.training.checkpoint_directory import CheckpointError, latest
 from bitcpm_megatron.training.generate import generate, load_for_inference
 from bitcpm_megatron.training.initialize import shutdown
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prints one continuation per prompt on rank 0; returns the exit status."""
     args = parse_arguments(argv)
     try:
-        path = checkpoint.latest(args.load)
+        path = latest(args.load)
         if path is None:
             raise ValueError(f"no checkpoint in {args.load}")
         run, model, tokenizer = load_for_inference(path)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             if torch.distributed.get_rank() == 0:
                 print(tokenizer.detokenize(ids + new), flush=True)
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     shutdown()

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     # this file again, and would import megatron with it, for seconds.
     from bitcpm_megatron.tensor_parallel import ProbeError
     from bitcpm_megatron.training.arguments import parse_args
-    from bitcpm_megatron.training.checkpoint import CheckpointError
+    from bitcpm_megatron.training.checkpoint_directory import CheckpointError
     from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
     from bitcpm_megatron.training.loop import TrainingError, pretrain
 

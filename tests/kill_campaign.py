@@ -26,7 +26,7 @@ sys.path[:0] = [str(CHECKOUT), str(Path(__file__).parent / "distributed")]
 from launcher import environment
 from small_model import MODEL, losses
 
-from bitcpm_megatron.training.checkpoint import latest
+from bitcpm_megatron.training.checkpoint_directory import latest
 from bitcpm_megatron.training.metrics import METRICS
 
 LONGEST = 6.0

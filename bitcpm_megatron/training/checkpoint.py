@@ -1,20 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints in megatron-core's ``torch_dist`` format, published whole or not at all.
-
-Layout of ``--save DIR``: ``iter_0000100/`` per checkpoint with the tensors, ``ternary_quantizer.json`` (the quantizer
-record) and ``arguments.json``; ``latest_checkpointed_iteration.txt`` names the newest. A checkpoint is written under a
-temporary name and renamed when every rank has finished, then the tracker is replaced: at any moment the tracker names a
-complete checkpoint.
-"""
+"""The state of a run, to and from checkpoints in megatron-core's ``torch_dist`` format."""
 
 import argparse
-import contextlib
-import json
-import os
 import random
-import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +16,19 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from ..files import publish, write_text
 from ..tensor_parallel.record import QuantizerRecord
 from ..tensor_parallel.sharded_scales import without_scales
+from .checkpoint_checks import changes, check_arguments
+from .checkpoint_directory import (
+    CheckpointError,
+    iteration_directory,
+    publish_checkpoint,
+    remove_leftovers,
+    saved_arguments,
+    write_arguments,
+)
 from .model import Model
 
-_TRACKER = "latest_checkpointed_iteration.txt"
-_ARGUMENTS = "arguments.json"
 _RESHARDABLE = "fully_reshardable"
 
 
@@ -43,71 +38,6 @@ class Progress:
 
     iteration: int = 0
     consumed_samples: int = 0
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used as asked."""
-
-
-def latest(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint under ``directory``, or None where there is none.
-
-    Raises:
-        CheckpointError: the tracker names a checkpoint that is not there.
-    """
-    tracker = Path(directory) / _TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise CheckpointError(f"{tracker} holds {text!r} and not an iteration number")
-    path = iteration_directory(directory, int(text))
-    if not path.exists() and _aside(path).exists():
-        # Killed while a checkpoint of this iteration was replaced by another. Every rank may try: one succeeds.
-        with contextlib.suppress(OSError):
-            os.replace(_aside(path), path)
-    if not (path / "metadata.json").is_file():
-        complete = sorted(p.parent.name for p in Path(directory).glob("iter_*/metadata.json"))
-        raise CheckpointError(
-            f"{tracker} names {path}, which is not a complete checkpoint: write the number of a complete one into it "
-            f"({', '.join(complete) or 'there is none'})"
-        )
-    return path
-
-
-def iteration_directory(directory: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration lies."""
-    return Path(directory) / f"iter_{iteration:07d}"
-
-
-def saved_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The arguments of the run that wrote a checkpoint."""
-    return json.loads((checkpoint / _ARGUMENTS).read_text(encoding="utf-8"))
-
-
-def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_change: bool) -> str:
-    """Compares a checkpoint's quantizer record with what this run wants.
-
-    Returns:
-        One line for the log.
-
-    Raises:
-        CheckpointError: they contradict each other and ``allow_change`` is false.
-    """
-    found = QuantizerRecord.read(checkpoint)
-    if found is None:
-        return "quantizer: the checkpoint records none" + (", starting ternary training from it" if wanted else "")
-    if wanted is None:
-        lines = ["the checkpoint was trained with a quantizer, and --ternary is not given"]
-    else:
-        lines = found.contradictions(wanted)
-    if lines and not allow_change:
-        shown = "\n  ".join(lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else []))
-        raise CheckpointError(
-            f"{checkpoint} was trained with another quantizer:\n  {shown}\n"
-            "give the recorded one, or --allow-quantizer-change to go on with the new one"
-        )
-    return "quantizer: changed on request: " + "; ".join(lines) if lines else "quantizer: as the checkpoint records"
 
 
 class Saver:
@@ -135,7 +65,7 @@ class Saver:
         final = iteration_directory(self._args.save, progress.iteration)
         temporary = final.with_name(f".{final.name}.incomplete")
         if torch.distributed.get_rank() == 0:
-            _remove_leftovers(Path(self._args.save))
+            remove_leftovers(self._args.save)
             temporary.mkdir(parents=True)
         torch.distributed.barrier()
         _gather_parameters(model)
@@ -192,23 +122,10 @@ class Saver:
 
     def _publish(self, temporary: Path, final: Path) -> None:
         if torch.distributed.get_rank() == 0:
-            write_text(temporary / _ARGUMENTS, json.dumps(vars(self._args), indent=1, default=str))
+            write_arguments(temporary, vars(self._args))
             if self._record is not None:
                 self._record.write(temporary)
-            # A checkpoint of the same iteration, which the tracker may name, stands aside until the new one is there.
-            aside = _aside(final)
-            if final.exists():
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(final, aside)
-            publish(temporary, final)
-            write_text(final.parent / _TRACKER, str(int(final.name.removeprefix("iter_"))))
-            shutil.rmtree(aside, ignore_errors=True)
-            if self._args.keep_last_n is not None:
-                # Only older ones: after a step back there may be newer ones, and none of them is the latest.
-                older = sorted(path for path in final.parent.glob("iter_*") if path.name < final.name)
-                for path in older[: max(0, len(older) + 1 - self._args.keep_last_n)]:
-                    os.replace(path, _aside(path))
-                    shutil.rmtree(_aside(path))
+            publish_checkpoint(temporary, final, self._args.keep_last_n)
         torch.distributed.barrier()
 
 
@@ -232,8 +149,8 @@ def load(
     with_optimizer = not (args.finetune or args.no_load_optim)
     if with_optimizer and saved.get("no_save_optim"):
         raise CheckpointError(f"{checkpoint} holds no optimizer state: add --no-load-optim or --finetune")
-    _check_arguments(args, saved, checkpoint, with_optimizer)
-    notes += _changes(args, saved)
+    check_arguments(args, saved, checkpoint, with_optimizer)
+    notes += changes(args, saved)
     expert_ranks = saved.get("expert_model_parallel_size", 1), args.expert_model_parallel_size
     if with_optimizer and min(expert_ranks) == 1 < max(expert_ranks):
         raise CheckpointError(
@@ -284,45 +201,6 @@ def load(
     if with_rng:
         _set_rng_state(loaded["rng"])
     return Progress(**loaded["progress"]), notes
-
-
-_ARCHITECTURE = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels position_embedding_type "
-    "rotary_base normalization norm_epsilon swiglu add_bias_linear untie_embeddings_and_output_weights num_experts "
-    "moe_router_topk moe_ffn_hidden_size"
-).split()
-_OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
-_DATA_ORDER = ("seed",)
-_TOLD = (
-    "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
-    "weight_decay clip_grad"
-).split()
-
-
-def _check_arguments(args: argparse.Namespace, saved: dict[str, Any], checkpoint: Path, with_optimizer: bool) -> None:
-    """Refuses to go on with another model, optimizer or order of samples than the checkpoint's."""
-    checks = [(_ARCHITECTURE, "the model is another one: give the same flags")]
-    if with_optimizer:
-        checks.append((_OPTIMIZER, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
-    if not args.finetune:
-        checks.append((_DATA_ORDER, "the order of the samples would change: give the same, or --finetune"))
-    for names, cure in checks:
-        different = _differences(args, saved, names)
-        if different:
-            raise CheckpointError(f"{checkpoint} was saved with {', '.join(different)}: {cure}")
-
-
-def _changes(args: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
-    different = _differences(args, saved, _TOLD)
-    return [f"changed since the checkpoint, which had {', '.join(different)}"] if different else []
-
-
-def _differences(args: argparse.Namespace, saved: dict[str, Any], names: Sequence[str]) -> list[str]:
-    return [
-        f"--{name.replace('_', '-')} {saved[name]} (now {getattr(args, name)})"
-        for name in names
-        if name in saved and saved[name] != getattr(args, name)
-    ]
 
 
 def load_weights(checkpoint: Path, model: Model) -> None:
@@ -378,19 +256,6 @@ def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
     torch.set_rng_state(state["torch_rng_state"])
     torch.cuda.set_rng_state(state["cuda_rng_state"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Deletes what killed runs left of checkpoints they wrote, replaced or deleted, but not what the tracker needs."""
-    with contextlib.suppress(CheckpointError):
-        latest(directory)
-    for pattern in (".iter_*.incomplete", ".iter_*.aside"):
-        for leftover in directory.glob(pattern):
-            shutil.rmtree(leftover)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.aside")
 
 
 def _gather_parameters(model: Model) -> None:

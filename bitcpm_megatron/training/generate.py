@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 from ..tensor_parallel.record import QuantizerRecord
 from . import checkpoint
+from .checkpoint_directory import saved_arguments
 from .data import Tokenizer, build_tokenizer
 from .initialize import device, initialize, world_size
 from .model import Model, build_model
@@ -25,7 +26,7 @@ def load_for_inference(path: Path) -> tuple[argparse.Namespace, Model, Tokenizer
     Raises:
         ValueError: this number of processes does not fit the model or its row-parallel shards.
     """
-    args = argparse.Namespace(**checkpoint.saved_arguments(path))
+    args = argparse.Namespace(**saved_arguments(path))
     args.tensor_model_parallel_size = world_size()
     args.pipeline_model_parallel_size = args.data_parallel_size = 1
     args.num_virtual_stages_per_pipeline_rank = None

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -19,6 +20,8 @@ from ..tensor_parallel.record import QuantizerRecord
 from . import checkpoint
 from .arguments import params_dtype, quantizer_config
 from .checkpoint import Progress
+from .checkpoint_checks import check_quantizer
+from .checkpoint_directory import CheckpointError, latest
 from .data import Batch, batches, build_data, build_tokenizer
 from .initialize import device
 from .metrics import MetricsLog, ProgressBar
@@ -49,7 +52,7 @@ def pretrain(args: argparse.Namespace) -> Progress:
     scheduler = build_scheduler(args, optimizer)
     progress, notes = Progress(), list(model.notes)
     if found is not None:
-        notes.append(checkpoint.check_quantizer(found, record, args.allow_quantizer_change))
+        notes.append(check_quantizer(found, record, args.allow_quantizer_change))
         progress, more = checkpoint.load(args, found, model, optimizer, scheduler)
         notes += [f"loaded {found}, going on after iteration {progress.iteration}", *more]
     elif args.load is not None:
@@ -197,14 +200,14 @@ def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch
     return total.clone(), tokens.int(), {"lm_loss": torch.stack((total.detach(), tokens))}
 
 
-def _find_checkpoint(args: argparse.Namespace) -> checkpoint.Path | None:
+def _find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to load; takes the recorded number of row-parallel shards where none is given."""
     if args.load is None:
         return None
-    found = checkpoint.latest(args.load)
+    found = latest(args.load)
     if found is None:
         if args.exit_on_missing_checkpoint:
-            raise checkpoint.CheckpointError(f"no checkpoint in {args.load}, and --exit-on-missing-checkpoint is given")
+            raise CheckpointError(f"no checkpoint in {args.load}, and --exit-on-missing-checkpoint is given")
         return None
     recorded = QuantizerRecord.read(found)
     if args.ternary and recorded is not None and args.ternary_row_parallel_shards is None:

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from small_model import MODEL, losses, quantized_weights, succeeded
 
 from bitcpm_megatron import QuantizerConfig, quantize
-from bitcpm_megatron.training.checkpoint import latest
+from bitcpm_megatron.training.checkpoint_directory import latest
 from bitcpm_megatron.training.metrics import read_metrics
 
 SHARDS = ["--ternary", "--ternary-row-parallel-shards", "2"]

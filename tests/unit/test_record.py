@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantizer record, and the checkpoint directory around it."""
 
-import argparse
 import dataclasses
 import os
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from bitcpm_megatron import QuantizerConfig, apply_recipe
 from bitcpm_megatron.tensor_parallel import Recipe
 from bitcpm_megatron.tensor_parallel.record import FILE_NAME, QuantizerRecord, RecordError
-from bitcpm_megatron.training import checkpoint
+from bitcpm_megatron.training.checkpoint_checks import check_quantizer
+from bitcpm_megatron.training.checkpoint_directory import CheckpointError, latest, publish_checkpoint, remove_leftovers
 
 PATH = "decoder.layers.0.mlp.linear_fc1"
 RECORD = QuantizerRecord("latent", "ternary", 1e-5, "bfloat16", 2, 16, {PATH: {"group_size": -1}})
@@ -52,11 +52,11 @@ def test_a_later_version_is_refused(tmp_path: Path) -> None:
 def test_contradictions_are_named(tmp_path: Path, change: dict, line: str) -> None:
     RECORD.write(tmp_path)
     other = dataclasses.replace(RECORD, **change)
-    with pytest.raises(checkpoint.CheckpointError) as caught:
-        checkpoint.check_quantizer(tmp_path, other, allow_change=False)
+    with pytest.raises(CheckpointError) as caught:
+        check_quantizer(tmp_path, other, allow_change=False)
     assert line in str(caught.value) and "--allow-quantizer-change" in str(caught.value)
-    assert line in checkpoint.check_quantizer(tmp_path, other, allow_change=True)
-    assert checkpoint.check_quantizer(tmp_path, RECORD, allow_change=False) == "quantizer: as the checkpoint records"
+    assert line in check_quantizer(tmp_path, other, allow_change=True)
+    assert check_quantizer(tmp_path, RECORD, allow_change=False) == "quantizer: as the checkpoint records"
 
 
 def test_a_record_is_a_recipe() -> None:
@@ -67,39 +67,35 @@ def test_a_record_is_a_recipe() -> None:
 
 
 def test_a_full_precision_checkpoint_may_start_ternary_training(tmp_path: Path) -> None:
-    assert "starting ternary training" in checkpoint.check_quantizer(tmp_path, RECORD, allow_change=False)
+    assert "starting ternary training" in check_quantizer(tmp_path, RECORD, allow_change=False)
 
 
 def test_the_latest_checkpoint_is_a_complete_one(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+    assert latest(tmp_path) is None
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("12")
-    with pytest.raises(checkpoint.CheckpointError, match="not a complete checkpoint"):
-        checkpoint.latest(tmp_path)
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        latest(tmp_path)
     directory = tmp_path / "iter_0000012"
     directory.mkdir()
     (directory / "metadata.json").write_text("{}")
-    assert checkpoint.latest(tmp_path) == directory
+    assert latest(tmp_path) == directory
     tracker.write_text("twelve")
-    with pytest.raises(checkpoint.CheckpointError, match="'twelve' and not an iteration number"):
-        checkpoint.latest(tmp_path)
+    with pytest.raises(CheckpointError, match="'twelve' and not an iteration number"):
+        latest(tmp_path)
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [40]), (2, [30, 40]), (4, [10, 20, 30, 40]), (6, [10, 20, 30, 40])])
-def test_only_older_checkpoints_are_deleted(keep, kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint.torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(checkpoint.torch.distributed, "barrier", lambda: None)
-    args = argparse.Namespace(save=str(tmp_path), keep_last_n=keep, async_save=False)
+def test_only_older_checkpoints_are_deleted(keep, kept, tmp_path: Path) -> None:
     for iteration in (10, 20, 30, 90):
         (tmp_path / f"iter_{iteration:07d}").mkdir()
     # 90 is of a run that was given up for one that went on from 30.
     temporary = tmp_path / ".iter_0000040.incomplete"
     temporary.mkdir()
     (temporary / "metadata.json").write_text("{}")
-    checkpoint.Saver(args, RECORD)._publish(temporary, tmp_path / "iter_0000040")
+    publish_checkpoint(temporary, tmp_path / "iter_0000040", keep)
     assert sorted(p.name for p in tmp_path.glob("*iter_*")) == [f"iter_{i:07d}" for i in (*kept, 90)]
-    assert checkpoint.latest(tmp_path) == tmp_path / "iter_0000040"
-    assert QuantizerRecord.read(tmp_path / "iter_0000040") == RECORD
+    assert latest(tmp_path) == tmp_path / "iter_0000040"
 
 
 @pytest.mark.parametrize("crash_at", [1, 2, 3])
@@ -107,15 +103,12 @@ def test_a_crash_while_a_checkpoint_is_replaced_loses_none(
     crash_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that starts anew saves an iteration that the tracker names already, and is killed at a rename."""
-    monkeypatch.setattr(checkpoint.torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(checkpoint.torch.distributed, "barrier", lambda: None)
-    saver = checkpoint.Saver(argparse.Namespace(save=str(tmp_path), keep_last_n=None, async_save=False), None)
     final, temporary = tmp_path / "iter_0000002", tmp_path / ".iter_0000002.incomplete"
 
     def write(content: str) -> None:
         temporary.mkdir()
         (temporary / "metadata.json").write_text(content)
-        saver._publish(temporary, final)
+        publish_checkpoint(temporary, final, None)
 
     write("old")
     replace, renames = os.replace, []
@@ -135,10 +128,10 @@ def test_a_crash_while_a_checkpoint_is_replaced_loses_none(
         write("new")
     assert len(renames) == min(crash_at, 2), "one aside, one into place"
     monkeypatch.setattr(os, "replace", replace)
-    content = (checkpoint.latest(tmp_path) / "metadata.json").read_text()
+    content = (latest(tmp_path) / "metadata.json").read_text()
     assert content == ("old" if crash_at < 3 else "new")
-    checkpoint._remove_leftovers(tmp_path)
-    assert (checkpoint.latest(tmp_path) / "metadata.json").read_text() == content
+    remove_leftovers(tmp_path)
+    assert (latest(tmp_path) / "metadata.json").read_text() == content
     assert not list(tmp_path.glob(".iter_*"))
 
 

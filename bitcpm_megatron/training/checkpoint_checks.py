@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""May a run go on from a checkpoint? Contradictions are refused by name, other changes are told."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..tensor_parallel.record import QuantizerRecord
+from .checkpoint_directory import CheckpointError
+
+_ARCHITECTURE = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels position_embedding_type "
+    "rotary_base normalization norm_epsilon swiglu add_bias_linear untie_embeddings_and_output_weights num_experts "
+    "moe_router_topk moe_ffn_hidden_size"
+).split()
+_OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
+_DATA_ORDER = ("seed",)
+_TOLD = (
+    "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
+    "weight_decay clip_grad"
+).split()
+
+
+def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_change: bool) -> str:
+    """Compares a checkpoint's quantizer record with what this run wants.
+
+    Returns:
+        One line for the log.
+
+    Raises:
+        CheckpointError: they contradict each other and ``allow_change`` is false.
+    """
+    found = QuantizerRecord.read(checkpoint)
+    if found is None:
+        return "quantizer: the checkpoint records none" + (", starting ternary training from it" if wanted else "")
+    if wanted is None:
+        lines = ["the checkpoint was trained with a quantizer, and --ternary is not given"]
+    else:
+        lines = found.contradictions(wanted)
+    if lines and not allow_change:
+        shown = "\n  ".join(lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else []))
+        raise CheckpointError(
+            f"{checkpoint} was trained with another quantizer:\n  {shown}\n"
+            "give the recorded one, or --allow-quantizer-change to go on with the new one"
+        )
+    return "quantizer: changed on request: " + "; ".join(lines) if lines else "quantizer: as the checkpoint records"
+
+
+def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path, with_optimizer: bool) -> None:
+    """Compares the arguments of a run with those of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: the model, the optimizer or the order of samples is another one, with the flags by name.
+    """
+    checks = [(_ARCHITECTURE, "the model is another one: give the same flags")]
+    if with_optimizer:
+        checks.append((_OPTIMIZER, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
+    if not args.finetune:
+        checks.append((_DATA_ORDER, "the order of the samples would change: give the same, or --finetune"))
+    for names, cure in checks:
+        different = _differences(args, saved, names)
+        if different:
+            raise CheckpointError(f"{checkpoint} was saved with {', '.join(different)}: {cure}")
+
+
+def changes(args: argparse.Namespace, saved: Mapping[str, Any]) -> list[str]:
+    """What else differs from the run that wrote the checkpoint, one line for the log or none."""
+    different = _differences(args, saved, _TOLD)
+    return [f"changed since the checkpoint, which had {', '.join(different)}"] if different else []
+
+
+def _differences(args: argparse.Namespace, saved: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} {saved[name]} (now {getattr(args, name)})"
+        for name in names
+        if name in saved and saved[name] != getattr(args, name)
+    ]
