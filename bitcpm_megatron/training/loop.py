@@ -6,12 +6,15 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..quantization import scales_are_finite
@@ -22,17 +25,29 @@ from .arguments import params_dtype, quantizer_config
 from .checkpoint import Progress
 from .checkpoint_checks import check_quantizer
 from .checkpoint_directory import CheckpointError, latest
-from .data import Batch, batches, build_data, build_tokenizer
+from .data import Batch, Data, batches, build_data, build_tokenizer
 from .initialize import device
-from .metrics import MetricsLog, ProgressBar
 from .model import Model, build_model, parameter_count
 from .optimizer import build_optimizer, build_scheduler, learning_rate, step
+from .report import RunReport, StepResult
 
 _CURE = "Resume from the last checkpoint with a lower --lr (and --override-opt-param-scheduler) or --clip-grad"
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint stands."""
+
+
+@dataclass
+class Run:
+    """Everything that a training run moves, and what it trains on."""
+
+    model: Model
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    progress: Progress
+    record: QuantizerRecord | None
+    data: Data
 
 
 def pretrain(args: argparse.Namespace) -> Progress:
@@ -44,6 +59,22 @@ def pretrain(args: argparse.Namespace) -> Progress:
     Raises:
         TrainingError, CheckpointError, RecipeError, ProbeError, ValueError: with the cure in the message.
     """
+    run = _prepare(args)
+    report = RunReport(args, run.progress, enabled=torch.distributed.get_rank() == 0)
+    saver = checkpoint.Saver(args, run.record)
+    try:
+        _train(args, run, report, saver)
+    except TrainingError:
+        # Raised on all ranks alike, so that the checkpoint that is being written can be completed.
+        saver.wait()
+        raise
+    finally:
+        report.close()
+    return run.progress
+
+
+def _prepare(args: argparse.Namespace) -> Run:
+    """Builds the model, loads the checkpoint that ``--load`` names, finds the data, and prints what was decided."""
     found = _find_checkpoint(args)
     tokenizer, vocabulary = build_tokenizer(args)
     model = build_model(args, vocabulary)
@@ -59,71 +90,54 @@ def pretrain(args: argparse.Namespace) -> Progress:
         notes.append(f"no checkpoint in {args.load}: starting anew")
     data = build_data(args, tokenizer)
     _introduce(args, model, vocabulary, notes)
+    return Run(model, optimizer, scheduler, progress, record, data)
 
-    first = torch.distributed.get_rank() == 0
-    log = MetricsLog(args.log_dir if first else None, progress.iteration)
-    bar = ProgressBar(args.train_iters, progress.iteration, enabled=first)
-    train_batches = batches(args, data.train, progress.consumed_samples)
-    saver = checkpoint.Saver(args, record)
-    telemetry = Telemetry(model.bare) if args.ternary_telemetry_interval else None
-    saved_at = progress.iteration
-    try:
-        while progress.iteration < args.train_iters:
+
+def _train(args: argparse.Namespace, run: Run, report: RunReport, saver: checkpoint.Saver) -> None:
+    progress = run.progress
+    data = batches(args, run.data.train, progress.consumed_samples)
+    telemetry = Telemetry(run.model.bare) if args.ternary_telemetry_interval else None
+    while progress.iteration < args.train_iters:
+        observed = telemetry if _due(progress.iteration + 1, args.ternary_telemetry_interval) else None
+        result = _step(args, run, data, observed)
+        progress.iteration += 1
+        progress.consumed_samples += args.global_batch_size
+        report.step(progress, result)
+        last = progress.iteration == args.train_iters
+        leaving = last or _due(progress.iteration, args.exit_interval)
+        if run.data.valid is not None and (last or _due(progress.iteration, args.eval_interval)):
+            report.valid(progress, evaluate(args, run.model, batches(args, run.data.valid, 0)))
+        if args.save is not None and (leaving or _due(progress.iteration, args.save_interval)):
             started = time.perf_counter()
-            rate = learning_rate(optimizer)
-            for chunk in model.chunks:
-                chunk.zero_grad_buffer()
-            optimizer.zero_grad()
-            loss = _forward_backward(args, model, train_batches)
-            codes = None
-            if telemetry is not None and (progress.iteration + 1) % args.ternary_telemetry_interval == 0:
-                codes = telemetry.record()
-            taken, grad_norm = step(optimizer)
-            if grad_norm is not None and not math.isfinite(grad_norm):
-                raise TrainingError(f"the gradient norm is {grad_norm}: training has diverged. {_CURE}")
-            if taken:
-                scheduler.step(increment=args.global_batch_size)
-            progress.iteration += 1
-            progress.consumed_samples += args.global_batch_size
-            elapsed = time.perf_counter() - started
-            tokens = args.global_batch_size * args.seq_length / elapsed
-            bar.step({"loss": f"{loss:.3f}", "tok/s": f"{tokens:.0f}"})
-            if progress.iteration % args.log_interval == 0 or progress.iteration == args.train_iters:
-                log.write(_train_record(progress, loss, grad_norm, rate, tokens, elapsed))
-                norm = "" if grad_norm is None else f"grad norm {grad_norm:.3f} | "
-                bar.say(
-                    f"iteration {progress.iteration:>7}/{args.train_iters} | loss {loss:.4f} | {norm}lr {rate:.3e} | "
-                    f"{tokens:.0f} tokens/s"
-                )
-            if codes is not None:
-                log.write(_telemetry_record(progress, codes))
-            last = progress.iteration == args.train_iters
-            leaving = args.exit_interval is not None and progress.iteration % args.exit_interval == 0
-            if data.valid is not None and (progress.iteration % args.eval_interval == 0 or last):
-                valid = evaluate(args, model, batches(args, data.valid, 0))
-                log.write(_valid_record(progress, valid))
-                bar.say(f"iteration {progress.iteration:>7}/{args.train_iters} | validation loss {valid:.4f}")
-            due = args.save_interval is not None and progress.iteration % args.save_interval == 0
-            if args.save is not None and (due or last or leaving) and saved_at != progress.iteration:
-                before = time.perf_counter()
-                _refuse_broken_weights(model)
-                saver.save(model, optimizer, scheduler, progress)
-                saved_at = progress.iteration
-                bar.say(f"saving iteration {saved_at}: training waited {time.perf_counter() - before:.2f} s")
-            if last or leaving:
-                saver.wait()
-            for path in saver.poll():
-                bar.say(f"saved {path}")
-            if leaving:
-                break
-    except TrainingError:
-        # Raised on all ranks alike, so that the checkpoint that is being written can be completed.
-        saver.wait()
-        raise
-    finally:
-        bar.close()
-        log.close()
-    return progress
+            _refuse_broken_weights(run.model)
+            saver.save(run.model, run.optimizer, run.scheduler, progress)
+            report.saving(progress, time.perf_counter() - started)
+        if leaving:
+            saver.wait()
+        report.saved(saver.poll())
+        if leaving:
+            return
+
+
+def _due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _step(args: argparse.Namespace, run: Run, data: Iterator[Batch], telemetry: Telemetry | None) -> StepResult:
+    """One optimizer step; raises on every rank alike where training has diverged."""
+    started = time.perf_counter()
+    rate = learning_rate(run.optimizer)
+    for chunk in run.model.chunks:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    loss = _forward_backward(args, run.model, data)
+    codes = None if telemetry is None else telemetry.record()
+    taken, grad_norm = step(run.optimizer)
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        raise TrainingError(f"the gradient norm is {grad_norm}: training has diverged. {_CURE}")
+    if taken:
+        run.scheduler.step(increment=args.global_batch_size)
+    return StepResult(loss, grad_norm, rate, time.perf_counter() - started, codes)
 
 
 @torch.no_grad()
@@ -249,36 +263,3 @@ def _refuse_broken_weights(model: Model) -> None:
     torch.distributed.all_reduce(broken)
     if broken.item():
         raise TrainingError(f"weights are not finite and will not be saved: training has diverged. {_CURE}")
-
-
-def _train_record(
-    progress: Progress, loss: float, grad_norm: float | None, rate: float, tokens: float, elapsed: float
-) -> dict[str, object]:
-    return {
-        "kind": "train",
-        "iteration": progress.iteration,
-        "consumed_samples": progress.consumed_samples,
-        "lm_loss": loss,
-        "grad_norm": grad_norm,
-        "learning_rate": rate,
-        "tokens_per_second": tokens,
-        "elapsed_ms": elapsed * 1e3,
-    }
-
-
-def _telemetry_record(progress: Progress, codes: dict[str, dict[str, float | None]]) -> dict[str, object]:
-    return {
-        "kind": "ternary",
-        "iteration": progress.iteration,
-        "total": codes["total"],
-        "modules": {name: statistics for name, statistics in codes.items() if name != "total"},
-    }
-
-
-def _valid_record(progress: Progress, loss: float) -> dict[str, object]:
-    return {
-        "kind": "valid",
-        "iteration": progress.iteration,
-        "consumed_samples": progress.consumed_samples,
-        "lm_loss": loss,
-    }

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves to be looked at: ``metrics.jsonl``, TensorBoard events, ``loss.png``, and a progress bar."""
+"""What a run leaves to be looked at: ``metrics.jsonl``, TensorBoard events and pictures."""
 
 import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from ..files import write_text
 
@@ -147,28 +145,6 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             found[f"{prefix}{name}"] = value
     return found
-
-
-class ProgressBar:
-    """Iterations done, speed and time left, on standard error; silent on all ranks but the first."""
-
-    def __init__(self, total: int, done: int, enabled: bool) -> None:
-        self._enabled = enabled
-        self._bar = tqdm(total=total, initial=done, unit="it", desc="train", disable=not enabled, mininterval=1.0)
-
-    def step(self, shown: Mapping[str, str]) -> None:
-        """One iteration is done."""
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
-
-    def say(self, line: str) -> None:
-        """Prints a line to standard output without tearing the bar."""
-        if self._enabled:
-            self._bar.write(line)
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        self._bar.close()
 
 
 def missing_packages() -> list[str]:
