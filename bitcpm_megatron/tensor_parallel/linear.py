@@ -6,7 +6,7 @@ The module *instance's* ``forward`` is wrapped, not its class: this survives hos
 function or ``_forward_impl`` (megatron-core 0.12.1 assigns the last one on the instance in every forward).
 """
 
-import types
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,8 +120,9 @@ def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
     """
     check_unwrapped(module, state.name)
     module.__dict__[_ATTRIBUTE] = state
-    # A bound method of a module-level function: deepcopy rebinds it, and a later change of the class is followed.
-    module.forward = types.MethodType(_ternary_forward, module)
+    # A partial of a module-level function, not a bound method, which pickle cannot find again on the class. Copies get
+    # one of their own, and a later change of the class is followed.
+    module.forward = functools.partial(_ternary_forward, module)
 
 
 def _ternary_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

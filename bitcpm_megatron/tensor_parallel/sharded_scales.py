@@ -8,8 +8,8 @@ Where all layers (and experts) are quantized alike their scales are stacked into
 as upstream stacks the weights; otherwise each has a key of its own that ends in its layer number (and expert number).
 """
 
+import functools
 import re
-import types
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ SUFFIX = ".ternary_scale"
 
 def save_scales_with(module: torch.nn.Module) -> None:
     """Lets a ternary column / row parallel linear add its scales to ``sharded_state_dict``."""
-    module.sharded_state_dict = types.MethodType(_sharded_state_dict, module)
+    module.sharded_state_dict = functools.partial(_sharded_state_dict, module)
 
 
 def without_scales(state: dict[str, Any]) -> dict[str, Any]:

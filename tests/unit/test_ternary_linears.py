@@ -282,6 +282,17 @@ def test_a_deep_copy_is_a_model_of_its_own() -> None:
     assert find_epoch(twin) is ternary_state(twin[0]).epoch is not find_epoch(model)
 
 
+def test_a_pickled_model_comes_back_ternary(tmp_path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
+    apply_recipe(model, everything(), default=DEFAULT)
+    torch.save(model, tmp_path / "model.pt")
+    # The file is our own, made a line above.
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    x = torch.randn(3, 64)
+    assert torch.equal(again(x), x @ wq(model[0].weight).t())
+    assert find_epoch(again) is ternary_state(again[0]).epoch
+
+
 @pytest.mark.parametrize("name", ["dense", "column", "row"])
 def test_torch_compile_traces_a_whole_ternary_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Linears()
