@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Package layout; everything else is in pyproject.toml.
 
-``patches/``, ``launch/`` and ``checkpoint_tools/`` stand at the top of the checkout and install inside the package, so
-that no generic name lands in site-packages.
+``patches/`` and ``launch/`` stand at the top of the checkout and install inside the package, so that no generic name
+lands in site-packages.
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-INSIDE = ("patches", "launch", "checkpoint_tools")
+INSIDE = ("patches", "launch")
 
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "bitcpm_megatron" / "__init__.py").read_text(), re.MULTILINE)
 
