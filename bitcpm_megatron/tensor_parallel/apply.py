@@ -39,7 +39,6 @@ def apply_recipe(
             tensor-parallel size of this run. A later run must use the same number.
         cache: ``step`` quantizes once per optimizer step, ``none`` in every forward; the results are bit-identical.
         verify_cache: quantize again at every use of the cache, and raise where it is stale.
-
         activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
 
     Returns:

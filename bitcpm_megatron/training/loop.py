@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..quantization import scales_are_finite
-from ..tensor_parallel import Telemetry, ternary_modules
+from ..tensor_parallel import Telemetry
 from ..tensor_parallel.record import QuantizerRecord
 from . import checkpoint
 from .arguments import params_dtype, quantizer_config
@@ -157,7 +157,7 @@ def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Bat
     """Gradients of one global batch; returns its loss, and raises on every rank alike where it is not finite."""
     loss_sum, tokens, broken = _run_schedule(args, model, data, forward_only=False).tolist()
     if broken:
-        for state, _ in ternary_modules(model.bare):
+        for state in model.ternary:
             if state.scales is not None and not state.scales.isfinite().all():
                 print(f"{state.name}: its weight has no finite scale", file=sys.stderr)
         raise TrainingError(
@@ -192,7 +192,7 @@ def _run_schedule(args: argparse.Namespace, model: Model, data: Iterator[Batch],
     total = torch.zeros(3, dtype=torch.float64, device=device())
     for result in results:
         total[:2] += result["lm_loss"].to(total.dtype)
-    scales = [state.scales for state, _ in ternary_modules(model.bare) if state.scales is not None]
+    scales = [state.scales for state in model.ternary if state.scales is not None]
     if scales:
         total[2] = (~scales_are_finite(scales)).to(total.dtype)
     torch.distributed.all_reduce(total)

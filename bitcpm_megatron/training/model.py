@@ -15,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from ..ops import set_backend
-from ..tensor_parallel import CoverageReport, apply_recipe, probe
+from ..tensor_parallel import CoverageReport, TernaryState, apply_recipe, probe, ternary_modules
 from .arguments import params_dtype, quantizer_config
 from .initialize import device
 
@@ -29,6 +29,7 @@ class Model:
         bare: the same chunks without wrappers.
         config: shared by all.
         coverage: what was quantized, None for a BF16 / FP32 run.
+        ternary: states of the quantized modules of this rank, found once and not at every step.
         notes: what was decided at start-up, for the log.
     """
 
@@ -36,6 +37,7 @@ class Model:
     bare: list[GPTModel]
     config: TransformerConfig
     coverage: CoverageReport | None
+    ternary: list[TernaryState]
     notes: list[str]
 
 
@@ -80,7 +82,8 @@ def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool
     if with_ddp:
         chunks = [_wrap(args, config, chunk, i) for i, chunk in enumerate(chunks)]
         _connect_schedule(config, chunks, args)
-    return Model(chunks, bare, config, coverage, notes)
+    ternary = [state for state, _ in ternary_modules(bare)]
+    return Model(chunks, bare, config, coverage, ternary, notes)
 
 
 def transformer_config(args: argparse.Namespace) -> TransformerConfig:
