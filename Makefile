@@ -21,7 +21,7 @@ setup: $(READY)
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt $(TORCH)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,plot,test]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,plot,test]'
 	touch $@
 
 demo: $(READY)

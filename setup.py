@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Package layout; everything else is in pyproject.toml.
 
-``patches/`` and ``launch/`` stand at the top of the checkout and install inside the package, so that no generic name
-lands in site-packages.
+``patches/``, ``launch/`` and ``checkpoint_tools/`` stand at the top of the checkout and install inside the package, so
+that no generic name lands in site-packages.
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-INSIDE = ("patches", "launch")
+INSIDE = ("patches", "launch", "checkpoint_tools")
 
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "bitcpm_megatron" / "__init__.py").read_text(), re.MULTILINE)
 
@@ -21,5 +21,6 @@ setup(
         *find_packages(include=["bitcpm_megatron", "bitcpm_megatron.*"]),
         *(f"bitcpm_megatron.{name}" for name in INSIDE),
     ],
+    package_data={"bitcpm_megatron.launch": ["models/*.yaml"]},
     package_dir={f"bitcpm_megatron.{name}": name for name in INSIDE},
 )

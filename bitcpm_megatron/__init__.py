@@ -12,10 +12,10 @@ from .quantization import QuantizerConfig, dequantize, quantize
 __version__ = "0.1.0"
 __all__ = ["QuantizerConfig", "__version__", "apply_recipe", "dequantize", "fake_quantize", "quantize"]
 
-# From a bare checkout (PYTHONPATH=checkout) patches/ and launch/ stand beside this package; an installed copy holds
-# them inside. Either way they are imported as bitcpm_megatron.patches and bitcpm_megatron.launch.
+# From a bare checkout (PYTHONPATH=checkout) patches/, launch/ and checkpoint_tools/ stand beside this package; an
+# installed copy holds them inside. Either way they are imported as bitcpm_megatron.patches and so on.
 _checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "patches" / "__init__.py").is_file() and (_checkout / "launch" / "__init__.py").is_file():
+if all((_checkout / room / "__init__.py").is_file() for room in ("patches", "launch", "checkpoint_tools")):
     __path__.append(str(_checkout))
 
 

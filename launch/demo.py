@@ -22,7 +22,7 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from bitcpm_megatron.tensor_parallel.record import QuantizerRecord
+from bitcpm_megatron.quantization.record import QuantizerRecord
 from bitcpm_megatron.training.checkpoint_directory import latest
 from bitcpm_megatron.training.metrics import plot_losses, read_metrics
 

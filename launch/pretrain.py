@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one training job in this process; returns the exit status."""
     # Imported here and not above: at each save megatron-core's checkpoint writer starts a helper process that imports
     # this file again, and would import megatron with it, for seconds.
+    from bitcpm_megatron.launch import presets
     from bitcpm_megatron.tensor_parallel import ProbeError
     from bitcpm_megatron.training.arguments import parse_args
     from bitcpm_megatron.training.checkpoint_directory import CheckpointError
@@ -24,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     from bitcpm_megatron.training.loop import TrainingError, pretrain
 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        argv = presets.expand(sys.argv[1:] if argv is None else argv)
+    except presets.PresetError as error:
+        return _failed(error, 2)
     args = parse_args(argv, world_size())
     initialize(args)
     try:

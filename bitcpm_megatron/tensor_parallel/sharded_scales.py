@@ -17,10 +17,9 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
+from ..quantization.record import SCALE_SUFFIX
 from .linear import ternary_state
 from .linears import tensor_parallel_group
-
-SUFFIX = ".ternary_scale"
 
 
 def save_scales_with(module: torch.nn.Module) -> None:
@@ -33,7 +32,7 @@ def without_scales(state: dict[str, Any]) -> dict[str, Any]:
     return {
         key: without_scales(value) if isinstance(value, dict) else value
         for key, value in state.items()
-        if SUFFIX not in str(key)
+        if SCALE_SUFFIX not in str(key)
     }
 
 
@@ -42,7 +41,7 @@ def _sharded_state_dict(
 ) -> ShardedStateDict:
     state = type(self).sharded_state_dict(self, prefix, sharded_offsets, metadata)
     ternary = ternary_state(self)
-    key = f"{prefix}weight{SUFFIX}"
+    key = f"{prefix}weight{SCALE_SUFFIX}"
     if not ternary.like_all_layers:
         key += "".join(f".{n}" for n in re.findall(r"\.(?:layers|local_experts)\.(\d+)\.", ternary.name))
         sharded_offsets = ()

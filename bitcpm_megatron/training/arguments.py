@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..models import arguments as family
 from ..ops import backends
 from ..quantization import SPACES, QuantizerConfig
 from .metrics import missing_packages
@@ -49,7 +50,11 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``launch/pretrain.py``."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="--model NAME stands for the flags of launch/models/NAME.yaml (or of a file); other flags override them",
+        allow_abbrev=False,
+    )
     _model(parser.add_argument_group("model"))
     _parallel(parser.add_argument_group("parallelism"))
     _training(parser.add_argument_group("training"))
@@ -83,6 +88,7 @@ def _model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hidden-dropout", type=float, default=0.1)
     group.add_argument("--init-method-std", type=float, default=0.02)
     group.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+    family.add_model_arguments(group)
 
 
 def _parallel(group: argparse._ArgumentGroup) -> None:
@@ -229,6 +235,7 @@ def _shape_mistakes(args: argparse.Namespace) -> list[str]:
         found.append(
             f"--num-experts {experts} does not go with --expert-model-parallel-size {ep} and --moe-router-topk {topk}"
         )
+    found += family.mistakes(args)
     if args.rotary_base is not None and args.position_embedding_type != "rope":
         found.append("--rotary-base needs --position-embedding-type rope")
     if tp > 0 and args.num_attention_heads % tp:

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from ..tensor_parallel.record import QuantizerRecord
+from ..quantization.record import QuantizerRecord
 from ..tensor_parallel.sharded_scales import without_scales
 from .checkpoint_checks import changes, check_arguments
 from .checkpoint_directory import (

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..tensor_parallel.record import QuantizerRecord
+from ..models.arguments import longrope_of, multipliers_of
+from ..quantization.record import QuantizerRecord
 from .checkpoint_directory import CheckpointError
 
 _ARCHITECTURE = (
@@ -60,6 +61,12 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
         checks.append((_DATA_ORDER, "the order of the samples would change: give the same, or --finetune"))
     for names, cure in checks:
         different = _differences(args, saved, names)
+        if names is _ARCHITECTURE:
+            # By meaning: MiniCPM and Granite have different flags for the same numbers.
+            for what, of in (("multipliers", multipliers_of), ("LongRoPE", longrope_of)):
+                before, now = of(saved), of(vars(args))
+                if before != now:
+                    different.append(f"{what} {before} (now {now})")
         if different:
             raise CheckpointError(f"{checkpoint} was saved with {', '.join(different)}: {cure}")
 

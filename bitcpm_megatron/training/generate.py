@@ -9,7 +9,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from ..tensor_parallel.record import QuantizerRecord
+from ..quantization.record import QuantizerRecord
+from ..tensor_parallel.record import recipe_of
 from . import checkpoint
 from .checkpoint_directory import saved_arguments
 from .data import Tokenizer, build_tokenizer
@@ -35,7 +36,7 @@ def load_for_inference(path: Path) -> tuple[argparse.Namespace, Model, Tokenizer
     record = QuantizerRecord.read(path)
     args.ternary = record is not None
     if record is not None:
-        args.ternary_recipe = record.recipe()
+        args.ternary_recipe = recipe_of(record)
         args.ternary_row_parallel_shards = record.row_parallel_shards
         args.ternary_activation_bits = record.activation_bits
     if args.num_query_groups % args.tensor_model_parallel_size:

@@ -18,8 +18,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..quantization import scales_are_finite
+from ..quantization.record import QuantizerRecord
 from ..tensor_parallel import Telemetry
-from ..tensor_parallel.record import QuantizerRecord
+from ..tensor_parallel.record import record_of
 from . import checkpoint
 from .arguments import params_dtype, quantizer_config
 from .checkpoint import Progress
@@ -233,7 +234,7 @@ def _record(args: argparse.Namespace, model: Model) -> QuantizerRecord | None:
     if model.coverage is None:
         return None
     dtype = str(params_dtype(args)).removeprefix("torch.")
-    return QuantizerRecord.of(model.coverage, quantizer_config(args), dtype, args.ternary_activation_bits)
+    return record_of(model.coverage, quantizer_config(args), dtype, args.ternary_activation_bits)
 
 
 def _introduce(args: argparse.Namespace, model: Model, vocabulary: int, notes: list[str]) -> None:

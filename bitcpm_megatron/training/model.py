@@ -14,6 +14,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from ..models.arguments import longrope_of, multipliers_of
+from ..models.customize import customize, softmax_scale
 from ..ops import set_backend
 from ..tensor_parallel import CoverageReport, TernaryState, apply_recipe, probe, ternary_modules
 from .arguments import params_dtype, quantizer_config
@@ -95,6 +97,9 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups,
         kv_channels=args.kv_channels,
+        softmax_scale=softmax_scale(
+            multipliers_of(vars(args)), longrope_of(vars(args)), args.kv_channels, args.max_position_embeddings
+        ),
         normalization=args.normalization,
         layernorm_epsilon=args.norm_epsilon,
         gated_linear_unit=args.swiglu,
@@ -179,6 +184,7 @@ def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_s
         vp_stage=vp_stage,
     )
     model.model_type = ModelType.encoder_or_decoder
+    customize(model, multipliers_of(vars(args)), longrope_of(vars(args)))
     return model
 
 

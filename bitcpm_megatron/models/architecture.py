@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder of the Llama / MiniCPM4 / Granite family is, in one frozen description that needs torch nowhere.
+
+The three families share their layers (pre-norm RMSNorm, rotary GQA, SwiGLU, no biases) and their tensors. They differ
+in four numbers, which are all 1 (or the usual ``head_dim ** -0.5``) in a Llama::
+
+    h      = embedding_multiplier * E[tokens]
+    h      = h + residual_multiplier * attention(norm(h))       softmax(attention_multiplier * q k^T)
+    h      = h + residual_multiplier * mlp(norm(h))
+    logits = W norm(h) / logits_scaling
+
+The names are those of Transformers' ``GraniteConfig``. MiniCPM writes the same numbers as ``scale_emb``,
+``scale_depth / sqrt(layers)`` and ``hidden_size / dim_model_base``.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+class ArchitectureError(ValueError):
+    """A model description that is contradictory, or that this package does not know."""
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """LongRoPE (arXiv 2402.13753, as Transformers' ``rope_type: longrope`` has it): every rotary frequency is divided
+    by a factor of its own, from one list up to the original length and from another beyond it.
+
+    Attributes:
+        short_factor: ``head_dim / 2`` divisors for sequences up to ``original_max_position_embeddings`` tokens.
+        long_factor: the same for longer ones.
+        original_max_position_embeddings: in tokens.
+        attention_factor: multiplies cos and sin; None for :meth:`effective_attention_factor`'s formula.
+        factor: ratio of maximal to original length in that formula; None for what the two lengths say.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    factor: float | None = None
+
+    def effective_attention_factor(self, max_position_embeddings: int) -> float:
+        """``sqrt(1 + ln(factor) / ln(original length))``, and 1 where nothing is stretched."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        factor = self.factor
+        if factor is None:
+            factor = max_position_embeddings / self.original_max_position_embeddings
+        if factor <= 1.0:
+            return 1.0
+        return math.sqrt(1 + math.log(factor) / math.log(self.original_max_position_embeddings))
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """The four numbers in which MiniCPM and Granite differ from a Llama; see the module.
+
+    Attributes:
+        embedding: of the embeddings.
+        residual: of both branches of every layer.
+        logits_scaling: divides the logits.
+        attention: of ``q k^T``; None for ``kv_channels ** -0.5``.
+    """
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits_scaling: float = 1.0
+    attention: float | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shapes and constants of a model.
+
+    Attributes:
+        num_layers: decoder layers.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: rows of the gate and of the up projection.
+        num_attention_heads: query heads.
+        num_query_groups: key / value heads.
+        kv_channels: size of one head; ``heads * kv_channels`` need not be ``hidden_size``.
+        vocab_size: tokens, without padding.
+        max_position_embeddings: longest sequence, in tokens.
+        norm_epsilon: of every RMSNorm.
+        rotary_base: RoPE's theta.
+        tied: whether the embedding is the output layer, too.
+        longrope: None for plain RoPE.
+        embedding_multiplier: see the module.
+        residual_multiplier: see the module.
+        logits_scaling: divides the logits.
+        attention_multiplier: of the attention scores; None for ``kv_channels ** -0.5``.
+
+    Raises:
+        ArchitectureError: naming the numbers that do not go together.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    tied: bool
+    longrope: LongRope | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    attention_multiplier: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
+            "max_position_embeddings norm_epsilon rotary_base logits_scaling"
+        ).split():
+            if not getattr(self, name) > 0:
+                raise ArchitectureError(f"{name} {getattr(self, name)}: must be above 0")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ArchitectureError(
+                f"{self.num_query_groups} key/value heads do not divide {self.num_attention_heads} query heads"
+            )
+        if self.kv_channels % 2:
+            raise ArchitectureError(f"a head of {self.kv_channels} channels cannot be rotated: it must be even")
+        for name in ("short_factor", "long_factor"):
+            if self.longrope is not None and len(getattr(self.longrope, name)) != self.kv_channels // 2:
+                raise ArchitectureError(
+                    f"{name} of longrope has {len(getattr(self.longrope, name))} values, a head of {self.kv_channels} "
+                    f"channels needs {self.kv_channels // 2}"
+                )
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether a plain Llama computes the same."""
+        ones = (self.embedding_multiplier, self.residual_multiplier, self.logits_scaling)
+        return ones == (1.0, 1.0, 1.0) and self.attention_multiplier in (None, self.kv_channels**-0.5)
+
+    @property
+    def multipliers(self) -> Multipliers:
+        """The four multipliers together."""
+        return Multipliers(
+            self.embedding_multiplier, self.residual_multiplier, self.logits_scaling, self.attention_multiplier
+        )
+
+    @property
+    def softmax_scale(self) -> float:
+        """Multiplier of ``q k^T``."""
+        return self.kv_channels**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    def parameter_count(self) -> int:
+        """Parameters, without padding of the vocabulary."""
+        heads = self.num_attention_heads + 2 * self.num_query_groups
+        attention = self.hidden_size * self.kv_channels * (heads + self.num_attention_heads)
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        vocabulary = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        return self.num_layers * layer + self.hidden_size + vocabulary

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of the MiniCPM4 family, the same on every host, and what model a set of arguments describes.
+
+Works on Megatron-LM's arguments by name, from wherever they come: a parsed command line, or a checkpoint's record.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .architecture import Architecture, ArchitectureError, LongRope, Multipliers
+
+NAMES = (
+    "scale_emb scale_depth residual_multiplier dim_model_base logits_scaling attention_multiplier rope_scaling_type "
+    "rope_scaling_short_factor rope_scaling_long_factor rope_scaling_original_max_position_embeddings "
+    "rope_scaling_attention_factor rope_scaling_length_factor"
+).split()
+"""The arguments of this module, by the names that a checkpoint records."""
+
+
+def add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags to a group of a parser."""
+    group.add_argument(
+        "--scale-emb", type=float, help="multiplies the embeddings (MiniCPM; Granite's embedding_multiplier)"
+    )
+    group.add_argument(
+        "--scale-depth", type=float, help="multiplies every residual branch by this / sqrt(layers) (MiniCPM)"
+    )
+    group.add_argument("--residual-multiplier", type=float, help="multiplies every residual branch (Granite)")
+    group.add_argument(
+        "--dim-model-base", type=float, help="divides the last hidden states by hidden size / this (MiniCPM)"
+    )
+    group.add_argument("--logits-scaling", type=float, help="divides the last hidden states (Granite)")
+    group.add_argument("--attention-multiplier", type=float, help="of attention scores, default 1 / sqrt(head size)")
+    group.add_argument("--rope-scaling-type", choices=("longrope",))
+    group.add_argument(
+        "--rope-scaling-short-factor", type=float, nargs="+", metavar="F", help="head size / 2 divisors of frequencies"
+    )
+    group.add_argument(
+        "--rope-scaling-long-factor", type=float, nargs="+", metavar="F", help="the same beyond the original length"
+    )
+    group.add_argument("--rope-scaling-original-max-position-embeddings", type=int, metavar="TOKENS")
+    group.add_argument(
+        "--rope-scaling-attention-factor", type=float, help="multiplies cos and sin, default by LongRoPE's formula"
+    )
+    group.add_argument(
+        "--rope-scaling-length-factor",
+        type=float,
+        help="the ratio of lengths in that formula, default --max-position-embeddings / original",
+    )
+
+
+def mistakes(args: argparse.Namespace) -> list[str]:
+    """What cannot go together in parsed arguments, one line each."""
+    found = []
+    if args.scale_depth is not None and args.residual_multiplier is not None:
+        found.append("--scale-depth and --residual-multiplier say the same: give one")
+    if args.dim_model_base is not None and args.logits_scaling is not None:
+        found.append("--dim-model-base and --logits-scaling say the same: give one")
+    for name in ("dim_model_base", "logits_scaling"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            found.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    details = [name for name in NAMES if name.startswith("rope_scaling_") and name != "rope_scaling_type"]
+    if args.rope_scaling_type is None:
+        given = [f"--{name.replace('_', '-')}" for name in details if getattr(args, name) is not None]
+        return found + ([f"{', '.join(given)} without --rope-scaling-type longrope would do nothing"] if given else [])
+    if args.position_embedding_type != "rope":
+        found.append("--rope-scaling-type needs --position-embedding-type rope")
+    for name in details[:3]:
+        if getattr(args, name) is None:
+            found.append(f"--rope-scaling-type longrope needs --{name.replace('_', '-')}")
+    head = args.kv_channels or args.hidden_size // max(args.num_attention_heads, 1)
+    for name in details[:2]:
+        if getattr(args, name) is not None and len(getattr(args, name)) != head // 2:
+            found.append(
+                f"--{name.replace('_', '-')} has {len(getattr(args, name))} values, a head of {head} channels needs "
+                f"{head // 2}"
+            )
+    original = args.rope_scaling_original_max_position_embeddings
+    if original is not None and original < 2:
+        found.append(f"--rope-scaling-original-max-position-embeddings {original}: must be 2 or more")
+    return found
+
+
+def multipliers_of(args: Mapping[str, Any]) -> Multipliers:
+    """The multipliers that arguments describe; absent ones are those of a Llama."""
+
+    def given(name: str, default: float | None = 1.0) -> float | None:
+        return default if args.get(name) is None else args[name]
+
+    residual, scaling = given("residual_multiplier"), given("logits_scaling")
+    if args.get("scale_depth") is not None:
+        residual = args["scale_depth"] / math.sqrt(args["num_layers"])
+    if args.get("dim_model_base") is not None:
+        scaling = args["hidden_size"] / args["dim_model_base"]
+    return Multipliers(given("scale_emb"), residual, scaling, given("attention_multiplier", None))
+
+
+def longrope_of(args: Mapping[str, Any]) -> LongRope | None:
+    """LongRoPE's numbers, or None where the arguments name none."""
+    if args.get("rope_scaling_type") is None:
+        return None
+    return LongRope(
+        tuple(args["rope_scaling_short_factor"]),
+        tuple(args["rope_scaling_long_factor"]),
+        args["rope_scaling_original_max_position_embeddings"],
+        args.get("rope_scaling_attention_factor"),
+        args.get("rope_scaling_length_factor"),
+    )
+
+
+def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
+    """The model that a run's arguments describe.
+
+    Args:
+        args: Megatron-LM's arguments by name, with dependent defaults filled in.
+        vocab_size: tokens, without padding.
+
+    Raises:
+        ArchitectureError: the model is not of this family (no RoPE, LayerNorm, biases, experts ...), naming the flags.
+    """
+    needed = {
+        "position_embedding_type": ("rope",),
+        "normalization": ("RMSNorm",),
+        "swiglu": (True,),
+        "add_bias_linear": (False,),
+        "add_qkv_bias": (False, None),
+        "qk_layernorm": (False, None),
+        "num_experts": (None,),
+        "multi_latent_attention": (False, None),
+        "rotary_percent": (1.0, None),
+        "rotary_interleaved": (False, None),
+        "rotary_seq_len_interpolation_factor": (None,),
+        "use_rope_scaling": (False, None),
+        "apply_layernorm_1p": (False, None),
+        "mtp_num_layers": (None, 0),
+    }
+    foreign = [f"{name}={args.get(name)!r}" for name, accepted in needed.items() if args.get(name) not in accepted]
+    if foreign:
+        raise ArchitectureError(
+            f"the model is no Llama, MiniCPM or Granite: its arguments say {', '.join(foreign)} "
+            "(needed: RoPE over whole heads, RMSNorm, SwiGLU, no biases, no experts)"
+        )
+    heads = args["num_attention_heads"]
+    grouped = args.get("group_query_attention") and args.get("num_query_groups")
+    multipliers = multipliers_of(args)
+    return Architecture(
+        num_layers=args["num_layers"],
+        hidden_size=args["hidden_size"],
+        ffn_hidden_size=args["ffn_hidden_size"],
+        num_attention_heads=heads,
+        num_query_groups=args["num_query_groups"] if grouped else heads,
+        kv_channels=args.get("kv_channels") or args["hidden_size"] // heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=args["max_position_embeddings"],
+        norm_epsilon=args["norm_epsilon"],
+        rotary_base=float(args.get("rotary_base") or 10000),
+        tied=not args.get("untie_embeddings_and_output_weights", False),
+        longrope=longrope_of(args),
+        embedding_multiplier=multipliers.embedding,
+        residual_multiplier=multipliers.residual,
+        logits_scaling=multipliers.logits_scaling,
+        attention_multiplier=multipliers.attention,
+    )
+
+
+def arguments_of(architecture: Architecture) -> dict[str, Any]:
+    """The arguments, by name, that describe an architecture; the inverse of :func:`architecture_of`.
+
+    Raises:
+        ArchitectureError: Megatron-LM's flags cannot say it.
+    """
+    a = architecture
+    if a.rotary_base != int(a.rotary_base):
+        raise ArchitectureError(f"--rotary-base takes whole numbers, the model has {a.rotary_base}")
+    found: dict[str, Any] = {
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "ffn_hidden_size": a.ffn_hidden_size,
+        "num_attention_heads": a.num_attention_heads,
+        "group_query_attention": a.num_query_groups != a.num_attention_heads,
+        "num_query_groups": a.num_query_groups,
+        "kv_channels": a.kv_channels,
+        "max_position_embeddings": a.max_position_embeddings,
+        "norm_epsilon": a.norm_epsilon,
+        "rotary_base": int(a.rotary_base),
+        "rotary_percent": 1.0,
+        "untie_embeddings_and_output_weights": not a.tied,
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "num_experts": None,
+        **dict.fromkeys(NAMES),
+    }
+    for name, value in (
+        ("scale_emb", a.embedding_multiplier),
+        ("residual_multiplier", a.residual_multiplier),
+        ("logits_scaling", a.logits_scaling),
+    ):
+        if value != 1.0:
+            found[name] = value
+    if a.attention_multiplier not in (None, a.kv_channels**-0.5):
+        found["attention_multiplier"] = a.attention_multiplier
+    if a.longrope is not None:
+        found.update(
+            rope_scaling_type="longrope",
+            rope_scaling_short_factor=list(a.longrope.short_factor),
+            rope_scaling_long_factor=list(a.longrope.long_factor),
+            rope_scaling_original_max_position_embeddings=a.longrope.original_max_position_embeddings,
+            rope_scaling_attention_factor=a.longrope.attention_factor,
+            rope_scaling_length_factor=a.longrope.factor,
+        )
+    return found

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MiniCPM4 family on a built ``GPTModel``: multipliers and LongRoPE, where megatron-core has neither.
+
+Everything is set on the instances of one model, after it was built and whoever built it, so that megatron-core's own
+code stays unchanged and Megatron-LM's model builder is served alike. Per item, what is displaced:
+
+- embedding multiplier: a forward hook on ``GPTModel.embedding``;
+- residual multiplier: ``TransformerLayer.self_attn_bda`` and ``.mlp_bda`` (bias-dropout-add), which get the branch
+  scaled;
+- logits scaling: a forward pre-hook on ``GPTModel.output_layer`` divides the final hidden states, as MiniCPM does;
+- LongRoPE: ``GPTModel.rotary_pos_emb``.
+
+The attention multiplier is megatron-core's own ``TransformerConfig.softmax_scale``, which must be set before the model
+is built: see :func:`softmax_scale`. It takes LongRoPE's attention factor f along: cos and sin times f in queries and
+keys is ``f ** 2`` in their product, since every channel is rotated.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from .architecture import LongRope, Multipliers
+
+_DONE = "_bitcpm_customized"
+
+
+def softmax_scale(
+    multipliers: Multipliers, longrope: LongRope | None, kv_channels: int, max_position_embeddings: int
+) -> float | None:
+    """What ``TransformerConfig.softmax_scale`` must be; None for megatron-core's own ``kv_channels ** -0.5``."""
+    factor = 1.0 if longrope is None else longrope.effective_attention_factor(max_position_embeddings)
+    if multipliers.attention is None and factor == 1.0:
+        return None
+    return (kv_channels**-0.5 if multipliers.attention is None else multipliers.attention) * factor * factor
+
+
+def customize(model: GPTModel, multipliers: Multipliers, longrope: LongRope | None) -> None:
+    """Gives a model chunk its multipliers and LongRoPE; before DDP and before :func:`apply_recipe`.
+
+    Args:
+        model: built with the ``softmax_scale`` that :func:`softmax_scale` says.
+        multipliers: what to multiply where.
+        longrope: the factors, or None for the RoPE that the model was built with.
+
+    Raises:
+        ValueError: the model was customized before, has no plain RoPE to replace, or was built with another softmax
+            scale.
+    """
+    if getattr(model, _DONE, False):
+        raise ValueError("the model has its multipliers already: customize() once per model")
+    config = model.config
+    wanted = softmax_scale(multipliers, longrope, config.kv_channels, model.max_sequence_length)
+    if config.softmax_scale != wanted:
+        raise ValueError(
+            f"the model was built with softmax_scale {config.softmax_scale}, its attention multiplier and LongRoPE "
+            f"need {wanted}: set TransformerConfig.softmax_scale before it is built"
+        )
+    if longrope is not None:
+        model.rotary_pos_emb = LongRotaryEmbedding.in_place_of(_plain_rope(model), longrope, model.rotary_base, config)
+    if multipliers.embedding != 1.0 and hasattr(model, "embedding"):
+        model.embedding.register_forward_hook(functools.partial(_scale_output, multipliers.embedding))
+    if multipliers.residual != 1.0:
+        for layer in model.modules():
+            if isinstance(layer, TransformerLayer):
+                layer.self_attn_bda = functools.partial(_scaled_branch, layer.self_attn_bda, multipliers.residual)
+                layer.mlp_bda = functools.partial(_scaled_branch, layer.mlp_bda, multipliers.residual)
+    if multipliers.logits_scaling != 1.0 and model.post_process:
+        model.output_layer.register_forward_pre_hook(functools.partial(_divide_input, multipliers.logits_scaling))
+    setattr(model, _DONE, True)
+
+
+class LongRotaryEmbedding(RotaryEmbedding):
+    """megatron-core's rotary embedding with LongRoPE's frequencies, chosen by the length of the sequence.
+
+    As in Transformers (``longrope_frequency_update``), all positions of a sequence beyond the original length take the
+    long factors, also the early ones.
+    """
+
+    @classmethod
+    def in_place_of(
+        cls,
+        plain: RotaryEmbedding,
+        longrope: LongRope,
+        base: float,
+        config: Any,  # noqa: ANN401 - TransformerConfig
+    ) -> "LongRotaryEmbedding":
+        """The same for LongRoPE, on the same device and context-parallel group as a plain one."""
+        rope = cls.__new__(cls)
+        torch.nn.Module.__init__(rope)
+        rope.__dict__.update({k: v for k, v in plain.__dict__.items() if k not in rope.__dict__})
+        channels = config.kv_channels
+        exponents = torch.arange(0, channels, 2, dtype=torch.int64).float() / channels
+        rope.original_length = longrope.original_max_position_embeddings
+        rope.short_inv_freq, rope.long_inv_freq = (
+            1.0 / (torch.tensor(factors, dtype=torch.float32) * base**exponents)
+            for factors in (longrope.short_factor, longrope.long_factor)
+        )
+        return rope
+
+    def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        """Angles ``[max_seq_len, kv_channels / 2]`` in fp32."""
+        inv_freq = self.long_inv_freq if max_seq_len + offset > self.original_length else self.short_inv_freq
+        inv_freq = inv_freq.to(self.inv_freq.device)
+        positions = torch.arange(max_seq_len, device=inv_freq.device, dtype=inv_freq.dtype) + offset
+        return torch.outer(positions, inv_freq)
+
+
+def _plain_rope(model: GPTModel) -> RotaryEmbedding:
+    rope = getattr(model, "rotary_pos_emb", None)
+    if type(rope) is not RotaryEmbedding:
+        raise ValueError(f"LongRoPE takes the place of plain RoPE, the model has {type(rope).__name__}")
+    if rope.seq_len_interpolation_factor is not None:
+        raise ValueError("LongRoPE does not go with --rotary-seq-len-interpolation-factor")
+    if rope.inv_freq.numel() * 2 != model.config.kv_channels or rope.rotary_interleaved:
+        raise ValueError("LongRoPE needs --rotary-percent 1.0 and no --rotary-interleaved")
+    if model.config.multi_latent_attention:
+        raise ValueError("LongRoPE does not go with multi-latent attention")
+    return rope
+
+
+def _scale_output(factor: float, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output * factor
+
+
+def _divide_input(divisor: float, module: torch.nn.Module, inputs: tuple) -> tuple:
+    return (inputs[0] / divisor, *inputs[1:])
+
+
+def _scaled_branch(bias_dropout_add: Callable, factor: float, training: bool, fused: bool) -> Callable:
+    return functools.partial(_scale_and_add, bias_dropout_add(training, fused), factor)
+
+
+def _scale_and_add(
+    add: Callable,
+    factor: float,
+    branch_and_bias: tuple[torch.Tensor, torch.Tensor | None],
+    residual: torch.Tensor,
+    dropout: float,
+) -> torch.Tensor:
+    branch, bias = branch_and_bias
+    return add((branch * factor, None if bias is None else bias * factor), residual, dropout)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one view that all checkpoint files are read through: named tensors, whose rows are fetched when they are needed.
+
+So a conversion never holds more than a piece of one layer, whatever the size of the model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted as asked; the message names the file or tensor, and the cure."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class TensorReader(Protocol):
+    """Named tensors of a checkpoint."""
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's shape and dtype; reads no data."""
+
+    def read(self, name: str, index: tuple[slice | int, ...] = ()) -> torch.Tensor:
+        """A piece of a tensor, as ``tensor[index]``; an int takes one layer of a stacked tensor. Views of mapped files
+        are welcome: whoever writes into the result clones it first.
+
+        Raises:
+            ConversionError: the file is damaged, naming it and the tensor.
+        """

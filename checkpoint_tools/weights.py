@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which Hugging Face tensors make which Megatron tensor, and how a tensor-parallel rank holds its part.
+
+Llama, MiniCPM and Granite name their tensors alike, so this one table serves all three. A Megatron tensor is named by
+its global layer number; ``torch_dist`` stacks all layers of a name into one, legacy files count layers per stage.
+
+============================================  ==============================  ==================================
+Megatron                                      Hugging Face                    how
+============================================  ==============================  ==================================
+``embedding.word_embeddings.weight``          ``model.embed_tokens.weight``   rows padded
+``...self_attention.linear_qkv.weight``       q, k, v                         per key/value head [q..q, k, v]
+``...self_attention.linear_proj.weight``      o
+``...mlp.linear_fc1.weight``                  gate, up                        [gate; up], on each rank [gate_r; up_r]
+``...mlp.linear_fc2.weight``                  down
+``output_layer.weight``                       ``lm_head.weight``              rows padded; absent where tied
+============================================  ==============================  ==================================
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..models.architecture import Architecture
+
+Kind = Literal["vocab", "qkv", "gated", "row", "replicated"]
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+ATTENTION_NORM = "self_attention.linear_qkv.layer_norm_weight"
+MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
+OTHER_NAMES = {ATTENTION_NORM: "input_layernorm.weight", MLP_NORM: "pre_mlp_layernorm.weight"}
+"""What the local specification calls the norms that Transformer Engine's fuses into the linears. ``torch_dist`` has the
+first form in either case."""
+
+
+@dataclass(frozen=True)
+class MegatronTensor:
+    """One tensor of the whole model, or of one layer of it.
+
+    Attributes:
+        name: with the global layer number, such as ``decoder.layers.3.mlp.linear_fc1.weight``.
+        kind: how its rows come together and how tensor-parallel ranks share it.
+        shape: over all tensor-parallel ranks, without padding.
+        parts: names of the Hugging Face tensors it is made of.
+        rows: rows of each of them.
+        heads: query heads per key/value head, for ``qkv``.
+        layer: global layer number, or None.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+    rows: tuple[int, ...]
+    heads: int = 0
+    layer: int | None = None
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds it."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether it is one of a layer's linears."""
+        return self.layer is not None and self.kind != "replicated"
+
+    @property
+    def suffix(self) -> str:
+        """Its name within a layer, or its whole name."""
+        return self.name if self.layer is None else self.name.split(".", 3)[3]
+
+
+def megatron_tensors(architecture: Architecture) -> list[MegatronTensor]:
+    """Every tensor of a model, in the order of the forward."""
+    a = architecture
+    h, d = a.hidden_size, a.kv_channels
+    q, kv = a.num_attention_heads * d, a.num_query_groups * d
+    vocab = (a.vocab_size, h)
+    found = [MegatronTensor(EMBEDDING, "vocab", vocab, ("model.embed_tokens.weight",), (a.vocab_size,))]
+    for layer in range(a.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+
+        def tensor(
+            suffix: str,
+            kind: Kind,
+            shape: tuple[int, ...],
+            parts: str,
+            rows: Sequence[int],
+            heads: int = 0,
+            ours: str = ours,
+            theirs: str = theirs,
+            layer: int = layer,
+        ) -> MegatronTensor:
+            names = tuple(f"{theirs}{part}.weight" for part in parts.split())
+            return MegatronTensor(ours + suffix, kind, shape, names, tuple(rows), heads, layer)
+
+        found += [
+            tensor(ATTENTION_NORM, "replicated", (h,), "input_layernorm", [h]),
+            tensor(
+                "self_attention.linear_qkv.weight",
+                "qkv",
+                (q + 2 * kv, h),
+                "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+                [q, kv, kv],
+                a.num_attention_heads // a.num_query_groups,
+            ),
+            tensor("self_attention.linear_proj.weight", "row", (h, q), "self_attn.o_proj", [h]),
+            tensor(MLP_NORM, "replicated", (h,), "post_attention_layernorm", [h]),
+            tensor(
+                "mlp.linear_fc1.weight",
+                "gated",
+                (2 * a.ffn_hidden_size, h),
+                "mlp.gate_proj mlp.up_proj",
+                [a.ffn_hidden_size] * 2,
+            ),
+            tensor("mlp.linear_fc2.weight", "row", (h, a.ffn_hidden_size), "mlp.down_proj", [h]),
+        ]
+    found.append(MegatronTensor(FINAL_NORM, "replicated", (h,), ("model.norm.weight",), (h,)))
+    if not a.tied:
+        found.append(MegatronTensor(OUTPUT, "vocab", vocab, ("lm_head.weight",), (a.vocab_size,)))
+    return found
+
+
+def join(tensor: MegatronTensor, parts: Sequence[torch.Tensor], channels: int) -> torch.Tensor:
+    """The Megatron tensor made of its Hugging Face parts.
+
+    Args:
+        tensor: which one.
+        parts: in its order; or anything that has their rows, such as scales.
+        channels: size of one head.
+    """
+    if tensor.kind == "qkv":
+        q, k, v = parts
+        groups = k.shape[0] // channels
+        blocks = [p.reshape(groups, -1, *p.shape[1:]) for p in (q, k, v)]
+        return torch.cat(blocks, 1).flatten(0, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def split(tensor: MegatronTensor, whole: torch.Tensor, channels: int) -> list[torch.Tensor]:
+    """The Hugging Face parts of a Megatron tensor (or of its scales); views where possible, see :func:`join`."""
+    if tensor.kind == "qkv":
+        groups = whole.shape[0] // ((tensor.heads + 2) * channels)
+        blocks = whole.reshape(groups, -1, *whole.shape[1:])
+        sizes = [tensor.heads * channels, channels, channels]
+        return [part.flatten(0, 1) for part in blocks.split(sizes, 1)]
+    return list(whole.split(list(tensor.rows)))
+
+
+def shard(kind: Kind, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """What a tensor-parallel rank holds of a tensor; a view where possible."""
+    if size == 1 or kind == "replicated":
+        return whole
+    if kind == "row":
+        return whole.chunk(size, 1)[rank]
+    if kind == "gated":
+        gate, up = whole.chunk(2)
+        return torch.cat((gate.chunk(size)[rank], up.chunk(size)[rank]))
+    return whole.chunk(size)[rank]
+
+
+def unshard(kind: Kind, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The whole tensor from what the tensor-parallel ranks hold; of replicated ones the first."""
+    if len(shards) == 1 or kind == "replicated":
+        return shards[0]
+    if kind == "row":
+        return torch.cat(list(shards), 1)
+    if kind == "gated":
+        halves = [s.chunk(2) for s in shards]
+        return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
+    return torch.cat(list(shards))
+
+
+def padded_rows(rows: int, multiple: int) -> int:
+    """Rows of a padded vocabulary."""
+    return -(-rows // multiple) * multiple
