@@ -38,7 +38,8 @@ _DEFINED = set(
     "num_key_value_heads head_dim vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling "
     "rope_parameters tie_word_embeddings hidden_act attention_bias mlp_bias embedding_multiplier residual_multiplier "
     "logits_scaling attention_multiplier scale_emb scale_depth dim_model_base torch_dtype dtype transformers_version "
-    "ternary_quantizer original_max_position_embeddings partial_rotary_factor pretraining_tp mup_denominator quantization_config".split()
+    "ternary_quantizer original_max_position_embeddings partial_rotary_factor pretraining_tp mup_denominator "
+    "quantization_config".split()
 )
 """Keys that say what the model computes; all others of a ``config.json`` (token ids, dropout, ...) are carried over."""
 

@@ -15,6 +15,10 @@ class ConversionError(ValueError):
     """A checkpoint that cannot be converted as asked; the message names the file or tensor, and the cure."""
 
 
+class VerificationError(Exception):
+    """What was written is not what should have been written."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Shape and dtype of a tensor that has not been read."""
@@ -44,3 +48,14 @@ class TensorReader(Protocol):
         Raises:
             ConversionError: the file is damaged, naming it and the tensor.
         """
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Checks a tensor for NaN and infinity.
+
+    Raises:
+        ConversionError: it holds one.
+    """
+    # The sum alone is fast and sees both; only where it overflows without reason every value has to be looked at.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise ConversionError(f"{name} holds NaN or infinity: training has diverged, or the file is damaged")

@@ -14,7 +14,7 @@ The names are those of Transformers' ``GraniteConfig``. MiniCPM writes the same 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class ArchitectureError(ValueError):
@@ -149,6 +149,13 @@ class Architecture:
     def softmax_scale(self) -> float:
         """Multiplier of ``q k^T``."""
         return self.kv_channels**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    def computes_like(self, other: "Architecture") -> bool:
+        """Whether two descriptions mean the same, up to the rounding of the multipliers in fp64."""
+        names = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "softmax_scale")
+        close = all(math.isclose(getattr(self, n), getattr(other, n), rel_tol=1e-12) for n in names)
+        ours, theirs = (replace(a, attention_multiplier=None, **dict.fromkeys(names[:3], 1.0)) for a in (self, other))
+        return close and ours == theirs
 
     def parameter_count(self) -> int:
         """Parameters, without padding of the vocabulary."""

@@ -213,3 +213,18 @@ def arguments_of(architecture: Architecture) -> dict[str, Any]:
             rope_scaling_length_factor=a.longrope.factor,
         )
     return found
+
+
+def flags_of(architecture: Architecture) -> dict[str, Any]:
+    """The flags of a preset file (``launch/models``) that describe an architecture.
+
+    Raises:
+        ArchitectureError: see :func:`arguments_of`.
+    """
+    found: dict[str, Any] = {}
+    for name, value in arguments_of(architecture).items():
+        if name == "add_bias_linear":
+            found["disable-bias-linear"] = True
+        elif name != "rotary_percent" and value is not None and value is not False:
+            found[name.replace("_", "-")] = value
+    return {**found, "attention-dropout": 0.0, "hidden-dropout": 0.0}

@@ -3,6 +3,7 @@
 
 from .activations import quantize_activations
 from .config import GROUP_MULTIPLE, WEIGHT_DTYPES, QuantizerConfig, check_weight, effective_group
+from .fused import fused_group_size
 from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite
 from .spaces import SPACES, Space
 
@@ -15,6 +16,7 @@ __all__ = [
     "check_weight",
     "dequantize",
     "effective_group",
+    "fused_group_size",
     "quantize",
     "quantize_activations",
     "quantize_dequantize",

@@ -6,6 +6,7 @@ An unknown flag is an error (also an abbreviated one), and contradictions are re
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -143,7 +144,7 @@ def _data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--valid-data-path", nargs="+")
     group.add_argument("--mock-data", action="store_true", help="synthetic tokens; needs --vocab-size")
     group.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model")
-    group.add_argument("--vocab-size", type=int, help="with --mock-data")
+    group.add_argument("--vocab-size", type=int, help="rows of the embedding before padding, default the tokenizer's")
     group.add_argument("--data-cache-path", metavar="DIR")
     group.add_argument("--num-workers", type=int, default=0, help="data loading processes per rank")
     group.add_argument("--eval-iters", type=int, default=100)
@@ -156,6 +157,9 @@ def _checkpoint(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--async-save", action="store_true", help="write checkpoints while training goes on")
     group.add_argument("--keep-last-n", type=int, metavar="N", help="delete all checkpoints but the newest N")
     group.add_argument("--load", metavar="DIR", help="resume from here; starts anew where it holds no checkpoint")
+    group.add_argument(
+        "--pretrained-checkpoint", metavar="DIR", help="weights to start from where --load holds no checkpoint"
+    )
     group.add_argument("--exit-on-missing-checkpoint", action="store_true")
     group.add_argument("--finetune", action="store_true", help="load the weights alone, start at iteration 0")
     group.add_argument("--no-load-optim", action="store_true")
@@ -188,6 +192,16 @@ def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespac
         parser.error("these arguments cannot go together:\n  " + "\n  ".join(mistakes))
     _fill_in(args)
     return args
+
+
+def defaults() -> dict[str, Any]:
+    """Every argument of a run by name, as it is where the command line does not say otherwise; required ones absent."""
+    parser = build_parser()
+    return {
+        action.dest: parser.get_default(action.dest)
+        for action in parser._actions
+        if action.dest != "help" and not action.required
+    }
 
 
 def quantizer_config(args: argparse.Namespace) -> QuantizerConfig:
@@ -322,6 +336,8 @@ def _other_mistakes(args: argparse.Namespace) -> list[str]:
         found.append("--async-save and --keep-last-n need --save")
     if args.keep_last_n is not None and args.keep_last_n < 1:
         found.append(f"--keep-last-n {args.keep_last_n}: must be 1 or more")
+    if args.pretrained_checkpoint is not None and args.exit_on_missing_checkpoint:
+        found.append("--pretrained-checkpoint and --exit-on-missing-checkpoint exclude each other")
     if args.finetune and args.load is None:
         found.append("--finetune needs --load")
     for name in ("exit_on_missing_checkpoint", "no_load_optim", "no_load_rng", "allow_quantizer_change"):
@@ -339,8 +355,8 @@ def _data_mistakes(args: argparse.Namespace) -> list[str]:
         found.append("give the data in one way: --data-path, --train-data-path, or --mock-data")
     if args.valid_data_path is not None and args.train_data_path is None:
         found.append("--valid-data-path goes with --train-data-path")
-    if args.mock_data != (args.vocab_size is not None):
-        found.append("--mock-data and --vocab-size go together")
+    if args.mock_data and args.vocab_size is None:
+        found.append("--mock-data needs --vocab-size")
     if args.mock_data == (args.tokenizer_model is not None):
         found.append("--tokenizer-model is needed with real data, and only then")
     return found

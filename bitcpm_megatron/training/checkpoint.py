@@ -20,6 +20,7 @@ from ..quantization.record import QuantizerRecord
 from ..tensor_parallel.sharded_scales import without_scales
 from .checkpoint_checks import changes, check_arguments
 from .checkpoint_directory import (
+    RELEASE,
     CheckpointError,
     iteration_directory,
     publish_checkpoint,
@@ -138,6 +139,8 @@ def load(
 ) -> tuple[Progress, list[str]]:
     """Restores weights, and unless ``--finetune`` optimizer, schedule, position and random states.
 
+    A ``release`` holds weights alone.
+
     Returns:
         The progress to go on from, and lines for the log.
 
@@ -146,7 +149,8 @@ def load(
     """
     notes = []
     saved = saved_arguments(checkpoint)
-    with_optimizer = not (args.finetune or args.no_load_optim)
+    weights_alone = args.finetune or checkpoint.name == RELEASE
+    with_optimizer = not (weights_alone or args.no_load_optim)
     if with_optimizer and saved.get("no_save_optim"):
         raise CheckpointError(f"{checkpoint} holds no optimizer state: add --no-load-optim or --finetune")
     check_arguments(args, saved, checkpoint, with_optimizer)
@@ -166,24 +170,24 @@ def load(
             "data_parallel_size",
         )
     )
-    with_rng = not (args.finetune or args.no_load_rng)
+    with_rng = not (weights_alone or args.no_load_rng)
     if with_rng and not same_layout:
         with_rng = False
         notes.append("random states: seeded anew, the parallel layout differs from the checkpoint's")
     state = without_scales(_model_state(model))
-    if not args.finetune:
+    if not weights_alone:
         state.update(progress={}, scheduler={})
     if with_rng:
         state["rng"] = _rng_state()
     if with_optimizer:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_metadata())
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded = _read(state, checkpoint)
     _load_chunks(model, loaded)
     if with_optimizer:
         optimizer.load_state_dict(loaded["optimizer"])
     else:
         optimizer.reload_model_params()
-    if args.finetune:
+    if weights_alone:
         return Progress(), notes
     try:
         scheduler.load_state_dict(loaded["scheduler"])
@@ -205,8 +209,14 @@ def load(
 
 def load_weights(checkpoint: Path, model: Model) -> None:
     """Restores the latent weights alone; collective over all ranks, at any parallel layout."""
-    loaded = dist_checkpointing.load(without_scales(_model_state(model)), str(checkpoint))
+    loaded = _read(without_scales(_model_state(model)), checkpoint)
     _load_chunks(model, loaded)
+
+
+def _read(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    # Converted checkpoints and Megatron-LM's hold their arguments as a Namespace, which runs no code when it is loaded.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return dist_checkpointing.load(state, str(checkpoint))
 
 
 def _load_chunks(model: Model, loaded: dict[str, Any]) -> None:

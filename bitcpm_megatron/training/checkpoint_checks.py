@@ -8,7 +8,7 @@ from typing import Any
 
 from ..models.arguments import longrope_of, multipliers_of
 from ..quantization.record import QuantizerRecord
-from .checkpoint_directory import CheckpointError
+from .checkpoint_directory import RELEASE, CheckpointError
 
 _ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels position_embedding_type "
@@ -55,9 +55,11 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
         CheckpointError: the model, the optimizer or the order of samples is another one, with the flags by name.
     """
     checks = [(_ARCHITECTURE, "the model is another one: give the same flags")]
+    # A shorter embedding would be cut silently; a longer one would hold rows that were never trained.
+    checks.append((("vocab_size",), "the vocabulary is another one: give its tokenizer, or --vocab-size"))
     if with_optimizer:
         checks.append((_OPTIMIZER, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
-    if not args.finetune:
+    if not args.finetune and checkpoint.name != RELEASE:
         checks.append((_DATA_ORDER, "the order of the samples would change: give the same, or --finetune"))
     for names, cure in checks:
         different = _differences(args, saved, names)

@@ -5,6 +5,9 @@ Layout of ``--save DIR``: ``iter_0000100/`` per checkpoint with the tensors, ``t
 record) and ``arguments.json``; ``latest_checkpointed_iteration.txt``, the tracker, names the newest. A checkpoint is
 written as ``.iter_0000100.incomplete`` and renamed when every rank has finished, then the tracker is replaced: at any
 moment :func:`latest` finds a complete checkpoint.
+
+A tracker that says ``release`` names the directory ``release/``: weights alone, such as the converters write, from
+which training starts at iteration 0 (Megatron-LM's convention).
 """
 
 import contextlib
@@ -17,7 +20,8 @@ from typing import Any
 
 from ..files import publish, write_text
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
 _ARGUMENTS = "arguments.json"
 
 
@@ -31,17 +35,22 @@ def latest(directory: str | Path) -> Path | None:
     Raises:
         CheckpointError: the tracker names a checkpoint that is not there.
     """
-    tracker = Path(directory) / _TRACKER
+    tracker = Path(directory) / TRACKER
     if not tracker.is_file():
         return None
     text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
+    if text != RELEASE and not text.isdigit():
         raise CheckpointError(f"{tracker} holds {text!r} and not an iteration number")
-    path = iteration_directory(directory, int(text))
+    path = Path(directory) / RELEASE if text == RELEASE else iteration_directory(directory, int(text))
     if not path.exists() and _aside(path).exists():
         # Killed while a checkpoint of this iteration was replaced by another. Every rank may try: one succeeds.
         with contextlib.suppress(OSError):
             os.replace(_aside(path), path)
+    if not (path / "metadata.json").is_file() and any(path.glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{path} is in Megatron-LM's legacy format: this loop reads torch_dist, which checkpoint_tools/ can write "
+            "(to Hugging Face and back)"
+        )
     if not (path / "metadata.json").is_file():
         complete = sorted(p.parent.name for p in Path(directory).glob("iter_*/metadata.json"))
         raise CheckpointError(
@@ -80,7 +89,7 @@ def publish_checkpoint(temporary: Path, final: Path, keep_last_n: int | None) ->
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(final, aside)
     publish(temporary, final)
-    write_text(final.parent / _TRACKER, str(int(final.name.removeprefix("iter_"))))
+    write_text(final.parent / TRACKER, str(int(final.name.removeprefix("iter_"))))
     shutil.rmtree(aside, ignore_errors=True)
     if keep_last_n is not None:
         # Only older ones: after a step back there may be newer ones, and none of them is the latest.

@@ -26,10 +26,21 @@ class Data:
 
 
 def build_tokenizer(args: argparse.Namespace) -> tuple[Tokenizer, int]:
-    """The tokenizer and the padded size of its vocabulary."""
-    tokenizer = NullTokenizer(args.vocab_size) if args.mock_data else SentencePieceTokenizer(args.tokenizer_model)
+    """The tokenizer and the padded size of the vocabulary; fills in ``vocab_size`` where it was not given.
+
+    Raises:
+        ValueError: ``--vocab-size`` is less than the tokenizer needs.
+    """
+    # The last token of mock data ends documents.
+    tokenizer = NullTokenizer(args.vocab_size - 1) if args.mock_data else SentencePieceTokenizer(args.tokenizer_model)
+    if args.vocab_size is None:
+        args.vocab_size = tokenizer.vocab_size
+    if args.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"--vocab-size {args.vocab_size} is less than the {tokenizer.vocab_size} tokens of {args.tokenizer_model}"
+        )
     return tokenizer, padded_vocab_size(
-        tokenizer.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+        args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
     )
 
 

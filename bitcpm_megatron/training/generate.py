@@ -12,42 +12,49 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from ..quantization.record import QuantizerRecord
 from ..tensor_parallel.record import recipe_of
 from . import checkpoint
+from .arguments import defaults
 from .checkpoint_directory import saved_arguments
-from .data import Tokenizer, build_tokenizer
 from .initialize import device, initialize, world_size
 from .model import Model, build_model
+from .tokenizer import padded_vocab_size
 
 
-def load_for_inference(path: Path) -> tuple[argparse.Namespace, Model, Tokenizer]:
+def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespace, Model]:
     """The model of a checkpoint, over all processes of this job as tensor-parallel ranks, ternary where it was.
 
     Args:
-        path: an iteration directory.
+        path: an iteration directory, or a release.
+        fp32: compute in fp32, with the same weights, also where the run did not.
+
+    Returns:
+        The arguments of the run that wrote it, and the model.
 
     Raises:
         ValueError: this number of processes does not fit the model or its row-parallel shards.
     """
-    args = argparse.Namespace(**saved_arguments(path))
+    args = argparse.Namespace(**{**defaults(), **saved_arguments(path)})
     args.tensor_model_parallel_size = world_size()
     args.pipeline_model_parallel_size = args.data_parallel_size = 1
     args.num_virtual_stages_per_pipeline_rank = None
     args.sequence_parallel = False
     args.gradient_accumulation_fusion = False
+    args.bf16 = args.bf16 and not fp32
     record = QuantizerRecord.read(path)
-    args.ternary = record is not None
-    if record is not None:
+    # Fused weights are ternary already.
+    args.ternary = record is not None and record.state == "latent"
+    if args.ternary:
         args.ternary_recipe = recipe_of(record)
         args.ternary_row_parallel_shards = record.row_parallel_shards
         args.ternary_activation_bits = record.activation_bits
     if args.num_query_groups % args.tensor_model_parallel_size:
         raise ValueError(f"{world_size()} processes do not divide the model's {args.num_query_groups} query groups")
     initialize(args)
-    tokenizer, vocabulary = build_tokenizer(args)
+    vocabulary = padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     model = build_model(args, vocabulary, with_ddp=False)
     checkpoint.load_weights(path, model)
     for chunk in model.chunks:
         chunk.eval()
-    return args, model, tokenizer
+    return args, model
 
 
 @torch.inference_mode()

@@ -217,12 +217,15 @@ def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch
 
 def _find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to load; takes the recorded number of row-parallel shards where none is given."""
-    if args.load is None:
-        return None
-    found = latest(args.load)
+    found = None if args.load is None else latest(args.load)
+    if found is None and args.exit_on_missing_checkpoint:
+        raise CheckpointError(f"no checkpoint in {args.load}, and --exit-on-missing-checkpoint is given")
+    if found is None and args.pretrained_checkpoint is not None:
+        found = latest(args.pretrained_checkpoint)
+        if found is None:
+            raise CheckpointError(f"no checkpoint in {args.pretrained_checkpoint}, named by --pretrained-checkpoint")
+        args.finetune = True
     if found is None:
-        if args.exit_on_missing_checkpoint:
-            raise CheckpointError(f"no checkpoint in {args.load}, and --exit-on-missing-checkpoint is given")
         return None
     recorded = QuantizerRecord.read(found)
     if args.ternary and recorded is not None and args.ternary_row_parallel_shards is None:

@@ -6,13 +6,14 @@ import pickle
 
 import pytest
 import torch
+import yaml
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.models.architecture import Architecture, ArchitectureError, LongRope, Multipliers
-from bitcpm_megatron.models.arguments import architecture_of, arguments_of, longrope_of, multipliers_of
+from bitcpm_megatron.models.arguments import architecture_of, arguments_of, flags_of, longrope_of, multipliers_of
 from bitcpm_megatron.models.customize import customize, softmax_scale
 from bitcpm_megatron.training.arguments import parse_args
 
@@ -191,3 +192,11 @@ def test_checkpoints_compare_multipliers_by_meaning(tmp_path) -> None:
     other = argparse.Namespace(**{**vars(args), "scale_emb": 1.0})
     with pytest.raises(CheckpointError, match="multipliers"):
         check_arguments(other, saved, tmp_path, with_optimizer=False)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_flags_describe_an_architecture_exactly(name: str, tmp_path) -> None:
+    a = presets.architecture(name)
+    file = tmp_path / "model.yaml"
+    file.write_text(yaml.safe_dump({"vocab-size": a.vocab_size, "flags": flags_of(a)}))
+    assert presets.architecture(str(file)) == a

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all commands of this room share: common flags, and errors as one line with an exit status."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+
+from ..models.architecture import ArchitectureError
+from ..quantization.record import RecordError
+from .tensors import ConversionError, VerificationError
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+_PICKLE = (
+    "load files that weights_only refuses. A pickle can run any code when it is loaded: only for files whose author "
+    "you trust"
+)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--dtype`` and ``--allow-pickle``."""
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written weights, default their own")
+    parser.add_argument("--allow-pickle", action="store_true", help=_PICKLE)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that ``--dtype`` names."""
+    return None if name is None else DTYPES[name]
+
+
+def run(work: Callable[[], None]) -> int:
+    """Runs a command; returns its exit status: 0 done, 1 failed, 2 bad input, 3 a verification found a mismatch."""
+    try:
+        work()
+    except VerificationError as error:
+        return _failed(error, 3)
+    except (ConversionError, ArchitectureError, RecordError) as error:
+        return _failed(error, 2)
+    except OSError as error:
+        return _failed(error, 1)
+    return 0
+
+
+def _failed(error: Exception, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that are views of a file: their pages come and go with the page cache and are no memory of the process."""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+# Python 3.11 names it. Without it Linux refuses to map a file that is larger than memory, though nothing is copied.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+class MappedFile:
+    """A file, mapped privately: writing into a view would not change it. It must not shrink while views are used.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self._bytes = torch.empty(0, dtype=torch.uint8)
+            if size:
+                flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                mapping = mmap.mmap(file.fileno(), size, flags=flags, prot=protection)
+                self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    def read(
+        self,
+        offset: int,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        stride: Sequence[int] | None = None,
+        index: tuple[slice | int, ...] = (),
+    ) -> torch.Tensor:
+        """A piece of a tensor that lies in the file.
+
+        Args:
+            offset: of its first element, in bytes.
+            dtype: of its elements, little endian.
+            shape: of the whole tensor.
+            stride: in elements; contiguous when None.
+            index: the piece, as ``tensor[index]``.
+
+        Returns:
+            A view with a storage of its own, that covers the tensor and no more. Where the tensor does not lie at a
+            multiple of its element size a copy of the piece: an unaligned address is undefined for PyTorch's kernels.
+
+        Raises:
+            ValueError: the file ends before the tensor does.
+        """
+        shape = tuple(shape)
+        stride = contiguous_stride(shape) if stride is None else tuple(stride)
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype)[index]
+        extent = (1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))) * dtype.itemsize
+        if offset < 0 or offset + extent > self._bytes.numel():
+            raise ValueError(f"bytes {offset} to {offset + extent} of a file of {self._bytes.numel()} bytes")
+        storage = self._bytes.untyped_storage()[offset : offset + extent]
+        if (self._bytes.data_ptr() + offset) % dtype.itemsize == 0:
+            return torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)[index]
+        # Bytes have no alignment: take the piece as (..., itemsize) bytes; the copy is aligned.
+        raw = torch.empty(0, dtype=torch.uint8).set_(
+            storage, 0, (*shape, dtype.itemsize), (*(step * dtype.itemsize for step in stride), 1)
+        )
+        return raw[index].clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
+
+
+def scratch_memory(directory: Path, nbytes: int) -> torch.Tensor:
+    """Zeroed bytes to write into, in a nameless file: the system can write them out, and frees them with the tensor.
+
+    Args:
+        directory: on the disk that is to hold them.
+        nbytes: how many.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        # A full disk must show here: writing into mapped memory without space behind it would kill the process.
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same CPU memory, as a contiguous tensor whose storage ends with it: ``torch.save`` writes whole storages.
+
+    Copies only what is not contiguous or not on the CPU.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    start = tensor.storage_offset() * tensor.itemsize
+    storage = tensor.untyped_storage()
+    if start == 0 and storage.nbytes() == tensor.nbytes:
+        return tensor
+    return torch.empty(0, dtype=tensor.dtype).set_(storage[start : start + tensor.nbytes], 0, tensor.shape)
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of any dtype, not copied."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())

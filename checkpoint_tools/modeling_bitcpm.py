@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ternary models in Hugging Face Transformers, from this file alone (Transformers >= 4.56 and torch >= 2.6).
+
+``BitCPMForCausalLM``
+    A checkpoint of *latent* weights: full precision, quantized to ternary times scale in every forward pass, so that
+    any Transformers trainer can go on training them. Which layers, and how, is in ``config.ternary_quantizer``. Before
+    serving, ``qat_convert.py`` fuses the quantizer into the weights; what comes out loads without this file.
+
+``MiniCPMForCausalLM``
+    MiniCPM under its own name and multipliers, computed by Transformers' Granite, which is the same model.
+
+The quantizer, per group of a latent weight W, rounded to the dtype it was trained in (group size -1: the row)::
+
+    s  = bf16(max(mean(|W|) in fp32, eps))
+    Wq = clamp(round_half_even(W / s), -1, 1) * s        zeros are +0.0
+
+The gradient of W is the gradient of Wq.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import GraniteConfig, GraniteForCausalLM
+
+_LATENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ACTIVATION_EPS = 1e-5
+_ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+class BitCPMConfig(GraniteConfig):
+    """Granite's configuration and ``ternary_quantizer``: how the latent weights are quantized, as a dictionary.
+
+    Its keys: ``version`` (1), ``state`` ("latent" or "fused"), ``space`` ("ternary"), ``eps``, ``latent_dtype``,
+    ``row_parallel_shards``, ``activation_bits`` (16 or 8), ``modules`` (module name -> ``{"group_size": g}``, and
+    ``eps`` where it differs).
+    """
+
+    model_type = "bitcpm"
+    # A tensor-parallel plan would cut the rows of o_proj and down_proj, and with them their groups.
+    base_model_tp_plan = None
+    ternary_quantizer = None
+
+
+class MiniCPMConfig(GraniteConfig):
+    """MiniCPM's ``scale_emb``, ``scale_depth`` and ``dim_model_base``, which decide Granite's four multipliers."""
+
+    model_type = "minicpm"
+
+    def __init__(self, scale_emb=1, scale_depth=1, dim_model_base=1, tie_word_embeddings=True, **kwargs):  # noqa: ANN001, ANN003
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        head_dim = kwargs.get("head_dim") or self.hidden_size // self.num_attention_heads
+        self.scale_emb, self.scale_depth, self.dim_model_base = scale_emb, scale_depth, dim_model_base
+        self.embedding_multiplier = float(scale_emb)
+        self.residual_multiplier = scale_depth / math.sqrt(self.num_hidden_layers)
+        self.logits_scaling = self.hidden_size / dim_model_base
+        self.attention_multiplier = head_dim**-0.5
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Latent weight -> quantized weight itself, and not ``W + (Wq - W)``, which in bf16 is something else."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, group: int, eps: float, latent_dtype: torch.dtype) -> torch.Tensor:  # noqa: ANN001
+        return quantize_weight(weight, group, eps, latent_dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # noqa: ANN001
+        return grad, None, None, None
+
+
+class _FakeQuantizeActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, groups: int) -> torch.Tensor:  # noqa: ANN001
+        return quantize_activations(x, groups)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN001
+        return grad, None
+
+
+@torch.no_grad()
+def quantize_weight(weight: torch.Tensor, group: int, eps: float, latent_dtype: torch.dtype) -> torch.Tensor:
+    """The quantized weight.
+
+    Args:
+        weight: latent weight ``[out, in]``.
+        group: elements per scale.
+        eps: lower bound of a scale.
+        latent_dtype: what the weight is rounded to first. Pretraining keeps fp32 masters and quantizes their bf16
+            copies; a trainer that keeps fp32 weights computes with the same quantized ones.
+
+    Returns:
+        ``[out, in]`` in the weight's dtype.
+    """
+    w = weight.reshape(-1, group).to(latent_dtype).float().contiguous()
+    magnitude = w.abs()
+    # On a CPU a row alone would be summed by all threads together, in another order than among others.
+    rows = magnitude if w.shape[0] > 1 else magnitude.expand(2, -1)
+    mean = rows.sum(-1, keepdim=True)[: w.shape[0]] / group
+    s = mean.clamp_(min=eps).to(torch.bfloat16).float()
+    quantized = torch.div(w, s, out=magnitude).round_().clamp_(-1.0, 1.0).mul_(s)
+    # "+ 0.0" after the cast: -0.0 becomes +0.0, also where fp16 underflows.
+    return quantized.to(weight.dtype).add_(0.0).reshape(weight.shape)
+
+
+@torch.no_grad()
+def quantize_activations(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Int8 fake quantization ``[..., features]`` with ``groups`` scales per token: ``round(x / max|x| * 127)``."""
+    grouped = x.float().reshape(*x.shape[:-1], groups, -1)
+    s = grouped.abs().amax(-1, keepdim=True).clamp_(min=_ACTIVATION_EPS)
+    return grouped.div(s).mul_(127.0).round_().mul_(s).div_(127.0).add_(0.0).reshape(x.shape).to(x.dtype)
+
+
+class TernaryLinear(nn.Linear):
+    """A linear layer that computes with its quantized weight. ``weight`` is the latent one, under its usual name."""
+
+    @classmethod
+    def convert(
+        cls, linear: nn.Linear, group: int, eps: float, latent_dtype: torch.dtype, activation_groups: int
+    ) -> None:
+        """Turns a linear layer into a ternary one in place: its parameters stay the same objects, so nothing depends on
+        the device or the sharding that they were created under.
+
+        Args:
+            linear: the layer.
+            group: elements per scale of a row.
+            eps: lower bound of the scales.
+            latent_dtype: see :func:`quantize_weight`.
+            activation_groups: scales per token of the layer's input; 0 leaves the input alone.
+        """
+        linear.__class__ = cls
+        linear.ternary = (group, eps, latent_dtype)
+        linear.activation_groups = activation_groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` is ``[..., in_features]``; the result ``[..., out_features]``."""
+        if self.weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"a ternary layer of {self.out_features} x {self.in_features} has a weight of "
+                f"{tuple(self.weight.shape)}: groups cannot be sharded, load the model without a tensor-parallel plan"
+            )
+        if self.activation_groups:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))  # what the product would be computed from
+            x = _FakeQuantizeActivations.apply(x, self.activation_groups)
+        return nn.functional.linear(x, _FakeQuantize.apply(self.weight, *self.ternary), self.bias)
+
+    def extra_repr(self) -> str:
+        """As printed inside the model."""
+        return f"{super().extra_repr()}, group={self.ternary[0]}, activation_groups={self.activation_groups}"
+
+
+class BitCPMForCausalLM(GraniteForCausalLM):
+    """A ternary model with latent weights. Generating works, but quantizes every weight for every token: to serve it,
+    fuse it with ``qat_convert.py`` first."""
+
+    config_class = BitCPMConfig
+
+    def __init__(self, config: BitCPMConfig) -> None:
+        super().__init__(config)
+        make_ternary(self, config.ternary_quantizer)
+
+
+class MiniCPMForCausalLM(GraniteForCausalLM):
+    """MiniCPM with ordinary (or fused) weights."""
+
+    config_class = MiniCPMConfig
+
+
+def make_ternary(model: nn.Module, record: dict) -> None:
+    """Makes the linears of a model ternary that a quantizer record lists; all others stay as they are.
+
+    Args:
+        model: any module tree with the record's module names.
+        record: see :class:`BitCPMConfig`. One with ``state: fused`` lists weights that are ternary already: they are
+            left alone.
+
+    Raises:
+        ValueError: no record, one that this file does not understand, or that does not fit the model.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("config.json has no `ternary_quantizer`: without it latent weights mean nothing")
+    missing = [k for k in ("eps", "row_parallel_shards", "modules") if k not in record]
+    if missing:
+        raise ValueError(f"ternary_quantizer lacks {missing}")
+    known = {
+        "version": (1,),
+        "state": ("latent", "fused"),
+        "space": ("ternary",),
+        "activation_bits": (8, 16),
+        "latent_dtype": tuple(_LATENT_DTYPES),
+    }
+    for key, values in known.items():
+        if record.get(key) not in values:
+            raise ValueError(f"ternary_quantizer: {key} is {record.get(key)!r}; this file knows {values}")
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    unknown = sorted(set(record["modules"]) - set(linears))
+    if unknown or not record["modules"]:
+        raise ValueError(
+            f"ternary_quantizer lists what is no linear layer of this model: {unknown or 'nothing at all'}"
+        )
+    if record["state"] == "fused":
+        return
+    shards = record["row_parallel_shards"]
+    for name, how in record["modules"].items():
+        linear = linears[name]
+        group = linear.in_features if how["group_size"] == -1 else how["group_size"]
+        groups = shards if name.rpartition(".")[2] in _ROW_PARALLEL else 1
+        if how.get("space", "ternary") != "ternary" or group < 1 or linear.in_features % group:
+            raise ValueError(f"ternary_quantizer: {name} of {linear.in_features} inputs cannot be quantized by {how}")
+        if linear.in_features % groups:
+            raise ValueError(f"ternary_quantizer: {shards} row-parallel shards do not divide the inputs of {name}")
+        activation_groups = groups if record["activation_bits"] == 8 else 0
+        eps = float(how.get("eps", record["eps"]))
+        TernaryLinear.convert(linear, group, eps, _LATENT_DTYPES[record["latent_dtype"]], activation_groups)
+
+
+for _class, _auto in (
+    (BitCPMConfig, "AutoConfig"),
+    (BitCPMForCausalLM, "AutoModelForCausalLM"),
+    (MiniCPMConfig, "AutoConfig"),
+    (MiniCPMForCausalLM, "AutoModelForCausalLM"),
+):
+    # So that save_pretrained always copies this file along.
+    _class.register_for_auto_class(_auto)

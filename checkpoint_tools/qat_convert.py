@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fuses the quantizer into latent weights: what comes out loads in stock Transformers, and is what training computed.
+
+    python checkpoint_tools/qat_convert.py --input_bin IN --output OUT --quant_type ternary --group_size -1
+
+IN is a Hugging Face model directory or one .safetensors / .bin file, OUT the same kind. The seven projections of each
+layer become ternary times scale, everything else is copied bit for bit. Which projections, and in which groups, is what
+the quantizer record of IN says; without a record all of them, in groups of --group_size. Weights that are ternary
+already stay as they are.
+
+Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 what was written is not what should have been.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    # From a bare checkout the package stands one level up.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import tqdm
+
+from bitcpm_megatron.checkpoint_tools import hf_config
+from bitcpm_megatron.checkpoint_tools.command import DTYPES, run
+from bitcpm_megatron.checkpoint_tools.fuse import detected_group, fuse_blocks
+from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter, open_tensors, parse_size, row_blocks
+from bitcpm_megatron.checkpoint_tools.latent_export import read_record
+from bitcpm_megatron.checkpoint_tools.qat_plan import Plan, make_plan
+from bitcpm_megatron.checkpoint_tools.side_files import copy_side_files
+from bitcpm_megatron.checkpoint_tools.staging import check_free_space, staged
+from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorReader, VerificationError, check_finite
+from bitcpm_megatron.files import publish, write_text
+from bitcpm_megatron.quantization import effective_group
+
+_SUFFIXES = (".safetensors", ".bin")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input_bin", "--input", type=Path, required=True, metavar="IN", help="model directory, .safetensors or .bin"
+    )
+    parser.add_argument(
+        "--output", "--save-dir", type=Path, required=True, metavar="OUT", help="directory or file, not there yet"
+    )
+    parser.add_argument("--quant_type", choices=["ternary"], default="ternary")
+    parser.add_argument(
+        "--group_size",
+        type=int,
+        metavar="G",
+        help="weights per scale, -1 for the whole row. A quantizer record decides; the flag may only agree with it. "
+        "Without a record the default is -1",
+    )
+    parser.add_argument("--allow-pickle", action="store_true", help="load a .bin that can run code: trust its source")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a directory's files (default 5GB)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    args = parse_args(argv)
+    return run(lambda: convert(args))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Does what the command line asks for.
+
+    Raises:
+        ConversionError: bad input or arguments.
+        VerificationError: see there.
+    """
+    source, target = args.input_bin, args.output
+    _check_paths(source, target)
+    shard_size = parse_size(args.max_shard_size)
+    reader = open_tensors(source, args.allow_pickle)
+    nbytes = sum(info.nbytes for info in reader.tensors().values())
+    record = read_record(source if source.is_dir() else source.parent)
+    plan = make_plan(reader, record, args.group_size, whole=source.is_dir(), each=_progress)
+    if source.is_dir():
+        config = hf_config.read_config(source)
+        dtype = reader.tensors()[next(iter(plan.quantized))].dtype
+        stock = _stock_config(config, str(dtype).removeprefix("torch."))
+        _announce(plan, len(reader.tensors()))
+        with staged(target, nbytes) as temporary:
+            _write_safetensors(temporary, reader, plan, shard_size)
+            _verify(temporary, reader, plan)
+            copy_side_files(source, temporary)
+            write_text(temporary / "config.json", json.dumps(config if stock is None else stock, indent=2) + "\n")
+            plan.record.write(temporary)
+    else:
+        _announce(plan, len(reader.tensors()))
+        with _staged_file(target, nbytes) as temporary:
+            if target.suffix == ".bin":
+                _write_bin(temporary / "pytorch_model.bin", reader, plan)
+            else:
+                _write_safetensors(temporary, reader, plan, nbytes + 1)
+            _verify(temporary, reader, plan)
+    print(f"wrote {target}", flush=True)
+
+
+def _check_paths(source: Path, target: Path) -> None:
+    if not source.exists():
+        raise ConversionError(f"--input_bin {source}: there is no such directory or file")
+    if source.is_file() and source.suffix not in _SUFFIXES:
+        raise ConversionError(f"--input_bin {source}: give a model directory, or a file in {' or '.join(_SUFFIXES)}")
+    if source.is_dir() and target.suffix in _SUFFIXES:
+        raise ConversionError(f"--output {target}: the input is a directory, so the output is one, too")
+    if source.is_file() and target.suffix not in _SUFFIXES:
+        raise ConversionError(f"--output {target}: the input is a file, so name a file in {' or '.join(_SUFFIXES)}")
+    if target.is_file() or (target.is_dir() and (source.is_file() or any(target.iterdir()))):
+        raise ConversionError(f"--output {target} is there already: name another, or delete it")
+
+
+def _stock_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any] | None:
+    """The configuration of the fused model; None for the input's own.
+
+    A modeling file of the input may hold a fake quantizer, which would quantize the fused weights once more: so the
+    output goes without one wherever Transformers has the architecture itself.
+    """
+    if config.get("quantization_config") is not None:
+        raise ConversionError("config.json has a quantization_config: its weights are stored in a quantized format")
+    if config.get("model_type") != hf_config.BITCPM and not config.get("auto_map"):
+        return None
+    try:
+        architecture = hf_config.architecture_of(config)
+    except ConversionError as error:
+        raise ConversionError(
+            f"{error}. The model comes with its own modeling file, which may quantize, too: fused weights must not be "
+            "quantized again. Convert the weight file alone if it does not"
+        ) from None
+    kind = hf_config.LLAMA if architecture.is_llama else hf_config.GRANITE
+    return hf_config.config_for(kind, architecture, config, dtype)
+
+
+def _announce(plan: Plan, tensors: int) -> None:
+    count = len(plan.quantized)
+    groups = sorted({config.group_size for config in plan.quantized.values()})
+    origin = "the quantizer record" if plan.recorded else "the command line"
+    if plan.fused:
+        print(f"{count} of {tensors} tensors are ternary x scale already (fused): nothing is changed", flush=True)
+    else:
+        print(f"fusing {count} of {tensors} tensors, group sizes {groups} by {origin}", flush=True)
+    if plan.record.activation_bits != 16:
+        print(
+            f"note: training also quantized the inputs of these layers to {plan.record.activation_bits} bits; stock "
+            "clients do not",
+            flush=True,
+        )
+
+
+def _blocks(reader: TensorReader, name: str, plan: Plan) -> Iterator[torch.Tensor]:
+    """The rows of an output tensor."""
+    if name in plan.quantized and not plan.fused:
+        latent_dtype = DTYPES.get(plan.record.latent_dtype)
+        if latent_dtype is None:
+            raise ConversionError(f"the quantizer record: latent_dtype {plan.record.latent_dtype!r} is unknown")
+        yield from fuse_blocks(
+            name,
+            lambda rows: reader.read(name, (rows,)),
+            reader.tensors()[name],
+            plan.quantized[name],
+            latent_dtype=latent_dtype,
+        )
+        return
+    for block in row_blocks(reader.read(name)):
+        if block.dtype.itemsize > 1:  # PyTorch computes nothing in 8-bit floating point
+            check_finite(name, block)
+        yield block
+
+
+def _write_safetensors(directory: Path, reader: TensorReader, plan: Plan, shard_size: int) -> None:
+    tensors = reader.tensors()
+    with SafetensorsWriter(directory, tensors, shard_size) as writer, _bar(reader) as bar:
+        for name in tensors:
+            writer.write(name, _counted(_blocks(reader, name, plan), bar))
+
+
+def _write_bin(path: Path, reader: TensorReader, plan: Plan) -> None:
+    """Unlike safetensors this format is written from memory."""
+    tensors = reader.tensors()
+    state = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in tensors.items()}
+    with _bar(reader) as bar:
+        for name, tensor in state.items():
+            start = 0
+            for block in _counted(_blocks(reader, name, plan), bar):
+                part = tensor if tensor.ndim == 0 else tensor[start : start + block.shape[0]]
+                part.copy_(block)
+                start += 1 if tensor.ndim == 0 else block.shape[0]
+    torch.save(state, path)
+
+
+def _verify(directory: Path, reader: TensorReader, plan: Plan) -> None:
+    """Reads back what was written."""
+    written = open_tensors(directory)
+    if dict(written.tensors()) != dict(reader.tensors()):
+        raise VerificationError("the tensors that were written differ from those of the input in name, shape or dtype")
+    for name, config in _progress(plan.quantized.items(), "verifying"):
+        group = detected_group(written, name)
+        wanted = effective_group(reader.tensors()[name].shape[1], config.group_size)
+        if group is None or group % wanted:
+            raise VerificationError(f"{name} was written, but is not ternary in groups of {wanted}: is the disk sound?")
+
+
+@contextlib.contextmanager
+def _staged_file(final: Path, nbytes: int) -> Iterator[Path]:
+    """Yields a directory; the one file that is written there becomes ``final``, whole or not at all."""
+    temporary = final.with_name(f".{final.name}.incomplete")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    check_free_space(final.parent, nbytes)
+    temporary.mkdir()
+    try:
+        yield temporary
+        (file,) = temporary.iterdir()
+        publish(file, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _bar(reader: TensorReader) -> tqdm:
+    nbytes = sum(info.nbytes for info in reader.tensors().values())
+    return tqdm(total=nbytes, unit="B", unit_scale=True, desc="writing", disable=None)
+
+
+def _progress(items: Iterable[Any], doing: str = "checking") -> Iterable[Any]:
+    return tqdm(items, desc=doing, unit="tensor", disable=None)
+
+
+def _counted(blocks: Iterable[torch.Tensor], bar: tqdm) -> Iterator[torch.Tensor]:
+    for block in blocks:
+        yield block
+        bar.update(block.nbytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.save`` files, read without running code that they name.
+
+Training checkpoints hold more than tensors: argparse.Namespace, enums of megatron, random states of numpy. PyTorch's
+``weights_only`` loader refuses a file for any of these. Here each such name becomes an inert stand-in, that keeps its
+arguments and does nothing; nothing is imported.
+"""
+
+import argparse
+import contextlib
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tensors import ConversionError
+
+_NAMESPACE = "argparse.Namespace"
+
+
+class StandIn:
+    """What stands for an object whose class is not run: its name, constructor arguments and state."""
+
+    path = ""
+
+    def __new__(cls, *arguments: Any, **_: Any) -> "StandIn":
+        self = super().__new__(cls)
+        self.arguments = arguments
+        self.state = None
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"<{self.path}{self.arguments}>"
+
+
+def stand_in(path: str) -> type[StandIn]:
+    """A class of stand-ins for ``path``, the full name of a class or function."""
+    return type(path.rpartition(".")[2], (StandIn,), {"path": path})
+
+
+def load_without_code(
+    path: Path, mmap: bool = False, allow_pickle: bool = False, stand_ins: bool = True, map_location: str = "cpu"
+) -> Any:
+    """Loads a file that ``torch.save`` wrote; tensors come to the CPU, whatever device they were saved from.
+
+    Args:
+        path: the file.
+        mmap: map the tensors instead of reading them; a file of before PyTorch 1.6 is read.
+        allow_pickle: when the safe way fails, unpickle for real, after a warning on stderr.
+        stand_ins: put a :class:`StandIn` in place of objects that ``weights_only`` does not know; else they are errors.
+        map_location: "cpu", or "meta" for shapes and dtypes alone.
+
+    Raises:
+        ConversionError: the file is missing or damaged, or cannot be read without running code.
+    """
+    if not path.is_file():
+        raise ConversionError(f"{path}: there is no such file")
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip and _begins_as_zip(path):
+        raise ConversionError(f"{path}: the file is truncated or damaged (its end is missing): copy it again")
+    mmap = mmap and is_zip
+    try:
+        with _no_other_globals(), torch.serialization.safe_globals(_replacements(path) if stand_ins and is_zip else []):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        refusal = str(error)
+    except Exception as error:  # whatever a damaged pickle makes of itself: KeyError, struct.error, EOFError, ...
+        if isinstance(error, OSError):
+            raise
+        raise ConversionError(f"{path}: the file is damaged ({_first_line(error)}): copy it again") from error
+    if not allow_pickle:
+        raise ConversionError(
+            f"{path}: the file is damaged, or holds objects that cannot be read without running code that it names "
+            f"({_reason(refusal)}). If you trust its author, add --allow-pickle: the file can then run any code, with "
+            "your rights"
+        )
+    print(
+        f"warning: {path} is unpickled with weights_only=False (--allow-pickle): it can run any code, with your rights",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        return torch.load(path, map_location=map_location, weights_only=False, mmap=mmap)
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        raise ConversionError(f"{path}: cannot be unpickled either ({_first_line(error)})") from error
+
+
+def plain(value: Any) -> Any:
+    """A value of a loaded file as plain data: namespaces become dicts, stand-ins their text."""
+    if isinstance(value, argparse.Namespace):
+        return plain(vars(value))
+    if isinstance(value, StandIn):
+        return repr(value)
+    if isinstance(value, type) and issubclass(value, StandIn):
+        return value.path
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return type(value)(plain(item) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def _no_other_globals() -> Iterator[None]:
+    """What other libraries of this process declared safe (megatron does, when imported) is not run either."""
+    declared = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(declared)
+
+
+def _replacements(path: Path) -> list[Any]:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a damaged file, or not a plain pickle: torch.load says more
+        return []
+    replacements: list[Any] = [(stand_in(name), name) for name in names if name != _NAMESPACE]
+    known = {
+        _NAMESPACE: argparse.Namespace,
+        # The loader fills nothing but plain dicts and lists.
+        "collections.defaultdict": _plain_dict,
+        "collections.deque": _plain_list,
+        # Tensors that were saved by older torch_npu; the last argument is the format in the NPU's memory.
+        "torch_npu.utils.storage._rebuild_npu_tensor": _rebuild_npu_tensor,
+    }
+    replacements = [pair for pair in replacements if pair[1] not in known]
+    return replacements + [(function, name) for name, function in known.items() if name in names]
+
+
+def _plain_dict(*_: Any) -> dict:
+    return {}
+
+
+def _plain_list(*_: Any) -> list:
+    return []
+
+
+def _rebuild_npu_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+
+def _begins_as_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _reason(refusal: str) -> str:
+    """What the long message of weights_only is about."""
+    found = re.search(r"(?:WeightsUnpickler error:|unsupported GLOBAL)\s*(.+?)(?:\. |\n|$)", refusal)
+    return found[1].strip(" .") if found else refusal.split("\n")[0]

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small files of a model directory that say nothing about its weights: tokenizer, chat template, generation."""
+
+import shutil
+from pathlib import Path
+
+HF_DIRECTORY = "hf"
+"""Where they stay in a Megatron checkpoint, with the model's ``config.json``, for the way back."""
+
+_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "tokenization_*.py",
+    "additional_chat_templates/*",
+)
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copies whichever of these files a directory has; returns their names."""
+    copied = []
+    for pattern in _NAMES:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                name = path.relative_to(source)
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / name)
+                copied.append(str(name))
+    return copied

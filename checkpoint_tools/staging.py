@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output directories that appear whole or not at all, and the disk space that they need."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..files import publish
+from .tensors import ConversionError
+
+
+@contextlib.contextmanager
+def staged(final: Path, nbytes: int | None = None) -> Iterator[Path]:
+    """Yields a directory beside ``final`` to write into; it gets the name ``final`` when the block ends well.
+
+    What a killed run left of the same name is removed first; on any exception the directory is removed. So two
+    commands must not write to one name at a time.
+
+    Args:
+        final: the directory to make; it may exist if it is empty. Its parents are made.
+        nbytes: that the block is going to write, where known; checked at once.
+
+    Raises:
+        ConversionError: ``final`` is there already, or the disk is full.
+    """
+    # Where a symbolic link leads: a rename would replace the link.
+    final = Path(os.path.realpath(final))
+    _check_unused(final)
+    if os.path.ismount(final):
+        raise ConversionError(f"{final} is a mount point, which no directory can replace: give one below it")
+    temporary = final.with_name(f".{final.name}.incomplete")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    if nbytes is not None:
+        check_free_space(final.parent, nbytes)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _check_unused(final)
+        publish(temporary, final)
+    except BaseException as error:
+        free = _free(final.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = "" if nbytes is None else f" {nbytes:,} bytes are needed,"
+            raise ConversionError(
+                f"{final.parent}: the disk is full:{needed} {free:,} were free when it failed; nothing was kept. "
+                "Free some space, or give a --save-dir on another disk"
+            ) from error
+        raise
+
+
+def check_free_space(directory: Path, nbytes: int) -> None:
+    """Checks before anything is written that ``nbytes`` fit on the file system of ``directory``, which may not exist.
+
+    Raises:
+        ConversionError: they do not.
+    """
+    free = _free(directory)
+    if nbytes > free:
+        raise ConversionError(
+            f"{directory}: {nbytes:,} bytes are needed and {free:,} are free: free some space, or give a --save-dir on "
+            "another disk"
+        )
+
+
+def _check_unused(final: Path) -> None:
+    if final.is_file() or (final.is_dir() and any(final.iterdir())):
+        raise ConversionError(f"{final} exists and is not empty: give another --save-dir, or delete it")
+
+
+def _free(directory: Path) -> int:
+    directory = Path(os.path.abspath(directory))
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continued pretraining of a latent export with the Hugging Face Trainer.
+
+    python examples/hf/train.py --model_name_or_path LATENT --trust_remote_code --train_files a.txt b.jsonl \\
+        --output_dir OUT --bf16 --max_steps 1000 --learning_rate 1e-4
+
+A ``.jsonl`` file holds one document per line under ``text``, any other file is one document. Documents are joined with
+the end-of-text token and cut into blocks; every block is used once per epoch. All other flags are those of
+``transformers.TrainingArguments``. Exit status: 0 done, 2 bad input or arguments.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from latent_model import ModelArguments, load, train_and_save
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, default_data_collator
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    train_files: list[str] = field(metadata={"help": "text files, or .jsonl files with a field `text`"})
+    block_size: int = field(default=2048, metadata={"help": "tokens per sequence"})
+
+
+class Blocks(torch.utils.data.Dataset):
+    """A stream of tokens in blocks of equal length; what does not fill the last block is left out."""
+
+    def __init__(self, tokens: torch.Tensor, size: int) -> None:
+        if tokens.numel() < size:
+            raise ValueError(
+                f"{tokens.numel()} tokens do not fill one block of {size}: give more text, or --block_size"
+            )
+        self._blocks = tokens[: tokens.numel() // size * size].view(-1, size)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        block = self._blocks[index].long()
+        # The model shifts the labels itself.
+        return {"input_ids": block, "labels": block, "attention_mask": torch.ones_like(block)}
+
+
+def documents(path: Path) -> Iterator[str]:
+    """The texts of a file.
+
+    Raises:
+        ValueError: a line that is no JSON object with ``text``.
+    """
+    if path.suffix != ".jsonl":
+        yield path.read_text(encoding="utf-8")
+        return
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f'{path}, line {number}: expected {{"text": ...}} ({error!r})') from None
+
+
+def tokenize(files: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """All documents as one stream of token ids, each closed by the end-of-text token."""
+    ids: list[int] = []
+    for file in files:
+        for text in documents(Path(file)):
+            ids += tokenizer(text, add_special_tokens=False).input_ids
+            ids.append(tokenizer.eos_token_id)
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains; returns the exit status."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
+    try:
+        model_arguments, data, training = parser.parse_args_into_dataclasses(argv)
+        model, tokenizer = load(model_arguments)
+        blocks = Blocks(tokenize(data.train_files, tokenizer), data.block_size)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=blocks,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    train_and_save(trainer, training)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised fine-tuning of a latent export with the Hugging Face Trainer; only the answers count in the loss.
+
+    python examples/hf/train_sft.py --model_name_or_path LATENT --trust_remote_code --train_files chats.jsonl \\
+        --output_dir OUT --bf16 --num_train_epochs 3 --learning_rate 2e-5
+
+Each line is ``{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}`` or
+``{"instruction": ..., "input": ..., "output": ...}``. The tokenizer's chat template makes text of it; a tokenizer
+without one gets :data:`PLAIN_TEMPLATE`, which LLaMA-Factory calls ``default``. All other flags are those of
+``transformers.TrainingArguments``. Exit status: 0 done, 2 bad input or arguments.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from latent_model import ModelArguments, load, train_and_save
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content + '\n' }}"
+    "{% elif m.role == 'user' %}{{ ('' if loop.first or messages[loop.index0 - 1].role == 'system' else '\n')"
+    " + 'Human: ' + m.content + '\nAssistant:' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+IGNORED = -100
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    train_files: list[str] = field(metadata={"help": ".jsonl files"})
+    max_length: int = field(default=2048, metadata={"help": "tokens of a conversation; what is longer is cut off"})
+
+
+class Conversations(torch.utils.data.Dataset):
+    """Tokens of conversations, and which of them are answers."""
+
+    def __init__(self, examples: list[tuple[list[int], list[int]]]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids, labels = self._examples[index]
+        return {"input_ids": ids, "labels": labels}
+
+
+def messages_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The conversation of a line of data.
+
+    Raises:
+        ValueError: it has neither form.
+    """
+    if "messages" in record:
+        messages = record["messages"]
+        if not all(isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+            raise ValueError("every message needs a role and a content")
+        return messages
+    if "instruction" in record and "output" in record:
+        question = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
+        system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+        return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    raise ValueError("expected `messages`, or `instruction` and `output`")
+
+
+def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids and labels: the label of a token is itself in answers, and :data:`IGNORED` elsewhere.
+
+    Raises:
+        ValueError: there is no answer, or the chat template rewrites earlier turns, so that the answers in its text
+            cannot be told from the rest.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        if not prompt.startswith(done) or not whole.startswith(prompt):
+            raise ValueError(
+                "the chat template rewrites earlier turns: split the conversation into one line per answer"
+            )
+        for text, answer in ((prompt[len(done) :], False), (whole[len(prompt) :], True)):
+            piece = tokenizer(text, add_special_tokens=False).input_ids
+            ids += piece
+            labels += piece if answer else [IGNORED] * len(piece)
+        done = whole
+    if not done:
+        raise ValueError("there is no message of the role `assistant` to learn from")
+    return ids, labels
+
+
+def read(files: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Conversations:
+    """All conversations of the files.
+
+    Raises:
+        ValueError: naming file and line; or nothing is left.
+    """
+    examples = []
+    too_long = 0
+    for file in files:
+        with open(Path(file), encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    ids, labels = encode(messages_of(json.loads(line)), tokenizer)
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise ValueError(f"{file}, line {number}: {error}") from None
+                ids, labels = ids[:max_length], labels[:max_length]
+                if any(label != IGNORED for label in labels):
+                    examples.append((ids, labels))
+                else:
+                    too_long += 1
+    if too_long:
+        print(f"left out: {too_long} conversations whose first {max_length} tokens hold no answer", flush=True)
+    if not examples:
+        raise ValueError(f"no conversation in {', '.join(files)} can be trained on")
+    return Conversations(examples)
+
+
+def pad(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """A batch of the length of its longest conversation."""
+    length = max(len(example["input_ids"]) for example in batch)
+
+    def filled(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+    ids = [example["input_ids"] for example in batch]
+    return {
+        "input_ids": filled(ids, 0),  # which token stands in the padding does not matter: it is masked
+        "attention_mask": filled([[1] * len(row) for row in ids], 0),
+        "labels": filled([example["labels"] for example in batch], IGNORED),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains; returns the exit status."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
+    try:
+        model_arguments, data, training = parser.parse_args_into_dataclasses(argv)
+        model, tokenizer = load(model_arguments)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = PLAIN_TEMPLATE  # saved with the model, so that users prompt it as it was trained
+        conversations = read(data.train_files, tokenizer, data.max_length)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    trainer = Trainer(
+        model=model, args=training, train_dataset=conversations, data_collator=pad, processing_class=tokenizer
+    )
+    train_and_save(trainer, training)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

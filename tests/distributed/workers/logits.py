@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads checkpoints as a tensor-parallel job of this size and writes their logits, as ``cases.json`` says:
+
+    name: {"load": "DIR", "tokens": [[...]], "legacy": false}
+
+``logits.pt`` of rank 0 holds name -> fp32 ``[batch, tokens, vocabulary]``. A legacy checkpoint goes through the bare
+model's own ``load_state_dict``, as in Megatron-LM.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def legacy_model(path: Path, rank: int):
+    import torch
+
+    from bitcpm_megatron.training.arguments import defaults
+    from bitcpm_megatron.training.checkpoint_directory import saved_arguments
+    from bitcpm_megatron.training.initialize import initialize
+    from bitcpm_megatron.training.model import build_model
+
+    args = argparse.Namespace(**{**defaults(), **saved_arguments(path)})
+    args.gradient_accumulation_fusion = False
+    initialize(args)
+    model = build_model(args, args.padded_vocab_size, with_ddp=False)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(path / f"mp_rank_{rank:02d}" / "model_optim_rng.pt", weights_only=True)
+    model.bare[0].load_state_dict(state["model"], strict=True)
+    return args, model
+
+
+def main(directory: Path) -> None:
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from bitcpm_megatron.training.checkpoint_directory import latest
+    from bitcpm_megatron.training.generate import load_for_inference
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    found = {}
+    for name, case in json.loads((directory / "cases.json").read_text()).items():
+        if case.get("legacy"):
+            args, model = legacy_model(Path(case["load"]) / "release", rank)
+        else:
+            args, model = load_for_inference(latest(case["load"]), fp32=True)
+        tokens = torch.tensor(case["tokens"])
+        positions = torch.arange(tokens.shape[1]).unsqueeze(0).expand_as(tokens)
+        with torch.no_grad():
+            logits = model.chunks[0].eval()(tokens, positions, None)
+        group = parallel_state.get_tensor_model_parallel_group()
+        logits = gather_from_tensor_model_parallel_region(logits, group=group)
+        found[name] = logits[..., : args.vocab_size].float().clone()
+        parallel_state.destroy_model_parallel()
+    if rank == 0:
+        torch.save(found, directory / "logits.pt")
+    (directory / f"rank{rank}.json").write_text("{}")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of a model after pretraining: latent export, the Hugging Face Trainer, ``qat_convert.py``, stock clients.
+
+The training scripts run as users run them, as processes of their own.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tiny_hf
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bitcpm_megatron.checkpoint_tools import qat_convert
+from bitcpm_megatron.checkpoint_tools.latent_export import read_record
+from bitcpm_megatron.checkpoint_tools.modeling_bitcpm import BitCPMForCausalLM
+from bitcpm_megatron.quantization import dequantize, quantize
+from bitcpm_megatron.quantization.record import QuantizerRecord
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "hf"
+SENTENCES = ["the quick brown fox jumps over the lazy dog. ", "ternary weights are minus one, zero or one. "]
+STEPS = 12
+
+
+def run(
+    script: str, model: Path, output: Path, data: list[Path], *more: str, trust: bool = True
+) -> subprocess.CompletedProcess:
+    flags = f"""
+        --model_name_or_path {model} --train_files {" ".join(map(str, data))} --output_dir {output}
+        --use_cpu --report_to none --disable_tqdm true --seed 1 --logging_steps 1 --save_strategy no
+        --max_steps {STEPS} --learning_rate 4e-3 --lr_scheduler_type constant --per_device_train_batch_size 4
+    """.split()
+    command = [sys.executable, str(EXAMPLES / script), *flags, *more, *(["--trust_remote_code"] if trust else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def losses(directory: Path) -> list[float]:
+    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def load_latent(directory: Path) -> BitCPMForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    lines = [json.dumps({"text": sentence * 20}) for sentence in SENTENCES]
+    (directory / "text.jsonl").write_text("\n".join(lines) + "\n\n")
+    (directory / "text.txt").write_text(SENTENCES[0] * 40)
+    chats = [
+        {"messages": [{"role": "user", "content": "what jumps?"}, {"role": "assistant", "content": "the quick fox."}]},
+        {"instruction": "what are weights?", "input": "ternary ones", "output": "minus one, zero or one."},
+    ]
+    (directory / "chats.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats * 8))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data: Path) -> tuple[Path, Path]:
+    """A latent export with LongRoPE and bf16 latents, its continued pretraining, which holds fp32 masters."""
+    directory = tmp_path_factory.mktemp("models")
+    record = tiny_hf.record(latent_dtype="bfloat16")
+    a = tiny_hf.llama(longrope=tiny_hf.longrope(64))
+    tiny_hf.latent_export(directory / "latent", a, record, bos_token_id=1, eos_token_id=2)
+    tiny_hf.write_tokenizer(directory / "latent")
+    files = [data / "text.jsonl", data / "text.txt"]
+    more = ("--block_size", "48", "--gradient_checkpointing")
+    done = run("train.py", directory / "latent", directory / "trained", files, *more)
+    assert done.returncode == 0, done.stderr
+    return directory / "latent", directory / "trained"
+
+
+def assert_convertible(latent: Path, fused: Path) -> None:
+    """``qat_convert.py`` makes a stock model of it that computes what the trained one computes."""
+    assert qat_convert.main(["--input_bin", str(latent), "--output", str(fused), "--group_size", "-1"]) == 0
+    record = read_record(latent)
+    before, after = load_file(latent / "model.safetensors"), load_file(fused / "model.safetensors")
+    assert set(before) == set(after)
+    for name, weight in before.items():
+        module = name.removesuffix(".weight")
+        if module in record.modules:
+            config = record.config_of(module)
+            weight = dequantize(*quantize(weight.bfloat16(), config), config, weight.dtype)
+        assert torch.equal(after[name], weight), name
+    assert QuantizerRecord.read(fused).state == "fused"
+
+    stock = AutoModelForCausalLM.from_pretrained(fused, trust_remote_code=False, dtype=torch.float32).eval()
+    assert type(stock) is LlamaForCausalLM
+    trained = load_latent(latent)
+    for length in (20, 100):  # within the original length of LongRoPE, and beyond it
+        ids = torch.randint(3, 259, (2, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            theirs, ours = stock(ids).logits, trained(ids).logits
+        assert (theirs - ours).abs().max() <= 1e-5 * (ours.max() - ours.min())
+    tokenizer = AutoTokenizer.from_pretrained(fused)
+    prompt = tokenizer("the quick", return_tensors="pt")
+    texts = [
+        tokenizer.decode(m.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0])
+        for m in (stock, trained)
+    ]
+    assert texts[0] == texts[1] and texts[0].startswith("the quick") and len(texts[0]) > len("the quick")
+
+
+def test_continued_pretraining_then_fusing(trained, tmp_path: Path) -> None:
+    latent, output = trained
+    curve = losses(output)
+    assert len(curve) == STEPS and curve[-1] < 0.8 * curve[0]
+    written = json.loads((output / "config.json").read_text())
+    assert written["model_type"] == "bitcpm" and "AutoModelForCausalLM" in written["auto_map"]
+    assert (output / "modeling_bitcpm.py").read_text() == (latent / "modeling_bitcpm.py").read_text()
+    assert read_record(output) == read_record(latent)
+    before, after = load_file(latent / "model.safetensors"), load_file(output / "model.safetensors")
+    assert set(before) == set(after)
+    for module in read_record(latent).modules:
+        name = f"{module}.weight"
+        assert after[name].dtype == torch.float32
+        assert (after[name] - before[name].float()).abs().max() > 1e-3, f"{module} did not learn"
+    assert_convertible(output, tmp_path / "fused")
+
+
+def test_fine_tuning_then_fusing(trained, data: Path, tmp_path: Path) -> None:
+    done = run("train_sft.py", trained[1], tmp_path / "sft", [data / "chats.jsonl"], "--bf16")
+    assert done.returncode == 0, done.stderr
+    curve = losses(tmp_path / "sft")
+    assert len(curve) == STEPS and curve[-1] < 0.7 * curve[0]
+    assert_convertible(tmp_path / "sft", tmp_path / "fused")
+
+    # What is fused must not be trained, and its tokenizer still knows how it was prompted.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "fused")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "<s>Human: hi\nAssistant:"
+    done = run("train.py", tmp_path / "fused", tmp_path / "no", [data / "text.txt"])
+    assert done.returncode == 2 and "holds fused weights" in done.stderr
+
+
+# -------------------------------------------------------------------------------------- the scripts from the inside
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, ModuleType]:
+    found = {}
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        for name in ("latent_model", "train", "train_sft"):
+            spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+            found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(found[name])
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return found
+
+
+def test_what_is_no_latent_export_is_refused(trained, scripts, tmp_path: Path) -> None:
+    def refused(directory: Path, trust: bool = True) -> str:
+        arguments = scripts["latent_model"].ModelArguments(str(directory), trust_remote_code=trust)
+        with pytest.raises(ValueError) as caught:
+            scripts["latent_model"].load(arguments)
+        return str(caught.value)
+
+    latent = trained[0]
+    assert "pass --trust_remote_code" in refused(latent, trust=False)
+    copy = tmp_path / "copy"
+    qat_convert.main(["--input_bin", str(latent), "--output", str(copy)])
+    assert "holds fused weights" in refused(copy)
+    (copy / "ternary_quantizer.json").unlink()
+    assert "no latent export" in refused(copy)
+    # Fused weights under a record that calls them latent.
+    for name in ("config.json", "ternary_quantizer.json", "modeling_bitcpm.py"):
+        (copy / name).write_text((latent / name).read_text())
+    assert "is ternary already" in refused(copy)
+
+
+def test_only_answers_count_in_the_loss(trained, scripts) -> None:
+    sft = scripts["train_sft"]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained[0])
+    tokenizer.chat_template = sft.PLAIN_TEMPLATE
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three?"},
+        {"role": "assistant", "content": "four"},
+        {"role": "user", "content": "never answered"},
+    ]
+    ids, labels = sft.encode(messages, tokenizer)
+    assert tokenizer.decode(ids) == "<s>be brief\nHuman: one?\nAssistant:two</s>\nHuman: three?\nAssistant:four</s>"
+    assert tokenizer.decode([i for i in labels if i != sft.IGNORED]) == "two</s>four</s>"
+    assert all(label in (i, sft.IGNORED) for i, label in zip(ids, labels, strict=True))
+    batch = sft.pad([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content if loop.last else '' }}{% endfor %}"
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        sft.encode(messages, tokenizer)
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "{", '{"messages": []}', '{"messages": [{"role": "user"}]}', '"text"'])
+def test_a_bad_line_is_named(trained, scripts, tmp_path: Path, line) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained[0])
+    tokenizer.chat_template = scripts["train_sft"].PLAIN_TEMPLATE
+    (tmp_path / "bad.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(ValueError, match="bad.jsonl, line 2"):
+        scripts["train_sft"].read([tmp_path / "bad.jsonl"], tokenizer, 100)
+    with pytest.raises(ValueError, match="bad.jsonl, line 2"):
+        list(scripts["train"].documents(tmp_path / "bad.jsonl"))
+
+
+def test_text_is_packed_without_loss(trained, scripts, data: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained[0])
+    tokens = scripts["train"].tokenize([data / "text.jsonl", data / "text.txt"], tokenizer)
+    expected = f"{SENTENCES[0] * 20}</s>{SENTENCES[1] * 20}</s>{SENTENCES[0] * 40}</s>"
+    assert tokenizer.decode(tokens) == expected
+    blocks = scripts["train"].Blocks(tokens, 100)
+    assert len(blocks) == len(tokens) // 100
+    assert torch.equal(torch.cat([b["input_ids"] for b in blocks]), tokens[: len(blocks) * 100].long())
+    with pytest.raises(ValueError, match="do not fill one block"):
+        scripts["train"].Blocks(tokens[:99], 100)

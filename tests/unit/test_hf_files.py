@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peak_memory import MB, is_view_of, peak_growth
+
+from bitcpm_megatron.checkpoint_tools.hf_files import (
+    HfReader,
+    SafetensorsWriter,
+    open_tensors,
+    parse_size,
+    row_blocks,
+)
+from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
+
+TENSORS = {
+    "a": torch.arange(12, dtype=torch.float32).reshape(4, 3),
+    "b": torch.arange(5, dtype=torch.uint8),
+    "c": torch.arange(6).reshape(3, 2).to(torch.bfloat16),
+}
+INDEX = "model.safetensors.index.json"
+
+
+def plan_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def write(directory: Path, tensors: dict[str, torch.Tensor] = TENSORS, max_shard_size: int = 10**9) -> Path:
+    directory.mkdir(exist_ok=True)
+    with SafetensorsWriter(directory, plan_of(tensors), max_shard_size) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, row_blocks(tensor, 7))
+    return directory
+
+
+def sharded(directory: Path) -> Path:
+    """One tensor per shard."""
+    return write(directory, max_shard_size=1)
+
+
+def refused(path: Path, *words: str) -> str:
+    with pytest.raises(ConversionError) as error:
+        open_tensors(path)
+    for word in words:
+        assert word in str(error.value)
+    return str(error.value)
+
+
+dtypes = st.sampled_from(
+    [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool]
+    + [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tensors=st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3), dtypes), min_size=1, max_size=6),
+    limit=st.integers(1, 300),
+    block=st.integers(1, 50),
+    backwards=st.booleans(),
+)
+def test_what_was_written_is_read_back(tmp_path_factory, tensors, limit, block, backwards):
+    directory = tmp_path_factory.mktemp("model")
+    content = {}
+    for number, (shape, dtype) in enumerate(tensors):
+        raw = torch.randint(0, 2, (*shape, dtype.itemsize), dtype=torch.uint8)
+        content[f"layer.{number}"] = raw.view(dtype).squeeze(-1)
+    with SafetensorsWriter(directory, plan_of(content), limit) as writer:
+        for name in reversed(content) if backwards else content:
+            writer.write(name, row_blocks(content[name], block))
+    files = sorted(directory.glob("*.safetensors"))
+    loaded = {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+    reader = HfReader(directory)
+    assert loaded.keys() == content.keys() == reader.tensors().keys()
+    for name, tensor in content.items():
+        for other in (loaded[name], reader.read(name)):
+            assert (other.shape, other.dtype) == (tensor.shape, tensor.dtype)
+            # Bits, because some of them are no numbers.
+            assert torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+    for file in files:
+        (length,) = struct.unpack("<Q", file.read_bytes()[:8])
+        assert length % 8 == 0
+        assert json.loads(file.read_bytes()[8 : 8 + length])["__metadata__"] == {"format": "pt"}
+        held = [content[name].nbytes for name in safetensors.torch.load_file(file)]
+        assert sum(held) <= limit or len(held) == 1 or sum(sorted(held)[:-1]) == 0
+    if len(files) > 1:
+        index = json.loads((directory / INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in content.values())
+        assert set(index["weight_map"].values()) == {file.name for file in files}
+        assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    else:
+        assert [path.name for path in directory.iterdir()] == ["model.safetensors"]
+
+
+def test_transformers_loads_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    write(tmp_path, {name: tensor.detach() for name, tensor in model.state_dict().items()}, parse_size("4KB"))
+    config.save_pretrained(tmp_path)
+    loaded, report = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values()), report
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_pieces_are_views_of_the_files(tmp_path):
+    reader = HfReader(sharded(tmp_path))
+    assert torch.equal(reader.read("a", (slice(1, 3),)), TENSORS["a"][1:3])
+    assert torch.equal(reader.read("c", (1,)), TENSORS["c"][1])
+    assert is_view_of(reader.read("a", (slice(2, 3),)), tmp_path / "model-00001-of-00003.safetensors")
+
+
+def test_unaligned_tensors_are_copied_right(tmp_path):
+    # By the letter of the format tensors may stand anywhere: here after 3 bytes.
+    data = [torch.arange(3, dtype=torch.uint8), TENSORS["a"], TENSORS["c"]]
+    header, end, blob = {}, 0, b""
+    for name, dtype, tensor in zip("xac", ("U8", "F32", "BF16"), data, strict=True):
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        blob += tensor.view(torch.uint8).numpy().tobytes()
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + blob)
+    reader = open_tensors(path)
+    for index in ((), (1,), (slice(1, 3), 2), (slice(None), slice(0, 2)), (3, 1)):
+        piece = reader.read("a", index)
+        assert torch.equal(piece, TENSORS["a"][index]) and piece.data_ptr() % 4 == 0
+    assert torch.equal(reader.read("c", (slice(2),)), TENSORS["c"][:2])
+
+
+def test_the_file_that_transformers_would_choose(tmp_path):
+    sharded(tmp_path)
+    torch.save({"bin": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    assert HfReader(tmp_path).tensors().keys() == TENSORS.keys()
+    safetensors.torch.save_file({"single": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert HfReader(tmp_path).tensors().keys() == {"single"}
+
+
+def test_no_weights(tmp_path):
+    refused(tmp_path, str(tmp_path), "model.safetensors")
+    refused(tmp_path / "nowhere", "nowhere")
+
+
+def test_missing_shard(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    refused(tmp_path, "model-00002-of-00003.safetensors", "with b")
+
+
+@pytest.mark.parametrize("lost", [1, 20, 45, 10**9])
+def test_truncated_shard(tmp_path, lost):
+    file = sharded(tmp_path) / "model-00001-of-00003.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: max(0, len(content) - lost)])
+    message = refused(tmp_path, "model-00001-of-00003.safetensors", "copy")
+    assert "truncated" in message
+
+
+def test_shard_that_becomes_shorter(tmp_path):
+    reader = HfReader(write(tmp_path))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConversionError, match="model.safetensors: b: .*shorter"):
+        reader.read("b")
+
+
+def test_trailing_bytes(tmp_path):
+    file = write(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes() + b"x")
+    refused(tmp_path, "model.safetensors", "longer")
+
+
+def test_damaged_header(tmp_path):
+    file = write(tmp_path) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[12:16] = b"\xff" * 4
+    file.write_bytes(content)
+    refused(tmp_path, "model.safetensors", "header")
+    file.write_bytes(file.read_bytes()[:8] + content[8:].replace(b"[4,3]", b"[4,4]"))
+    refused(tmp_path, "model.safetensors")
+
+
+def change_index(directory: Path, **changes: str | None) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"].update(changes)
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file}
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def test_index_names_what_the_shard_does_not_hold(tmp_path):
+    change_index(sharded(tmp_path), ghost="model-00002-of-00003.safetensors")
+    refused(tmp_path, "model-00002-of-00003.safetensors", "does not hold ghost")
+
+
+def test_shard_holds_what_the_index_does_not_name(tmp_path):
+    safetensors.torch.save_file(
+        {"b": TENSORS["b"], "extra": torch.ones(1)}, sharded(tmp_path) / "model-00002-of-00003.safetensors"
+    )
+    refused(tmp_path, "model-00002-of-00003.safetensors", "holds extra", "stale")
+
+
+def test_tensor_in_two_shards(tmp_path):
+    safetensors.torch.save_file(
+        {"b": TENSORS["b"], "a": torch.ones(1)}, sharded(tmp_path) / "model-00002-of-00003.safetensors"
+    )
+    refused(tmp_path, "model-00002-of-00003.safetensors", "holds a,", "model-00001-of-00003.safetensors")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": []}}']
+)
+def test_index_that_is_none(tmp_path, text):
+    (sharded(tmp_path) / INDEX).write_text(text)
+    refused(tmp_path, INDEX)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_bin(tmp_path, new_format):
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
+    for reader in (HfReader(tmp_path), open_tensors(tmp_path / "pytorch_model.bin")):
+        assert reader.tensors() == plan_of(TENSORS)
+        assert torch.equal(reader.read("a", (slice(1, 3), 0)), TENSORS["a"][1:3, 0])
+    assert is_view_of(reader.read("a"), tmp_path / "pytorch_model.bin") == new_format
+
+
+def test_sharded_bin(tmp_path):
+    files = {name: f"pytorch_model-{i}.bin" for i, name in enumerate(TENSORS)}
+    for name, file in files.items():
+        torch.save({name: TENSORS[name]}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    assert torch.equal(HfReader(tmp_path).read("c"), TENSORS["c"])
+    (tmp_path / files["b"]).write_bytes((tmp_path / files["b"]).read_bytes()[:-30])
+    refused(tmp_path, files["b"], "truncated")
+
+
+class Payload:
+    """Makes a file, if it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.marker)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_bin_with_code_is_refused(tmp_path, capsys, new_format):
+    file, marker = tmp_path / "pytorch_model.bin", tmp_path / "ran"
+    torch.save({"a": Payload(marker)}, file, _use_new_zipfile_serialization=new_format)
+    refused(tmp_path, "pytorch_model.bin", "--allow-pickle")
+    assert not marker.exists()
+    with pytest.raises(ConversionError, match="not a dict of names and tensors"):
+        HfReader(tmp_path, allow_pickle=True)
+    assert marker.exists()
+    assert "can run any code" in capsys.readouterr().err
+
+
+def test_bin_that_is_something_else(tmp_path):
+    torch.save({"model": TENSORS, "epoch": 1}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "pytorch_model.bin", "model, epoch")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused(tmp_path, "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [],
+        [torch.ones(3, 3)],
+        [torch.ones(4, 3), torch.ones(1, 3)],
+        [torch.ones(5, 3)],
+        [torch.ones(4, 3).half()],
+        [torch.ones(4, 2)],
+        [torch.ones(12)],
+        [torch.ones(3, 4).t()],
+    ],
+)
+def test_blocks_that_do_not_make_up_the_tensor(tmp_path, blocks):
+    writer = SafetensorsWriter(tmp_path, plan_of(TENSORS))
+    writer.write("c", [TENSORS["c"]])
+    with pytest.raises(ConversionError, match="^a: "):
+        writer.write("a", blocks)
+    writer.write("b", [TENSORS["b"]])
+    with pytest.raises(ConversionError, match="not written: a$"):
+        writer.close()
+    writer.write("a", [TENSORS["a"]])
+    writer.close()
+    assert all(torch.equal(HfReader(tmp_path).read(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_plan_and_tensors_must_agree(tmp_path):
+    writer = SafetensorsWriter(tmp_path, plan_of(TENSORS))
+    with pytest.raises(ConversionError, match="not in the plan"):
+        writer.write("x", [])
+    writer.write("a", [TENSORS["a"]])
+    with pytest.raises(ConversionError, match="written already"):
+        writer.write("a", [TENSORS["a"]])
+    with pytest.raises(ConversionError, match="not written: b, c"):
+        writer.close()
+    with pytest.raises(ConversionError, match="complex128"):
+        SafetensorsWriter(tmp_path, {"z": TensorInfo((1,), torch.complex128)})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500MB", 5 * 10**8),
+        ("2GiB", 2**31),
+        (" 1.5 kb ", 1500),
+        ("1KiB", 1024),
+        ("12", 12),
+        ("7B", 7),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 G B", "5XB", "1e9", "5iB", "0.0001KB"])
+def test_no_sizes(text):
+    with pytest.raises(ConversionError, match="no size"):
+        parse_size(text)
+
+
+def test_memory(tmp_path):
+    """160 MB in four tensors, written in blocks of 4 MB and read whole."""
+    code = """
+plan = {f"t{i}": TensorInfo((10, 2**20), torch.float32) for i in range(4)}
+begin()
+with hf_files.SafetensorsWriter(path, plan, 10**8) as writer:
+    for name, info in plan.items():
+        writer.write(name, (torch.full((1, 2**20), float(row)) for row in range(10)))
+reader = hf_files.open_tensors(path)
+kept = [reader.read(name) for name in plan]
+assert [tensor.sum(1).tolist() for tensor in kept] == [[row * 2.0**20 for row in range(10)]] * 4
+"""
+    assert peak_growth(code, tmp_path) < 2 * 4 * MB + 8 * MB
+    shutil.rmtree(tmp_path)
