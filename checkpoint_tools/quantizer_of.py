@@ -91,6 +91,13 @@ def _inferred(
         modules[tensor.module] = {"group_size": columns // groups if groups > 1 else -1}
     if not modules:
         return None
+    whole_rows = all(modules[t.module]["group_size"] == -1 for t in linears if t.kind != "row" and t.module in modules)
+    if whole_rows:
+        # Group size -1: then the groups of row-parallel weights are their shards.
+        sizes = {
+            modules[t.module]["group_size"]: t.shape[1] for t in linears if t.kind == "row" and t.module in modules
+        }
+        shards = max((1 if size == -1 else columns // size for size, columns in sizes.items()), default=1)
     how = "its saved scales" if checkpoint.scales(linears[0]) is not None else f"group size {group_size} as given"
     if group_size == -1:
         how += f" and the tensor-parallel size {shards} of its files"

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face -> Megatron -> Hugging Face gives back every tensor and what config.json means, at every layout."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf
+from bitcpm_megatron.checkpoint_tools.hf_config import architecture_of
+
+LAYOUTS = [(tp, pp) for tp in (1, 2) for pp in (1, 2)]
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tensors(config: dict, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    """A model's tensors as Transformers' LlamaModel, GraniteModel and the MiniCPM remote code name and shape them."""
+    hidden, head = config["hidden_size"], config["head_dim"]
+    q, kv, ffn = config["num_attention_heads"] * head, config["num_key_value_heads"] * head, config["intermediate_size"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape in (
+            ("self_attn.q_proj", (q, hidden)),
+            ("self_attn.k_proj", (kv, hidden)),
+            ("self_attn.v_proj", (kv, hidden)),
+            ("self_attn.o_proj", (hidden, q)),
+            ("mlp.gate_proj", (ffn, hidden)),
+            ("mlp.up_proj", (ffn, hidden)),
+            ("mlp.down_proj", (hidden, ffn)),
+            ("input_layernorm", (hidden,)),
+            ("post_attention_layernorm", (hidden,)),
+        ):
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict:
+    kind = draw(st.sampled_from(["llama", "granite", "minicpm"]))
+    head = draw(st.sampled_from([8, 16, 32]))
+    groups = draw(st.sampled_from([2, 4]))
+    config = {
+        "model_type": kind,
+        "architectures": [{"llama": "Llama", "granite": "Granite", "minicpm": "MiniCPM"}[kind] + "ForCausalLM"],
+        "num_hidden_layers": draw(st.sampled_from([2, 4])),
+        "hidden_size": draw(st.integers(1, 6)) * 16,
+        "intermediate_size": draw(st.integers(1, 8)) * 8,
+        "num_attention_heads": groups * draw(st.integers(1, 3)),
+        "num_key_value_heads": groups,
+        "head_dim": head,
+        "vocab_size": draw(st.integers(1, 300)),
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
+        "rope_theta": draw(st.sampled_from([10000.0, 500000.0])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "hidden_act": "silu",
+        "bos_token_id": draw(st.integers(0, 9)),
+        "eos_token_id": [2, 9],
+        "initializer_range": 0.1,
+    }
+    number = st.floats(0.1, 20, allow_nan=False)
+    if kind == "granite":
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier"):
+            config[name] = draw(number)
+    if kind == "minicpm":
+        config.update(scale_emb=draw(st.integers(1, 20)), scale_depth=draw(number), dim_model_base=draw(number))
+    if draw(st.booleans()):
+        factors = st.lists(st.floats(0.5, 40, allow_nan=False), min_size=head // 2, max_size=head // 2)
+        config["rope_scaling"] = {
+            draw(st.sampled_from(["rope_type", "type"])): "longrope",
+            "short_factor": draw(factors),
+            "long_factor": draw(factors),
+            "original_max_position_embeddings": draw(st.sampled_from([512, 2048])),
+        }
+    return config
+
+
+def write(directory: Path, config: dict, weights: dict[str, torch.Tensor]) -> None:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def there_and_back(source: Path, work: Path, layout: str, tp: int, pp: int, *options: str) -> Path:
+    """Converts to Megatron and back; returns the directory that came back."""
+    megatron, back = work / f"{layout}{tp}{pp}", work / f"{layout}{tp}{pp} back"
+    command = ["--load-dir", source, "--save-dir", megatron, "--format", layout, "--make-vocab-size-divisible-by", 16]
+    command += ["--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp]
+    assert convert_hf_to_megatron.main([str(c) for c in command]) == 0
+    command = ["--load-dir", megatron, "--save-dir", back, "--weights", "latent", "--verify", *options]
+    assert convert_megatron_to_hf.main([str(c) for c in command]) == 0
+    return back
+
+
+def loaded(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        found.update(load_file(file))
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    config=configs(),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    layout=st.sampled_from(["torch_dist", "legacy"]),
+    parallel=st.sampled_from(LAYOUTS),
+    shard=st.sampled_from(["5GB", "20KB"]),
+    seed=st.integers(0, 2**31),
+)
+def test_tensors_and_meaning_come_back(
+    config: dict, dtype: torch.dtype, layout: str, parallel: tuple[int, int], shard: str, seed: int
+) -> None:
+    weights = tensors(config, dtype, seed)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        write(work / "source", config, weights)
+        kind = config["model_type"] if config["model_type"] != "minicpm" else "auto"
+        back = there_and_back(work / "source", work, layout, *parallel, "--max-shard-size", shard)
+        found = loaded(back)
+        assert found.keys() == weights.keys()
+        for key, weight in weights.items():
+            assert found[key].dtype == dtype and torch.equal(found[key], weight), key
+        new = json.loads((back / "config.json").read_text())
+        assert new["model_type"] == (kind if kind != "auto" else "granite") or architecture_of(config).is_llama
+        assert architecture_of(new).computes_like(architecture_of(config))
+        for key in ("bos_token_id", "eos_token_id", "initializer_range", "rms_norm_eps", "max_position_embeddings"):
+            assert new[key] == config[key], key
+        if config["model_type"] != "minicpm":
+            before, after = AutoConfig.from_pretrained(work / "source"), AutoConfig.from_pretrained(back)
+            assert before.rope_parameters == after.rope_parameters
+            assert before.tie_word_embeddings == after.tie_word_embeddings and before.head_dim == after.head_dim
+
+
+@pytest.mark.parametrize("layout", ["torch_dist", "legacy"])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_minicpm_comes_back_as_minicpm(layout: str, tp: int, pp: int, tied: bool, tmp_path: Path) -> None:
+    config = {
+        "model_type": "minicpm",
+        "architectures": ["MiniCPMForCausalLM"],
+        **{"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 6},
+        **{"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 73, "max_position_embeddings": 512},
+        **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": tied, "hidden_act": "silu"},
+        **{"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16},
+    }
+    weights = tensors(config, torch.bfloat16, 0)
+    write(tmp_path / "source", config, weights)
+    back = there_and_back(tmp_path / "source", tmp_path, layout, tp, pp, "--hf-architecture", "minicpm")
+    new = json.loads((back / "config.json").read_text())
+    for key, value in config.items():
+        assert new[key] == value, key
+    assert math.isclose(architecture_of(new).residual_multiplier, 0.7)
+    for key, weight in weights.items():
+        assert torch.equal(loaded(back)[key], weight)
