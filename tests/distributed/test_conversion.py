@@ -96,27 +96,30 @@ def where(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
         model.save_pretrained(root / name)
         convert(convert_hf_to_megatron, "--load-dir", root / name, "--save-dir", root / f"{name} torch_dist")
-        for tp in (1, 2):
+        for stages, flags in {
+            "legacy1": [],
+            "legacy2": ["--target-tensor-parallel-size", 2],
+            "stages2": ["--target-pipeline-parallel-size", 2],
+        }.items():
             convert(
                 convert_hf_to_megatron,
-                *["--load-dir", root / name, "--save-dir", root / f"{name} legacy{tp}", "--format", "legacy"],
-                *["--target-tensor-parallel-size", tp, "--transformer-impl", "local"],
+                *["--load-dir", root / name, "--save-dir", root / f"{name} {stages}", "--format", "legacy"],
+                *[*flags, "--transformer-impl", "local"],
             )
     results: dict = {"root": root}
     for ranks in (1, 2):
-        first, again = {}, {}
+        runs = {}
         for name, (model, size, flags, _) in TRAINED.items():
             if size == ranks:
                 source = root / f"{model} torch_dist"
                 command = ["--model", str(source / "model.yaml"), *TRAIN, *flags, "--train-iters", "3"]
                 command += ["--save", str(root / f"trained {name}"), "--load", str(root / f"trained {name}")]
-                first[name] = [*command, "--pretrained-checkpoint", str(source), "--exit-interval", "2"]
-                again[name] = [*command[:-4], "--load", str(root / f"trained {name}")]
-        report, _ = launch_runs(first, ranks)
-        succeeded(report, *first)
-        report, directory = launch_runs(again, ranks)
-        succeeded(report, *again)
-        results.update({name: directory for name in again})
+                runs[f"start {name}"] = [*command, "--pretrained-checkpoint", str(source), "--exit-interval", "2"]
+                # Goes on from there, and reports the weights of its first forward.
+                runs[name] = [*command[:-4], "--load", str(root / f"trained {name}")]
+        report, directory = launch_runs(runs, ranks)
+        succeeded(report, *runs)
+        results.update(dict.fromkeys(runs, directory))
     for name in TRAINED:
         for weights in ("latent", "fused") if name in TERNARY else ("latent",):
             convert(
@@ -130,6 +133,8 @@ def where(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
             for model in MODELS:
                 cases[f"{model} torch_dist {length}"] = {"load": str(root / f"{model} torch_dist")}
                 cases[f"{model} legacy {length}"] = {"load": str(root / f"{model} legacy{ranks}"), "legacy": True}
+                if ranks == 2:
+                    cases[f"{model} stages {length}"] = {"load": str(root / f"{model} stages2"), "legacy": True}
             for name, (*_, sizes) in TRAINED.items():
                 if ranks in sizes:
                     cases[f"{name} {length}"] = {"load": str(root / f"trained {name}")}
@@ -144,8 +149,9 @@ def where(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("layout", ["torch_dist", "legacy"])
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [("torch_dist", 1), ("torch_dist", 2), ("legacy", 1), ("legacy", 2), ("stages", 2)]
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_megatron_computes_what_hugging_face_does(
     model: str, layout: str, ranks: int, length: str, where: dict

@@ -25,10 +25,29 @@ def legacy_model(path: Path, rank: int):
     args.gradient_accumulation_fusion = False
     initialize(args)
     model = build_model(args, args.padded_vocab_size, with_ddp=False)
+    name = f"mp_rank_{rank:02d}" if args.pipeline_model_parallel_size == 1 else f"mp_rank_00_{rank:03d}"
     with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(path / f"mp_rank_{rank:02d}" / "model_optim_rng.pt", weights_only=True)
+        state = torch.load(path / name / "model_optim_rng.pt", weights_only=True)
     model.bare[0].load_state_dict(state["model"], strict=True)
     return args, model
+
+
+def forward(args, chunk, tokens, positions):
+    """The logits of a model, or of two pipeline stages; on rank 0 in any case."""
+    import torch
+
+    if args.pipeline_model_parallel_size == 1:
+        return chunk(tokens, positions, None)
+    hidden = torch.empty(tokens.shape[1], tokens.shape[0], args.hidden_size)
+    logits = torch.empty(*tokens.shape, args.padded_vocab_size)
+    if torch.distributed.get_rank() == 0:
+        torch.distributed.send(chunk(tokens, positions, None), 1)
+        torch.distributed.recv(logits, 1)
+    else:
+        torch.distributed.recv(hidden, 0)
+        chunk.set_input_tensor(hidden)
+        torch.distributed.send(chunk(tokens, positions, None).contiguous(), 0)
+    return logits
 
 
 def main(directory: Path) -> None:
@@ -50,9 +69,10 @@ def main(directory: Path) -> None:
         tokens = torch.tensor(case["tokens"])
         positions = torch.arange(tokens.shape[1]).unsqueeze(0).expand_as(tokens)
         with torch.no_grad():
-            logits = model.chunks[0].eval()(tokens, positions, None)
+            logits = forward(args, model.chunks[0].eval(), tokens, positions)
         group = parallel_state.get_tensor_model_parallel_group()
-        logits = gather_from_tensor_model_parallel_region(logits, group=group)
+        if args.pipeline_model_parallel_size == 1:
+            logits = gather_from_tensor_model_parallel_region(logits, group=group)
         found[name] = logits[..., : args.vocab_size].float().clone()
         parallel_state.destroy_model_parallel()
     if rank == 0:
