@@ -303,6 +303,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         state = "fused" if export.fuse else export.record.state if export.record else "unquantized"
         print(f"{args.save_dir}: {export.architecture.parameter_count():,} parameters, {kind}, {state} weights")
+        if export.fuse and export.record.activation_bits != 16:
+            print(
+                f"training also quantized activations to {export.record.activation_bits} bits, which stock clients do "
+                "not: their logits will differ from training's"
+            )
         if template is None:
             print("no tokenizer files were copied: give --tokenizer DIR for an export that can be used by itself")
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..models.architecture import Architecture, ArchitectureError, LongRope
+from ..models.architecture import Architecture, LongRope
 from .tensors import ConversionError
 
 LLAMA, GRANITE, MINICPM, BITCPM = "llama", "granite", "minicpm", "bitcpm"
@@ -115,7 +115,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         )
     except KeyError as error:
         raise ConversionError(f"config.json lacks {error.args[0]!r}") from None
-    except (TypeError, ArchitectureError) as error:
+    except ConversionError:
+        raise
+    except (TypeError, ValueError) as error:
         raise ConversionError(f"config.json: {error}") from None
 
 

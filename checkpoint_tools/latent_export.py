@@ -68,11 +68,15 @@ def read_record(directory: str | Path) -> QuantizerRecord | None:
         in_config = None
         if (Path(directory) / "config.json").is_file():
             in_config = _of_config(read_config(directory), directory)
+        if in_file is None or in_config is None:
+            return in_file or in_config
+        lines = in_file.contradictions(in_config)
+    except ConversionError:
+        raise
     except RecordError as error:
         raise ConversionError(str(error)) from None
-    if in_file is None or in_config is None:
-        return in_file or in_config
-    lines = in_file.contradictions(in_config)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ConversionError(f"{directory}: the quantizer record is damaged ({error!r})") from None
     if lines:
         listed = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
         raise ConversionError(

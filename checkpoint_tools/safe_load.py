@@ -46,9 +46,7 @@ def stand_in(path: str) -> type[StandIn]:
     return type(path.rpartition(".")[2], (StandIn,), {"path": path})
 
 
-def load_without_code(
-    path: Path, mmap: bool = False, allow_pickle: bool = False, stand_ins: bool = True, map_location: str = "cpu"
-) -> Any:
+def load_without_code(path: Path, mmap: bool = False, allow_pickle: bool = False, stand_ins: bool = True) -> Any:
     """Loads a file that ``torch.save`` wrote; tensors come to the CPU, whatever device they were saved from.
 
     Args:
@@ -56,7 +54,6 @@ def load_without_code(
         mmap: map the tensors instead of reading them; a file of before PyTorch 1.6 is read.
         allow_pickle: when the safe way fails, unpickle for real, after a warning on stderr.
         stand_ins: put a :class:`StandIn` in place of objects that ``weights_only`` does not know; else they are errors.
-        map_location: "cpu", or "meta" for shapes and dtypes alone.
 
     Raises:
         ConversionError: the file is missing or damaged, or cannot be read without running code.
@@ -69,7 +66,7 @@ def load_without_code(
     mmap = mmap and is_zip
     try:
         with _no_other_globals(), torch.serialization.safe_globals(_replacements(path) if stand_ins and is_zip else []):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         refusal = str(error)
     except Exception as error:  # whatever a damaged pickle makes of itself: KeyError, struct.error, EOFError, ...
@@ -88,7 +85,7 @@ def load_without_code(
         flush=True,
     )
     try:
-        return torch.load(path, map_location=map_location, weights_only=False, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)
     except Exception as error:
         if isinstance(error, OSError):
             raise

@@ -8,7 +8,10 @@ import torch
 
 
 class _Remembering:
-    """A binary file that remembers why a write failed: PyTorch's zip writer turns that into a RuntimeError."""
+    """A binary file that remembers why a write failed.
+
+    PyTorch goes on to end its zip file, notices that the position is wrong, and raises a RuntimeError about that.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -26,7 +29,7 @@ class _Remembering:
 
 
 def save_file(value: Any, file: Path | BinaryIO) -> None:
-    """Saves a value into a new file or at the position of an open one.
+    """Saves a value into a new file, or at the position of an open one.
 
     Raises:
         OSError: it could not be written, for example because the disk is full.
@@ -38,7 +41,6 @@ def save_file(value: Any, file: Path | BinaryIO) -> None:
     remembering = _Remembering(file)
     try:
         torch.save(value, remembering)
-        file.flush()
     except Exception:
         if remembering.error is not None:
             raise remembering.error from None

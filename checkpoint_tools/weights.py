@@ -151,18 +151,6 @@ def split(tensor: MegatronTensor, whole: torch.Tensor, channels: int) -> list[to
     return list(whole.split(list(tensor.rows)))
 
 
-def shard(kind: Kind, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """What a tensor-parallel rank holds of a tensor; a view where possible."""
-    if size == 1 or kind == "replicated":
-        return whole
-    if kind == "row":
-        return whole.chunk(size, 1)[rank]
-    if kind == "gated":
-        gate, up = whole.chunk(2)
-        return torch.cat((gate.chunk(size)[rank], up.chunk(size)[rank]))
-    return whole.chunk(size)[rank]
-
-
 def unshard(kind: Kind, shards: Sequence[torch.Tensor]) -> torch.Tensor:
     """The whole tensor from what the tensor-parallel ranks hold; of replicated ones the first."""
     if len(shards) == 1 or kind == "replicated":

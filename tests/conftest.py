@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Transformers copies modeling files that it is told to trust into its cache: not into the user's.
+os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf-"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_report_header() -> str:

@@ -29,15 +29,13 @@ SENTENCES = ["the quick brown fox jumps over the lazy dog. ", "ternary weights a
 STEPS = 12
 
 
-def run(
-    script: str, model: Path, output: Path, data: list[Path], *more: str, trust: bool = True
-) -> subprocess.CompletedProcess:
+def run(script: str, model: Path, output: Path, data: list[Path], *more: str) -> subprocess.CompletedProcess:
     flags = f"""
         --model_name_or_path {model} --train_files {" ".join(map(str, data))} --output_dir {output}
         --use_cpu --report_to none --disable_tqdm true --seed 1 --logging_steps 1 --save_strategy no
         --max_steps {STEPS} --learning_rate 4e-3 --lr_scheduler_type constant --per_device_train_batch_size 4
     """.split()
-    command = [sys.executable, str(EXAMPLES / script), *flags, *more, *(["--trust_remote_code"] if trust else [])]
+    command = [sys.executable, str(EXAMPLES / script), *flags, *more, "--trust_remote_code"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -103,9 +101,9 @@ def assert_convertible(latent: Path, fused: Path) -> None:
             theirs, ours = stock(ids).logits, trained(ids).logits
         assert (theirs - ours).abs().max() <= 1e-5 * (ours.max() - ours.min())
     tokenizer = AutoTokenizer.from_pretrained(fused)
-    prompt = tokenizer("the quick", return_tensors="pt")
+    prompt = tokenizer("the quick", return_tensors="pt").input_ids
     texts = [
-        tokenizer.decode(m.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0])
+        tokenizer.decode(m.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0])
         for m in (stock, trained)
     ]
     assert texts[0] == texts[1] and texts[0].startswith("the quick") and len(texts[0]) > len("the quick")
@@ -135,12 +133,10 @@ def test_fine_tuning_then_fusing(trained, data: Path, tmp_path: Path) -> None:
     assert len(curve) == STEPS and curve[-1] < 0.7 * curve[0]
     assert_convertible(tmp_path / "sft", tmp_path / "fused")
 
-    # What is fused must not be trained, and its tokenizer still knows how it was prompted.
+    # Whoever prompts the fused model does it as it was trained.
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "fused")
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text == "<s>Human: hi\nAssistant:"
-    done = run("train.py", tmp_path / "fused", tmp_path / "no", [data / "text.txt"])
-    assert done.returncode == 2 and "holds fused weights" in done.stderr
 
 
 # -------------------------------------------------------------------------------------- the scripts from the inside
@@ -160,7 +156,7 @@ def scripts() -> dict[str, ModuleType]:
     return found
 
 
-def test_what_is_no_latent_export_is_refused(trained, scripts, tmp_path: Path) -> None:
+def test_what_is_no_latent_export_is_refused(trained, scripts, tmp_path: Path, capsys) -> None:
     def refused(directory: Path, trust: bool = True) -> str:
         arguments = scripts["latent_model"].ModelArguments(str(directory), trust_remote_code=trust)
         with pytest.raises(ValueError) as caught:
@@ -172,6 +168,11 @@ def test_what_is_no_latent_export_is_refused(trained, scripts, tmp_path: Path) -
     copy = tmp_path / "copy"
     qat_convert.main(["--input_bin", str(latent), "--output", str(copy)])
     assert "holds fused weights" in refused(copy)
+    flags = ["--train_files", "x", "--output_dir", str(tmp_path / "no"), "--use_cpu", "--report_to", "none"]
+    for script in ("train", "train_sft"):
+        assert scripts[script].main(["--model_name_or_path", str(copy), *flags]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+        assert scripts[script].main(["--model_name_or_path", str(copy), *flags, "--no_such_flag", "1"]) == 2
     (copy / "ternary_quantizer.json").unlink()
     assert "no latent export" in refused(copy)
     # Fused weights under a record that calls them latent.

@@ -28,6 +28,7 @@ from bitcpm_megatron.quantization import quantize_activations as reference_activ
 from bitcpm_megatron.quantization.record import FILE_NAME
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+O_PROJ = "model.layers.0.self_attn.o_proj"
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -66,17 +67,34 @@ def test_weights_are_quantized_as_in_training(rows, groups, group, dtype, expone
     assert same_bits(w, before)
 
 
-def test_scales_between_two_bf16_values_fall_on_the_same_side() -> None:
-    """Rows whose mean is a midpoint of two bf16 values to within an ulp: another order of the sum is seen here."""
-    w = torch.randn(400, 4096, generator=torch.Generator().manual_seed(5)).abs()
+def between_two_scales(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose mean is a midpoint of two bf16 values to within an ulp, so that another order of the sum is seen; and
+    these midpoints."""
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5)).abs()
     s = w.double().mean(-1).to(torch.bfloat16)
     midpoint = (s.double() + (s.view(torch.int16) + 1).view(torch.bfloat16).double()) / 2
-    w[:, 0] += ((midpoint - w.double().mean(-1)) * 4096).float()
+    w[:, 0] += ((midpoint - w.double().mean(-1)) * columns).float()
+    return w, midpoint.float()
+
+
+def test_scales_between_two_bf16_values_fall_on_the_same_side() -> None:
+    w, midpoint = between_two_scales(400, 4096)
     ours = quantize_weight(w, 4096, 1e-5, torch.float32)
     assert same_bits(ours, reference(w, -1))
-    assert same_bits(torch.cat([quantize_weight(row, 4096, 1e-5, torch.float32) for row in w.split(1)]), ours)
-    up = (ours.amax(-1) > midpoint.float()).float().mean()
+    up = (ours.amax(-1) > midpoint).float().mean()
     assert 0.1 < up < 0.9, "the rows are not where they should be"
+
+
+def test_a_row_alone_is_quantized_as_among_others() -> None:
+    """With several threads a single long sum is cut in pieces."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        w, _ = between_two_scales(16, 2**18)
+        rows = torch.cat([quantize_weight(row, 2**18, 1e-5, torch.float32) for row in w.split(1)])
+        assert same_bits(rows, reference(w, -1))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_wider_masters_are_quantized_by_their_rounded_copy() -> None:
@@ -296,6 +314,12 @@ def test_record_and_config_must_agree(tmp_path: Path) -> None:
         (tmp_path / "a" / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConversionError, match=message):
             read_record(tmp_path / "a")
+    damaged = {**config, "ternary_quantizer": {**config["ternary_quantizer"], "modules": {O_PROJ: "row"}}}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(damaged))
+    tiny_hf.record(modules={O_PROJ: {"group_size": -1}}).write(tmp_path / "a")
+    with pytest.raises(ConversionError, match="is damaged"):
+        read_record(tmp_path / "a")
+    (tmp_path / "a" / FILE_NAME).unlink()
     (tmp_path / "a" / "config.json").write_text("{}")
     assert read_record(tmp_path / "a") is None
 

@@ -49,13 +49,15 @@ def configs(draw: st.DrawFn) -> dict:
     kind = draw(st.sampled_from(["llama", "granite", "minicpm"]))
     head = draw(st.sampled_from([8, 16, 32]))
     groups = draw(st.sampled_from([2, 4]))
+    heads = groups * draw(st.integers(1, 3))
     config = {
         "model_type": kind,
         "architectures": [{"llama": "Llama", "granite": "Granite", "minicpm": "MiniCPM"}[kind] + "ForCausalLM"],
         "num_hidden_layers": draw(st.sampled_from([2, 4])),
-        "hidden_size": draw(st.integers(1, 6)) * 16,
+        # A multiple of the heads, which Transformers wants, and any size of them.
+        "hidden_size": draw(st.integers(1, 12)) * heads,
         "intermediate_size": draw(st.integers(1, 8)) * 8,
-        "num_attention_heads": groups * draw(st.integers(1, 3)),
+        "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": head,
         "vocab_size": draw(st.integers(1, 300)),

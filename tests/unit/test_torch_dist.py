@@ -3,6 +3,7 @@ import argparse
 import collections
 import enum
 import errno
+import io
 import os
 import pickle
 import shutil
@@ -211,10 +212,12 @@ def test_pytorch_loads_it_and_what_it_saves_is_read(tmp_path):
 
 
 def test_tensors_that_cannot_be_mapped_are_loaded(tmp_path, monkeypatch):
-    def save_odd(value, file):
-        torch.save(torch.nn.Parameter(value) if isinstance(value, torch.Tensor) else value, file)
+    save = torch.save
 
-    monkeypatch.setattr(torch_dist, "save_file", save_odd)
+    def save_odd(value, file):
+        save(torch.nn.Parameter(value) if isinstance(value, torch.Tensor) else value, file)
+
+    monkeypatch.setattr(torch, "save", save_odd)
     reader = TorchDistReader(write(tmp_path, pieces("t", LAYERS.float(), (3, 1, 1))))
     assert torch.equal(reader.read("t", (slice(1, 3), 2)), LAYERS.float()[1:3, 2])
 
@@ -241,10 +244,47 @@ def test_damaged_chunk(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ConversionError, match=r"__0_0.distcp: layers: .* damaged"):
             TorchDistReader(tmp_path).read("layers", (0,))
-    # Another tensor's chunk.
-    file.write_bytes((tmp_path / "__0_3.distcp").read_bytes().ljust(len(content), b"\0"))
-    with pytest.raises(ConversionError, match=r"__0_0.distcp: layers"):
-        TorchDistReader(tmp_path).read("layers", (0,))
+
+
+def change_metadata(directory: Path, change) -> None:
+    path = directory / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def test_chunk_of_another_tensor(tmp_path):
+    def swap(metadata):
+        places = {(index.fqn, index.offset): index for index in metadata.storage_data}
+        stolen = metadata.storage_data[places["vector", (0,)]]
+        metadata.storage_data[places["layers", (1, 4, 0)]] = stolen
+
+    change_metadata(stacked(tmp_path), swap)
+    reader = TorchDistReader(tmp_path)
+    assert torch.equal(reader.read("layers", (1, slice(4))), LAYERS[1, :4])
+    with pytest.raises(ConversionError, match=r"layers: .*\(7,\), torch.float32 in place of \(1, 4, 5\)"):
+        reader.read("layers")
+
+
+def test_chunk_that_was_not_saved(tmp_path):
+    change_metadata(stacked(tmp_path), lambda metadata: metadata.state_dict_metadata["layers"].chunks.pop(3))
+    reader = TorchDistReader(tmp_path)
+    assert torch.equal(reader.read("layers", (0,)), LAYERS[0])
+    with pytest.raises(ConversionError, match="layers: its chunks do not make up the tensor"):
+        reader.read("layers")
+
+
+def test_compressed_chunk(tmp_path):
+    file = write(tmp_path, pieces("t", LAYERS, (1, 1, 1))) / "__0_0.distcp"
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    change_metadata(
+        tmp_path, lambda metadata: next(iter(metadata.storage_data.values())).__setattr__("length", file.stat().st_size)
+    )
+    assert torch.equal(TorchDistReader(tmp_path).read("t", (1,)), LAYERS[1])
 
 
 @settings(max_examples=150, deadline=None)
@@ -301,7 +341,8 @@ def test_common_with_code(tmp_path, capsys):
 
 def test_chunk_with_code(tmp_path, monkeypatch):
     marker = tmp_path / "ran"
-    monkeypatch.setattr(torch_dist, "save_file", lambda value, file: torch.save(Payload(exec, marker), file))
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda value, file: save(Payload(exec, marker), file))
     reader = TorchDistReader(write(tmp_path, pieces("t", LAYERS, (1, 1, 1))))
     with pytest.raises(ConversionError, match="damaged"):
         reader.read("t")
@@ -373,23 +414,18 @@ def test_errors_of_producers_come_through(tmp_path, error):
     assert raised.value is error
 
 
+class FullDisk(io.BytesIO):
+    """A file that has room for small records only."""
+
+    def write(self, data):
+        if len(data) > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
 def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch):
-    """PyTorch's zip writer alone would raise a RuntimeError."""
-
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def write(self, data):
-            if len(data) > 10_000:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return self.file.write(data)
-
-        def flush(self):
-            self.file.flush()
-
-    save = torch_dist.save_file
-    monkeypatch.setattr(torch_dist, "save_file", lambda v, f: save(v, Full(f)))
+    """PyTorch makes a RuntimeError of it."""
+    monkeypatch.setattr(torch_dist, "open", lambda *_: FullDisk(), raising=False)
     with pytest.raises(OSError) as error:
         write(tmp_path, [Chunk("t", (9999,), (0,), (9999,), torch.float32, lambda: torch.ones(9999))])
     assert error.value.errno == errno.ENOSPC
