@@ -341,12 +341,15 @@ class _Planner(DefaultSavePlanner):
         self._by_place = {(chunk.key, chunk.offsets): chunk for chunk in chunks}
         described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         volumes: collections.Counter[str] = collections.Counter()
-        for chunk in chunks:
+        for chunk in self._by_place.values():
             if described.setdefault(chunk.key, (chunk.shape, chunk.dtype)) != (chunk.shape, chunk.dtype):
                 raise ConversionError(f"{chunk.key}: its chunks disagree about shape or dtype")
             if not len(chunk.shape) == len(chunk.offsets) == len(chunk.sizes):
                 raise ConversionError(f"{chunk.key}: a chunk's offsets and sizes do not fit a tensor of {chunk.shape}")
             volumes[chunk.key] += _volume(chunk.sizes)
+        if len(self._by_place) != len(chunks):
+            place = collections.Counter((chunk.key, chunk.offsets) for chunk in chunks).most_common(1)[0][0]
+            raise ConversionError(f"{place[0]}: two chunks begin at {place[1]}")
         # PyTorch looks for overlaps and for chunks that stand out; gaps it overlooks when there is one process.
         for key, (shape, _) in described.items():
             if volumes[key] != _volume(shape):

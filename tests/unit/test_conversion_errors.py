@@ -360,25 +360,23 @@ def test_a_full_disk(direction: str, source: Path, megatron: Path, tmp_path: Pat
 @pytest.mark.parametrize("direction", ["to megatron", "to hugging face"])
 def test_killed_half_way_and_started_again(direction: str, source: Path, megatron: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    tool, flags = {
-        "to megatron": ("convert_hf_to_megatron", ["--load-dir", str(source)]),
-        "to hugging face": ("convert_megatron_to_hf", ["--load-dir", str(megatron), "--weights", "fused"]),
-    }[direction]
+    if direction == "to megatron":
+        tool, module, function, flags = "convert_hf_to_megatron", "hf_model", "join", ["--load-dir", str(source)]
+    else:
+        tool = module = "convert_megatron_to_hf"
+        function, flags = "split", ["--load-dir", str(megatron), "--weights", "fused"]
     script = f"""
 import os, signal, sys
-from bitcpm_megatron.checkpoint_tools import {tool} as tool
-from bitcpm_megatron.checkpoint_tools import weights
+from bitcpm_megatron.checkpoint_tools import {tool} as tool, {module} as module
 count = 0
-def counted(original):
-    def wrapper(*args):
-        global count
-        count += 1
-        if count == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args)
-    return wrapper
-tool.join = counted(getattr(tool, "join", None)) if hasattr(tool, "join") else None
-tool.split = counted(getattr(tool, "split", None)) if hasattr(tool, "split") else None
+original = module.{function}
+def counted(*args):
+    global count
+    count += 1
+    if count == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+module.{function} = counted
 sys.exit(tool.main(sys.argv[1:]))
 """
     command = [*flags, "--save-dir", str(out)]
