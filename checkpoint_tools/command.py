@@ -9,6 +9,7 @@ import torch
 
 from ..models.architecture import ArchitectureError
 from ..quantization.record import RecordError
+from .memory import return_freed_memory
 from .tensors import ConversionError, VerificationError
 
 DTYPES = {
@@ -38,6 +39,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 def run(work: Callable[[], None]) -> int:
     """Runs a command; returns its exit status: 0 done, 1 failed, 2 bad input, 3 a verification found a mismatch."""
+    return_freed_memory()
     try:
         work()
     except VerificationError as error:

@@ -392,6 +392,7 @@ def test_plans_that_are_wrong(tmp_path):
         (
             chunks[:2],
             [*chunks, chunks[0]],
+            [chunks[0], chunks[0], chunks[2]],
             [*chunks, *pieces("t", LAYERS, (1, 1, 1))],
             [*chunks[:2], other[2]],
             [*chunks[:2], Chunk("t", (3, 8, 5), (2, 0), (1, 8), torch.bfloat16, lambda: LAYERS[2:])],
