@@ -21,6 +21,8 @@ setup(
         *find_packages(include=["bitcpm_megatron", "bitcpm_megatron.*"]),
         *(f"bitcpm_megatron.{name}" for name in INSIDE),
     ],
-    package_data={"bitcpm_megatron.launch": ["models/*.yaml"]},
+    package_data={
+        "bitcpm_megatron.launch": ["models/*.yaml", "jobs/*.yaml", "environments/*.yaml", "support.yaml"],
+    },
     package_dir={f"bitcpm_megatron.{name}": name for name in INSIDE},
 )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a job before anything is held: ``launch/preflight.py JOB.yaml``, on a login node or on a node of the job.
+
+    python launch/preflight.py JOB.yaml [--json] [--node-rank N] [--set section.key=value]
+
+Prints a table of pass / warn / fail, each line with what was found and, where something is to be done, the cure.
+Nothing is written, no device is touched and no other node is asked. Exit status: 0 no failure (warnings allowed), 2 a
+job file that cannot be understood, 3 something fails.
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # From a bare checkout the package stands two levels up.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bitcpm_megatron.launch import (
+    checks_checkpoint,
+    checks_cluster,
+    checks_data,
+    checks_layout,
+    checks_software,
+    checks_training,
+)
+from bitcpm_megatron.launch.cluster import Placement
+from bitcpm_megatron.launch.command import host_argv
+from bitcpm_megatron.launch.findings import Finding, Subject, prepare
+from bitcpm_megatron.launch.job import Job, JobError, read_job
+
+_CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
+    checks_cluster.check,
+    checks_layout.check,
+    checks_training.check,
+    checks_data.check,
+    checks_checkpoint.check,
+    checks_software.check,
+)
+_WIDTH = 116
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks one job; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        job = read_job(args.job, args.set)
+        host_argv(job)
+        found = findings(prepare(job, node_rank=args.node_rank))
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({"job": str(job.path), "findings": [vars(f) for f in found]}, indent=1))
+    else:
+        print(table(job, found))
+    return status(found)
+
+
+def report(job: Job, place: Placement) -> int:
+    """Checks a job that is about to start on this node, prints the table, and returns the exit status."""
+    found = findings(prepare(job, place))
+    print(table(job, found), flush=True)
+    return status(found)
+
+
+def findings(subject: Subject) -> list[Finding]:
+    """Everything that the checks say, in their order."""
+    return [finding for check in _CHECKS for finding in check(subject)]
+
+
+def status(found: list[Finding]) -> int:
+    """The exit status that findings amount to."""
+    return 3 if any(f.status == "fail" for f in found) else 0
+
+
+def table(job: Job, found: list[Finding]) -> str:
+    """The findings for people: one line each, and the cure below."""
+    width = max(len(f.check) for f in found)
+    lines = [f"preflight of {job.name} ({job.path})"]
+    for f in found:
+        head = f"{f.status.upper():4}  {f.check.ljust(width)}  "
+        lines += textwrap.wrap(f.found, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+        if f.cure:
+            lines += textwrap.wrap(
+                f.cure, _WIDTH, initial_indent=" " * len(head) + "-> ", subsequent_indent=" " * (len(head) + 3)
+            )
+    counts = {s: sum(f.status == s for f in found) for s in ("pass", "warn", "fail")}
+    lines.append(f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failures")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("job", metavar="JOB.yaml")
+    parser.add_argument("--json", action="store_true", help="for machines: every finding as an object")
+    parser.add_argument("--node-rank", type=int, metavar="N", help="number of this node, from 0")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change the job file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two nodes on one machine: ``torchrun`` agents at 127.0.0.1 and 127.0.0.2, one of them killed and started again."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kill_campaign import kill
+from launcher import CHECKOUT, environment
+from small_model import losses
+
+from bitcpm_megatron.launch.findings import prepare
+from bitcpm_megatron.launch.job import read_job
+from bitcpm_megatron.launch.quantizer_plan import expected_record
+from bitcpm_megatron.quantization.record import QuantizerRecord
+from bitcpm_megatron.training.checkpoint_directory import latest
+from bitcpm_megatron.training.metrics import METRICS
+
+STEPS = 40
+JOB = """
+description: two nodes of one process
+model: {{preset: tiny-minicpm4, seq-length: 32, make-vocab-size-divisible-by: 64}}
+parallelism: {{use-distributed-optimizer: true}}
+training: {{micro-batch-size: 1, global-batch-size: 4, train-iters: {steps}, lr: 1.0e-2, bf16: true, seed: 7}}
+data: {{mock-data: true, vocab-size: 300, eval-iters: 0, data-cache-path: {directory}/cache}}
+ternary: {{ternary: true}}
+checkpoint: {{save: {directory}/{name}/save, save-interval: 10}}
+logging: {{log-interval: 1, log-dir: {directory}/{name}/log}}
+cluster: {{profile: cpu, nodes: {nodes}, devices-per-node: {devices}, master-port: {port}, {rest}}}
+"""
+ELASTIC = "hosts: [127.0.0.1, 127.0.0.2], rendezvous: c10d, max-restarts: 3, keep-alive-seconds: 6"
+
+
+def write_job(directory: Path, name: str, nodes: int, rest: str) -> Path:
+    """A job file on a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = directory / f"{name}.yaml"
+    values = {"steps": STEPS, "directory": directory, "name": name, "nodes": nodes, "devices": 2 // nodes}
+    path.write_text(JOB.format(**values, port=port, rest=rest))
+    return path
+
+
+def start(job: Path, rank: int) -> subprocess.Popen:
+    """What a cluster manager does on one node."""
+    command = [sys.executable, "launch/run.py", str(job), "--node-rank", str(rank)]
+    output = open(f"{job}.{rank}.txt", "a")  # noqa: SIM115 - the process keeps it
+    return subprocess.Popen(command, cwd=CHECKOUT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+
+
+def iterations(log: Path) -> list[int]:
+    """Iterations in a log that is being written."""
+    text = (log / METRICS).read_text() if (log / METRICS).is_file() else ""
+    return [json.loads(line)["iteration"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address of Linux' loopback interface alone")
+def test_a_killed_agent_comes_back_and_the_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    whole = write_job(tmp_path, "whole", 1, "rendezvous: static")
+    job = write_job(tmp_path, "killed", 2, ELASTIC)
+    save, log = tmp_path / "killed" / "save", tmp_path / "killed" / "log"
+    # The uninterrupted run goes on meanwhile.
+    uninterrupted = start(whole, 0)
+    agents = [start(job, rank) for rank in range(2)]
+    try:
+        deadline = time.monotonic() + 240
+        while latest(save) is None or max(iterations(log), default=0) < 12:
+            assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents), outputs(job)[-8000:]
+            time.sleep(0.02)
+        kill(agents[1])
+        reached, checkpoint = max(iterations(log)), latest(save)
+        agents[1] = start(job, 1)
+        assert uninterrupted.wait(240) == 0, Path(f"{whole}.0.txt").read_text()[-8000:]
+        assert [agent.wait(240) for agent in agents] == [0, 0], outputs(job)[-8000:]
+    finally:
+        for agent in (uninterrupted, *agents):
+            if agent.poll() is None:
+                kill(agent)
+    assert reached < STEPS, "the kill came too late to prove anything"
+    assert checkpoint is not None and f"loaded {checkpoint}, going on after" in outputs(job)
+    assert f"checkpoints: goes on from {checkpoint}" in outputs(job)
+    assert latest(save).name == f"iter_{STEPS:07d}"
+    assert losses(log) == losses(tmp_path / "whole" / "log")
+    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+    # What the launcher expects of a checkpoint without building a model is what the model recorded.
+    subject = prepare(read_job(str(job)), node_rank=0)
+    assert QuantizerRecord.read(latest(save)).contradictions(expected_record(subject.layout, subject.args, 1)) == []
+
+
+def outputs(job: Path) -> str:
+    """What both agents have printed."""
+    return "".join(Path(f"{job}.{rank}.txt").read_text() for rank in range(2))

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints how many bytes our loop's model saves for its backward, and how many ``launch/memory.py`` expects.
+
+python tests/unit/saved_activations.py FLAGS OF launch/pretrain.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bitcpm_megatron.launch import presets
+from bitcpm_megatron.launch.job import Cluster, Host, Job
+from bitcpm_megatron.launch.layout import layout_of, recipe_of
+from bitcpm_megatron.launch.memory import estimate, options_of
+from bitcpm_megatron.training.arguments import parse_args
+from bitcpm_megatron.training.initialize import initialize
+from bitcpm_megatron.training.model import build_model
+from bitcpm_megatron.training.tokenizer import padded_vocab_size
+
+
+def main() -> None:
+    """Runs one forward in this process."""
+    args = parse_args(presets.expand(sys.argv[1:]), 1)
+    initialize(args)
+    padded = padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by)
+    model = build_model(args, padded, with_ddp=False)
+    weights = {p.untyped_storage().data_ptr() for p in model.bare[0].parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # Kept alive, or its address could be another tensor's later.
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(0, args.vocab_size, (args.micro_batch_size, args.seq_length))
+    positions = torch.arange(args.seq_length).expand_as(tokens)
+    mask = torch.ones(1, 1, args.seq_length, args.seq_length).triu(1).bool()
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        model.chunks[0](tokens, positions, mask, labels=tokens)
+    job = Job("measured", Path(), "", Host(), None, {}, Cluster())
+    layout = layout_of(job, args, 1, args.vocab_size)
+    _, need = estimate(layout, options_of(args, recipe_of(args) if args.ternary else None, False, False, 0, 0))
+    # The quantized weights are saved for the backward; the scratch of the quantizer is not.
+    scratch = 4 * max(linear.weights for linear in layout.linears(0)) if args.ternary else 0
+    expected = need.activations + need.logits + need.quantized - scratch
+    print(json.dumps({"saved": sum(s.nbytes() for s in saved.values()), "expected": expected}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The job files that come with the package: what they run, to the letter, and whether they fit.
+
+``python tests/unit/test_job_files.py`` writes ``golden/`` anew; look at the difference before you commit it.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bitcpm_megatron.launch import checks_layout, checks_training, run
+from bitcpm_megatron.launch.findings import prepare
+from bitcpm_megatron.launch.job import names, read_job
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def printed(name: str) -> str:
+    """``run.py NAME --print`` on the last node of a SLURM job, without what is particular to this machine."""
+    nodes = read_job(name).cluster.nodes or 1
+    environ = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": str(nodes),
+        "SLURM_NODEID": str(nodes - 1),
+        "SLURM_JOB_NODELIST": f"npu[001-{nodes:03}]" if nodes > 1 else "npu001",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": str(nodes),
+    }
+    output, before = io.StringIO(), Path.cwd()
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        mock.patch.dict(os.environ, environ, clear=True),
+        mock.patch.object(sys, "executable", "PYTHON"),
+        contextlib.redirect_stdout(output),
+    ):
+        # Where nothing was saved by an earlier run.
+        os.chdir(directory)
+        try:
+            assert run.main([name, "--print"]) == 0
+        finally:
+            os.chdir(before)
+    return output.getvalue().replace(str(CHECKOUT), "CHECKOUT")
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_job_prints_what_it_printed(name: str) -> None:
+    assert printed(name) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_there_is_a_job_for_every_model_and_size() -> None:
+    assert {f"{model}-{npus}npu" for model in ("0.5b", "1b", "3b", "8b") for npus in (8, 16, 64)} | {"tiny-cpu"} == set(
+        names()
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name.endswith("npu")])
+def test_a_job_divides_and_fits(name: str) -> None:
+    subject = prepare(read_job(name, ["cluster.master-addr=127.0.0.1"]), environ={}, node_rank=0)
+    found = [*checks_layout.check(subject), *checks_training.check(subject)]
+    assert [f for f in found if f.status != "pass"] == []
+    assert subject.layout.world == int(name.partition("-")[2].removesuffix("npu"))
+
+
+def test_the_jobs_of_a_model_train_the_same() -> None:
+    for model in ("0.5b", "1b", "3b", "8b"):
+        jobs = [read_job(f"{model}-{npus}npu") for npus in (8, 16, 64)]
+        layout = ("parallel-size", "sequence-parallel", "micro-batch-size")
+        plans = [{k: v for k, v in j.flags.items() if not any(part in k for part in layout)} for j in jobs]
+        assert plans[0] == plans[1] == plans[2], model
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for job in names():
+        (GOLDEN / f"{job}.txt").write_text(printed(job), encoding="utf-8")
