@@ -7,10 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..models.architecture import ArchitectureError
-from ..quantization.record import RecordError
 from .memory import return_freed_memory
-from .tensors import ConversionError, VerificationError
+from .tensors import VerificationError
 
 DTYPES = {
     "fp32": torch.float32,
@@ -29,6 +27,11 @@ _PICKLE = (
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--dtype`` and ``--allow-pickle``."""
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written weights, default their own")
+    add_pickle_argument(parser)
+
+
+def add_pickle_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--allow-pickle``."""
     parser.add_argument("--allow-pickle", action="store_true", help=_PICKLE)
 
 
@@ -44,7 +47,7 @@ def run(work: Callable[[], None]) -> int:
         work()
     except VerificationError as error:
         return _failed(error, 3)
-    except (ConversionError, ArchitectureError, RecordError) as error:
+    except ValueError as error:  # ConversionError, ArchitectureError, RecordError, and an impossible quantizer
         return _failed(error, 2)
     except OSError as error:
         return _failed(error, 1)

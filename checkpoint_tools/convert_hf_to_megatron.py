@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, dtype_of, run
 from bitcpm_megatron.checkpoint_tools.hf_config import read_config
-from bitcpm_megatron.checkpoint_tools.hf_model import HfModel, open_hf_model, record_of_fused
+from bitcpm_megatron.checkpoint_tools.hf_model import HfModel, checked_record, open_hf_model
 from bitcpm_megatron.checkpoint_tools.megatron_writer import Layout, stored_bytes, write_legacy, write_torch_dist
 from bitcpm_megatron.checkpoint_tools.side_files import HF_DIRECTORY, copy_side_files
 from bitcpm_megatron.checkpoint_tools.staging import staged
@@ -47,7 +47,8 @@ def convert(model: HfModel, out: Path, *, load_dir: Path, file_format: str, layo
     rows = padded_rows(model.architecture.vocab_size, divisible_by * layout.tp)
     arguments = _arguments(model, rows, layout, divisible_by)
     total = stored_bytes(model, rows)
-    record = record_of_fused(model) if model.record is None else model.record
+    # From here on, for the cast of fused weights must be exact.
+    record = model.record = checked_record(model)
     with staged(out, total) as directory, tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         release = directory / RELEASE
         release.mkdir()
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.make_vocab_size_divisible_by < 1:
             raise ConversionError("--make-vocab-size-divisible-by must be 1 or more")
         model = open_hf_model(args.load_dir, dtype_of(args.dtype), args.allow_pickle)
-        layout.check(model)
+        layout.check(model, legacy)
         convert(
             model,
             args.save_dir,
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(model: HfModel, rows: int, layout: Layout, divisible_by: int) -> dict[str, Any]:
-    dtype = model.dtype_of(model.tensors[1])
+    dtype = model.dtype_of(next(t for t in model.tensors if t.quantizable))
     return {
         **arguments_of(model.architecture),
         "vocab_size": model.architecture.vocab_size,

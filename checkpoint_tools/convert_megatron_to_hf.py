@@ -46,12 +46,13 @@ from bitcpm_megatron.checkpoint_tools.quantizer_of import checked_record, checke
 from bitcpm_megatron.checkpoint_tools.records import to_hugging_face
 from bitcpm_megatron.checkpoint_tools.side_files import HF_DIRECTORY, copy_side_files
 from bitcpm_megatron.checkpoint_tools.staging import staged
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo, VerificationError, check_finite
+from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo, VerificationError, cast, check_finite
 from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors, split
 from bitcpm_megatron.files import write_text
 from bitcpm_megatron.models.architecture import Architecture
 from bitcpm_megatron.models.arguments import architecture_of as architecture_of_arguments
 from bitcpm_megatron.quantization.record import QuantizerRecord
+from bitcpm_megatron.training.checkpoint_directory import RELEASE
 
 _VOCABULARY_BLOCK = 2**26
 
@@ -95,30 +96,31 @@ class Export:
             return
         channels = self.architecture.kv_channels
         whole = self.checkpoint.read(tensor)
-        quantized = self.fuse and tensor.module in self.record.modules
-        scales = checked_scales(self.checkpoint, self.record, tensor) if quantized else None
+        ternary = self.record is not None and tensor.module in self.record.modules
+        quantized = ternary and self.fuse
+        # Of latent exports, too: scales that contradict the record mean that it is not this model's.
+        latent = ternary and self.record.state == "latent"
+        scales = checked_scales(self.checkpoint, self.record, tensor) if latent else None
+        scales = scales if quantized else None
         part_scales = [None] * len(tensor.parts) if scales is None else split(tensor, scales, channels)
         for name, part, own in zip(tensor.parts, split(tensor, whole, channels), part_scales, strict=True):
             if quantized:
                 yield name, self._fused(name, part, self.record.config_of(tensor.module), own)
             else:
                 check_finite(name, part)
-                yield name, iter([part.to(self.dtype or part.dtype).contiguous()])
+                yield name, iter([cast(name, part, self.dtype or part.dtype, exactly=ternary).contiguous()])
 
     def _fused(self, name: str, part: torch.Tensor, config: Any, scales: torch.Tensor | None) -> Iterator[torch.Tensor]:
         info = TensorInfo(tuple(part.shape), part.dtype)
         for block in fuse_blocks(name, lambda rows: part[rows], info, config, scales):
-            cast = block.to(self.dtype or block.dtype)
-            if not torch.equal(cast.to(block.dtype), block):
-                raise ConversionError(f"{name}: {self.dtype} cannot hold its scales exactly: choose --dtype bf16")
-            yield cast
+            yield cast(name, block, self.dtype or block.dtype, exactly=True)
 
     def _vocabulary(self, tensor: MegatronTensor) -> Iterator[torch.Tensor]:
         rows = max(1, _VOCABULARY_BLOCK // (tensor.shape[1] * self.checkpoint.info(tensor).dtype.itemsize))
         for start in range(0, tensor.shape[0], rows):
             block = self.checkpoint.read(tensor, start, min(start + rows, tensor.shape[0]))
             check_finite(tensor.parts[0], block)
-            yield block.to(self.dtype or block.dtype).contiguous()
+            yield cast(tensor.parts[0], block, self.dtype or block.dtype).contiguous()
 
 
 def convert(export: Export, out: Path, *, kind: str, template: Path | None, max_shard_size: int, verify: bool) -> None:
@@ -199,8 +201,7 @@ def open_export(
         ConversionError: the checkpoint is damaged, contradicts itself, or cannot be exported so.
     """
     checkpoint = open_checkpoint(directory, options.get("allow_pickle", False))
-    kept = checkpoint.path / HF_DIRECTORY
-    template = config if config is not None else kept if kept.is_dir() else None
+    template = config if config is not None else _kept_files(checkpoint)
     architecture = _architecture(checkpoint, template, vocab_size)
     tensors = megatron_tensors(architecture)
     checkpoint.check_complete(tensors)
@@ -221,6 +222,15 @@ def open_export(
     return Export(checkpoint, architecture, tensors, record, fuse, dtype), template
 
 
+def _kept_files(checkpoint: MegatronCheckpoint) -> Path | None:
+    """The tokenizer's files that a conversion left: with this checkpoint, or with the one that its run started from."""
+    origin = checkpoint.arguments.get("pretrained_checkpoint")
+    for path in (checkpoint.path, *([] if origin is None else [Path(origin) / RELEASE, Path(origin)])):
+        if (path / HF_DIRECTORY).is_dir():
+            return path / HF_DIRECTORY
+    return None
+
+
 def _architecture(checkpoint: MegatronCheckpoint, template: Path | None, vocab_size: int | None) -> Architecture:
     """From the run's arguments; from an earlier ``config.json`` where it left none."""
     config = read_config(template) if template is not None and (template / "config.json").is_file() else None
@@ -231,8 +241,12 @@ def _architecture(checkpoint: MegatronCheckpoint, template: Path | None, vocab_s
             )
         return architecture_of(config)
     arguments: Mapping[str, Any] = checkpoint.arguments
-    if vocab_size is None:
-        vocab_size = arguments.get("vocab_size")
+    recorded = arguments.get("vocab_size")
+    if vocab_size is not None and recorded not in (None, vocab_size):
+        raise ConversionError(
+            f"--vocab-size {vocab_size} contradicts the checkpoint, which says {recorded}: leave it out"
+        )
+    vocab_size = recorded if vocab_size is None else vocab_size
     if vocab_size is None and config is not None:
         vocab_size = config.get("vocab_size")
     if vocab_size is None:

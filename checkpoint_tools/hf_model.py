@@ -8,13 +8,13 @@ import torch
 
 from ..models.architecture import Architecture
 from ..models.arguments import arguments_of
-from ..quantization import fused_group_size
+from ..quantization import WEIGHT_DTYPES, fused_group_size
 from ..quantization.record import QuantizerRecord
 from .hf_config import architecture_of, read_config
 from .hf_files import HfReader
 from .latent_export import read_record
 from .records import to_megatron
-from .tensors import ConversionError, TensorInfo, TensorReader, check_finite
+from .tensors import ConversionError, TensorInfo, TensorReader, cast, check_finite
 from .weights import MegatronTensor, join, megatron_tensors
 
 _BLOCK = 2**26
@@ -60,7 +60,7 @@ class HfModel:
                 index = (_share(rows, rank, size),)
             parts.append(self.reader.read(name, index))
             check_finite(name, parts[-1])
-        return join(tensor, parts, self.architecture.kv_channels).to(self.dtype_of(tensor))
+        return self._cast(tensor, join(tensor, parts, self.architecture.kv_channels))
 
     def read_rows(self, tensor: MegatronTensor, start: int, stop: int) -> torch.Tensor:
         """Rows of a vocabulary tensor; zeros beyond the vocabulary."""
@@ -70,7 +70,11 @@ class HfModel:
         missing = stop - max(start, tensor.shape[0])
         if missing > 0:
             rows = torch.cat((rows, rows.new_zeros(missing, tensor.shape[1])))
-        return rows.to(self.dtype_of(tensor))
+        return self._cast(tensor, rows)
+
+    def _cast(self, tensor: MegatronTensor, whole: torch.Tensor) -> torch.Tensor:
+        fused = self.record is not None and self.record.state == "fused" and tensor.module in self.record.modules
+        return cast(tensor.name, whole, self.dtype_of(tensor), exactly=fused)
 
 
 def open_hf_model(directory: Path, dtype: torch.dtype | None, allow_pickle: bool) -> HfModel:
@@ -124,12 +128,16 @@ def _check_dtypes(model: HfModel) -> None:
         raise ConversionError(
             f"{', '.join(mixed)} come in several dtypes, which Megatron stores in one tensor: choose one with --dtype"
         )
-    latent = model.record is not None and model.record.state == "latent"
-    if latent and model.dtype not in (None, getattr(torch, model.record.latent_dtype)):
-        raise ConversionError(
-            f"--dtype would change the {model.record.latent_dtype} latent weights, and with them what they are "
-            "quantized to: leave it out"
-        )
+    if model.record is None or model.record.state != "latent":
+        return
+    latent = getattr(torch, model.record.latent_dtype)
+    for tensor in model.tensors:
+        if tensor.module in model.record.modules and model.dtype_of(tensor) != latent:
+            raise ConversionError(
+                f"{tensor.module}: training quantized its weight as {model.record.latent_dtype}, and as "
+                f"{str(model.dtype_of(tensor)).removeprefix('torch.')} it would be quantized to something else: "
+                f"give --dtype {model.record.latent_dtype}"
+            )
 
 
 def _check_tied(reader: TensorReader) -> None:
@@ -144,28 +152,53 @@ def _check_tied(reader: TensorReader) -> None:
         raise ConversionError("config.json ties the embeddings, and lm_head.weight differs from embed_tokens.weight")
 
 
-def record_of_fused(model: HfModel) -> QuantizerRecord | None:
-    """The record of weights that are ternary already and say so nowhere; None for ordinary ones.
+def checked_record(model: HfModel) -> QuantizerRecord | None:
+    """The record of a model, by Megatron's module names, held against its weights; made of them where they are ternary
+    already and say so nowhere. None for ordinary weights.
 
     Raises:
-        ConversionError: some linears are ternary and some are not: half of a fused model is nothing to train from.
+        ConversionError: the record contradicts the weights, or one Megatron tensor would be half ternary.
     """
-    linears = [t for t in model.tensors if t.quantizable]
-    groups = {}
-    for tensor in linears:
-        sizes = [fused_group_size(model.reader.read(part)) for part in tensor.parts]
-        if all(sizes):
-            # What holds for the whole is the group that divides all parts' groups: they have the same row.
-            groups[tensor.module] = min(sizes, key=lambda g: tensor.shape[1] if g == -1 else g)
-        elif not groups:
+    groups = {t.module: group for t in model.tensors if t.quantizable and (group := _fused_group(model, t)) is not None}
+    record = model.record
+    if record is None:
+        if not groups:
             return None
-    if len(groups) < len(linears):
-        latent = [t.module for t in linears if t.module not in groups]
+        print("the weights are ternary already (fused): recorded so, and not to be trained as latents")
+        row = {t.module: t.shape[1] for t in model.tensors if t.kind == "row"}
+        shards = max((row[m] // g for m, g in groups.items() if m in row and g != -1), default=1)
+        columns = any(g != -1 for m, g in groups.items() if m not in row)
+        linear = next(t for t in model.tensors if t.quantizable)
+        dtype = str(model.dtype_of(linear)).removeprefix("torch.")
+        modules = {module: {"group_size": group} for module, group in groups.items()}
+        return QuantizerRecord("fused", "ternary", 1e-5, dtype, 1 if columns else shards, 16, modules)
+    quantized = [t for t in model.tensors if t.module in record.modules]
+    # An all-zero weight is both.
+    zero = {t.module for t in quantized if t.module in groups and not any(model.reader.read(p).any() for p in t.parts)}
+    wrong = [t.module for t in quantized if (record.state == "latent") == (t.module in groups) and t.module not in zero]
+    if wrong:
+        what = "ternary already" if record.state == "latent" else "not ternary"
         raise ConversionError(
-            f"{len(groups)} of {len(linears)} linears are ternary already and {', '.join(latent[:3])} ... are not: is "
-            "this a damaged export?"
+            f"the quantizer record says {record.state}, and {wrong[0]} ({len(wrong)} in all) is {what}: take the "
+            "record that belongs to these weights"
         )
-    print("the weights are ternary already (fused): recorded so, and they should not be trained as latents")
-    dtype = str(model.dtype_of(linears[0])).removeprefix("torch.")
-    modules = {module: {"group_size": group} for module, group in groups.items()}
-    return QuantizerRecord("fused", "ternary", 1e-5, dtype, 1, 16, modules)
+    return record
+
+
+def _fused_group(model: HfModel, tensor: MegatronTensor) -> int | None:
+    """The group size of weights that are ternary already, None for others; the smallest of the parts."""
+    sizes = [_group_of(name, model.reader.read(name)) for name in tensor.parts]
+    if not any(sizes):
+        return None
+    if not all(sizes):
+        ternary = [name for name, size in zip(tensor.parts, sizes, strict=True) if size]
+        raise ConversionError(
+            f"{', '.join(ternary)} is ternary already and the rest of {tensor.module} is not: is this a damaged export?"
+        )
+    return min(sizes, key=lambda size: tensor.shape[1] if size == -1 else size)
+
+
+def _group_of(name: str, weight: torch.Tensor) -> int | None:
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ConversionError(f"{name} is {weight.dtype}: weights in fp32, bf16 and fp16 can be converted")
+    return fused_group_size(weight)

@@ -2,6 +2,7 @@
 """Megatron-LM's legacy checkpoints: ``mp_rank_XX[_YYY]/model_optim_rng.pt``, one file for each model-parallel rank."""
 
 import argparse
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -105,21 +106,26 @@ def write_rank(
         OSError: for example a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sizes = [_aligned(info.nbytes) for part in plan.values() for info in part.values()]
-    storage = scratch_memory(path.parent, sum(sizes)).untyped_storage()
-    state: dict[str, Any] = dict(other)
+    parts = {key: filled_on_disk(path.parent, part, functools.partial(fill, key)) for key, part in plan.items()}
+    save_file({**other, **parts}, path)
+
+
+def filled_on_disk(
+    directory: Path, plan: Mapping[str, TensorInfo], fill: Callable[[str], torch.Tensor | Iterable[torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Tensors whose memory is a nameless file in ``directory``, for ``torch.save``; arguments as above."""
+    storage = scratch_memory(directory, sum(_aligned(info.nbytes) for info in plan.values())).untyped_storage()
+    state = {}
     end = 0
-    for key, part in plan.items():
-        state[key] = {}
-        for name, info in part.items():
-            # A storage for each tensor: torch.save writes whole storages.
-            tensor = torch.empty(info.shape if info.nbytes == 0 else 0, dtype=info.dtype)
-            if info.nbytes:
-                tensor.set_(storage[end : end + info.nbytes], 0, info.shape, contiguous_stride(info.shape))
-            _fill(tensor, fill(key, name), f"{key}: {name}")
-            state[key][name] = tensor
-            end += _aligned(info.nbytes)
-    save_file(state, path)
+    for name, info in plan.items():
+        # A storage for each tensor: torch.save writes whole storages.
+        tensor = torch.empty(info.shape if info.nbytes == 0 else 0, dtype=info.dtype)
+        if info.nbytes:
+            tensor.set_(storage[end : end + info.nbytes], 0, info.shape, contiguous_stride(info.shape))
+        _fill(tensor, fill(name), name)
+        state[name] = tensor
+        end += _aligned(info.nbytes)
+    return state
 
 
 def rank_directory(tp: int, pp: int, pipeline_parallel_size: int) -> str:

@@ -56,6 +56,7 @@ class MegatronCheckpoint(ABC):
         path: of the iteration.
         arguments: of the run that wrote it, by Megatron-LM's names; empty where it records none.
         record: the quantizer record, or None.
+        tied: whether the model's embedding is its output layer, known after :meth:`check_complete`.
     """
 
     format: str
@@ -64,6 +65,7 @@ class MegatronCheckpoint(ABC):
         self.path = path
         self.arguments = dict(arguments)
         self.record = QuantizerRecord.read(path)
+        self.tied = False
 
     @abstractmethod
     def info(self, tensor: MegatronTensor) -> TensorInfo:
@@ -96,6 +98,7 @@ class MegatronCheckpoint(ABC):
         Raises:
             ConversionError: lists what is missing, what is left over, and what has another shape.
         """
+        self.tied = all(tensor.name != OUTPUT for tensor in tensors)
         wrong = []
         for tensor in tensors:
             try:
@@ -248,8 +251,7 @@ class LegacyCheckpoint(MegatronCheckpoint):
         return self._reader.tensor_parallel_size
 
     def _tied_copy(self) -> bool:
-        tied = not self.arguments.get("untie_embeddings_and_output_weights", False)
-        return tied and OUTPUT in self._where
+        return self.tied and OUTPUT in self._where
 
     def _spellings(self, tensor: MegatronTensor) -> list[str]:
         other = OTHER_NAMES.get(tensor.suffix)

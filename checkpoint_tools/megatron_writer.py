@@ -41,8 +41,8 @@ class Layout:
     vp: int | None = None
     transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
 
-    def check(self, model: HfModel) -> None:
-        """Checks that a model can be laid out so.
+    def check(self, model: HfModel, legacy: bool) -> None:
+        """Checks that a model can be laid out so; ``torch_dist`` only shows the tensor-parallel size in its chunks.
 
         Raises:
             ConversionError: with the sizes that do not divide.
@@ -50,16 +50,15 @@ class Layout:
         a = model.architecture
         if min(self.tp, self.pp, self.vp or 1) < 1:
             raise ConversionError("parallel sizes must be 1 or more")
-        wrong = [
-            f"{size} {what}"
-            for what, size in (("key/value heads", a.num_query_groups), ("ffn channels", a.ffn_hidden_size))
-            if size % self.tp
-        ]
+        heads = ("key/value heads", a.num_query_groups)
+        if not legacy:
+            heads = ("query channels", a.num_attention_heads * a.kv_channels)
+        wrong = [f"{size} {what}" for what, size in (heads, ("ffn channels", a.ffn_hidden_size)) if size % self.tp]
         if wrong:
             raise ConversionError(
                 f"--target-tensor-parallel-size {self.tp} does not divide the model's {' and '.join(wrong)}"
             )
-        if a.num_layers % (self.pp * (self.vp or 1)):
+        if legacy and a.num_layers % (self.pp * (self.vp or 1)):
             raise ConversionError(
                 f"the model's {a.num_layers} layers cannot be split over {self.pp} x {self.vp or 1} stages"
             )

@@ -12,9 +12,7 @@ Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 what was written is n
 """
 
 import argparse
-import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,11 +30,13 @@ from bitcpm_megatron.checkpoint_tools.command import DTYPES, run
 from bitcpm_megatron.checkpoint_tools.fuse import detected_group, fuse_blocks
 from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter, open_tensors, parse_size, row_blocks
 from bitcpm_megatron.checkpoint_tools.latent_export import read_record
+from bitcpm_megatron.checkpoint_tools.legacy import filled_on_disk
 from bitcpm_megatron.checkpoint_tools.qat_plan import Plan, make_plan
 from bitcpm_megatron.checkpoint_tools.side_files import copy_side_files
-from bitcpm_megatron.checkpoint_tools.staging import check_free_space, staged
+from bitcpm_megatron.checkpoint_tools.staging import staged, staged_file
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorReader, VerificationError, check_finite
-from bitcpm_megatron.files import publish, write_text
+from bitcpm_megatron.checkpoint_tools.torch_file import save_file
+from bitcpm_megatron.files import write_text
 from bitcpm_megatron.quantization import effective_group
 
 _SUFFIXES = (".safetensors", ".bin")
@@ -97,7 +97,7 @@ def convert(args: argparse.Namespace) -> None:
             plan.record.write(temporary)
     else:
         _announce(plan, len(reader.tensors()))
-        with _staged_file(target, nbytes) as temporary:
+        with staged_file(target, nbytes) as temporary:
             if target.suffix == ".bin":
                 _write_bin(temporary / "pytorch_model.bin", reader, plan)
             else:
@@ -184,17 +184,9 @@ def _write_safetensors(directory: Path, reader: TensorReader, plan: Plan, shard_
 
 
 def _write_bin(path: Path, reader: TensorReader, plan: Plan) -> None:
-    """Unlike safetensors this format is written from memory."""
-    tensors = reader.tensors()
-    state = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in tensors.items()}
     with _bar(reader) as bar:
-        for name, tensor in state.items():
-            start = 0
-            for block in _counted(_blocks(reader, name, plan), bar):
-                part = tensor if tensor.ndim == 0 else tensor[start : start + block.shape[0]]
-                part.copy_(block)
-                start += 1 if tensor.ndim == 0 else block.shape[0]
-    torch.save(state, path)
+        state = filled_on_disk(path.parent, reader.tensors(), lambda name: _counted(_blocks(reader, name, plan), bar))
+        save_file(state, path)
 
 
 def _verify(directory: Path, reader: TensorReader, plan: Plan) -> None:
@@ -207,22 +199,6 @@ def _verify(directory: Path, reader: TensorReader, plan: Plan) -> None:
         wanted = effective_group(reader.tensors()[name].shape[1], config.group_size)
         if group is None or group % wanted:
             raise VerificationError(f"{name} was written, but is not ternary in groups of {wanted}: is the disk sound?")
-
-
-@contextlib.contextmanager
-def _staged_file(final: Path, nbytes: int) -> Iterator[Path]:
-    """Yields a directory; the one file that is written there becomes ``final``, whole or not at all."""
-    temporary = final.with_name(f".{final.name}.incomplete")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    check_free_space(final.parent, nbytes)
-    temporary.mkdir()
-    try:
-        yield temporary
-        (file,) = temporary.iterdir()
-        publish(file, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _bar(reader: TensorReader) -> tqdm:

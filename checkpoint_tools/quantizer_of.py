@@ -77,11 +77,13 @@ def _inferred(
     dtype = str(checkpoint.info(linears[0]).dtype).removeprefix("torch.")
     modules: dict[str, dict[str, int]] = {}
     shards = checkpoint.tensor_parallel_size
+    saved = False
     for tensor in linears:
         scales = checkpoint.scales(tensor)
         columns = tensor.shape[1]
         if scales is not None:
             groups = scales.shape[1]
+            saved = True
         elif group_size is None:
             continue
         elif group_size == -1:
@@ -98,15 +100,18 @@ def _inferred(
             modules[t.module]["group_size"]: t.shape[1] for t in linears if t.kind == "row" and t.module in modules
         }
         shards = max((1 if size == -1 else columns // size for size, columns in sizes.items()), default=1)
-    how = "its saved scales" if checkpoint.scales(linears[0]) is not None else f"group size {group_size} as given"
-    if group_size == -1:
+    how = "its saved scales" if saved else f"group size {group_size} as given"
+    if group_size == -1 and not saved:
         how += f" and the tensor-parallel size {shards} of its files"
     print(
-        f"warning: {checkpoint.path} has no quantizer record: taken from {how}, and eps 1e-5. "
-        f"{len(modules)} of {len(linears)} linears are ternary",
+        f"warning: {checkpoint.path} has no quantizer record: taken from {how}; assumed are eps 1e-5 and activations "
+        f"in full precision. {len(modules)} of {len(linears)} linears are ternary",
         file=sys.stderr,
     )
-    return QuantizerRecord("latent", "ternary", 1e-5, dtype, shards, 16, modules)
+    record = QuantizerRecord("latent", "ternary", 1e-5, dtype, shards, 16, modules)
+    if saved and group_size is not None:
+        _check_group_size(record, linears, group_size)
+    return record
 
 
 def _check_group_size(record: QuantizerRecord, linears: Sequence[MegatronTensor], group_size: int) -> None:
@@ -117,7 +122,7 @@ def _check_group_size(record: QuantizerRecord, linears: Sequence[MegatronTensor]
         split = group_size == -1 and tensor.kind == "row" and recorded * record.row_parallel_shards == tensor.shape[1]
         if recorded != group_size and not split:
             raise ConversionError(
-                f"--ternary-group-size {group_size} contradicts the quantizer record, which says {recorded} for "
+                f"--ternary-group-size {group_size} contradicts the checkpoint, which says {recorded} for "
                 f"{tensor.module}: leave it out"
             )
 
@@ -128,6 +133,14 @@ def _check_record(checkpoint: MegatronCheckpoint, record: QuantizerRecord, linea
     if unknown:
         raise ConversionError(
             f"{checkpoint.path}: its quantizer record names {unknown[0]}, which the model does not have"
+        )
+    if not record.modules:
+        raise ConversionError(f"{checkpoint.path}: its quantizer record names no module")
+    unrecorded = [t.module for t in linears if t.module not in record.modules and checkpoint.scales(t) is not None]
+    if unrecorded:
+        raise ConversionError(
+            f"{checkpoint.path}: {unrecorded[0]} ({len(unrecorded)} in all) has saved scales, and its quantizer record "
+            "does not name it"
         )
     fused = []
     for module in record.modules:
@@ -144,7 +157,7 @@ def _check_record(checkpoint: MegatronCheckpoint, record: QuantizerRecord, linea
                 f"{[tensor.shape[0], groups]}"
             )
         dtype = str(checkpoint.info(tensor).dtype).removeprefix("torch.")
-        if dtype != record.latent_dtype:
+        if record.state == "latent" and dtype != record.latent_dtype:
             raise ConversionError(
                 f"{checkpoint.path}: {module} is {dtype}, its quantizer record says that training quantized "
                 f"{record.latent_dtype}"

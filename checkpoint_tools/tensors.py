@@ -59,3 +59,25 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     # The sum alone is fast and sees both; only where it overflows without reason every value has to be looked at.
     if not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise ConversionError(f"{name} holds NaN or infinity: training has diverged, or the file is damaged")
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, exactly: bool = False) -> torch.Tensor:
+    """A tensor in another dtype.
+
+    Args:
+        name: for the message.
+        tensor: finite.
+        dtype: to write.
+        exactly: whether no value may be rounded, as in weights that are ternary times scale.
+
+    Raises:
+        ConversionError: the dtype cannot hold a value, or not ``exactly``.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if exactly and not torch.equal(result.to(tensor.dtype), tensor):
+        raise ConversionError(f"{name}: {dtype} cannot hold its scales exactly: choose --dtype bf16")
+    if not result.sum().isfinite() and not result.isfinite().all():
+        raise ConversionError(f"{name} holds values that {dtype} cannot: choose another --dtype")
+    return result

@@ -40,6 +40,19 @@ class LongRope:
     attention_factor: float | None = None
     factor: float | None = None
 
+    def __post_init__(self) -> None:
+        if not self.original_max_position_embeddings >= 2:
+            raise ArchitectureError(
+                f"LongRoPE's original length {self.original_max_position_embeddings}: must be 2 tokens or more"
+            )
+        for name in ("short_factor", "long_factor"):
+            if not all(f > 0 for f in getattr(self, name)):
+                raise ArchitectureError(f"LongRoPE's {name}: every value must be above 0")
+        for name in ("attention_factor", "factor"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, str) or not value > 0):
+                raise ArchitectureError(f"LongRoPE's {name} {value!r}: must be above 0")
+
     def effective_attention_factor(self, max_position_embeddings: int) -> float:
         """``sqrt(1 + ln(factor) / ln(original length))``, and 1 where nothing is stretched."""
         if self.attention_factor is not None:

@@ -135,6 +135,13 @@ def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
         "use_rope_scaling": (False, None),
         "apply_layernorm_1p": (False, None),
         "mtp_num_layers": (None, 0),
+        "window_size": (None,),
+        "softmax_type": ("vanilla", None),
+        "no_rope_freq": (None,),
+        "squared_relu": (False, None),
+        "quick_geglu": (False, None),
+        "attention_output_gate": (False, None),
+        "apply_residual_connection_post_layernorm": (False, None),
     }
     foreign = [f"{name}={args.get(name)!r}" for name, accepted in needed.items() if args.get(name) not in accepted]
     if foreign:
@@ -142,6 +149,15 @@ def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
             f"the model is no Llama, MiniCPM or Granite: its arguments say {', '.join(foreign)} "
             "(needed: RoPE over whole heads, RMSNorm, SwiGLU, no biases, no experts)"
         )
+    missing = [
+        name
+        for name in "num_layers hidden_size ffn_hidden_size num_attention_heads max_position_embeddings".split()
+        if not isinstance(args.get(name), int)
+    ]
+    if args.get("norm_epsilon") is None and args.get("layernorm_epsilon") is None:
+        missing.append("norm_epsilon")
+    if missing:
+        raise ArchitectureError(f"the run's arguments do not say {', '.join(missing)}")
     heads = args["num_attention_heads"]
     grouped = args.get("group_query_attention") and args.get("num_query_groups")
     multipliers = multipliers_of(args)
@@ -154,7 +170,8 @@ def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
         kv_channels=args.get("kv_channels") or args["hidden_size"] // heads,
         vocab_size=vocab_size,
         max_position_embeddings=args["max_position_embeddings"],
-        norm_epsilon=args["norm_epsilon"],
+        # Megatron-LM's --norm-epsilon, under the configuration's name from 0.16 on.
+        norm_epsilon=args["layernorm_epsilon"] if args.get("norm_epsilon") is None else args["norm_epsilon"],
         rotary_base=float(args.get("rotary_base") or 10000),
         tied=not args.get("untie_embeddings_and_output_weights", False),
         longrope=longrope_of(args),

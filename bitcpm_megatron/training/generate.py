@@ -48,6 +48,8 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
         args.ternary_activation_bits = record.activation_bits
     if args.num_query_groups % args.tensor_model_parallel_size:
         raise ValueError(f"{world_size()} processes do not divide the model's {args.num_query_groups} query groups")
+    if args.vocab_size is None:
+        raise ValueError(f"{path} does not say how large its vocabulary is")
     initialize(args)
     vocabulary = padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     model = build_model(args, vocabulary, with_ddp=False)

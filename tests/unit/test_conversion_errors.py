@@ -18,6 +18,7 @@ from test_round_trip import tensors, write
 
 from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf
 from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter
+from bitcpm_megatron.checkpoint_tools.staging import staged
 from bitcpm_megatron.checkpoint_tools.torch_dist import Chunk, TorchDistReader, TorchDistWriter, read_common
 from bitcpm_megatron.quantization import QuantizerConfig, quantize, quantize_dequantize
 from bitcpm_megatron.quantization.record import QuantizerRecord
@@ -30,6 +31,9 @@ CONFIG = {
     **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu"},
 }
 Q = "model.layers.1.self_attn.q_proj.weight"
+LEGACY = ["--format", "legacy"]
+O_NAME = "model.layers.0.self_attn.o_proj"
+O_PROJ = {O_NAME: {"group_size": -1}}
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -119,12 +123,33 @@ FROM_HF = {
     "fewer layers": (lambda d: change_config(d, num_hidden_layers=1), "layers.1.*: not part of the model"),
     "head size": (lambda d: change_config(d, head_dim=32), "config.json says"),
     "half fused": (
-        lambda d: [
-            change(d, f"model.layers.0.self_attn.{p}_proj.weight", lambda t: quantize_dequantize(t, -1, 1e-5)[0])
-            for p in "qkv"
-        ],
-        "1 of 8 linears are ternary already",
+        lambda d: change(d, Q, lambda w: quantize_dequantize(w, -1, 1e-5)[0]),
+        "q_proj.weight is ternary already and the rest of decoder.layers.1.self_attention.linear_qkv is not",
     ),
+    "tied and not equal": (
+        lambda d: change_config(d, tie_word_embeddings=True),
+        "ties the embeddings, and lm_head.weight differs",
+    ),
+    "recorded as fused": (
+        lambda d: QuantizerRecord("fused", "ternary", 1e-5, "bfloat16", 1, 16, O_PROJ).write(d),
+        "says fused, and decoder.layers.0.self_attention.linear_proj .* is not ternary",
+    ),
+    "fused, recorded as latent": (
+        lambda d: (
+            change(d, f"{O_NAME}.weight", lambda w: quantize_dequantize(w, -1, 1e-5)[0]),
+            QuantizerRecord("latent", "ternary", 1e-5, "bfloat16", 1, 16, O_PROJ).write(d),
+        ),
+        "says latent, and decoder.layers.0.self_attention.linear_proj .* is ternary already",
+    ),
+    "latents of another dtype": (
+        lambda d: QuantizerRecord("latent", "ternary", 1e-5, "float16", 1, 16, O_PROJ).write(d),
+        "training quantized its weight as float16, .* give --dtype float16",
+    ),
+    "unknown state": (
+        lambda d: QuantizerRecord("foo", "ternary", 1e-5, "bfloat16", 1, 16, O_PROJ).write(d),
+        "neither latent nor fused",
+    ),
+    "integers": (lambda d: change(d, Q, lambda w: w.to(torch.int8)), "q_proj|several dtypes"),
 }
 
 
@@ -150,8 +175,9 @@ def test_bad_models_are_refused(case: str, layout: str, source: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--target-tensor-parallel-size", 3], "does not divide the model's 2 key/value heads and 128 ffn channels"),
-        (["--target-pipeline-parallel-size", 3], "2 layers cannot be split over 3"),
+        ([*LEGACY, "--target-tensor-parallel-size", 3], "does not divide the model's 2 key/value heads and 128 ffn"),
+        (["--target-tensor-parallel-size", 3], "does not divide the model's 64 query channels and 128 ffn channels"),
+        ([*LEGACY, "--target-pipeline-parallel-size", 3], "2 layers cannot be split over 3"),
         (["--target-tensor-parallel-size", 0], "must be 1 or more"),
         (["--target-virtual-pipeline-parallel-size", 2], "concerns --format legacy"),
     ],
@@ -227,6 +253,13 @@ def spoil(tensor: torch.Tensor) -> torch.Tensor:
 
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
+FC1_IN_32 = {"decoder.layers.0.mlp.linear_fc1": {"group_size": 32}}
+
+
+def record_of(directory: Path) -> QuantizerRecord:
+    return QuantizerRecord.read(directory / "release")
+
+
 FROM_MEGATRON = {
     "truncated file": (lambda d: truncate(next((d / "release").glob("*.distcp"))), ".distcp"),
     "missing file": (lambda d: next((d / "release").glob("*.distcp")).unlink(), ".distcp"),
@@ -259,7 +292,7 @@ FROM_MEGATRON = {
         "names decoder.layers.9.mlp.linear_fc1, which the model does not have",
     ),
     "record with other groups": (
-        lambda d: edit_record(d, modules={"decoder.layers.0.mlp.linear_fc1": {"group_size": 32}}),
+        lambda d: edit_record(d, modules={**record_of(d).modules, **FC1_IN_32}),
         r"has scales of shape \[256, 1\], its quantizer record says \[256, 2\]",
     ),
     "record that says fused": (lambda d: edit_record(d, state="fused"), "says fused, and .* is not ternary"),
@@ -268,6 +301,17 @@ FROM_MEGATRON = {
         "says that training quantized float32",
     ),
     "scales of other weights": (edited(f"{FC1}.ternary_scale", lambda t: t * 1.05), "bf16 steps away"),
+    "scales of an unrecorded module": (
+        lambda d: edit_record(d, modules={"decoder.layers.0.mlp.linear_fc1": {"group_size": -1}}),
+        "has saved scales, and its quantizer record does not name it",
+    ),
+    "record of nothing": (lambda d: edit_record(d, modules={}), "names no module"),
+    "record of another eps": (lambda d: edit_record(d, eps=2.0), "bf16 steps away"),
+    "record without groups": (
+        lambda d: edit_record(d, modules={"a": {}}),
+        "not a quantizer record .*needs a group_size",
+    ),
+    "arguments without layers": (lambda d: edit_arguments(d, num_layers=None), "do not say num_layers"),
     "fused, recorded as latent": (
         edited(FC1, lambda t: torch.stack([quantize_dequantize(w, -1, 1e-5)[0] for w in t])),
         "says latent, and decoder.layers.0.mlp.linear_fc1 .* is ternary already",
@@ -288,7 +332,9 @@ def test_bad_checkpoints_are_refused(case: str, megatron: Path, tmp_path: Path, 
     [
         (["--weights", "latent", "--hf-architecture", "llama"], "would load latent weights without quantizing them"),
         (["--weights", "latent", "--dtype", "fp16"], "would change the bfloat16 latent weights"),
-        (["--weights", "fused", "--ternary-group-size", "32"], "contradicts the quantizer record"),
+        (["--weights", "fused", "--ternary-group-size", "32"], "contradicts the checkpoint"),
+        (["--weights", "fused", "--ternary-group-size", "48"], "contradicts the checkpoint"),
+        (["--weights", "fused", "--vocab-size", "80"], "--vocab-size 80 contradicts the checkpoint, which says 73"),
         (["--weights", "fused", "--tokenizer", "/nowhere"], "is no directory"),
         (["--weights", "fused", "--max-shard-size", "many"], "many"),
     ],
@@ -386,3 +432,57 @@ sys.exit(tool.main(sys.argv[1:]))
     main = {"to megatron": convert_hf_to_megatron, "to hugging face": convert_megatron_to_hf}[direction].main
     assert main(command) == 0
     assert out.is_dir() and not (tmp_path / ".out.incomplete").exists()
+
+
+@pytest.mark.parametrize("group", ["48", "7", "-5", "32"])
+def test_impossible_group_sizes_without_a_record(group: str, megatron: Path, tmp_path: Path, capsys) -> None:
+    (megatron / "release" / "ternary_quantizer.json").unlink()
+    arguments = ["--load-dir", megatron, "--weights", "fused", "--ternary-group-size", group]
+    fails(capsys, convert_megatron_to_hf, tmp_path / "out", "contradicts the checkpoint", *arguments)
+
+
+@pytest.mark.parametrize("direction", ["to megatron", "to hugging face"])
+def test_a_dtype_that_cannot_hold_a_value(direction: str, source: Path, tmp_path: Path, capsys) -> None:
+    def large(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[0, 0] = 1e6
+        return tensor
+
+    change(source, "model.embed_tokens.weight", large)
+    message = "holds values that torch.float16 cannot"
+    if direction == "to megatron":
+        fails(capsys, convert_hf_to_megatron, tmp_path / "out", message, "--load-dir", source, "--dtype", "fp16")
+        return
+    assert convert_hf_to_megatron.main(["--load-dir", str(source), "--save-dir", str(tmp_path / "m")]) == 0
+    arguments = ["--load-dir", tmp_path / "m", "--weights", "latent", "--dtype", "fp16"]
+    fails(capsys, convert_megatron_to_hf, tmp_path / "out", message, *arguments)
+
+
+def test_scales_are_cast_exactly_or_not_at_all(source: Path, tmp_path: Path, capsys) -> None:
+    def ternary(tensor: torch.Tensor) -> torch.Tensor:
+        return quantize_dequantize(tensor * 1e6, -1, 1e-5)[0]
+
+    change(source, f"{O_NAME}.weight", ternary)
+    message = "cannot hold its scales exactly"
+    fails(capsys, convert_hf_to_megatron, tmp_path / "out", message, "--load-dir", source, "--dtype", "fp16")
+    assert convert_hf_to_megatron.main(["--load-dir", str(source), "--save-dir", str(tmp_path / "m")]) == 0
+    arguments = ["--load-dir", tmp_path / "m", "--weights", "fused", "--dtype", "fp16"]
+    fails(capsys, convert_megatron_to_hf, tmp_path / "out", message, *arguments)
+
+
+def test_partly_fused_models_are_recorded_so(source: Path, tmp_path: Path) -> None:
+    change(source, f"{O_NAME}.weight", lambda w: quantize_dequantize(w, 32, 1e-5)[0])
+    assert convert_hf_to_megatron.main(["--load-dir", str(source), "--save-dir", str(tmp_path / "m")]) == 0
+    record = record_of(tmp_path / "m")
+    assert record.state == "fused"
+    assert record.modules == {"decoder.layers.0.self_attention.linear_proj": {"group_size": 32}}
+    assert record.row_parallel_shards == 2
+
+
+def test_of_two_commands_for_one_target_the_second_is_refused(source: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    with staged(out) as directory:
+        (directory / "mine").write_text("x")
+        assert convert_hf_to_megatron.main(["--load-dir", str(source), "--save-dir", str(out)]) == 2
+        assert "another command is writing" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]

@@ -200,3 +200,16 @@ def test_flags_describe_an_architecture_exactly(name: str, tmp_path) -> None:
     file = tmp_path / "model.yaml"
     file.write_text(yaml.safe_dump({"vocab-size": a.vocab_size, "flags": flags_of(a)}))
     assert presets.architecture(str(file)) == a
+
+
+def test_longrope_changes_lists_after_its_original_length(single_rank: None) -> None:
+    model = gpt(softmax_scale(Multipliers(), LONG, 16, 64))
+    customize(model, Multipliers(), LONG)
+    inv_freq = 10000.0 ** (-torch.arange(0, 16, 2).float() / 16)
+    for length, factors in ((32, LONG.short_factor), (33, LONG.long_factor)):
+        angles = model.rotary_pos_emb.get_freqs_non_repeated(length)
+        assert angles.shape == (length, 8)
+        torch.testing.assert_close(angles[-1], (length - 1) * inv_freq / torch.tensor(factors))
+    for change in ({"original_max_position_embeddings": 1}, {"short_factor": (0.0,)}, {"factor": -1.0}):
+        with pytest.raises(ArchitectureError, match="LongRoPE"):
+            LongRope(**{**vars(LONG), **change})

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face -> Megatron -> Hugging Face gives back every tensor and what config.json means, at every layout."""
 
+import argparse
 import json
 import math
 import tempfile
@@ -84,6 +85,12 @@ def configs(draw: st.DrawFn) -> dict:
             "long_factor": draw(factors),
             "original_max_position_embeddings": draw(st.sampled_from([512, 2048])),
         }
+        if draw(st.booleans()):
+            config["rope_scaling"]["attention_factor"] = draw(st.floats(0.5, 2, allow_nan=False))
+    if draw(st.booleans()):
+        # As Transformers 5 writes it.
+        rope = config.pop("rope_scaling", {"rope_type": "default"})
+        config["rope_parameters"] = {**rope, "rope_theta": config.pop("rope_theta")}
     return config
 
 
@@ -166,3 +173,39 @@ def test_a_minicpm_comes_back_as_minicpm(layout: str, tp: int, pp: int, tied: bo
     assert math.isclose(architecture_of(new).residual_multiplier, 0.7)
     for key, weight in weights.items():
         assert torch.equal(loaded(back)[key], weight)
+
+
+def test_what_a_config_leaves_out_is_what_its_class_takes() -> None:
+    config = {
+        **{"architectures": ["MiniCPMForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64, "vocab_size": 73},
+        **{"intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 512},
+    }
+    minicpm = architecture_of(config)
+    assert (minicpm.embedding_multiplier, minicpm.residual_multiplier, minicpm.logits_scaling) == (1.0, 0.5, 64.0)
+    assert minicpm.tied and minicpm.num_query_groups == 4 and minicpm.kv_channels == 16
+    llama = architecture_of({**config, "architectures": ["LlamaForCausalLM"]})
+    assert llama.is_llama and not llama.tied and llama.rotary_base == 10000.0
+
+
+def test_virtual_stages_hold_the_layers_that_megatron_gives_them(tmp_path: Path) -> None:
+    config = {
+        **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 8, "hidden_size": 32},
+        **{"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+        **{"vocab_size": 16, "max_position_embeddings": 64, "tie_word_embeddings": False},
+    }
+    weights = tensors(config, torch.float32, 0)
+    write(tmp_path / "source", config, weights)
+    command = ["--load-dir", tmp_path / "source", "--save-dir", tmp_path / "m", "--format", "legacy"]
+    command += ["--target-pipeline-parallel-size", 2, "--target-virtual-pipeline-parallel-size", 2]
+    assert convert_hf_to_megatron.main([str(c) for c in command]) == 0
+    # Megatron-LM: rank p holds, as its chunk v, the layers of stage v * ranks + p.
+    layers = {(0, 0): (0, 1), (1, 0): (2, 3), (0, 1): (4, 5), (1, 1): (6, 7)}
+    for (rank, chunk), numbers in layers.items():
+        file = tmp_path / "m" / "release" / f"mp_rank_00_00{rank}" / "model_optim_rng.pt"
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            part = torch.load(file, weights_only=True)[f"model{chunk}"]
+        for local, number in enumerate(numbers):
+            found = part[f"decoder.layers.{local}.mlp.linear_fc2.weight"]
+            assert torch.equal(found, weights[f"model.layers.{number}.mlp.down_proj.weight"])
+        assert ("embedding.word_embeddings.weight" in part) == (0 in numbers)
+        assert ("output_layer.weight" in part) == (7 in numbers)
