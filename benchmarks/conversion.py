@@ -1,0 +1,516 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of the converters against a plain copy of the same bytes, on a synthetic Llama.
+
+    python benchmarks/conversion.py --size 2GiB --layers 16 --repeats 3
+
+Each conversion runs as a process of its own, with the command line that a user would type, directly after a copy of
+its source directory that is synced to disk as the converters sync theirs. Sources are in the page cache in both cases.
+Before either there is a pause, because a virtual machine that gives freed memory back to its host pays for getting it
+again, and a copy that starts at once would be spared that.
+What comes back from Megatron is compared with the model it was made of, tensor by tensor.
+
+Writes ``conversion.csv`` (every run) and ``conversion.png``, and prints a Markdown table of the medians. Needs free
+disk space of about six times the size.
+
+Exit status: 0 done, 1 a conversion failed, was not exact or took more memory than its bound, 2 bad arguments.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from bitcpm_megatron import QuantizerConfig, checkpoint_tools, dequantize, quantize
+from bitcpm_megatron.checkpoint_tools.hf_config import LLAMA, config_for
+from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter, parse_size
+from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
+from bitcpm_megatron.checkpoint_tools.torch_dist import Chunk, TorchDistReader, TorchDistWriter, read_common
+from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors
+from bitcpm_megatron.files import publish, write_text
+from bitcpm_megatron.models.architecture import Architecture
+from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
+from bitcpm_megatron.training.checkpoint_directory import RELEASE, TRACKER
+
+TOOLS = Path(checkpoint_tools.__file__).parent
+CONFIG = QuantizerConfig()
+HEAD = 128
+GOAL = 0.5
+"""Of the copy's speed."""
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+_BLOCK = 2**24
+_OVERHEAD = 2**30
+_POLL_SECONDS = 0.01
+
+
+class BenchmarkError(Exception):
+    """A conversion that failed or was wrong."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The synthetic model.
+
+    Attributes:
+        architecture: of it.
+        dtype: of its weights.
+        directory: where it lies.
+    """
+
+    architecture: Architecture
+    dtype: torch.dtype
+    directory: Path
+
+    @property
+    def tensors(self) -> list[MegatronTensor]:
+        """What it is in Megatron."""
+        return megatron_tensors(self.architecture)
+
+    @property
+    def plan(self) -> dict[str, TensorInfo]:
+        """Its tensors."""
+        return {
+            name: TensorInfo((rows, *t.shape[1:]), self.dtype)
+            for t in self.tensors
+            for name, rows in zip(t.parts, t.rows, strict=True)
+        }
+
+    @property
+    def memory_bound(self) -> int:
+        """Bytes of anonymous memory that a conversion may take."""
+        largest = max(info.nbytes for name, info in self.plan.items() if ".layers." in name)
+        return 2 * largest + _OVERHEAD
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversion.
+
+    Attributes:
+        name: for the table.
+        source: directory to read.
+        target: directory to make.
+        command: of the tool, without the two directories.
+        expected: "model" or "ternary" weights in a Hugging Face directory, or None where a later case checks them.
+    """
+
+    name: str
+    source: Path
+    target: Path
+    command: Sequence[str]
+    expected: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of a conversion and of the copy before it; memory in bytes."""
+
+    repeat: int
+    conversion: str
+    source_bytes: int
+    copy_seconds: float
+    copy_cpu_seconds: float
+    seconds: float
+    cpu_seconds: float
+    rss_anon: int
+    vm_hwm: int
+    memory_bound: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures as the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="2GiB", help="of the model's weights, about; default 2GiB")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16")
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--pause", type=float, default=5.0, metavar="SECONDS", help="before each measurement, default 5"
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, help="on the disk to measure; default the system's temporary directory"
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
+    args = parser.parse_args(argv)
+    try:
+        import matplotlib  # noqa: F401  before minutes of measuring
+
+        architecture = shape(parse_size(args.size), args.layers, args.vocab_size, _DTYPES[args.dtype].itemsize)
+    except ImportError:
+        print("error: matplotlib is missing: pip install 'bitcpm_megatron[plot]'", file=sys.stderr)
+        return 2
+    except ConversionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-conversion-", dir=args.work_dir) as work:
+        model = Model(architecture, _DTYPES[args.dtype], Path(work) / "model")
+        try:
+            results, start_up = measure(model, Path(work), args.repeats, args.pause)
+        except BenchmarkError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    write_csv(results, args.output_dir / "conversion.csv")
+    draw(results, args.output_dir / "conversion.png")
+    command = "python benchmarks/conversion.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    print(table(results, start_up, model, command.strip()))
+    return 0 if all(r.rss_anon <= r.memory_bound for r in results) else 1
+
+
+def shape(nbytes: int, layers: int, vocab_size: int, itemsize: int) -> Architecture:
+    """A Llama of about as many bytes: heads of 128, about four query heads per key/value head, ffn 2.75 x hidden.
+
+    Raises:
+        ConversionError: too small for that.
+    """
+
+    def of(hidden: int, ffn: int) -> Architecture:
+        heads = hidden // HEAD
+        groups = next(n for n in range(max(1, heads // 4), 0, -1) if heads % n == 0)
+        return Architecture(layers, hidden, ffn, heads, groups, HEAD, vocab_size, 4096, 1e-5, 10000.0, False)
+
+    wanted = nbytes // itemsize
+    hidden = HEAD
+    while of(hidden + HEAD, (hidden + HEAD) * 11 // 4).parameter_count() <= wanted:
+        hidden += HEAD
+    ffn = hidden * 11 // 4
+    spare = wanted - of(hidden, ffn).parameter_count()
+    ffn += max(0, spare // (3 * hidden * layers)) // HEAD * HEAD
+    if of(hidden, ffn).parameter_count() > wanted:
+        raise ConversionError(f"a Llama of {layers} layers and {vocab_size} tokens has more than {nbytes} bytes")
+    return of(hidden, ffn)
+
+
+def measure(model: Model, work: Path, repeats: int, pause: float = 0.0) -> tuple[list[Result], float]:
+    """Runs everything.
+
+    Args:
+        model: to make and convert.
+        work: an empty directory.
+        repeats: of each conversion.
+        pause: seconds before each conversion and each copy.
+
+    Returns:
+        All runs, and the seconds that a tool takes to start.
+
+    Raises:
+        BenchmarkError: a conversion failed or is not exact.
+    """
+    to_megatron, to_hf = "convert_hf_to_megatron.py", "convert_megatron_to_hf.py"
+    dist, legacy, ternary = work / "torch_dist", work / "legacy", work / "ternary"
+    out = work / "out"
+    cases = [
+        Case("HF → torch_dist", model.directory, dist, [to_megatron]),
+        Case("torch_dist → HF", dist, out, [to_hf, "--weights", "latent"], "model"),
+        Case("HF → legacy", model.directory, legacy, [to_megatron, "--format", "legacy"]),
+        Case("legacy → HF", legacy, out, [to_hf, "--weights", "latent"], "model"),
+        Case("ternary torch_dist → fused HF", ternary, out, [to_hf, "--weights", "fused"], "ternary"),
+    ]
+    results: list[Result] = []
+    with tqdm(total=2 + repeats * len(cases), unit="step", disable=None) as bar:
+        bar.set_description("making the model")
+        write_model(model)
+        bar.update()
+        bar.set_description("making the ternary checkpoint")
+        run_tool(cases[0])
+        write_ternary(model, dist, ternary)
+        bar.update()
+        start_up = statistics.median(run_tool(cases[1], ["--help"])["seconds"] for _ in range(3))
+        for repeat in range(1, repeats + 1):
+            # Conversions make what later ones read; each is written anew.
+            shutil.rmtree(dist, ignore_errors=True)
+            shutil.rmtree(legacy, ignore_errors=True)
+            for case in cases:
+                bar.set_description(case.name)
+                _settle(pause)
+                copied = timed_copy(case.source, work / "copy")
+                _settle(pause)
+                run = run_tool(case)
+                size = sum(p.stat().st_size for p in case.source.rglob("*") if p.is_file())
+                results.append(Result(repeat, case.name, size, **copied, **run, memory_bound=model.memory_bound))
+                if case.expected is not None:
+                    check(model, case.target, case.expected == "ternary")
+                    shutil.rmtree(case.target)
+                bar.update()
+    return results, start_up
+
+
+def write_model(model: Model) -> None:
+    """Random weights, block by block."""
+    model.directory.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    with SafetensorsWriter(model.directory, model.plan) as writer:
+        for name, info in model.plan.items():
+            writer.write(name, _random_rows(info, generator))
+    config = config_for(LLAMA, model.architecture, {}, str(model.dtype).removeprefix("torch."))
+    write_text(model.directory / "config.json", json.dumps(config))
+    for path in model.directory.iterdir():
+        _fsync(path)
+
+
+def write_ternary(model: Model, plain: Path, target: Path) -> None:
+    """The checkpoint that a ternary run of one tensor-parallel rank would leave of these weights: with the quantizer
+    record and the scales beside the weights."""
+    source, release = plain / RELEASE, target / RELEASE
+    shutil.copytree(plain, target, ignore=shutil.ignore_patterns("*.distcp", ".metadata", "common.pt", "metadata.json"))
+    reader = TorchDistReader(source)
+    linears = [t for t in model.tensors if t.quantizable]
+
+    def chunks() -> Iterator[Chunk]:
+        for name, info in reader.tensors().items():
+            for offsets, sizes in reader.chunks(name):
+                piece = tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))
+                yield Chunk(
+                    name,
+                    info.shape,
+                    offsets,
+                    sizes,
+                    info.dtype,
+                    lambda name=name, piece=piece: reader.read(name, piece),
+                )
+        for t in linears:
+            key = f"decoder.layers.{t.suffix}"
+            rows = t.shape[0]
+            yield Chunk(
+                f"{key}{SCALE_SUFFIX}",
+                (model.architecture.num_layers, rows, 1),
+                (t.layer, 0, 0),
+                (1, rows, 1),
+                torch.bfloat16,
+                lambda key=key, layer=t.layer: quantize(reader.read(key, (layer,)), CONFIG)[1].unsqueeze(0),
+            )
+
+    TorchDistWriter(release, read_common(source)).write(chunks(), dict.fromkeys(reader.objects))
+    modules = {t.module: {"group_size": CONFIG.group_size} for t in linears}
+    dtype = str(model.dtype).removeprefix("torch.")
+    QuantizerRecord("latent", CONFIG.space, CONFIG.eps, dtype, 1, 16, modules).write(release)
+    write_text(target / TRACKER, RELEASE)
+
+
+def timed_copy(source: Path, target: Path) -> dict[str, float]:
+    """``copy_seconds`` that a copy of a directory takes until it is on disk, and the processor's part of them; nothing
+    of the copy is left."""
+    start, busy = time.perf_counter(), time.process_time()
+    temporary = target.with_name("copy.incomplete")
+    shutil.copytree(source, temporary)
+    publish(temporary, target)
+    taken = {"copy_seconds": time.perf_counter() - start, "copy_cpu_seconds": time.process_time() - busy}
+    shutil.rmtree(target)
+    return taken
+
+
+def run_tool(case: Case, command: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs a tool.
+
+    Args:
+        case: what to convert.
+        command: other arguments than the case's.
+
+    Returns:
+        ``seconds`` from start to end of the process, its ``cpu_seconds``, the largest ``rss_anon`` that was seen, and
+        ``vm_hwm`` (which counts the mapped pages of the files, too), in bytes.
+
+    Raises:
+        BenchmarkError: it ended with another status than 0.
+    """
+    tool, *options = case.command
+    if command is None:
+        command = ["--load-dir", str(case.source), "--save-dir", str(case.target), *options]
+    with tempfile.TemporaryFile("w+") as output:
+        before = os.times()
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, str(TOOLS / tool), *command], stdout=output, stderr=subprocess.STDOUT
+        )
+        rss_anon = vm_hwm = 0
+        while process.poll() is None:
+            anonymous, high = _memory(process.pid)
+            rss_anon, vm_hwm = max(rss_anon, anonymous), max(vm_hwm, high)
+            time.sleep(_POLL_SECONDS)
+        seconds = time.perf_counter() - start
+        after = os.times()
+        if process.returncode:
+            output.seek(0)
+            raise BenchmarkError(f"{case.name} ended with status {process.returncode}:\n{output.read()[-2000:]}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"seconds": seconds, "cpu_seconds": cpu, "rss_anon": rss_anon, "vm_hwm": vm_hwm}
+
+
+def check(model: Model, directory: Path, ternary: bool) -> None:
+    """Compares a model directory with the synthetic model, by the safetensors library and not by the tools' own reader.
+
+    Raises:
+        BenchmarkError: names a tensor that differs.
+    """
+    quantized = {part for t in model.tensors if t.quantizable for part in t.parts} if ternary else set()
+    expected, found = _Opened(model.directory), _Opened(directory)
+    if found.files.keys() != expected.files.keys():
+        raise BenchmarkError(f"other tensors came back: {sorted(found.files.keys() ^ expected.files.keys())[:5]}")
+    for name, info in model.plan.items():
+        rows = max(1, _BLOCK * info.shape[0] // info.nbytes)
+        if found.slice(name).get_shape() != list(info.shape):
+            raise BenchmarkError(f"{name} came back as {found.slice(name).get_shape()}")
+        for start in range(0, info.shape[0], rows):
+            ours = expected.slice(name)[start : start + rows]
+            if name in quantized:
+                ours = dequantize(*quantize(ours, CONFIG), CONFIG, ours.dtype)
+            if not torch.equal(found.slice(name)[start : start + rows], ours):
+                raise BenchmarkError(f"{name} came back with other values in the rows from {start}")
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """Every run, one line each."""
+    names = list(Result.__dataclass_fields__)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for result in results:
+            values = [getattr(result, name) for name in names]
+            writer.writerow(f"{value:.3f}" if isinstance(value, float) else value for value in values)
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Seconds relative to the copy, and memory against its bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    medians = _medians(results)
+    names = [name.replace(" → ", "\n→ ") for name in medians]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    bars = left.bar(names, [m.seconds / m.copy_seconds for m in medians.values()], color="#4878a8")
+    left.bar_label(bars, [f"{m.seconds:.1f} s" for m in medians.values()])
+    left.axhline(1, color="black", linewidth=1, label="plain copy of the same bytes")
+    left.axhline(1 / GOAL, color="#c44e52", linestyle="--", linewidth=1, label="half of the copy's speed")
+    left.set_title("time, relative to the copy")
+    memory = [max(r.rss_anon for r in results if r.conversion == name) / 2**20 for name in medians]
+    right.bar_label(right.bar(names, memory, color="#6aa56a"), fmt="%.0f")
+    bound = results[0].memory_bound / 2**20
+    right.axhline(bound, color="#c44e52", linestyle="--", linewidth=1, label="2 x largest tensor of a layer + 1 GiB")
+    right.set_title("peak anonymous memory, MiB")
+    for axes in (left, right):
+        axes.tick_params(axis="x", labelsize=7)
+        axes.margins(y=0.15)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def table(results: Sequence[Result], start_up: float, model: Model, command: str) -> str:
+    """The medians as Markdown, with what they were measured on."""
+    a = model.architecture
+    lines = [
+        "| conversion | GB | copy + fsync: s (CPU s) | conversion: s (CPU s) | of the copy's speed | "
+        "peak RssAnon, MiB | VmHWM, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, m in _medians(results).items():
+        anonymous = max(r.rss_anon for r in results if r.conversion == name)
+        lines.append(
+            f"| {name} | {m.source_bytes / 1e9:.2f} | {m.copy_seconds:.1f} ({m.copy_cpu_seconds:.1f}) | "
+            f"{m.seconds:.1f} ({m.cpu_seconds:.1f}) | {m.copy_seconds / m.seconds:.2f} | {anonymous / 2**20:.0f} | "
+            f"{m.vm_hwm / 2**20:.0f} |"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    lines += [
+        "",
+        f"Medians of {max(r.repeat for r in results)} interleaved runs. Model: {a.parameter_count():,} parameters, "
+        f"{str(model.dtype).removeprefix('torch.')}, {a.num_layers} layers, hidden {a.hidden_size}, ffn "
+        f"{a.ffn_hidden_size}, vocabulary {a.vocab_size}. Seconds include the start of the process ({start_up:.2f} s "
+        f"with `--help`). Memory bound: {model.memory_bound / 2**20:.0f} MiB of RssAnon (largest of all runs).",
+        f"Hardware: {_cpu()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory, "
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}, load average at the end "
+        f"{os.getloadavg()[1]:.1f}. Versions: Python "
+        f"{platform.python_version()}, torch {torch.__version__}, safetensors {safetensors.__version__}, Linux "
+        f"{platform.release().split('-')[0]}.",
+        f"Command: `{command}`",
+    ]
+    return "\n".join(lines)
+
+
+class _Opened:
+    """The safetensors files of a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.files = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            file = safe_open(path, "pt")
+            self.files.update(dict.fromkeys(file.keys(), file))
+
+    def slice(self, name: str) -> "safetensors.PySafeSlice":
+        return self.files[name].get_slice(name)
+
+
+def _random_rows(info: TensorInfo, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    rows = max(1, _BLOCK * info.shape[0] // info.nbytes)
+    for start in range(0, info.shape[0], rows):
+        size = (min(rows, info.shape[0] - start), *info.shape[1:])
+        yield torch.empty(size).normal_(0, 0.02, generator=generator).to(info.dtype)
+
+
+def _memory(pid: int) -> tuple[int, int]:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0, 0
+    found = dict(re.findall(r"^(RssAnon|VmHWM):\s*(\d+) kB", text, re.MULTILINE))
+    return int(found.get("RssAnon", 0)) * 1024, int(found.get("VmHWM", 0)) * 1024
+
+
+def _medians(results: Sequence[Result]) -> dict[str, Result]:
+    """By conversion, in their order."""
+    return {
+        name: Result(
+            0,
+            name,
+            *(
+                statistics.median(getattr(r, field) for r in results if r.conversion == name)
+                for field in list(Result.__dataclass_fields__)[2:]
+            ),
+        )
+        for name in dict.fromkeys(r.conversion for r in results)
+    }
+
+
+def _settle(pause: float) -> None:
+    os.sync()
+    time.sleep(pause)
+
+
+def _cpu() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
