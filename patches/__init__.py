@@ -5,7 +5,9 @@ A patched object carries the attribute ``__bitcpm_original__``. Importing a modu
 do.
 """
 
+import importlib
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,4 +35,29 @@ def replace(owner: Any, attribute: str, make: Callable[[Any], Any]) -> bool:
     setattr(replacement, ORIGINAL, original)
     setattr(owner, attribute, replacement)
     logger.info("patched %s.%s", getattr(owner, "__name__", owner), attribute)
+    return True
+
+
+def replace_everywhere(symbol: str, make: Callable[[Any], Any]) -> bool:
+    """Like :func:`replace`, also where Megatron's other modules and the main script imported the symbol by name.
+
+    Args:
+        symbol: dotted path of a module's function.
+        make: builds the replacement from the original.
+
+    Returns:
+        Whether anything was changed.
+
+    Raises:
+        AttributeError: the module has no such symbol, so that the host is another version than the patch knows.
+    """
+    path, _, attribute = symbol.rpartition(".")
+    owner = importlib.import_module(path)
+    original = getattr(owner, attribute)
+    if not replace(owner, attribute, make):
+        return False
+    for name, module in list(sys.modules.items()):
+        known = name == "__main__" or name.partition(".")[0] in ("megatron", "gpt_builders", "model_provider")
+        if known and getattr(module, "__dict__", {}).get(attribute) is original:
+            setattr(module, attribute, getattr(owner, attribute))
     return True

@@ -5,25 +5,66 @@ The only place that knows CUDA is missing. megatron-core asks for CUDA by name i
 those calls with the CPU's equivalent, one patch per kind of call, and touches nothing where CUDA is present.
 """
 
+import contextlib
 import functools
+import importlib.util
 import logging
+import os
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 from . import replace
 
-_FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
+_FACTORIES = ("arange", "empty", "full", "ones", "rand", "tensor", "zeros")
 _RNG_WARNING = "CPU RNG state changed within GPU RNG context"
 
 
+def accelerator() -> bool:
+    """Whether this machine has CUDA or an NPU."""
+    if torch.cuda.is_available():
+        return True
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    import torch_npu
+
+    return torch_npu.npu.is_available()
+
+
 def install() -> None:
-    """Applies every patch of this module.
+    """Applies every patch that megatron-core needs.
 
     Raises:
         RuntimeError: CUDA is available, so that its calls must not be redirected.
     """
+    _install_torch()
+    random_state()
+
+
+def install_for_megatron_lm() -> None:
+    """The part of :func:`install` that imports no Megatron, and what Megatron-LM's own training loop needs beyond.
+
+    To be called before a host's adaptor, which must see Megatron first; :func:`random_state` goes after it.
+
+    Raises:
+        RuntimeError: CUDA is available.
+    """
+    _install_torch()
+    streams()
+    memory()
+    batch_invariant_kernels()
+    no_compilation()
+    pretend_cuda()
+
+
+def _install_torch() -> None:
+    # `with torch.device(...)` keeps a list of torch's factories from its first use on: it must be the originals, or
+    # whoever builds a model on the meta device (Transformers does) gets uninitialised tensors.
+    torch.utils._device._device_constructors()
     if torch.cuda.is_available():
         raise RuntimeError(
             "CUDA is available: the CPU patches would hide it. Set CUDA_VISIBLE_DEVICES= to use the CPU."
@@ -33,7 +74,6 @@ def install() -> None:
     tensor_type()
     tensor_cuda()
     synchronize()
-    random_state()
 
 
 def current_device() -> None:
@@ -131,3 +171,89 @@ def random_state() -> None:
 class _DropForkWarning(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return _RNG_WARNING not in record.getMessage()
+
+
+def streams() -> None:
+    """``torch.cuda.Stream``, ``stream``, ``current_stream``, ``Event`` -> such that do nothing; work is done at once.
+
+    Megatron-LM 0.16.1 wraps its model in DDP on a side stream (``training/training.py`` ``get_model``), 0.12.1 its
+    distributed data parallel with several buffers.
+    """
+    for name in ("Stream", "Event"):
+        replace(torch.cuda, name, lambda _: type("CpuStream", (_CpuStream,), {}))
+    replace(torch.cuda, "current_stream", lambda _: lambda device=None: _CpuStream())
+    replace(torch.cuda, "stream", lambda _: lambda stream: contextlib.nullcontext())
+    replace(torch.cuda, "set_device", lambda _: lambda device: None)
+
+
+def memory() -> None:
+    """``torch.cuda.memory_allocated`` and its like -> 0, ``empty_cache`` -> nothing; reports would fail without."""
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        replace(torch.cuda, name, lambda _: lambda device=None: 0)
+    replace(torch.cuda, "memory_stats", lambda _: lambda device=None: {"allocation.all.current": 0})
+    replace(torch.cuda, "empty_cache", lambda _: lambda: None)
+    replace(torch.cuda, "reset_peak_memory_stats", lambda _: lambda device=None: None)
+
+
+def batch_invariant_kernels() -> None:
+    """``megatron.core.transformer.custom_layers.batch_invariant_kernels`` -> a module that raises when it is used.
+
+    ``megatron.training.initialize`` of 0.16.1 imports it for a flag that is off by default, and it imports triton,
+    which a CPU build of torch does not bring along. A stand-in for triton itself would deceive everybody else.
+    """
+    name = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+    if importlib.util.find_spec("triton") is not None or name in sys.modules:
+        return
+    module = types.ModuleType(name)
+
+    def enable_batch_invariant_mode(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("--batch-invariant-mode needs triton, which is not installed")
+
+    module.enable_batch_invariant_mode = enable_batch_invariant_mode
+    module.is_batch_invariant_mode_enabled = lambda: False
+    sys.modules[name] = module
+
+
+def no_compilation() -> None:
+    """``torch.compile`` runs functions as they are.
+
+    ``jit_fuser`` functions are warmed up at start-up (``training/initialize.py``) and inductor would ask for the name
+    of the CUDA device that :func:`pretend_cuda` speaks of.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.disable = True
+
+
+def pretend_cuda() -> None:
+    """``torch.cuda.is_available()`` -> True, ``device_count()`` -> processes on this node.
+
+    ``megatron.training.initialize`` refuses to start without CUDA, and takes each process's device from the count.
+    ``get_device_properties()`` gets an architecture, by which ``training/arguments.py`` tells what it must check.
+    """
+    properties = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0)
+    replace(torch.cuda, "get_device_properties", lambda _: lambda device=None: properties)
+    replace(torch.cuda, "is_available", lambda _: lambda: True)
+    replace(torch.cuda, "device_count", lambda _: lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class _CpuStream:
+    """A stream, or an event on one, whose work is always done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record(self, stream: object = None) -> None:
+        """Nothing to record."""
+
+    def wait(self, stream: object = None) -> None:
+        """Nothing to wait for."""

@@ -9,10 +9,12 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from . import logger, replace
+from . import ORIGINAL, logger, replace
 
 ChunkListener = Callable[[torch.nn.Module], None]
 ScheduleListener = Callable[[Sequence[torch.nn.Module]], None]
+
+_listeners: dict[str, ScheduleListener] = {"on_start": lambda chunks: None, "on_end": lambda chunks: None}
 
 
 def announce_schedules(on_start: ScheduleListener, on_first: ChunkListener, on_end: ScheduleListener) -> None:
@@ -32,6 +34,8 @@ def announce_schedules(on_start: ScheduleListener, on_first: ChunkListener, on_e
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.transformer.module import MegatronModule
 
+    _listeners.update(on_start=on_start, on_end=on_end)
+
     def announce_first(original: Callable) -> Callable:
         @functools.wraps(original)
         def set_is_first_microbatch(self: torch.nn.Module) -> None:
@@ -40,25 +44,31 @@ def announce_schedules(on_start: ScheduleListener, on_first: ChunkListener, on_e
 
         return set_is_first_microbatch
 
-    def announce_ends(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def forward_backward(*, model: torch.nn.Module | list[torch.nn.Module], **kwargs):  # noqa: ANN202
-            chunks = model if isinstance(model, list) else [model]
-            on_start(chunks)
-            try:
-                return original(model=model, **kwargs)
-            finally:
-                on_end(chunks)
-
-        return forward_backward
-
     replace(MegatronModule, "set_is_first_microbatch", announce_first)
     for name in (
         "forward_backward_no_pipelining",
         "forward_backward_pipelining_without_interleaving",
         "forward_backward_pipelining_with_interleaving",
     ):
-        replace(schedules, name, announce_ends)
+        replace(schedules, name, announced)
+
+
+def announced(schedule: Callable) -> Callable:
+    """A schedule that tells the listeners of :func:`announce_schedules` when it starts and ends; itself if it does."""
+    if hasattr(schedule, ORIGINAL):
+        return schedule
+
+    @functools.wraps(schedule)
+    def forward_backward(*args, model: torch.nn.Module | list[torch.nn.Module], **kwargs):  # noqa: ANN202
+        chunks = model if isinstance(model, list) else [model]
+        _listeners["on_start"](chunks)
+        try:
+            return schedule(*args, model=model, **kwargs)
+        finally:
+            _listeners["on_end"](chunks)
+
+    setattr(forward_backward, ORIGINAL, schedule)
+    return forward_backward
 
 
 def allow_sequence_parallel_torch_norm() -> None:
@@ -206,3 +216,49 @@ def allow_moe_router_without_te() -> None:
     if hasattr(moe_utils, "RouterGatingLinearFunction") and not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
         logger.info("patched megatron.core.transformer.moe.moe_utils.te_general_gemm")
+
+
+def write_checkpoints_with_newer_torch() -> None:
+    """Lets megatron-core 0.12.1 write torch_dist checkpoints with torch from 2.8 on.
+
+    Displaces ``_write_item`` in ``megatron.core.dist_checkpointing.strategies.filesystem_async``: torch's function of
+    that name takes the serialization format as one more argument, which 0.12.1 does not hand over. It gets the one that
+    was meant before there was a choice, and every later version's writer passes it itself.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint import filesystem
+
+    parameter = inspect.signature(filesystem._write_item).parameters.get("serialization_format")
+    if parameter is None or parameter.default is not parameter.empty or not hasattr(filesystem_async, "_write_item"):
+        return
+
+    def with_format(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def _write_item(*args, **kwargs):  # noqa: ANN202
+            if len(args) + len(kwargs) == len(inspect.signature(original).parameters) - 1:
+                kwargs["serialization_format"] = filesystem.SerializationFormat.TORCH_SAVE
+            return original(*args, **kwargs)
+
+        return _write_item
+
+    replace(filesystem_async, "_write_item", with_format)
+
+
+def keep_sent_tensors() -> None:
+    """Keeps a pipeline stage's output in memory until its backward pass, on the CPU.
+
+    Displaces ``megatron.core.model_parallel_config.ModelParallelConfig.__post_init__`` to switch
+    ``deallocate_pipeline_outputs`` off, which Megatron-LM switches on: gloo sends in the background, from memory that
+    would be freed meanwhile (CUDA's streams keep the order), and interleaved stages then train on NaN.
+    """
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    def keeping(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def __post_init__(self: ModelParallelConfig) -> None:  # noqa: N807
+            original(self)
+            self.deallocate_pipeline_outputs = False
+
+        return __post_init__
+
+    replace(ModelParallelConfig, "__post_init__", keeping)

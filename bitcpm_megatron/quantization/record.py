@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..files import write_text
-from .config import QuantizerConfig
+from .config import WEIGHT_DTYPES, QuantizerConfig
 
 FILE_NAME = "ternary_quantizer.json"
 SCALE_SUFFIX = ".ternary_scale"
@@ -64,7 +64,35 @@ class QuantizerRecord:
             raise RecordError(
                 f"{path}: version {record.version} is unknown here (known: {_VERSION}); update the package"
             )
+        try:
+            record.check()
+        except RecordError as error:
+            raise RecordError(f"{path}: not a quantizer record ({error})") from None
         return record
+
+    def check(self) -> None:
+        """Checks the content.
+
+        Raises:
+            RecordError: a value that no quantizer has.
+        """
+        if self.state not in ("latent", "fused"):
+            raise RecordError(f"state {self.state!r} is neither latent nor fused")
+        if self.latent_dtype not in [str(d).removeprefix("torch.") for d in WEIGHT_DTYPES]:
+            raise RecordError(f"latent_dtype {self.latent_dtype!r} is unknown")
+        if type(self.row_parallel_shards) is not int or self.row_parallel_shards < 1:
+            raise RecordError(f"row_parallel_shards {self.row_parallel_shards!r}: must be 1 or more")
+        if self.activation_bits not in (8, 16):
+            raise RecordError(f"activation_bits {self.activation_bits!r}: must be 8, or 16 for none")
+        if not isinstance(self.modules, Mapping):
+            raise RecordError("modules is no mapping")
+        for path, entry in self.modules.items():
+            if not isinstance(entry, Mapping) or "group_size" not in entry:
+                raise RecordError(f"{path}: needs a group_size")
+            try:
+                self.config_of(path)
+            except (TypeError, ValueError) as error:
+                raise RecordError(f"{path}: {error}") from None
 
     def write(self, directory: str | Path) -> None:
         """Writes the record into a directory, whole or not at all."""
@@ -92,3 +120,33 @@ class QuantizerRecord:
     def config_of(self, path: str) -> QuantizerConfig:
         """How one of the recorded modules is quantized; the group size counts along the whole row."""
         return QuantizerConfig(**{"space": self.space, "eps": self.eps, **self.modules[path]})
+
+
+def check_change(where: Path, found: QuantizerRecord | None, wanted: QuantizerRecord | None, allow_change: bool) -> str:
+    """Compares a checkpoint's quantizer record with what a run wants.
+
+    Args:
+        where: the checkpoint, for messages.
+        found: its record, None for a checkpoint without quantizer.
+        wanted: the run's, None for a run without quantizer.
+        allow_change: whether they may contradict each other.
+
+    Returns:
+        One line for the log.
+
+    Raises:
+        RecordError: they contradict each other and ``allow_change`` is false.
+    """
+    if found is None:
+        return "quantizer: the checkpoint records none" + (", starting ternary training from it" if wanted else "")
+    if wanted is None:
+        lines = ["the checkpoint was trained with a quantizer, and --ternary is not given"]
+    else:
+        lines = found.contradictions(wanted)
+    if lines and not allow_change:
+        shown = "\n  ".join(lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else []))
+        raise RecordError(
+            f"{where} was trained with another quantizer:\n  {shown}\n"
+            "give the recorded one, or --allow-quantizer-change to go on with the new one"
+        )
+    return "quantizer: changed on request: " + "; ".join(lines) if lines else "quantizer: as the checkpoint records"

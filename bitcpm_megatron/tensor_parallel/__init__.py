@@ -5,6 +5,7 @@ from .apply import apply_recipe
 from .cache import CacheEpoch, find_epoch
 from .coverage import CoverageEntry, CoverageReport
 from .linear import StaleCacheError, TernaryState, make_ternary, ternary_state
+from .linears import register_linear
 from .probe import ProbeError, probe, ternary_modules
 from .recipe import Recipe, RecipeError
 from .telemetry import Telemetry
@@ -23,6 +24,7 @@ __all__ = [
     "find_epoch",
     "make_ternary",
     "probe",
+    "register_linear",
     "ternary_modules",
     "ternary_state",
 ]

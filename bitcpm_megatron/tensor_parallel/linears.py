@@ -12,10 +12,67 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from ..quantization import GROUP_MULTIPLE, QuantizerConfig, effective_group
 
 Kind = Literal["column", "row", "dense", "never", "unsupported"]
+ParallelKind = Literal["column", "row"]
+
+# Kept here, for hosts put classes of their own, derived from these, in the place of the names.
+_COLUMN, _ROW = (ColumnParallelLinear,), (RowParallelLinear,)
 _NEVER_NAMES = ("output_layer", "embedding", "word_embeddings", "position_embeddings", "lm_head")
 
 # Their fast paths and functional calls read the weights of the linears inside without calling them.
 _READ_WEIGHTS_DIRECTLY = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
+
+
+@dataclass(frozen=True)
+class RegisteredLinear:
+    """A host's parallel linear that is no subclass of megatron-core's.
+
+    Attributes:
+        kind: how its weight is sharded.
+        norm_methods: methods that normalise the input before the GEMM, each hidden states -> hidden states; empty
+            where nothing is done to it.
+    """
+
+    kind: ParallelKind
+    norm_methods: tuple[str, ...] = ()
+
+
+_registered: dict[type, RegisteredLinear] = {}
+
+
+def register_linear(linear: type, kind: ParallelKind, norm_methods: tuple[str, ...] = ()) -> None:
+    """Makes a host's linear known, so that a recipe may quantize it.
+
+    It must have ``input_size`` and ``output_size`` of the whole weight, a parameter ``weight`` ``[out, in]`` that
+    ``forward`` reads as ``self.weight``, and its tensor-parallel group as ``tp_group`` or ``parallel_group`` (else the
+    common one is taken). The start-up probe proves the rest.
+
+    Args:
+        linear: the class; subclasses count as well.
+        kind: ``column`` or ``row``.
+        norm_methods: see :class:`RegisteredLinear`.
+
+    Raises:
+        ValueError: the class lacks one of these methods.
+    """
+    missing = [name for name in norm_methods if not callable(getattr(linear, name, None))]
+    if missing:
+        raise ValueError(f"{linear.__module__}.{linear.__name__} has no {', '.join(missing)}: another version?")
+    _registered[linear] = RegisteredLinear(kind, norm_methods)
+
+
+def registered_linear(module: torch.nn.Module) -> RegisteredLinear | None:
+    """What :func:`register_linear` was told of a module's class, or None."""
+    return next((_registered[c] for c in type(module).__mro__ if c in _registered), None)
+
+
+def parallel_kind(module: torch.nn.Module) -> ParallelKind | None:
+    """``column`` or ``row`` for tensor-parallel linears, None for all else."""
+    if isinstance(module, _COLUMN):
+        return "column"
+    if isinstance(module, _ROW):
+        return "row"
+    registered = registered_linear(module)
+    return None if registered is None else registered.kind
 
 
 @dataclass(frozen=True)
@@ -49,10 +106,9 @@ def _kind(path: str, module: torch.nn.Module) -> Kind:
         return "never"
     if isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
         return "never"
-    if isinstance(module, ColumnParallelLinear):
-        return "column"
-    if isinstance(module, RowParallelLinear):
-        return "row"
+    kind = parallel_kind(module)
+    if kind is not None:
+        return kind
     # A subclass may read its weight elsewhere than in forward().
     if type(module) is torch.nn.Linear:
         return "dense"
@@ -79,11 +135,11 @@ def _globally_named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
 
 def tensor_parallel_group(module: torch.nn.Module) -> torch.distributed.ProcessGroup | None:
     """The group that a parallel linear is sharded over; None for other modules. (0.12.1 keeps none on the module.)"""
-    if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+    if parallel_kind(module) is None:
         return None
-    group = getattr(module, "tp_group", None)
-    if group is not None:
-        return group
+    for name in ("tp_group", "parallel_group"):
+        if getattr(module, name, None) is not None:
+            return getattr(module, name)
     if getattr(module, "is_expert", False):
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
@@ -95,7 +151,7 @@ def whole_shape(module: torch.nn.Module) -> tuple[int, ...]:
     weight = getattr(module, "weight", None)
     if weight is None:
         return (sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2),)
-    if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+    if parallel_kind(module) is not None:
         return (module.output_size, module.input_size)
     if isinstance(module, VocabParallelEmbedding):
         return (module.num_embeddings, module.embedding_dim)
@@ -150,8 +206,15 @@ def activation_groups(candidate: Candidate, row_parallel_shards: int) -> int:
     they are quantized per row-parallel shard, whatever the tensor-parallel size.
 
     Raises:
-        ValueError: the tensor-parallel size does not divide the shards, or the shards the features.
+        ValueError: the tensor-parallel size does not divide the shards, or the shards the features; or the layer
+            normalises its input itself.
     """
+    registered = registered_linear(candidate.module)
+    if registered is not None and registered.norm_methods:
+        raise ValueError(
+            f"{candidate.path}: a {type(candidate.module).__name__} normalises its input itself, so that it cannot be "
+            "quantized to 8 bits after the norm: use --transformer-impl local, or --ternary-activation-bits 16"
+        )
     if candidate.kind != "row":
         return 1
     whole, local_in = candidate.module.input_size, candidate.module.weight.shape[1]

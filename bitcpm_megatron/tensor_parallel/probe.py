@@ -3,16 +3,18 @@
 
 A host may replace a linear's class, its forward or the functions below it, and a quantizer that is bypassed trains in
 full precision with a perfectly good-looking loss. So each layer is run, as it stands, on one-hot inputs: its outputs
-are then columns of the weight that the GEMM really used, exact in every dtype, and compared bit for bit.
+are then columns of the weight that the GEMM really used, exact in every dtype, and compared bit for bit. A norm inside
+the layer is left out meanwhile.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..quantization import quantize_dequantize
 from .linear import TernaryState, ternary_state
-from .linears import tensor_parallel_group
+from .linears import parallel_kind, registered_linear, tensor_parallel_group
 
 _POSITIONS = 16
 
@@ -61,7 +63,7 @@ def _columns(state: TernaryState, module: torch.nn.Module) -> tuple[torch.Tensor
     weight = module.weight
     group = tensor_parallel_group(module)
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    row_parallel = hasattr(module, "input_size_per_partition")
+    row_parallel = parallel_kind(module) == "row"
     local_in = weight.shape[1]
     whole_in = local_in * size if row_parallel else local_in
     positions = torch.linspace(0, whole_in - 1, _POSITIONS * size, device=weight.device).long()
@@ -76,7 +78,8 @@ def _columns(state: TernaryState, module: torch.nn.Module) -> tuple[torch.Tensor
     if sequence_parallel and not row_parallel:
         one_hot = one_hot.chunk(size)[rank]
 
-    output = module(one_hot.contiguous())
+    with _without_norm(module):
+        output = module(one_hot.contiguous())
     found, bias = output if isinstance(output, tuple) else (output, None)
     found = found.squeeze(1)
 
@@ -91,3 +94,21 @@ def _columns(state: TernaryState, module: torch.nn.Module) -> tuple[torch.Tensor
     if bias is None and getattr(module, "bias", None) is not None:
         expected = expected + module.bias
     return found, expected.to(found.dtype)
+
+
+@contextlib.contextmanager
+def _without_norm(module: torch.nn.Module) -> Iterator[None]:
+    """Lets the input of a layer through to its GEMM as it is."""
+    registered = registered_linear(module)
+    names = () if registered is None else registered.norm_methods
+    for name in names:
+        module.__dict__[name] = _unchanged
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
+
+
+def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden

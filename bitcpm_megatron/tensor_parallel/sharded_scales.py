@@ -8,8 +8,10 @@ Where all layers (and experts) are quantized alike their scales are stacked into
 as upstream stacks the weights; otherwise each has a key of its own that ends in its layer number (and expert number).
 """
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +21,9 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
 from ..quantization.record import SCALE_SUFFIX
 from .linear import ternary_state
-from .linears import tensor_parallel_group
+from .linears import parallel_kind, tensor_parallel_group
+
+_left_out = 0
 
 
 def save_scales_with(module: torch.nn.Module) -> None:
@@ -36,10 +40,24 @@ def without_scales(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def scales_left_out() -> Iterator[None]:
+    """Inside, ``sharded_state_dict`` of any model comes without scales: for hosts that build what they ask of a
+    checkpoint where we cannot filter it."""
+    global _left_out
+    _left_out += 1
+    try:
+        yield
+    finally:
+        _left_out -= 1
+
+
 def _sharded_state_dict(
     self: torch.nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
 ) -> ShardedStateDict:
     state = type(self).sharded_state_dict(self, prefix, sharded_offsets, metadata)
+    if _left_out:
+        return state
     ternary = ternary_state(self)
     key = f"{prefix}weight{SCALE_SUFFIX}"
     if not ternary.like_all_layers:
@@ -47,7 +65,7 @@ def _sharded_state_dict(
         sharded_offsets = ()
     # Of the weight as it is now: an optimizer step lies between it and the scales of the last forward.
     _, scales = ternary.quantize(self.weight)
-    row_parallel = hasattr(self, "input_size_per_partition")
+    row_parallel = parallel_kind(self) == "row"
     tensor_group = tensor_parallel_group(self)
     data_group = (metadata or {}).get("dp_cp_group") or parallel_state.get_data_parallel_group(
         with_context_parallel=True

@@ -10,43 +10,14 @@ from typing import Any
 
 import torch
 
+from ..arguments import add_ternary_arguments, quantizer_config, ternary_mistakes
 from ..models import arguments as family
-from ..ops import backends
-from ..quantization import SPACES, QuantizerConfig
 from .metrics import missing_packages
+
+__all__ = ["add_ternary_arguments", "build_parser", "defaults", "params_dtype", "parse_args", "quantizer_config"]
 
 _DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
-
-
-def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the ``--ternary`` flags; the same on every host."""
-    group = parser.add_argument_group("ternary")
-    group.add_argument("--ternary", action="store_true", help="quantize the linears of the decoder layers")
-    group.add_argument("--ternary-space", choices=sorted(SPACES), default="ternary")
-    group.add_argument("--ternary-group-size", type=int, default=-1, help="elements per scale, -1 for a whole row")
-    group.add_argument("--ternary-recipe", metavar="FILE", help="YAML: which module is quantized how")
-    group.add_argument(
-        "--ternary-row-parallel-shards",
-        type=int,
-        metavar="N",
-        help="with group size -1: groups per row of row-parallel weights, fixed when training starts "
-        "(default: what the loaded checkpoint records, else the tensor-parallel size)",
-    )
-    group.add_argument("--ternary-backend", choices=("auto", *(b.name for b in backends())), default="auto")
-    group.add_argument("--ternary-cache", choices=("step", "none"), default="step")
-    group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
-    group.add_argument(
-        "--ternary-activation-bits", type=int, choices=(16, 8), default=16, help="8: int8 inputs, one scale per token"
-    )
-    group.add_argument(
-        "--ternary-telemetry-interval",
-        type=int,
-        metavar="N",
-        help="every N iterations: zeros, changed codes and scales of every module, into --log-dir",
-    )
-    group.add_argument("--allow-quantizer-change", action="store_true", help="load a checkpoint of another quantizer")
-    return parser
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -204,15 +175,6 @@ def defaults() -> dict[str, Any]:
     }
 
 
-def quantizer_config(args: argparse.Namespace) -> QuantizerConfig:
-    """The quantizer that the flags describe.
-
-    Raises:
-        ValueError: an impossible group size.
-    """
-    return QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size)
-
-
 def params_dtype(args: argparse.Namespace) -> torch.dtype:
     """Dtype of the weights that the forward sees."""
     return torch.bfloat16 if args.bf16 else torch.float32
@@ -345,7 +307,9 @@ def _other_mistakes(args: argparse.Namespace) -> list[str]:
             found.append(f"{_flag(name)} needs --load")
     if args.no_save_optim and args.save is None:
         found.append("--no-save-optim needs --save")
-    return found + _ternary_mistakes(args)
+    if args.ternary and args.ternary_telemetry_interval is not None and args.log_dir is None:
+        found.append("--ternary-telemetry-interval needs --log-dir")
+    return found + ternary_mistakes(args)
 
 
 def _data_mistakes(args: argparse.Namespace) -> list[str]:
@@ -360,30 +324,6 @@ def _data_mistakes(args: argparse.Namespace) -> list[str]:
     if args.mock_data == (args.tokenizer_model is not None):
         found.append("--tokenizer-model is needed with real data, and only then")
     return found
-
-
-def _ternary_mistakes(args: argparse.Namespace) -> list[str]:
-    if args.ternary:
-        try:
-            quantizer_config(args)
-        except ValueError as error:
-            return [f"--ternary-group-size: {error}"]
-        if args.ternary_telemetry_interval is not None and args.log_dir is None:
-            return ["--ternary-telemetry-interval needs --log-dir"]
-        shards = args.ternary_row_parallel_shards
-        grouped = args.ternary_group_size != -1 and args.ternary_recipe is None
-        if shards is not None and grouped and args.ternary_activation_bits == 16:
-            return ["--ternary-row-parallel-shards does nothing with a --ternary-group-size: leave it out"]
-        if args.ternary_verify_cache and args.ternary_cache == "none":
-            return ["--ternary-verify-cache has nothing to verify with --ternary-cache none"]
-        return []
-    parser = add_ternary_arguments(argparse.ArgumentParser())
-    idle = [
-        action.option_strings[0]
-        for action in parser._actions
-        if action.dest.startswith("ternary_") and getattr(args, action.dest) != action.default
-    ]
-    return [f"{', '.join(idle)} without --ternary would do nothing"] if idle else []
 
 
 def _fill_in(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.arguments import longrope_of, multipliers_of
-from ..quantization.record import QuantizerRecord
+from ..quantization.record import QuantizerRecord, RecordError, check_change
 from .checkpoint_directory import RELEASE, CheckpointError
 
 _ARCHITECTURE = (
@@ -33,19 +33,10 @@ def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_chan
         CheckpointError: they contradict each other and ``allow_change`` is false.
     """
     found = QuantizerRecord.read(checkpoint)
-    if found is None:
-        return "quantizer: the checkpoint records none" + (", starting ternary training from it" if wanted else "")
-    if wanted is None:
-        lines = ["the checkpoint was trained with a quantizer, and --ternary is not given"]
-    else:
-        lines = found.contradictions(wanted)
-    if lines and not allow_change:
-        shown = "\n  ".join(lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else []))
-        raise CheckpointError(
-            f"{checkpoint} was trained with another quantizer:\n  {shown}\n"
-            "give the recorded one, or --allow-quantizer-change to go on with the new one"
-        )
-    return "quantizer: changed on request: " + "; ".join(lines) if lines else "quantizer: as the checkpoint records"
+    try:
+        return check_change(checkpoint, found, wanted, allow_change)
+    except RecordError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path, with_optimizer: bool) -> None:

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one import that lets an unmodified Megatron-LM job train ternary.
+
+Put ``import bitcpm_megatron.adaptor`` first in ``pretrain_gpt.py``, before every ``megatron`` import, and before or
+instead of ``import mindspeed.megatron_adaptor`` (or run ``launch/pretrain_gpt.py``, which changes no file). From then
+on the job knows the ``--ternary`` flags; without ``--ternary`` it computes what it always did.
+
+The host is MindSpeed-LLM where ``mindspeed_llm`` can be imported, else MindSpeed where ``mindspeed`` can, else plain
+Megatron-LM; the environment variable ``BITCPM_HOST`` (``megatron-lm``, ``mindspeed``, ``mindspeed-llm``) says
+otherwise. Importing this twice does nothing more.
+"""
+
+import logging
+import os
+
+from .patches import megatron_lm, mindspeed
+
+HOSTS = ("megatron-lm", "mindspeed", "mindspeed-llm")
+_VARIABLE = "BITCPM_HOST"
+
+logger = logging.getLogger(__name__)
+
+
+class AdaptorError(RuntimeError):
+    """The adaptor cannot take hold of the host."""
+
+
+def choose_host() -> str:
+    """The host to adapt: one of :data:`HOSTS`.
+
+    Raises:
+        AdaptorError: ``BITCPM_HOST`` names an unknown one, or one that cannot be imported.
+    """
+    named = os.environ.get(_VARIABLE, "auto")
+    if named == "auto":
+        return next((host for host in ("mindspeed-llm", "mindspeed") if mindspeed.available(host)), "megatron-lm")
+    if named not in HOSTS:
+        raise AdaptorError(f"{_VARIABLE}={named} is unknown: use one of {', '.join(HOSTS)}, or leave it unset")
+    if named != "megatron-lm" and not mindspeed.available(named):
+        raise AdaptorError(f"{_VARIABLE}={named}, and {named.replace('-', '_')} cannot be imported: check PYTHONPATH")
+    return named
+
+
+def install() -> str:
+    """Takes hold of the host; returns its name. Called by the import.
+
+    Raises:
+        AdaptorError: the import comes too late, with the cure.
+    """
+    cure = "put `import bitcpm_megatron.adaptor` first, before every megatron and mindspeed import"
+    early = mindspeed.imported_too_early()
+    if early is not None:
+        raise AdaptorError(f"{early} was imported before this, and has applied its features without ours: {cure}")
+    early = megatron_lm.imported_too_early()
+    if early is not None:
+        raise AdaptorError(f"{early}, with the names that must change: {cure}")
+    host = choose_host()
+    if host == "megatron-lm":
+        megatron_lm.install()
+    else:
+        mindspeed.join()
+        mindspeed.start(host)
+    logger.info("host: %s", host)
+    return host
+
+
+HOST = install()

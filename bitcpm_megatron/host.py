@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a host's training job does for us, and when; the host itself is known to ``patches/`` alone.
+
+A host (Megatron-LM, with or without MindSpeed) calls :func:`check_arguments` when it has validated its own,
+:func:`prepare` when its bare model chunks stand in the dtype of training, :func:`check_loaded` and
+:func:`write_record` when it loads and saves. Everything asked for happens or raises.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arguments import quantizer_config, ternary_mistakes
+from .models import arguments as family
+from .models.architecture import LongRope, Multipliers
+from .quantization.record import QuantizerRecord, RecordError, check_change
+
+_PREPARED = "_bitcpm_prepared"
+
+
+class HostError(RuntimeError):
+    """What was asked for cannot be done on this host."""
+
+
+@dataclass
+class Job:
+    """What was decided for the model of this process.
+
+    Attributes:
+        theirs: family arguments that the host defines, and therefore carries out, itself.
+        record: of the prepared model, None for one without quantizer.
+        prepared: whether a model was prepared.
+        allow_change: whether a checkpoint of another quantizer may be loaded.
+    """
+
+    theirs: tuple[str, ...] = ()
+    record: QuantizerRecord | None = None
+    prepared: bool = False
+    allow_change: bool = False
+
+
+job = Job()
+"""There is one per process, as there is one set of Megatron's arguments."""
+
+_REQUANTIZES = "its GEMMs would quantize the ternary weight once more: leave it out"
+_REPOINTS = "it re-points weights in ways that were not proved to reach the quantizer: use --use-distributed-optimizer"
+_REPLAYS = "a captured graph would replay the first quantized weight: leave it out"
+
+# Argument of a host -> why it does not go with --ternary, and the cure. Hosts that do not have it leave it unset.
+_CANNOT = {
+    "fp8": _REQUANTIZES,
+    "fp8_format": _REQUANTIZES,
+    "fp8_param_gather": "fp8 parameters hold no latent weight to quantize: leave it out",
+    "fp4": _REQUANTIZES,
+    "fp4_format": _REQUANTIZES,
+    "qat_scheme": _REQUANTIZES,
+    "use_ascend_mc2": "its GEMMs were not proved to take the quantized weight: use --use-ascend-coc, or neither",
+    "use_legacy_models": "legacy models have other linears: leave it out",
+    "tp_2d": "its linears are no row or column parallel ones: leave it out",
+    "use_torch_fsdp2": _REPOINTS,
+    "use_custom_fsdp": _REPOINTS,
+    "use_megatron_fsdp": _REPOINTS,
+    "layerzero": _REPOINTS,
+    "enable_cuda_graph": _REPLAYS,
+    "external_cuda_graph": _REPLAYS,
+    "cuda_graph_impl": _REPLAYS,
+    "delay_wgrad_compute": "delayed weight gradients were not proved to reach the latent weight: leave it out",
+    "ternary_telemetry_interval": "it goes into the log of launch/pretrain.py, which hosts do not have: leave it out",
+}
+_OFF = (None, False, "none")
+_CHECKPOINT_FORMATS = ("torch", "torch_dist")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses what cannot go together, after the host's own validation.
+
+    Raises:
+        HostError: naming every flag and its cure.
+    """
+    found = family.mistakes(_ours(args))
+    if args.ternary:
+        found += [
+            f"--{name.replace('_', '-')} {getattr(args, name)}: {why}"
+            for name, why in _CANNOT.items()
+            if getattr(args, name, None) not in _OFF
+        ]
+        if getattr(args, "ckpt_format", "torch_dist") not in _CHECKPOINT_FORMATS:
+            found.append(f"--ckpt-format {args.ckpt_format}: use one of {', '.join(_CHECKPOINT_FORMATS)}")
+        if getattr(args, "non_persistent_ckpt_type", None) == "local":
+            found.append("--non-persistent-ckpt-type local: such checkpoints carry no quantizer record; use global")
+    found += ternary_mistakes(args)
+    if found:
+        raise HostError("these arguments cannot go together:\n  " + "\n  ".join(dict.fromkeys(found)))
+    job.allow_change = args.allow_quantizer_change
+
+
+def softmax_scale(args: argparse.Namespace, kv_channels: int) -> float | None:
+    """What ``TransformerConfig.softmax_scale`` must be, None for the host's own choice."""
+    from .models.customize import softmax_scale as wanted
+
+    multipliers, longrope = _multipliers(args)
+    return wanted(multipliers, longrope, kv_channels, args.max_position_embeddings)
+
+
+def prepare(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None) -> list[str]:
+    """Gives bare model chunks their multipliers, LongRoPE and quantizer, and proves that every quantized layer is.
+
+    Collective over all ranks. To be called before DDP and the optimizer are built, when the weights have the dtype
+    that the forward sees.
+
+    Args:
+        args: the host's, validated.
+        chunks: all model chunks of this rank, without wrappers.
+        checkpoint: the one that is going to be loaded, None for none: its record says how many row-parallel shards
+            there are where no flag does.
+
+    Returns:
+        Lines for the log, the coverage table last.
+
+    Raises:
+        HostError, RecipeError, ProbeError, ValueError, RuntimeError: it cannot be done.
+    """
+    notes = []
+    multipliers, longrope = _multipliers(args)
+    if multipliers != Multipliers() or longrope is not None:
+        from .models.customize import customize
+
+        for chunk in chunks:
+            customize(chunk, multipliers, longrope)
+            _check_attention(chunk)
+        notes.append(f"{multipliers}" + ("" if longrope is None else ", LongRoPE"))
+    record = None
+    if args.ternary:
+        record = _quantize(args, chunks, checkpoint, notes)
+    for chunk in chunks:
+        setattr(chunk, _PREPARED, True)
+    job.record, job.prepared = record, True
+    return notes
+
+
+def check_prepared(chunks: Sequence[torch.nn.Module]) -> None:
+    """Checks that a host's finished model chunks, wrapped as they may be, went through :func:`prepare`.
+
+    Raises:
+        HostError: one did not, so that it would train in full precision.
+    """
+    for chunk in chunks:
+        seen: torch.nn.Module | None = chunk
+        while seen is not None and not seen.__dict__.get(_PREPARED):
+            seen = getattr(seen, "module", None)
+        if seen is None:
+            raise HostError(
+                f"a model chunk ({type(chunk).__name__}) was built behind the adaptor's back and would train in full "
+                "precision: this host builds its model in a way that the adaptor does not know"
+            )
+
+
+def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Namespace | None) -> str:
+    """Compares a checkpoint's quantizer record, multipliers and LongRoPE with the model's, before its weights are used.
+
+    Args:
+        checkpoint: its directory.
+        args: of this run.
+        saved: of the run that wrote it; None, or without our names, where another job or tool did.
+
+    Returns:
+        One line for the log.
+
+    Raises:
+        HostError: the record contradicts and ``--allow-quantizer-change`` is not given, or the model is another one.
+    """
+    before = {} if saved is None else vars(saved)
+    if any(name in before for name in family.NAMES):
+        for what, of in (("multipliers", family.multipliers_of), ("LongRoPE", family.longrope_of)):
+            theirs, ours = of({**before, **dict.fromkeys(job.theirs)}), of(vars(_ours(args)))
+            if theirs != ours:
+                raise HostError(f"{checkpoint} was saved with {what} {theirs} (now {ours}): give the same flags")
+    try:
+        return check_change(checkpoint, QuantizerRecord.read(checkpoint), job.record, job.allow_change)
+    except RecordError as error:
+        raise HostError(str(error)) from None
+
+
+def write_record(checkpoint: Path) -> None:
+    """Writes the quantizer record of the model into a checkpoint's directory; nothing without a quantizer."""
+    if job.record is not None:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        job.record.write(checkpoint)
+
+
+def _quantize(
+    args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None, notes: list[str]
+) -> QuantizerRecord:
+    from .ops import set_backend
+    from .tensor_parallel import apply_recipe, probe, ternary_modules
+    from .tensor_parallel.record import record_of
+
+    device = next(chunks[0].parameters()).device.type
+    choice = set_backend(args.ternary_backend, device)
+    notes.append(f"quantizer backend: {choice.backend.name} ({choice.reason})")
+    if args.ternary_row_parallel_shards is None and checkpoint is not None:
+        recorded = QuantizerRecord.read(checkpoint)
+        if recorded is not None:
+            args.ternary_row_parallel_shards = recorded.row_parallel_shards
+            notes.append(f"row-parallel shards: {recorded.row_parallel_shards}, as {checkpoint} records")
+    coverage = apply_recipe(
+        chunks,
+        args.ternary_recipe,
+        default=quantizer_config(args),
+        row_parallel_shards=args.ternary_row_parallel_shards,
+        cache=args.ternary_cache,
+        verify_cache=args.ternary_verify_cache,
+        activation_bits=args.ternary_activation_bits,
+    )
+    if getattr(args, "init_model_with_meta_device", False):
+        _fill(args, [m.weight for _, m in ternary_modules(chunks)], checkpoint)
+    notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(chunks)} layers of this rank")
+    dtypes = {str(m.weight.dtype).removeprefix("torch.") for _, m in ternary_modules(chunks)}
+    if len(dtypes) > 1:
+        raise HostError(f"the weights to quantize have several dtypes ({', '.join(sorted(dtypes))}): use one")
+    notes.append(coverage.table())
+    # A stage without a ternary layer has nobody to ask: Megatron-LM gives all stages one dtype.
+    dtype = dtypes.pop() if dtypes else str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
+    return record_of(coverage, quantizer_config(args), dtype, args.ternary_activation_bits)
+
+
+def _fill(args: argparse.Namespace, weights: Sequence[torch.nn.Parameter], checkpoint: Path | None) -> None:
+    """Weights that came from the meta device hold no values until the checkpoint brings them; the probe needs some."""
+    if checkpoint is None:
+        raise HostError(
+            "--init-model-with-meta-device without a checkpoint to load leaves the weights uninitialised: give --load"
+        )
+    for weight in weights:
+        torch.nn.init.normal_(weight, std=args.init_method_std)
+
+
+def _multipliers(args: argparse.Namespace) -> tuple[Multipliers, LongRope | None]:
+    """What is ours to apply; what the host defines flags for, it carries out itself."""
+    ours: Mapping[str, Any] = vars(_ours(args))
+    return family.multipliers_of(ours), family.longrope_of(ours)
+
+
+def _ours(args: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **dict.fromkeys(job.theirs)})
+
+
+def _check_attention(chunk: torch.nn.Module) -> None:
+    """An attention that a host replaced may not ask the configuration for its scale."""
+    wanted = chunk.config.softmax_scale
+    if wanted is None:
+        return
+    for name, module in chunk.named_modules():
+        if not name.endswith("attention.core_attention") or name.endswith("core_attention.core_attention"):
+            continue
+        # MindSpeed's emulated Transformer Engine keeps it one level deeper.
+        found = {m.softmax_scale for m in module.modules() if hasattr(m, "softmax_scale")}
+        if found != {wanted}:
+            raise HostError(
+                f"{name}: {type(module).__name__} has softmax_scale {', '.join(map(str, found)) or 'nowhere'}, the "
+                f"attention multiplier and LongRoPE need {wanted}: use --transformer-impl local"
+            )

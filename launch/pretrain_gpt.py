@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs Megatron-LM's own pretrain_gpt.py, unmodified, with the ternary plugin in place:
+
+    torchrun ... launch/pretrain_gpt.py --megatron-path CHECKOUT [--mindspeed-path CHECKOUT] ...its flags... --ternary
+
+The script does not change; ``import bitcpm_megatron.adaptor`` is done before it. Where there is neither CUDA nor an
+NPU the job runs on the CPU (``--distributed-backend gloo``), for tests and small experiments.
+
+Exit status: that of the script; 2 where the plugin refuses what it is asked for, 3 where the start-up probe finds a
+layer that is not ternary.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # From a bare checkout the package stands two levels up.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of what is ours here; the script's flags go on to it."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser.add_argument("--megatron-path", metavar="DIR", help="a Megatron-LM checkout; default: as PYTHONPATH says")
+    parser.add_argument("--mindspeed-path", metavar="DIR", help="a MindSpeed checkout")
+    parser.add_argument("--mindspeed-llm-path", metavar="DIR", help="a MindSpeed-LLM checkout; its script is run")
+    parser.add_argument("--script", default="pretrain_gpt.py", metavar="FILE", help="in the checkout, or a path")
+    return parser
+
+
+def find_script(args: argparse.Namespace) -> Path:
+    """The script to run.
+
+    Raises:
+        FileNotFoundError: a checkout is none, or holds no such script.
+    """
+    for flag, package in (
+        ("megatron_path", "megatron"),
+        ("mindspeed_path", "mindspeed"),
+        ("mindspeed_llm_path", "mindspeed_llm"),
+    ):
+        directory = getattr(args, flag)
+        if directory is not None and not (Path(directory) / package).is_dir():
+            raise FileNotFoundError(f"--{flag.replace('_', '-')} {directory}: holds no directory {package}/")
+    roots = [Path(d) for d in (args.mindspeed_llm_path, args.megatron_path, ".") if d is not None]
+    for root in roots:
+        if (root / args.script).is_file():
+            return (root / args.script).resolve()
+    raise FileNotFoundError(f"--script {args.script}: not found in {', '.join(map(str, roots))}")
+
+
+def prepare(args: argparse.Namespace, script: Path) -> None:
+    """Puts the checkouts on the path and the plugin in place; on a machine without accelerator, the CPU patches."""
+    for directory in (args.megatron_path, args.mindspeed_path, args.mindspeed_llm_path):
+        if directory is not None:
+            sys.path.insert(0, str(Path(directory).resolve()))
+    sys.path.insert(0, str(script.parent))
+    # Helper processes (data loaders, the checkpoint writer) import the same packages.
+    os.environ["PYTHONPATH"] = os.pathsep.join([p for p in sys.path if p])
+    from bitcpm_megatron.patches import cpu, megatron_lm
+
+    on_cpu = not cpu.accelerator()
+    if on_cpu:
+        cpu.install_for_megatron_lm()
+    import bitcpm_megatron.adaptor  # noqa: F401
+
+    if on_cpu:
+        cpu.random_state()
+        megatron_lm.run_on_cpu()
+
+
+def main() -> int:
+    """Prepares and then becomes the script; returns the exit status."""
+    ours, rest = build_parser().parse_known_args()
+    try:
+        script = find_script(ours)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    sys.argv = [str(script), *rest]
+    prepare(ours, script)
+
+    from bitcpm_megatron.host import HostError
+    from bitcpm_megatron.tensor_parallel import ProbeError, RecipeError
+
+    # In this module's own names and not with runpy: the checkpoint writer's helper process imports __main__ again.
+    code = compile(script.read_text(encoding="utf-8"), str(script), "exec")
+    try:
+        exec(code, sys.modules["__main__"].__dict__)
+    except ProbeError as error:
+        return _failed(error, 3)
+    except (HostError, RecipeError) as error:
+        return _failed(error, 2)
+    return 0
+
+
+def _failed(error: Exception, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+# Without the guard that helper process would train as well, and hang.
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How MindSpeed and MindSpeed-LLM take us in: the only module that knows ``mindspeed``.
+
+Both apply the features of one list when their adaptor is imported. Ours joins the list before that, at its end, so that
+its wrappers are the outermost, and it joins again whenever a host replaces the list. Known to fit MindSpeed
+26.1.0_core_r0.12.1; nothing here was run on an NPU.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from . import ORIGINAL, logger, megatron_lm
+
+_FEATURE = "bitcpm_ternary"
+_LAYER_NORM_LINEAR = "mindspeed.te.pytorch.module.layernorm_column_parallel_linear"
+ADAPTORS = {"mindspeed": "mindspeed.megatron_adaptor", "mindspeed-llm": "mindspeed_llm.tasks.megatron_adaptor_v2"}
+
+
+def available(host: str) -> bool:
+    """Whether ``mindspeed`` or ``mindspeed-llm`` can be imported."""
+    return importlib.util.find_spec(host.replace("-", "_")) is not None
+
+
+def imported_too_early() -> str | None:
+    """The adaptor that was imported before ours, and has applied its features already, or None."""
+    for name in ADAPTORS.values():
+        if name in sys.modules:
+            return name
+    return None
+
+
+def join() -> None:
+    """Puts our feature at the end of MindSpeed's list, and keeps it there.
+
+    Displaces ``MindSpeedFeaturesManager.set_features_list``, with which MindSpeed-LLM replaces the whole list.
+    """
+    from mindspeed.features_manager.features_manager import MindSpeedFeaturesManager
+
+    feature = _feature()
+
+    def with_ours(original: Callable) -> Any:  # noqa: ANN401 - a classmethod
+        def set_features_list(cls: type, features_list: Iterable) -> None:
+            theirs = [f for f in features_list if getattr(f, "feature_name", None) != _FEATURE]
+            original([*theirs, feature])
+
+        return classmethod(set_features_list)
+
+    _replace_class_method(MindSpeedFeaturesManager, "set_features_list", with_ours)
+    if not any(getattr(f, "feature_name", None) == _FEATURE for f in MindSpeedFeaturesManager.FEATURES_LIST):
+        MindSpeedFeaturesManager.FEATURES_LIST.append(feature)
+    logger.info("joined MindSpeedFeaturesManager.FEATURES_LIST")
+
+
+def start(host: str) -> None:
+    """Imports the host's own adaptor, which applies all features, and makes its linears known.
+
+    Args:
+        host: ``mindspeed`` or ``mindspeed-llm``.
+
+    Raises:
+        RuntimeError: the adaptor did not apply our feature.
+    """
+    importlib.import_module(ADAPTORS[host])
+    if not _applied:
+        raise RuntimeError(f"{ADAPTORS[host]} did not apply the features of MindSpeedFeaturesManager: another version?")
+
+
+_applied: list[str] = []
+
+
+def _feature() -> Any:  # noqa: ANN401 - a MindSpeedFeature
+    from mindspeed.features_manager.feature import MindSpeedFeature
+
+    class TernaryFeature(MindSpeedFeature):
+        """Our flags and wrappers, as MindSpeed knows features.
+
+        Always applied: whether ``--ternary`` is given the wrappers ask themselves, from validated arguments.
+        """
+
+        def __init__(self) -> None:
+            super().__init__(_FEATURE, optimization_level=0)
+
+        def is_need_apply(self, args: argparse.Namespace) -> bool:
+            return True
+
+        def register_args(self, parser: argparse.ArgumentParser) -> None:
+            megatron_lm.register_arguments(parser)
+
+        def register_patches(self, patch_manager: Any, args: argparse.Namespace) -> None:  # noqa: ANN401
+            for symbol, wrapper in megatron_lm.WRAPPERS.items():
+                # The parser gets our flags from register_args, as it gets those of all features.
+                if wrapper is not megatron_lm.parse_args_wrapper:
+                    patch_manager.register_patch(symbol, wrapper)
+            _register_linears()
+            _applied.append(_FEATURE)
+
+    return TernaryFeature()
+
+
+def _register_linears() -> None:
+    """The emulated Transformer Engine's qkv and fc1: a column-parallel linear with the norm inside, no subclass of
+    megatron-core's. Its proj and fc2 are megatron-core's own."""
+    from ..tensor_parallel import register_linear
+
+    module = importlib.import_module(_LAYER_NORM_LINEAR)
+    register_linear(module.MindSpeedTELayerNormColumnParallelLinear, "column", ("_layernorm", "_rmsnorm"))
+
+
+def _replace_class_method(owner: type, attribute: str, make: Callable[[Any], Any]) -> None:
+    """``patches.replace`` for class methods, whose marker stands on the function inside."""
+    original = getattr(owner, attribute)
+    if hasattr(original.__func__, ORIGINAL):
+        return
+    replacement = make(original)
+    setattr(replacement.__func__, ORIGINAL, original)
+    setattr(owner, attribute, replacement)
+    logger.info("patched %s.%s", owner.__name__, attribute)

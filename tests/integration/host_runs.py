@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of unmodified upstream scripts through ``launch/pretrain_gpt.py``, on the CPU, and what they report.
+
+    python tests/integration/host_runs.py --output DIR      # every case, as BF16 and ternary, as a Markdown table
+
+needs the checkouts that :data:`HOSTS` names by environment variables.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+STUBS = CHECKOUT / "tests" / "stubs"
+
+MODEL = """
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention
+    --num-query-groups 2 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
+    --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --seq-length 64
+    --max-position-embeddings 64 --make-vocab-size-divisible-by 128
+""".split()
+TRAINING = """
+    --micro-batch-size 1 --global-batch-size 8 --train-iters 20 --lr 5e-3 --lr-decay-style constant --bf16 --seed 1234
+    --split 100,0,0 --num-workers 0 --eval-iters 0 --log-interval 1 --distributed-backend gloo
+""".split()
+UPSTREAM = """
+    --tokenizer-type GPTSentencePieceTokenizer --eval-interval 1000 --no-persist-layer-norm --no-masked-softmax-fusion
+    --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
+""".split()
+SHORT = [1 + 0.1 * i for i in range(8)]
+LONG = [2 + 0.3 * i for i in range(8)]
+MINICPM = [
+    *"--scale-emb 12 --scale-depth 1.4 --dim-model-base 16 --rope-scaling-type longrope".split(),
+    *("--rope-scaling-short-factor", *map(str, SHORT), "--rope-scaling-long-factor", *map(str, LONG)),
+    *("--rope-scaling-original-max-position-embeddings", "32"),
+]
+# Of two shards at every size, so that all runs have the same quantized weights.
+TERNARY = ["--ternary", "--ternary-row-parallel-shards", "2"]
+
+OVERLAPS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()
+VIRTUAL = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+TP2 = "--tensor-model-parallel-size 2".split()
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "1 process": (1, []),
+    "fusion": (1, ["FUSION"]),
+    "full recompute": (1, FULL),
+    "selective recompute": (1, ["--recompute-granularity", "selective"]),
+    "TP2": (2, TP2),
+    "TP2+SP": (2, [*TP2, "--sequence-parallel"]),
+    "TP2+SP, fusion": (2, [*TP2, "--sequence-parallel", "FUSION"]),
+    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "PP2+VPP2": (2, VIRTUAL),
+    "DP2, distributed optimizer, overlaps": (2, OVERLAPS),
+    "DP2, distributed optimizer, overlaps, fusion": (2, [*OVERLAPS, "FUSION"]),
+}
+COC = {
+    "TP2, COC": (2, [*TP2, "--use-ascend-coc", "--coc-mode", "2", "--coc-parallel-num", "2"]),
+    "TP2+SP, COC": (
+        2,
+        [*TP2, "--sequence-parallel", "--use-ascend-coc", "--coc-mode", "2", "--coc-parallel-num", "2"],
+    ),
+    "TP2+SP, COC, fusion": (
+        2,
+        [*TP2, "--sequence-parallel", "--use-ascend-coc", "--coc-mode", "2", "--coc-parallel-num", "2", "FUSION"],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """An upstream to run.
+
+    Attributes:
+        name: in reports.
+        megatron: environment variable that says where its Megatron-LM lies.
+        mindspeed: the same of its MindSpeed, or None.
+        flags: that all its runs take.
+        cases: layout -> processes and flags.
+    """
+
+    name: str
+    megatron: str
+    mindspeed: str | None
+    flags: tuple[str, ...]
+    cases: dict[str, tuple[int, list[str]]]
+
+    def missing(self) -> list[str]:
+        """The environment variables that do not name a directory."""
+        names = [self.megatron, *([self.mindspeed] if self.mindspeed else [])]
+        return [name for name in names if not Path(os.environ.get(name, "")).is_dir() or not os.environ.get(name)]
+
+    def paths(self) -> list[str]:
+        """Where its checkouts are, as flags of the launcher."""
+        found = ["--megatron-path", os.environ[self.megatron]]
+        return found + (["--mindspeed-path", os.environ[self.mindspeed]] if self.mindspeed else [])
+
+
+HOSTS = {
+    host.name: host
+    for host in (
+        Host("core_v0.16.1, local", "MEGATRON_LM_PATH", None, ("--transformer-impl", "local"), LAYOUTS),
+        Host(
+            "core_v0.12.1 + MindSpeed, local",
+            "MEGATRON_LM_012_PATH",
+            "MINDSPEED_PATH",
+            ("--transformer-impl", "local"),
+            {**LAYOUTS, **COC},
+        ),
+        Host(
+            "core_v0.12.1 + MindSpeed, TE",
+            "MEGATRON_LM_012_PATH",
+            "MINDSPEED_PATH",
+            ("--transformer-impl", "transformer_engine", "--use-flash-attn", "--use-fused-rmsnorm"),
+            LAYOUTS,
+        ),
+    )
+}
+HOW_TO = (
+    "set MEGATRON_LM_PATH (a Megatron-LM checkout at core_v0.16.1), MEGATRON_LM_012_PATH (core_v0.12.1) and "
+    "MINDSPEED_PATH (26.1.0_core_r0.12.1), and HOST_SITE_PACKAGES (a directory with what they import beyond this "
+    "environment: pip install --no-deps --target DIR einops six nltk pybind11 ninja scipy pandas sqlalchemy "
+    "scikit-learn joblib narwhals threadpoolctl), and HOST_012_SITE_PACKAGES (another, put before it for core_v0.12.1: "
+    "numpy==1.26.4 pandas==2.2.3 pytz)"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run printed."""
+
+    status: int
+    output: str
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every iteration, with the 7 digits that upstream logs."""
+        return [float(x) for x in re.findall(r"lm loss: ([0-9.]+E[+-][0-9]+)", self.output)]
+
+    @property
+    def proved(self) -> int:
+        """Layers of rank 0 that the probe confirmed; the other ranks' raise where they do not."""
+        found = re.search(r"holds bit for bit in (\d+) layers", self.output)
+        return int(found.group(1)) if found else 0
+
+
+def launch(
+    script: list[str], processes: int, flags: Sequence[str], stubs: Sequence[Path] = (), packages: Sequence[str] = ()
+) -> Result:
+    """Runs a launcher of ours on some processes, over gloo."""
+    paths = [str(CHECKOUT), *map(str, stubs), *packages, os.environ.get("HOST_SITE_PACKAGES", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        + [*script, *flags],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+        },
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return Result(done.returncode, done.stdout)
+
+
+def run(host: Host, processes: int, flags: Sequence[str]) -> Result:
+    """Runs a host's pretrain_gpt.py; the word FUSION among the flags switches gradient-accumulation fusion on."""
+    fusion = "FUSION" in flags
+    stubs = [STUBS] if host.mindspeed else [STUBS / "fusion"] if fusion else []
+    flags = [f for f in flags if f != "FUSION"] + ([] if fusion else ["--no-gradient-accumulation-fusion"])
+    script = [str(CHECKOUT / "launch" / "pretrain_gpt.py"), *host.paths()]
+    old = [os.environ.get("HOST_012_SITE_PACKAGES", "")] if host.mindspeed else []
+    return launch(script, processes, [*host.flags, *flags], stubs, old)
+
+
+def run_ours(processes: int, flags: Sequence[str], log_dir: Path) -> list[float]:
+    """Runs our own loop, ``launch/pretrain.py``; gives back its losses."""
+    shutil.rmtree(log_dir, ignore_errors=True)
+    result = launch(
+        [str(CHECKOUT / "launch" / "pretrain.py")],
+        processes,
+        [*flags, "--log-interval", "1", "--log-dir", str(log_dir)],
+    )
+    assert result.status == 0, result.output[-4000:]
+    records = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    return [r["lm_loss"] for r in records if r["kind"] == "train"]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What all runs train on and start from.
+
+    Attributes:
+        directory: holds all.
+    """
+
+    directory: Path
+
+    @property
+    def data(self) -> list[str]:
+        """Flags that name the token files and the tokenizer."""
+        return (
+            f"--data-path {self.directory}/train_text_document --tokenizer-model {self.directory}/tokenizer.model "
+            f"--data-cache-path {self.directory}/cache"
+        ).split()
+
+    @property
+    def start(self) -> list[str]:
+        """Flags that load the converted Llama, at any parallel layout."""
+        return ["--pretrained-checkpoint", str(self.directory / "start")]
+
+    @property
+    def minicpm(self) -> list[str]:
+        """Flags that load the MiniCPM, and describe it."""
+        return ["--pretrained-checkpoint", str(self.directory / "start-minicpm"), *MINICPM]
+
+    @classmethod
+    def make(cls, directory: Path) -> "Material":
+        """Token files of 512 tokens from the prose inside of CPython, and a converted Llama with random weights."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tool = [sys.executable, str(CHECKOUT / "launch" / "preprocess_data.py"), "--builtin-corpus", "python-prose"]
+        if not (directory / "train_text_document.idx").exists():
+            tool += ["--split", "train", "--append-eod", "--train-tokenizer", str(directory / "tokenizer.model")]
+            _tool([*tool, "--vocab-size", "512", "--output-prefix", str(directory / "train")])
+        if not (directory / "start-minicpm").exists():
+            _write_llama(directory / "hf")
+            _make_minicpm(directory / "hf", directory / "hf-minicpm")
+            tool = [sys.executable, str(CHECKOUT / "checkpoint_tools" / "convert_hf_to_megatron.py")]
+            for source, start in (("hf", "start"), ("hf-minicpm", "start-minicpm")):
+                if not (directory / start).exists():
+                    _tool([*tool, "--load-dir", str(directory / source), "--save-dir", str(directory / start)])
+        return cls(directory)
+
+
+def _tool(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f"{command[1]} failed with {done.returncode}:\n{done.stdout[-4000:]}"
+
+
+def _write_llama(directory: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+
+
+def _make_minicpm(llama: Path, directory: Path) -> None:
+    """The same weights as a MiniCPM with LongRoPE: what :data:`MINICPM` says, in its own words."""
+    directory.mkdir(exist_ok=True)
+    shutil.copy(llama / "model.safetensors", directory)
+    config = json.loads((llama / "config.json").read_text())
+    for name in ("rope_parameters", "rope_scaling"):
+        config.pop(name, None)
+    config.update(model_type="minicpm", architectures=["MiniCPMForCausalLM"], rope_theta=10000.0)
+    config.update(scale_emb=12, scale_depth=1.4, dim_model_base=16)
+    config["rope_scaling"] = {
+        "rope_type": "longrope",
+        "short_factor": SHORT,
+        "long_factor": LONG,
+        "original_max_position_embeddings": 32,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def main() -> int:
+    """Runs the cases of all hosts whose checkouts are there, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for data, checkpoints and logs")
+    parser.add_argument("--only", default="", help="cases whose host or name contains this")
+    args = parser.parse_args()
+    material = Material.make(args.output)
+    common = [*MODEL, *TRAINING, *material.data, *material.start]
+    reference = run_ours(1, [*common, "--no-gradient-accumulation-fusion", *TERNARY], args.output / "ours")[0]
+    print(
+        f"| host | case | BF16 loss, first and last | ternary loss, first and last | layers proved (rank 0) | "
+        f"first step against launch/pretrain.py ({reference:.6f}) |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for host in HOSTS.values():
+        for name, (processes, flags) in host.cases.items():
+            if host.missing() or args.only not in f"{host.name}, {name}":
+                continue
+            found = []
+            for kind, more in (("bf16", []), ("ternary", TERNARY)):
+                result = run(host, processes, [*common, *UPSTREAM, *flags, *more])
+                (args.output / re.sub(r"\W+", "-", f"{host.name} {name} {kind}.log")).write_text(result.output)
+                found.append(result)
+            if any(r.status or len(r.losses) != 20 for r in found):
+                print(f"| {host.name} | {name} | FAILED {[r.status for r in found]} |", flush=True)
+                continue
+            spans = [f"{r.losses[0]:.4f} -> {r.losses[-1]:.4f}" for r in found]
+            error = abs(found[1].losses[0] / reference - 1)
+            print(f"| {host.name} | {name} | {spans[0]} | {spans[1]} | {found[1].proved} | {error:.1e} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch_npu.npu`` / ``torch.npu`` of the stand-in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"the CPU stand-in for torch_npu does not model torch_npu.npu.{name}")
+
+
+def is_available() -> bool:
+    """There is no NPU here."""
+    return False
+
+
+def current_device() -> torch.device:
+    """The CPU."""
+    return torch.device("cpu")
+
+
+def get_device_name(device: Any = None) -> str:
+    """MindSpeed takes operators that fit a generation by this name: those of the 910B are modelled."""
+    return "Ascend910B (CPU stand-in)"
+
+
+def current_stream(device: Any = None) -> "Stream":
+    """Work is done when it is asked for: any stream will do."""
+    return Stream()
+
+
+def synchronize(device: Any = None) -> None:
+    """Nothing to wait for."""
+
+
+def empty_cache() -> None:
+    """Nothing is cached."""
+
+
+def _lazy_call(call: Callable) -> None:
+    call()
+
+
+class device:  # noqa: N801 - the real one's name
+    """A context in which a device is current: nothing changes."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+
+class Stream:
+    """A stream whose work is always done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: "Stream") -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class Event:
+    """An event that has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing to record."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Minimal doubles of the upstreams that the adaptor takes hold of, put into ``sys.modules`` for one test.
+
+They keep the contracts that ``patches/`` relies on, and nothing else: MindSpeed's features, its list and its patch
+manager; the functions of ``megatron.training`` that are wrapped, calling one another by the names they imported.
+"""
+
+import argparse
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str, **content) -> types.ModuleType:
+    """A module of that name, with its parents."""
+    made = types.ModuleType(name)
+    made.__dict__.update(content)
+    monkeypatch.setitem(sys.modules, name, made)
+    parent, _, leaf = name.rpartition(".")
+    if parent:
+        if parent not in sys.modules:
+            module(monkeypatch, parent)
+        if not hasattr(sys.modules[parent], "__path__"):
+            sys.modules[parent].__path__ = []
+        monkeypatch.setattr(sys.modules[parent], leaf, made, raising=False)
+    return made
+
+
+class MegatronTraining:
+    """``megatron.training`` in memory: ``run()`` goes through the functions as ``pretrain()`` does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, build_model, theirs: tuple[str, ...] = ()) -> None:
+        self.args = argparse.Namespace()
+        self.loaded_with: dict = {}
+        self.printed: list[str] = []
+        self.fails_to_correct = False
+
+        def parse_args(extra_args_provider=None, ignore_unknown_args=False):
+            parser = argparse.ArgumentParser(allow_abbrev=False)
+            for flag in theirs:
+                parser.add_argument(flag, type=float)
+            for name in ("load", "save", "ckpt-format", "fp8-format", "qat-scheme"):
+                parser.add_argument(f"--{name}")
+            parser.add_argument("--use-ascend-mc2", action="store_true")
+            if extra_args_provider is not None:
+                extra_args_provider(parser)
+            return parser.parse_args(self.argv)
+
+        def validate_args(args, defaults=None):
+            for name, value in {
+                "ckpt_format": "torch_dist",
+                "position_embedding_type": "rope",
+                "kv_channels": 16,
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_layers": 2,
+                "max_position_embeddings": 64,
+                "vocab_size": None,
+                "init_method_std": 0.02,
+            }.items():
+                if getattr(args, name, None) is None:
+                    setattr(args, name, value)
+            return args
+
+        def core_transformer_config_from_args(args, config_class=None):
+            return types.SimpleNamespace(kv_channels=args.kv_channels, softmax_scale=None)
+
+        def correct_amax_history_if_needed(model):
+            """For fp8."""
+
+        def get_model(wrap=True):
+            loop = sys.modules["megatron.training.training"]
+            chunks = build_model()
+            if not self.fails_to_correct:
+                loop.correct_amax_history_if_needed(chunks)
+            return chunks
+
+        def get_checkpoint_name(directory, iteration, release=False, return_base_dir=False):
+            base = Path(directory) / ("release" if release else f"iter_{iteration:07d}")
+            return str(base if return_base_dir else base / "mp_rank_00" / "model_optim_rng.pt")
+
+        def read_metadata(tracker):
+            return int(Path(tracker).read_text()), False
+
+        def checkpoint_exists(directory):
+            return directory is not None and (Path(directory) / TRACKER).is_file()
+
+        def save_checkpoint(iteration, model):
+            from megatron.core import dist_checkpointing
+
+            base = Path(get_checkpoint_name(self.args.save, iteration, return_base_dir=True))
+            if self.args.ckpt_format == "torch_dist":
+                base.mkdir(parents=True)
+                assert not any(base.iterdir())
+                dist_checkpointing.save({}, str(base))
+            assert (base / "ternary_quantizer.json").exists() == (self.args.ternary is True)
+            (base.parent / TRACKER).write_text(str(iteration))
+
+        def _load_base_checkpoint(directory, args, rank0=False):
+            if not checkpoint_exists(directory):
+                return None, "", False, None
+            iteration, release = read_metadata(Path(directory) / TRACKER)
+            dist = args.ckpt_format == "torch_dist"
+            return {}, get_checkpoint_name(directory, iteration, release, return_base_dir=dist), release, None
+
+        def load_checkpoint(model):
+            here = sys.modules["megatron.training.checkpointing"]
+            here._load_base_checkpoint(self.args.load, self.args, rank0=True)
+            self.loaded_with = {k: v for chunk in model for k, v in chunk.sharded_state_dict().items()}
+            here._load_base_checkpoint(self.args.load, self.args)
+
+        def dist_save(sharded_state_dict, checkpoint_dir):
+            """Writes nothing."""
+
+        from megatron.core import dist_checkpointing
+        from megatron.core.pipeline_parallel import schedules
+
+        monkeypatch.setattr(dist_checkpointing, "save", dist_save)
+        monkeypatch.setattr(schedules, "get_forward_backward_func", schedules.get_forward_backward_func)
+        module(monkeypatch, "megatron.training", get_args=lambda: self.args, print_rank_0=self.printed.append)
+        module(monkeypatch, "megatron.training.global_vars", _GLOBAL_ARGS=None, _GLOBAL_TOKENIZER=None)
+        module(
+            monkeypatch,
+            "megatron.training.arguments",
+            parse_args=parse_args,
+            validate_args=validate_args,
+            core_transformer_config_from_args=core_transformer_config_from_args,
+        )
+        checkpointing = module(
+            monkeypatch,
+            "megatron.training.checkpointing",
+            save_checkpoint=save_checkpoint,
+            load_checkpoint=load_checkpoint,
+            _load_base_checkpoint=_load_base_checkpoint,
+            get_checkpoint_name=get_checkpoint_name,
+            get_checkpoint_tracker_filename=lambda directory: str(Path(directory) / TRACKER),
+            read_metadata=read_metadata,
+            checkpoint_exists=checkpoint_exists,
+        )
+        module(
+            monkeypatch,
+            "megatron.training.training",
+            get_model=get_model,
+            correct_amax_history_if_needed=correct_amax_history_if_needed,
+            # By name, as upstream does: a patch must reach it here, too.
+            load_checkpoint=checkpointing.load_checkpoint,
+            save_checkpoint=checkpointing.save_checkpoint,
+        )
+
+    def run(self, argv: list[str]) -> list[torch.nn.Module]:
+        """Arguments, model, load, save."""
+        self.argv = argv
+        here = {n: sys.modules[f"megatron.training.{n}"] for n in ("arguments", "training")}
+        self.args = here["arguments"].parse_args()
+        self.args = here["arguments"].validate_args(self.args)
+        self.config = here["arguments"].core_transformer_config_from_args(self.args)
+        model = here["training"].get_model()
+        if self.args.load:
+            here["training"].load_checkpoint(model)
+        if self.args.save:
+            here["training"].save_checkpoint(5, model)
+        return model
+
+
+class MindSpeed:
+    """``mindspeed`` in memory: its list of features, its patch manager, and an adaptor that applies both."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, layer_norm_linear: type) -> None:
+        class MindSpeedFeature:
+            def __init__(self, feature_name, optimization_level=2):
+                self.feature_name, self.optimization_level = feature_name, optimization_level
+
+            def register_args(self, parser):
+                """None."""
+
+            def pre_validate_args(self, args):
+                """Nothing."""
+
+            def register_patches(self, patch_manager, args):
+                """None."""
+
+        class MindSpeedFeaturesManager:
+            FEATURES_LIST: list = [MindSpeedFeature("first")]
+
+            @classmethod
+            def set_features_list(cls, features_list):
+                cls.FEATURES_LIST[:] = features_list
+
+        class PatchesManager:
+            wrappers: dict = {}
+
+            @classmethod
+            def register_patch(cls, symbol, wrapper):
+                # Others replace, and a second replacement raises.
+                assert wrapper.__name__.endswith(("wrapper", "decorator")), wrapper
+                if wrapper not in cls.wrappers.setdefault(symbol, []):
+                    cls.wrappers[symbol].append(wrapper)
+
+            @classmethod
+            def apply(cls):
+                for symbol, wrappers in cls.wrappers.items():
+                    path, _, name = symbol.rpartition(".")
+                    owner = importlib.import_module(path)
+                    original = function = getattr(owner, name)
+                    for wrapper in wrappers:
+                        function = wrapper(function)
+                    for known in list(sys.modules.values()):
+                        if getattr(known, "__dict__", {}).get(name) is original:
+                            setattr(known, name, function)
+
+        self.manager, self.feature = MindSpeedFeaturesManager, MindSpeedFeature
+        module(monkeypatch, "mindspeed.features_manager.feature", MindSpeedFeature=MindSpeedFeature)
+        module(
+            monkeypatch,
+            "mindspeed.features_manager.features_manager",
+            MindSpeedFeaturesManager=MindSpeedFeaturesManager,
+        )
+        module(
+            monkeypatch,
+            "mindspeed.te.pytorch.module.layernorm_column_parallel_linear",
+            MindSpeedTELayerNormColumnParallelLinear=layer_norm_linear,
+        )
+
+        def import_adaptor() -> None:
+            """What ``import mindspeed.megatron_adaptor`` does."""
+            arguments = sys.modules["megatron.training.arguments"]
+            parse_args = arguments.parse_args
+
+            def with_features(extra_args_provider=None, ignore_unknown_args=False):
+                def provide(parser):
+                    for feature in MindSpeedFeaturesManager.FEATURES_LIST:
+                        feature.register_args(parser)
+
+                return parse_args(provide, ignore_unknown_args)
+
+            arguments.parse_args = with_features
+            for feature in MindSpeedFeaturesManager.FEATURES_LIST:
+                feature.register_patches(PatchesManager, argparse.Namespace())
+            PatchesManager.apply()
+            module(monkeypatch, "mindspeed.megatron_adaptor")
+
+        self.import_adaptor = import_adaptor

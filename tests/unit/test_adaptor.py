@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adaptor against doubles of its hosts: what it hooks, in which order, and what it refuses."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import host_doubles
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+
+from bitcpm_megatron import host
+from bitcpm_megatron.arguments import add_arguments
+from bitcpm_megatron.models.arguments import NAMES
+from bitcpm_megatron.ops import registry
+from bitcpm_megatron.patches import megatron_lm, mindspeed
+from bitcpm_megatron.tensor_parallel import ProbeError, RecipeError, linears, ternary_modules
+
+pytestmark = pytest.mark.usefixtures("single_rank", "fresh")
+NOTHING = argparse.Namespace(ternary=False)
+
+
+class LayerNormLinear(torch.nn.Module):
+    """The contract of MindSpeed's emulated TELayerNormColumnParallelLinear."""
+
+    def __init__(self, config: TransformerConfig, rows: int) -> None:
+        super().__init__()
+        self.config, self.input_size, self.output_size = config, config.hidden_size, rows
+        self.weight = torch.nn.Parameter(torch.randn(rows, config.hidden_size) * 0.05)
+        self.layer_norm_weight = torch.nn.Parameter(torch.rand(config.hidden_size) + 0.5)
+
+    def _layernorm(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("not with RMSNorm")
+
+    def _rmsnorm(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.layer_norm_weight
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.linear(self._rmsnorm(x), self.weight), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return {f"{prefix}weight": self.weight}
+
+
+class Bypassing(LayerNormLinear):
+    """Keeps a reference of its own to the weight."""
+
+    def __init__(self, config: TransformerConfig, rows: int) -> None:
+        super().__init__(config, rows)
+        self.kept = [self.weight]
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.linear(self._rmsnorm(x), self.kept[0]), None
+
+
+class Chunk(torch.nn.Module):
+    """A model chunk with one layer, enough for a recipe."""
+
+    def __init__(self, linear: Callable | None) -> None:
+        super().__init__()
+        config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, normalization="RMSNorm")
+        init = torch.nn.init.xavier_normal_
+        more = {"config": config, "init_method": init, "bias": False}
+        column = ColumnParallelLinear(64, 128, **more) if linear is None else linear(config, 128)
+        row = RowParallelLinear(128, 64, **more, input_is_parallel=True, skip_bias_add=True)
+        self.config = config
+        self.decoder = torch.nn.ModuleDict({"linear_fc1": column, "linear_fc2": row})
+
+    def sharded_state_dict(self) -> dict:
+        """As a GPTModel gives it."""
+        metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        return {k: v for n, m in self.decoder.items() for k, v in m.sharded_state_dict(f"{n}.", (), metadata).items()}
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No job yet, no host, no registered linear, and the adaptor not imported."""
+    monkeypatch.setattr(host, "job", host.Job())
+    monkeypatch.setattr(linears, "_registered", {})
+    monkeypatch.setattr(mindspeed, "_applied", [])
+    monkeypatch.delenv("BITCPM_HOST", raising=False)
+    monkeypatch.delitem(sys.modules, "bitcpm_megatron.adaptor", raising=False)
+
+
+@pytest.fixture
+def megatron(monkeypatch: pytest.MonkeyPatch) -> Callable[..., host_doubles.MegatronTraining]:
+    """A Megatron-LM whose modules can be imported, and are not yet."""
+
+    def make(linear: Callable | None = None, **more) -> host_doubles.MegatronTraining:
+        double = host_doubles.MegatronTraining(monkeypatch, lambda: [Chunk(linear)], **more)
+        monkeypatch.setattr(megatron_lm, "imported_too_early", lambda: None)
+        return double
+
+    return make
+
+
+def adapt() -> str:
+    """``import bitcpm_megatron.adaptor``; the host that it found."""
+    return importlib.import_module("bitcpm_megatron.adaptor").HOST
+
+
+def test_a_job_trains_ternary_after_one_import(megatron) -> None:
+    job = megatron()
+    assert adapt() == "megatron-lm"
+    (chunk,) = job.run(["--ternary", "--ternary-group-size", "32"])
+    assert [s.name for s, _ in ternary_modules(chunk)] == ["decoder.linear_fc1", "decoder.linear_fc2"]
+    assert "holds bit for bit in 2 layers" in "\n".join(job.printed)
+    assert "ternary: 2 of 2 modules" in job.printed[-1]
+
+
+def test_without_the_flag_nothing_changes(megatron, tmp_path: Path) -> None:
+    job = megatron()
+    adapt()
+    (chunk,) = job.run(["--save", str(tmp_path)])
+    assert not ternary_modules(chunk) and job.printed == []
+
+
+def test_importing_it_twice_changes_nothing_more(megatron) -> None:
+    job = megatron()
+    adapt()
+    parse_args = sys.modules["megatron.training.arguments"].parse_args
+    del sys.modules["bitcpm_megatron.adaptor"]
+    adapt()
+    assert sys.modules["megatron.training.arguments"].parse_args is parse_args
+    job.run(["--ternary"])
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "torch"])
+def test_the_record_goes_with_the_checkpoint_and_is_held_against_the_next_run(megatron, tmp_path, format) -> None:
+    job = megatron()
+    adapt()
+    # The double asserts that the record is there when the tracker is written.
+    job.run(["--ternary", "--ternary-row-parallel-shards", "2", "--ckpt-format", format, "--save", str(tmp_path)])
+    more = ["--ckpt-format", format, "--load", str(tmp_path)]
+    job.run(["--ternary", *more])
+    assert job.args.ternary_row_parallel_shards == 2
+    assert "quantizer: as the checkpoint records" in job.printed
+    assert not any("ternary_scale" in name for name in job.loaded_with)
+    with pytest.raises(host.HostError, match="row_parallel_shards: 2 in the checkpoint, 1 asked for"):
+        job.run(["--ternary", "--ternary-row-parallel-shards", "1", *more])
+    with pytest.raises(host.HostError, match="--ternary is not given"):
+        job.run(more)
+    job.run(["--allow-quantizer-change", *more])
+    assert any("changed on request" in line for line in job.printed)
+
+
+def test_the_scales_are_saved(megatron) -> None:
+    job = megatron()
+    adapt()
+    (chunk,) = job.run(["--ternary"])
+    assert {n for n in chunk.sharded_state_dict() if "ternary_scale" in n} == {
+        "linear_fc1.weight.ternary_scale",
+        "linear_fc2.weight.ternary_scale",
+    }
+
+
+def test_the_attention_multiplier_reaches_the_configuration(megatron, monkeypatch) -> None:
+    job = megatron()
+    adapt()
+    monkeypatch.setattr(
+        host, "prepare", lambda args, chunks, checkpoint: [setattr(c, "_bitcpm_prepared", 1) for c in chunks] and []
+    )
+    job.run(["--attention-multiplier", "0.125"])
+    assert job.config.softmax_scale == 0.125
+    job.run([])
+    assert job.config.softmax_scale is None
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--fp8-format hybrid",
+        "--qat-scheme w4a16-mxfp4",
+        "--use-ascend-mc2",
+        "--ckpt-format torch_dcp",
+        "--ternary-telemetry-interval 5",
+        "--ternary-group-size 7",
+        "--ternary-verify-cache --ternary-cache none",
+        "--rope-scaling-type longrope",
+        "--scale-depth 1.4 --residual-multiplier 0.2",
+    ],
+)
+def test_what_cannot_be_combined_is_refused_by_name(megatron, flags: str) -> None:
+    job = megatron()
+    adapt()
+    with pytest.raises(host.HostError, match=flags.split()[0]):
+        job.run(["--ternary", *flags.split()])
+
+
+def test_flags_without_ternary_are_refused(megatron) -> None:
+    job = megatron()
+    adapt()
+    with pytest.raises(host.HostError, match="--ternary-group-size without --ternary"):
+        job.run(["--ternary-group-size", "64"])
+
+
+@pytest.mark.parametrize(
+    "name", ["fp4", "enable_cuda_graph", "use_torch_fsdp2", "use_custom_fsdp", "tp_2d", "layerzero"]
+)
+def test_so_is_what_hosts_have_beyond(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--ternary"])
+    args.__dict__[name] = True
+    with pytest.raises(host.HostError, match=f"--{name.replace('_', '-')} True"):
+        host.check_arguments(args)
+
+
+def test_a_recipe_that_fits_nothing_is_refused(megatron, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("configs: {all: {}}\nmatchers: {none: {config: all, pattern: '*.linear_q'}}\n")
+    job = megatron()
+    adapt()
+    with pytest.raises(RecipeError, match="fits no module"):
+        job.run(["--ternary", "--ternary-recipe", str(recipe)])
+
+
+def test_a_backend_that_is_not_there_is_refused(megatron, monkeypatch) -> None:
+    absent = registry.Backend("absent", registry._BACKENDS["torch"].kernel, lambda device: "not built")
+    monkeypatch.setitem(registry._BACKENDS, "absent", absent)
+    monkeypatch.setattr(registry, "_choices", {})
+    job = megatron()
+    adapt()
+    with pytest.raises(RuntimeError, match="'absent' was asked for and cannot run on cpu: not built"):
+        job.run(["--ternary", "--ternary-backend", "absent"])
+
+
+def test_a_host_that_builds_its_model_elsewhere_is_refused(megatron) -> None:
+    job = megatron()
+    job.fails_to_correct = True
+    adapt()
+    with pytest.raises(host.HostError, match="behind the adaptor's back"):
+        job.run(["--ternary"])
+
+
+def test_linears_that_nobody_registered_are_refused(megatron) -> None:
+    job = megatron(LayerNormLinear)
+    adapt()
+    with pytest.raises(RecipeError, match="LayerNormLinear, which would bypass the quantizer"):
+        job.run(["--ternary"])
+
+
+def test_a_missing_symbol_raises(megatron) -> None:
+    megatron()
+    del sys.modules["megatron.training.training"].correct_amax_history_if_needed
+    with pytest.raises(AttributeError, match="correct_amax_history_if_needed"):
+        adapt()
+
+
+class TestMindSpeed:
+    """Through MindSpeed's features."""
+
+    @pytest.fixture
+    def mindspeed_host(self, monkeypatch, megatron) -> Callable[..., host_doubles.MegatronTraining]:
+        def make(linear: type) -> host_doubles.MegatronTraining:
+            self.double = host_doubles.MindSpeed(monkeypatch, LayerNormLinear)
+            monkeypatch.setattr(mindspeed, "available", lambda name: name == "mindspeed")
+            # The double's adaptor is imported when ours asks for it.
+            real = importlib.import_module
+
+            def import_module(name: str, *args):
+                if name == "mindspeed.megatron_adaptor" and name not in sys.modules:
+                    self.double.import_adaptor()
+                return real(name, *args)
+
+            monkeypatch.setattr(importlib, "import_module", import_module)
+            return megatron(linear)
+
+        return make
+
+    def test_a_job_trains_ternary_with_the_norm_inside(self, mindspeed_host) -> None:
+        job = mindspeed_host(LayerNormLinear)
+        assert adapt() == "mindspeed"
+        (chunk,) = job.run(["--ternary"])
+        assert "holds bit for bit in 2 layers" in "\n".join(job.printed)
+        linear = chunk.decoder["linear_fc1"]
+        x = torch.randn(3, 1, 64)
+        (quantized,) = [s.quantize(m.weight)[0] for s, m in ternary_modules(chunk) if m is linear]
+        assert torch.equal(linear(x)[0], torch.nn.functional.linear(linear._rmsnorm(x), quantized))
+
+    def test_a_linear_that_bypasses_the_quantizer_is_found_by_the_probe(self, mindspeed_host) -> None:
+        job = mindspeed_host(Bypassing)
+        adapt()
+        with pytest.raises(ProbeError, match="linear_fc1"):
+            job.run(["--ternary"])
+
+    def test_activations_cannot_be_quantized_before_a_norm(self, mindspeed_host) -> None:
+        job = mindspeed_host(LayerNormLinear)
+        adapt()
+        with pytest.raises(RecipeError, match="normalises its input itself.*--transformer-impl local"):
+            job.run(["--ternary", "--ternary-activation-bits", "8"])
+
+    def test_our_feature_survives_another_list(self, mindspeed_host) -> None:
+        mindspeed_host(LayerNormLinear)
+        mindspeed.join()
+        mindspeed.join()
+        manager = self.double.manager
+        assert [f.feature_name for f in manager.FEATURES_LIST] == ["first", "bitcpm_ternary"]
+        manager.set_features_list([self.double.feature("llm")])
+        assert [f.feature_name for f in manager.FEATURES_LIST] == ["llm", "bitcpm_ternary"]
+
+    def test_their_adaptor_must_not_come_first(self, mindspeed_host) -> None:
+        mindspeed_host(LayerNormLinear)
+        self.double.import_adaptor()
+        with pytest.raises(RuntimeError, match="mindspeed.megatron_adaptor was imported before this"):
+            adapt()
+
+    def test_another_version_of_the_linear_is_refused(self, mindspeed_host, monkeypatch) -> None:
+        mindspeed_host(LayerNormLinear)
+        monkeypatch.delattr(LayerNormLinear, "_rmsnorm")
+        with pytest.raises(ValueError, match="has no _rmsnorm"):
+            adapt()
+
+
+def test_megatron_must_not_come_first(monkeypatch) -> None:
+    host_doubles.MegatronTraining(monkeypatch, list)
+    with pytest.raises(RuntimeError, match="megatron.training was imported already.*put `import bitcpm_megatron.adap"):
+        adapt()
+    sys.modules["megatron.training.global_vars"]._GLOBAL_ARGS = NOTHING
+    with pytest.raises(RuntimeError, match="has parsed its arguments already"):
+        adapt()
+
+
+@pytest.mark.parametrize("named, said", [("mindspeed", "cannot be imported"), ("llama", "is unknown")])
+def test_a_host_that_is_not_there_is_refused(megatron, monkeypatch, named: str, said: str) -> None:
+    megatron()
+    monkeypatch.setenv("BITCPM_HOST", named)
+    with pytest.raises(RuntimeError, match=said):
+        adapt()
+
+
+def test_flags_that_the_host_has_are_the_hosts(megatron) -> None:
+    """MindSpeed-LLM carries out --scale-emb itself: twice would be wrong."""
+    job = megatron(theirs=("--scale-emb", "--rope-scaling-type"))
+    adapt()
+    job.run(["--scale-emb", "12"])
+    assert "scale_emb" in host.job.theirs
+    assert {n for n in NAMES if n.startswith("rope_scaling")} <= set(host.job.theirs)
+    assert job.args.scale_emb == 12 and job.printed == []
+    with pytest.raises(SystemExit):
+        job.run(["--rope-scaling-short-factor", "1", "2"])
+
+
+def test_our_flags_are_added_once_per_parser() -> None:
+    parser = argparse.ArgumentParser()
+    assert add_arguments(parser) == ()
+    with pytest.raises(ValueError, match="--ternary"):
+        add_arguments(parser)
