@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # Another build: make TORCH='torch==2.7.1 --index-url ...' setup
 TORCH ?= torch==2.13.0
+# The one that TORCH's CUDA builds require; of another TORCH, the one that it brings.
+TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1,triton)
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -13,7 +15,11 @@ OLD_MEGATRON := $(VENV)/megatron-core-0.12.1
 ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_linears.py tests/unit/test_recipe.py \
 	tests/unit/test_record.py tests/unit/test_telemetry.py tests/distributed/test_gradients.py
 
-.PHONY: setup demo test test-mcore-0.12 test-kill lint format clean
+# What checkouts of Megatron-LM and MindSpeed import beyond this environment; 0.12.1 needs an older numpy.
+HOST_PACKAGES := $(VENV)/hosts
+IN_HOSTS := einops joblib narwhals ninja nltk pandas pybind11 scikit-learn scipy six sqlalchemy threadpoolctl
+
+.PHONY: setup demo test test-mcore-0.12 test-hosts test-kill bench-conversion bench-kernel lint format clean
 
 setup: $(READY)
 
@@ -21,7 +27,7 @@ setup: $(READY)
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt $(TORCH)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,plot,test]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,plot,triton,test]' '$(TRITON)'
 	touch $@
 
 demo: $(READY)
@@ -37,9 +43,27 @@ $(OLD_MEGATRON)/.ready: $(READY)
 test-mcore-0.12: $(OLD_MEGATRON)/.ready
 	PYTHONPATH=$(CURDIR)/$(OLD_MEGATRON) $(PY) -m pytest $(ON_OLD_MEGATRON)
 
+$(HOST_PACKAGES)/.ready: $(READY)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(HOST_PACKAGES)/common $(IN_HOSTS)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(HOST_PACKAGES)/0.12.1 numpy==1.26.4 pandas==2.2.3 pytz
+	touch $@
+
+# Unmodified upstream jobs: MEGATRON_LM_PATH=... MEGATRON_LM_012_PATH=... MINDSPEED_PATH=... make test-hosts
+test-hosts: $(HOST_PACKAGES)/.ready
+	HOST_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/common HOST_012_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.12.1 \
+		$(PY) -m pytest tests/integration/test_hosts.py
+
 # Kills a training run 30 times at random moments; bounded in time, prints its seed. KILL='--kills 100 --seed 7'
 test-kill: $(READY)
 	$(PY) tests/kill_campaign.py $(KILL)
+
+# Time and memory of the converters against a plain copy; needs about 12 GB of disk. BENCH='--size 500MB --repeats 1'
+bench-conversion: $(READY)
+	$(PY) benchmarks/conversion.py $(BENCH)
+
+# The quantizer's backends against a copy, on the device that is there. BENCH='--models minicpm4-8b --groups -1 128'
+bench-kernel: $(READY)
+	$(PY) benchmarks/kernel.py $(BENCH)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -52,3 +76,24 @@ format: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The AscendC kernels and their binding, where CANN and torch_npu are installed. SOC_VERSION=ascend910b3, KERNEL_FLAGS='-D...'
+.PHONY: kernel kernel-test kernel-cpu-debug
+KERNEL_PYTHON ?= $(shell command -v python3)
+SOC_VERSION ?= $(shell csrc/ascendc/soc_version)
+
+kernel:
+	@test -n "$$ASCEND_HOME_PATH" || { echo "make kernel: no CANN toolkit here (ASCEND_HOME_PATH is not set: source its" \
+		"set_env.sh). The AscendC backend is built on a machine that has one; all others work without it." >&2; exit 1; }
+	@$(KERNEL_PYTHON) -c "import torch, torch_npu" || { echo "make kernel: $(KERNEL_PYTHON) has no torch with torch_npu;" \
+		"name one that has: make kernel KERNEL_PYTHON=..." >&2; exit 1; }
+	cmake -S csrc/ascendc -B build/ascendc -DSOC_VERSION=$(SOC_VERSION) -DPYTHON=$(KERNEL_PYTHON) $(KERNEL_FLAGS)
+	cmake --build build/ascendc --target bitcpm_ascendc -j
+
+# The kernels emulated on a CPU: all cases, then all mutants. A sample: KERNEL_TEST='--mutants 60 --seed 1'
+kernel-test: $(READY)
+	cd tests && $(CURDIR)/$(PY) -m ascendc.campaign $(KERNEL_TEST)
+
+# The same cases in the toolkit's own CPU-debug mode, where there is a toolkit; no NPU needed.
+kernel-cpu-debug: $(READY)
+	cd tests && $(CURDIR)/$(PY) -m ascendc.cpu_debug $(CPU_DEBUG)

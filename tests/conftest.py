@@ -9,6 +9,8 @@ import torch
 # Transformers copies modeling files that it is told to trust into its cache: not into the user's.
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf-"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when triton is imported, by whatever test comes first. With 0, tests/unit/test_triton.py runs on the GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_report_header() -> str:
