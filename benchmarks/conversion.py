@@ -40,7 +40,8 @@ from bitcpm_megatron import QuantizerConfig, checkpoint_tools, dequantize, quant
 from bitcpm_megatron.checkpoint_tools.hf_config import LLAMA, config_for
 from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter, parse_size
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
-from bitcpm_megatron.checkpoint_tools.torch_dist import Chunk, TorchDistReader, TorchDistWriter, read_common
+from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
+from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
 from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors
 from bitcpm_megatron.files import publish, write_text
 from bitcpm_megatron.models.architecture import Architecture

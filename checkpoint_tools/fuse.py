@@ -8,7 +8,8 @@ import torch
 from ..quantization import QuantizerConfig, effective_group, fused_group_size, quantize_dequantize
 from .tensors import ConversionError, TensorInfo, TensorReader, check_finite
 
-_BLOCK_ELEMENTS = 1 << 22
+# Freed blocks of more than 1 MB go back to the system, and would be asked of it anew each time.
+_BLOCK_ELEMENTS = 1 << 18
 
 
 def fuse_blocks(
@@ -61,7 +62,9 @@ def fuse_blocks(
                 f"{name}: rows {part.start} to {part.stop - 1} have a scale beyond {largest:.3g}: such a weight is "
                 "damaged, take another checkpoint"
             )
-        yield quantized.to(info.dtype).add_(0.0)  # fp16 may underflow to -0.0
+        if quantized.dtype != info.dtype:
+            quantized = quantized.to(info.dtype).add_(0.0)  # fp16 may underflow to -0.0
+        yield quantized
 
 
 def detected_group(reader: TensorReader, name: str) -> int | None:

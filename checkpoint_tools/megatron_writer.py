@@ -11,7 +11,7 @@ import torch
 from .hf_model import HfModel
 from .legacy import rank_directory, write_rank
 from .tensors import ConversionError, TensorInfo
-from .torch_dist import Chunk, TorchDistWriter
+from .torch_dist_writer import Chunk, TorchDistWriter
 from .weights import EMBEDDING, OTHER_NAMES, OUTPUT, MegatronTensor
 
 _BLOCK = 2**26  # bytes of the vocabulary at a time

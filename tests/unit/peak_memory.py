@@ -16,7 +16,7 @@ _PRELUDE = """
 import sys
 from pathlib import Path
 import torch
-from bitcpm_megatron.checkpoint_tools import hf_files, legacy, torch_dist
+from bitcpm_megatron.checkpoint_tools import hf_files, legacy, torch_dist, torch_dist_writer
 from bitcpm_megatron.checkpoint_tools.memory import return_freed_memory
 from bitcpm_megatron.checkpoint_tools.tensors import TensorInfo
 return_freed_memory()

@@ -19,7 +19,8 @@ from test_round_trip import tensors, write
 from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf
 from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter
 from bitcpm_megatron.checkpoint_tools.staging import staged
-from bitcpm_megatron.checkpoint_tools.torch_dist import Chunk, TorchDistReader, TorchDistWriter, read_common
+from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
+from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
 from bitcpm_megatron.quantization import QuantizerConfig, quantize, quantize_dequantize
 from bitcpm_megatron.quantization.record import QuantizerRecord
 

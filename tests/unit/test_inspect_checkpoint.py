@@ -18,7 +18,8 @@ from bitcpm_megatron.checkpoint_tools import (
     inspect_checkpoint,
     qat_convert,
 )
-from bitcpm_megatron.checkpoint_tools.torch_dist import Chunk, TorchDistReader, TorchDistWriter, read_common
+from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
+from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
 from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
 
 LINEARS = 2 * len(tiny_hf.PROJECTIONS)

@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak_memory import MB, is_view_of, peak_growth
 
-from bitcpm_megatron.checkpoint_tools import torch_dist
+from bitcpm_megatron.checkpoint_tools import torch_dist_writer
 from bitcpm_megatron.checkpoint_tools.safe_load import StandIn, plain
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
-from bitcpm_megatron.checkpoint_tools.torch_dist import Chunk, TorchDistReader, TorchDistWriter, read_common
+from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
+from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
 
 LAYERS = torch.arange(3 * 8 * 5).reshape(3, 8, 5).to(torch.bfloat16)
 
@@ -426,7 +427,7 @@ class FullDisk(io.BytesIO):
 
 def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch):
     """PyTorch makes a RuntimeError of it."""
-    monkeypatch.setattr(torch_dist, "open", lambda *_: FullDisk(), raising=False)
+    monkeypatch.setattr(torch_dist_writer, "open", lambda *_: FullDisk(), raising=False)
     with pytest.raises(OSError) as error:
         write(tmp_path, [Chunk("t", (9999,), (0,), (9999,), torch.float32, lambda: torch.ones(9999))])
     assert error.value.errno == errno.ENOSPC
@@ -454,9 +455,9 @@ begin()
 def chunks():
     for i in range(4):
         for j in range(4):
-            yield torch_dist.Chunk(f"t{i}", (4, 10, 2**18), (j, 0, 0), (1, 10, 2**18), torch.float32,
+            yield torch_dist_writer.Chunk(f"t{i}", (4, 10, 2**18), (j, 0, 0), (1, 10, 2**18), torch.float32,
                                    lambda j=j: torch.full((1, 10, 2**18), float(j)))
-torch_dist.TorchDistWriter(path, {}, max_file_size=10**8).write(chunks())
+torch_dist_writer.TorchDistWriter(path, {}, max_file_size=10**8).write(chunks())
 reader = torch_dist.TorchDistReader(path)
 kept = [reader.read(f"t{i}", (j,)) for i in range(4) for j in range(4)]
 assert [t.sum().item() for t in kept] == [j * 10 * 2.0**18 for i in range(4) for j in range(4)]
@@ -467,8 +468,8 @@ assert [t.sum().item() for t in kept] == [j * 10 * 2.0**18 for i in range(4) for
 
 def test_memory_of_a_stack_that_is_one_chunk(tmp_path):
     code = """
-torch_dist.TorchDistWriter(path, {}).write(
-    [torch_dist.Chunk("t", (16, 10, 2**17), (0, 0, 0), (16, 10, 2**17), torch.float32,
+torch_dist_writer.TorchDistWriter(path, {}).write(
+    [torch_dist_writer.Chunk("t", (16, 10, 2**17), (0, 0, 0), (16, 10, 2**17), torch.float32,
                       lambda: torch.ones(16, 10, 2**17))])
 begin()
 reader = torch_dist.TorchDistReader(path)
