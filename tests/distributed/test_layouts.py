@@ -140,8 +140,10 @@ def test_variants_of_the_model_start_alike_at_every_layout(variant: str, layout:
     name, reference = f"{variant} {layout}", f"{variant} TP1"
     succeeded(runs[name][0], name)
     found, expected = losses(runs["where"] / name), losses(runs["where"] / reference)
-    assert [r[2] for r in found] == pytest.approx([r[2] for r in expected], rel=1e-5)
-    assert len(found) == 2
+    assert len(found) == len(expected) == 2
+    assert found[0][2] == pytest.approx(expected[0][2], rel=1e-5)
+    # After a step weights differ in their last bits, and an activation may round to the neighbouring integer.
+    assert found[1][2] == pytest.approx(expected[1][2], rel=1e-4)
     assert found[0][2] != pytest.approx(losses(runs["where"] / "TP1")[0][2], rel=1e-5), "the variant changes nothing"
     mine = quantized_weights(runs[name][1], name, VARIANTS[variant][1][layout])
     whole = quantized_weights(runs[reference][1], reference, 1)
