@@ -53,12 +53,11 @@ def find_script(args: argparse.Namespace) -> Path:
 
 def prepare(args: argparse.Namespace, script: Path) -> None:
     """Puts the checkouts on the path and the plugin in place; on a machine without accelerator, the CPU patches."""
-    for directory in (args.megatron_path, args.mindspeed_path, args.mindspeed_llm_path):
-        if directory is not None:
-            sys.path.insert(0, str(Path(directory).resolve()))
-    sys.path.insert(0, str(script.parent))
+    given = [args.mindspeed_llm_path, args.mindspeed_path, args.megatron_path]
+    paths = [str(script.parent), *(str(Path(directory).resolve()) for directory in given if directory is not None)]
+    sys.path[:0] = paths
     # Helper processes (data loaders, the checkpoint writer) import the same packages.
-    os.environ["PYTHONPATH"] = os.pathsep.join([p for p in sys.path if p])
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     from bitcpm_megatron.patches import cpu, megatron_lm
 
     on_cpu = not cpu.accelerator()

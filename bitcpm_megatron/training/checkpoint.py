@@ -215,8 +215,9 @@ def load_weights(checkpoint: Path, model: Model) -> None:
 
 def _read(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     # Converted checkpoints and Megatron-LM's hold their arguments as a Namespace, which runs no code when it is loaded.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return dist_checkpointing.load(state, str(checkpoint))
+    # Not as a context manager, which would take away what megatron-core has declared safe itself.
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    return dist_checkpointing.load(state, str(checkpoint))
 
 
 def _load_chunks(model: Model, loaded: dict[str, Any]) -> None:

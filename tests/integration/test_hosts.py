@@ -153,7 +153,7 @@ def assert_same_weights(export: Path, quantized: dict[str, torch.Tensor]) -> Non
 
 REFUSALS = {
     "core_v0.16.1, local": {
-        "--ternary --ternary-backend triton": "cannot run on cpu",
+        "--ternary --ternary-group-size 48": "--ternary-group-size:",
         "--ternary --ternary-telemetry-interval 2": "--ternary-telemetry-interval",
         "--ternary --ckpt-format torch_dcp --use-torch-fsdp2": "--use-torch-fsdp2",
         "--ternary --rope-scaling-type longrope": "needs --rope-scaling-short-factor",

@@ -26,8 +26,9 @@ def legacy_model(path: Path, rank: int):
     initialize(args)
     model = build_model(args, args.padded_vocab_size, with_ddp=False)
     name = f"mp_rank_{rank:02d}" if args.pipeline_model_parallel_size == 1 else f"mp_rank_00_{rank:03d}"
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(path / name / "model_optim_rng.pt", weights_only=True)
+    # A context manager would take away what megatron-core has declared safe itself.
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    state = torch.load(path / name / "model_optim_rng.pt", weights_only=True)
     model.bare[0].load_state_dict(state["model"], strict=True)
     return args, model
 
