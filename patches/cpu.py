@@ -20,7 +20,7 @@ import torch.utils._device
 
 from . import replace
 
-_FACTORIES = ("arange", "empty", "full", "ones", "rand", "tensor", "zeros")
+_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "tensor", "zeros")
 _RNG_WARNING = "CPU RNG state changed within GPU RNG context"
 
 

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 2: the registered ops, and the backends of ``bitcpm::fake_quantize``."""
+"""Floor 2: the registered ops, and the backends of ``bitcpm::fake_quantize``.
 
+``ascendc`` and ``triton`` register themselves, and load what they run on with the first weight.
+"""
+
+from . import ascendc, triton
 from .fake_quantize import fake_quantize
 from .fake_quantize_activations import fake_quantize_activations
 from .registry import Backend, Choice, active_backend, backends, register_backend, set_backend
@@ -9,9 +13,11 @@ __all__ = [
     "Backend",
     "Choice",
     "active_backend",
+    "ascendc",
     "backends",
     "fake_quantize",
     "fake_quantize_activations",
     "register_backend",
     "set_backend",
+    "triton",
 ]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backends of the fused op: who they are, which one runs, and why."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,13 +20,14 @@ class Backend:
         name: what users type after ``--ternary-backend``.
         kernel: the implementation.
         unavailable: returns why it cannot run on a device type (``"cpu"``, ``"cuda"``, ``"npu"``), or None if it can.
-        priority: ``auto`` takes the available backend with the highest one.
+        priority: ``auto`` takes the available backend with the highest one; None for a backend that only runs when it
+            is asked for by name.
     """
 
     name: str
     kernel: Kernel
     unavailable: Callable[[str], str | None]
-    priority: int = 0
+    priority: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def register_backend(backend: Backend) -> None:
 
 
 def backends() -> tuple[Backend, ...]:
-    """All registered backends, by falling priority."""
-    return tuple(sorted(_BACKENDS.values(), key=lambda b: -b.priority))
+    """All registered backends, by falling priority, those without one last."""
+    return tuple(sorted(_BACKENDS.values(), key=lambda b: math.inf if b.priority is None else -b.priority))
 
 
 def set_backend(name: str, device_type: str) -> Choice:
@@ -96,5 +98,6 @@ def _choose(device_type: str) -> Choice:
             )
         return Choice(_BACKENDS[_requested], "asked for by name")
     passed = [f"{b.name}: {reasons[b.name]}" for b in backends() if reasons[b.name] is not None]
+    passed += [f"{b.name}: only by name" for b in able if b.priority is None]
     why = "best available" + (f" (not {'; not '.join(passed)})" if passed else "")
-    return Choice(able[0], why)
+    return Choice(next(b for b in able if b.priority is not None), why)

@@ -4,6 +4,7 @@
 from .activations import quantize_activations
 from .config import GROUP_MULTIPLE, WEIGHT_DTYPES, QuantizerConfig, check_weight, effective_group
 from .fused import fused_group_size
+from .packing import pack, packed_size, unpack
 from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite
 from .spaces import SPACES, Space
 
@@ -17,8 +18,11 @@ __all__ = [
     "dequantize",
     "effective_group",
     "fused_group_size",
+    "pack",
+    "packed_size",
     "quantize",
     "quantize_activations",
     "quantize_dequantize",
     "scales_are_finite",
+    "unpack",
 ]

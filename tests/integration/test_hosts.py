@@ -155,7 +155,7 @@ REFUSALS = {
     "core_v0.16.1, local": {
         "--ternary --ternary-group-size 48": "--ternary-group-size:",
         "--ternary --ternary-telemetry-interval 2": "--ternary-telemetry-interval",
-        "--ternary --ckpt-format torch_dcp --use-torch-fsdp2": "--use-torch-fsdp2",
+        "--ternary --init-model-with-meta-device": "without a checkpoint to load",
         "--ternary --rope-scaling-type longrope": "needs --rope-scaling-short-factor",
         "--ternary-group-size 64": "without --ternary",
     },

@@ -226,7 +226,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_choices", {})
 
 
-def backend(name: str, priority: int, reason: str | None = None, only: str | None = None) -> Backend:
+def backend(name: str, priority: int | None, reason: str | None = None, only: str | None = None) -> Backend:
     """A backend that fills the weight with its priority, so that values tell which one ran.
 
     ``reason`` says why it cannot run on ``only`` (on any device type, if that is None).
@@ -235,7 +235,7 @@ def backend(name: str, priority: int, reason: str | None = None, only: str | Non
     def kernel(
         weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.full_like(weight, priority), torch.ones(weight.shape[0], 1, dtype=torch.bfloat16)
+        return torch.full_like(weight, priority or 0), torch.ones(weight.shape[0], 1, dtype=torch.bfloat16)
 
     return Backend(name, kernel, lambda device: reason if only in (None, device) else None, priority)
 
@@ -281,6 +281,18 @@ def test_a_backend_by_name(own_registry: None) -> None:
     assert (fake_quantize(weight, QuantizerConfig()) == 10).all()
     set_backend("torch", "cpu")
     assert set_backend("auto", "cpu").backend.name == "fast"
+
+
+def test_a_backend_without_priority_runs_by_name_only(own_registry: None) -> None:
+    register_backend(backend("emulated", None))
+    register_backend(backend("slow", -5))
+    assert [b.name for b in backends()] == ["torch", "slow", "emulated"]
+    choice = set_backend("auto", "cpu")
+    assert choice.backend.name == "torch" and "not emulated: only by name" in choice.reason
+    assert set_backend("emulated", "cpu").reason == "asked for by name"
+    assert (fake_quantize(gaussian(2, 64), QuantizerConfig()) == 0).all()
+    register_backend(backend("emulated", None, "not built"))
+    assert "not emulated: not built" in set_backend("auto", "cpu").reason
 
 
 @pytest.mark.parametrize("before", ["auto", "fast", "torch"])

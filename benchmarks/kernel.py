@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of the quantizer's backends against a copy of the same bytes, for the layer shapes of real models.
+
+    python benchmarks/kernel.py                                 # the device that is there; on a CPU a short selection
+    python benchmarks/kernel.py --device cuda --models minicpm4-0.5b bitcpm-cann-1b bitcpm-cann-3b minicpm4-8b
+
+A fused quantizer reads a weight once and writes it once: it cannot be faster than `weight.clone()`, which is measured
+beside it. In every round each of them goes once over a ring of weights that is larger than the caches, in turn; the
+medians of the rounds are compared. Results stay in the ring, so that their memory rotates too. Before anything is
+timed, each backend's results are compared with the reference bit for bit, under the scales that it returned.
+
+On a CPU that others use as well, take one thread: then its own CPU time is counted, and not the time that passes.
+
+Writes ``kernel-DEVICE.csv`` and ``kernel-DEVICE.png``, and prints a Markdown table.
+
+Exit status: 0 done, 1 a backend was wrong, 2 bad arguments.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from bitcpm_megatron import launch
+from bitcpm_megatron.ops import Backend, backends
+from bitcpm_megatron.quantization import QuantizerConfig, check_weight, effective_group, quantize_dequantize
+
+MODELS = Path(launch.__file__).parent / "models"
+EPS = QuantizerConfig.eps
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+_CPU_MODELS = ("minicpm4-0.5b",)
+_DEVICE_MODELS = ("minicpm4-0.5b", "bitcpm-cann-1b", "bitcpm-cann-3b", "minicpm4-8b")
+_CPU_RING = 2**29
+
+
+class BenchmarkError(Exception):
+    """A backend that is wrong, or arguments that ask for nothing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight to quantize.
+
+    Attributes:
+        name: model and layer.
+        rows: output features.
+        columns: input features.
+        dtype: of the weight, by its short name.
+        group: elements per scale, -1 for the row.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    dtype: str
+    group: int
+
+    @property
+    def nbytes(self) -> int:
+        """That have to move: the weight twice, its scales once."""
+        scales = self.rows * self.columns // effective_group(self.columns, self.group)
+        return 2 * self.rows * self.columns * _DTYPES[self.dtype].itemsize + 2 * scales
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians of one backend on one weight; the copy's fastest and slowest round tell how quiet the machine was."""
+
+    device: str
+    backend: str
+    name: str
+    rows: int
+    columns: int
+    dtype: str
+    group: int
+    rounds: int
+    ring: int
+    microseconds: float
+    copy_microseconds: float
+    copy_fastest: float
+    copy_slowest: float
+    gigabytes_per_second: float
+
+    @property
+    def copies(self) -> float:
+        """Time in units of the copy's."""
+        return self.microseconds / self.copy_microseconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures as the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default=_best_device())
+    parser.add_argument("--models", nargs="+", choices=sorted(p.stem for p in MODELS.glob("*.yaml")), metavar="MODEL")
+    parser.add_argument("--layers", nargs="+", choices=_LAYERS, default=list(_LAYERS))
+    parser.add_argument("--dtypes", nargs="+", choices=sorted(_DTYPES))
+    parser.add_argument("--groups", nargs="+", type=int, default=[-1, 128], metavar="G")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        metavar="NAME",
+        help="default: all that are available; one that runs by name only has to be named",
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--ring",
+        type=int,
+        metavar="MIB",
+        help="of weights and of results each; default 512, on a GPU four times its L2 cache",
+    )
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    on_cpu = args.device == "cpu"
+    models = args.models or (_CPU_MODELS if on_cpu else _DEVICE_MODELS)
+    dtypes = args.dtypes or (["bf16", "fp32"] if on_cpu else ["bf16", "fp32", "fp16"])
+    try:
+        import matplotlib  # noqa: F401  before minutes of measuring
+
+        cases = cases_of(models, args.layers, dtypes, args.groups)
+        chosen = choose(args.backends, args.device)
+    except ImportError:
+        print("error: matplotlib is missing: pip install 'bitcpm_megatron[plot]'", file=sys.stderr)
+        return 2
+    except (BenchmarkError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    ring = args.ring * 2**20 if args.ring else _ring(args.device)
+    try:
+        results = [r for case in tqdm(cases) for r in measure(case, chosen, args.device, args.rounds, ring)]
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_csv(results, args.output_dir / f"kernel-{args.device}.csv")
+    draw(results, args.output_dir / f"kernel-{args.device}.png")
+    command = "python benchmarks/kernel.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    print(table(results, command.strip()))
+    return 0
+
+
+_LAYERS: dict[str, Callable[[dict], tuple[int, int]]] = {
+    "qkv": lambda m: (m["kv-channels"] * (m["num-attention-heads"] + 2 * m["num-query-groups"]), m["hidden-size"]),
+    "proj": lambda m: (m["hidden-size"], m["kv-channels"] * m["num-attention-heads"]),
+    "fc1": lambda m: (2 * m["ffn-hidden-size"], m["hidden-size"]),
+    "fc2": lambda m: (m["hidden-size"], m["ffn-hidden-size"]),
+}
+
+
+def cases_of(models: Sequence[str], layers: Sequence[str], dtypes: Sequence[str], groups: Sequence[int]) -> list[Case]:
+    """The weights of one decoder layer of each model, at TP 1.
+
+    Raises:
+        ValueError: a group that does not divide a row.
+    """
+    cases = []
+    for model in models:
+        flags = yaml.safe_load((MODELS / f"{model}.yaml").read_text(encoding="utf-8"))["flags"]
+        for layer in layers:
+            rows, columns = _LAYERS[layer](flags)
+            for group in groups:
+                QuantizerConfig(group_size=group)
+                check_weight(torch.empty(rows, columns, device="meta"), group)
+                cases += [Case(f"{model} {layer}", rows, columns, dtype, group) for dtype in dtypes]
+    return cases
+
+
+def choose(names: Sequence[str] | None, device: str) -> list[Backend]:
+    """The backends to measure.
+
+    Raises:
+        BenchmarkError: a named one is unknown or unavailable.
+    """
+    known = {b.name: b for b in backends()}
+    if names is None:
+        return [b for b in known.values() if b.unavailable(device) is None and b.priority is not None]
+    for name in names:
+        if name not in known:
+            raise BenchmarkError(f"backend {name!r}: there are {sorted(known)}")
+        reason = known[name].unavailable(device)
+        if reason is not None:
+            raise BenchmarkError(f"backend {name!r} cannot run on {device}: {reason}")
+    return [known[name] for name in names]
+
+
+def measure(case: Case, chosen: Sequence[Backend], device: str, rounds: int, ring: int) -> list[Result]:
+    """One weight, all backends, interleaved with the copy.
+
+    Args:
+        case: the weight.
+        chosen: backends.
+        device: to run on.
+        rounds: of each.
+        ring: bytes of different weights.
+
+    Raises:
+        BenchmarkError: a backend's result is not what its scales say.
+    """
+    dtype = _DTYPES[case.dtype]
+    count = max(2, -(-ring // (case.rows * case.columns * dtype.itemsize)))
+    g = torch.Generator().manual_seed(1)
+    first = (torch.randn(case.rows, case.columns, generator=g) * 0.02).to(device, dtype)
+    weights = [first.roll(i) for i in range(count)]
+    for backend in chosen:
+        _check(backend, case, first)
+    kept: list[object] = [None] * count
+    # The copy allocates its result as the backends do: on a CPU fresh memory costs page faults.
+    functions: dict[str, Callable[[torch.Tensor], object]] = {"copy": torch.clone}
+    for backend in chosen:
+        functions[backend.name] = lambda w, kernel=backend.kernel: kernel(w, case.group, EPS, None)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            taken = _timed(function, weights, kept, device)
+            if turn:  # the first round fills the ring
+                seconds[name].append(taken / count)
+    copy = sorted(s * 1e6 for s in seconds["copy"])
+    results = []
+    for backend in chosen:
+        median = statistics.median(seconds[backend.name])
+        results.append(
+            Result(
+                device,
+                backend.name,
+                case.name,
+                case.rows,
+                case.columns,
+                case.dtype,
+                case.group,
+                rounds,
+                count,
+                median * 1e6,
+                statistics.median(copy),
+                copy[0],
+                copy[-1],
+                case.nbytes / median / 1e9,
+            )
+        )
+    return results
+
+
+def _timed(
+    function: Callable[[torch.Tensor], object], weights: Sequence[torch.Tensor], kept: list[object], device: str
+) -> float:
+    """Seconds for all weights; on a device between two events, so that launches overlap as they do in training."""
+    if device == "cpu":
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
+        for i, weight in enumerate(weights):
+            kept[i] = function(weight)
+        return clock() - start
+    module = torch.get_device_module(device)
+    begin, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+    module.synchronize()
+    begin.record()
+    for i, weight in enumerate(weights):
+        kept[i] = function(weight)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _check(backend: Backend, case: Case, weight: torch.Tensor) -> None:
+    quantized, scales = backend.kernel(weight, case.group, EPS, None)
+    rows = slice(0, 512)
+    expected, _ = quantize_dequantize(weight[rows].cpu(), case.group, EPS, scales[rows].cpu())
+    if not torch.equal(quantized[rows].cpu(), expected):
+        raise BenchmarkError(f"{backend.name} is wrong on {case}")
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """One line per backend and weight."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*Result.__dataclass_fields__, "copies"])
+        writer.writeheader()
+        for result in results:
+            row = {**asdict(result), "copies": result.copies}
+            writer.writerow({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Time in units of the copy's, per weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = list(dict.fromkeys(_label(r) for r in results))
+    names = list(dict.fromkeys(r.backend for r in results))
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.42 * len(labels) * len(names)), 4.5), layout="constrained")
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        copies = {_label(r): r.copies for r in results if r.backend == name}
+        places = [labels.index(label) + (i - (len(names) - 1) / 2) * width for label in copies]
+        axes.bar_label(axes.bar(places, list(copies.values()), width, label=name), fmt="%.1f", fontsize=6)
+    axes.axhline(1, color="black", linewidth=1, label="copy of the same bytes")
+    axes.set_xticks(range(len(labels)), labels, fontsize=6, rotation=60, ha="right")
+    axes.set_ylabel("time, in units of the copy's")
+    axes.set_title(f"quantizing a weight, {_machine(results[0].device)}", fontsize=9)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def table(results: Sequence[Result], command: str) -> str:
+    """The medians as Markdown, with what they were measured on."""
+    lines = [
+        "| weight | shape | dtype | group | copy, us (fastest - slowest round) | backend | us | of the copy's speed | "
+        "GB/s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.name} | {r.rows} x {r.columns} | {r.dtype} | {r.group} | {r.copy_microseconds:.0f} "
+        f"({r.copy_fastest:.0f} - {r.copy_slowest:.0f}) | {r.backend} | {r.microseconds:.0f} | {1 / r.copies:.2f} | "
+        f"{r.gigabytes_per_second:.1f} |"
+        for r in results
+    ]
+    ring = max(r.ring * r.rows * r.columns * _DTYPES[r.dtype].itemsize for r in results) / 2**20
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    if "triton" in sys.modules:
+        versions.append(f"triton {sys.modules['triton'].__version__}")
+    lines += [
+        "",
+        f"Medians of {results[0].rounds} interleaved rounds over {ring:.0f} MiB of weights. GB/s counts the weight "
+        "read once and written once, and its scales.",
+        f"Hardware: {_machine(results[0].device)}, {_threads(results[0].device)}. Versions: "
+        f"{', '.join(versions)}, Linux {platform.release().split('-')[0]}.",
+        f"Command: `{command}`",
+    ]
+    return "\n".join(lines)
+
+
+def _label(result: Result) -> str:
+    return f"{result.name}\n{result.dtype} g={result.group}"
+
+
+def _threads(device: str) -> str:
+    count = torch.get_num_threads()
+    return "1 CPU thread, its CPU time" if device == "cpu" and count == 1 else f"{count} CPU threads"
+
+
+def _best_device() -> str:
+    return next((d for d in ("cuda", "npu") if hasattr(torch, d) and getattr(torch, d).is_available()), "cpu")
+
+
+def _ring(device: str) -> int:
+    if device == "cuda":
+        return 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    return _CPU_RING
+
+
+def _machine(device: str) -> str:
+    if device != "cpu":
+        return torch.get_device_module(device).get_device_name(0)
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return f"{found[1] if found else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AscendC backend, for Ascend NPUs. Importing this registers it and loads nothing: that waits for the first weight.
+
+The kernels and their binding are built where CANN is installed, by ``make kernel``, into ``libbitcpm_ascendc.so``; see
+docs/kernels.md. The schemas of its ops stand here; the library adds what runs on the device.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..quantization import check_weight, effective_group, packed_size
+from .registry import Backend, register_backend
+
+LIBRARY_VARIABLE = "BITCPM_ASCENDC_LIBRARY"
+"""Names a library elsewhere than the build folder of the checkout."""
+STATISTICS_KINDS = 2
+"""Counts per weight: codes that are not zero, codes that changed."""
+
+# One list entry per weight; empty tensors stand for what is absent, for lists of optional tensors have no fake kernel.
+torch.library.define(
+    "bitcpm::ascendc_quantize",
+    "(Tensor[] weights, int[] groups, float eps, Tensor[] scales, Tensor[] previous, bool pack, bool count) "
+    "-> (Tensor[], Tensor[], Tensor[], Tensor[])",
+)
+torch.library.define(
+    "bitcpm::ascendc_unpack", "(Tensor packed, Tensor scales, int columns, ScalarType dtype) -> Tensor"
+)
+
+
+@torch.library.register_fake("bitcpm::ascendc_quantize")
+def _(
+    weights: list[torch.Tensor],
+    groups: list[int],
+    eps: float,
+    scales: list[torch.Tensor],
+    previous: list[torch.Tensor],
+    pack: bool,
+    count: bool,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    quantized = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+    own = [
+        w.new_empty((w.shape[0], w.shape[1] // g), dtype=torch.bfloat16) for w, g in zip(weights, groups, strict=True)
+    ]
+    packed = [w.new_empty((w.shape[0], packed_size(w.shape[1])), dtype=torch.uint8) for w in weights] if pack else []
+    counts = [w.new_empty((STATISTICS_KINDS,), dtype=torch.int64) for w in weights] if count or previous else []
+    return quantized, own, packed, counts
+
+
+@torch.library.register_fake("bitcpm::ascendc_unpack")
+def _(packed: torch.Tensor, scales: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return packed.new_empty((packed.shape[0], columns), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """What one grouped launch returns; each list has one entry per weight, or none where it was not asked for.
+
+    Attributes:
+        quantized: ``[out, in]`` in the weight's dtype.
+        scales: bf16 ``[out, groups]``.
+        packed: uint8 ``[out, bytes]``, see :func:`bitcpm_megatron.quantization.pack`.
+        counts: int64 ``[2]``: codes that are not zero, codes that differ from the previous ones.
+    """
+
+    quantized: list[torch.Tensor]
+    scales: list[torch.Tensor]
+    packed: list[torch.Tensor]
+    counts: list[torch.Tensor]
+
+
+def library_path() -> Path:
+    """Where the library is expected."""
+    named = os.environ.get(LIBRARY_VARIABLE)
+    return Path(named) if named else Path(__file__).parents[2] / "build" / "ascendc" / "libbitcpm_ascendc.so"
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the kernels cannot run on a device type, or None."""
+    if device_type != "npu":
+        return "runs on an NPU only"
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed"
+    if not library_path().is_file():
+        return f"{library_path()} is not built: make kernel, or set {LIBRARY_VARIABLE}"
+    return None
+
+
+@functools.cache
+def load() -> None:
+    """Loads the library, once. Call it after the device is set: its initialization binds to the current device.
+
+    Raises:
+        OSError: the library is not there or does not fit this torch, torch_npu or CANN.
+    """
+    torch.ops.load_library(str(library_path()))
+
+
+def quantize_weights(
+    weights: Sequence[torch.Tensor],
+    group_sizes: Sequence[int],
+    eps: float,
+    scales: Sequence[torch.Tensor] = (),
+    previous: Sequence[torch.Tensor] = (),
+    pack: bool = False,
+    count: bool = False,
+) -> QuantizedWeights:
+    """Quantizes all weights of a step in one or two launches, so that small ones do not wait for launches.
+
+    Args:
+        weights: latent weights ``[out, in]`` of one dtype on one NPU.
+        group_sizes: elements per scale of each, -1 for the row.
+        eps: lower bound of the scales.
+        scales: given bf16 scales of each, or empty for the weights' own.
+        previous: packed codes of each to compare with, or empty.
+        pack: also return packed codes.
+        count: also return counts; implied by ``previous``.
+
+    Raises:
+        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
+    """
+    given = list(scales) or [None] * len(weights)
+    groups = [check_weight(w, g, s) for w, g, s in zip(weights, group_sizes, given, strict=True)]
+    load()
+    latent = [w.detach().contiguous() for w in weights]
+    results = torch.ops.bitcpm.ascendc_quantize(
+        latent, groups, eps, [s.contiguous() for s in scales], [p.contiguous() for p in previous], pack, count
+    )
+    return QuantizedWeights(*results)
+
+
+def unpack_weight(
+    packed: torch.Tensor, scales: torch.Tensor, columns: int, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight ``[out, columns]`` that packed codes and scales stand for.
+
+    Raises:
+        ValueError: the scales do not fit.
+    """
+    groups = columns // effective_group(columns, group_size)
+    if tuple(scales.shape) != (packed.shape[0], groups):
+        raise ValueError(f"scales of shape {tuple(scales.shape)}: pass {(packed.shape[0], groups)}")
+    load()
+    return torch.ops.bitcpm.ascendc_unpack(packed.contiguous(), scales.contiguous(), columns, dtype)
+
+
+def _kernel(
+    weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    result = quantize_weights([weight], [group_size], eps, [] if scales is None else [scales])
+    return result.quantized[0], result.scales[0]
+
+
+register_backend(Backend("ascendc", _kernel, unavailable, priority=20))

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A short comparison of a backend with the reference, for the report of ``python -m bitcpm_megatron``."""
+
+from collections.abc import Iterator
+
+import torch
+
+from ..quantization import WEIGHT_DTYPES, quantize_dequantize
+from .registry import Backend
+
+EPS = 1e-5
+
+
+def self_test(backend: Backend, device: torch.device | str) -> str | None:
+    """Runs a backend on small weights of every dtype, in groups and in rows.
+
+    Its scale may be a bf16 step beside the reference's, for it may sum in another order; for the scale that it returns,
+    and for a given one, the weight must be the reference's bit for bit.
+
+    Args:
+        backend: available on the device.
+        device: to test on.
+
+    Returns:
+        None, or what is wrong.
+    """
+    for weight, group in _weights():
+        ours = weight.to(device)
+        what = f"{weight.dtype} {tuple(weight.shape)}, group size {group}"
+        try:
+            quantized, scales = backend.kernel(ours, group, EPS, None)
+            given = scales * 2
+            doubled, returned = backend.kernel(ours, group, EPS, given)
+        except Exception as error:  # whatever a device, a driver or a compiler throws belongs into the report
+            return f"{what}: {type(error).__name__}: {error}"
+        expected_scales = quantize_dequantize(weight, group, EPS)[1]
+        if scales.dtype != torch.bfloat16 or scales.shape != expected_scales.shape:
+            return f"{what}: scales of shape {tuple(scales.shape)}, {scales.dtype}"
+        steps = (scales.cpu().view(torch.int16).int() - expected_scales.view(torch.int16).int()).abs().max().item()
+        if steps > 1:
+            return f"{what}: a scale is {steps} bf16 steps beside the reference's"
+        for name, found, under in (("its own scale", quantized, scales), ("a given scale", doubled, given)):
+            expected = quantize_dequantize(weight, group, EPS, under.cpu())[0]
+            wrong = _different(found.cpu(), expected)
+            if wrong:
+                return f"{what}, {name}: {wrong} of {weight.numel()} weights differ from the reference"
+        if not torch.equal(returned, given):
+            return f"{what}: does not return the scale that was given"
+    return None
+
+
+def _weights() -> Iterator[tuple[torch.Tensor, int]]:
+    """Weights ``[out, in]`` with their group sizes: tails, signed zeros, a zero group, very different magnitudes."""
+    g = torch.Generator().manual_seed(0)
+    for rows, columns, group in ((33, 256, 32), (4, 384, 128), (9, 1000, -1), (2, 4096, -1)):
+        weight = torch.randn(rows, columns, generator=g) * 10 ** torch.empty(rows, 1).uniform_(-3.0, 3.0, generator=g)
+        weight[:, 3::17] *= 0.0
+        weight[-1] = 0.0
+        for dtype in WEIGHT_DTYPES:
+            yield weight.to(dtype), group
+
+
+def _different(found: torch.Tensor, expected: torch.Tensor) -> int:
+    """How many values differ in a bit; all of them for another shape or dtype."""
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        return expected.numel()
+    return int(((found != expected) | (torch.signbit(found) != torch.signbit(expected))).sum())

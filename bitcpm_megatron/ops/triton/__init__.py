@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton backend. Importing this registers it and imports no triton: that waits for the first weight.
+
+The kernels keep to what triton-ascend has as well as upstream: plain masked loads and stores of blocks, elementwise
+arithmetic, comparisons and selections in fp32 and int32, bit casts, reshapes, and sums along an axis. There is no
+inline assembly, no libdevice, no atomics, no block pointer, no descriptor; the only tuned numbers are the tile and the
+warps, and on an NPU nothing is tuned and as many programs run as there are vector cores.
+
+================  =============================================================
+``arithmetic``    bf16 as bits, the ordered sum, the scale, the three values
+``resident``      groups and rows that fit into a tile: one read, one write
+``streamed``      longer rows: two reads, one write
+``packed``        codes in 2 bits, and their statistics
+``launch``        the host's side, with the functions to call
+================  =============================================================
+"""
+
+import importlib.util
+import os
+
+import torch
+
+from ..registry import Backend, register_backend
+
+_VARIABLE = "TRITON_INTERPRET"
+# Triton reads it when it is imported, so that a later change has no effect that could be relied on.
+_INTERPRETED = os.environ.get(_VARIABLE, "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the kernels cannot run on a device type, or None."""
+    if importlib.util.find_spec("triton") is None:
+        package = "triton-ascend" if device_type == "npu" else "triton"
+        return f"triton is not installed: pip install {package}"
+    if device_type == "cpu":
+        return None if _INTERPRETED else f"Triton has no CPU backend; {_VARIABLE}=1 would interpret the kernels, slowly"
+    if _INTERPRETED:
+        return f"{_VARIABLE}=1 is set: the kernels would be interpreted on the host"
+    if device_type == "npu" and importlib.util.find_spec("triton.backends.ascend") is None:
+        return "the installed triton is not triton-ascend: pip uninstall triton, pip install triton-ascend"
+    if device_type not in ("cuda", "npu"):
+        return f"the kernels are not meant for {device_type}"
+    return None
+
+
+def _kernel(
+    weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .launch import fake_quantize
+
+    return fake_quantize(weight, group_size, eps, scales)
+
+
+# The interpreter is for finding out what a kernel does, not for training: never chosen by itself.
+register_backend(Backend("triton", _kernel, unavailable, priority=None if _INTERPRETED else 10))

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels share: bf16 as bits, a sum in one order everywhere, the scale, and the three values of a group.
+
+bf16 is read and written as its 16-bit pattern. This costs nothing on a GPU, where bf16 widens by a shift; the outputs
+of a group are three patterns to select from, so nothing is rounded on the way out; and it makes the interpreter exact,
+whose own casts truncate to bf16 and lose its subnormal values.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def widen(stored, BF16: tl.constexpr):
+    """Stored weights or scales in fp32; bf16 comes as int16 patterns."""
+    if BF16:
+        return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
+def ordered_sum(x, UNITS: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr):
+    """``[UNITS, SIZE]`` -> ``[UNITS, 1]``: neighbours are added, then neighbouring pairs, and so on.
+
+    A plain ``tl.sum`` adds in an order that follows the tile, the number of warps and even the address of the weight;
+    a scale at the midpoint of two bf16 values would follow it, too. A sum of two has one order only, so that this tree
+    gives the same bits on every rank, after every tuning, in the interpreter, and in the AscendC kernels, which add in
+    the same order. SIZE is 2**LEVELS.
+    """
+    for level in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, [UNITS, SIZE >> (level + 1), 2]), axis=2)
+    return tl.reshape(x, [UNITS, 1])
+
+
+@triton.jit
+def scale_bits(total, count, eps):
+    """bf16(max(total / count, eps)) as an int32 that holds its 16 bits."""
+    mean = tl.div_rn(total, count.to(tl.float32))
+    # Not tl.maximum, which may drop a NaN.
+    mean = tl.where(mean < eps, eps, mean)
+    bits = mean.to(tl.int32, bitcast=True)
+    # Half to even; the mean is positive, and a NaN must not be carried over into the sign.
+    return tl.where(mean == mean, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+
+
+@triton.jit
+def widen_bits(bits):
+    """The fp32 value of the bf16 whose pattern an int32 holds."""
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def stored_values(positive, negative, bits, BF16: tl.constexpr, DTYPE: tl.constexpr):
+    """s, -s or +0.0 as they are stored; NaN for a scale that is not finite.
+
+    Args:
+        positive: where s is wanted; for a scale that is not finite, nowhere.
+        negative: where -s is; likewise.
+        bits: of the scales, in the shape of the masks or one that broadcasts to it.
+        BF16: whether bf16 patterns are stored.
+        DTYPE: what is stored: int16 for bf16, else fp16 or fp32.
+    """
+    wrong = (bits & 0x7F80) == 0x7F80
+    if BF16:
+        plus = bits.to(DTYPE)
+        minus = (bits | 0x8000).to(DTYPE)
+        zero = tl.where(wrong, 0x7FC0, 0).to(DTYPE)
+    else:
+        plus = widen_bits(bits).to(DTYPE)
+        minus = 0.0 - plus  # +0.0 where a scale underflows in fp16
+        zero = tl.where(wrong, float("nan"), 0.0).to(DTYPE)
+    return tl.where(positive, plus, tl.where(negative, minus, zero))
+
+
+@triton.jit
+def ternary(w, bits, GIVEN: tl.constexpr, BF16: tl.constexpr, DTYPE: tl.constexpr):
+    """sign(w) * (|w| > s/2) * s as it is stored.
+
+    Args:
+        w: fp32 ``[UNITS, SIZE]``.
+        bits: of the scales, int32 ``[UNITS, 1]``.
+        GIVEN: whether the scales are not the weight's own.
+        BF16: see :func:`stored_values`.
+        DTYPE: see there.
+    """
+    # Comparisons are false with a NaN, and beyond infinity there is nothing.
+    half = widen_bits(bits) * 0.5
+    values = stored_values(w > half, w < -half, bits, BF16, DTYPE)
+    if GIVEN:  # else a NaN among the weights has made the scale NaN
+        nan = tl.where(bits == bits, 0x7FC0 if BF16 else float("nan"), 0).to(DTYPE)
+        values = tl.where(w == w, values, nan)
+    return values

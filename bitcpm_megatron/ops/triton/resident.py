@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups, or rows, that fit into one tile: each weight is read once and written once."""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import ordered_sum, scale_bits, ternary, widen
+
+
+@triton.jit
+def quantize_resident(
+    weight,
+    quantized,
+    scales,
+    units,
+    unit,
+    eps,
+    GIVEN: tl.constexpr,
+    BF16: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Quantizes ``[units, unit]``, one scale per unit.
+
+    Args:
+        weight: contiguous; bf16 as int16 patterns.
+        quantized: like it, written.
+        scales: int16 patterns of bf16, ``[units]``; written, or read where GIVEN.
+        units: number of scales.
+        unit: elements per scale.
+        eps: lower bound of a scale.
+        GIVEN: use the scales as they are.
+        BF16: whether the weight is bf16.
+        SIZE: 2**LEVELS, the power of two from ``unit`` up.
+        LEVELS: see there.
+        TILE: elements per program and step, a multiple of SIZE.
+    """
+    UNITS: tl.constexpr = TILE // SIZE
+    row = tl.arange(0, UNITS)[:, None]
+    column = tl.arange(0, SIZE)[None, :]
+    for step in range(tl.program_id(0), tl.cdiv(units, UNITS), tl.num_programs(0)):
+        index = step * UNITS + row
+        known = index < units
+        inside = known & (column < unit)
+        offset = index.to(tl.int64) * unit + column
+        w = widen(tl.load(weight + offset, mask=inside, other=0), BF16)
+        if GIVEN:
+            bits = tl.load(scales + index, mask=known, other=0).to(tl.int32) & 0xFFFF
+        else:
+            bits = scale_bits(ordered_sum(tl.abs(w), UNITS, SIZE, LEVELS), unit, eps)
+            tl.store(scales + index, bits.to(tl.int16), mask=known)
+        tl.store(quantized + offset, ternary(w, bits, GIVEN, BF16, quantized.dtype.element_ty), mask=inside)

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface of the emulated kernels, for ctypes.
+#pragma once
+
+#include <cstdint>
+
+#include "../op_host/tiling.h"
+
+extern "C" {
+
+// As emulation::Counters.
+struct EmulatedCounters {
+    uint64_t readBytes;
+    uint64_t writtenBytes;
+    uint64_t tableBytes;
+    uint64_t dmas;
+    uint64_t vectorInstructions;
+    uint64_t vectorRepeats;
+    uint64_t barriers;
+    uint64_t unifiedBufferBytes;
+    uint64_t launches;
+};
+
+// Plans and runs all weights. Returns 0, or 1 with the reason in `error`: "[check] text" if the kernel misbehaved,
+// "[plan] text" if the tiling refused.
+int32_t ternary_emulate(const ternary::WeightSpec* weights, uint32_t count, uint32_t dtype, uint32_t cores,
+                        uint32_t late, EmulatedCounters* counters, char* error, uint32_t errorBytes);
+
+// The plan as numbers: launches, then kernel, blocks, UB bytes, table words and the table of each. Returns how many
+// numbers there are; writes at most `capacity`. -1 with the reason in `error`.
+int64_t ternary_plan(const ternary::WeightSpec* weights, uint32_t count, uint32_t dtype, uint32_t cores,
+                     int64_t* numbers, int64_t capacity, char* error, uint32_t errorBytes);
+}

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which kernel works on which part of which weight: plain C++, no device needed.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "table.h"
+
+namespace ternary {
+
+enum class Dtype : uint32_t { BF16 = 0, FP16 = 1, FP32 = 2 };
+
+// What to do with one weight [rows, columns]. Addresses are the device's; 0 means "not wanted".
+struct WeightSpec {
+    uint64_t input;        // latent weight; unused with `unpack`
+    uint64_t output;       // quantized weight
+    uint64_t scales;       // bf16 [rows, columns / group]: written, or read with `givenScales` and `unpack`
+    uint64_t packed;       // 2-bit codes, written
+    uint64_t previous;     // 2-bit codes, read: to compare with, or to unpack
+    uint64_t statistics;   // int32 [cores, kStatisticsWords], zero before the launch
+    uint32_t rows;
+    uint32_t columns;
+    uint32_t group;        // elements per scale; divides the row
+    float epsilon;
+    uint32_t givenScales;
+    uint32_t unpack;
+};
+
+enum class Kernel : uint32_t { Tile = 0, Rows = 1 };
+
+struct Launch {
+    Kernel kernel;
+    uint32_t blocks;                 // cores
+    uint32_t unifiedBufferBytes;
+    std::vector<uint32_t> table;     // for the device
+};
+
+struct Plan {
+    std::vector<Launch> launches;    // at most one per kernel
+    std::string error;               // not empty: nothing can be launched, and why
+};
+
+// Plans one step over all weights of a dtype.
+Plan MakePlan(const std::vector<WeightSpec>& weights, Dtype dtype, uint32_t cores);
+
+// Bytes of the packed codes of a weight.
+uint64_t PackedBytes(uint64_t rows, uint64_t columns);
+
+}  // namespace ternary

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// Many segments per tile: groups and rows of up to 4096 elements, in multiples of 32.
+#pragma once
+
+#include "ternary_kernel.h"
+
+namespace ternary {
+
+template <typename T>
+class TileKernel : public Core<T> {
+public:
+    __aicore__ inline TileKernel(GM_ADDR table, AscendC::TPipe* pipe) : Core<T>(table, pipe) {}
+
+    __aicore__ inline void Process()
+    {
+        Weight<T> weight;
+        for (uint32_t i = this->firstWeight_, next = this->begin_; next < this->end_; ++i) {
+            this->ReadWeight(i, weight);
+            const uint32_t end = Smaller(this->end_, weight.firstTile + weight.tiles);
+            this->BeginWeight(weight);
+            for (; next < end; ++next) {
+                Tile(weight, next - weight.firstTile);
+            }
+            this->EndWeight(weight);
+        }
+    }
+
+private:
+    __aicore__ inline void Tile(const Weight<T>& weight, uint32_t tile)
+    {
+        const uint32_t line = tile / weight.tilesPerLine;
+        const uint32_t whole = weight.tileSegments * weight.segment;
+        const uint32_t start = tile % weight.tilesPerLine * whole;
+        const uint32_t count = Smaller(whole, weight.lineLength - start);
+        const uint32_t segments = count / weight.segment;
+        const uint32_t padded = AlignUp(count, kPackedBlock);
+        const uint32_t packedBytes = padded / kPackedBlock * kPackedBlockBytes;
+        const uint64_t offset = static_cast<uint64_t>(line) * weight.lineLength + start;
+        const uint64_t firstSegment = static_cast<uint64_t>(line) * (weight.lineLength / weight.segment) +
+                                      start / weight.segment;
+        const uint64_t packedOffset = static_cast<uint64_t>(line) * weight.linePackedBytes + start / 4;
+        const bool across = weight.segment <= kAcrossLimit;
+
+        if (weight.Has(kCompare) || weight.Has(kUnpack)) {
+            this->LoadPrevious(weight, packedOffset, packedBytes);
+        }
+        if (weight.Has(kUnpack)) {
+            this->GivenScales(weight, firstSegment, segments);
+            this->SpreadFactors(segments);
+            this->Unpack(padded);
+            LocalTensor<T> output = this->outputQueue_.template AllocTensor<T>();
+            this->Dequantize(output, segments, weight.segment, padded, across);
+            this->StoreOutput(weight, output, offset, count);
+            return;
+        }
+        this->LoadInput(weight, offset, count);
+        LocalTensor<T> input = this->inputQueue_.template DeQue<T>();
+        this->Magnitudes(input, count, padded);
+        if (weight.Has(kGivenScales)) {
+            this->GivenScales(weight, firstSegment, segments);
+        } else {
+            Sum(segments, weight.segment, across);
+            this->OwnScales(weight, firstSegment, segments);
+        }
+        this->SpreadScales(segments);
+        LocalTensor<T> output = this->outputQueue_.template AllocTensor<T>();
+        this->Quantize(weight, input, output, segments, weight.segment, padded, across);
+        this->inputQueue_.FreeTensor(input);
+        this->StoreOutput(weight, output, offset, count);
+        if (weight.Has(kPack)) {
+            this->Pack(weight, packedOffset, padded);
+        }
+        if (weight.Has(kCount)) {
+            this->Count(weight, padded);
+        }
+    }
+
+    // sum_ <- the sum of each segment of magnitude_.
+    __aicore__ inline void Sum(uint32_t segments, uint32_t length, bool across)
+    {
+        const uint32_t columns = AlignUp(length, kFloatLanes) / kFloatLanes;
+        if (across) {
+            SumAcross(segments, length, columns);
+        } else {
+            SumAlong(segments, length, columns);
+        }
+    }
+
+    // Column by column over all segments at once, then the columns in pairs of neighbours.
+    __aicore__ inline void SumAcross(uint32_t segments, uint32_t length, uint32_t columns)
+    {
+        const uint32_t stride = AlignUp(segments, kBlock / sizeof(float));
+        const LocalTensor<float> first = columns == 1 ? this->sum_ : this->partial_;
+        for (uint32_t i = 0; i < columns; ++i) {
+            const uint32_t lanes = Smaller(kFloatLanes, length - i * kFloatLanes);
+            SumRepeats<float>(first[i * stride], this->magnitude_[i * kFloatLanes], lanes, segments,
+                              length / (kBlock / sizeof(float)));
+        }
+        Barrier();
+        for (uint32_t step = 1; step < columns; step *= 2) {
+            const bool last = 2 * step >= columns;
+            for (uint32_t i = 0; i + step < columns; i += 2 * step) {
+                const LocalTensor<float> left = first[i * stride];
+                const LocalTensor<float> sum = last ? this->sum_ : left;
+                AscendC::Add(sum, left, first[(i + step) * stride], segments);
+            }
+            Barrier();
+        }
+    }
+
+    __aicore__ inline void SumAlong(uint32_t segments, uint32_t length, uint32_t columns)
+    {
+        const uint32_t stride = AlignUp(columns, kBlock / sizeof(float));
+        const uint32_t whole = length / kFloatLanes;
+        const uint32_t tail = length % kFloatLanes;
+        for (uint32_t i = 0; i < segments; ++i) {
+            const LocalTensor<float> segment = this->magnitude_[i * length];
+            const LocalTensor<float> sums = this->partial_[i * stride];
+            SumRepeats<float>(sums, segment, kFloatLanes, whole, 8);
+            if (tail != 0) {
+                SumRepeats<float>(sums[whole], segment[whole * kFloatLanes], tail, 1, 8);
+            }
+        }
+        Barrier();
+        SumRepeats<float>(this->sum_, this->partial_, columns, segments, stride / (kBlock / sizeof(float)));
+        Barrier();
+    }
+};
+
+template <typename T>
+__aicore__ inline void RunTiles(GM_ADDR table)
+{
+    AscendC::TPipe pipe;
+    TileKernel<T> kernel(table, &pipe);
+    kernel.Process();
+}
+
+}  // namespace ternary

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases that the AscendC kernels are tried on, and what has to hold in each of them."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from ascendc import golden
+from ascendc.emulator import Counters, Emulator, Weight
+
+from bitcpm_megatron.quantization import pack, packed_size, quantize_dequantize, unpack
+
+EPS = 1e-5
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+STATISTICS_BYTES = 512
+# (rows, columns, group): groups side by side, groups along, single rows, tails of every kind.
+SHAPES = (
+    (1, 32, 32),
+    (1, 128, 128),
+    (3, 64, 32),
+    (7, 96, 32),
+    (5, 160, 32),
+    (33, 256, 32),
+    (2, 192, 64),
+    (35, 1024, 64),
+    (4, 192, 96),
+    (3, 320, 160),
+    (2, 384, 128),
+    (9, 1024, 128),
+    (2, 512, 256),
+    (2, 1024, 512),
+    (11, 1024, 256),
+    (3, 1024, 1024),
+    (2, 1280, 640),
+    (2, 2112, 1056),
+    (2, 2816, 2816),
+    (3, 2016, 2016),
+    (3, 4096, 4096),
+    (1, 1, 1),
+    (2, 17, 17),
+    (3, 33, 33),
+    (2, 100, 100),
+    (2, 4100, 4100),
+    (2, 4224, 4224),
+    (1, 10240, 5120),
+    (1, 4513, 4513),
+)
+LARGE = ((1, 32768, 32768), (1, 33001, 33001), (2, 70016, 70016))
+MODES = (
+    {},
+    {"pack": True},
+    {"given": True},
+    {"pack": True, "count": True},
+    {"compare": True},
+    {"count": True},
+    {"given": True, "pack": True, "compare": True},
+    {"unpack": True},
+)
+VALUES = ("gaussian", "ties", "zeros", "tiny", "small", "huge", "signed zeros", "constant", "mixed", "not finite")
+CORES = (1, 3, 40)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch of one weight."""
+
+    shape: tuple[int, int]
+    group: int
+    dtype: torch.dtype
+    mode: tuple[str, ...]
+    values: str
+    cores: int
+    late: bool
+    seed: int
+
+
+def all_cases() -> Iterator[Case]:
+    """Every shape, dtype and mode, each of them with two choices of values, cores and DMA timing."""
+    turn = itertools.count()
+    for (rows, columns, group), dtype, mode, _ in itertools.product(SHAPES, DTYPES, MODES, range(2)):
+        i = next(turn)
+        values, cores = VALUES[i % len(VALUES)], CORES[i // 2 % len(CORES)]
+        yield Case((rows, columns), group, dtype, tuple(mode), values, cores, i // 3 % 2 == 1, i)
+    for (rows, columns, group), dtype, mode in itertools.product(LARGE, DTYPES, (MODES[0], MODES[5])):
+        i = next(turn)
+        yield Case((rows, columns), group, dtype, tuple(mode), "gaussian", 2, i % 2 == 1, i)
+
+
+def grouped_cases() -> Iterator[list[Case]]:
+    """Launches over several weights: small and large ones, of both kernels, in several modes."""
+    shapes = ((3, 96, 96), (33, 256, 32), (2, 2112, 1056), (9, 1024, 128), (3, 33, 33), (2, 4224, 4224), (1, 128, 128))
+    modes = (("compare",), (), ("given",), ("pack", "count"), ("count",))
+    turn = itertools.count(10_000)
+    for dtype, cores, late in itertools.product(DTYPES, (1, 5, 40), (False, True)):
+        weights = []
+        for rows, columns, group in shapes:
+            i = next(turn)
+            mode, values = modes[i % len(modes)], VALUES[i % len(VALUES)]
+            weights.append(Case((rows, columns), group, dtype, mode, values, cores, late, i))
+        yield weights
+        yield [
+            Case(shape[:2], shape[2], dtype, ("unpack",), "gaussian", cores, late, next(turn)) for shape in shapes[1:6]
+        ]
+
+
+def make_values(case: Case, generator: torch.Generator) -> torch.Tensor:
+    """The latent weight of a case."""
+    rows, columns = case.shape
+    w = torch.randn(rows, columns, generator=generator)
+    largest = 60000.0 if case.dtype == torch.float16 else 1e30
+    if case.values == "ties":
+        # Given scales of 1: half of the magnitudes lie on s/2 or next to it, on either side.
+        near = torch.tensor([0.5, -0.5, 1.0, -1.0]).to(case.dtype)
+        integer = torch.int32 if case.dtype == torch.float32 else torch.int16
+        steps = torch.randint(-1, 2, case.shape, generator=generator).to(integer)
+        picked = near[torch.randint(0, 4, case.shape, generator=generator)]
+        return (picked.view(integer) + steps).view(case.dtype)
+    if case.values == "zeros":
+        w.zero_()
+    elif case.values == "tiny":
+        w *= 1e-40 if case.dtype == torch.float32 else 1e-7
+    elif case.values == "small":
+        w *= 3e-5
+    elif case.values == "huge":
+        w = w.clamp(-1, 1) * largest
+    elif case.values == "signed zeros":
+        w = torch.where(w > 0.3, w, torch.tensor(-0.0))
+    elif case.values == "constant":
+        w = torch.full(case.shape, -0.02)
+    elif case.values == "mixed":
+        w *= torch.logspace(-6, 3, columns)
+        w[:, : columns // 2] = 0
+    w = w.to(case.dtype)
+    if case.values == "not finite":
+        places = torch.randint(0, w.numel(), (max(1, rows // 2),), generator=generator)
+        bad = torch.tensor([float("nan"), float("inf"), float("-inf")]).to(case.dtype)
+        w.view(-1)[places] = bad[torch.randint(0, 3, places.shape, generator=generator)]
+    return w
+
+
+def make_weight(case: Case) -> Weight:
+    """The weight of a case with everything that its mode asks for."""
+    generator = torch.Generator().manual_seed(case.seed)
+    rows, columns = case.shape
+    latent = make_values(case, generator)
+    scales = previous = None
+    if "given" in case.mode or "unpack" in case.mode:
+        scales = torch.exp2(torch.randint(-6, 7, (rows, columns // case.group), generator=generator).float())
+        scales *= 1 + torch.rand(scales.shape, generator=generator)
+        if case.values == "ties":
+            scales = torch.ones_like(scales)
+        if case.values == "tiny":
+            # Between two fp16 values, among the subnormal ones.
+            scales = (2 * torch.randint(0, 16, scales.shape, generator=generator) + 1) * 2.0**-25
+        scales = scales.to(torch.bfloat16)
+        if case.values == "not finite":
+            scales.view(-1)[-1] = float("inf") if case.seed % 2 else float("nan")
+    if "compare" in case.mode or "unpack" in case.mode:
+        previous = pack(torch.randint(-1, 2, case.shape, generator=generator).to(torch.int8))
+    if "unpack" in case.mode:
+        return Weight(None, case.group, scales, previous=previous, shape=case.shape, dtype=case.dtype)
+    return Weight(
+        latent, case.group, scales, EPS, pack="pack" in case.mode, count="count" in case.mode, previous=previous
+    )
+
+
+def check(case: Case, weight: Weight) -> int:
+    """What is promised of the results. Returns how many scales differ from the reference quantizer's, by one bf16 step.
+
+    Raises:
+        AssertionError: which promise was broken.
+    """
+    columns = case.shape[1]
+    if weight.latent is None:
+        codes = unpack(weight.previous, columns)
+        assert golden.same_bits(weight.quantized, golden.values(codes, weight.scales, case.dtype)), "unpacked values"
+        return 0
+
+    stepped = 0
+    if not weight.given:
+        assert golden.same_bits(weight.scales, golden.own_scales(weight.latent, case.group, EPS)), "scales"
+        stepped = check_scales(weight, case)
+    codes = golden.codes(weight.latent, weight.scales)
+    assert golden.same_bits(weight.quantized, golden.quantized(weight.latent, weight.scales)), "quantized weight"
+    assert not torch.signbit(weight.quantized[weight.quantized == 0]).any(), "-0.0"
+    reference = -1 if case.group == columns else case.group
+    expected = quantize_dequantize(weight.latent, reference, EPS, weight.scales)[0]
+    assert golden.same_bits(weight.quantized, expected), "the reference quantizer with these scales"
+
+    if weight.packed is not None:
+        assert torch.equal(weight.packed, pack(codes)), "packed codes"
+    if weight.statistics is not None:
+        assert weight.nonzeros == int((codes != 0).sum()), "count of codes that are not zero"
+    changes = 0
+    if weight.previous is not None:
+        changes = int((codes != unpack(weight.previous, columns)).sum())
+    if weight.statistics is not None:
+        assert weight.changes == changes, "count of changed codes"
+    return stepped
+
+
+def check_bytes(case: Case, weight: Weight, counters: Counters) -> None:
+    """Everything is read once and written once; but for rows that do not fit, which are read twice.
+
+    Raises:
+        AssertionError: which promise was broken.
+    """
+    rows, columns = case.shape
+    element = weight.quantized.element_size()
+    scale_bytes = 2 * rows * (columns // case.group)
+    code_bytes = rows * packed_size(columns)
+    written = element * rows * columns
+    if weight.latent is None:
+        assert counters.read_bytes == code_bytes + scale_bytes, "bytes read"
+        assert counters.written_bytes == written, "bytes written"
+        return
+    twice = case.dtype == torch.float32 and columns > 40000 and not weight.given
+    read = element * rows * columns * (2 if twice else 1) + (scale_bytes if weight.given else 0)
+    read += code_bytes if weight.previous is not None else 0
+    written += 0 if weight.given else scale_bytes
+    written += code_bytes if weight.packed is not None else 0
+    assert counters.read_bytes == read, f"{counters.read_bytes} bytes read, not {read}"
+    slots = counters.written_bytes - written
+    if weight.statistics is None:
+        assert slots == 0, f"{counters.written_bytes} bytes written, not {written}"
+    else:
+        assert slots % STATISTICS_BYTES == 0 and 0 < slots <= case.cores * STATISTICS_BYTES, "bytes of statistics"
+
+
+def check_scales(weight: Weight, case: Case) -> int:
+    """The kernel's means and scales against torch's own."""
+    rows, columns = case.shape
+    reference = -1 if case.group == columns else case.group
+    expected = quantize_dequantize(weight.latent, reference, EPS)[1]
+    finite = expected.isfinite()
+    assert torch.equal(finite, weight.scales.isfinite()), "which scales are finite"
+    mean = golden.means(weight.latent, case.group)[finite]
+    groups = weight.latent.float().reshape(rows, columns // case.group, case.group)
+    torch_mean = groups.abs().mean(-1)[finite]
+    ulps = (mean.view(torch.int32) - torch_mean.view(torch.int32)).abs()
+    assert (ulps <= 4).all(), f"a mean is {ulps.max()} ulp off"
+    steps = (weight.scales.view(torch.int16) - expected.view(torch.int16))[finite].abs()
+    assert (steps <= 1).all(), "a scale is more than one step off"
+    return int(steps.sum())
+
+
+def run(emulator: Emulator, case: Case) -> tuple[Weight, Counters, int]:
+    """Runs and checks one case."""
+    weight = make_weight(case)
+    counters = emulator.run([weight], case.cores, case.late)
+    stepped = check(case, weight)
+    check_bytes(case, weight, counters)
+    return weight, counters, stepped
+
+
+def run_grouped(emulator: Emulator, group: list[Case]) -> tuple[list[Weight], Counters]:
+    """Runs one launch over several weights and checks each."""
+    weights = [make_weight(case) for case in group]
+    counters = emulator.run(weights, group[0].cores, group[0].late)
+    for case, weight in zip(group, weights, strict=True):
+        check(case, weight)
+    return weights, counters

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AscendC backend's Python side, and training with its emulated kernels."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bitcpm_megatron import QuantizerConfig, apply_recipe, fake_quantize
+from bitcpm_megatron.ops import active_backend, ascendc, backends, registry, set_backend
+from bitcpm_megatron.quantization import packed_size
+from bitcpm_megatron.tensor_parallel import ternary_state
+
+EMULATED = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+
+
+@pytest.fixture(autouse=True)
+def same_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+    monkeypatch.setattr(registry, "_requested", registry._requested)
+    monkeypatch.setattr(registry, "_choices", {})
+
+
+# ------------------------------------------------------------------------------------------------------ availability
+
+
+def test_elsewhere_than_on_an_npu_it_says_so() -> None:
+    backend = {b.name: b for b in backends()}["ascendc"]
+    for device in ("cpu", "cuda"):
+        assert backend.unavailable(device) == "runs on an NPU only"
+        with pytest.raises(RuntimeError, match="'ascendc' was asked for.*runs on an NPU only"):
+            set_backend("ascendc", device)
+    assert active_backend("cpu").backend.name == "torch"
+
+
+def test_on_an_npu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    present = importlib.util.find_spec("torch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert ascendc.unavailable("npu") == "torch_npu is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: present)
+    library = tmp_path / "libbitcpm_ascendc.so"
+    monkeypatch.setenv(ascendc.LIBRARY_VARIABLE, str(library))
+    assert "is not built: make kernel" in ascendc.unavailable("npu") and str(library) in ascendc.unavailable("npu")
+    library.touch()
+    assert ascendc.unavailable("npu") is None
+
+
+def test_the_library_of_the_checkout_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ascendc.LIBRARY_VARIABLE, raising=False)
+    assert ascendc.library_path().parts[-3:] == ("build", "ascendc", "libbitcpm_ascendc.so")
+
+
+def test_shapes_without_a_device() -> None:
+    with FakeTensorMode():
+        weights = [torch.empty(6, 192, dtype=torch.bfloat16), torch.empty(4, 100, dtype=torch.bfloat16)]
+        quantized, scales, packed, counts = torch.ops.bitcpm.ascendc_quantize(
+            weights, [32, 100], 1e-5, [], [], True, True
+        )
+        assert [tuple(t.shape) for t in quantized] == [(6, 192), (4, 100)]
+        assert [tuple(t.shape) for t in scales] == [(6, 6), (4, 1)] and scales[0].dtype == torch.bfloat16
+        assert [tuple(t.shape) for t in packed] == [(6, packed_size(192)), (4, packed_size(100))]
+        assert [tuple(t.shape) for t in counts] == [(2,), (2,)]
+        assert torch.ops.bitcpm.ascendc_quantize(weights, [32, 100], 1e-5, [], [], False, False)[2:] == ([], [])
+        back = torch.ops.bitcpm.ascendc_unpack(packed[0], scales[0], 192, torch.float16)
+        assert tuple(back.shape) == (6, 192) and back.dtype == torch.float16
+
+
+def test_bad_weights_are_refused_before_the_library_is_needed() -> None:
+    with pytest.raises(ValueError, match="group_size=64 does not divide"):
+        ascendc.quantize_weights([torch.zeros(2, 96)], [64], 1e-5)
+    with pytest.raises(ValueError, match=r"scales of shape \(2, 1\): pass \(2, 3\)"):
+        ascendc.unpack_weight(
+            torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.bfloat16), 96, 32, torch.bfloat16
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- emulated
+
+
+@EMULATED
+def test_the_emulated_backend_serves_the_op_by_name_only() -> None:
+    from ascendc import emulated_backend
+
+    emulated_backend.register()
+    assert active_backend("cpu").backend.name == "torch"
+    with pytest.raises(RuntimeError, match="emulates on a CPU only"):
+        set_backend(emulated_backend.NAME, "cuda")
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    expected = fake_quantize(weight, QuantizerConfig(group_size=32))
+    set_backend(emulated_backend.NAME, "cpu")
+    leaf = weight.clone().t().contiguous().t().requires_grad_()
+    quantized = fake_quantize(leaf, QuantizerConfig(group_size=32))
+    assert torch.equal(quantized, expected)
+    quantized.sum().backward()
+    assert torch.equal(leaf.grad, torch.ones_like(leaf))
+    torch.library.opcheck(torch.ops.bitcpm.fake_quantize.default, (leaf, 32, 1e-5, None))
+
+
+@EMULATED
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_training_gives_the_losses_of_the_torch_backend(single_rank: None, group_size: int) -> None:
+    from ascendc import emulated_backend
+
+    emulated_backend.register()
+    theirs, ours = train("torch", group_size), train(emulated_backend.NAME, group_size)
+    assert len(ours) == 3 and ours[2][0] < ours[0][0]
+    assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], rel=1e-4)
+    steps = (ours[0][1].view(torch.int16) - theirs[0][1].view(torch.int16)).abs()
+    assert steps.max() <= 1
+
+
+def train(backend: str, group_size: int) -> list[tuple[float, torch.Tensor]]:
+    """Loss and scales of three steps of a tiny GPT."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    set_backend(backend, "cpu")
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        ffn_hidden_size=96,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
+    layers = get_gpt_layer_local_spec(normalization="RMSNorm")
+    model = GPTModel(config, layers, vocab_size=64, max_sequence_length=16)
+    apply_recipe(model, default=QuantizerConfig(group_size=group_size))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    results = []
+    for step in range(3):
+        tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(step))
+        loss = model(tokens, torch.arange(16).expand(2, -1), None, labels=tokens).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        states = [s for s in map(ternary_state, model.modules()) if s]
+        assert len(states) == 8
+        results.append((loss.item(), torch.cat([s.scales.flatten() for s in states])))
+    return results

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AscendC kernels, emulated on a CPU: values against torch, strictness, tiling.
+
+The emulation, its cases and the mutation test are in ``tests/ascendc``; ``make kernel-test`` runs all mutants, here is
+a sample of them.
+"""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from ascendc import campaign, cases, golden
+from ascendc.emulator import FLAGS, LANES, SOURCES, Counters, EmulationError, Emulator, Weight, library_name
+
+from bitcpm_megatron.quantization import pack, packed_size, quantize_dequantize
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+
+EPS = 1e-5
+ALL_CASES = list(cases.all_cases())
+SHAPES = sorted({c.shape + (c.group,) for c in ALL_CASES})
+HEADER_WORDS, CUT_WORDS, ENTRY_WORDS = 7, 2, 22  # op_host/table.h
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Emulator:
+    return Emulator()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Small tensors: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def gaussian(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+def test_there_are_enough_cases() -> None:
+    assert len(ALL_CASES) >= 1000
+    assert {c.late for c in ALL_CASES} == {True, False} and {c.values for c in ALL_CASES} == set(cases.VALUES)
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
+def test_every_mode_of_a_shape(emulator: Emulator, rows: int, columns: int, group: int) -> None:
+    chosen = [c for c in ALL_CASES if (*c.shape, c.group) == (rows, columns, group)]
+    assert chosen
+    for case in chosen:
+        try:
+            cases.run(emulator, case)
+        except (AssertionError, EmulationError) as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.parametrize("group", [64, 1024, 2816, 5000])
+def test_a_scale_depends_on_its_segment_alone(emulator: Emulator, group: int) -> None:
+    # The sums sit at the midpoint of two bf16 values: any other order of adding would show.
+    w = gaussian(8, group, torch.float32, 5).abs()
+    target = torch.tensor(0x3F808000, dtype=torch.int32).view(torch.float32)
+    w *= target / golden.means(w, group)
+    whole = Weight(w, group)
+    emulator.run([whole], 3)
+    for row in range(8):
+        alone = Weight(w[row : row + 1].contiguous(), group)
+        emulator.run([alone], 1, late=True)
+        assert torch.equal(alone.scales, whole.scales[row : row + 1])
+        assert torch.equal(alone.quantized, whole.quantized[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_grouped_launches(emulator: Emulator, dtype: torch.dtype) -> None:
+    for group in cases.grouped_cases():
+        if group[0].dtype == dtype:
+            cases.run_grouped(emulator, group)
+
+
+def test_one_grouped_launch_gives_what_single_ones_give(emulator: Emulator) -> None:
+    shapes = [
+        (7, 256, 32),
+        (3, 96, 96),
+        (2, 2112, 1056),
+        (2, 6000, 6000),
+        (1, 33001, 33001),
+        (40, 1024, 128),
+        (1, 1, 1),
+    ]
+    weights, alone = [], []
+    for i, (rows, columns, group) in enumerate(shapes):
+        latent = gaussian(rows, columns, seed=i)
+        scales = golden.own_scales(latent, group, EPS) * 2 if i % 3 == 1 else None
+        previous = pack(golden.codes(latent, golden.own_scales(latent, group, EPS) * 4)) if i % 2 else None
+        for target in (weights, alone):
+            target.append(Weight(latent, group, scales, EPS, pack=i % 4 == 1, count=i % 4 == 2, previous=previous))
+    for cores, late in itertools.product((1, 5, 48), (False, True)):
+        counters = emulator.run(weights, cores, late)
+        assert counters.launches == 2
+        for together, single in zip(weights, alone, strict=True):
+            emulator.run([single], 2)
+            assert golden.same_bits(together.quantized, single.quantized)
+            assert golden.same_bits(together.scales, single.scales)
+            assert single.packed is None or torch.equal(together.packed, single.packed)
+            if single.statistics is not None:
+                assert (together.nonzeros, together.changes) == (single.nonzeros, single.changes)
+
+
+def test_what_is_packed_unpacks_to_the_same_weight(emulator: Emulator) -> None:
+    for dtype, (rows, columns, group) in itertools.product(
+        cases.DTYPES, [(5, 192, 32), (3, 384, 384), (2, 5000, 5000)]
+    ):
+        made = Weight(gaussian(rows, columns, dtype), group, pack=True)
+        emulator.run([made])
+        back = Weight(None, group, made.scales, previous=made.packed, shape=(rows, columns), dtype=dtype)
+        emulator.run([back])
+        assert golden.same_bits(back.quantized, made.quantized)
+
+
+def test_against_the_reference_quantizer_over_many_groups(emulator: Emulator) -> None:
+    latent = gaussian(64, 4096, seed=9)
+    for group in (32, 128, 4096):
+        w = Weight(latent, group)
+        emulator.run([w], 40)
+        quantized, scales = quantize_dequantize(latent, group, EPS)
+        steps = (w.scales.view(torch.int16) - scales.view(torch.int16)).abs()
+        assert steps.max() <= 1 and (steps == 0).float().mean() > 0.999
+        same = (steps == 0).repeat_interleave(group, 1)
+        assert torch.equal(w.quantized[same], quantized[same])
+
+
+# ------------------------------------------------------------------------------------------------------------ tiling
+
+
+def check_plan(weights: list[Weight], launches: list, cores: int) -> None:
+    """Every tile of every weight goes to exactly one core, in shares that differ by less than two tiles."""
+    for kernel, blocks, ub_bytes, table in launches:
+        assert 1 <= blocks <= cores and ub_bytes <= 192 * 1024 - 8 * 1024 - 256
+        count = table[0]
+        cuts = [table[HEADER_WORDS + 2 * k : HEADER_WORDS + 2 * k + 2] for k in range(blocks + 1)]
+        at = HEADER_WORDS + CUT_WORDS * (blocks + 1)
+        assert len(table) == at + count * ENTRY_WORDS
+        entries = [table[at + i * ENTRY_WORDS : at + (i + 1) * ENTRY_WORDS] for i in range(count)]
+        starts = [e[12] for e in entries]
+        assert starts == [sum(e[13] for e in entries[:i]) for i in range(count)]
+        total = starts[-1] + entries[-1][13]
+        assert cuts[0] == [0, 0] and cuts[-1][0] == total
+        share = sum(e[13] * e[19] * e[15] for e in entries) / blocks
+        largest = max(e[19] * e[15] for e in entries)
+        for (begin, weight), (end, _) in itertools.pairwise(cuts):
+            assert begin <= end
+            if begin < end:
+                assert starts[weight] <= begin < starts[weight] + entries[weight][13]
+            sizes = [e[19] * e[15] for e in entries for _ in range(e[13])][begin:end]
+            assert sum(sizes) <= share + 2 * largest, kernel
+    assert sum(table[0] for *_, table in launches) == len(weights)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 40, 48])
+def test_plans_cover_everything_once(emulator: Emulator, cores: int) -> None:
+    layers = [
+        (3072, 1024, 128),
+        (1024, 1024, 128),
+        (5632, 1024, 128),
+        (1024, 2816, 2816),
+        (64, 33, 33),
+        (8, 20000, 20000),
+    ]
+    for dtype in cases.DTYPES:
+        weights = [Weight(torch.zeros(rows, columns, dtype=dtype), group) for rows, columns, group in layers]
+        check_plan(weights, emulator.plan(weights, cores), cores)
+        check_plan(weights[:1], emulator.plan(weights[:1], cores), cores)
+
+
+def test_the_plan_knows_what_the_kernel_allocates(emulator: Emulator) -> None:
+    for case in ALL_CASES:
+        if case.seed % 7 == 0:
+            weight = cases.make_weight(case)
+            ((_, _, planned, _),) = emulator.plan([weight], case.cores)
+            assert emulator.run([weight], case.cores).ub_bytes == planned
+
+
+def test_rows_stay_in_ub_up_to_32768(emulator: Emulator) -> None:
+    for dtype, columns in itertools.product(cases.DTYPES, (4097, 8192, 32768)):
+        previous = torch.full((1, packed_size(columns)), 0x55, dtype=torch.uint8)
+        for extra in ({}, {"pack": True, "count": True, "previous": previous}):
+            w = Weight(torch.zeros(1, columns, dtype=dtype), columns, **extra)
+            ((kernel, _, _, table),) = emulator.plan([w])
+            assert kernel == "rows" and table[-ENTRY_WORDS + 14] & 32, (dtype, columns)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "extra", "message"),
+    [
+        ((2, 96), 64, {}, r"groups of 64 do not divide"),
+        ((1, 1_044_481), 1_044_481, {}, r"at most 1044480"),
+        ((1, 3 * 4128), 4128, {"pack": True}, r"packed codes with groups of 4128.*multiple of 128"),
+        ((1, 2 * 2080), 2080, {"pack": True}, r"packed codes with groups of 2080.*at most 1024"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(
+    emulator: Emulator, shape: tuple[int, int], group: int, extra: dict, message: str
+) -> None:
+    w = Weight(torch.zeros(shape, dtype=torch.bfloat16), group, torch.zeros(1, 1, dtype=torch.bfloat16), **extra)
+    with pytest.raises(EmulationError, match=r"^\[plan\] .*" + message):
+        emulator.run([w])
+    with pytest.raises(EmulationError, match=message):
+        emulator.plan([w])
+
+
+# -------------------------------------------------------------------------------------------------------- strictness
+
+
+def test_bytes_moved_are_in_and_out_and_scales(emulator: Emulator) -> None:
+    counters: Counters = emulator.run([Weight(gaussian(96, 2048), 128)], 40)
+    assert counters.read_bytes == 96 * 2048 * 2
+    assert counters.written_bytes == 96 * 2048 * 2 + 96 * 16 * 2
+
+
+def test_statistics_have_a_slot_per_core(emulator: Emulator) -> None:
+    w = Weight(torch.ones(64, 1024, dtype=torch.bfloat16), 128, count=True)
+    emulator.run([w], 3)
+    assert w.nonzeros == 64 * 1024 and (w.statistics[:, :LANES].sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["barrier", "queue", "call", "condition"])
+def test_a_sample_of_mutants_is_caught(mutant_run: campaign.MutantRun, kind: str) -> None:
+    known = campaign.reasons()
+    killable = [m for m in mutant_run.mutants if m.kind == kind and m.key not in known]
+    sample = killable[:: max(1, len(killable) // 8)][:8]
+    assert len(sample) >= 5
+    found = mutant_run.run(sample, jobs=2)
+    assert not [m.key for m in sample if not found[m]]
+    if kind == "barrier":
+        assert set(found.values()) == {"hazard"}
+
+
+@pytest.fixture(scope="module")
+def mutant_run(emulator: Emulator) -> campaign.MutantRun:
+    torch.set_num_threads(1)
+    return campaign.MutantRun(campaign.run_cases(emulator, campaign.all_launches()[::2]))
+
+
+def test_a_changed_source_is_a_new_build(tmp_path) -> None:
+    copy = tmp_path / "ascendc"
+    shutil.copytree(SOURCES, copy)
+    assert library_name(copy, FLAGS) == library_name(SOURCES, FLAGS) != library_name(SOURCES, [*FLAGS, "-g"])
+    header = copy / "op_host" / "table.h"
+    header.write_text(header.read_text() + "// changed\n")
+    assert library_name(copy, FLAGS) != library_name(SOURCES, FLAGS)

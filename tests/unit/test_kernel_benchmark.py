@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel benchmark runs, writes what it says, and refuses to time a wrong backend."""
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from bitcpm_megatron.ops import Backend, register_backend, registry
+from bitcpm_megatron.quantization import quantize_dequantize
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, with a registry that has the torch backend alone."""
+    path = Path(__file__).parents[2] / "benchmarks" / "kernel.py"
+    spec = importlib.util.spec_from_file_location("kernel_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "kernel_benchmark", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(registry, "_BACKENDS", {"torch": registry._BACKENDS["torch"]})
+    monkeypatch.setattr(registry, "_choices", {})
+    return module
+
+
+def run(benchmark: ModuleType, tmp_path: Path, *arguments: str) -> int:
+    fixed = ["--device", "cpu", "--models", "tiny-llama", "--rounds", "2", "--ring", "1", "--groups", "-1", "32"]
+    return benchmark.main([*fixed, "--output-dir", str(tmp_path), *arguments])
+
+
+def test_it_measures_every_backend_and_writes_a_table(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    register_backend(Backend("also", quantize_dequantize, lambda device: None, 1))
+    register_backend(Backend("emulated", quantize_dequantize, lambda device: None, None))
+    register_backend(Backend("chip", quantize_dequantize, lambda device: "needs the chip", 20))
+    assert run(benchmark, tmp_path, "--layers", "fc1", "--dtypes", "bf16", "fp32") == 0
+    with open(tmp_path / "kernel-cpu.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["backend"], r["dtype"], r["group"]) for r in rows] == [
+        (name, dtype, group) for group in ("-1", "32") for dtype in ("bf16", "fp32") for name in ("also", "torch")
+    ]
+    for row in rows:
+        assert float(row["microseconds"]) > 0 and float(row["copy_microseconds"]) > 0
+        assert float(row["copies"]) == pytest.approx(
+            float(row["microseconds"]) / float(row["copy_microseconds"]), rel=0.01
+        )
+    assert (tmp_path / "kernel-cpu.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert printed.count("| tiny-llama fc1 |") == 8 and "Hardware: " in printed and "Command: `python " in printed
+
+
+def test_a_backend_that_is_wrong_is_not_timed(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def wrong(weight: torch.Tensor, group: int, eps: float, scales: torch.Tensor | None) -> tuple:
+        quantized, scales = quantize_dequantize(weight, group, eps, scales)
+        return quantized.neg(), scales
+
+    register_backend(Backend("wrong", wrong, lambda device: None, 1))
+    assert run(benchmark, tmp_path) == 1
+    assert "error: wrong is wrong on" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backends", "magic"), "'magic': there are"),
+        (("--backends", "chip"), "'chip' cannot run on cpu: needs the chip"),
+        (("--groups", "7"), "group_size=7"),
+        (("--groups", "8192"), "does not divide"),
+    ],
+)
+def test_bad_arguments(
+    benchmark: ModuleType, tmp_path: Path, arguments: tuple, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    register_backend(Backend("chip", quantize_dequantize, lambda device: "needs the chip", 20))
+    assert run(benchmark, tmp_path, *arguments) == 2
+    assert message in capsys.readouterr().err

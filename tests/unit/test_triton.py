@@ -1,0 +1,555 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels, run by Triton's interpreter (or on a GPU: TRITON_INTERPRET=0 pytest tests/unit/test_triton.py).
+
+The interpreter takes 20 ms per program and no time per element: so tiles are as large as they can be, but in the tests
+that are about tiles.
+
+Two oracles: numpy in float64 for what the codes must be under the scale that a kernel returned, and torch in fp32, in
+the kernels' order of summation, for the scale itself, bit for bit.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitcpm_megatron import QuantizerConfig, apply_recipe, fake_quantize
+from bitcpm_megatron.ops import backends, registry, set_backend
+from bitcpm_megatron.ops import triton as backend
+from bitcpm_megatron.quantization import dequantize, pack, quantize, quantize_dequantize, unpack
+from bitcpm_megatron.tensor_parallel import ternary_state
+
+launch = pytest.importorskip("bitcpm_megatron.ops.triton.launch", reason="triton is not installed")
+DEVICE = "cpu" if launch.INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 1e-5
+SHAPES = [
+    (1, 1, -1),
+    (1, 31, -1),
+    (3, 33, -1),
+    (7, 100, -1),
+    (5, 127, -1),
+    (2, 1000, -1),
+    (1, 4097, -1),
+    (1, 32, 32),
+    (9, 96, 32),
+    (3, 160, 160),
+    (5, 192, 96),
+    (4, 256, 64),
+    (6, 384, 128),
+    (2, 1280, 256),
+    (17, 64, 64),
+]
+
+if not launch.INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("TRITON_INTERPRET is off, and there is no GPU", allow_module_level=True)
+
+
+def gaussian(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Rows of very different magnitude, with signed zeros in them."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, columns, generator=g) * 10 ** torch.empty(rows, 1).uniform_(-3.0, 3.0, generator=g)
+    w[:, 3::17] *= 0.0
+    return w.to(dtype)
+
+
+def run(
+    weight: torch.Tensor, group: int, eps: float = EPS, scales: torch.Tensor | None = None, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's results, on the CPU."""
+    before = weight.clone()
+    given_scales = None if scales is None else scales.to(DEVICE)
+    q, s = launch.fake_quantize(weight.to(DEVICE), group, eps, given_scales, **options)
+    assert (q.dtype, s.dtype) == (weight.dtype, torch.bfloat16) and q.is_contiguous() and s.is_contiguous()
+    assert bits_equal(weight, before), "input changed"
+    return q.cpu(), s.cpu()
+
+
+def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal including the sign of zeros; any NaN is equal to any."""
+    nan = a.isnan()
+    same = torch.where(nan, torch.zeros_like(a), a), torch.where(nan, torch.zeros_like(b), b)
+    return a.dtype == b.dtype and torch.equal(nan, b.isnan()) and torch.equal(*same) and torch.equal(*map(sign, same))
+
+
+def sign(x: torch.Tensor) -> torch.Tensor:
+    return torch.signbit(x)
+
+
+def mean_in_order(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """fp32 means ``[out, groups]``: neighbours first, then pairs, padded with zeros to a power of two."""
+    group = weight.shape[1] if group == -1 else group
+    x = weight.float().abs().reshape(-1, group)
+    x = torch.nn.functional.pad(x, (0, (1 << (group - 1).bit_length()) - group))
+    while x.shape[1] > 1:
+        x = x[:, 0::2] + x[:, 1::2]
+    # By a tensor: torch may multiply with the reciprocal of a number.
+    return (x / torch.full_like(x, group)).reshape(weight.shape[0], -1)
+
+
+def check(weight: torch.Tensor, group: int, eps: float = EPS, **options) -> None:
+    """Everything that is promised of a finite weight."""
+    size = weight.shape[1] if group == -1 else group
+    q, s = run(weight, group, eps, **options)
+    mean = mean_in_order(weight, group)
+    assert torch.equal(s, mean.clamp(min=eps).to(torch.bfloat16)), "a scale is not that of the documented order"
+    theirs = weight.float().abs().reshape(-1, size).mean(-1).reshape(mean.shape)
+    assert ((mean - theirs).abs() <= 4 * (torch.nextafter(theirs, theirs.new_tensor(torch.inf)) - theirs)).all()
+    own = quantize_dequantize(weight, group, eps)[1]
+    assert ((s.view(torch.int16) - own.view(torch.int16)).abs() <= 1).all()
+
+    w, s64 = weight.double().numpy().reshape(-1, size), s.double().numpy().reshape(-1, 1)
+    codes = np.sign(w) * (np.abs(w) > s64 / 2)
+    expected = torch.from_numpy(codes * s64).reshape(weight.shape).to(weight.dtype) + 0.0
+    assert bits_equal(q, expected)
+
+    reference, _ = quantize_dequantize(weight, group, eps, s)
+    q, copied = run(weight, group, eps, s, **options)
+    assert bits_equal(q, reference) and torch.equal(copied, s)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, columns, group = shape
+    weight = gaussian(rows, columns, dtype, columns)
+    weight[-1] = 0.0
+    check(weight, group)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [1, 128, 256, 1 << 20])
+def test_tiles(tile: int, dtype: torch.dtype) -> None:
+    for rows, columns, group in ((3, 33, -1), (2, 192, 96), (3, 64, 32)):
+        check(gaussian(rows, columns, dtype, tile), group, tile=tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("resident", [32, 64])
+def test_rows_that_do_not_fit_into_a_tile(resident: int, dtype: torch.dtype) -> None:
+    for rows, columns, group in ((2, 65, -1), (1, 250, -1), (1, 256, 128), (1, 32, 32)):
+        check(gaussian(rows, columns, dtype, columns), group, resident=resident)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    group=st.sampled_from([-1, 32, 64, 96, 160]),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-30, 15),
+    eps=st.sampled_from([EPS, 2.0**-100, 1e-8, 0.25]),
+    seed=st.integers(0, 2**32 - 1),
+    special=st.lists(
+        st.floats(-60000.0, 60000.0, allow_nan=False, width=32) | st.sampled_from([0.0, -0.0, 1e-40, -1e-45]),
+        max_size=6,
+    ),
+)
+def test_any_finite_weight(
+    rows: int,
+    groups: int,
+    group: int,
+    dtype: torch.dtype,
+    exponent: int,
+    eps: float,
+    seed: int,
+    special: list[float],
+) -> None:
+    columns = groups * group if group > 0 else groups * 32 + seed % 31
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    weight = weight.clamp(-6e4, 6e4)
+    weight[-1, : len(special)] = torch.tensor(special)
+    check(weight.to(dtype), group, eps)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the tuning is the usual way")
+@pytest.mark.parametrize(("columns", "tiles"), [(64, {2048, 4096, 8192}), (5000, {8192}), (20000, {32768})])
+def test_tuning_tries_the_tiles_that_fit(columns: int, tiles: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that large weights go on a GPU, with a clock that prefers the largest tile."""
+    run_as: list[int] = []
+    tried = set()
+    original = type(launch.quantize_resident).run
+
+    def recorded(self, *args, **kwargs):
+        run_as.append(kwargs["TILE"])
+        return original(self, *args, **kwargs)
+
+    def bench(call, quantiles) -> list[float]:
+        call()
+        tried.add(run_as[-1])
+        return [1.0 / run_as[-1]] * 3
+
+    monkeypatch.setattr(type(launch.quantize_resident), "run", recorded)
+    monkeypatch.setitem(launch._tuned.__dict__, "do_bench", bench)  # a cached property
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "TUNED_ELEMENTS", 0)
+    weight = gaussian(3, columns, torch.bfloat16, columns)
+    q, s = run(weight, -1)
+    assert tried == tiles and run_as[-1] == max(tiles)
+    expected = run(weight, -1, tile=1)
+    assert bits_equal(q, expected[0]) and torch.equal(s, expected[1])
+
+
+def test_a_scale_at_the_midpoint_does_not_follow_the_tile() -> None:
+    """Rows whose mean is within rounding errors of the midpoint of two bf16 values, where any other order shows."""
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(1000, 384, generator=g)
+    magnitude = weight.abs().double()
+    s = magnitude.mean(-1).to(torch.bfloat16)
+    midpoint = (s.double() + (s.view(torch.int16) + 1).view(torch.bfloat16).double()) / 2
+    missing = midpoint * 384 - magnitude.sum(-1)
+    weight[:, 0] = (magnitude[:, 0] + missing).float()
+    other = quantize(weight, QuantizerConfig())[1]  # torch's order
+    weight = weight[(mean_in_order(weight, -1).to(torch.bfloat16) != other)[:, 0]][:40]
+    assert len(weight) == 40
+    expected = mean_in_order(weight, -1).to(torch.bfloat16)
+    for options in ({}, {"tile": 4096}, {"tile": 512}, {"resident": 256}):
+        assert torch.equal(run(weight, -1, **options)[1], expected), options
+
+
+@pytest.mark.parametrize("columns", [3, 100, 384, 1000])
+def test_the_mean_is_a_quotient(columns: int) -> None:
+    """Equal weights in the middle between two bf16 values: sums and quotients are exact, products with 1/n are not."""
+    middle = (torch.arange(128, 256) * 2 + 1) * 2.0**-9
+    expected = middle.to(torch.bfloat16)  # half to even
+    for weight in (middle, -middle):
+        assert torch.equal(run(weight.reshape(-1, 1).repeat(1, columns), -1)[1][:, 0], expected)
+
+
+def test_the_fp32_mean_of_long_rows() -> None:
+    for columns in (16384, 40000):
+        check(gaussian(1, columns, torch.bfloat16, columns), -1)
+    # A bf16 sum of 4096 ones stalls at 256.
+    assert (run(torch.ones(2, 4096, dtype=torch.bfloat16), -1)[1] == 1).all()
+
+
+# --------------------------------------------------------------------------------------------------------- the edges
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [2.0**-133, 2.0**-127, 2.0**-24, 2.0**-26, EPS, 0.37, 1.0, 65280.0, 2.0**120])
+def test_every_16_bit_weight_under_a_given_scale(dtype: torch.dtype, scale: float) -> None:
+    weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(64, 1024)
+    scales = torch.full((64, 1), scale, dtype=torch.float64).to(torch.bfloat16)
+    q, s = run(weight, -1, EPS, scales)
+    assert bits_equal(q, quantize_dequantize(weight, -1, EPS, scales)[0]) and torch.equal(s, scales)
+    assert bits_equal(run(weight.reshape(1, -1), -1, EPS, scales[:1])[0].reshape(64, -1), q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("group", [-1, 32])
+def test_a_non_finite_weight_poisons_its_own_group(dtype: torch.dtype, bad: float, group: int) -> None:
+    resident = 64 if dtype == torch.bfloat16 else None
+    weight = gaussian(3, 96, dtype, 3)
+    weight[2, 40] = bad
+    q, s = run(weight, group, resident=resident)
+    poisoned = torch.zeros(3, 96, dtype=torch.bool)
+    poisoned[2, slice(None) if group == -1 else slice(32, 64)] = True
+    assert torch.equal(q.isnan(), poisoned)
+    assert torch.equal(~s.isfinite(), poisoned.reshape(3, s.shape[1], -1).all(-1))
+    assert bits_equal(q, quantize_dequantize(weight, group, EPS, s)[0])
+    finite = torch.ones_like(s)
+    q, _ = run(weight, group, EPS, finite, resident=resident)
+    assert bits_equal(q, quantize_dequantize(weight, group, EPS, finite)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_huge_weights(dtype: torch.dtype) -> None:
+    weight = torch.ones(3, 64, dtype=dtype)
+    weight[0, 32:] = 2e37  # 32 times that is 6.4e38
+    weight[1, 32:] = 1e37
+    weight[2] = 0
+    weight[2, 5] = -3e38
+    q, s = run(weight, 32)
+    assert s.isinf().tolist() == [[False, True], [False, False], [False, False]]
+    assert q[0, 32:].isnan().all() and q[0, :32].eq(1).all() and q[1].isfinite().all()
+    check(weight[1:], 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormal_weights_and_signed_zeros(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal
+    weight = (torch.randn(8, 64, generator=torch.Generator().manual_seed(1)) * tiny / 8).to(dtype)
+    weight[3], weight[4] = -0.0, 0.0
+    for eps in (EPS, 2.0**-100):
+        check(weight, 32, eps)
+    q, s = run(weight[3:4], -1)
+    assert not torch.signbit(q).any() and s.item() == 1.0013580322265625e-05
+
+
+def test_fp16_values_that_overflow_and_underflow() -> None:
+    weight = torch.tensor([[65376.0], [65408.0], [65504.0]], dtype=torch.float16).repeat(1, 64)
+    weight[:, 1::2] *= -1
+    q, s = run(weight, -1)
+    assert s[:, 0].tolist() == [65280.0, 65536.0, 65536.0]
+    assert q[0, :2].tolist() == [65280.0, -65280.0] and q[1, :2].tolist() == [float("inf"), -float("inf")]
+    weight = torch.zeros(1, 4096, dtype=torch.float16)
+    weight[0, 0] = -(2.0**-24)
+    q, s = run(weight, -1, 2.0**-100)
+    assert s.item() == 2.0**-36 and not q.any() and not torch.signbit(q).any()
+
+
+def test_the_layout_in_memory_does_not_matter() -> None:
+    weight = gaussian(64, 96, torch.float32)
+    for view in (weight.t(), weight[::2], weight[:, 32:64], weight.repeat_interleave(2, 1)[:, ::2]):
+        q, s = run(view, -1)
+        expected = run(view.contiguous(), -1)
+        assert bits_equal(q, expected[0]) and torch.equal(s, expected[1])
+    scales = torch.ones(64, 6, dtype=torch.bfloat16)[:, ::2]
+    assert bits_equal(run(weight, 32, EPS, scales)[0], quantize_dequantize(weight, 32, EPS, scales)[0])
+    # An address that 16 does not divide.
+    odd = torch.cat([torch.zeros(1), weight.flatten()])[1:].reshape(64, 96)
+    assert torch.equal(run(odd, -1)[1], run(weight, -1)[1])
+
+
+def test_results_do_not_alias_the_arguments() -> None:
+    weight, scales = torch.ones(2, 32, device=DEVICE), torch.ones(2, 1, dtype=torch.bfloat16, device=DEVICE)
+    for out in (*launch.fake_quantize(weight, -1, EPS, scales), launch.quantize_packed(weight, -1, EPS, scales)[1]):
+        out.zero_()
+        assert (weight == 1).all() and (scales == 1).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ packed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES[:10:2], (5, 192, 96), (4, 256, 64), (40, 130, -1), (3, 4224, 32)], ids=str)
+def test_packed_codes_and_counts(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, columns, group = shape
+    config = QuantizerConfig(group_size=group)
+    weight = gaussian(rows, columns, dtype, columns)
+    weight[0, : columns // 2] = 0.0
+    packed, scales, counts = (x.cpu() for x in launch.quantize_packed(weight.to(DEVICE), group, EPS))
+    assert torch.equal(scales, run(weight, group)[1])
+    codes, _ = quantize(weight, config, scales)
+    assert torch.equal(packed, pack(codes))
+    assert counts.dtype == torch.int64 and counts.tolist() == [(codes != 0).sum(), 0]
+    unpacked = launch.unpack_weight(packed.to(DEVICE), scales.to(DEVICE), columns, group, dtype).cpu()
+    assert bits_equal(unpacked, dequantize(codes, scales, config, dtype))
+
+    later = (weight.float() * 1.1 - 0.1).to(dtype)
+    again, _, counts = (
+        x.cpu() for x in launch.quantize_packed(later.to(DEVICE), group, EPS, scales.to(DEVICE), packed.to(DEVICE))
+    )
+    new = quantize(later, config, scales)[0]
+    assert torch.equal(again, pack(new))
+    assert counts.tolist() == [(new != 0).sum(), (new != codes).sum()]
+
+
+def test_packed_codes_of_a_poisoned_group_are_zero() -> None:
+    weight = torch.ones(2, 64, device=DEVICE)
+    weight[0, 3] = float("inf")
+    packed, scales, counts = launch.quantize_packed(weight, 32, EPS)
+    codes = unpack(packed.cpu(), 64)
+    assert not codes[0, :32].any() and codes[0, 32:].all() and codes[1].all() and counts.tolist() == [96, 0]
+    assert scales.isinf().tolist() == [[True, False], [False, False]]
+    for dtype in DTYPES:
+        values = launch.unpack_weight(packed, scales, 64, 32, dtype)
+        assert values[0, :32].isnan().all() and values[0, 32:].eq(1).all() and values[1].eq(1).all()
+    # Codes other than 0 under a scale that is not finite do not come from here, and are NaN as well.
+    values = launch.unpack_weight(pack(torch.ones(2, 64, dtype=torch.int8)).to(DEVICE), scales, 64, 32, torch.float16)
+    assert values[0, :32].isnan().all() and values[1].eq(1).all()
+
+
+def test_bad_input() -> None:
+    weight = torch.zeros(2, 96, device=DEVICE)
+    for function in (launch.fake_quantize, launch.quantize_packed):
+        with pytest.raises(ValueError, match=r"group_size=64.*96.*use -1 or one of"):
+            function(weight, 64, EPS)
+        with pytest.raises(ValueError, match=r"pass bfloat16 of shape \(2, 3\)"):
+            function(weight, 32, EPS, torch.ones(2, 3, device=DEVICE))
+    for previous in (torch.zeros(2, 24, dtype=torch.uint8), torch.zeros(2, 32, dtype=torch.int8)):
+        with pytest.raises(ValueError, match=r"previous codes.*pass uint8 \(2, 32\)"):
+            launch.quantize_packed(weight, 32, EPS, None, previous)
+    scales = torch.ones(2, 3, dtype=torch.bfloat16)
+    for packed in (torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(2, 32), torch.zeros(32, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"rows of 96: pass uint8 \[out, 32\]"):
+            launch.unpack_weight(packed, scales, 96, 32, torch.float32)
+    packed = torch.zeros(2, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"scales of shape \(2, 3\).*pass bfloat16 of shape \(2, 1\)"):
+        launch.unpack_weight(packed, scales, 96, -1, torch.float32)
+    with pytest.raises(ValueError, match="dtype torch.int8"):
+        launch.unpack_weight(packed, scales, 96, 32, torch.int8)
+
+
+# ---------------------------------------------------------------------------------------------------- as the backend
+
+
+@pytest.fixture
+def active() -> Iterator[None]:
+    """Triton serves the op."""
+    before = registry._requested
+    assert set_backend("triton", DEVICE).backend.name == "triton"
+    yield
+    set_backend(before, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize("group", [-1, 32])
+def test_opcheck(dtype: torch.dtype, with_scale: bool, group: int, active: None) -> None:
+    weight = gaussian(6, 64, dtype).to(DEVICE).requires_grad_()
+    scale = torch.ones(6, 1 if group == -1 else 2, dtype=torch.bfloat16, device=DEVICE) if with_scale else None
+    torch.library.opcheck(torch.ops.bitcpm.fake_quantize.default, (weight, group, EPS, scale))
+
+
+def test_the_gradient_passes_unchanged(active: None) -> None:
+    weight = gaussian(8, 64, torch.bfloat16).to(DEVICE).requires_grad_()
+    upstream = torch.randn(8, 64, device=DEVICE).to(torch.bfloat16)
+    upstream[2, :3] = torch.tensor([-0.0, float("inf"), 0.0])
+    quantized = fake_quantize(weight, QuantizerConfig(group_size=32))
+    assert bits_equal(quantized.detach().cpu(), run(weight.detach().cpu(), 32)[0])
+    quantized.backward(upstream)
+    assert bits_equal(weight.grad, upstream)
+
+
+def test_training_gives_the_losses_of_the_torch_backend(single_rank: None) -> None:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    def train(name: str) -> list[tuple[float, torch.Tensor]]:
+        before = registry._requested
+        set_backend(name, DEVICE)
+        try:
+            model_parallel_cuda_manual_seed(1)
+            config = TransformerConfig(
+                num_layers=2,
+                hidden_size=64,
+                num_attention_heads=4,
+                ffn_hidden_size=128,
+                gated_linear_unit=True,
+                add_bias_linear=False,
+                normalization="RMSNorm",
+                attention_dropout=0.0,
+                hidden_dropout=0.0,
+            )
+            layers = get_gpt_layer_local_spec(normalization="RMSNorm")
+            model = GPTModel(config, layers, vocab_size=64, max_sequence_length=16).to(DEVICE)
+            apply_recipe(model, default=QuantizerConfig(group_size=32))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            results = []
+            for step in range(3):
+                g = torch.Generator().manual_seed(step)
+                tokens = torch.randint(0, 64, (2, 16), generator=g).to(DEVICE)
+                positions = torch.arange(16, device=DEVICE).expand(2, -1)
+                loss = model(tokens, positions, None, labels=tokens).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                states = [s for s in map(ternary_state, model.modules()) if s]
+                assert len(states) == 8
+                results.append((loss.item(), torch.cat([s.scales.flatten() for s in states])))
+            return results
+        finally:
+            set_backend(before, DEVICE)
+
+    theirs, ours = train("torch"), train("triton")
+    assert len(ours) == 3 and ours[2][0] < ours[0][0]
+    assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], rel=1e-4)
+    for (our_loss, our_scales), (their_loss, their_scales) in zip(ours, theirs, strict=True):
+        if not torch.equal(our_scales, their_scales):
+            assert ((our_scales.view(torch.int16) - their_scales.view(torch.int16)).abs() <= 1).all()
+            break  # one scale by one step, and then the weights are others
+        assert our_loss == their_loss
+
+
+# -------------------------------------------------------------------------------------------------- who may use it
+
+
+def test_the_interpreter_serves_a_cpu_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = {b.name: b for b in backends()}["triton"]
+    assert registered.priority == (None if launch.INTERPRETED else 10)
+    monkeypatch.setattr(backend, "_INTERPRETED", True)
+    assert backend.unavailable("cpu") is None
+    assert "on the host" in backend.unavailable("cuda") and "on the host" in backend.unavailable("npu")
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    assert backend.unavailable("cuda") is None
+    assert "TRITON_INTERPRET=1" in backend.unavailable("cpu")
+    assert "not triton-ascend" in backend.unavailable("npu")
+    assert "not meant for xpu" in backend.unavailable("xpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install triton" in backend.unavailable("cuda")
+    assert "pip install triton-ascend" in backend.unavailable("npu")
+
+
+_LAZY = """
+import sys, torch, bitcpm_megatron
+from bitcpm_megatron.ops import active_backend, backends
+from bitcpm_megatron.ops.triton import unavailable
+assert "TRITON_INTERPRET=1" in unavailable("cpu")
+print({b.name: b.priority for b in backends()}["triton"], active_backend("cpu").backend.name, "triton" in sys.modules)
+"""
+
+# What a GPU machine would compile, in a process without the interpreter; ptxas is part of the wheel.
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bitcpm_megatron.ops.triton.resident import quantize_resident
+from bitcpm_megatron.ops.triton.streamed import quantize_streamed
+from bitcpm_megatron.ops.triton.packed import pack_codes, unpack_weight
+
+def compile(kernel, capability, pointers, numbers, **constants):
+    names = kernel.arg_names
+    signature = dict(zip(names, pointers + numbers)) | {name: "constexpr" for name in constants}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if i < len(pointers) + 2}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}).asm["ptx"]
+    assert ".ftz" not in ptx and "div.full" not in ptx and "div.approx" not in ptx, "other arithmetic than fp32's"
+    assert "max." not in ptx and "min." not in ptx, "a GPU's max and min drop a NaN, unlike the interpreter's"
+    assert "local" not in ptx, "registers are spilled"
+    return ptx
+
+ptx = compile(quantize_resident, 90, ["*i16"] * 3, ["i32", "i32", "fp32"],
+              GIVEN=False, BF16=True, SIZE=4096, LEVELS=12, TILE=4096)
+# 4096 weights of 2 bytes over 128 threads: each byte moves once, in pieces of 16.
+assert ptx.count("ld.global.v4.b32") == 4 and ptx.count("ld.global") == 4, ptx
+assert ptx.count("st.global.v4.b32") == 4 and ptx.count("st.global") == 5, ptx
+compile(quantize_resident, 80, ["*fp16", "*fp16", "*i16"], ["i32", "i32", "fp32"],
+        GIVEN=True, BF16=False, SIZE=128, LEVELS=7, TILE=2048)
+compile(quantize_streamed, 100, ["*fp32", "*fp32", "*i16"], ["i32", "i32", "fp32"],
+        GIVEN=False, BF16=False, SIZE=4096, LEVELS=12, PIECES=16, PIECE_LEVELS=4)
+compile(pack_codes, 80, ["*i16", "*i16", "*u8", "*u8", "*i32"], ["i32"] * 5, BF16=True, COMPARE=True, BLOCKS=32)
+compile(unpack_weight, 80, ["*u8", "*i16", "*fp16"], ["i32"] * 5, BF16=False, BLOCKS=32)
+print("compiled")
+"""
+
+
+def python(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_triton_is_imported_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert python(_LAZY, tmp_path, monkeypatch) == "10 torch False"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the wheel with ptxas is for Linux")
+def test_the_kernels_compile_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert python(_COMPILE, tmp_path, monkeypatch) == "compiled"
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="needs a GPU")
+def test_nothing_waits_for_the_device() -> None:
+    weight = torch.randn(1024, 1024, device=DEVICE)
+    packed, scales, _ = launch.quantize_packed(weight, -1, EPS)  # tunes
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launch.fake_quantize(weight, -1, EPS)
+        packed = launch.quantize_packed(weight, -1, EPS, scales, packed)[0]
+        launch.unpack_weight(packed, scales, 1024, -1, weight.dtype)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
