@@ -59,7 +59,8 @@ def test_agrees_with_counting(dtype, codes, scales, odd) -> None:
     if odd is not None:
         w.view(-1)[odd[0]] = odd[1]
     for shape in ((1, 192), (2, 96), (3, 64), (6, 32), (192 // 48, 48), (4, 48)):
-        assert fused_group_size(w.reshape(shape).to(dtype)) == oracle(w.reshape(shape))
+        cast = w.reshape(shape).to(dtype)
+        assert fused_group_size(cast) == oracle(cast)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
