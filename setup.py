@@ -22,6 +22,7 @@ setup(
         *(f"bitcpm_megatron.{name}" for name in INSIDE),
     ],
     package_data={
+        "bitcpm_megatron.ops.cpu": ["fake_quantize.c"],
         "bitcpm_megatron.launch": ["models/*.yaml", "jobs/*.yaml", "environments/*.yaml", "support.yaml"],
     },
     package_dir={f"bitcpm_megatron.{name}": name for name in INSIDE},

@@ -95,9 +95,13 @@ def quantize_weight(weight: torch.Tensor, group: int, eps: float, latent_dtype: 
     """
     w = weight.reshape(-1, group).to(latent_dtype).float().contiguous()
     magnitude = w.abs()
-    # On a CPU a row alone would be summed by all threads together, in another order than among others.
-    rows = magnitude if w.shape[0] > 1 else magnitude.expand(2, -1)
-    mean = rows.sum(-1, keepdim=True)[: w.shape[0]] / group
+    # A binary tree over neighbours: the same order of the sum, and with it the same scale, as in pretraining.
+    total = magnitude
+    while total.shape[-1] > 1:
+        paired = total[:, : total.shape[-1] // 2 * 2]
+        pairs = paired[:, 0::2] + paired[:, 1::2]
+        total = pairs if total.shape[-1] % 2 == 0 else torch.cat([pairs, total[:, -1:]], dim=-1)
+    mean = total / torch.full_like(total, group)
     s = mean.clamp_(min=eps).to(torch.bfloat16).float()
     quantized = torch.div(w, s, out=magnitude).round_().clamp_(-1.0, 1.0).mul_(s)
     # "+ 0.0" after the cast: -0.0 becomes +0.0, also where fp16 underflows.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floor 2: the registered ops, and the backends of ``bitcpm::fake_quantize``.
 
-``ascendc`` and ``triton`` register themselves, and load what they run on with the first weight.
+``ascendc``, ``triton`` and ``cpu`` register themselves, and load or compile what they run on when it is first needed.
 """
 
-from . import ascendc, triton
+from . import ascendc, cpu, triton
 from .fake_quantize import fake_quantize
 from .fake_quantize_activations import fake_quantize_activations
 from .registry import Backend, Choice, active_backend, backends, register_backend, set_backend
@@ -15,6 +15,7 @@ __all__ = [
     "active_backend",
     "ascendc",
     "backends",
+    "cpu",
     "fake_quantize",
     "fake_quantize_activations",
     "register_backend",

@@ -44,8 +44,7 @@ def quantize(
     """
     group = check_weight(weight, config.group_size, scales)
     space = SPACES[config.space]
-    # Contiguous, because the layout decides the order of the sum, and with it now and then the scale.
-    w = weight.detach().reshape(-1, group).float().contiguous()
+    w = weight.detach().reshape(-1, group).float()
     if scales is None:
         scales = _absmean(w, config.eps).reshape(weight.shape[0], -1)
     s = scales.reshape(-1, 1).float()
@@ -141,8 +140,16 @@ def _absmean(w: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _absmean_into(scratch: torch.Tensor, eps: float) -> torch.Tensor:
-    """Same, overwriting its fp32 argument. The sum is fp32: in bf16 it would stall at a fraction of the true value."""
-    # A row alone is summed by all CPU threads together, in another order than among others: so it is given company.
-    rows = scratch.abs_() if scratch.shape[0] > 1 else scratch.abs_().expand(2, -1)
-    total = rows.sum(-1, keepdim=True)[: scratch.shape[0]]
-    return total.div_(scratch.shape[-1]).clamp_(min=eps).to(torch.bfloat16)
+    """Same, overwriting its fp32 argument. The sum is fp32: in bf16 it would stall at a fraction of the true value.
+
+    It is one binary tree over neighbours, so that its order, and with it now and then the scale, does not depend on
+    the layout, the number of threads or the width of a machine's registers. All backends add in this order.
+    """
+    total = scratch.abs_()
+    while total.shape[-1] > 1:
+        paired = total[:, : total.shape[-1] // 2 * 2]
+        pairs = paired[:, 0::2] + paired[:, 1::2]
+        total = pairs if total.shape[-1] % 2 == 0 else torch.cat([pairs, total[:, -1:]], dim=-1)
+    # Not by the number itself: CUDA would multiply by its rounded reciprocal.
+    count = torch.full_like(total, scratch.shape[-1])
+    return total.div_(count).clamp_(min=eps).to(torch.bfloat16)

@@ -52,7 +52,7 @@ def run_cases(emulator: Emulator, chosen: Iterable[list[cases.Case]]) -> list[Ex
         case = group[0]
         try:
             if len(group) == 1:
-                weight, counters, _ = cases.run(emulator, case)
+                weight, counters = cases.run(emulator, case)
                 weights = [weight]
             else:
                 weights, counters = cases.run_grouped(emulator, group)

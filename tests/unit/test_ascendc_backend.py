@@ -32,7 +32,7 @@ def test_elsewhere_than_on_an_npu_it_says_so() -> None:
         assert backend.unavailable(device) == "runs on an NPU only"
         with pytest.raises(RuntimeError, match="'ascendc' was asked for.*runs on an NPU only"):
             set_backend("ascendc", device)
-    assert active_backend("cpu").backend.name == "torch"
+    assert active_backend("cpu").backend.name in ("cpu", "torch")
 
 
 def test_on_an_npu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -84,7 +84,7 @@ def test_the_emulated_backend_serves_the_op_by_name_only() -> None:
     from ascendc import emulated_backend
 
     emulated_backend.register()
-    assert active_backend("cpu").backend.name == "torch"
+    assert active_backend("cpu").backend.name in ("cpu", "torch")
     with pytest.raises(RuntimeError, match="emulates on a CPU only"):
         set_backend(emulated_backend.NAME, "cuda")
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))

@@ -101,8 +101,7 @@ def check(weight: torch.Tensor, group: int, eps: float = EPS, **options) -> None
     assert torch.equal(s, mean.clamp(min=eps).to(torch.bfloat16)), "a scale is not that of the documented order"
     theirs = weight.float().abs().reshape(-1, size).mean(-1).reshape(mean.shape)
     assert ((mean - theirs).abs() <= 4 * (torch.nextafter(theirs, theirs.new_tensor(torch.inf)) - theirs)).all()
-    own = quantize_dequantize(weight, group, eps)[1]
-    assert ((s.view(torch.int16) - own.view(torch.int16)).abs() <= 1).all()
+    assert torch.equal(s, quantize_dequantize(weight, group, eps)[1])
 
     w, s64 = weight.double().numpy().reshape(-1, size), s.double().numpy().reshape(-1, 1)
     codes = np.sign(w) * (np.abs(w) > s64 / 2)
@@ -205,7 +204,7 @@ def test_a_scale_at_the_midpoint_does_not_follow_the_tile() -> None:
     midpoint = (s.double() + (s.view(torch.int16) + 1).view(torch.bfloat16).double()) / 2
     missing = midpoint * 384 - magnitude.sum(-1)
     weight[:, 0] = (magnitude[:, 0] + missing).float()
-    other = quantize(weight, QuantizerConfig())[1]  # torch's order
+    other = (weight.abs().sum(-1, keepdim=True) / 384).to(torch.bfloat16)  # torch's own order
     weight = weight[(mean_in_order(weight, -1).to(torch.bfloat16) != other)[:, 0]][:40]
     assert len(weight) == 40
     expected = mean_in_order(weight, -1).to(torch.bfloat16)
@@ -533,7 +532,7 @@ def python(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_triton_is_imported_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert python(_LAZY, tmp_path, monkeypatch) == "10 torch False"
+    assert python(_LAZY, tmp_path, monkeypatch) in ("10 cpu False", "10 torch False")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the wheel with ptxas is for Linux")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU backend: one pass over the weight in C, bit for bit the reference. Importing this registers it.
+
+``fake_quantize.c`` is compiled for the machine at hand when it is first needed, and kept in the user's cache. Where
+there is no C compiler the torch backend serves, several times slower and with the same bits.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ...quantization import check_weight
+from ..registry import Backend, register_backend
+
+CACHE_VARIABLE = "BITCPM_CACHE_DIR"
+"""Names another folder than ``$XDG_CACHE_HOME/bitcpm_megatron`` for the compiled library."""
+SOURCE = Path(__file__).with_name("fake_quantize.c")
+# Bits must not depend on the compiler: no contraction into fused multiply-adds, no reordering.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+if platform.machine() in ("x86_64", "AMD64"):
+    _FLAGS += ("-mprefer-vector-width=512",)
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_COMPILERS = ("cc", "gcc", "clang")
+# Below this a thread costs more than it brings.
+_ELEMENTS_PER_THREAD = 1 << 15
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why the kernel cannot run on a device type, or None. Compiles it, the first time."""
+    if device_type != "cpu":
+        return "runs on a CPU only"
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    named = os.environ.get("CC")
+    compiler = next(filter(None, map(shutil.which, [named] if named else _COMPILERS)), None)
+    if compiler is None:
+        return None, f"no C compiler: CC={named} is not there" if named else "no C compiler (cc) on the PATH"
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error) or repr(error)).strip()
+        return None, f"{compiler} could not build it: {said.splitlines()[-1]}"
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.bitcpm_fake_quantize.argtypes = [
+        *(pointer, pointer, pointer, pointer, long, long, integer, integer, ctypes.c_float, integer)
+    ]
+    library.bitcpm_fake_quantize.restype = None
+    return library, None
+
+
+def _compiled(compiler: str) -> Path:
+    """The library for this source, compiler and machine; compiled where the cache has none.
+
+    Raises:
+        OSError, subprocess.SubprocessError: the compiler fails, or the cache cannot be written.
+    """
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version.encode(), " ".join(_FLAGS).encode(), _machine()]))
+    library = _cache() / f"fake_quantize-{key.hexdigest()[:32]}.so"
+    if not library.is_file():
+        # Processes of one job compile at the same time: each to a name of its own, and the last rename stays.
+        handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
+        os.close(handle)
+        try:
+            command = [compiler, *_FLAGS, "-o", temporary, str(SOURCE), "-lm"]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            os.replace(temporary, library)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    return library
+
+
+def _cache() -> Path:
+    """The user's own folder for compiled code; nobody else may write there.
+
+    Raises:
+        OSError: it cannot be made, or others may write to it.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    general = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(named) if named else Path(general) / "bitcpm_megatron"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{folder} can be written by others: name another folder by {CACHE_VARIABLE}")
+    return folder
+
+
+def _machine() -> bytes:
+    """What ``-march=native`` depends on: a cache may be shared by machines with different CPUs."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
+
+
+def _kernel(
+    weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    group = check_weight(weight, group_size, scales)
+    library, why = _load()
+    if library is None:
+        raise RuntimeError(f"the CPU kernel cannot run: {why}")
+    w = weight.detach().contiguous()
+    quantized = torch.empty_like(w)
+    groups = w.numel() // group
+    shape = (w.shape[0], w.shape[1] // group)
+    own = (
+        torch.empty(shape, dtype=torch.bfloat16)
+        if scales is None
+        else scales.clone(memory_format=torch.contiguous_format)
+    )
+    threads = max(1, min(torch.get_num_threads(), groups, w.numel() // _ELEMENTS_PER_THREAD))
+    scratch = torch.empty(threads * (group + 2), dtype=torch.float32)
+    library.bitcpm_fake_quantize(
+        w.data_ptr(),
+        quantized.data_ptr(),
+        own.data_ptr(),
+        scratch.data_ptr(),
+        groups,
+        group,
+        _DTYPES[w.dtype],
+        scales is not None,
+        eps,
+        threads,
+    )
+    return quantized, own
+
+
+register_backend(Backend("cpu", _kernel, unavailable, priority=5))

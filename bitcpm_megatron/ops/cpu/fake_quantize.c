@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// bitcpm::fake_quantize on a CPU: each group of a latent weight is read once from memory and written once.
+//
+// Bit for bit the arithmetic of bitcpm_megatron/quantization/quantizer.py. The scale: |w| in fp32, summed as one binary
+// tree over neighbours, divided by n, at least eps, rounded to bf16. The weight: under a scale s, w becomes +-s where
+// |w| > s / 2, else +0.0. Magnitudes of floating-point numbers are ordered as their bits are as integers, so that
+// threshold and selection need no conversion of the weight at all.
+//
+// Compile with -ffp-contract=off and without -ffast-math.
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { BF16 = 0, FP16 = 1, FP32 = 2 };
+enum { PREFETCHED = 256 };  // elements of a group from which on it is worth its while
+
+static inline float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t as_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline uint16_t to_bf16(float value) {
+    const uint32_t bits = as_bits(value);
+    if (isnan(value)) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// fp32 of an fp16 magnitude (no sign bit); exact, and free of denormal fp32 values on the way.
+static inline float from_fp16(uint32_t magnitude) {
+    const uint32_t shifted = magnitude << 13;
+    const float normal = as_float(shifted + (112u << 23));
+    const float denormal = as_float(shifted + (113u << 23)) - 0x1p-14f;
+    const float special = as_float(shifted | 0x7f800000u);
+    return magnitude < 0x400 ? denormal : magnitude < 0x7c00 ? normal : special;
+}
+
+// fp16 bits of an fp32 magnitude, to nearest even, or down (towards zero) for a threshold.
+static uint16_t to_fp16(float value, int down) {
+    const uint32_t bits = as_bits(value);
+    const int exponent = (int)(bits >> 23) - 127;
+    if (isnan(value)) return 0x7e00;
+    if (exponent > 15) return down && !isinf(value) ? 0x7bff : 0x7c00;
+    const int dropped = exponent < -14 ? 13 - 14 - exponent : 13;  // below -14 the result is denormal
+    if (dropped > 24) return 0;
+    const uint32_t mantissa = (bits & 0x7fffff) | 0x800000;
+    uint32_t kept = mantissa >> dropped;
+    const uint32_t rest = mantissa & ((1u << dropped) - 1), half = 1u << (dropped - 1);
+    if (!down && (rest > half || (rest == half && (kept & 1)))) kept += 1;
+    // The leading one adds 1 to the exponent field, and a carry of the rounding does so once more.
+    return (uint16_t)(exponent < -14 ? kept : kept + ((uint32_t)(exponent + 14) << 10));
+}
+
+#define MAGNITUDE_BF16(bits) as_float((uint32_t)((bits) & 0x7fff) << 16)
+#define MAGNITUDE_FP16(bits) from_fp16((bits) & 0x7fffu)
+#define MAGNITUDE_FP32(bits) as_float((bits) & 0x7fffffffu)
+
+// One level of the tree: sums of neighbours, and the last one alone where there is no pair for it.
+static inline void add_neighbours(const float *restrict x, float *restrict sums, int64_t n) {
+    for (int64_t i = 0; i < n / 2; i++) sums[i] = x[2 * i] + x[2 * i + 1];
+    if (n % 2) sums[n / 2] = x[n - 1];
+}
+
+static inline float tree(float *x, float *y, int64_t n) {
+    while (n > 1) {
+        add_neighbours(x, y, n);
+        n = (n + 1) / 2;
+        float *sums = y;
+        y = x, x = sums;
+    }
+    return x[0];
+}
+
+// The sum of the magnitudes of a group; the first level of the tree straight from the weight.
+#define DEFINE_SUM(name, word, magnitude)                                                             \
+    static inline float name(const word *restrict w, float *restrict scratch, int64_t n) {            \
+        for (int64_t i = 0; i < n / 2; i++) scratch[i] = magnitude(w[2 * i]) + magnitude(w[2 * i + 1]); \
+        if (n % 2) scratch[n / 2] = magnitude(w[n - 1]);                                              \
+        return tree(scratch, scratch + (n + 1) / 2, (n + 1) / 2);                                     \
+    }
+
+DEFINE_SUM(sum_bf16, uint16_t, MAGNITUDE_BF16)
+DEFINE_SUM(sum_fp16, uint16_t, MAGNITUDE_FP16)
+DEFINE_SUM(sum_fp32, uint32_t, MAGNITUDE_FP32)
+
+// A weight beyond the threshold keeps its sign and takes the magnitude `level`; NaN stays NaN.
+#define DEFINE_SELECT(name, word, sign_bit, infinity, nan)                                                    \
+    static inline void name(const word *restrict w, word *restrict out, int64_t n, word threshold, word level) { \
+        for (int64_t i = 0; i < n; i++) {                                                                     \
+            const word magnitude = w[i] & (word)~(word)(sign_bit);                                            \
+            const word signed_level = level ? (word)(level | (w[i] & (word)(sign_bit))) : (word)0;            \
+            const word chosen = magnitude > threshold ? signed_level : (word)0;                               \
+            out[i] = magnitude > (word)(infinity) ? (word)(nan) : chosen;                                     \
+        }                                                                                                     \
+    }
+
+DEFINE_SELECT(select_bf16, uint16_t, 0x8000, 0x7f80, 0x7fc0)
+DEFINE_SELECT(select_fp16, uint16_t, 0x8000, 0x7c00, 0x7e00)
+DEFINE_SELECT(select_fp32, uint32_t, 0x80000000u, 0x7f800000u, 0x7fc00000u)
+
+// Scales that training never makes: zero, negative, denormal, infinite or NaN. By the reference's division.
+static void by_division(const void *weight, void *quantized, int64_t n, int dtype, float s) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = dtype == FP32 ? ((const uint32_t *)weight)[i] : ((const uint16_t *)weight)[i];
+        float w;
+        if (dtype == FP32) w = as_float(bits);
+        else if (dtype == BF16) w = as_float(bits << 16);
+        else w = bits & 0x8000 ? -from_fp16(bits & 0x7fff) : from_fp16(bits & 0x7fff);
+        float code = rintf(w / s);
+        code = code < -1.0f ? -1.0f : code > 1.0f ? 1.0f : code;
+        const float value = code * s + 0.0f;
+        const float magnitude = fabsf(value);
+        const uint32_t sign = value < 0.0f;
+        if (dtype == FP32) ((uint32_t *)quantized)[i] = as_bits(value);
+        else {
+            const uint16_t rounded = dtype == BF16 ? to_bf16(magnitude) : to_fp16(magnitude, 0);
+            ((uint16_t *)quantized)[i] = rounded ? (uint16_t)(rounded | sign << 15) : 0;
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void one_group(const void *w, void *out, uint16_t *scale, float *scratch,
+                                                            int64_t n, int dtype, int given, float eps) {
+    if (!given) {
+        const float sum = dtype == BF16   ? sum_bf16(w, scratch, n)
+                          : dtype == FP16 ? sum_fp16(w, scratch, n)
+                                          : sum_fp32(w, scratch, n);
+        const float mean = sum / (float)n;
+        *scale = to_bf16(mean < eps ? eps : mean);  // NaN stays NaN
+    }
+    const float s = as_float((uint32_t)*scale << 16);
+    if (!(s >= 0x1p-124f && s < INFINITY)) by_division(w, out, n, dtype, s);
+    else if (dtype == BF16) select_bf16(w, out, n, to_bf16(s / 2), *scale);
+    else if (dtype == FP16) select_fp16(w, out, n, to_fp16(s / 2, 1), to_fp16(s, 0));
+    else select_fp32(w, out, n, as_bits(s / 2), as_bits(s));
+}
+
+// Quantizes `groups` groups of n elements.
+//
+//   weight, quantized   [groups, n] in dtype, contiguous, not overlapping
+//   scales              bf16 [groups]; read where `given` is set, else written
+//   scratch             fp32, n + 2 elements for each of `threads`
+void bitcpm_fake_quantize(const void *weight, void *quantized, uint16_t *scales, float *scratch, int64_t groups,
+                          int64_t n, int dtype, int given, float eps, int threads) {
+    const int64_t width = dtype == FP32 ? 4 : 2;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        float *own = scratch + t * (n + 2);
+        for (int64_t g = groups * t / threads; g < groups * (t + 1) / threads; g++) {
+            const void *w = (const char *)weight + g * n * width;
+            // The next group comes while this one is being computed.
+            if (n >= PREFETCHED)
+                for (int64_t i = 0; i < n * width; i += 64) __builtin_prefetch((const char *)w + n * width + i);
+            void *out = (char *)quantized + g * n * width;
+            // Small groups pay for their loops: these are unrolled.
+            if (n == 32 && dtype == BF16) one_group(w, out, scales + g, own, 32, BF16, given, eps);
+            else if (n == 64 && dtype == BF16) one_group(w, out, scales + g, own, 64, BF16, given, eps);
+            else if (n == 128 && dtype == BF16) one_group(w, out, scales + g, own, 128, BF16, given, eps);
+            else one_group(w, out, scales + g, own, n, dtype, given, eps);
+        }
+    }
+}
