@@ -17,7 +17,7 @@ ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_line
 
 # What checkouts of Megatron-LM and MindSpeed import beyond this environment; 0.12.1 needs an older numpy.
 HOST_PACKAGES := $(VENV)/hosts
-IN_HOSTS := einops joblib narwhals ninja nltk pandas pybind11 scikit-learn scipy six sqlalchemy threadpoolctl
+IN_HOSTS := cloudpickle einops joblib narwhals ninja nltk pandas pybind11 scikit-learn scipy six sqlalchemy threadpoolctl
 
 .PHONY: setup demo test test-mcore-0.12 test-hosts test-kill bench-conversion bench-kernel lint format clean
 

@@ -71,6 +71,9 @@ _CANNOT = {
     "delay_wgrad_compute": "delayed weight gradients were not proved to reach the latent weight: leave it out",
     "ternary_telemetry_interval": "it goes into the log of launch/pretrain.py, which hosts do not have: leave it out",
 }
+_UNINITIALISED = (
+    "--init-model-with-meta-device without a checkpoint to load leaves the weights uninitialised: give --load"
+)
 _OFF = (None, False, "none")
 _CHECKPOINT_FORMATS = ("torch", "torch_dist")
 
@@ -90,6 +93,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         ]
         if getattr(args, "ckpt_format", "torch_dist") not in _CHECKPOINT_FORMATS:
             found.append(f"--ckpt-format {args.ckpt_format}: use one of {', '.join(_CHECKPOINT_FORMATS)}")
+        if getattr(args, "init_model_with_meta_device", False) and not (args.load or args.pretrained_checkpoint):
+            found.append(_UNINITIALISED)
         if getattr(args, "non_persistent_ckpt_type", None) == "local":
             found.append("--non-persistent-ckpt-type local: such checkpoints carry no quantizer record; use global")
     found += ternary_mistakes(args)
@@ -231,9 +236,7 @@ def _quantize(
 def _fill(args: argparse.Namespace, weights: Sequence[torch.nn.Parameter], checkpoint: Path | None) -> None:
     """Weights that came from the meta device hold no values until the checkpoint brings them; the probe needs some."""
     if checkpoint is None:
-        raise HostError(
-            "--init-model-with-meta-device without a checkpoint to load leaves the weights uninitialised: give --load"
-        )
+        raise HostError(_UNINITIALISED)
     for weight in weights:
         torch.nn.init.normal_(weight, std=args.init_method_std)
 

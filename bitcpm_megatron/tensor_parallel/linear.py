@@ -71,6 +71,8 @@ class TernaryState:
             if self.verify:
                 self._compare(latent)
             return self.quantized
+        # The old one first, so that there are never two.
+        self.quantized = None
         quantized, self.scales = self.quantize(latent)
         self.count += 1
         if self.cache == "step":

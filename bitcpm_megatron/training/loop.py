@@ -100,7 +100,7 @@ def _train(args: argparse.Namespace, run: Run, report: RunReport, saver: checkpo
     telemetry = Telemetry(run.model.bare) if args.ternary_telemetry_interval else None
     while progress.iteration < args.train_iters:
         observed = telemetry if _due(progress.iteration + 1, args.ternary_telemetry_interval) else None
-        result = _step(args, run, data, observed)
+        result = train_step(args, run, data, observed)
         progress.iteration += 1
         progress.consumed_samples += args.global_batch_size
         report.step(progress, result)
@@ -124,8 +124,20 @@ def _due(iteration: int, interval: int | None) -> bool:
     return interval is not None and iteration % interval == 0
 
 
-def _step(args: argparse.Namespace, run: Run, data: Iterator[Batch], telemetry: Telemetry | None) -> StepResult:
-    """One optimizer step; raises on every rank alike where training has diverged."""
+def train_step(
+    args: argparse.Namespace, run: Run, data: Iterator[Batch], telemetry: Telemetry | None = None
+) -> StepResult:
+    """One optimizer step.
+
+    Args:
+        args: of the run; ``num_microbatches`` batches are taken.
+        run: what is moved.
+        data: micro-batches ``[micro_batch_size, seq_length]`` of this data-parallel rank.
+        telemetry: records the codes of this step, or None.
+
+    Raises:
+        TrainingError: training has diverged; on every rank alike.
+    """
     started = time.perf_counter()
     rate = learning_rate(run.optimizer)
     for chunk in run.model.chunks:

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parallel layouts as the benchmarks write them: ``TP2xDP2+SP``."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes of a job.
+
+    Attributes:
+        tensor, pipeline, data: sizes.
+        sequence_parallel: activations between the linears are split, too.
+        distributed_optimizer: optimizer state is split over the data-parallel ranks.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Layout":
+        """A layout from its name.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        sizes, *options = text.upper().split("+")
+        found = dict(re.findall(r"(TP|PP|DP)(\d+)", sizes))
+        if "X".join(f"{k}{v}" for k, v in found.items()) != sizes or not set(options) <= {"SP", "DO"}:
+            raise ValueError(f"layout {text!r}: write it as TP2, TP2xPP2xDP2, TP2+SP or DP2+DO")
+        tp, pp, dp = (int(found.get(name, 1)) for name in ("TP", "PP", "DP"))
+        if min(tp, pp, dp) < 1:
+            raise ValueError(f"layout {text!r}: sizes are 1 or more")
+        return cls(tp, pp, dp, "SP" in options, "DO" in options)
+
+    @property
+    def processes(self) -> int:
+        """Processes of the whole job, one per device."""
+        return self.tensor * self.pipeline * self.data
+
+    def flags(self) -> list[str]:
+        """For our training loop, and for Megatron-LM."""
+        line = ["--tensor-model-parallel-size", str(self.tensor)]
+        line += ["--pipeline-model-parallel-size", str(self.pipeline)]
+        line += ["--sequence-parallel"] * self.sequence_parallel
+        return line + ["--use-distributed-optimizer"] * self.distributed_optimizer
+
+    def __str__(self) -> str:
+        sizes = [f"{k}{v}" for k, v in (("TP", self.tensor), ("PP", self.pipeline), ("DP", self.data)) if v > 1]
+        options = "+SP" * self.sequence_parallel + "+DO" * self.distributed_optimizer
+        return ("x".join(sizes) or "TP1") + options

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the throughput benchmark runs: models, layouts, and which steps are interleaved."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+from layouts import Layout
+
+from bitcpm_megatron import launch
+
+MODELS = Path(launch.__file__).parent / "models"
+BASELINE, OURS = "bf16", "ternary"
+
+# Layers of MiniCPM4-0.5B in a model without its multipliers, which need hooks: BF16 is to be megatron-core's own. The
+# vocabulary is small, for the output layer is not quantized and would hide what the layers cost.
+LAYERS_05B = {
+    "num-layers": 2,
+    "hidden-size": 1024,
+    "ffn-hidden-size": 4096,
+    "num-attention-heads": 16,
+    "group-query-attention": True,
+    "num-query-groups": 2,
+    "kv-channels": 64,
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "disable-bias-linear": True,
+    "position-embedding-type": "rope",
+    "attention-dropout": 0,
+    "hidden-dropout": 0,
+}
+RECOMPUTE = {
+    "none": (),
+    "selective": ("--recompute-granularity", "selective"),
+    "full": ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """Steps that are interleaved.
+
+    Attributes:
+        variants: BF16 first.
+        micro_batches: per step and data-parallel rank.
+        rounds: steps of each.
+    """
+
+    variants: tuple[str, ...]
+    micro_batches: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layout of one model.
+
+    Attributes:
+        model: name in the table.
+        flags: of the model, for our training loop.
+        layout: parallel sizes.
+        seq_length: tokens of a sequence.
+        micro_batch_size: sequences of a micro-batch.
+        recompute: a key of :data:`RECOMPUTE`.
+        sessions: what is timed, one after the other.
+        costs: variants whose memory and traffic are measured.
+    """
+
+    model: str
+    flags: tuple[str, ...]
+    layout: Layout
+    seq_length: int
+    micro_batch_size: int
+    recompute: str
+    sessions: tuple[Session, ...]
+    costs: tuple[str, ...]
+
+    def arguments(self) -> list[str]:
+        """All flags of our training loop that the variants share."""
+        return [
+            *self.flags,
+            *self.layout.flags(),
+            *RECOMPUTE[self.recompute],
+            *("--seq-length", str(self.seq_length), "--max-position-embeddings", str(self.seq_length)),
+            *("--micro-batch-size", str(self.micro_batch_size), "--train-iters", "1000000"),
+            *("--lr", "1e-4", "--lr-decay-style", "constant", "--bf16", "--mock-data"),
+        ]
+
+
+def standard(peers: tuple[str, ...]) -> list[Job]:
+    """What ``make bench`` runs on a CPU.
+
+    Args:
+        peers: those that are installed.
+    """
+    flags, pair = model_flags("0.5b-layers", None, None), (BASELINE, OURS)
+    both = (*pair, "ternary-no-cache")
+    job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), both)
+    four_stages = model_flags("0.5b-layers", 4, None)
+    return [
+        replace(job, sessions=(Session(pair, 8, 40), Session(pair, 1, 60))),
+        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 40), Session(pair, 1, 60))),
+        replace(job, sessions=(Session((*both, *peers), 8, 8), Session((*both, *peers), 1, 12)), costs=()),
+        replace(job, seq_length=1024, sessions=(Session(pair, 1, 12),)),
+        replace(job, recompute="full", sessions=(Session(both, 8, 8),)),
+        replace(job, layout=Layout(pipeline=2), sessions=(Session(both, 8, 10),)),
+        replace(job, layout=Layout(data=2, distributed_optimizer=True), sessions=(Session(pair, 8, 10),)),
+        # Only for what is alive at once; four processes share two cores.
+        replace(job, flags=four_stages, layout=Layout(pipeline=4), seq_length=32, sessions=()),
+    ]
+
+
+def model_flags(model: str, num_layers: int | None, vocab_size: int | None) -> tuple[str, ...]:
+    """The model's flags for our training loop."""
+    if model == "0.5b-layers":
+        flags, vocabulary = dict(LAYERS_05B), 2048
+    else:
+        preset = yaml.safe_load((MODELS / f"{model}.yaml").read_text(encoding="utf-8"))
+        flags, vocabulary = preset["flags"], preset["vocab-size"]
+        flags.pop("max-position-embeddings")  # of the sequence: nothing longer is seen
+    if num_layers is not None:
+        flags = {**flags, "num-layers": num_layers}
+    line = ["--vocab-size", str(vocab_size or vocabulary)]
+    for name, value in flags.items():
+        if value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            line += [f"--{name}", *map(str, values)]
+    return tuple(line)

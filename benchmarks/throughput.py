@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of ternary training against BF16: the same model, layout and data, steps interleaved in one job.
+
+    python benchmarks/throughput.py                               # on a CPU: the standard comparison, under 10 minutes
+    python benchmarks/throughput.py --model minicpm4-0.5b --layouts TP1 TP2xDP4 --seq-length 4096 --micro-batches 1 8
+    python benchmarks/throughput.py --peers                       # other quantizers inside the same linear layers
+    python benchmarks/throughput.py --host megatron-lm --megatron-path DIR [--mindspeed-path DIR] ...
+
+``--host`` measures an unmodified ``pretrain_gpt.py`` (which is also the way to an NPU): BF16 and ternary jobs in turn,
+by the times per iteration that they log.
+
+Ratios are medians over pairs of steps, with a 95 % interval that assumes nothing about the noise. Writes
+``throughput.csv``, ``throughput.png`` and ``throughput.md``, and prints the tables.
+
+Exit status: 0 done, 1 a job failed, 2 bad arguments.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import host_jobs
+import throughput_report as report
+import torch
+from layouts import Layout
+from plan import BASELINE, MODELS, OURS, RECOMPUTE, Job, Session, model_flags, standard
+from tqdm import tqdm
+from variants import PEERS, VARIANTS
+
+JOB = Path(__file__).with_name("throughput_job.py")
+
+
+class BenchmarkError(Exception):
+    """A job that failed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures as the command line says; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    command = "python benchmarks/throughput.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    try:
+        import matplotlib  # noqa: F401  before minutes of measuring
+
+        if args.host is not None:
+            rows = host_jobs.measure(args, *_host_model(args))
+        else:
+            rows = measure(jobs_of(args), args.peak_tflops)
+    except ImportError:
+        print("error: matplotlib is missing: pip install 'bitcpm_megatron[plot]'", file=sys.stderr)
+        return 2
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (BenchmarkError, host_jobs.HostError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report.write(rows, args.output_dir, args.name, command.strip())
+    line = report.last_line(rows)
+    if line is not None:
+        print(line)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    presets = sorted(p.stem for p in MODELS.glob("*.yaml"))
+    parser.add_argument(
+        "--model", choices=["0.5b-layers", *presets], help="default 0.5b-layers, on a GPU minicpm4-0.5b"
+    )
+    parser.add_argument("--num-layers", type=int, help="instead of the model's")
+    parser.add_argument("--vocab-size", type=int, help="instead of the model's; default of 0.5b-layers 2048")
+    parser.add_argument("--layouts", nargs="+", metavar="TP2xPP2xDP1", help="add +SP, +DO (distributed optimizer)")
+    parser.add_argument("--seq-length", type=int, help="default 256, on a GPU 4096")
+    parser.add_argument("--micro-batch-size", type=int, nargs="+", help="sequences; tokens are this times --seq-length")
+    parser.add_argument("--micro-batches", type=int, nargs="+", help="per step, default 1 8")
+    parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), help="default bf16 ternary ternary-no-cache")
+    parser.add_argument("--peers", action="store_true", help="all peers that are installed, beside bf16 and ternary")
+    parser.add_argument("--recompute", nargs="+", choices=sorted(RECOMPUTE), default=["none"])
+    parser.add_argument("--pairs", type=int, help="of steps, default 40")
+    parser.add_argument("--group-size", type=int, default=-1)
+    parser.add_argument("--backend", default="auto", help="of the quantizer")
+    parser.add_argument("--host", choices=("megatron-lm",), help="instead of our own training loop")
+    parser.add_argument("--megatron-path", help="a checkout, with --host")
+    parser.add_argument("--mindspeed-path", help="a checkout, with --host")
+    parser.add_argument(
+        "--host-flags", default="", metavar="TEXT", help="of pretrain_gpt.py, more: --host-flags='--use-flash-attn ...'"
+    )
+    parser.add_argument("--peak-tflops", type=float, help="of one device, for the MFU; known for A100, H100, H200")
+    parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--name", default="throughput", help="of the files that are written")
+    return parser
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """The jobs that the command line asks for; without anything asked for on a CPU, the standard comparison.
+
+    Raises:
+        ValueError: variants that cannot be compared, or a layout that this machine has no devices for.
+    """
+    shaping = ("model", "layouts", "seq_length", "micro_batch_size", "micro_batches", "variants", "pairs", "num_layers")
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and not args.peers and all(getattr(args, name) is None for name in shaping):
+        return [_with_flags(job, args) for job in standard(_peers(1))]
+    variants = tuple(args.variants or (BASELINE, OURS, "ternary-no-cache"))
+    if BASELINE not in variants:
+        raise ValueError(f"--variants {' '.join(variants)}: name {BASELINE} too, to which all are compared")
+    model = args.model or ("0.5b-layers" if on_cpu else "minicpm4-0.5b")
+    jobs = []
+    for text in args.layouts or ["TP1"]:
+        layout = Layout.parse(text)
+        if not on_cpu and layout.processes > torch.cuda.device_count():
+            raise ValueError(f"--layouts {text} needs {layout.processes} GPUs, here are {torch.cuda.device_count()}")
+        chosen = (BASELINE, OURS, *_peers(layout.tensor)) if args.peers else tuple(dict.fromkeys((BASELINE, *variants)))
+        for size in args.micro_batch_size or [1]:
+            for recompute in args.recompute:
+                jobs.append(
+                    Job(
+                        model,
+                        model_flags(model, args.num_layers, args.vocab_size),
+                        layout,
+                        args.seq_length or (256 if on_cpu else 4096),
+                        size,
+                        recompute,
+                        tuple(Session(chosen, n, args.pairs or 40) for n in args.micro_batches or (1, 8)),
+                        tuple(v for v in chosen if v not in PEERS),
+                    )
+                )
+    return [_with_flags(job, args) for job in jobs]
+
+
+def _with_flags(job: Job, args: argparse.Namespace) -> Job:
+    ours = ("--ternary-group-size", str(args.group_size), "--ternary-backend", args.backend)
+    return replace(job, flags=(*job.flags, *ours))
+
+
+def _peers(tensor_parallel: int) -> tuple[str, ...]:
+    found = []
+    for name in PEERS:
+        reason = VARIANTS[name].unavailable(tensor_parallel)
+        if reason is None:
+            found.append(name)
+        else:
+            print(f"{name}: left out, {reason}", file=sys.stderr)
+    return tuple(found)
+
+
+def _host_model(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
+    model = args.model or "0.5b-layers"
+    return model, model_flags(model, args.num_layers, args.vocab_size)
+
+
+def measure(jobs: Sequence[Job], peak_tflops: float | None = None) -> list[report.Row]:
+    """Runs the jobs one after the other.
+
+    Raises:
+        BenchmarkError: one failed.
+    """
+    rows = []
+    with tqdm(total=sum(_weight(job) for job in jobs), unit="step") as progress:
+        for job in jobs:
+            progress.set_description(f"{job.layout} x {job.seq_length}")
+            rows += report.rows_of(job, run(job), peak_tflops)
+            progress.update(_weight(job))
+    return rows
+
+
+def _weight(job: Job) -> int:
+    return 20 + sum(s.rounds * len(s.variants) * s.micro_batches for s in job.sessions)
+
+
+def run(job: Job) -> dict:
+    """Starts a job's processes and returns what they measured.
+
+    Raises:
+        BenchmarkError: with the end of what they printed.
+    """
+    plan = {
+        "flags": job.arguments(),
+        "costs": job.costs,
+        "cost_micro_batches": max(2, 2 * job.layout.pipeline),
+        "sessions": [vars(session) for session in job.sessions],
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        written, results = Path(directory) / "plan.json", Path(directory) / "results.json"
+        written.write_text(json.dumps(plan), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(job.layout.processes), str(JOB), str(written), str(results)]
+        threads = max(1, len(os.sched_getaffinity(0)) // job.layout.processes)
+        environment = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", **os.environ}
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        if done.returncode != 0 or not results.is_file():
+            raise BenchmarkError(f"{job.layout} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
+        return json.loads(results.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layout of the throughput benchmark: all its variants in one job, their steps interleaved.
+
+Started by ``throughput.py`` under torchrun, with a plan (JSON) and a place for the results. Every variant has a model,
+an optimizer and the same data of its own; a round runs one step of each, in turn from the front and from the back, so
+that a machine that gets slower slows all of them.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from meters import CollectiveBytes, live_copies, memory
+from variants import VARIANTS, Variant, check_peers_use_their_weight, install_peer
+
+from bitcpm_megatron.tensor_parallel import ternary_modules
+from bitcpm_megatron.training.arguments import parse_args
+from bitcpm_megatron.training.checkpoint import Progress
+from bitcpm_megatron.training.data import Batch, Data, build_tokenizer
+from bitcpm_megatron.training.initialize import device, initialize, shutdown, world_size
+from bitcpm_megatron.training.loop import Run, train_step
+from bitcpm_megatron.training.model import build_model
+from bitcpm_megatron.training.optimizer import build_optimizer, build_scheduler
+
+WARM_UP = 3
+_QUANTIZER_ROUNDS = 7
+
+
+@dataclass
+class Subject:
+    """A variant with a model of its own."""
+
+    variant: Variant
+    args: argparse.Namespace
+    run: Run
+    data: Iterator[Batch]
+
+    def step(self, micro_batches: int) -> None:
+        """One optimizer step."""
+        self.args.num_microbatches = micro_batches
+        self.args.global_batch_size = micro_batches * self.args.micro_batch_size * self.args.data_parallel_size
+        train_step(self.args, self.run, self.data)
+
+
+def build(name: str, flags: list[str]) -> Subject:
+    """A variant's model, optimizer and data.
+
+    Raises:
+        RuntimeError: a peer that is not in the forward, or a BF16 model with something of ours in it.
+    """
+    variant = VARIANTS[name]
+    # Flags of ours mean nothing without --ternary.
+    own = [*variant.flags, *(flags if variant.ternary else _without_ternary(flags))]
+    args = parse_args(own, world_size())
+    _, vocabulary = build_tokenizer(args)
+    model = build_model(args, vocabulary)
+    if variant.make_quantizer is not None:
+        for chunk in model.bare:
+            install_peer(variant, chunk)
+            check_peers_use_their_weight(chunk)
+    elif not variant.ternary and any("forward" in m.__dict__ for c in model.bare for m in c.modules()):
+        raise RuntimeError("the BF16 model has a wrapped forward: it would be no baseline")
+    optimizer = build_optimizer(args, model)
+    run = Run(model, optimizer, build_scheduler(args, optimizer), Progress(), None, Data(None, None))
+    return Subject(variant, args, run, _batches(args, vocabulary))
+
+
+def _without_ternary(flags: list[str]) -> list[str]:
+    kept = list(flags)
+    while any(flag.startswith("--ternary-") for flag in kept):
+        at = next(i for i, flag in enumerate(kept) if flag.startswith("--ternary-"))
+        del kept[at : at + 2]
+    return kept
+
+
+def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[Batch]:
+    """Random tokens, for ever; a few micro-batches in turn, made beforehand."""
+    g = torch.Generator().manual_seed(args.seed)
+    shape = (args.micro_batch_size, args.seq_length)
+    position = torch.arange(args.seq_length).expand(shape).contiguous()
+    made = []
+    for _ in range(4):
+        tokens = torch.randint(0, min(args.vocab_size, vocabulary), shape, generator=g)
+        batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": position}
+        made.append({**batch, "loss_mask": torch.ones(shape)})
+    return itertools.cycle(made)
+
+
+def costs(name: str, flags: list[str], micro_batches: int) -> dict:
+    """Memory of a variant, from a model that is alone on the machine; the most of any rank."""
+    with memory(device()) as found:
+        subject = build(name, flags)
+        for _ in range(2):
+            subject.step(micro_batches)
+    states = subject.run.model.ternary
+    with live_copies() as copies:
+        subject.step(micro_batches)
+    result = {
+        "peak_bytes": _most(found.peak),
+        "resident_bytes": _most(found.resident),
+        "live_copies": _most(copies.most) if states else None,
+        "quantized_weights": _most(_quantized_weights(subject)),
+    }
+    del subject, states
+    gc.collect()
+    return result
+
+
+def _quantized_weights(subject: Subject) -> int:
+    return sum(module.weight.numel() for _, module in ternary_modules(subject.run.model.bare))
+
+
+def _most(value: int | None) -> int | None:
+    if value is None:
+        return None
+    number = torch.tensor([value], dtype=torch.int64, device=device())
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    return int(number.item())
+
+
+def interleave(subjects: list[Subject], micro_batches: int, rounds: int) -> list[list[float]]:
+    """Seconds per step, of the slowest rank: ``[subjects][rounds]``."""
+    taken = torch.zeros(len(subjects), rounds, dtype=torch.float64)
+    for subject in subjects:
+        for _ in range(WARM_UP):
+            subject.step(micro_batches)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            order = range(len(subjects)) if turn % 2 == 0 else reversed(range(len(subjects)))
+            for i in order:
+                taken[i, turn] = _timed(lambda subject=subjects[i]: subject.step(micro_batches))
+    finally:
+        gc.enable()
+    taken = taken.to(device())
+    torch.distributed.all_reduce(taken, op=torch.distributed.ReduceOp.MAX)
+    return taken.tolist()
+
+
+def _timed(function) -> float:  # noqa: ANN001 - any callable
+    torch.cuda.synchronize()  # on a machine without CUDA this does nothing
+    torch.distributed.barrier()
+    started = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def quantizer(subject: Subject, micro_batches: int) -> dict:
+    """Quantizations in a step of one rank, and the time that they take by themselves."""
+    states = ternary_modules(subject.run.model.bare)
+    before = sum(state.count for state, _ in states)
+    subject.step(micro_batches)
+    made = sum(state.count for state, _ in states) - before
+
+    def once() -> None:
+        for state, module in states:
+            state.quantize(module.weight)
+
+    seconds = statistics.median(_timed(once) for _ in range(_QUANTIZER_ROUNDS))
+    return {"quantizations": made, "quantizer_ms": 1e3 * seconds * made / max(1, len(states))}
+
+
+def collective_bytes(subject: Subject, micro_batches: int) -> int:
+    """Payload of a step's collectives, of the rank that has the most."""
+    with CollectiveBytes() as collectives:
+        subject.step(micro_batches)
+    return _most(collectives.total)
+
+
+def work(plan: dict) -> dict:
+    """Carries out a plan.
+
+    Args:
+        plan: ``flags`` of our training loop; ``costs``: variants whose memory and traffic are measured, in steps of
+            ``cost_micro_batches``; ``sessions``: each ``variants``, ``micro_batches``, ``rounds``.
+
+    Returns:
+        ``costs`` by variant, and ``sessions`` with ``seconds`` ``[variants][rounds]``, and by variant ``quantizer`` and
+        ``traffic``.
+    """
+    flags = plan["flags"]
+    for name in plan["costs"]:
+        # Once for nothing: what a process allocates only once (imports, kernels) is not a variant's memory.
+        costs(name, flags, plan["cost_micro_batches"])
+    results = {"costs": {name: costs(name, flags, plan["cost_micro_batches"]) for name in plan["costs"]}}
+    names = dict.fromkeys(name for session in plan["sessions"] for name in session["variants"])
+    subjects = {name: build(name, flags) for name in names}
+    results["sessions"] = []
+    for session in plan["sessions"]:
+        chosen = [subjects[name] for name in session["variants"]]
+        seconds = interleave(chosen, session["micro_batches"], session["rounds"])
+        measured = {s.variant.name: quantizer(s, session["micro_batches"]) for s in chosen if s.variant.ternary}
+        traffic = {s.variant.name: collective_bytes(s, session["micro_batches"]) for s in chosen}
+        results["sessions"].append({**session, "seconds": seconds, "quantizer": measured, "traffic": traffic})
+        _say(f"{session['micro_batches']} micro-batches, {session['rounds']} rounds: done")
+    notes = {name: subject.run.model.notes for name, subject in subjects.items()}
+    results["cost_micro_batches"] = plan["cost_micro_batches"]
+    return {**results, "notes": notes, "device": _device_name(), "threads": torch.get_num_threads()}
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
+
+
+def _say(text: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(text, flush=True)
+
+
+def main() -> int:
+    """Reads the plan, writes the results; returns the exit status."""
+    plan, output = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+    initialize(parse_args(_without_ternary(plan["flags"]), world_size()))
+    results = work(plan)
+    if torch.distributed.get_rank() == 0:
+        output.write_text(json.dumps(results), encoding="utf-8")
+    shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The throughput benchmark: its statistics, its meters, its plans and tables; one short job of it for real."""
+
+import csv
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECKOUT = Path(__file__).parents[2]
+sys.path.insert(0, str(CHECKOUT / "benchmarks"))
+
+import host_jobs
+import meters
+import plan
+import throughput
+import throughput_report
+from intervals import median_interval
+from layouts import Layout
+from variants import PEERS
+
+from bitcpm_megatron.quantization import QuantizerConfig
+from bitcpm_megatron.tensor_parallel.cache import CacheEpoch
+from bitcpm_megatron.tensor_parallel.linear import TernaryState
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_the_interval_of_a_median_is_the_tabulated_one() -> None:
+    """Ranks from the binomial table: 6 -> 1 and 6, 10 -> 2 and 9, 30 -> 10 and 21, 40 -> 14 and 27."""
+    for n, low, high in ((6, 1, 6), (10, 2, 9), (30, 10, 21), (40, 14, 27)):
+        values = list(range(1, n + 1))
+        random.Random(n).shuffle(values)
+        assert median_interval(values) == ((n + 1) / 2, low, high)
+    assert median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (3.0, -float("inf"), float("inf"))
+    with pytest.raises(ValueError, match="no values"):
+        median_interval([])
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+    g = random.Random(1)
+    inside = 0
+    for _ in range(2000):
+        _, low, high = median_interval([g.expovariate(1.0) for _ in range(30)])
+        inside += low <= 0.6931 <= high
+    assert 0.94 <= inside / 2000 <= 0.98
+
+
+# ----------------------------------------------------------------------------------------------------------- meters
+
+
+def test_memory_sees_the_peak_and_what_stays() -> None:
+    with meters.memory(torch.device("cpu")) as found:
+        kept = torch.ones(4 << 20)
+        passing = kept + kept
+        del passing
+    assert found.peak == pytest.approx(2 * kept.nbytes, rel=0.02)
+    assert found.resident == pytest.approx(kept.nbytes, rel=0.02)
+
+
+def test_collectives_are_counted_by_their_payload(single_rank: None) -> None:
+    x, whole = torch.ones(8), torch.ones(32)
+    with meters.CollectiveBytes() as found:
+        torch.distributed.all_reduce(x)
+        torch.distributed.broadcast(whole, 0)
+        torch.distributed.all_gather([torch.ones(8)], x)
+        torch.distributed.barrier()
+        torch.mm(torch.ones(4, 4), torch.ones(4, 4))
+    assert dict(found.by_operation) == {"allreduce_": 32, "broadcast_": 128, "allgather_": 32}
+    assert found.total == 192
+
+
+@pytest.mark.parametrize("cache, expected", [("step", 1), ("none", 3)])
+def test_live_copies_are_counted(cache: str, expected: int) -> None:
+    """Three micro-batches in flight, then their backward passes, twice."""
+    epoch = CacheEpoch()
+    state = TernaryState("layer", QuantizerConfig(), epoch, cache)
+    latent = torch.randn(32, 64, requires_grad=True)
+    with meters.live_copies() as copies:
+        for _ in range(2):
+            epoch.start()
+            epoch.begin()
+            losses = []
+            for _ in range(3):
+                weight = state.weight(latent, True).detach().requires_grad_()
+                losses.append((torch.ones(4, 64, requires_grad=True) @ weight.t()).sum())
+            while losses:
+                losses.pop().backward()
+            epoch.end()
+    assert copies.most == expected
+    assert TernaryState.weight.__qualname__ == "TernaryState.weight"
+
+
+# ------------------------------------------------------------------------------------------------- plans and layouts
+
+
+@pytest.mark.parametrize("text", ["TP1", "TP2", "TP2xPP2", "PP4", "DP2+DO", "TP2xDP3+SP+DO"])
+def test_layouts_are_read_as_they_are_written(text: str) -> None:
+    assert str(Layout.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["TP", "TP0", "2", "TP2PP2", "TP2+FOO", "TP2xTP2", "CP2"])
+def test_other_layouts_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="layout"):
+        Layout.parse(text)
+
+
+def test_the_standard_comparison_is_what_is_promised() -> None:
+    jobs = plan.standard(PEERS)
+    for layout in ("TP1", "TP2"):
+        sessions = next(job.sessions for job in jobs if str(job.layout) == layout)
+        assert {s.micro_batches: s.rounds >= 30 for s in sessions} == {8: True, 1: True}
+        assert all(s.variants == ("bf16", "ternary") for s in sessions)
+    assert all(job.seq_length == 256 for job in jobs[:3])
+    beside_peers = next(job.sessions for job in jobs if any(set(PEERS) <= set(s.variants) for s in job.sessions))
+    assert {s.micro_batches for s in beside_peers} == {1, 8}
+
+
+def test_presets_keep_all_their_flags() -> None:
+    line = plan.model_flags("minicpm4-0.5b", 3, None)
+    assert line[line.index("--num-layers") + 1] == "3" and line[line.index("--vocab-size") + 1] == "73448"
+    factors = line[line.index("--rope-scaling-short-factor") + 1 : line.index("--rope-scaling-long-factor")]
+    assert len(factors) == 32
+    assert "--swiglu" in line and "True" not in line
+
+
+def test_bad_requests_are_refused(capsys: pytest.CaptureFixture) -> None:
+    for argv, why in (
+        (["--variants", "ternary"], "name bf16 too"),
+        (["--layouts", "TP2xFOO"], "layout"),
+        (["--host", "megatron-lm"], "--megatron-path"),
+        (["--host", "megatron-lm", "--megatron-path", "x", "--peers"], "leave --peers"),
+    ):
+        assert throughput.main(argv) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_the_flops_are_megatrons() -> None:
+    """One token of Llama-2-7B at 4,096, by hand: a layer has 4 h^2 + h s + 3 h f multiply-adds, the logits 32000 h."""
+    row = _row("bf16", num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)
+    row.num_query_groups, row.kv_channels, row.vocab_size, row.seq_length = 32, 128, 32000, 4096
+    per_layer = 67_108_864 + 16_777_216 + 135_266_304
+    assert throughput_report.flops_per_token(row) == 6 * (32 * per_layer + 131_072_000)
+
+
+def _row(variant: str, **changes) -> throughput_report.Row:
+    shape = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
+    numbers = {"num_query_groups": 2, "kv_channels": 16, "vocab_size": 128, "seq_length": 32, "micro_batch_size": 1}
+    layout = {"layout": "TP2", "tp": 2, "pp": 1, "dp": 1, "device": "cpu", "model": "tiny"}
+    rest = {"tokens": 32, "micro_batches": 8, "recompute": "none", "variant": variant, "backend": "", "pairs": 6}
+    return throughput_report.Row(**{**layout, **shape, **numbers, **rest, **changes})
+
+
+# ---------------------------------------------------------------------------------------------------------- host jobs
+
+
+def test_host_commands_differ_in_the_ternary_flags_alone() -> None:
+    args = throughput._parser().parse_args(
+        ["--host", "megatron-lm", "--megatron-path", "M", "--host-flags=--use-flash-attn"]
+    )
+    flags = plan.model_flags("0.5b-layers", None, None)
+    session = plan.Session(("bf16", "ternary"), 8, 2)
+    job = plan.Job("0.5b-layers", flags, Layout(tensor=2, data=2), 256, 2, "full", (session,), ())
+    bf16, ternary = (host_jobs.command(args, job, name, accelerator=False) for name in session.variants)
+    assert [f for f in ternary if f not in bf16] == ["--ternary", "--ternary-group-size", "-1"] + [
+        "--ternary-backend",
+        "auto",
+    ]
+    assert bf16[bf16.index("--global-batch-size") + 1] == "32" and "--use-flash-attn" in bf16
+    assert bf16[bf16.index("--nproc_per_node") + 1] == "4" and "--recompute-granularity" in bf16
+
+
+def test_a_host_job_that_fails_is_an_error(capsys: pytest.CaptureFixture) -> None:
+    argv = ["--host", "megatron-lm", "--megatron-path", "/nowhere", "--pairs", "1", "--micro-batches", "1"]
+    assert throughput.main(argv) == 1
+    assert "--megatron-path /nowhere" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- a job
+
+
+def test_a_short_job_measures_everything(tmp_path: Path) -> None:
+    """TP 2, with every variant that is there; the numbers that do not depend on time are exact."""
+    flags = """
+        --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --swiglu --normalization RMSNorm
+        --disable-bias-linear --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --vocab-size 128
+        --ternary-group-size -1 --ternary-backend auto
+    """.split()
+    names = ("bf16", "ternary", "ternary-no-cache", "bitcpm-residual")
+    session = plan.Session(names, 3, 6)
+    job = plan.Job("tiny", tuple(flags), Layout(tensor=2), 32, 1, "none", (session,), names[:3])
+    results = throughput.run(job)
+    rows = {row.variant: row for row in throughput_report.rows_of(job, results)}
+    assert list(rows) == list(names)
+
+    local = (3 * 64 * 64 + 64 * 64 + 3 * 64 * 128) // 2 * 2  # qkv, proj, fc1 and fc2 of two layers, on one of two ranks
+    ours, uncached = rows["ternary"], rows["ternary-no-cache"]
+    assert ours.quantized_weights == uncached.quantized_weights == local
+    assert (ours.quantizations, uncached.quantizations) == (8, 24)
+    assert ours.live_copies == 1
+    assert len({row.collective_bytes for row in rows.values()}) == 1
+    # The forward of a micro-batch reduces the embedding and two outputs per layer, the backward as many inputs.
+    assert ours.collective_bytes > 3 * (1 + 2 * 2 + 2 * 2) * 32 * 64 * 2
+    assert 0 < ours.peak_bytes - rows["bf16"].peak_bytes < 3 * local * 2
+    assert all(row.ratio_low <= row.ratio <= row.ratio_high for row in rows.values() if row.variant != "bf16")
+
+    throughput_report.write(list(rows.values()), tmp_path, "throughput", "the command")
+    with open(tmp_path / "throughput.csv", newline="") as file:
+        written = {line["variant"]: line for line in csv.DictReader(file)}
+    assert float(written["ternary"]["ratio"]) == pytest.approx(ours.ratio, rel=1e-5)
+    text = (tmp_path / "throughput.md").read_text()
+    assert f"{ours.ratio:.3f}" in text and "`the command`" in text and "bitcpm-residual" in text
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000
+    assert throughput_report.last_line(list(rows.values())) is None
+    ours.micro_batches = 8
+    line = throughput_report.last_line(list(rows.values()))
+    assert line == f"bench: ternary/bf16 step time {ours.ratio:.3f} (8 micro-batches, TP2)"
+
+
+def test_a_peer_that_is_not_in_the_forward_is_found(tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(CHECKOUT / "benchmarks")!r})
+import variants, throughput_job
+variants.VARIANTS["idle"] = variants.Variant("idle", (), lambda: (lambda weight: weight))
+throughput_job.initialize(throughput_job.parse_args(sys.argv[1:], 1))
+throughput_job.build("idle", sys.argv[1:])
+"""
+    line = """
+        --num-layers 1 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+        --micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128 --disable-bias-linear --bf16
+    """.split()
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *line], capture_output=True, text=True)
+    assert done.returncode == 1 and "computes with its latent weight" in done.stderr
+
+
+def test_the_table_that_the_readme_shows_was_measured() -> None:
+    """The committed table, its data and the README say the same."""
+    directory = CHECKOUT / "docs" / "benchmarks"
+    with open(directory / "throughput.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    (row,) = [
+        r for r in rows if (r["layout"], r["variant"], r["micro_batches"], r["pairs"]) == ("TP2", "ternary", "8", "40")
+    ]
+    shown = f"{float(row['ratio']):.3f} ({float(row['ratio_low']):.3f} - {float(row['ratio_high']):.3f})"
+    assert shown.replace(" (", "** (") in (directory / "throughput.md").read_text()
+    assert shown.replace(" (", "** (") in (CHECKOUT / "README.md").read_text()
