@@ -19,7 +19,7 @@ ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_line
 HOST_PACKAGES := $(VENV)/hosts
 IN_HOSTS := cloudpickle einops joblib narwhals ninja nltk pandas pybind11 scikit-learn scipy six sqlalchemy threadpoolctl
 
-.PHONY: setup demo test test-mcore-0.12 test-hosts test-kill bench-conversion bench-kernel lint format clean
+.PHONY: setup demo test test-mcore-0.12 test-hosts test-kill bench bench-conversion bench-kernel lint format clean
 
 setup: $(READY)
 
@@ -56,6 +56,15 @@ test-hosts: $(HOST_PACKAGES)/.ready
 # Kills a training run 30 times at random moments; bounded in time, prints its seed. KILL='--kills 100 --seed 7'
 test-kill: $(READY)
 	$(PY) tests/kill_campaign.py $(KILL)
+
+# Ternary against BF16 and against other quantizers, in under 10 minutes on 2 cores: docs/benchmarks/throughput.*
+# Elsewhere: make bench BENCH='--model minicpm4-0.5b --layouts TP1 TP8 --seq-length 4096'
+bench: $(VENV)/.peers
+	$(PY) benchmarks/throughput.py $(BENCH)
+
+$(VENV)/.peers: $(READY)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	touch $@
 
 # Time and memory of the converters against a plain copy; needs about 12 GB of disk. BENCH='--size 500MB --repeats 1'
 bench-conversion: $(READY)

@@ -98,8 +98,8 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
     job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), both)
     four_stages = model_flags("0.5b-layers", 4, None)
     return [
-        replace(job, sessions=(Session(pair, 8, 40), Session(pair, 1, 60))),
-        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 40), Session(pair, 1, 60))),
+        replace(job, sessions=(Session(pair, 8, 50), Session(pair, 1, 80))),
+        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 50), Session(pair, 1, 80))),
         replace(job, sessions=(Session((*both, *peers), 8, 8), Session((*both, *peers), 1, 12)), costs=()),
         replace(job, seq_length=1024, sessions=(Session(pair, 1, 12),)),
         replace(job, recompute="full", sessions=(Session(both, 8, 8),)),

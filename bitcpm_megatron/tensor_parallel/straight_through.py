@@ -13,8 +13,10 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:  # noqa: ANN001
         ctx.set_materialize_grads(False)
-        # An alias of an input, not the input: returning `quantized` itself would put the cache into the graph.
-        return quantized.view_as(quantized)
+        # An alias of an input, not the input: returning `quantized` itself would put the cache into the graph. And no
+        # view of it: views of a view ask its base, the cache, whether they require a gradient. torch.matmul would then
+        # take another way than for a parameter, and copy the weight once per token where a micro-batch is one sequence.
+        return quantized.detach()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:  # noqa: ANN001

@@ -127,8 +127,8 @@ HOW_TO = (
     "set MEGATRON_LM_PATH (a Megatron-LM checkout at core_v0.16.1), MEGATRON_LM_012_PATH (core_v0.12.1) and "
     "MINDSPEED_PATH (26.1.0_core_r0.12.1), and HOST_SITE_PACKAGES (a directory with what they import beyond this "
     "environment: pip install --no-deps --target DIR cloudpickle einops six nltk pybind11 ninja scipy pandas "
-    "sqlalchemy scikit-learn joblib narwhals threadpoolctl), and HOST_012_SITE_PACKAGES (another, put before it for core_v0.12.1: "
-    "numpy==1.26.4 pandas==2.2.3 pytz)"
+    "sqlalchemy scikit-learn joblib narwhals threadpoolctl), and HOST_012_SITE_PACKAGES (another, put before it for "
+    "core_v0.12.1: numpy==1.26.4 pandas==2.2.3 pytz)"
 )
 
 

@@ -257,6 +257,24 @@ def test_a_frozen_weight_is_quantized_and_gets_no_gradient() -> None:
     assert model.mlp.linear_fc1.weight.grad is None
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gemms_are_those_of_the_latent_weight(transposed: bool) -> None:
+    """A micro-batch of one sequence is [tokens, 1, features] with strides that torch.matmul folds into one GEMM only
+    for a weight that requires a gradient; else it multiplies token by token with copies of the weight."""
+
+    def gemms(model: Linears) -> list[str]:
+        # As with several tensor-parallel ranks, where the input goes into the GEMM as it is.
+        model.mlp.linear_fc1.allreduce_dgrad = True
+        x = torch.randn(1, 8, 64).transpose(0, 1) if transposed else torch.randn(8, 1, 64)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model.mlp.linear_fc2(model.mlp.linear_fc1(x.requires_grad_())[0])[0].sum().backward()
+        return [e.name for e in profile.events() if e.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")]
+
+    plain, ternary = Linears(), Linears()
+    apply_recipe(ternary, default=DEFAULT)
+    assert gemms(ternary) == gemms(plain)
+
+
 def test_inference_mode_then_training() -> None:
     model = Linears()
     apply_recipe(model, default=DEFAULT)
