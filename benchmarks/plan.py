@@ -96,17 +96,18 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
     flags, pair = model_flags("0.5b-layers", None, None), (BASELINE, OURS)
     both = (*pair, "ternary-no-cache")
     job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), both)
-    four_stages = model_flags("0.5b-layers", 4, None)
+    beside_peers = (*both, *peers)
     return [
-        replace(job, sessions=(Session(pair, 8, 50), Session(pair, 1, 80))),
-        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 50), Session(pair, 1, 80))),
-        replace(job, sessions=(Session((*both, *peers), 8, 8), Session((*both, *peers), 1, 12)), costs=()),
-        replace(job, seq_length=1024, sessions=(Session(pair, 1, 12),)),
-        replace(job, recompute="full", sessions=(Session(both, 8, 8),)),
-        replace(job, layout=Layout(pipeline=2), sessions=(Session(both, 8, 10),)),
-        replace(job, layout=Layout(data=2, distributed_optimizer=True), sessions=(Session(pair, 8, 10),)),
+        replace(job, sessions=(Session(pair, 8, 30), Session(pair, 1, 40))),
+        # Two processes disturb each other: more pairs for the same certainty.
+        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 48), Session(pair, 1, 40))),
+        replace(job, sessions=(Session(beside_peers, 8, 6), Session(beside_peers, 1, 8)), costs=()),
+        replace(job, seq_length=1024, sessions=(Session(pair, 1, 8),), costs=()),
+        replace(job, recompute="full", sessions=(Session(both, 8, 6),)),
+        replace(job, layout=Layout(pipeline=2), sessions=(Session(both, 8, 6),)),
+        replace(job, layout=Layout(data=2, distributed_optimizer=True), sessions=(Session(pair, 8, 6),), costs=()),
         # Only for what is alive at once; four processes share two cores.
-        replace(job, flags=four_stages, layout=Layout(pipeline=4), seq_length=32, sessions=()),
+        replace(job, flags=model_flags("0.5b-layers", 4, None), layout=Layout(pipeline=4), seq_length=32),
     ]
 
 

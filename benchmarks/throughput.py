@@ -189,7 +189,7 @@ def run(job: Job) -> dict:
     plan = {
         "flags": job.arguments(),
         "costs": job.costs,
-        "cost_micro_batches": max(2, 2 * job.layout.pipeline),
+        "cost_micro_batches": max(2, job.layout.pipeline),
         "sessions": [vars(session) for session in job.sessions],
     }
     with tempfile.TemporaryDirectory() as directory:
