@@ -26,7 +26,8 @@ class Estimate:
 
     Attributes:
         weights: parameters in the dtype of the forward; of ternary layers these are the latent weights.
-        quantized: the cached quantized weights and their scales, and the fp32 scratch of the largest one.
+        quantized: the quantized weights (cached, or in the graphs of all micro-batches in flight) and their scales, and
+            the fp32 scratch of the largest one, which the torch backend needs.
         gradients: fp32 buffer (``main_grad``), one element per parameter.
         optimizer: fp32 master weights (bf16 only) and Adam's two moments; divided by the data-parallel ranks with the
             distributed optimizer.
@@ -165,7 +166,7 @@ def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
         optimizer = state * parameters
     return Estimate(
         weights=size * parameters,
-        quantized=_quantized(mine, layout, options, size),
+        quantized=_quantized(mine, layout, options, size, stage),
         gradients=4 * parameters,
         optimizer=optimizer,
         activations=_in_flight(layout, options, stage, layers, size),
@@ -183,7 +184,9 @@ def _head(layout: Layout, options: Options, vocab: int, size: int) -> float:
     return tokens * ((size + 4) * vocab / layout.tp + norm * layout.hidden / sharded)
 
 
-def _quantized(mine: list[Linear], layout: Layout, options: Options, size: int) -> float:
+def _quantized(mine: list[Linear], layout: Layout, options: Options, size: int, stage: int) -> float:
+    """One copy of each weight where it is cached; else the graphs hold one per micro-batch in flight, and under uniform
+    full recomputation those of the layers that are being recomputed."""
     if options.recipe is None:
         return 0.0
     total, largest = 0.0, 0.0
@@ -195,7 +198,11 @@ def _quantized(mine: list[Linear], layout: Layout, options: Options, size: int) 
         group = matcher.config.group_size if matcher.config.group_size > 0 else linear.in_features
         total += weights * size + weights / group * 2
         largest = max(largest, weights)
-    return (total if options.keep_quantized else largest * size) + 4 * largest
+    if not options.keep_quantized:
+        uniform = options.recompute == "full" and options.recompute_method != "block"
+        layers = math.ceil(layout.layers / layout.pp)
+        total *= min(1.0, options.recompute_layers / layers) if uniform else _batches_in_flight(layout, stage)
+    return total + 4 * largest
 
 
 def _in_flight(layout: Layout, options: Options, stage: int, layers: int, size: int) -> float:
@@ -215,11 +222,14 @@ def _in_flight(layout: Layout, options: Options, stage: int, layers: int, size: 
             chunks = math.ceil(layers / options.recompute_layers)
             per_layer = chunks * checkpointed
             working = options.recompute_layers * kept
-    batches = layout.pp - stage
-    if layout.vpp > 1:
-        batches = batches * (1 + (layout.pp - 1) / (layout.pp * layout.vpp))
+    batches = _batches_in_flight(layout, stage)
     embedding = checkpointed * batches if stage == 0 and options.dropout else 0
     return per_layer * batches + working + embedding
+
+
+def _batches_in_flight(layout: Layout, stage: int) -> float:
+    batches = layout.pp - stage
+    return batches * (1 + (layout.pp - 1) / (layout.pp * layout.vpp)) if layout.vpp > 1 else batches
 
 
 def _communicators(layout: Layout) -> int:

@@ -601,7 +601,14 @@ def test_parameters_and_states_are_counted() -> None:
     # The quantized copy in bf16, its scales, and fp32 scratch of the largest weight.
     linears = whole.all_linears()
     scales = sum(x.out_features for x in linears) * 2
-    assert estimate(whole, ternary)[1].quantized == 96 * 12 * h * h * 2 + scales + 4 * 4 * h * h
+    copy, scratch = 96 * 12 * h * h * 2 + scales, 4 * 4 * h * h
+    assert estimate(whole, ternary)[1].quantized == copy + scratch
+    # Without the cache the graphs of the micro-batches in flight hold copies: PP of them on the first of PP stages.
+    uncached = replace(ternary, keep_quantized=False)
+    assert estimate(whole, uncached)[1].quantized == copy + scratch
+    assert estimate(replace(whole, pp=4, world=16), uncached)[1].quantized == 4 * copy / 4 + scratch
+    recomputed = replace(uncached, recompute="full", recompute_method="uniform", recompute_layers=2)
+    assert estimate(whole, recomputed)[1].quantized == copy * 2 / 96 + scratch
 
 
 @pytest.mark.parametrize("preset", presets.names())
