@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...]) -> lis
         )
         for layout in args.layouts or ["TP1"]
         for size in args.micro_batch_size or [1]
-        for recompute in args.recompute
+        for recompute in args.recompute or ["none"]
         for n in args.micro_batches or (1, 8)
     ]
     rows = []

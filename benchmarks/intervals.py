@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Confidence interval of a median, without any assumption on the distribution of the noise."""
+"""Confidence interval of a median, whatever the distribution of the measurements."""
 
 import math
 import statistics

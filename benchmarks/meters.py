@@ -13,8 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitcpm_megatron.tensor_parallel.linear import TernaryState
 
-# Ops of torch.distributed whose first tensor argument is what comes out; the others are counted by what goes in.
-_GATHERS = ("_allgather_base_", "allgather_into_tensor_coalesced_")
 _NO_DATA = ("barrier", "monitored_barrier_")
 
 
@@ -97,7 +95,7 @@ class CollectiveBytes(TorchDispatchMode):
     """Counts the payload of every collective and point-to-point operation inside.
 
     The payload is the larger of what a rank puts in and takes out, not what an algorithm moves over wires for it; of a
-    gather that is the whole, of a reduce-scatter too.
+    gather that is the whole, of a reduce-scatter too. Groups of one rank count as well, though nothing moves there.
 
     Attributes:
         total: bytes.

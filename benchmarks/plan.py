@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 from layouts import Layout
+from variants import VARIANTS
 
 from bitcpm_megatron import launch
 
@@ -63,7 +64,7 @@ class Job:
         micro_batch_size: sequences of a micro-batch.
         recompute: a key of :data:`RECOMPUTE`.
         sessions: what is timed, one after the other.
-        costs: variants whose memory and traffic are measured.
+        costs: variants whose memory is measured.
     """
 
     model: str
@@ -75,6 +76,11 @@ class Job:
     sessions: tuple[Session, ...]
     costs: tuple[str, ...]
 
+    def _fusion(self) -> list[str]:
+        # Peers return their gradients; with the fused weight-gradient GEMM the others would have an advantage.
+        peers = any(VARIANTS[v].make_quantizer for session in self.sessions for v in session.variants)
+        return ["--no-gradient-accumulation-fusion"] if peers else []
+
     def arguments(self) -> list[str]:
         """All flags of our training loop that the variants share."""
         return [
@@ -83,6 +89,7 @@ class Job:
             *RECOMPUTE[self.recompute],
             *("--seq-length", str(self.seq_length), "--max-position-embeddings", str(self.seq_length)),
             *("--micro-batch-size", str(self.micro_batch_size), "--train-iters", "1000000"),
+            *self._fusion(),
             *("--lr", "1e-4", "--lr-decay-style", "constant", "--bf16", "--mock-data"),
         ]
 
@@ -101,7 +108,7 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
         replace(job, sessions=(Session(pair, 8, 30), Session(pair, 1, 40))),
         # Two processes disturb each other: more pairs for the same certainty.
         replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 48), Session(pair, 1, 40))),
-        replace(job, sessions=(Session(beside_peers, 8, 6), Session(beside_peers, 1, 8)), costs=()),
+        replace(job, sessions=(Session(beside_peers, 8, 8), Session(beside_peers, 1, 8)), costs=()),
         replace(job, seq_length=1024, sessions=(Session(pair, 1, 8),), costs=()),
         replace(job, recompute="full", sessions=(Session(both, 8, 6),)),
         replace(job, layout=Layout(pipeline=2), sessions=(Session(both, 8, 6),)),
@@ -119,6 +126,8 @@ def model_flags(model: str, num_layers: int | None, vocab_size: int | None) -> t
         preset = yaml.safe_load((MODELS / f"{model}.yaml").read_text(encoding="utf-8"))
         flags, vocabulary = preset["flags"], preset["vocab-size"]
         flags.pop("max-position-embeddings")  # of the sequence: nothing longer is seen
+    if not flags.get("swiglu"):
+        raise ValueError(f"--model {model}: FLOPs are counted for SwiGLU models only")
     if num_layers is not None:
         flags = {**flags, "num-layers": num_layers}
     line = ["--vocab-size", str(vocab_size or vocabulary)]

@@ -9,13 +9,15 @@
 ``--host`` measures an unmodified ``pretrain_gpt.py`` (which is also the way to an NPU): BF16 and ternary jobs in turn,
 by the times per iteration that they log.
 
-Ratios are medians over pairs of steps, with a 95 % interval that assumes nothing about the noise. Writes
+Ratios are medians over pairs of steps, with a 95 % interval for whatever distribution, the pairs of one job taken as
+independent. Writes
 ``throughput.csv``, ``throughput.png`` and ``throughput.md``, and prints the tables.
 
 Exit status: 0 done, 1 a job failed, 2 bad arguments.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -48,16 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     command = "python benchmarks/throughput.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    if importlib.util.find_spec("matplotlib") is None:  # before minutes of measuring
+        print("error: matplotlib is missing: pip install 'bitcpm_megatron[plot]'", file=sys.stderr)
+        return 2
     try:
-        import matplotlib  # noqa: F401  before minutes of measuring
-
         if args.host is not None:
             rows = host_jobs.measure(args, *_host_model(args))
         else:
             rows = measure(jobs_of(args), args.peak_tflops)
-    except ImportError:
-        print("error: matplotlib is missing: pip install 'bitcpm_megatron[plot]'", file=sys.stderr)
-        return 2
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batches", type=int, nargs="+", help="per step, default 1 8")
     parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), help="default bf16 ternary ternary-no-cache")
     parser.add_argument("--peers", action="store_true", help="all peers that are installed, beside bf16 and ternary")
-    parser.add_argument("--recompute", nargs="+", choices=sorted(RECOMPUTE), default=["none"])
-    parser.add_argument("--pairs", type=int, help="of steps, default 40")
+    parser.add_argument("--recompute", nargs="+", choices=sorted(RECOMPUTE), help="default none")
+    parser.add_argument("--pairs", type=int, help="of steps, default 40; with --host of jobs, default 6")
     parser.add_argument("--group-size", type=int, default=-1)
     parser.add_argument("--backend", default="auto", help="of the quantizer")
     parser.add_argument("--host", choices=("megatron-lm",), help="instead of our own training loop")
@@ -109,7 +109,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     Raises:
         ValueError: variants that cannot be compared, or a layout that this machine has no devices for.
     """
-    shaping = ("model", "layouts", "seq_length", "micro_batch_size", "micro_batches", "variants", "pairs", "num_layers")
+    shaping = ("model", "num_layers", "vocab_size", "layouts", "seq_length", "micro_batch_size", "micro_batches")
+    shaping += ("variants", "recompute", "pairs")
     on_cpu = not torch.cuda.is_available()
     if on_cpu and not args.peers and all(getattr(args, name) is None for name in shaping):
         return [_with_flags(job, args) for job in standard(_peers(1))]
@@ -123,8 +124,12 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         if not on_cpu and layout.processes > torch.cuda.device_count():
             raise ValueError(f"--layouts {text} needs {layout.processes} GPUs, here are {torch.cuda.device_count()}")
         chosen = (BASELINE, OURS, *_peers(layout.tensor)) if args.peers else tuple(dict.fromkeys((BASELINE, *variants)))
+        for name in chosen:
+            reason = VARIANTS[name].unavailable(layout.tensor)
+            if reason is not None:
+                raise ValueError(f"--variants {name} at {layout}: {reason}")
         for size in args.micro_batch_size or [1]:
-            for recompute in args.recompute:
+            for recompute in args.recompute or ["none"]:
                 jobs.append(
                     Job(
                         model,
@@ -157,7 +162,7 @@ def _peers(tensor_parallel: int) -> tuple[str, ...]:
 
 
 def _host_model(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
-    model = args.model or "0.5b-layers"
+    model = args.model or ("minicpm4-0.5b" if torch.cuda.is_available() or hasattr(torch, "npu") else "0.5b-layers")
     return model, model_flags(model, args.num_layers, args.vocab_size)
 
 
@@ -199,6 +204,8 @@ def run(job: Job) -> dict:
         command += ["--nproc_per_node", str(job.layout.processes), str(JOB), str(written), str(results)]
         threads = max(1, len(os.sched_getaffinity(0)) // job.layout.processes)
         environment = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", **STEADY_HEAP, **os.environ}
+        # megatron-core's overlap of communication and GEMMs depends on it.
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         if done.returncode != 0 or not results.is_file():
             raise BenchmarkError(f"{job.layout} failed with status {done.returncode}:\n{done.stdout[-4000:]}")

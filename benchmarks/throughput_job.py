@@ -2,8 +2,8 @@
 """One layout of the throughput benchmark: all its variants in one job, their steps interleaved.
 
 Started by ``throughput.py`` under torchrun, with a plan (JSON) and a place for the results. Every variant has a model,
-an optimizer and the same data of its own; a round runs one step of each, in turn from the front and from the back, so
-that a machine that gets slower slows all of them.
+an optimizer and the same data of its own; a round runs one step of each, in an order that changes, so that a machine
+that gets slower slows all of them.
 """
 
 import argparse
@@ -136,14 +136,20 @@ def interleave(subjects: list[Subject], micro_batches: int, rounds: int) -> list
     gc.disable()
     try:
         for turn in range(rounds):
-            order = range(len(subjects)) if turn % 2 == 0 else reversed(range(len(subjects)))
-            for i in order:
+            for i in order(len(subjects), turn):
                 taken[i, turn] = _timed(lambda subject=subjects[i]: subject.step(micro_batches))
     finally:
         gc.enable()
     taken = taken.to(device())
     torch.distributed.all_reduce(taken, op=torch.distributed.ReduceOp.MAX)
     return taken.tolist()
+
+
+def order(count: int, turn: int) -> list[int]:
+    """Who steps when in a round: over ``count`` rounds everybody takes every place once, and (for an even number)
+    follows everybody else equally often (a Williams square)."""
+    first = [0, *(x for i in range(1, count) for x in (i, count - i))][:count]
+    return [(place + turn) % count for place in first]
 
 
 def _timed(function) -> float:  # noqa: ANN001 - any callable
@@ -181,7 +187,7 @@ def work(plan: dict) -> dict:
     """Carries out a plan.
 
     Args:
-        plan: ``flags`` of our training loop; ``costs``: variants whose memory and traffic are measured, in steps of
+        plan: ``flags`` of our training loop; ``costs``: variants whose memory is measured, in steps of
             ``cost_micro_batches``; ``sessions``: each ``variants``, ``micro_batches``, ``rounds``.
 
     Returns:
@@ -200,9 +206,12 @@ def work(plan: dict) -> dict:
         chosen = [subjects[name] for name in session["variants"]]
         seconds = interleave(chosen, session["micro_batches"], session["rounds"])
         measured = {s.variant.name: quantizer(s, session["micro_batches"]) for s in chosen if s.variant.ternary}
-        traffic = {s.variant.name: collective_bytes(s, session["micro_batches"]) for s in chosen}
-        results["sessions"].append({**session, "seconds": seconds, "quantizer": measured, "traffic": traffic})
+        results["sessions"].append({**session, "seconds": seconds, "quantizer": measured})
         _say(f"{session['micro_batches']} micro-batches, {session['rounds']} rounds: done")
+    # After all timing: what torch.compile made is interpreted from its first call under a dispatch mode on.
+    for session in results["sessions"]:
+        traffic = {name: collective_bytes(subjects[name], session["micro_batches"]) for name in session["variants"]}
+        session["traffic"] = traffic
     notes = {name: subject.run.model.notes for name, subject in subjects.items()}
     results["cost_micro_batches"] = plan["cost_micro_batches"]
     return {**results, "notes": notes, "device": _device_name(), "threads": torch.get_num_threads()}

@@ -81,8 +81,8 @@ class Row:
 def flops_per_token(row: Row) -> float:
     """Of the whole model, forward and backward: Megatron-LM's ``num_floating_point_operations`` (core_v0.16.1).
 
-    GEMMs three times (forward, dgrad, wgrad), two operations per multiply-add; causal attention counts half. For models
-    without SwiGLU see :func:`rows_of`, which refuses them.
+    GEMMs three times (forward, dgrad, wgrad), two operations per multiply-add; causal attention counts half, the
+    vocabulary without padding. For SwiGLU models.
     """
     queries = row.kv_channels * row.num_attention_heads
     keys_and_values = 2 * row.kv_channels * row.num_query_groups
@@ -109,15 +109,13 @@ def rows_of(job: Job, results: dict, peak_tflops: float | None = None) -> list[R
             for key, value in session["quantizer"].get(name, {}).items():
                 setattr(row, key, value)
             rows.append(row)
-    if not results["sessions"]:
-        rows = [_row(job, results, name, results["cost_micro_batches"], 0) for name in results["costs"]]
-    return rows
+    timed = {row.variant for row in rows}
+    alone = [name for name in results["costs"] if name not in timed]
+    return rows + [_row(job, results, name, results["cost_micro_batches"], 0) for name in alone]
 
 
 def _row(job: Job, results: dict, name: str, micro_batches: int, pairs: int) -> Row:
     args = parse_args([f for f in _without_ternary(job.arguments())], job.layout.processes)
-    if not args.swiglu:
-        raise ValueError(f"{job.model}: FLOPs are counted for SwiGLU models only")
     backend = next((n.split(":")[1].split()[0] for n in results["notes"].get(name, []) if "quantizer backend" in n), "")
     same = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
     row = Row(
@@ -216,20 +214,24 @@ def _step_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _sessions_with_peers(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
-    """Rows of the sessions that hold peers, by layout and micro-batches. A session's rows follow one another."""
+def _sessions_with_peers(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of the sessions that hold peers, by name. A session's rows follow one another."""
     sessions: list[list[Row]] = []
-    for row in rows:
+    for row in (r for r in rows if r.step_ms is not None):
         if row.variant == BASELINE or not sessions:
             sessions.append([])
         sessions[-1].append(row)
-    return {(s[0].layout, s[0].micro_batches): s for s in sessions if any(r.variant in PEERS for r in s)}
+    return {_session_name(s[0]): s for s in sessions if any(r.variant in PEERS for r in s)}
 
 
-def _peer_table(sessions: dict[tuple[str, int], list[Row]]) -> str:
+def _session_name(row: Row) -> str:
+    recompute = "" if row.recompute == "none" else f", recompute {row.recompute}"
+    return f"{row.layout}, {row.micro_batches} x {row.tokens} tokens{recompute}"
+
+
+def _peer_table(sessions: dict[str, list[Row]]) -> str:
     keys = list(sessions)
-    head = [f"{layout}, {n} micro-batches" for layout, n in keys]
-    lines = ["| variant | " + " | ".join(head) + " | |", "|---|" + "---|" * len(keys) + "---|"]
+    lines = ["| variant | " + " | ".join(keys) + " | |", "|---|" + "---|" * len(keys) + "---|"]
     for name in dict.fromkeys(r.variant for s in sessions.values() for r in s):
         cells = []
         for key in keys:
@@ -245,17 +247,17 @@ def _ratio(row: Row) -> str:
 
 def _memory_table(rows: Sequence[Row]) -> str:
     lines = [
-        "| layout | recompute | variant | peak, MiB | more than BF16 | in copies of the quantized weights (bf16) | "
-        "copies of a quantized weight alive at once |",
-        "|---|---|---|---|---|---|---|",
+        "| layout | tokens per micro-batch | recompute | variant | peak, MiB | more than BF16 | in copies of the "
+        "quantized weights (bf16) | copies of a quantized weight alive at once |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     baseline: Row | None = None
-    for row in {(r.layout, r.seq_length, r.recompute, r.variant): r for r in rows if r.peak_bytes}.values():
+    for row in {(r.layout, r.tokens, r.seq_length, r.recompute, r.variant): r for r in rows if r.peak_bytes}.values():
         if row.variant == BASELINE:
             baseline = row
         more = None if baseline is None or row is baseline else row.peak_bytes - baseline.peak_bytes
         copies = None if more is None or not row.quantized_weights else more / (2 * row.quantized_weights)
-        cells = [row.layout, row.recompute, row.variant, f"{_mib(row.peak_bytes):.1f}"]
+        cells = [row.layout, str(row.tokens), row.recompute, row.variant, f"{_mib(row.peak_bytes):.1f}"]
         cells += ["" if more is None else f"{more / MIB:.1f} MiB", "" if copies is None else f"{copies:.2f}"]
         lines.append("| " + " | ".join([*cells, _number(row.live_copies)]) + " |")
     return "\n".join(lines)
@@ -275,6 +277,7 @@ def _provenance(rows: Sequence[Row], command: str) -> list[str]:
         f"Hardware: {_machine(first.device)}. Versions: {', '.join(versions)}."
         + (f" Quantizer backend: {', '.join(backends)}." if backends else ""),
         *sorted(shapes),
+        "Collectives: what a rank hands to them, in groups of one rank, too.",
         f"Command: `{command}`",
     ]
 
@@ -341,7 +344,7 @@ def _own_bars(rows: Sequence[Row]) -> Bars:
 
 def _peer_bars(session: Sequence[Row]) -> Bars:
     rows = [r for r in session if r.ratio is not None]
-    title = f"beside its peers: {rows[0].layout}, {rows[0].micro_batches} micro-batches of {rows[0].tokens} tokens"
+    title = f"beside its peers: {_session_name(rows[0])}"
     return title, [r.variant for r in rows], [r.ratio for r in rows], _errors(rows)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 
 from bitcpm_megatron.tensor_parallel.linears import candidates
 
@@ -149,6 +150,8 @@ def install_peer(variant: Variant, chunk: torch.nn.Module) -> int:
         How many linears it is in.
     """
     quantizer = variant.make_quantizer()
+    if variant.whole_linear and parallel_state.get_tensor_model_parallel_world_size() > 1:
+        raise RuntimeError(f"{variant.name} replaces the whole linear, without its collectives: TP1 only")
     forward = _whole_forward if variant.whole_linear else _peer_forward
     linears = [c.module for c in candidates(chunk) if c.kind in ("column", "row")]
     for module in linears:

@@ -34,7 +34,7 @@ def shadow(weight: torch.nn.Parameter, quantized: torch.Tensor, fused: bool) -> 
         fused: whether gradient-accumulation fusion will reach for the attributes in the backward pass.
 
     Returns:
-        A view of ``quantized``. It shares the attribute dictionary of ``weight`` (``main_grad``, parallel marks) both
+        An alias of ``quantized``. It shares the attribute dictionary of ``weight`` (``main_grad``, parallel marks) both
         ways. Frozen weights give a tensor that requires no gradient.
     """
     if not weight.requires_grad:

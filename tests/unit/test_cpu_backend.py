@@ -129,10 +129,14 @@ def test_without_a_compiler_torch_serves_and_the_report_says_why(tmp_path: Path)
     broken = tmp_path / "cc"
     broken.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo 1; else echo no space >&2; exit 1; fi\n')
     broken.chmod(0o755)
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nif [ \"$1\" != --version ]; then printf ' \\n\\377\\n' >&2; exit 1; fi\n")
+    silent.chmod(0o755)
     cache = str(tmp_path / "cache")
     for environment, why in (
         ({"CC": "absent-compiler"}, "CC=absent-compiler is not there"),
         ({"CC": str(broken)}, "could not build it: no space"),
+        ({"CC": str(silent)}, "could not build it"),
         ({"BITCPM_CACHE_DIR": "/proc/none"}, "could not build it"),
     ):
         said = load_elsewhere(**{"BITCPM_CACHE_DIR": cache, **environment}).stdout
@@ -154,3 +158,25 @@ def test_processes_that_compile_at_once_leave_one_library(tmp_path: Path) -> Non
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
     assert [process.communicate()[0] for process in started] == ["None\n"] * 3
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@needs_compiler
+def test_a_library_that_was_cut_short_is_built_anew_and_a_compiler_may_have_arguments(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    environment = {"BITCPM_CACHE_DIR": str(cache), "CC": "cc -O1"}
+    assert load_elsewhere(**environment).stdout == "None | cpu\n"
+    (library,) = cache.iterdir()
+    library.write_bytes(b"")
+    assert load_elsewhere(**environment).stdout == "None | cpu\n"
+    assert library.stat().st_size > 1000
+
+
+@needs_compiler
+def test_tensors_elsewhere_never_reach_the_kernel() -> None:
+    weight = torch.randn(4, 64)
+    with torch.device("meta"):
+        assert torch.equal(kernel(weight, -1)[0], quantize_dequantize(weight, -1, EPS)[0])
+    with pytest.raises(RuntimeError, match="on a weight on meta"):
+        kernel(weight.to("meta"), -1)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        kernel(weight, -1, scales=torch.ones(4, 1, dtype=torch.bfloat16, device="meta"))

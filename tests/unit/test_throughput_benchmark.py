@@ -17,6 +17,7 @@ import host_jobs
 import meters
 import plan
 import throughput
+import throughput_job
 import throughput_report
 from intervals import median_interval
 from layouts import Layout
@@ -119,6 +120,30 @@ def test_the_standard_comparison_is_what_is_promised() -> None:
     assert {s.micro_batches for s in beside_peers} == {1, 8}
 
 
+def test_what_shapes_a_run_is_never_ignored() -> None:
+    """Anything that changes what is run leads away from the standard comparison."""
+    asked = throughput._parser().parse_args(["--recompute", "full", "--vocab-size", "4096"])
+    (job,) = throughput.jobs_of(asked)
+    assert job.recompute == "full" and job.flags[job.flags.index("--vocab-size") + 1] == "4096"
+    assert len(throughput.jobs_of(throughput._parser().parse_args([]))) == len(plan.standard(PEERS))
+
+
+def test_the_order_of_steps_is_balanced() -> None:
+    for count in (2, 4, 8):
+        rounds = [throughput_job.order(count, turn) for turn in range(count)]
+        assert all(sorted(places) == list(range(count)) for places in (*rounds, *zip(*rounds, strict=True)))
+        follows = [pair for r in rounds for pair in zip(r, r[1:], strict=False)]
+        assert len(set(follows)) == len(follows) == count * (count - 1)
+    assert sorted(throughput_job.order(5, 3)) == list(range(5))
+
+
+def test_peers_go_without_gradient_accumulation_fusion() -> None:
+    flags = plan.model_flags("0.5b-layers", None, None)
+    for variants, expected in ((("bf16", "ternary"), False), (("bf16", "compiled"), True)):
+        job = plan.Job("m", flags, Layout(), 32, 1, "none", (plan.Session(variants, 1, 1),), ())
+        assert ("--no-gradient-accumulation-fusion" in job.arguments()) == expected
+
+
 def test_presets_keep_all_their_flags() -> None:
     line = plan.model_flags("minicpm4-0.5b", 3, None)
     assert line[line.index("--num-layers") + 1] == "3" and line[line.index("--vocab-size") + 1] == "73448"
@@ -131,6 +156,7 @@ def test_bad_requests_are_refused(capsys: pytest.CaptureFixture) -> None:
     for argv, why in (
         (["--variants", "ternary"], "name bf16 too"),
         (["--layouts", "TP2xFOO"], "layout"),
+        (["--variants", "bf16", "torchao-linear", "--layouts", "TP2"], "torchao-linear at TP2"),
         (["--host", "megatron-lm"], "--megatron-path"),
         (["--host", "megatron-lm", "--megatron-path", "x", "--peers"], "leave --peers"),
     ):
@@ -165,10 +191,9 @@ def test_host_commands_differ_in_the_ternary_flags_alone() -> None:
     session = plan.Session(("bf16", "ternary"), 8, 2)
     job = plan.Job("0.5b-layers", flags, Layout(tensor=2, data=2), 256, 2, "full", (session,), ())
     bf16, ternary = (host_jobs.command(args, job, name, accelerator=False) for name in session.variants)
-    assert [f for f in ternary if f not in bf16] == ["--ternary", "--ternary-group-size", "-1"] + [
-        "--ternary-backend",
-        "auto",
-    ]
+    ours = "--ternary --ternary-group-size -1 --ternary-backend auto".split()
+    at = ternary.index("--ternary")
+    assert ternary[at : at + 5] == ours and ternary[:at] + ternary[at + 5 :] == bf16
     assert bf16[bf16.index("--global-batch-size") + 1] == "32" and "--use-flash-attn" in bf16
     assert bf16[bf16.index("--nproc_per_node") + 1] == "4" and "--recompute-granularity" in bf16
 
@@ -202,10 +227,14 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     assert (ours.quantizations, uncached.quantizations) == (8, 24)
     assert ours.live_copies == 1
     assert len({row.collective_bytes for row in rows.values()}) == 1
-    # The forward of a micro-batch reduces the embedding and two outputs per layer, the backward as many inputs.
-    assert ours.collective_bytes > 3 * (1 + 2 * 2 + 2 * 2) * 32 * 64 * 2
+    # The forward of a micro-batch reduces the embedding and two outputs per layer, the backward two inputs per layer
+    # and the output layer's; then come the losses of tokens, the gradients in fp32 (the vocabulary is padded to 256) and
+    # some scalars.
+    activations = 3 * (1 + 2 * 2 + 2 * 2 + 1) * 32 * 64 * 2
+    gradients = 4 * (local + 256 // 2 * 64 + 5 * 64)
+    assert 0 <= ours.collective_bytes - activations - gradients < 2048
     assert 0 < ours.peak_bytes - rows["bf16"].peak_bytes < 3 * local * 2
-    assert all(row.ratio_low <= row.ratio <= row.ratio_high for row in rows.values() if row.variant != "bf16")
+    assert all(row.step_ms > 0 and row.ratio > 0 for row in rows.values() if row.variant != "bf16")
 
     throughput_report.write(list(rows.values()), tmp_path, "throughput", "the command")
     with open(tmp_path / "throughput.csv", newline="") as file:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -43,15 +44,16 @@ def unavailable(device_type: str) -> str | None:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
-    named = os.environ.get("CC")
-    compiler = next(filter(None, map(shutil.which, [named] if named else _COMPILERS)), None)
-    if compiler is None:
-        return None, f"no C compiler: CC={named} is not there" if named else "no C compiler (cc) on the PATH"
+    named = shlex.split(os.environ.get("CC", ""))
+    compiler = named or next(([name] for name in _COMPILERS if shutil.which(name)), None)
+    if compiler is None or shutil.which(compiler[0]) is None:
+        return None, f"no C compiler: CC={compiler[0]} is not there" if named else "no C compiler (cc) on the PATH"
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error) or repr(error)).strip()
-        return None, f"{compiler} could not build it: {said.splitlines()[-1]}"
+        library = _open(compiler)
+    # pathlib has a RuntimeError for a user without a home.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or repr(error)
+        return None, f"{shlex.join(compiler)} could not build it: {said.splitlines()[-1]}"
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.bitcpm_fake_quantize.argtypes = [
         *(pointer, pointer, pointer, pointer, long, long, integer, integer, ctypes.c_float, integer)
@@ -60,26 +62,41 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-def _compiled(compiler: str) -> Path:
+def _open(compiler: list[str]) -> ctypes.CDLL:
+    path = _compiled(compiler)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # cut short by a power failure, for instance
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled(compiler)))
+
+
+def _compiled(compiler: list[str]) -> Path:
     """The library for this source, compiler and machine; compiled where the cache has none.
 
     Raises:
         OSError, subprocess.SubprocessError: the compiler fails, or the cache cannot be written.
     """
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version.encode(), " ".join(_FLAGS).encode(), _machine()]))
+    version = _run([*compiler, "--version"]).encode()
+    key = hashlib.sha256(
+        b"\0".join([SOURCE.read_bytes(), version, shlex.join([*compiler, *_FLAGS]).encode(), _machine()])
+    )
     library = _cache() / f"fake_quantize-{key.hexdigest()[:32]}.so"
     if not library.is_file():
         # Processes of one job compile at the same time: each to a name of its own, and the last rename stays.
         handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
         os.close(handle)
         try:
-            command = [compiler, *_FLAGS, "-o", temporary, str(SOURCE), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            _run([*compiler, *_FLAGS, "-o", temporary, str(SOURCE), "-lm"])
             os.replace(temporary, library)
         finally:
             Path(temporary).unlink(missing_ok=True)
     return library
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=300)
+    return done.stdout
 
 
 def _cache() -> Path:
@@ -91,7 +108,11 @@ def _cache() -> Path:
     named = os.environ.get(CACHE_VARIABLE)
     general = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = Path(named) if named else Path(general) / "bitcpm_megatron"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mask = os.umask(0o077)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(mask)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise OSError(f"{folder} can be written by others: name another folder by {CACHE_VARIABLE}")
@@ -114,17 +135,16 @@ def _kernel(
     library, why = _load()
     if library is None:
         raise RuntimeError(f"the CPU kernel cannot run: {why}")
+    if weight.device.type != "cpu":
+        raise RuntimeError(f"the CPU kernel cannot run on a weight on {weight.device}")
     w = weight.detach().contiguous()
     quantized = torch.empty_like(w)
     groups = w.numel() // group
-    shape = (w.shape[0], w.shape[1] // group)
-    own = (
-        torch.empty(shape, dtype=torch.bfloat16)
-        if scales is None
-        else scales.clone(memory_format=torch.contiguous_format)
-    )
+    own = torch.empty(w.shape[0], w.shape[1] // group, dtype=torch.bfloat16, device="cpu")
+    if scales is not None:
+        own.copy_(scales)
     threads = max(1, min(torch.get_num_threads(), groups, w.numel() // _ELEMENTS_PER_THREAD))
-    scratch = torch.empty(threads * (group + 2), dtype=torch.float32)
+    scratch = torch.empty(threads * (group + 2), dtype=torch.float32, device="cpu")
     library.bitcpm_fake_quantize(
         w.data_ptr(),
         quantized.data_ptr(),

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ternary pretraining should take beside BF16, in time, memory and communication; predicted, not measured.
+
+    python benchmarks/roofline.py                              # models x machines: table, roofline.csv, roofline.png
+    python benchmarks/roofline.py --machines 910B H100         # without calibrating the CPU that this runs on
+    python benchmarks/roofline.py --validate throughput.csv    # predicted next to measured
+
+``cost_model.py`` says how. With --validate the machine is the one at hand: its rates are measured in a few seconds at
+the shapes of the measured runs; of a device that is not here the published numbers are taken. `ratio` in the file is
+step time over BF16's.
+
+Exit status: 0 done, 1 failed, 2 bad input or arguments.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from calibration import calibrate
+from cost_model import MACHINES, MODELS, PRESETS, QUANTIZER_BYTES, BadInput, Machine, Workload, predict, preset
+from validation import Calibrate, validate, validation_table
+
+from bitcpm_megatron.launch.memory import GIB
+
+MIB = 2**20
+Line = dict[str, str | int | float]
+
+
+def line(machine: Machine, workload: Workload) -> Line:
+    """A prediction in the units of the table; ``once_per_micro_batch_percent`` is the overhead without the cache."""
+    p, shape = predict(machine, workload), workload.layout
+    uncached = predict(machine, replace(workload, cache="none"))
+    return {
+        "model": workload.model,
+        "machine": machine.name,
+        "tokens": workload.tokens,
+        "micro_batches": workload.micro_batches,
+        "tp": shape.tp,
+        "pp": shape.pp,
+        "dp": shape.dp,
+        "bf16_ms": 1e3 * p.bf16_seconds,
+        "ternary_ms": 1e3 * p.ternary_seconds,
+        "overhead_percent": 1e2 * p.overhead,
+        "of_gemms_percent": 1e2 * p.of_gemms,
+        "once_per_micro_batch_percent": 1e2 * uncached.overhead,
+        "quantizer_ms": 1e3 * p.quantizer_seconds,
+        "utilization_percent": 1e2 * p.model_flops / p.ternary_seconds / machine.peak_flops,
+        "weights_gib": p.memory.weights / GIB,
+        "quantized_gib": (p.memory.quantized - p.scale_bytes) / GIB,
+        "scales_mib": p.scale_bytes / MIB,
+        "gradients_gib": p.memory.gradients / GIB,
+        "optimizer_gib": p.memory.optimizer / GIB,
+        "activations_gib": (p.memory.activations + p.memory.logits) / GIB,
+        "handed_to_collectives_mib": p.communication_bytes / MIB,
+        "sent_mib": p.wire_bytes / MIB,
+    }
+
+
+# Of the table: column, its heading, decimals.
+_SHOWN = (
+    ("model", "model", 0), ("machine", "machine", 0), ("tokens", "T", 0), ("micro_batches", "n", 0),
+    ("bf16_ms", "BF16 step, ms", 1), ("ternary_ms", "ternary step, ms", 1), ("overhead_percent", "overhead, %", 2),
+    ("of_gemms_percent", "of the GEMMs, %", 2), ("once_per_micro_batch_percent", "uncached, %", 2),
+    ("utilization_percent", "MFU, %", 1), ("weights_gib", "GiB: weights", 2), ("quantized_gib", "Wq", 2),
+    ("gradients_gib", "gradients", 2), ("optimizer_gib", "optimizer", 2), ("scales_mib", "scales, MiB", 1),
+    ("sent_mib", "sent, MiB", 0),
+)  # fmt: skip
+
+
+def table(lines: Iterable[Line]) -> str:
+    """As Markdown."""
+    rows = ["| " + " | ".join(heading for _, heading, _ in _SHOWN) + " |", "|" + "---|" * len(_SHOWN)]
+    for x in lines:
+        cells = [f"{x[k]:.{digits}f}" if isinstance(x[k], float) else str(x[k]) for k, _, digits in _SHOWN]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def write_csv(lines: Sequence[Line], path: Path) -> None:
+    """One line per model, machine, T and n."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        for x in lines:
+            writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in x.items()})
+
+
+_DRAWN_TOKENS = tuple(2**i for i in range(9, 17))
+
+
+def draw(
+    machines: Sequence[Machine], make: Callable[[int, int], Workload], micro_batches: Sequence[int], path: Path
+) -> None:
+    """Overhead against tokens per micro-batch, a line per machine and number of micro-batches.
+
+    Args:
+        machines: one colour each.
+        make: the workload of T and n.
+        micro_batches: one line style each.
+        path: of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, machine in enumerate(machines):
+        for n, style in zip(micro_batches, ("-", "--", ":", "-.") * len(micro_batches), strict=False):
+            overheads = [1e2 * predict(machine, make(tokens, n)).overhead for tokens in _DRAWN_TOKENS]
+            axes.plot(_DRAWN_TOKENS, overheads, style, color=f"C{i}", marker=".", label=f"{machine.name}, n = {n}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens per micro-batch and data-parallel rank")
+    axes.set_ylabel("overhead of ternary over BF16, % of a step")
+    drawn = make(_DRAWN_TOKENS[0], 1)
+    often = "once per optimizer step of n micro-batches"
+    axes.set_title(f"predicted: {drawn.model}, {drawn.quantizer} quantizer, {often}", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None, calibrator: Calibrate = calibrate) -> int:
+    """Predicts as the command line says; returns the exit status."""
+    args = _parse(argv)
+    try:
+        return _validate(args.validate, calibrator) if args.validate else _predict(args, calibrator)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = sorted(p.stem for p in MODELS.glob("*.yaml"))
+    parser.add_argument("--models", nargs="+", choices=models, default=PRESETS, metavar="MODEL")
+    parser.add_argument("--machines", nargs="+", choices=(*MACHINES, "cpu"), default=["910B", "H100", "cpu"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192], metavar="T", help="per micro-batch")
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 8], metavar="N", help="per optimizer step")
+    for name in ("tp", "pp", "dp"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    parser.add_argument("--quantizer", choices=tuple(QUANTIZER_BYTES), default="fused")
+    parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--validate", type=Path, metavar="CSV", help="predicted next to measured, nothing else")
+    return parser.parse_args(argv)
+
+
+def _predict(args: argparse.Namespace, calibrator: Calibrate) -> int:
+    if min(*args.tokens, *args.micro_batches, args.tp, args.pp, args.dp) < 1:
+        raise BadInput("T, n, TP, PP and DP have to be 1 or more")
+    try:
+        import matplotlib  # noqa: F401  before seconds of measuring
+    except ImportError:
+        raise BadInput("matplotlib is missing: pip install 'bitcpm_megatron[plot]'") from None
+
+    def make(model: str, tokens: int, n: int) -> Workload:
+        chosen = preset(model, tokens, n, args.tp, args.pp, args.dp)
+        return replace(chosen, quantizer=args.quantizer)
+
+    # On a CPU rates hardly depend on the shapes of models so large: the smallest one's are measured.
+    machines = [
+        calibrator(make(args.models[0], 512, 1), "cpu") if name == "cpu" else MACHINES[name] for name in args.machines
+    ]
+    lines = [
+        line(machine, make(model, tokens, n))
+        for model in args.models
+        for machine in machines
+        for tokens in args.tokens
+        for n in args.micro_batches
+    ]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_csv(lines, args.output_dir / "roofline.csv")
+    smallest = args.models[0]
+    draw(machines, lambda tokens, n: make(smallest, tokens, n), args.micro_batches, args.output_dir / "roofline.png")
+    print(table(lines))
+    print(
+        f"\nPredicted, not measured: {args.quantizer} quantizer, a scale per row, once per optimizer step; "
+        f"TP {args.tp}, PP {args.pp}, DP {args.dp}, sequences of up to 4096 tokens. Ternary sends no more than BF16."
+    )
+    print("\n".join(f"- {machine}" for machine in machines))
+    return 0
+
+
+def _validate(path: Path, calibrator: Calibrate) -> int:
+    comparisons, notes, machines = validate(path, calibrator)
+    print(validation_table(comparisons))
+    print("\n" + "\n".join(f"- {text}" for text in dict.fromkeys([*map(str, machines), *notes])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
