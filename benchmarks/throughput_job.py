@@ -197,7 +197,7 @@ def work(plan: dict) -> dict:
     flags = plan["flags"]
     for name in plan["costs"]:
         # Once for nothing: what a process allocates only once (imports, kernels) is not a variant's memory.
-        costs(name, flags, plan["cost_micro_batches"])
+        build(name, flags).step(plan["cost_micro_batches"])
     results = {"costs": {name: costs(name, flags, plan["cost_micro_batches"]) for name in plan["costs"]}}
     names = dict.fromkeys(name for session in plan["sessions"] for name in session["variants"])
     subjects = {name: build(name, flags) for name in names}

@@ -228,8 +228,8 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     assert ours.live_copies == 1
     assert len({row.collective_bytes for row in rows.values()}) == 1
     # The forward of a micro-batch reduces the embedding and two outputs per layer, the backward two inputs per layer
-    # and the output layer's; then come the losses of tokens, the gradients in fp32 (the vocabulary is padded to 256) and
-    # some scalars.
+    # and the output layer's; then come the losses of tokens, the gradients in fp32 (the vocabulary is padded to 256)
+    # and some scalars.
     activations = 3 * (1 + 2 * 2 + 2 * 2 + 1) * 32 * 64 * 2
     gradients = 4 * (local + 256 // 2 * 64 + 5 * 64)
     assert 0 <= ours.collective_bytes - activations - gradients < 2048
