@@ -105,9 +105,8 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
     job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), both)
     beside_peers = (*both, *peers)
     return [
-        replace(job, sessions=(Session(pair, 8, 30), Session(pair, 1, 40))),
-        # Two processes disturb each other: more pairs for the same certainty.
-        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 48), Session(pair, 1, 40))),
+        replace(job, sessions=(Session(pair, 8, 40), Session(pair, 1, 40))),
+        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 40), Session(pair, 1, 40))),
         replace(job, sessions=(Session(beside_peers, 8, 8), Session(beside_peers, 1, 8)), costs=()),
         replace(job, seq_length=1024, sessions=(Session(pair, 1, 8),), costs=()),
         replace(job, recompute="full", sessions=(Session(both, 8, 6),)),
