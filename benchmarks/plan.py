@@ -105,11 +105,11 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
     job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), both)
     beside_peers = (*both, *peers)
     return [
-        replace(job, sessions=(Session(pair, 8, 40), Session(pair, 1, 40))),
-        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 40), Session(pair, 1, 40))),
+        replace(job, sessions=(Session(pair, 8, 60), Session(pair, 1, 40)), costs=pair),
+        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 40), Session(pair, 1, 40)), costs=pair),
         replace(job, sessions=(Session(beside_peers, 8, 8), Session(beside_peers, 1, 8)), costs=()),
         replace(job, seq_length=1024, sessions=(Session(pair, 1, 8),), costs=()),
-        replace(job, recompute="full", sessions=(Session(both, 8, 6),)),
+        replace(job, recompute="full", sessions=(Session(pair, 8, 6),)),
         replace(job, layout=Layout(pipeline=2), sessions=(Session(both, 8, 6),)),
         replace(job, layout=Layout(data=2, distributed_optimizer=True), sessions=(Session(pair, 8, 6),), costs=()),
         # Only for what is alive at once; four processes share two cores.
