@@ -10,8 +10,7 @@
 by the times per iteration that they log.
 
 Ratios are medians over pairs of steps, with a 95 % interval for whatever distribution, the pairs of one job taken as
-independent. Writes
-``throughput.csv``, ``throughput.png`` and ``throughput.md``, and prints the tables.
+independent. Writes ``throughput.csv``, ``throughput.png`` and ``throughput.md``, and prints the tables.
 
 Exit status: 0 done, 1 a job failed, 2 bad arguments.
 """
@@ -111,6 +110,10 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     """
     shaping = ("model", "num_layers", "vocab_size", "layouts", "seq_length", "micro_batch_size", "micro_batches")
     shaping += ("variants", "recompute", "pairs")
+    if hasattr(torch, "npu") and torch.npu.is_available():
+        raise ValueError("our own training loop knows no NPU: measure there with --host megatron-lm")
+    if args.peers and args.variants:
+        raise ValueError("--peers names the variants: leave --variants out, or name the peers there")
     on_cpu = not torch.cuda.is_available()
     if on_cpu and not args.peers and all(getattr(args, name) is None for name in shaping):
         return [_with_flags(job, args) for job in standard(_peers(1))]
@@ -163,7 +166,11 @@ def _peers(tensor_parallel: int) -> tuple[str, ...]:
 
 def _host_model(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
     model = args.model or ("minicpm4-0.5b" if torch.cuda.is_available() or hasattr(torch, "npu") else "0.5b-layers")
-    return model, model_flags(model, args.num_layers, args.vocab_size)
+    # Megatron-LM's mock data counts up to 4,096, whatever the vocabulary.
+    vocabulary = args.vocab_size or (8192 if model == "0.5b-layers" else None)
+    if vocabulary is not None and vocabulary <= 4096:
+        raise ValueError(f"--vocab-size {vocabulary}: the hosts' mock data needs more than 4096")
+    return model, model_flags(model, args.num_layers, vocabulary)
 
 
 def measure(jobs: Sequence[Job], peak_tflops: float | None = None) -> list[report.Row]:

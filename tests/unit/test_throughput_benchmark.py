@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,12 +157,20 @@ def test_bad_requests_are_refused(capsys: pytest.CaptureFixture) -> None:
     for argv, why in (
         (["--variants", "ternary"], "name bf16 too"),
         (["--layouts", "TP2xFOO"], "layout"),
+        (["--peers", "--variants", "bf16"], "leave --variants out"),
         (["--variants", "bf16", "torchao-linear", "--layouts", "TP2"], "torchao-linear at TP2"),
         (["--host", "megatron-lm"], "--megatron-path"),
         (["--host", "megatron-lm", "--megatron-path", "x", "--peers"], "leave --peers"),
+        (["--host", "megatron-lm", "--megatron-path", "x", "--vocab-size", "2048"], "more than 4096"),
     ):
         assert throughput.main(argv) == 2
         assert why in capsys.readouterr().err
+
+
+def test_an_npu_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(is_available=lambda: True), raising=False)
+    assert throughput.main([]) == 2
+    assert "--host megatron-lm" in capsys.readouterr().err
 
 
 def test_the_flops_are_megatrons() -> None:
