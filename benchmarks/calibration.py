@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 from cost_model import ADAM_BYTES, BYTES, Collective, Machine, Workload
+from hardware import machine
 
 from bitcpm_megatron.launch.layout import Linear
 from bitcpm_megatron.ops import active_backend
@@ -35,7 +36,7 @@ def calibrate(workload: Workload, device: str = "cpu") -> Machine:
         gemm = _gemm_rate(workload, device)
         copy, quantizer, launch_seconds = _copy_and_quantizer(workload, device)
         return Machine(
-            device_name(device),
+            "this CPU" if device == "cpu" else machine(device),
             peak_flops=gemm,
             achieved_flops=gemm,
             memory_bandwidth=copy,
@@ -202,13 +203,3 @@ def _medians(functions: Sequence[Callable[[], object]], device: str, rounds: int
 def _wait(device: str) -> None:
     if device != "cpu":
         torch.get_device_module(device).synchronize()
-
-
-def best_device() -> str:
-    """The type of an accelerator that is here, else ``cpu``."""
-    return next((d for d in ("cuda", "npu") if hasattr(torch, d) and getattr(torch, d).is_available()), "cpu")
-
-
-def device_name(device: str) -> str:
-    """Of a device type, for people."""
-    return "this CPU" if device == "cpu" else torch.get_device_module(device).getdevice_name(0)

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+from hardware import processor
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -43,7 +44,7 @@ from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
 from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
 from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
 from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors
-from bitcpm_megatron.files import publish, write_text
+from bitcpm_megatron.files import fsync, publish, write_text
 from bitcpm_megatron.models.architecture import Architecture
 from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
 from bitcpm_megatron.training.checkpoint_directory import RELEASE, TRACKER
@@ -264,7 +265,7 @@ def write_model(model: Model) -> None:
     config = config_for(LLAMA, model.architecture, {}, str(model.dtype).removeprefix("torch."))
     write_text(model.directory / "config.json", json.dumps(config))
     for path in model.directory.iterdir():
-        _fsync(path)
+        fsync(path)
 
 
 def write_ternary(model: Model, plain: Path, target: Path) -> None:
@@ -438,7 +439,7 @@ def table(results: Sequence[Result], start_up: float, model: Model, command: str
         f"{str(model.dtype).removeprefix('torch.')}, {a.num_layers} layers, hidden {a.hidden_size}, ffn "
         f"{a.ffn_hidden_size}, vocabulary {a.vocab_size}. Seconds include the start of the process ({start_up:.2f} s "
         f"with `--help`). Memory bound: {model.memory_bound / 2**20:.0f} MiB of RssAnon (largest of all runs).",
-        f"Hardware: {_cpu()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory, "
+        f"Hardware: {processor()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory, "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}, load average at the end "
         f"{os.getloadavg()[1]:.1f}. Versions: Python "
         f"{platform.python_version()}, torch {torch.__version__}, safetensors {safetensors.__version__}, Linux "
@@ -495,22 +496,6 @@ def _medians(results: Sequence[Result]) -> dict[str, Result]:
 def _settle(pause: float) -> None:
     os.sync()
     time.sleep(pause)
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

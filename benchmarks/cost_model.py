@@ -15,9 +15,7 @@ step) a lower bound beside `of_gemms` (of the ternary linears alone), an upper o
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import yaml
-from plan import MODELS
-
+from bitcpm_megatron.launch import presets
 from bitcpm_megatron.launch.layout import Layout, Linear
 from bitcpm_megatron.launch.memory import Estimate, Options, estimate, layer_activations
 from bitcpm_megatron.training.tokenizer import padded_vocab_size
@@ -441,7 +439,7 @@ def preset(
         dp: data-parallel ranks.
         sequence: tokens of a sequence; where a micro-batch has fewer, all of them are one.
     """
-    content = yaml.safe_load((MODELS / f"{model}.yaml").read_text(encoding="utf-8"))
+    content = presets.read(model)
     flags, sequence = content["flags"], min(tokens, sequence)
     if sequence < 1 or tokens % sequence:
         raise BadInput(f"{tokens} tokens are no whole number of sequences of {sequence}")

@@ -6,20 +6,18 @@ iterations after the first few. A ratio needs two jobs next to each other in tim
 """
 
 import argparse
-import os
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
+import processes
+from hardware import best_device, machine
 from layouts import Layout
-from plan import BASELINE, OURS, RECOMPUTE, Job, Session
+from plan import BASELINE, OURS, Job, Session
 from throughput_report import Row, rows_of
 from tqdm import tqdm
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+_SCRIPT = Path(__file__).resolve().parents[1] / "launch" / "pretrain_gpt.py"
 ITERATIONS, WARM_UP = 15, 5
 _PATTERN = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 # Its fused kernels, communicators and data need CUDA; docs/hosts.md.
@@ -37,13 +35,14 @@ class HostError(Exception):
     """A job that failed, or that logged no times."""
 
 
-def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...]) -> list[Row]:
+def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...], ternary: tuple[str, ...]) -> list[Row]:
     """Runs the jobs that the command line asks for.
 
     Args:
         args: of ``throughput.py``.
         model: name in the table.
         flags: of the model.
+        ternary: flags of the ternary jobs alone, beside ``--ternary``.
 
     Raises:
         HostError: a job failed.
@@ -53,7 +52,7 @@ def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...]) -> lis
         raise ValueError("--host compares bf16 and ternary: leave --peers and --variants out")
     if args.megatron_path is None:
         raise ValueError("--host needs --megatron-path, a Megatron-LM checkout")
-    accelerator = torch.cuda.is_available() or hasattr(torch, "npu")
+    accelerator = best_device() != "cpu"
     rounds = args.pairs or 6
     jobs = [
         Job(
@@ -65,6 +64,7 @@ def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...]) -> lis
             recompute,
             (Session((BASELINE, OURS), n, rounds),),
             (),
+            ternary,
         )
         for layout in args.layouts or ["TP1"]
         for size in args.micro_batch_size or [1]
@@ -86,39 +86,29 @@ def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...]) -> lis
 
 def _results(job: Job, seconds: dict[str, list[float]]) -> dict:
     (session,) = job.sessions
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "npu" if hasattr(torch, "npu") else "cpu"
+    device = best_device() if best_device() == "cpu" else machine(best_device())
     measured = {**vars(session), "seconds": [seconds[v] for v in session.variants], "quantizer": {}, "traffic": {}}
     return {"sessions": [measured], "costs": {}, "notes": {}, "device": device}
 
 
 def command(args: argparse.Namespace, job: Job, variant: str, accelerator: bool) -> list[str]:
     """The torchrun command of one job."""
+    return processes.command(job.layout.processes, _SCRIPT, _arguments(args, job, variant, accelerator))
+
+
+def _arguments(args: argparse.Namespace, job: Job, variant: str, accelerator: bool) -> list[str]:
     (session,) = job.sessions
     batch = session.micro_batches * job.micro_batch_size * job.layout.data
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    line += ["--nproc_per_node", str(job.layout.processes), str(CHECKOUT / "launch" / "pretrain_gpt.py")]
-    line += ["--megatron-path", args.megatron_path]
+    line = ["--megatron-path", args.megatron_path]
     line += ["--mindspeed-path", args.mindspeed_path] if args.mindspeed_path else []
-    line += [*job.flags, *job.layout.flags(), *RECOMPUTE[job.recompute], "--bf16", "--mock-data"]
-    line += ["--seq-length", str(job.seq_length), "--max-position-embeddings", str(job.seq_length)]
-    line += ["--micro-batch-size", str(job.micro_batch_size), "--global-batch-size", str(batch)]
-    line += [*_LOGGING, "--lr", "1e-4", "--lr-decay-style", "constant", *([] if accelerator else _ON_CPU)]
-    if variant == OURS:
-        line += ["--ternary", "--ternary-group-size", str(args.group_size), "--ternary-backend", args.backend]
+    # Megatron-LM has the names of our loop, and of a flag that is given twice the last one counts.
+    line += [*job.arguments(), "--global-batch-size", str(batch), *_LOGGING, *([] if accelerator else _ON_CPU)]
+    line += ["--ternary", *job.ternary] if variant == OURS else []
     return line + args.host_flags.split()
 
 
 def _median_seconds(args: argparse.Namespace, job: Job, variant: str, accelerator: bool) -> float:
-    threads = max(1, len(os.sched_getaffinity(0)) // job.layout.processes)
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "PYTHONWARNINGS": "ignore",
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
-    }
-    line = command(args, job, variant, accelerator)
-    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    done = processes.run(job.layout.processes, _SCRIPT, _arguments(args, job, variant, accelerator), {})
     times = [float(found) / 1e3 for found in _PATTERN.findall(done.stdout)]
     if done.returncode != 0 or len(times) != ITERATIONS:
         raise HostError(f"{job.layout} {variant} failed with status {done.returncode}:\n{done.stdout[-4000:]}")

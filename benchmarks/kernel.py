@@ -18,9 +18,7 @@ Exit status: 0 done, 1 a backend was wrong, 2 bad arguments.
 
 import argparse
 import csv
-import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -29,14 +27,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import yaml
+from hardware import best_device, machine
 from tqdm import tqdm
 
-from bitcpm_megatron import launch
+from bitcpm_megatron.launch import presets
 from bitcpm_megatron.ops import Backend, backends
 from bitcpm_megatron.quantization import QuantizerConfig, check_weight, effective_group, quantize_dequantize
 
-MODELS = Path(launch.__file__).parent / "models"
 EPS = QuantizerConfig.eps
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _CPU_MODELS = ("minicpm4-0.5b",)
@@ -103,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default=_best_device())
-    parser.add_argument("--models", nargs="+", choices=sorted(p.stem for p in MODELS.glob("*.yaml")), metavar="MODEL")
+    parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default=best_device())
+    parser.add_argument("--models", nargs="+", choices=presets.names(), metavar="MODEL")
     parser.add_argument("--layers", nargs="+", choices=_LAYERS, default=list(_LAYERS))
     parser.add_argument("--dtypes", nargs="+", choices=sorted(_DTYPES))
     parser.add_argument("--groups", nargs="+", type=int, default=[-1, 128], metavar="G")
@@ -170,7 +167,7 @@ def cases_of(models: Sequence[str], layers: Sequence[str], dtypes: Sequence[str]
     """
     cases = []
     for model in models:
-        flags = yaml.safe_load((MODELS / f"{model}.yaml").read_text(encoding="utf-8"))["flags"]
+        flags = presets.read(model)["flags"]
         for layer in layers:
             rows, columns = _LAYERS[layer](flags)
             for group in groups:
@@ -311,7 +308,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     axes.axhline(1, color="black", linewidth=1, label="copy of the same bytes")
     axes.set_xticks(range(len(labels)), labels, fontsize=6, rotation=60, ha="right")
     axes.set_ylabel("time, in units of the copy's")
-    axes.set_title(f"quantizing a weight, {_machine(results[0].device)}", fontsize=9)
+    axes.set_title(f"quantizing a weight, {machine(results[0].device)}", fontsize=9)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -338,7 +335,7 @@ def table(results: Sequence[Result], command: str) -> str:
         "",
         f"Medians of {results[0].rounds} interleaved rounds over {ring:.0f} MiB of weights. GB/s counts the weight "
         "read once and written once, and its scales.",
-        f"Hardware: {_machine(results[0].device)}, {_threads(results[0].device)}. Versions: "
+        f"Hardware: {machine(results[0].device)}, {_threads(results[0].device)}. Versions: "
         f"{', '.join(versions)}, Linux {platform.release().split('-')[0]}.",
         f"Command: `{command}`",
     ]
@@ -354,24 +351,10 @@ def _threads(device: str) -> str:
     return "1 CPU thread, its CPU time" if device == "cpu" and count == 1 else f"{count} CPU threads"
 
 
-def _best_device() -> str:
-    return next((d for d in ("cuda", "npu") if hasattr(torch, d) and getattr(torch, d).is_available()), "cpu")
-
-
 def _ring(device: str) -> int:
     if device == "cuda":
         return 4 * torch.cuda.get_device_properties(0).L2_cache_size
     return _CPU_RING
-
-
-def _machine(device: str) -> str:
-    if device != "cpu":
-        return torch.get_device_module(device).get_device_name(0)
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return f"{found[1] if found else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 if __name__ == "__main__":

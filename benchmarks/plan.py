@@ -2,15 +2,12 @@
 """What the throughput benchmark runs: models, layouts, and which steps are interleaved."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import yaml
 from layouts import Layout
 from variants import VARIANTS
 
-from bitcpm_megatron import launch
+from bitcpm_megatron.launch import presets
 
-MODELS = Path(launch.__file__).parent / "models"
 BASELINE, OURS = "bf16", "ternary"
 
 # Layers of MiniCPM4-0.5B in a model without its multipliers, which need hooks: BF16 is to be megatron-core's own. The
@@ -65,6 +62,7 @@ class Job:
         recompute: a key of :data:`RECOMPUTE`.
         sessions: what is timed, one after the other.
         costs: variants whose memory is measured.
+        ternary: flags of the ternary variants alone, beside ``--ternary``.
     """
 
     model: str
@@ -75,6 +73,7 @@ class Job:
     recompute: str
     sessions: tuple[Session, ...]
     costs: tuple[str, ...]
+    ternary: tuple[str, ...] = ()
 
     def _fusion(self) -> list[str]:
         # Peers return their gradients; with the fused weight-gradient GEMM the others would have an advantage.
@@ -120,18 +119,13 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
 def model_flags(model: str, num_layers: int | None, vocab_size: int | None) -> tuple[str, ...]:
     """The model's flags for our training loop."""
     if model == "0.5b-layers":
-        flags, vocabulary = dict(LAYERS_05B), 2048
+        flags, vocabulary = LAYERS_05B, 2048
     else:
-        preset = yaml.safe_load((MODELS / f"{model}.yaml").read_text(encoding="utf-8"))
+        preset = presets.read(model)
         flags, vocabulary = preset["flags"], preset["vocab-size"]
-        flags.pop("max-position-embeddings")  # of the sequence: nothing longer is seen
     if not flags.get("swiglu"):
         raise ValueError(f"--model {model}: FLOPs are counted for SwiGLU models only")
     if num_layers is not None:
         flags = {**flags, "num-layers": num_layers}
-    line = ["--vocab-size", str(vocab_size or vocabulary)]
-    for name, value in flags.items():
-        if value is not False:
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            line += [f"--{name}", *map(str, values)]
-    return tuple(line)
+    # The sequence's own length follows in Job.arguments(), and counts.
+    return ("--vocab-size", str(vocab_size or vocabulary), *presets.arguments(flags, model))

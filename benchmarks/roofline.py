@@ -20,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibration import calibrate
-from cost_model import MACHINES, MODELS, PRESETS, QUANTIZER_BYTES, BadInput, Machine, Workload, predict, preset
+from cost_model import MACHINES, PRESETS, QUANTIZER_BYTES, BadInput, Machine, Workload, predict, preset
 from validation import Calibrate, validate, validation_table
 
+from bitcpm_megatron.launch import presets
 from bitcpm_megatron.launch.memory import GIB
 
 MIB = 2**20
@@ -142,7 +143,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    models = sorted(p.stem for p in MODELS.glob("*.yaml"))
+    models = presets.names()
     parser.add_argument("--models", nargs="+", choices=models, default=PRESETS, metavar="MODEL")
     parser.add_argument("--machines", nargs="+", choices=(*MACHINES, "cpu"), default=["910B", "H100", "cpu"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192], metavar="T", help="per micro-batch")

@@ -18,8 +18,6 @@ Exit status: 0 done, 1 a job failed, 2 bad arguments.
 import argparse
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,12 +25,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import host_jobs
+import processes
 import throughput_report as report
 import torch
+from hardware import best_device
 from layouts import Layout
-from plan import BASELINE, MODELS, OURS, RECOMPUTE, Job, Session, model_flags, standard
+from plan import BASELINE, OURS, RECOMPUTE, Job, Session, model_flags, standard
 from tqdm import tqdm
 from variants import PEERS, VARIANTS
+
+from bitcpm_megatron.launch import presets
 
 # glibc gives freed memory back to the system and takes fresh pages for the next tensor, now in one variant and now in
 # the other, up to a fifth of a step. All variants keep what they have.
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         if args.host is not None:
-            rows = host_jobs.measure(args, *_host_model(args))
+            rows = host_jobs.measure(args, *_host_model(args), ternary_flags(args))
         else:
             rows = measure(jobs_of(args), args.peak_tflops)
     except (ValueError, FileNotFoundError) as error:
@@ -74,9 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    presets = sorted(p.stem for p in MODELS.glob("*.yaml"))
     parser.add_argument(
-        "--model", choices=["0.5b-layers", *presets], help="default 0.5b-layers, on a GPU minicpm4-0.5b"
+        "--model", choices=["0.5b-layers", *presets.names()], help="default 0.5b-layers, on a GPU minicpm4-0.5b"
     )
     parser.add_argument("--num-layers", type=int, help="instead of the model's")
     parser.add_argument("--vocab-size", type=int, help="instead of the model's; default of 0.5b-layers 2048")
@@ -110,13 +111,13 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     """
     shaping = ("model", "num_layers", "vocab_size", "layouts", "seq_length", "micro_batch_size", "micro_batches")
     shaping += ("variants", "recompute", "pairs")
-    if hasattr(torch, "npu") and torch.npu.is_available():
+    if best_device() == "npu":
         raise ValueError("our own training loop knows no NPU: measure there with --host megatron-lm")
     if args.peers and args.variants:
         raise ValueError("--peers names the variants: leave --variants out, or name the peers there")
     on_cpu = not torch.cuda.is_available()
     if on_cpu and not args.peers and all(getattr(args, name) is None for name in shaping):
-        return [_with_flags(job, args) for job in standard(_peers(1))]
+        return [replace(job, ternary=ternary_flags(args)) for job in standard(_peers(1))]
     variants = tuple(args.variants or (BASELINE, OURS, "ternary-no-cache"))
     if BASELINE not in variants:
         raise ValueError(f"--variants {' '.join(variants)}: name {BASELINE} too, to which all are compared")
@@ -143,14 +144,15 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
                         recompute,
                         tuple(Session(chosen, n, args.pairs or 40) for n in args.micro_batches or (1, 8)),
                         tuple(v for v in chosen if v not in PEERS),
+                        ternary_flags(args),
                     )
                 )
-    return [_with_flags(job, args) for job in jobs]
+    return jobs
 
 
-def _with_flags(job: Job, args: argparse.Namespace) -> Job:
-    ours = ("--ternary-group-size", str(args.group_size), "--ternary-backend", args.backend)
-    return replace(job, flags=(*job.flags, *ours))
+def ternary_flags(args: argparse.Namespace) -> tuple[str, ...]:
+    """What the command line says of the quantizer."""
+    return ("--ternary-group-size", str(args.group_size), "--ternary-backend", args.backend)
 
 
 def _peers(tensor_parallel: int) -> tuple[str, ...]:
@@ -165,7 +167,7 @@ def _peers(tensor_parallel: int) -> tuple[str, ...]:
 
 
 def _host_model(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
-    model = args.model or ("minicpm4-0.5b" if torch.cuda.is_available() or hasattr(torch, "npu") else "0.5b-layers")
+    model = args.model or ("0.5b-layers" if best_device() == "cpu" else "minicpm4-0.5b")
     # Megatron-LM's mock data counts up to 4,096, whatever the vocabulary.
     vocabulary = args.vocab_size or (8192 if model == "0.5b-layers" else None)
     if vocabulary is not None and vocabulary <= 4096:
@@ -200,6 +202,7 @@ def run(job: Job) -> dict:
     """
     plan = {
         "flags": job.arguments(),
+        "ternary": job.ternary,
         "costs": job.costs,
         "cost_micro_batches": max(2, job.layout.pipeline),
         "sessions": [vars(session) for session in job.sessions],
@@ -207,13 +210,7 @@ def run(job: Job) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         written, results = Path(directory) / "plan.json", Path(directory) / "results.json"
         written.write_text(json.dumps(plan), encoding="utf-8")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(job.layout.processes), str(JOB), str(written), str(results)]
-        threads = max(1, len(os.sched_getaffinity(0)) // job.layout.processes)
-        environment = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", **STEADY_HEAP, **os.environ}
-        # megatron-core's overlap of communication and GEMMs depends on it.
-        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        done = processes.run(job.layout.processes, JOB, [str(written), str(results)], STEADY_HEAP)
         if done.returncode != 0 or not results.is_file():
             raise BenchmarkError(f"{job.layout} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
         return json.loads(results.read_text(encoding="utf-8"))

@@ -51,16 +51,14 @@ class Subject:
         train_step(self.args, self.run, self.data)
 
 
-def build(name: str, flags: list[str]) -> Subject:
+def build(name: str, flags: list[str], ternary: list[str]) -> Subject:
     """A variant's model, optimizer and data.
 
     Raises:
         RuntimeError: a peer that is not in the forward, or a BF16 model with something of ours in it.
     """
     variant = VARIANTS[name]
-    # Flags of ours mean nothing without --ternary.
-    own = [*variant.flags, *(flags if variant.ternary else _without_ternary(flags))]
-    args = parse_args(own, world_size())
+    args = parse_args([*flags, *variant.flags, *(ternary if variant.ternary else ())], world_size())
     _, vocabulary = build_tokenizer(args)
     model = build_model(args, vocabulary)
     if variant.make_quantizer is not None:
@@ -72,14 +70,6 @@ def build(name: str, flags: list[str]) -> Subject:
     optimizer = build_optimizer(args, model)
     run = Run(model, optimizer, build_scheduler(args, optimizer), Progress(), None, Data(None, None))
     return Subject(variant, args, run, _batches(args, vocabulary))
-
-
-def _without_ternary(flags: list[str]) -> list[str]:
-    kept = list(flags)
-    while any(flag.startswith("--ternary-") for flag in kept):
-        at = next(i for i, flag in enumerate(kept) if flag.startswith("--ternary-"))
-        del kept[at : at + 2]
-    return kept
 
 
 def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[Batch]:
@@ -95,10 +85,10 @@ def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[Batch]:
     return itertools.cycle(made)
 
 
-def costs(name: str, flags: list[str], micro_batches: int) -> dict:
+def costs(name: str, flags: list[str], ternary: list[str], micro_batches: int) -> dict:
     """Memory of a variant, from a model that is alone on the machine; the most of any rank."""
     with memory(device()) as found:
-        subject = build(name, flags)
+        subject = build(name, flags, ternary)
         for _ in range(2):
             subject.step(micro_batches)
     states = subject.run.model.ternary
@@ -188,20 +178,21 @@ def work(plan: dict) -> dict:
     """Carries out a plan.
 
     Args:
-        plan: ``flags`` of our training loop; ``costs``: variants whose memory is measured, in steps of
-            ``cost_micro_batches``; ``sessions``: each ``variants``, ``micro_batches``, ``rounds``.
+        plan: ``flags`` of our training loop, ``ternary`` those of the ternary variants; ``costs``: variants whose
+            memory is measured, in steps of ``cost_micro_batches``; ``sessions``: each ``variants``,
+            ``micro_batches``, ``rounds``.
 
     Returns:
         ``costs`` by variant, and ``sessions`` with ``seconds`` ``[variants][rounds]``, and by variant ``quantizer`` and
         ``traffic``.
     """
-    flags = plan["flags"]
+    flags, ternary = plan["flags"], plan["ternary"]
     for name in plan["costs"]:
         # Once for nothing: what a process allocates only once (imports, kernels) is not a variant's memory.
-        build(name, flags).step(plan["cost_micro_batches"])
-    results = {"costs": {name: costs(name, flags, plan["cost_micro_batches"]) for name in plan["costs"]}}
+        build(name, flags, ternary).step(plan["cost_micro_batches"])
+    results = {"costs": {name: costs(name, flags, ternary, plan["cost_micro_batches"]) for name in plan["costs"]}}
     names = dict.fromkeys(name for session in plan["sessions"] for name in session["variants"])
-    subjects = {name: build(name, flags) for name in names}
+    subjects = {name: build(name, flags, ternary) for name in names}
     results["sessions"] = []
     for session in plan["sessions"]:
         chosen = [subjects[name] for name in session["variants"]]
@@ -240,7 +231,7 @@ def main() -> int:
     plan, output = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     if world_size() > 1 and not torch.cuda.is_available():
         _keep_to_own_cores(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    initialize(parse_args(_without_ternary(plan["flags"]), world_size()))
+    initialize(parse_args(plan["flags"], world_size()))
     results = work(plan)
     if torch.distributed.get_rank() == 0:
         output.write_text(json.dumps(results), encoding="utf-8")

@@ -2,9 +2,7 @@
 """From measured steps to rows, and from rows to a CSV file, a picture and Markdown tables."""
 
 import csv
-import os
 import platform
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import megatron.core
 import torch
+from hardware import machine
 from intervals import median_interval
 from plan import BASELINE, OURS, Job
 from variants import PEERS, VARIANTS
@@ -115,7 +114,7 @@ def rows_of(job: Job, results: dict, peak_tflops: float | None = None) -> list[R
 
 
 def _row(job: Job, results: dict, name: str, micro_batches: int, pairs: int) -> Row:
-    args = parse_args([f for f in _without_ternary(job.arguments())], job.layout.processes)
+    args = parse_args(job.arguments(), job.layout.processes)
     backend = next((n.split(":")[1].split()[0] for n in results["notes"].get(name, []) if "quantizer backend" in n), "")
     same = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
     row = Row(
@@ -139,11 +138,6 @@ def _row(job: Job, results: dict, name: str, micro_batches: int, pairs: int) -> 
     for key, value in results["costs"].get(name, {}).items():
         setattr(row, key, value)
     return row
-
-
-def _without_ternary(flags: Sequence[str]) -> list[str]:
-    pairs = [i for i, flag in enumerate(flags) if flag.startswith("--ternary-")]
-    return [flag for i, flag in enumerate(flags) if i not in pairs and i - 1 not in pairs]
 
 
 def _timed(row: Row, baseline: Sequence[float], seconds: Sequence[float], peak_tflops: float | None) -> None:
@@ -274,7 +268,7 @@ def _provenance(rows: Sequence[Row], command: str) -> list[str]:
     versions.append(f"megatron-core {megatron.core.__version__}")
     backends = sorted({r.backend for r in rows if r.backend})
     return [
-        f"Hardware: {_machine(first.device)}. Versions: {', '.join(versions)}."
+        f"Hardware: {_device(first)}. Versions: {', '.join(versions)}."
         + (f" Quantizer backend: {', '.join(backends)}." if backends else ""),
         *sorted(shapes),
         "Collectives: what a rank hands to them, in groups of one rank, too.",
@@ -282,14 +276,8 @@ def _provenance(rows: Sequence[Row], command: str) -> list[str]:
     ]
 
 
-def _machine(device: str) -> str:
-    if device != "cpu":
-        return device
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return f"{found[1] if found else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+def _device(row: Row) -> str:
+    return machine("cpu") if row.device == "cpu" else row.device
 
 
 def _mib(value: int | None) -> float | None:
@@ -326,7 +314,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.margins(x=0.2)
         axis.set_xlabel("step time, in units of BF16's")
         axis.set_title(title, fontsize=9)
-    figure.suptitle(f"{rows[0].model}, {_machine(rows[0].device)}", fontsize=9)
+    figure.suptitle(f"{rows[0].model}, {_device(rows[0])}", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calibration import best_device, calibrate, device_name
+from calibration import calibrate
 from cost_model import MACHINES, BadInput, Machine, Prediction, Workload, layout_of, predict
+from hardware import best_device, machine
 from plan import model_flags
 
+from bitcpm_megatron.launch.presets import PresetError
 from bitcpm_megatron.ops import active_backend
 
 _VARIANTS = {"bf16": "step", "ternary": "step", "ternary-no-cache": "none"}
@@ -104,7 +106,7 @@ def workload_of(row: Row) -> Workload:
 def _tied(model: str) -> bool:
     try:
         return "--untie-embeddings-and-output-weights" not in model_flags(model, None, None)
-    except FileNotFoundError:
+    except PresetError:
         raise BadInput(f"model {model!r} is neither a preset nor 0.5b-layers") from None
 
 
@@ -142,11 +144,11 @@ def validate(path: Path, calibrator: Calibrate = calibrate) -> tuple[list[Compar
 
 def _machine_of(device: str, workload: Workload, calibrator: Calibrate) -> Machine:
     here = best_device()
-    if device == "cpu" or (here != "cpu" and device in (here, device_name(here))):
+    if device == "cpu" or (here != "cpu" and device in (here, machine(here))):
         return calibrator(workload, "cpu" if device == "cpu" else here)
-    for name, machine in MACHINES.items():
+    for name, published in MACHINES.items():
         if name in device:
-            return machine
+            return published
     raise BadInput(f"device {device!r} is neither here nor one of {', '.join(MACHINES)}")
 
 

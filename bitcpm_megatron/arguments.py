@@ -5,10 +5,17 @@ Importing this imports no Megatron, so that a host's adaptor may do it before Me
 """
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
 
 from .models.arguments import NAMES, add_model_arguments
-from .ops import backends
+from .ops import backends, set_backend
 from .quantization import SPACES, QuantizerConfig
+
+if TYPE_CHECKING:
+    from .tensor_parallel import CoverageReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> tuple[str, ...]:
@@ -78,6 +85,37 @@ def quantizer_config(args: argparse.Namespace) -> QuantizerConfig:
         ValueError: an impossible group size.
     """
     return QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size)
+
+
+def apply_ternary(
+    args: argparse.Namespace, chunks: Sequence[torch.nn.Module], device_type: str
+) -> tuple["CoverageReport", str]:
+    """Makes bare model chunks ternary as the flags say; see :func:`~bitcpm_megatron.tensor_parallel.apply_recipe`.
+
+    Args:
+        args: with the ``--ternary`` flags.
+        chunks: all model chunks of this rank.
+        device_type: that they run on.
+
+    Returns:
+        What was quantized, and for the log which backend quantizes.
+
+    Raises:
+        RecipeError, ValueError, RuntimeError: it cannot be done.
+    """
+    from .tensor_parallel import apply_recipe
+
+    choice = set_backend(args.ternary_backend, device_type)
+    coverage = apply_recipe(
+        chunks,
+        args.ternary_recipe,
+        default=quantizer_config(args),
+        row_parallel_shards=args.ternary_row_parallel_shards,
+        cache=args.ternary_cache,
+        verify_cache=args.ternary_verify_cache,
+        activation_bits=args.ternary_activation_bits,
+    )
+    return coverage, f"quantizer backend: {choice.backend.name} ({choice.reason})"
 
 
 def ternary_mistakes(args: argparse.Namespace) -> list[str]:

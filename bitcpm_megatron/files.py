@@ -14,10 +14,10 @@ def publish(temporary: Path, final: Path) -> None:
     """
     if temporary.is_dir():
         for path in temporary.rglob("*"):
-            _fsync(path)
-    _fsync(temporary)
+            fsync(path)
+    fsync(temporary)
     os.replace(temporary, final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,7 +27,8 @@ def write_text(path: Path, text: str) -> None:
     publish(temporary, path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Waits until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .arguments import quantizer_config, ternary_mistakes
+from .arguments import apply_ternary, quantizer_config, ternary_mistakes
 from .models import arguments as family
 from .models.architecture import LongRope, Multipliers
 from .quantization.record import QuantizerRecord, RecordError, check_change
@@ -200,27 +200,18 @@ def write_record(checkpoint: Path) -> None:
 def _quantize(
     args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None, notes: list[str]
 ) -> QuantizerRecord:
-    from .ops import set_backend
-    from .tensor_parallel import apply_recipe, probe, ternary_modules
+    from .tensor_parallel import probe, ternary_modules
     from .tensor_parallel.record import record_of
 
     device = next(chunks[0].parameters()).device.type
-    choice = set_backend(args.ternary_backend, device)
-    notes.append(f"quantizer backend: {choice.backend.name} ({choice.reason})")
+    shards = []
     if args.ternary_row_parallel_shards is None and checkpoint is not None:
         recorded = QuantizerRecord.read(checkpoint)
         if recorded is not None:
             args.ternary_row_parallel_shards = recorded.row_parallel_shards
-            notes.append(f"row-parallel shards: {recorded.row_parallel_shards}, as {checkpoint} records")
-    coverage = apply_recipe(
-        chunks,
-        args.ternary_recipe,
-        default=quantizer_config(args),
-        row_parallel_shards=args.ternary_row_parallel_shards,
-        cache=args.ternary_cache,
-        verify_cache=args.ternary_verify_cache,
-        activation_bits=args.ternary_activation_bits,
-    )
+            shards.append(f"row-parallel shards: {recorded.row_parallel_shards}, as {checkpoint} records")
+    coverage, backend = apply_ternary(args, chunks, device)
+    notes += [backend, *shards]
     if getattr(args, "init_model_with_meta_device", False):
         _fill(args, [m.weight for _, m in ternary_modules(chunks)], checkpoint)
     notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(chunks)} layers of this rank")

@@ -37,6 +37,7 @@ from bitcpm_megatron.checkpoint_tools.inspection import (
     statistics_of,
 )
 from bitcpm_megatron.checkpoint_tools.tensors import VerificationError
+from bitcpm_megatron.layer_numbers import ranges
 
 _SHOWN = 20
 _HEADER = ("module", "shape", "dtype", "state", "g", "zeros", "scale min", "mean", "max")
@@ -188,15 +189,8 @@ def _span(alike: str, names: Sequence[str]) -> str:
     """``layers.*.`` with the numbers of all that are alike."""
     if "layers.*." not in alike:
         return alike
-    numbers = sorted({int(re.search(r"(?:^|\.)layers\.(\d+)\.", name)[1]) for name in names})
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    text = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-    return alike.replace("layers.*.", f"layers.{text}.")
+    numbers = (int(re.search(r"(?:^|\.)layers\.(\d+)\.", name)[1]) for name in names)
+    return alike.replace("layers.*.", f"layers.{ranges(numbers)}.")
 
 
 def _dtype(weight: Weight) -> str:

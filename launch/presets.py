@@ -6,7 +6,7 @@ Run by itself, it prints all presets with their numbers of parameters: ``python 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,21 @@ def read(name: str) -> dict[str, Any]:
 
 def flags(name: str) -> list[str]:
     """The command line that a preset stands for."""
+    return arguments(read(name)["flags"], name)
+
+
+def arguments(flags: Mapping[str, Any], name: str) -> list[str]:
+    """A command line from flags as presets hold them.
+
+    Args:
+        flags: without dashes; true for a flag alone.
+        name: of the preset, for messages.
+
+    Raises:
+        PresetError: a value that is none of a flag.
+    """
     argv: list[str] = []
-    for flag, value in read(name)["flags"].items():
+    for flag, value in flags.items():
         if value is True:
             argv.append(f"--{flag}")
         elif isinstance(value, list):

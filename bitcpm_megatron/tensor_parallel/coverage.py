@@ -4,6 +4,7 @@
 import re
 from dataclasses import dataclass
 
+from ..layer_numbers import ranges
 from ..quantization import QuantizerConfig
 
 
@@ -107,12 +108,5 @@ def _any_layer(path: str) -> str:
 def _span(alike: str, entries: list[CoverageEntry]) -> str:
     if ".layers.*." not in alike:
         return alike
-    numbers = sorted({int(re.search(r"\.layers\.(\d+)\.", e.path).group(1)) for e in entries})
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    text = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-    return alike.replace(".layers.*.", f".layers.{text}.")
+    numbers = (int(re.search(r"\.layers\.(\d+)\.", e.path).group(1)) for e in entries)
+    return alike.replace(".layers.*.", f".layers.{ranges(numbers)}.")

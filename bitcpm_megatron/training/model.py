@@ -14,11 +14,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from ..arguments import apply_ternary
 from ..models.arguments import longrope_of, multipliers_of
 from ..models.customize import customize, softmax_scale
-from ..ops import set_backend
-from ..tensor_parallel import CoverageReport, TernaryState, apply_recipe, probe, ternary_modules
-from .arguments import params_dtype, quantizer_config
+from ..tensor_parallel import CoverageReport, TernaryState, probe, ternary_modules
+from .arguments import params_dtype
 from .initialize import device
 
 
@@ -69,17 +69,8 @@ def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool
 
     coverage = None
     if args.ternary:
-        choice = set_backend(args.ternary_backend, device().type)
-        notes.append(f"quantizer backend: {choice.backend.name} ({choice.reason})")
-        coverage = apply_recipe(
-            bare,
-            args.ternary_recipe,
-            default=quantizer_config(args),
-            row_parallel_shards=args.ternary_row_parallel_shards,
-            cache=args.ternary_cache,
-            verify_cache=args.ternary_verify_cache,
-            activation_bits=args.ternary_activation_bits,
-        )
+        coverage, backend = apply_ternary(args, bare, device().type)
+        notes.append(backend)
         notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(bare)} layers of this rank")
     if with_ddp:
         chunks = [_wrap(args, config, chunk, i) for i, chunk in enumerate(chunks)]

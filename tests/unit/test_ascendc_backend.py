@@ -5,13 +5,13 @@ import importlib.util
 import shutil
 
 import pytest
+import tiny_gpt
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitcpm_megatron import QuantizerConfig, apply_recipe, fake_quantize
+from bitcpm_megatron import QuantizerConfig, fake_quantize
 from bitcpm_megatron.ops import active_backend, ascendc, backends, registry, set_backend
 from bitcpm_megatron.quantization import packed_size
-from bitcpm_megatron.tensor_parallel import ternary_state
 
 EMULATED = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 
@@ -104,45 +104,8 @@ def test_training_gives_the_losses_of_the_torch_backend(single_rank: None, group
     from ascendc import emulated_backend
 
     emulated_backend.register()
-    theirs, ours = train("torch", group_size), train(emulated_backend.NAME, group_size)
+    theirs, ours = (tiny_gpt.train(name, "cpu", group_size, ffn=96) for name in ("torch", emulated_backend.NAME))
     assert len(ours) == 3 and ours[2][0] < ours[0][0]
     assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], rel=1e-4)
     steps = (ours[0][1].view(torch.int16) - theirs[0][1].view(torch.int16)).abs()
     assert steps.max() <= 1
-
-
-def train(backend: str, group_size: int) -> list[tuple[float, torch.Tensor]]:
-    """Loss and scales of three steps of a tiny GPT."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-
-    set_backend(backend, "cpu")
-    model_parallel_cuda_manual_seed(1)
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=64,
-        num_attention_heads=4,
-        ffn_hidden_size=96,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-    )
-    layers = get_gpt_layer_local_spec(normalization="RMSNorm")
-    model = GPTModel(config, layers, vocab_size=64, max_sequence_length=16)
-    apply_recipe(model, default=QuantizerConfig(group_size=group_size))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    results = []
-    for step in range(3):
-        tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(step))
-        loss = model(tokens, torch.arange(16).expand(2, -1), None, labels=tokens).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        states = [s for s in map(ternary_state, model.modules()) if s]
-        assert len(states) == 8
-        results.append((loss.item(), torch.cat([s.scales.flatten() for s in states])))
-    return results

@@ -18,6 +18,7 @@ from bitcpm_megatron.quantization import quantize_dequantize
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, with a registry that has the torch backend alone."""
     path = Path(__file__).parents[2] / "benchmarks" / "kernel.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("kernel_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "kernel_benchmark", module)

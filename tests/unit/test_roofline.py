@@ -5,6 +5,7 @@ import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -406,6 +407,16 @@ def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 def test_bad_arguments(tmp_path: Path, arguments: list, said: str, capsys: pytest.CaptureFixture) -> None:
     assert roofline.main([*arguments, "--output-dir", str(tmp_path / "out")], machine_for_tests) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_accelerator_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a file that names it is calibrated there; the name comes from torch's module of the device."""
+    gpu = SimpleNamespace(is_available=lambda: True, get_device_name=lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch, "cuda", gpu)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
+    asked = []
+    validation._machine_of("GPU 0", None, lambda workload, device: asked.append(device))
+    assert asked == ["cuda"]
 
 
 def test_tables_and_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -198,7 +198,8 @@ def test_host_commands_differ_in_the_ternary_flags_alone() -> None:
     )
     flags = plan.model_flags("0.5b-layers", None, None)
     session = plan.Session(("bf16", "ternary"), 8, 2)
-    job = plan.Job("0.5b-layers", flags, Layout(tensor=2, data=2), 256, 2, "full", (session,), ())
+    ternary_flags = throughput.ternary_flags(args)
+    job = plan.Job("0.5b-layers", flags, Layout(tensor=2, data=2), 256, 2, "full", (session,), (), ternary_flags)
     bf16, ternary = (host_jobs.command(args, job, name, accelerator=False) for name in session.variants)
     ours = "--ternary --ternary-group-size -1 --ternary-backend auto".split()
     at = ternary.index("--ternary")
@@ -221,11 +222,11 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     flags = """
         --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --swiglu --normalization RMSNorm
         --disable-bias-linear --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --vocab-size 128
-        --ternary-group-size -1 --ternary-backend auto
     """.split()
     names = ("bf16", "ternary", "ternary-no-cache", "bitcpm-residual")
     session = plan.Session(names, 3, 6)
-    job = plan.Job("tiny", tuple(flags), Layout(tensor=2), 32, 1, "none", (session,), names[:3])
+    ternary_flags = tuple("--ternary-group-size -1 --ternary-backend auto".split())
+    job = plan.Job("tiny", tuple(flags), Layout(tensor=2), 32, 1, "none", (session,), names[:3], ternary_flags)
     results = throughput.run(job)
     rows = {row.variant: row for row in throughput_report.rows_of(job, results)}
     assert list(rows) == list(names)
@@ -265,7 +266,7 @@ sys.path.insert(0, {str(CHECKOUT / "benchmarks")!r})
 import variants, throughput_job
 variants.VARIANTS["idle"] = variants.Variant("idle", (), lambda: (lambda weight: weight))
 throughput_job.initialize(throughput_job.parse_args(sys.argv[1:], 1))
-throughput_job.build("idle", sys.argv[1:])
+throughput_job.build("idle", sys.argv[1:], [])
 """
     line = """
         --num-layers 1 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32

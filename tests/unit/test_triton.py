@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_gpt
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitcpm_megatron import QuantizerConfig, apply_recipe, fake_quantize
+from bitcpm_megatron import QuantizerConfig, fake_quantize
 from bitcpm_megatron.ops import backends, registry, set_backend
 from bitcpm_megatron.ops import triton as backend
 from bitcpm_megatron.quantization import dequantize, pack, quantize, quantize_dequantize, unpack
-from bitcpm_megatron.tensor_parallel import ternary_state
 
 launch = pytest.importorskip("bitcpm_megatron.ops.triton.launch", reason="triton is not installed")
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
@@ -410,48 +410,11 @@ def test_the_gradient_passes_unchanged(active: None) -> None:
 
 
 def test_training_gives_the_losses_of_the_torch_backend(single_rank: None) -> None:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-
-    def train(name: str) -> list[tuple[float, torch.Tensor]]:
-        before = registry._requested
-        set_backend(name, DEVICE)
-        try:
-            model_parallel_cuda_manual_seed(1)
-            config = TransformerConfig(
-                num_layers=2,
-                hidden_size=64,
-                num_attention_heads=4,
-                ffn_hidden_size=128,
-                gated_linear_unit=True,
-                add_bias_linear=False,
-                normalization="RMSNorm",
-                attention_dropout=0.0,
-                hidden_dropout=0.0,
-            )
-            layers = get_gpt_layer_local_spec(normalization="RMSNorm")
-            model = GPTModel(config, layers, vocab_size=64, max_sequence_length=16).to(DEVICE)
-            apply_recipe(model, default=QuantizerConfig(group_size=32))
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            results = []
-            for step in range(3):
-                g = torch.Generator().manual_seed(step)
-                tokens = torch.randint(0, 64, (2, 16), generator=g).to(DEVICE)
-                positions = torch.arange(16, device=DEVICE).expand(2, -1)
-                loss = model(tokens, positions, None, labels=tokens).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                states = [s for s in map(ternary_state, model.modules()) if s]
-                assert len(states) == 8
-                results.append((loss.item(), torch.cat([s.scales.flatten() for s in states])))
-            return results
-        finally:
-            set_backend(before, DEVICE)
-
-    theirs, ours = train("torch"), train("triton")
+    before = registry._requested
+    try:
+        theirs, ours = (tiny_gpt.train(name, DEVICE, 32, ffn=128) for name in ("torch", "triton"))
+    finally:
+        set_backend(before, DEVICE)
     assert len(ours) == 3 and ours[2][0] < ours[0][0]
     assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], rel=1e-4)
     for (our_loss, our_scales), (their_loss, their_scales) in zip(ours, theirs, strict=True):

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts a distributed job on this machine and waits for it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def command(processes: int, script: Path, arguments: Sequence[str]) -> list[str]:
+    """The torchrun command of a job."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*torchrun, str(script), *arguments]
+
+
+def run(
+    processes: int, script: Path, arguments: Sequence[str], variables: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Runs a job; its stdout holds stderr, too.
+
+    Args:
+        processes: one per device; on a CPU they share the cores.
+        script: that each process runs.
+        arguments: of the script.
+        variables: of the environment. What the user exported stands, here and in the defaults.
+    """
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
+        # megatron-core's overlap of communication and GEMMs depends on it.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    return subprocess.run(
+        command(processes, script, arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**defaults, **variables, **os.environ},
+    )
