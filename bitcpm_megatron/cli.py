@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command shares: its parser, flags that are numbers, one handler for errors, and the exit codes.
+
+Nothing here imports torch, so that a command line is refused before anything slow is loaded.
+"""
+
+import argparse
+import contextlib
+import errno
+import math
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from .files import nearest
+
+DONE, FAILED, BAD_INPUT, MISMATCH = 0, 1, 2, 3
+
+# Set to 1, a command prints where in the code an error arose, above the message.
+TRACEBACK = "BITCPM_TRACEBACK"
+# torchrun looks after its processes ten times a second, and ends all of them when one has failed.
+_SECONDS_FOR_RANK_0 = 3.0
+# The user named something that is not what it should be; other errors of the system are not the user's.
+_BAD_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+_WHOLE = re.compile(r"[+-]?[0-9]{1,25}")
+
+
+class FailedError(RuntimeError):
+    """The work was asked for rightly and did not succeed; exit code 1."""
+
+
+class MismatchError(RuntimeError):
+    """A verification found that something is not what it should be; exit code 3."""
+
+
+def run(work: Callable[[], int | None]) -> int:
+    """Runs a command and turns what it raises into one line on stderr and an exit code.
+
+    ValueError (all our errors about input derive from it) and paths that are not usable are bad input (2),
+    :class:`MismatchError` is 3, :class:`FailedError`, other errors of the operating system, exhausted memory and an
+    interruption are 1. Anything else is a fault of the program and keeps its traceback.
+
+    Args:
+        work: the command; what it returns is the exit code, None stands for 0.
+    """
+    try:
+        return work() or DONE
+    except MismatchError as error:
+        return _failed(error, str(error), MISMATCH)
+    except ValueError as error:
+        return _failed(error, str(error), BAD_INPUT)
+    except BrokenPipeError as error:
+        # The reader of our output has left, such as ``head``: there is nobody to tell.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _failed(error, None, FAILED)
+    except OSError as error:
+        return _failed(error, _words(error), BAD_INPUT if error.errno in _BAD_PATH else FAILED)
+    except FailedError as error:
+        return _failed(error, str(error), FAILED)
+    except MemoryError as error:
+        return _failed(error, "the memory of this machine is exhausted", FAILED)
+    except KeyboardInterrupt as error:
+        return _failed(error, "interrupted", FAILED)
+
+
+def complain(message: str) -> None:
+    """Prints an error on stderr, once per job where all its processes meet the same one.
+
+    The other ranks wait for a moment: where rank 0 fails too, ``torchrun`` ends them meanwhile; where it does not, they
+    say who they are.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_SECONDS_FOR_RANK_0)
+        message = f"rank {rank}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _failed(error: BaseException, message: str | None, status: int) -> int:
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exception(error)
+    if message is not None:
+        complain(message)
+    return status
+
+
+def _words(error: OSError) -> str:
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    if error.strerror is None:
+        return str(error)
+    return f"{' -> '.join(names)}: {error.strerror}" if names else error.strerror
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations and answers a mistake with one line instead of the usage text."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)
+        super().__init__(**options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's; an unknown flag is answered with the nearest known one."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = sorted(s for action in self._actions for s in action.option_strings if s.startswith("--"))
+            flags = [text.partition("=")[0] for text in unknown if text.startswith("--")]
+            hints = "; ".join(f"{flag}{nearest(flag, known, otherwise='')}" for flag in flags)
+            self.error(f"unknown arguments: {hints or ' '.join(unknown)}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2."""
+        complain(f"{message} (--help lists all flags)")
+        raise SystemExit(BAD_INPUT)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The type of a flag that is a whole number within bounds, both included."""
+
+    minimum: int = 1
+    maximum: int = 2**31 - 1
+
+    def __call__(self, text: str) -> int:
+        """Reads the number.
+
+        Raises:
+            argparse.ArgumentTypeError: it is none, or out of bounds.
+        """
+        return _read(text, int(text) if _WHOLE.fullmatch(text.strip()) else None, self)
+
+    def mistake(self, value: object) -> str | None:
+        """What is wrong with a value from elsewhere than a command line, or None."""
+        if isinstance(value, bool) or not isinstance(value, int):
+            return "expected a whole number"
+        return None if self.minimum <= value <= self.maximum else f"must be {self}"
+
+    def __str__(self) -> str:
+        return f"{self.minimum} to {self.maximum}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """The type of a flag that is a finite number within bounds; the bounds themselves belong to it unless ``open_``."""
+
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    open_minimum: bool = False
+    open_maximum: bool = False
+
+    def __call__(self, text: str) -> float:
+        """Reads the number.
+
+        Raises:
+            argparse.ArgumentTypeError: it is none, is NaN or infinite, or out of bounds.
+        """
+        value = None
+        with contextlib.suppress(ValueError):
+            value = float(text) if "_" not in text else None
+        return _read(text, value, self)
+
+    def mistake(self, value: object) -> str | None:
+        """What is wrong with a value from elsewhere than a command line, or None."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return "expected a number"
+        if not math.isfinite(value):
+            return "expected a finite number"
+        below = value <= self.minimum if self.open_minimum else value < self.minimum
+        above = value >= self.maximum if self.open_maximum else value > self.maximum
+        return f"must be {self}" if below or above else None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.minimum > -math.inf:
+            parts.append(f"{'above' if self.open_minimum else 'at least'} {self.minimum:g}")
+        if self.maximum < math.inf:
+            parts.append(f"{'below' if self.open_maximum else 'at most'} {self.maximum:g}")
+        return " and ".join(parts) or "a finite number"
+
+
+def _read(text: str, value: Any, kind: Whole | Number) -> Any:
+    mistake = ("expected a whole number" if isinstance(kind, Whole) else "expected a number") if value is None else None
+    mistake = mistake or kind.mistake(value)
+    if mistake is not None:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise argparse.ArgumentTypeError(f"{shown!r}: {mistake}")
+    return value
+
+
+def from_environment(name: str, kind: Whole | Number, default: Any) -> Any:
+    """A number that a variable of the environment holds.
+
+    Raises:
+        ValueError: it holds something else, naming the variable.
+    """
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        return kind(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"the environment variable {name} holds {error}") from None

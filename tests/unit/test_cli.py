@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One handler, one parser: exit codes, one line per mistake, numbers with bounds."""
+
+import argparse
+import errno
+import math
+import os
+
+import pytest
+
+from bitcpm_megatron import cli
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ValueError("--x: give y"), 2, "--x: give y"),
+        (cli.MismatchError("3 differ"), 3, "3 differ"),
+        (cli.FailedError("diverged"), 1, "diverged"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.bin"), 2, "a.bin: No such file or directory"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (MemoryError(), 1, "memory"),
+        (KeyboardInterrupt(), 1, "interrupted"),
+    ],
+)
+def test_an_error_is_one_line_and_its_exit_code(capsys, error, status, message):
+    assert cli.run(raising(error)) == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        cli.run(raising(KeyError("bug")))
+
+
+def test_the_traceback_of_any_error_can_be_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    assert cli.run(raising(ValueError("bad"))) == 2
+    assert "in work" in capsys.readouterr().err
+
+
+def test_what_work_returns_is_the_exit_code():
+    assert cli.run(lambda: None) == 0
+    assert cli.run(lambda: 3) == 3
+
+
+def test_other_ranks_leave_the_word_to_rank_0(capsys, monkeypatch):
+    waits = []
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    cli.complain("bad")
+    assert waits and capsys.readouterr().err == "error: rank 2: bad\n"
+
+
+@pytest.fixture
+def parser():
+    parser = cli.Parser(prog="tool")
+    parser.add_argument("--train-iters", type=cli.Whole(1))
+    parser.add_argument("--lr", type=cli.Number(0, open_minimum=True))
+    parser.add_argument("--adam-beta1", type=cli.Number(0, 1, open_maximum=True))
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--train-iters 0", "--train-iters: '0': must be 1 to 2147483647"),
+        ("--train-iters -5", "must be 1 to"),
+        ("--train-iters 1.5", "expected a whole number"),
+        ("--train-iters ²", "expected a whole number"),
+        ("--train-iters 1_000", "expected a whole number"),
+        ("--train-iters " + "9" * 5000, "expected a whole number"),
+        ("--train-iters 99999999999", "must be 1 to"),
+        ("--lr 0", "--lr: '0': must be above 0"),
+        ("--lr nan", "expected a finite number"),
+        ("--lr inf", "expected a finite number"),
+        ("--lr 1e999", "expected a finite number"),
+        ("--lr 1_0", "expected a number"),
+        ("--adam-beta1 1", "must be at least 0 and below 1"),
+        ("--train-iter 5", "unknown arguments: --train-iter: did you mean --train-iters?"),
+        ("--zzz 5", "unknown arguments: --zzz"),
+        ("stray", "unknown arguments: stray"),
+    ],
+)
+def test_a_mistake_is_one_line_without_the_usage(parser, capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(argv.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in err and err.count("\n") == 1 and "usage" not in err and len(err) < 300
+
+
+def test_numbers_within_bounds(parser):
+    args = parser.parse_args("--train-iters 7 --lr 1e-4 --adam-beta1 0".split())
+    assert (args.train_iters, args.lr, args.adam_beta1) == (7, 1e-4, 0.0)
+
+
+@pytest.mark.parametrize("value", [True, "1", 1.0, None])
+def test_a_value_of_another_type_is_no_whole_number(value):
+    assert cli.Whole().mistake(value) == "expected a whole number"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, "1"])
+def test_a_value_that_is_no_finite_number(value):
+    assert "number" in cli.Number().mistake(value)
+
+
+def test_a_number_of_the_environment(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(ValueError, match="WORLD_SIZE holds 'abc': expected a whole number"):
+        cli.from_environment("WORLD_SIZE", cli.Whole(1), 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli.from_environment("WORLD_SIZE", cli.Whole(1), 1) == 4
+    monkeypatch.delenv("WORLD_SIZE")
+    assert cli.from_environment("WORLD_SIZE", cli.Whole(1), 1) == 1
+
+
+def test_a_reader_that_has_left_is_told_nothing(tmp_path):
+    # With a real pipe: the interpreter must not complain either, when it flushes at its end.
+    script = tmp_path / "noisy.py"
+    script.write_text(
+        "import sys\nfrom bitcpm_megatron import cli\n"
+        "def work():\n    for _ in range(100000): print('x' * 80, flush=True)\n"
+        "sys.exit(cli.run(work))\n"
+    )
+    status = os.system(f"cd {tmp_path} && {os.sys.executable} noisy.py 2>err | head -1 >out")
+    assert status == 0 and (tmp_path / "err").read_text() == ""
+
+
+def test_number_types_name_their_bounds():
+    assert str(cli.Number()) == "a finite number"
+    assert str(cli.Whole(0, 3)) == "0 to 3"
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.Whole(0, 3)("4")
