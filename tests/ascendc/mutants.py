@@ -25,7 +25,7 @@ MODES = {
     "GT": ("GE", "LT"),
     "GE": ("GT", "LE"),
 }
-BINARY = ("Sub", "Add", "Div", "And", "Or", "Mul", "Compares")
+BINARY = ("Sub", "Add", "Div", "And", "Or", "Mul")
 UNARY = ("Abs", "Muls", "Adds", "Mins", "SumRepeats", "Select")
 
 
@@ -265,7 +265,7 @@ class _File:
             elif token.text in BINARY + UNARY and tokens[i + 1].text in "(<":
                 opening = self._find_opening(tokens, i)
                 arguments = self._arguments(tokens, opening)
-                pairs = {"Compares": [(1, 2)], "Select": [(2, 3)]}.get(token.text, [(0, 1), (1, 2)])
+                pairs = {"Select": [(2, 3)]}.get(token.text, [(0, 1), (1, 2)])
                 for a, b in pairs[: 2 if token.text in BINARY else 1]:
                     self._swap(replace, tokens, arguments, a, b)
         return found

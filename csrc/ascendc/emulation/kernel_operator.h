@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The part of the AscendC vector API that the kernels use, for g++ on a CPU, strict: see machine.h. Written from the
-// public documentation for NPU architecture 2201 (Atlas A2); names and parameters are the API's.
+// public documentation for NPU architecture 2201 (Atlas A2); names and parameters are the API's. Only what CANN 8.5.0
+// has, the oldest toolkit that CMakeLists.txt accepts: a newer name does not compile here.
 #pragma once
 
 #include <algorithm>
@@ -716,12 +717,12 @@ inline void ShiftRight(const LocalTensor<T>& dst, const LocalTensor<T>& src, con
     emulation::UnaryCount(dst, src, count, [bits](T v) { return static_cast<T>(v >> bits); });
 }
 
-template <typename U, typename T>
-inline void Compares(const LocalTensor<U>& dst, const LocalTensor<T>& src, T scalar, CMPMODE mode, uint32_t count)
+template <typename T, typename U>
+inline void CompareScalar(const LocalTensor<U>& dst, const LocalTensor<T>& src, T scalar, CMPMODE mode, uint32_t count)
 {
     static_assert(std::is_same_v<U, uint8_t> && emulation::kOneOf<T, half, float>, "type");
     emulation::CheckCount(count);
-    Require(count * sizeof(T) % emulation::kVectorBytes == 0, "limits", "Compares needs a multiple of 256 bytes");
+    Require(count * sizeof(T) % emulation::kVectorBytes == 0, "limits", "CompareScalar needs a multiple of 256 bytes");
     emulation::Operand result = emulation::Operand::Of(dst);
     emulation::Operand source = emulation::Operand::Of(src);
     result.Contiguous(count / 8);

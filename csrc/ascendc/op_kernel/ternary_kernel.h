@@ -39,7 +39,16 @@ __aicore__ inline void Barrier()
     AscendC::PipeBarrier<PIPE_V>();
 }
 
-// The one place that knows the name of the reduction: newer toolkits call it ReduceRepeat.
+// mask <- one bit per value: does it compare with the scalar? The one place that knows the instruction's name: it is
+// CompareScalar from CANN 8.5 on to the newest (which also calls it Compares, and 8.5 does not).
+template <typename T>
+__aicore__ inline void CompareWith(const LocalTensor<uint8_t>& mask, const LocalTensor<T>& values, T scalar,
+                                   AscendC::CMPMODE mode, uint32_t count)
+{
+    AscendC::CompareScalar(mask, values, scalar, mode, count);
+}
+
+// The one place that knows the name of the reduction: from CANN 9.1 on it is ReduceRepeat.
 template <typename T>
 __aicore__ inline void SumRepeats(const LocalTensor<T>& sums, const LocalTensor<T>& values, uint32_t lanes,
                                   uint32_t repeats, uint32_t valueStride)
@@ -386,7 +395,7 @@ protected:
         }
         Barrier();
         // Not Maxs: what it makes of NaN is not documented, and a NaN must come through.
-        AscendC::Compares(mask_, sum_, weight.epsilon, AscendC::CMPMODE::LT, AlignUp(segments, kFloatLanes));
+        CompareWith(mask_, sum_, weight.epsilon, AscendC::CMPMODE::LT, AlignUp(segments, kFloatLanes));
         Barrier();
         AscendC::Select(scale_, mask_, epsilon_, sum_, AscendC::SELMODE::VSEL_TENSOR_TENSOR_MODE, padded);
         Barrier();
@@ -459,14 +468,14 @@ protected:
         const LocalTensor<Bits> outputBits = output.template ReinterpretCast<Bits>();
 
         if (weight.Has(kGivenScales)) {
-            AscendC::Compares(number_, magnitude_, 0.0f, AscendC::CMPMODE::GE, padded);
+            CompareWith(number_, magnitude_, 0.0f, AscendC::CMPMODE::GE, padded);
             Barrier();
         }
         WithBlocks<Subtract>(magnitude_, thresholdBlocks_, segments, length, across);
         AscendC::And(outputWords, input.template ReinterpretCast<uint16_t>(), signPattern_, lanes, repeats,
                      {1, 1, 0, 8, 8, 0});
         Barrier();
-        AscendC::Compares(mask_, magnitude_, 0.0f, AscendC::CMPMODE::GT, padded);
+        CompareWith(mask_, magnitude_, 0.0f, AscendC::CMPMODE::GT, padded);
         if (weight.NeedsCodes()) {
             // The sign with 1.0, which becomes the code; fp32 has no other room for it than the magnitudes.
             LocalTensor<uint16_t> codeWords = code_.template ReinterpretCast<uint16_t>();
