@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # The line that MindSpeed supports commercially, laid over the environment: no second torch.
 OLD_MEGATRON := $(VENV)/megatron-core-0.12.1
 ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_linears.py tests/unit/test_recipe.py \
-	tests/unit/test_record.py tests/unit/test_telemetry.py tests/distributed/test_gradients.py
+	tests/unit/test_use.py tests/unit/test_record.py tests/unit/test_telemetry.py tests/distributed/test_gradients.py
 
 # What checkouts of Megatron-LM and MindSpeed import beyond this environment; 0.12.1 needs an older numpy.
 HOST_PACKAGES := $(VENV)/hosts

@@ -49,6 +49,7 @@ job = Job()
 _REQUANTIZES = "its GEMMs would quantize the ternary weight once more: leave it out"
 _REPOINTS = "it re-points weights in ways that were not proved to reach the quantizer: use --use-distributed-optimizer"
 _REPLAYS = "a captured graph would replay the first quantized weight: leave it out"
+_READS_WEIGHTS = "its kernels read the latent weights and never call the linears, which would train in full precision"
 
 # Argument of a host -> why it does not go with --ternary, and the cure. Hosts that do not have it leave it unset.
 _CANNOT = {
@@ -68,13 +69,16 @@ _CANNOT = {
     "enable_cuda_graph": _REPLAYS,
     "external_cuda_graph": _REPLAYS,
     "cuda_graph_impl": _REPLAYS,
+    "lora_fusion": f"{_READS_WEIGHTS}: leave it out, adapters train beside ternary layers without it",
+    "lu_lora_final_layer_index": f"{_READS_WEIGHTS}: leave it out, adapters train beside ternary layers without it",
+    "use_fused_mlp": f"{_READS_WEIGHTS}: leave it out",
+    "use_transformer_engine_op_fuser": f"{_READS_WEIGHTS}: leave it out",
     "delay_wgrad_compute": "delayed weight gradients were not proved to reach the latent weight: leave it out",
     "ternary_telemetry_interval": "it goes into the log of launch/pretrain.py, which hosts do not have: leave it out",
 }
 _UNINITIALISED = (
     "--init-model-with-meta-device without a checkpoint to load leaves the weights uninitialised: give --load"
 )
-_OFF = (None, False, "none")
 _CHECKPOINT_FORMATS = ("torch", "torch_dist")
 
 
@@ -89,8 +93,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         found += [
             f"--{name.replace('_', '-')} {getattr(args, name)}: {why}"
             for name, why in _CANNOT.items()
-            if getattr(args, name, None) not in _OFF
+            if not _off(getattr(args, name, None))
         ]
+        found += _weight_shards(args)
         if getattr(args, "ckpt_format", "torch_dist") not in _CHECKPOINT_FORMATS:
             found.append(f"--ckpt-format {args.ckpt_format}: use one of {', '.join(_CHECKPOINT_FORMATS)}")
         if getattr(args, "init_model_with_meta_device", False) and not (args.load or args.pretrained_checkpoint):
@@ -101,6 +106,24 @@ def check_arguments(args: argparse.Namespace) -> None:
     if found:
         raise HostError("these arguments cannot go together:\n  " + "\n  ".join(dict.fromkeys(found)))
     job.allow_change = args.allow_quantizer_change
+
+
+def _off(value: object) -> bool:
+    # By identity: a layer index of 0 is no False.
+    return value is None or value is False or value == "none"
+
+
+def _weight_shards(args: argparse.Namespace) -> list[str]:
+    """Megatron-LM derives both names from the flags and the parallel sizes, also where no flag is given."""
+    return [
+        f"--{flag.replace('_', '-')} {getattr(args, flag)}: a rank would hold a part of its rows only until they are "
+        "gathered, past the quantizer: leave it out"
+        for flag, derived in (
+            ("tensor_parallel_num_weight_shards", "gtp_weight_remat_size"),
+            ("expert_tensor_parallel_num_weight_shards", "expert_gtp_weight_remat_size"),
+        )
+        if getattr(args, derived, 1) > 1
+    ]
 
 
 def softmax_scale(args: argparse.Namespace, kv_channels: int) -> float | None:
@@ -200,7 +223,7 @@ def write_record(checkpoint: Path) -> None:
 def _quantize(
     args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None, notes: list[str]
 ) -> QuantizerRecord:
-    from .tensor_parallel import probe, ternary_modules
+    from .tensor_parallel import probe, ternary_modules, watch_use
     from .tensor_parallel.record import record_of
 
     device = next(chunks[0].parameters()).device.type
@@ -215,6 +238,7 @@ def _quantize(
     if getattr(args, "init_model_with_meta_device", False):
         _fill(args, [m.weight for _, m in ternary_modules(chunks)], checkpoint)
     notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(chunks)} layers of this rank")
+    watch_use(chunks)
     dtypes = {str(m.weight.dtype).removeprefix("torch.") for _, m in ternary_modules(chunks)}
     if len(dtypes) > 1:
         raise HostError(f"the weights to quantize have several dtypes ({', '.join(sorted(dtypes))}): use one")

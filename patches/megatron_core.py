@@ -14,7 +14,9 @@ from . import ORIGINAL, logger, replace
 ChunkListener = Callable[[torch.nn.Module], None]
 ScheduleListener = Callable[[Sequence[torch.nn.Module]], None]
 
-_listeners: dict[str, ScheduleListener] = {"on_start": lambda chunks: None, "on_end": lambda chunks: None}
+_started: list[ScheduleListener] = []
+_trained: list[ScheduleListener] = []
+_ended: list[ScheduleListener] = []
 
 
 def announce_schedules(on_start: ScheduleListener, on_first: ChunkListener, on_end: ScheduleListener) -> None:
@@ -34,7 +36,8 @@ def announce_schedules(on_start: ScheduleListener, on_first: ChunkListener, on_e
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.transformer.module import MegatronModule
 
-    _listeners.update(on_start=on_start, on_end=on_end)
+    _add(_started, on_start)
+    _add(_ended, on_end)
 
     def announce_first(original: Callable) -> Callable:
         @functools.wraps(original)
@@ -53,19 +56,47 @@ def announce_schedules(on_start: ScheduleListener, on_first: ChunkListener, on_e
         replace(schedules, name, announced)
 
 
+def announce_training(on_start: ScheduleListener, on_trained: ScheduleListener) -> None:
+    """Tells when a schedule starts, and when one that computes gradients has run all its micro-batches.
+
+    What :func:`announce_schedules` puts in place tells it. ``on_trained`` is called neither after a forward-only
+    schedule nor after one that raised.
+
+    Args:
+        on_start: called with all chunks of any schedule.
+        on_trained: called with all chunks of the schedule.
+    """
+    _add(_started, on_start)
+    _add(_trained, on_trained)
+
+
+def _add(listeners: list[ScheduleListener], listener: ScheduleListener) -> None:
+    if listener not in listeners:
+        listeners.append(listener)
+
+
+def _tell(listeners: list[ScheduleListener], chunks: Sequence[torch.nn.Module]) -> None:
+    for listener in listeners:
+        listener(chunks)
+
+
 def announced(schedule: Callable) -> Callable:
-    """A schedule that tells the listeners of :func:`announce_schedules` when it starts and ends; itself if it does."""
+    """A schedule that tells the listeners of :func:`announce_schedules` and :func:`announce_training`; itself if it
+    does."""
     if hasattr(schedule, ORIGINAL):
         return schedule
 
     @functools.wraps(schedule)
     def forward_backward(*args, model: torch.nn.Module | list[torch.nn.Module], **kwargs):  # noqa: ANN202
         chunks = model if isinstance(model, list) else [model]
-        _listeners["on_start"](chunks)
+        _tell(_started, chunks)
         try:
-            return schedule(*args, model=model, **kwargs)
+            result = schedule(*args, model=model, **kwargs)
         finally:
-            _listeners["on_end"](chunks)
+            _tell(_ended, chunks)
+        if not kwargs.get("forward_only", False):
+            _tell(_trained, chunks)
+        return result
 
     setattr(forward_backward, ORIGINAL, schedule)
     return forward_backward

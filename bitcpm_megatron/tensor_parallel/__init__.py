@@ -6,7 +6,7 @@ from .cache import CacheEpoch, find_epoch
 from .coverage import CoverageEntry, CoverageReport
 from .linear import StaleCacheError, TernaryState, make_ternary, ternary_state
 from .linears import register_linear
-from .probe import ProbeError, probe, ternary_modules
+from .probe import ProbeError, probe, ternary_modules, watch_use
 from .recipe import Recipe, RecipeError
 from .telemetry import Telemetry
 
@@ -27,4 +27,5 @@ __all__ = [
     "register_linear",
     "ternary_modules",
     "ternary_state",
+    "watch_use",
 ]

@@ -180,8 +180,8 @@ def _idle_matchers(recipe: Recipe, entries: list[CoverageEntry]) -> list[str]:
             )
         elif matcher.config is not None and all(e.kind == "never" for e in fitting):
             mistakes.append(
-                f"matcher {matcher.name!r} ({matcher.pattern}) names {fitting[0].path}: embeddings and the output "
-                "layer are never quantized; remove it"
+                f"matcher {matcher.name!r} ({matcher.pattern}) names {fitting[0].path}: embeddings, the output "
+                "layer and adapters are never quantized; remove it"
             )
     return mistakes
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,12 +54,18 @@ def attach_epoch(chunk: torch.nn.Module) -> CacheEpoch:
 
 
 def find_epoch(model: torch.nn.Module) -> CacheEpoch | None:
-    """The epoch of a chunk, looking through wrappers (DDP, Float16Module) that hold it as ``module``."""
+    """The epoch of a chunk, looking through wrappers."""
+    return find_attached(model, _ATTRIBUTE)
+
+
+def find_attached(model: torch.nn.Module, attribute: str) -> Any:  # noqa: ANN401
+    """What a chunk holds in its instance dictionary, looking through wrappers (DDP, Float16Module) that hold the chunk
+    as ``module``; None where nothing does."""
     seen: torch.nn.Module | None = model
     while seen is not None:
-        epoch = seen.__dict__.get(_ATTRIBUTE)
-        if epoch is not None:
-            return epoch
+        found = seen.__dict__.get(attribute)
+        if found is not None:
+            return found
         seen = getattr(seen, "module", None)
     return None
 

@@ -41,6 +41,7 @@ class TernaryState:
         quantized: the last quantized weight ``[out, in]`` (kept only with ``step``).
         scales: its bf16 scales ``[out, groups]``.
         count: quantizations made so far, for reports.
+        used: whether a forward pass has run the layer since this was last reset; recompute in a backward pass is none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TernaryState:
     quantized: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     count: int = 0
+    used: bool = False
     made_in: tuple[int, bool] | None = None
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +136,9 @@ def _ternary_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     latent = self.weight
     if torch.compiler.is_compiling():
         stand_in = _traceable_stand_in(self, state, latent)
+        state.used = True
     else:
+        state.used = state.used or not _in_backward()
         fused = getattr(self, "gradient_accumulation_fusion", False)
         stand_in = shadow(latent, state.weight(latent, self.training), fused)
     if state.activation_groups:
@@ -154,6 +158,10 @@ def _ternary_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             del self.__dict__["weight"]
         else:
             self.__dict__["weight"] = before
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _traceable_stand_in(module: torch.nn.Module, state: TernaryState, latent: torch.Tensor) -> torch.Tensor:

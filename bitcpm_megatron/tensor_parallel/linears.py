@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What counts as a linear, where it stands in the whole model, and how its local shard is grouped."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,6 +18,11 @@ ParallelKind = Literal["column", "row"]
 # Kept here, for hosts put classes of their own, derived from these, in the place of the names.
 _COLUMN, _ROW = (ColumnParallelLinear,), (RowParallelLinear,)
 _NEVER_NAMES = ("output_layer", "embedding", "word_embeddings", "position_embeddings", "lm_head")
+
+# Low-rank adapters (PEFT's, Megatron-Bridge's) are small, and what is added to a ternary layer's output is no part of
+# its weight. Their wrappers keep the layer itself as a child of one of these names.
+_ADAPTER = re.compile(r"lora_.*|adapters?")
+_ADAPTED = ("base_layer", "to_wrap")
 
 # Their fast paths and functional calls read the weights of the linears inside without calling them.
 _READ_WEIGHTS_DIRECTLY = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
@@ -82,8 +88,8 @@ class Candidate:
     Attributes:
         path: module path with global layer numbers.
         module: the module.
-        kind: ``column`` / ``row`` parallel, ``dense`` (``torch.nn.Linear``), ``never`` (embeddings and the output
-            layer), or ``unsupported``.
+        kind: ``column`` / ``row`` parallel, ``dense`` (``torch.nn.Linear``), ``never`` (embeddings, the output layer,
+            adapters), or ``unsupported``.
     """
 
     path: str
@@ -102,7 +108,7 @@ def candidates(chunk: torch.nn.Module) -> Iterator[Candidate]:
 
 
 def _kind(path: str, module: torch.nn.Module) -> Kind:
-    if any(part in _NEVER_NAMES for part in path.split(".")):
+    if any(part in _NEVER_NAMES or _ADAPTER.fullmatch(part) for part in path.split(".")):
         return "never"
     if isinstance(module, VocabParallelEmbedding | torch.nn.Embedding):
         return "never"
@@ -116,11 +122,13 @@ def _kind(path: str, module: torch.nn.Module) -> Kind:
 
 
 def _globally_named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """``named_modules`` with the numbers of the whole model: a pipeline stage counts its own layers from 0, and an
-    expert-parallel rank its own experts."""
+    """``named_modules`` with the names of the whole model: a pipeline stage counts its own layers from 0, an
+    expert-parallel rank its own experts, and an adapted layer is called what it is called without the adapter."""
     renamed: dict[str, str] = {"": ""}
     first_expert: dict[str, int] = {}
-    for local, module in chunk.named_modules():
+    # PEFT puts the model two levels deeper.
+    base = chunk.get_base_model() if hasattr(chunk, "get_base_model") else chunk
+    for local, module in base.named_modules():
         parent, _, leaf = local.rpartition(".")
         if isinstance(module, torch.nn.ModuleList) and leaf == "local_experts":
             first_expert[local] = parallel_state.get_expert_model_parallel_rank() * len(module)
@@ -129,7 +137,7 @@ def _globally_named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
             leaf = str(number - 1)
         elif parent in first_expert:
             leaf = str(first_expert[parent] + int(leaf))
-        renamed[local] = f"{renamed[parent]}.{leaf}".lstrip(".")
+        renamed[local] = renamed[parent] if leaf in _ADAPTED else f"{renamed[parent]}.{leaf}".lstrip(".")
         yield renamed[local], module
 
 

@@ -1,26 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The start-up probe: proves for every quantized layer that its output is ``x Wq^T``.
+"""Proofs that a host trains ternary: at start-up of every quantized layer, in the first step of its use.
 
 A host may replace a linear's class, its forward or the functions below it, and a quantizer that is bypassed trains in
 full precision with a perfectly good-looking loss. So each layer is run, as it stands, on one-hot inputs: its outputs
 are then columns of the weight that the GEMM really used, exact in every dtype, and compared bit for bit. A norm inside
 the layer is left out meanwhile.
+
+A fused kernel that reads the weights of layers which it never calls passes this. So the first training step must have
+run every quantized layer.
 """
 
 import contextlib
+import functools
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..patches import megatron_core
 from ..quantization import quantize_dequantize
+from .cache import find_attached
 from .linear import TernaryState, ternary_state
 from .linears import parallel_kind, registered_linear, tensor_parallel_group
 
 _POSITIONS = 16
+_WATCH = "_ternary_watch"
+_NAMED = 32
 
 
 class ProbeError(RuntimeError):
-    """A layer that should be ternary computes with another weight."""
+    """A layer that should be ternary computes with another weight, or is not used."""
 
 
 def ternary_modules(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[tuple[TernaryState, torch.nn.Module]]:
@@ -112,3 +121,114 @@ def _without_norm(module: torch.nn.Module) -> Iterator[None]:
 
 def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
+
+
+def watch_use(model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
+    """Lets the first training step prove that the host runs every quantized layer.
+
+    That is the first schedule with gradients. Every layer must have been run there at least once over all micro-batches
+    of its rank, in a forward pass: recompute in the backward pass does not count. Layers of experts that received no
+    token are exempt, and named in a line that rank 0 prints. Where one was not run all ranks raise :class:`ProbeError`
+    from the schedule. Afterwards nothing is watched any more.
+
+    Args:
+        model: a model, or all chunks of this rank, after :func:`apply_recipe`. On every rank alike, for the proof is
+            collective over all of them.
+    """
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    for chunk in chunks:
+        chunk.__dict__[_WATCH] = _Watch(chunk)
+    megatron_core.announce_training(_start_watching, _prove_use)
+
+
+class _Watch:
+    """Which layers of a model chunk a schedule ran, and how many tokens its experts received meanwhile."""
+
+    def __init__(self, chunk: torch.nn.Module) -> None:
+        self.layers = [state for state, _ in ternary_modules(chunk)]
+        self.tokens: dict[str, int] = {}
+        self.over = False
+        self.hooks = []
+        for module in chunk.modules():
+            experts = getattr(module, "local_experts", None)
+            if isinstance(experts, torch.nn.ModuleList):
+                count = functools.partial(self._count_tokens, [_expert_in(expert) for expert in experts])
+                self.hooks.append(module.register_forward_pre_hook(count, with_kwargs=True))
+
+    def _count_tokens(self, experts: list[str | None], module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before megatron-core's ``experts(hidden_states, tokens_per_expert, probabilities)``."""
+        tokens = kwargs.get("tokens_per_expert", args[1] if len(args) > 1 else None)
+        tokens = [] if tokens is None else torch.as_tensor(tokens).flatten().tolist()
+        if len(tokens) == len(experts):
+            for expert, received in zip(experts, tokens, strict=True):
+                if expert is not None:
+                    self.tokens[expert] = self.tokens.get(expert, 0) + int(received)
+
+    def start(self) -> None:
+        self.tokens.clear()
+        for state in self.layers:
+            state.used = False
+
+    def stop(self) -> tuple[list[str], list[str]]:
+        """The layers that were not run, and the experts without a token among those that were not."""
+        self.over = True
+        for hook in self.hooks:
+            hook.remove()
+        unused, idle = [], []
+        for state in self.layers:
+            if not state.used:
+                expert = _expert_of(state.name)
+                # An expert of which nothing is known may have been bypassed with its tokens.
+                exempt = self.tokens.get(expert) == 0
+                (idle if exempt else unused).append(expert if exempt else state.name)
+        return unused, list(dict.fromkeys(idle))
+
+
+def _expert_of(layer: str) -> str | None:
+    found = re.match(r".*\blocal_experts\.\d+", layer)
+    return None if found is None else found.group()
+
+
+def _expert_in(module: torch.nn.Module) -> str | None:
+    """The global path of an expert, None for one without quantized layers."""
+    return next((_expert_of(state.name) for state, _ in ternary_modules(module)), None)
+
+
+def _pending(chunks: Sequence[torch.nn.Module]) -> list[_Watch]:
+    watches = [find_attached(chunk, _WATCH) for chunk in chunks]
+    return [watch for watch in watches if watch is not None and not watch.over]
+
+
+def _start_watching(chunks: Sequence[torch.nn.Module]) -> None:
+    for watch in _pending(chunks):
+        watch.start()
+
+
+def _prove_use(chunks: Sequence[torch.nn.Module]) -> None:
+    watches = _pending(chunks)
+    if not watches:
+        return
+    found = [watch.stop() for watch in watches]
+    unused, idle = _of_all_ranks(*([name for pair in found for name in pair[i]] for i in (0, 1)))
+    if unused:
+        raise ProbeError(
+            "these layers are quantized, but the first training step never ran them, so that something computes with "
+            "their latent weights (a fused MLP, an op fuser, fused adapters):\n  "
+            + "\n  ".join(unused)
+            + "\nSwitch it off, or keep them in full precision with --ternary-recipe"
+        )
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        layers = sum(len(watch.layers) for watch in watches)
+        exempt = f", but for experts that received no token: {', '.join(idle)}" if idle else ""
+        print(f"use: the first training step ran the {layers} quantized layers of this rank{exempt}", flush=True)
+
+
+def _of_all_ranks(unused: list[str], idle: list[str]) -> tuple[list[str], list[str]]:
+    """Both lists over all ranks, without repetition and cut to a length that can be read; the same on each rank."""
+    gathered = [(unused, idle)]
+    if torch.distributed.is_initialized():
+        gathered = [([], [])] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, (unused[: _NAMED + 1], idle[: _NAMED + 1]))
+    found = [list(dict.fromkeys(name for pair in gathered for name in pair[i])) for i in (0, 1)]
+    unused, idle = ([*names[:_NAMED], "..."] if len(names) > _NAMED else names for names in found)
+    return unused, idle

@@ -17,7 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from ..arguments import apply_ternary
 from ..models.arguments import longrope_of, multipliers_of
 from ..models.customize import customize, softmax_scale
-from ..tensor_parallel import CoverageReport, TernaryState, probe, ternary_modules
+from ..tensor_parallel import CoverageReport, TernaryState, probe, ternary_modules, watch_use
 from .arguments import params_dtype
 from .initialize import device
 
@@ -73,6 +73,8 @@ def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool
         notes.append(backend)
         notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(bare)} layers of this rank")
     if with_ddp:
+        if coverage is not None:
+            watch_use(bare)
         chunks = [_wrap(args, config, chunk, i) for i, chunk in enumerate(chunks)]
         _connect_schedule(config, chunks, args)
     ternary = [state for state, _ in ternary_modules(bare)]

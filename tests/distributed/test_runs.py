@@ -62,11 +62,21 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
         "other quantizer allowed": [*other, "--finetune", "--allow-quantizer-change"],
         "schedule refused": [*BF16, "--train-iters", "30", "--load", str(logs / "save step")],
         "unknown flag refused": [*ternary, "--tenary-cache", "none"],
+        "fused on rank 1": [
+            *MODEL,
+            "--eval-iters",
+            "0",
+            "--train-iters",
+            "2",
+            "--ternary",
+            "--save",
+            str(logs / "fused"),
+        ],
         "abbreviation refused": [*ternary, "--ternary-group", "32"],
     }
     for name in recipes:
         runs[f"{name} recipe refused"] = [*ternary, "--ternary-recipe", str(logs / f"{name}.yaml")]
-    return *launch_runs(runs, 2), logs
+    return *launch_runs(runs, 2, fused_mlp_on={"fused on rank 1": 1}), logs
 
 
 @pytest.mark.parametrize("cache", ["step", "none"])
@@ -97,6 +107,15 @@ def test_weights_that_are_not_finite_are_never_saved(two_ranks: tuple) -> None:
     assert report["diverges"]["status"] == 1
     assert "training has diverged" in report["diverges"]["stderr"]
     assert not list((logs / "diverged").glob("*"))
+
+
+def test_a_layer_that_one_rank_never_runs_ends_all_in_the_first_step(two_ranks: tuple) -> None:
+    report, _, logs = two_ranks
+    assert report["fused on rank 1"]["status"] == 3
+    for words in ("never ran them", "decoder.layers.3.mlp.linear_fc2\n", "keep them in full precision"):
+        assert words in report["fused on rank 1"]["stderr"]
+    assert "linear_qkv" not in report["fused on rank 1"]["stderr"]
+    assert not list((logs / "fused").glob("*"))
 
 
 def test_training_passes_its_own_verification(two_ranks: tuple) -> None:

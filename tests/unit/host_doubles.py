@@ -37,6 +37,7 @@ class MegatronTraining:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, build_model, theirs: tuple[str, ...] = ()) -> None:
         self.args = argparse.Namespace()
+        self.build_model = build_model
         self.loaded_with: dict = {}
         self.printed: list[str] = []
         self.fails_to_correct = False
@@ -76,7 +77,7 @@ class MegatronTraining:
 
         def get_model(wrap=True):
             loop = sys.modules["megatron.training.training"]
-            chunks = build_model()
+            chunks = self.build_model()
             if not self.fails_to_correct:
                 loop.correct_amax_history_if_needed(chunks)
             return chunks
@@ -166,6 +167,40 @@ class MegatronTraining:
         if self.args.save:
             here["training"].save_checkpoint(5, model)
         return model
+
+
+class LoraLinear(torch.nn.Module):
+    """PEFT's ``LoraParallelLinear``: a linear, and two small ones beside it."""
+
+    def __init__(self, base_layer: torch.nn.Module, rank: int = 4) -> None:
+        super().__init__()
+        rows, columns = base_layer.weight.shape
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(columns, rank, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(rank, rows, bias=False)})
+        base_layer.weight.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.base_layer(x)[0] + self.lora_B["default"](self.lora_A["default"](x)), None
+
+
+class PeftModel(torch.nn.Module):
+    """PEFT's ``PeftModel`` around a chunk whose ``decoder`` holds linears, as MindSpeed-LLM makes it."""
+
+    def __init__(self, chunk: torch.nn.Module) -> None:
+        super().__init__()
+        for name, linear in list(chunk.decoder.items()):
+            chunk.decoder[name] = LoraLinear(linear)
+        self.base_model = torch.nn.Module()
+        self.base_model.model = chunk
+        # MindSpeed-LLM does so itself.
+        self.add_module("module", self.get_base_model())
+
+    def get_base_model(self) -> torch.nn.Module:
+        return self.base_model.model
+
+    def sharded_state_dict(self) -> dict:
+        return {}
 
 
 class MindSpeed:

@@ -113,6 +113,28 @@ def test_a_job_trains_ternary_after_one_import(megatron) -> None:
     assert "ternary: 2 of 2 modules" in job.printed[-1]
 
 
+def test_adapters_train_in_full_precision_beside_ternary_layers(megatron, monkeypatch, tmp_path: Path) -> None:
+    """PEFT's names change neither what is quantized nor what it is called, so that a pretraining checkpoint fits."""
+    job = megatron()
+    adapt()
+    job.run(["--ternary", "--save", str(tmp_path)])
+    monkeypatch.setattr(job, "build_model", lambda: [host_doubles.PeftModel(Chunk(None))])
+    (model,) = job.run(["--ternary", "--load", str(tmp_path)])
+    assert "quantizer: as the checkpoint records" in job.printed
+    layers = {state.name: (state, module) for state, module in ternary_modules(model)}
+    assert list(layers) == ["decoder.linear_fc1", "decoder.linear_fc2"]
+    (table,) = (line for line in job.printed if "ternary: 2 of 6 modules" in line)
+    for name in ("fc1.lora_A", "fc1.lora_B", "fc2.lora_A", "fc2.lora_B"):
+        (row,) = (line.split() for line in table.splitlines() if line.startswith(f"decoder.linear_{name}.default "))
+        assert row[3:5] == ["full", "precision"]
+
+    adapted, x = model.get_base_model().decoder["linear_fc1"], torch.randn(3, 1, 64)
+    state, base = layers["decoder.linear_fc1"]
+    quantized, _ = state.quantize(base.weight)
+    low = x @ adapted.lora_A["default"].weight.t() @ adapted.lora_B["default"].weight.t()
+    assert torch.equal(adapted(x)[0], x @ quantized.t() + low)
+
+
 def test_without_the_flag_nothing_changes(megatron, tmp_path: Path) -> None:
     job = megatron()
     adapt()
@@ -199,16 +221,44 @@ def test_flags_without_ternary_are_refused(megatron) -> None:
         job.run(["--ternary-group-size", "64"])
 
 
-@pytest.mark.parametrize(
-    "name", ["fp4", "enable_cuda_graph", "use_torch_fsdp2", "use_custom_fsdp", "tp_2d", "layerzero"]
-)
-def test_so_is_what_hosts_have_beyond(name: str) -> None:
+def check(**of_the_host: object) -> None:
+    """Checks the arguments of a ternary job."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(["--ternary"])
-    args.__dict__[name] = True
-    with pytest.raises(host.HostError, match=f"--{name.replace('_', '-')} True"):
-        host.check_arguments(args)
+    args.__dict__.update(of_the_host)
+    host.check_arguments(args)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    {
+        "fp4": True,
+        "enable_cuda_graph": True,
+        "use_torch_fsdp2": True,
+        "use_custom_fsdp": True,
+        "tp_2d": True,
+        "layerzero": True,
+        "lora_fusion": True,
+        "lu_lora_final_layer_index": 0,
+        "use_fused_mlp": True,
+        "use_transformer_engine_op_fuser": True,
+    }.items(),
+)
+def test_so_is_what_hosts_have_beyond(name: str, value: object) -> None:
+    with pytest.raises(host.HostError, match=f"--{name.replace('_', '-')} {value}"):
+        check(**{name: value})
+    for off in (None, False):
+        check(**{name: off})
+
+
+@pytest.mark.parametrize("prefix", ["", "expert_"])
+def test_weights_sharded_beyond_tensor_parallelism_are_refused(prefix: str) -> None:
+    """Megatron-LM gives the number of shards a value in every job: here of a tensor-parallel size of 2."""
+    shards, derived = f"{prefix}tensor_parallel_num_weight_shards", f"{prefix}gtp_weight_remat_size"
+    with pytest.raises(host.HostError, match=f"--{shards.replace('_', '-')} 4"):
+        check(**{shards: 4, derived: 2})
+    check(**{shards: 2, derived: 1})
 
 
 def test_a_recipe_that_fits_nothing_is_refused(megatron, tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ def test_a_module_that_would_bypass_the_quantizer_is_refused() -> None:
     [
         ("*.linear_fc3", "fits no module of the model"),
         ("decoder.layers.7.*", "fits no module of the model"),
-        ("output_layer", "names output_layer: embeddings and the output layer are never quantized"),
+        ("output_layer", "names output_layer: embeddings, the output layer and adapters are never quantized"),
         ("embedding.*", "are never quantized; remove it"),
     ],
 )

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs ``launch/pretrain.py`` several times in one set of processes, as the dictionary in ``runs.json`` says:
 
-    name: {"argv": [...], "resave": "DIR or absent: save here at once what was loaded"}
+    name: {
+        "argv": [...],
+        "resave": "DIR or absent: save here at once what was loaded",
+        "fused_mlp_on": rank or absent: whose MLPs compute with their weights and never call their linears
+    }
 
 Reports each run's exit status and standard error, and writes the quantized weights that its first training forward
 used, gathered over the tensor-parallel ranks, to ``<name>.rank<N>.pt``.
@@ -72,6 +76,26 @@ def hook(loop, name: str, rank: int, directory: Path, resave: str | None) -> Non
     replace(loop.checkpoint, "load", load_and_save)
 
 
+@contextlib.contextmanager
+def fused_mlp(here: bool):
+    """What a host's fused kernels do, in the place of every MLP of this process."""
+    import torch
+    from megatron.core.transformer.mlp import MLP
+
+    original = MLP.forward
+
+    def forward(self, hidden, *args, **kwargs):
+        # The linears' forms at these sizes, as far as shapes and collectives go.
+        up = torch.nn.functional.linear(hidden, self.linear_fc1.weight).chunk(2, -1)[0]
+        return torch.nn.functional.linear(up, self.linear_fc2.weight), None
+
+    MLP.forward = forward if here else original
+    try:
+        yield
+    finally:
+        MLP.forward = original
+
+
 def replace(owner, name: str, function) -> None:
     original = getattr(owner, name)
     function.__wrapped__ = getattr(original, "__wrapped__", original)
@@ -95,7 +119,7 @@ def main(directory: Path) -> None:
         hook(loop, name, rank, directory, run.get("resave"))
         errors = io.StringIO()
         try:
-            with contextlib.redirect_stderr(errors):
+            with contextlib.redirect_stderr(errors), fused_mlp(run.get("fused_mlp_on") == rank):
                 status = command.main(run["argv"])
         except SystemExit as leaving:
             status = leaving.code
