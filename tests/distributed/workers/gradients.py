@@ -41,7 +41,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
-from bitcpm_megatron import QuantizerConfig  # noqa: E402
+from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
 from bitcpm_megatron.patches import cpu, megatron_core  # noqa: E402
 from bitcpm_megatron.tensor_parallel import ProbeError, apply_recipe, cache, linear, probe, ternary_modules  # noqa: E402
 
@@ -76,11 +76,14 @@ class Pair(MegatronModule):
 
 
 def reference_quantizer(w: torch.Tensor, groups: int) -> torch.Tensor:
-    """The paper's formula in float64, with its residual form as the straight-through estimator."""
-    grouped = w.reshape(w.shape[0] * groups, -1)
-    s = grouped.detach().abs().mean(-1, keepdim=True).clamp(min=1e-5).bfloat16().double()
-    q = (grouped.detach() / s).round().clamp(-1, 1) * s
-    return (grouped + (q - grouped).detach()).reshape(w.shape)
+    """Quantized in fp32, and from there in float64, with the residual form as the straight-through estimator.
+
+    A mean in float64 could fall on the other side of an edge between two scales, and what the quantizer makes of a
+    weight is proved by tests/unit/test_quantizer.py.
+    """
+    rows, config = w.detach().float().reshape(w.shape[0] * groups, -1), QuantizerConfig()
+    quantized = dequantize(*quantize(rows, config), config, torch.float64).reshape(w.shape)
+    return w + (quantized - w).detach()
 
 
 def reference_gradients(weights: list[torch.Tensor], data: list[tuple], quantized: bool = True) -> list[torch.Tensor]:
@@ -217,6 +220,36 @@ def run_probe(sequence_parallel: bool) -> str:
         return f"ProbeError: {error}"
 
 
+def run_int8() -> str:
+    """Whether a row-parallel layer rounds its input to 8 bits per shard, where every number is an integer.
+
+    Weights of +-1 have a scale of 1. The largest inputs of the two shards are 127 and 254, so that levels are 1 and 2
+    apart; every input lies a quarter of a level above the one that it is rounded to, and no sum is rounded.
+    """
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        params_dtype=torch.float32,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    model = Pair(config)
+    apply_recipe(model, default=QuantizerConfig(), row_parallel_shards=SHARDS, activation_bits=8)
+    generator = torch.Generator().manual_seed(8)
+    signs = torch.randint(0, 2, (HIDDEN, INNER), generator=generator) * 2 - 1
+    levels = torch.randint(-126, 126, (SEQUENCE, BATCH, SHARDS, INNER // SHARDS), generator=generator)
+    x = levels + 0.25
+    levels[..., 0] = x[..., 0] = 127
+    apart = torch.tensor([1, 2]).unsqueeze(-1)
+    levels, x = (levels * apart).flatten(-2), (x * apart).flatten(-2)
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), config.tensor_model_parallel_size
+    with torch.no_grad():
+        model.mlp.linear_fc2.weight.copy_(signs.chunk(size, 1)[rank])
+        found = model.mlp.linear_fc2(x.chunk(size, -1)[rank].contiguous())[0]
+    expected = levels @ signs.t()
+    return "equal" if torch.equal(found, expected.float()) else f"{int((found != expected).sum())} others"
+
+
 def _relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     pairs = list(zip(found, expected, strict=True))
     error = max(float((f.double() - e).abs().max() / e.abs().max()) for f, e in pairs)
@@ -290,6 +323,7 @@ def main(directory: Path) -> None:
             results[name] = run_case(*flags)
         results[f"{layout} no cache"] = run_case(True, tp > 1, False, False, cache_mode="none")
         results[f"{layout} frozen"] = run_case(True, tp > 1, False, False, frozen=True)
+        results[f"{layout} int8"] = run_int8()
         results[f"{layout} probe"] = run_probe(tp > 1)
         for bug, patch in PLANTED.items():
             with patch:
