@@ -12,6 +12,7 @@ from ascendc.emulator import Counters, Emulator, Weight
 from bitcpm_megatron.quantization import pack, packed_size, quantize_dequantize, unpack
 
 EPS = 1e-5
+OTHER_EPS = 3e-3
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STATISTICS_BYTES = 512
 # (rows, columns, group): groups side by side, groups along, single rows, tails of every kind.
@@ -47,6 +48,8 @@ SHAPES = (
     (1, 4513, 4513),
 )
 LARGE = ((1, 32768, 32768), (1, 33001, 33001), (2, 70016, 70016))
+# More than 64 ** 3 elements: their partial sums are folded three times.
+LONGEST = (1, 300_001, 300_001)
 MODES = (
     {},
     {"pack": True},
@@ -57,7 +60,19 @@ MODES = (
     {"given": True, "pack": True, "compare": True},
     {"unpack": True},
 )
-VALUES = ("gaussian", "ties", "zeros", "tiny", "small", "huge", "signed zeros", "constant", "mixed", "not finite")
+VALUES = (
+    "gaussian",
+    "ties",
+    "zeros",
+    "tiny",
+    "below eps",
+    "small",
+    "huge",
+    "signed zeros",
+    "constant",
+    "mixed",
+    "not finite",
+)
 CORES = (1, 3, 40)
 
 
@@ -73,6 +88,7 @@ class Case:
     cores: int
     late: bool
     seed: int
+    eps: float = EPS
 
 
 def all_cases() -> Iterator[Case]:
@@ -85,22 +101,39 @@ def all_cases() -> Iterator[Case]:
     for (rows, columns, group), dtype, mode in itertools.product(LARGE, DTYPES, (MODES[0], MODES[5])):
         i = next(turn)
         yield Case((rows, columns), group, dtype, tuple(mode), "gaussian", 2, i % 2 == 1, i)
+    for dtype in DTYPES:
+        i = next(turn)
+        yield Case(LONGEST[:2], LONGEST[2], dtype, (), "gaussian", 2, i % 2 == 1, i)
 
 
 def grouped_cases() -> Iterator[list[Case]]:
-    """Launches over several weights: small and large ones, of both kernels, in several modes."""
-    shapes = ((3, 96, 96), (33, 256, 32), (2, 2112, 1056), (9, 1024, 128), (3, 33, 33), (2, 4224, 4224), (1, 128, 128))
+    """Launches over several weights: small and large ones, of both kernels, in several modes, of two lower bounds.
+
+    Each of them begins with another weight, so that the first is now a power of two and now is not, in both kernels.
+    """
+    shapes = (
+        (3, 96, 96),
+        (33, 256, 32),
+        (2, 2112, 1056),
+        (3, 33, 33),
+        (9, 1024, 128),
+        (6, 16, 16),
+        (2, 4224, 4224),
+        (1, 128, 128),
+    )
     modes = (("compare",), (), ("given",), ("pack", "count"), ("count",))
     turn = itertools.count(10_000)
-    for dtype, cores, late in itertools.product(DTYPES, (1, 5, 40), (False, True)):
+    for first, (dtype, cores, late) in enumerate(itertools.product(DTYPES, (1, 5, 40), (False, True))):
         weights = []
-        for rows, columns, group in shapes:
+        for k in range(len(shapes)):
+            rows, columns, group = shapes[(first + k) % len(shapes)]
             i = next(turn)
-            mode, values = modes[i % len(modes)], VALUES[i % len(VALUES)]
-            weights.append(Case((rows, columns), group, dtype, mode, values, cores, late, i))
+            mode, values = modes[i % len(modes)], "below eps" if k % 3 == 1 else VALUES[i % len(VALUES)]
+            eps = EPS if (first + k) % 2 else OTHER_EPS
+            weights.append(Case((rows, columns), group, dtype, mode, values, cores, late, i, eps))
         yield weights
         yield [
-            Case(shape[:2], shape[2], dtype, ("unpack",), "gaussian", cores, late, next(turn)) for shape in shapes[1:6]
+            Case(shape[:2], shape[2], dtype, ("unpack",), "gaussian", cores, late, next(turn)) for shape in shapes[1:7]
         ]
 
 
@@ -120,6 +153,10 @@ def make_values(case: Case, generator: torch.Generator) -> torch.Tensor:
         w.zero_()
     elif case.values == "tiny":
         w *= 1e-40 if case.dtype == torch.float32 else 1e-7
+    elif case.values == "below eps":
+        # The mean lies below the bound, and some of the values above the half of it, or next to that.
+        steps = torch.tensor([0.0, 0.2, 0.4997, 0.5003, 0.7])
+        w = torch.sign(w) * steps[torch.randint(0, len(steps), case.shape, generator=generator)] * case.eps
     elif case.values == "small":
         w *= 3e-5
     elif case.values == "huge":
@@ -161,7 +198,7 @@ def make_weight(case: Case) -> Weight:
     if "unpack" in case.mode:
         return Weight(None, case.group, scales, previous=previous, shape=case.shape, dtype=case.dtype)
     return Weight(
-        latent, case.group, scales, EPS, pack="pack" in case.mode, count="count" in case.mode, previous=previous
+        latent, case.group, scales, case.eps, pack="pack" in case.mode, count="count" in case.mode, previous=previous
     )
 
 
@@ -178,13 +215,13 @@ def check(case: Case, weight: Weight) -> None:
         return
 
     if not weight.given:
-        assert golden.same_bits(weight.scales, golden.own_scales(weight.latent, case.group, EPS)), "scales"
+        assert golden.same_bits(weight.scales, golden.own_scales(weight.latent, case.group, case.eps)), "scales"
         check_scales(weight, case)
     codes = golden.codes(weight.latent, weight.scales)
     assert golden.same_bits(weight.quantized, golden.quantized(weight.latent, weight.scales)), "quantized weight"
     assert not torch.signbit(weight.quantized[weight.quantized == 0]).any(), "-0.0"
     reference = -1 if case.group == columns else case.group
-    expected = quantize_dequantize(weight.latent, reference, EPS, weight.scales)[0]
+    expected = quantize_dequantize(weight.latent, reference, case.eps, weight.scales)[0]
     assert golden.same_bits(weight.quantized, expected), "the reference quantizer with these scales"
 
     if weight.packed is not None:
@@ -213,7 +250,7 @@ def check_bytes(case: Case, weight: Weight, counters: Counters) -> None:
         assert counters.read_bytes == code_bytes + scale_bytes, "bytes read"
         assert counters.written_bytes == written, "bytes written"
         return
-    twice = case.dtype == torch.float32 and columns > 40000 and not weight.given
+    twice = columns > (40_000 if case.dtype == torch.float32 else 80_000) and not weight.given
     read = element * rows * columns * (2 if twice else 1) + (scale_bytes if weight.given else 0)
     read += code_bytes if weight.previous is not None else 0
     written += 0 if weight.given else scale_bytes
@@ -230,7 +267,7 @@ def check_scales(weight: Weight, case: Case) -> None:
     """The kernel's scales are the reference quantizer's, its means those of torch's own order of addition, nearly."""
     rows, columns = case.shape
     reference = -1 if case.group == columns else case.group
-    expected = quantize_dequantize(weight.latent, reference, EPS)[1]
+    expected = quantize_dequantize(weight.latent, reference, case.eps)[1]
     assert golden.same_bits(weight.scales, expected), "the reference quantizer's scales"
     finite = expected.isfinite()
     mean = golden.means(weight.latent, case.group)[finite]

@@ -27,6 +27,33 @@ MODES = {
 }
 BINARY = ("Sub", "Add", "Div", "And", "Or", "Mul")
 UNARY = ("Abs", "Muls", "Adds", "Mins", "SumRepeats", "Select")
+# Bugs by hand that no rule makes: function, statement, the same with the bug.
+PLANTED = (
+    # The lower bound is applied behind the rounding to bf16, so that it is not rounded itself.
+    (
+        "OwnScales",
+        "AscendC::Cast(scale_, own, RoundMode::CAST_NONE, padded)",
+        "AscendC::Cast(scale_, own, RoundMode::CAST_NONE, padded); Barrier(); "
+        "AscendC::Select(scale_, mask_, epsilon_, scale_, AscendC::SELMODE::VSEL_TENSOR_TENSOR_MODE, padded)",
+    ),
+    # The first weight's numbers are used for every weight of a launch.
+    (
+        "ReadWeight",
+        "weight.reciprocal = numbers_.GetValue(at + kReciprocal)",
+        "weight.reciprocal = numbers_.GetValue(at - index * kEntryWords + kReciprocal)",
+    ),
+    (
+        "ReadWeight",
+        "weight.epsilon = numbers_.GetValue(at + kEpsilon)",
+        "weight.epsilon = numbers_.GetValue(at - index * kEntryWords + kEpsilon)",
+    ),
+    # The partial sums of a row are folded twice at most: what is beyond 64 ** 3 elements is lost.
+    (
+        "Sum",
+        "sums = whole + (tail != 0 ? 1 : 0)",
+        "sums = Smaller(whole + (tail != 0 ? 1 : 0), kFloatLanes)",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,9 @@ def generate(sources: Path, target: Path) -> tuple[list[Mutant], int]:
         fixed += maker.fixed
     header = target / "emulation" / "kernel_operator.h"
     header.write_text(header.read_text() + '\nextern "C" { inline int32_t ternary_mutant = -1; }\n')
+    planted = sum(m.kind == "planted" for m in mutants)
+    if planted != len(PLANTED):
+        raise ValueError(f"{planted} of {len(PLANTED)} planted bugs fit the kernel sources: adapt PLANTED to them")
     return mutants, fixed
 
 
@@ -208,7 +238,7 @@ class _File:
                 return text + ";"
             equals = self._find(tokens, begin, "=")
             return f"{self._plain(tokens, begin, equals + 1)} {self._choice(tokens, equals + 1, end)};"
-        choices = [*self._deletions(text), *self._variants(tokens, begin, end)]
+        choices = [*self._planted(text), *self._deletions(text), *self._variants(tokens, begin, end)]
         made = "".join(
             f"if (ternary_mutant == {self._add(kind, text, new)}) {{ {new}; }} else " for kind, new in choices
         )
@@ -227,6 +257,10 @@ class _File:
         self.mutants.append(Mutant(self.next, kind, self.name, self.function, *squeeze))
         self.next += 1
         return self.next - 1
+
+    def _planted(self, text: str) -> list[tuple[str, str]]:
+        squeezed = re.sub(r"\s+", " ", text)
+        return [("planted", after) for where, before, after in PLANTED if (where, before) == (self.function, squeezed)]
 
     @staticmethod
     def _deletions(text: str) -> list[tuple[str, str]]:
