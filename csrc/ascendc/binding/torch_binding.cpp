@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops of bitcpm_megatron/ops/ascendc.py on an NPU. Their schemas stand there.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <acl/acl.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
-#include <torch/torch.h>
 #include <torch_npu/csrc/core/npu/NPUStream.h>
 #include <torch_npu/csrc/framework/OpCommand.h>
 
-#include <cstring>
-#include <deque>
-#include <mutex>
 #include <tuple>
 #include <vector>
 
 #include "../op_host/tiling.h"
+#include "launch_tables.h"
 #include "aclrtlaunch_ternary_rows_bf16.h"
 #include "aclrtlaunch_ternary_rows_fp16.h"
 #include "aclrtlaunch_ternary_rows_fp32.h"
@@ -56,77 +58,58 @@ uint32_t VectorCores(const at::Device& device)
     return static_cast<uint32_t>(cores);
 }
 
-// The table of a launch on the device. The caching allocator hands out the same addresses step after step, so that the
-// table of the last step usually serves again, without a copy.
-Tensor DeviceTable(const std::vector<uint32_t>& words, const at::Device& device)
+// Is a graph being captured on this stream? Chips without graphs answer that they know none.
+bool Capturing(aclrtStream stream)
 {
-    struct Known {
-        at::Device device;
-        std::vector<uint32_t> words;
-        Tensor tensor;
-    };
-    constexpr std::size_t kMost = 64;
-    static std::mutex mutex;
-    static std::deque<Known> cache;
-    const std::lock_guard<std::mutex> guard(mutex);
-    for (const Known& known : cache) {
-        if (known.device == device && known.words == words) {
-            return known.tensor;
-        }
-    }
-    const auto count = static_cast<int64_t>(words.size());
-    const Tensor host = at::empty({count}, at::TensorOptions().dtype(at::kInt));
-    std::memcpy(host.data_ptr(), words.data(), words.size() * sizeof(uint32_t));
-    const Tensor copy = host.to(device);
-    cache.push_back({device, words, copy});
-    if (cache.size() > kMost) {
-        cache.pop_front();
-    }
-    return copy;
+    aclmdlRICaptureStatus capture = ACL_MODEL_RI_CAPTURE_STATUS_NONE;
+    aclmdlRI graph = nullptr;
+    const aclError status = aclmdlRICaptureGetInfo(stream, &capture, &graph);
+    TORCH_CHECK(status == ACL_SUCCESS || status == ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+                "ternary kernels: it is not known whether a graph is being captured: aclError ", status);
+    return status == ACL_SUCCESS && capture != ACL_MODEL_RI_CAPTURE_STATUS_NONE;
 }
 
-void LaunchOne(const Launch& launch, Dtype dtype, void* stream, void* table)
+// A kernel as the toolkit wraps it: what it returns is the aclError of the launch.
+struct Entry {
+    const char* name;
+    uint32_t (*launch)(uint32_t blocks, aclrtStream stream, void* table);
+};
+
+#define TERNARY_ENTRY(kernel)                                                                      \
+    Entry                                                                                          \
+    {                                                                                              \
+        #kernel, [](uint32_t blocks, aclrtStream stream, void* table) -> uint32_t {                \
+            return ACLRT_LAUNCH_KERNEL(kernel)(blocks, stream, table);                             \
+        }                                                                                          \
+    }
+
+Entry EntryOf(Kernel kernel, Dtype dtype)
 {
-    const uint32_t blocks = launch.blocks;
-    if (launch.kernel == Kernel::Tile) {
-        switch (dtype) {
-            case Dtype::BF16:
-                ACLRT_LAUNCH_KERNEL(ternary_tile_bf16)(blocks, stream, table);
-                return;
-            case Dtype::FP16:
-                ACLRT_LAUNCH_KERNEL(ternary_tile_fp16)(blocks, stream, table);
-                return;
-            case Dtype::FP32:
-                ACLRT_LAUNCH_KERNEL(ternary_tile_fp32)(blocks, stream, table);
-                return;
-        }
-    }
-    switch (dtype) {
-        case Dtype::BF16:
-            ACLRT_LAUNCH_KERNEL(ternary_rows_bf16)(blocks, stream, table);
-            return;
-        case Dtype::FP16:
-            ACLRT_LAUNCH_KERNEL(ternary_rows_fp16)(blocks, stream, table);
-            return;
-        case Dtype::FP32:
-            ACLRT_LAUNCH_KERNEL(ternary_rows_fp32)(blocks, stream, table);
-            return;
-    }
+    // By Kernel and Dtype.
+    static const Entry entries[2][3] = {
+        {TERNARY_ENTRY(ternary_tile_bf16), TERNARY_ENTRY(ternary_tile_fp16), TERNARY_ENTRY(ternary_tile_fp32)},
+        {TERNARY_ENTRY(ternary_rows_bf16), TERNARY_ENTRY(ternary_rows_fp16), TERNARY_ENTRY(ternary_rows_fp32)}};
+    return entries[static_cast<uint32_t>(kernel)][static_cast<uint32_t>(dtype)];
 }
 
 void Run(const std::vector<WeightSpec>& specs, Dtype dtype, const at::Device& device, uint32_t cores)
 {
     const ternary::Plan plan = ternary::MakePlan(specs, dtype, cores);
     TORCH_CHECK(plan.error.empty(), "ternary kernels: ", plan.error);
-    void* stream = c10_npu::getCurrentNPUStream(device.index()).stream();
+    const c10_npu::NPUStream current = c10_npu::getCurrentNPUStream(device.index());
+    // Without a wait for torch_npu's task queue: the launches go through it, so that their order among other ops holds.
+    const aclrtStream stream = current.stream(false);
+    const bool capturing = Capturing(stream);
     for (const Launch& launch : plan.launches) {
-        const Tensor table = DeviceTable(launch.table, device);
-        // Through torch_npu's task queue, so that the order among other ops holds.
+        const Entry entry = EntryOf(launch.kernel, dtype);
+        const Tensor table = ternary::LaunchTables::Get().Find(launch.table, current.unwrap(), capturing);
         at_npu::native::OpCommand command;
-        command.Name("bitcpm_ternary_quantize");
-        command.SetCustomHandler([launch, dtype, stream, table]() -> int {
-            LaunchOne(launch, dtype, stream, table.data_ptr());
-            return 0;
+        command.Name(entry.name);
+        command.SetCustomHandler([entry, blocks = launch.blocks, stream, table]() -> int {
+            const uint32_t status = entry.launch(blocks, stream, table.data_ptr());
+            // The weights are uninitialized memory then. From the task queue this is raised by the next op.
+            TORCH_CHECK(status == ACL_SUCCESS, "ternary kernels: ", entry.name, " was not launched: aclError ", status);
+            return ACL_SUCCESS;
         });
         command.Run();
     }
@@ -141,6 +124,7 @@ Lists Quantize(at::TensorList weights, at::IntArrayRef groups, double eps, at::T
     TORCH_CHECK(scales.empty() || scales.size() == weights.size(), "scales of all weights, or of none");
     TORCH_CHECK(previous.empty() || previous.size() == weights.size(), "previous codes of all weights, or of none");
     const at::Device device = weights[0].device();
+    const c10::DeviceGuard guard(device);
     const Dtype dtype = DtypeOf(weights[0].scalar_type());
     const uint32_t cores = VectorCores(device);
     const bool counts = count || !previous.empty();
@@ -162,8 +146,9 @@ Lists Quantize(at::TensorList weights, at::IntArrayRef groups, double eps, at::T
             own.push_back(at::empty({w.size(0), scaleColumns}, w.options().dtype(at::kBFloat16)));
         } else {
             const Tensor& s = scales[i];
-            TORCH_CHECK(s.scalar_type() == at::kBFloat16 && s.is_contiguous() && s.size(0) == w.size(0) &&
-                            s.size(1) == scaleColumns, "weight ", i, ": the scales do not fit");
+            TORCH_CHECK(s.scalar_type() == at::kBFloat16 && s.is_contiguous() && s.device() == device &&
+                            s.sizes() == at::IntArrayRef({w.size(0), scaleColumns}),
+                        "weight ", i, ": the scales do not fit");
             own.push_back(s.clone());
         }
         if (pack) {
@@ -174,8 +159,9 @@ Lists Quantize(at::TensorList weights, at::IntArrayRef groups, double eps, at::T
         }
         if (!previous.empty()) {
             const Tensor& p = previous[i];
-            TORCH_CHECK(p.scalar_type() == at::kByte && p.is_contiguous() && p.size(0) == w.size(0) &&
-                            p.size(1) == packedColumns, "weight ", i, ": the previous codes do not fit");
+            TORCH_CHECK(p.scalar_type() == at::kByte && p.is_contiguous() && p.device() == device &&
+                            p.sizes() == at::IntArrayRef({w.size(0), packedColumns}),
+                        "weight ", i, ": the previous codes do not fit");
         }
         specs.push_back({AddressOf(w), AddressOf(quantized[i]), AddressOf(own[i]), pack ? AddressOf(packed[i]) : 0,
                          previous.empty() ? 0 : AddressOf(previous[i]), counts ? AddressOf(statistics[i]) : 0,
@@ -191,11 +177,13 @@ Lists Quantize(at::TensorList weights, at::IntArrayRef groups, double eps, at::T
 
 Tensor Unpack(const Tensor& packed, const Tensor& scales, int64_t columns, at::ScalarType type)
 {
+    const c10::DeviceGuard guard(packed.device());
     TORCH_CHECK(packed.scalar_type() == at::kByte && packed.dim() == 2 && packed.is_contiguous() &&
                     packed.size(1) == static_cast<int64_t>(ternary::PackedBytes(1, columns)),
                 "packed codes do not fit rows of ", columns);
     TORCH_CHECK(scales.scalar_type() == at::kBFloat16 && scales.dim() == 2 && scales.is_contiguous() &&
-                    scales.size(0) == packed.size(0) && scales.size(1) > 0 && columns % scales.size(1) == 0,
+                    scales.device() == packed.device() && scales.size(0) == packed.size(0) && scales.size(1) > 0 &&
+                    columns % scales.size(1) == 0,
                 "scales do not fit the packed codes");
     Tensor weight = at::empty({packed.size(0), columns}, packed.options().dtype(type));
     const WeightSpec spec{0, AddressOf(weight), AddressOf(scales), 0, AddressOf(packed), 0,

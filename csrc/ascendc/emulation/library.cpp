@@ -49,19 +49,45 @@ void AddRegions(const WeightSpec& w, uint32_t elementBytes, uint32_t cores)
     AddRegion(w.statistics, static_cast<uint64_t>(cores) * ternary::kStatisticsWords * sizeof(int32_t), true);
 }
 
-void RunLaunch(const ternary::Launch& launch, uint32_t dtype)
+void RunLaunch(uint32_t kernel, uint32_t dtype, uint32_t blocks, const uint32_t* words, std::size_t count)
 {
     Machine& machine = Machine::Get();
-    machine.cores = launch.blocks;
-    std::vector<uint32_t> table = launch.table;
+    machine.cores = blocks;
+    std::vector<uint32_t> table(words, words + count);
     const std::size_t regions = machine.regions.size();
     AddRegion(reinterpret_cast<uint64_t>(table.data()), table.size() * sizeof(uint32_t), false);
-    for (uint32_t core = 0; core < launch.blocks; ++core) {
+    for (uint32_t core = 0; core < blocks; ++core) {
         machine.StartCore(core);
-        kEntries[static_cast<uint32_t>(launch.kernel)][dtype](reinterpret_cast<GM_ADDR>(table.data()));
+        kEntries[kernel][dtype](reinterpret_cast<GM_ADDR>(table.data()));
         machine.FinishCore();
     }
     machine.regions.resize(regions);
+}
+
+void Reset(emulation::Timing timing)
+{
+    Machine& machine = Machine::Get();
+    machine.timing = timing;
+    machine.counters = {};
+    machine.deferredError.clear();
+    machine.regions.clear();
+}
+
+// The regions of a weight as its entry in a table has them.
+void AddRegions(const uint32_t* entry, uint32_t elementBytes, uint32_t blocks)
+{
+    auto address = [entry](uint32_t word) { return static_cast<uint64_t>(entry[word + 1]) << 32 | entry[word]; };
+    const uint32_t flags = entry[ternary::kFlags];
+    const uint64_t lines = entry[ternary::kTiles] / entry[ternary::kTilesPerLine];
+    const uint64_t elements = lines * entry[ternary::kLineLength];
+    const uint64_t packedBytes = lines * entry[ternary::kLinePackedBytes];
+    AddRegion(address(ternary::kInput), elements * elementBytes, false);
+    AddRegion(address(ternary::kOutput), elements * elementBytes, true);
+    AddRegion(address(ternary::kScales), elements / entry[ternary::kSegment] * 2,
+              (flags & (ternary::kGivenScales | ternary::kUnpack)) == 0);
+    AddRegion(address(ternary::kPacked), packedBytes, true);
+    AddRegion(address(ternary::kPrevious), packedBytes, false);
+    AddRegion(address(ternary::kStatistics), blocks * ternary::kStatisticsWords * sizeof(int32_t), true);
 }
 
 }  // namespace
@@ -75,16 +101,14 @@ int32_t ternary_emulate(const WeightSpec* weights, uint32_t count, uint32_t dtyp
         return 1;
     }
     Machine& machine = Machine::Get();
-    machine.timing = late ? emulation::Timing::Late : emulation::Timing::Eager;
-    machine.counters = {};
-    machine.deferredError.clear();
-    machine.regions.clear();
+    Reset(late ? emulation::Timing::Late : emulation::Timing::Eager);
     for (uint32_t i = 0; i < count; ++i) {
         AddRegions(weights[i], dtype == 2 ? 4 : 2, cores);
     }
     try {
         for (const ternary::Launch& launch : plan.launches) {
-            RunLaunch(launch, dtype);
+            RunLaunch(static_cast<uint32_t>(launch.kernel), dtype, launch.blocks, launch.table.data(),
+                      launch.table.size());
             if (machine.counters.unifiedBufferBytes > launch.unifiedBufferBytes && plan.launches.size() == 1) {
                 throw emulation::Error{"[ub-capacity] the kernel allocates more than the tiling planned"};
             }
@@ -97,6 +121,25 @@ int32_t ternary_emulate(const WeightSpec* weights, uint32_t count, uint32_t dtyp
     const emulation::Counters& c = machine.counters;
     *counters = {c.readBytes, c.writtenBytes, c.tableBytes, c.dmas, c.vectorInstructions, c.vectorRepeats, c.barriers,
                  c.unifiedBufferBytes, plan.launches.size()};
+    return 0;
+}
+
+int32_t ternary_emulate_table(uint32_t kernel, uint32_t dtype, uint32_t blocks, const uint32_t* table, char* error,
+                              uint32_t errorBytes)
+{
+    Reset(emulation::Timing::Late);
+    const uint32_t entries = ternary::kHeaderWords + (blocks + 1) * ternary::kCutWords;
+    const uint32_t weights = table[ternary::kWeights];
+    for (uint32_t i = 0; i < weights; ++i) {
+        AddRegions(table + entries + i * ternary::kEntryWords, dtype == 2 ? 4 : 2, blocks);
+    }
+    try {
+        RunLaunch(kernel, dtype, blocks, table, entries + weights * ternary::kEntryWords);
+    } catch (const emulation::Error& failure) {
+        Explain(failure.text, error, errorBytes);
+        Machine::Get().deferredError.clear();
+        return 1;
+    }
     return 0;
 }
 

@@ -26,6 +26,11 @@ struct EmulatedCounters {
 int32_t ternary_emulate(const ternary::WeightSpec* weights, uint32_t count, uint32_t dtype, uint32_t cores,
                         uint32_t late, EmulatedCounters* counters, char* error, uint32_t errorBytes);
 
+// Runs one launch from its table alone, as a device does; kernel and dtype as ternary::Kernel and ternary::Dtype. The
+// results as of ternary_emulate, without counters.
+int32_t ternary_emulate_table(uint32_t kernel, uint32_t dtype, uint32_t blocks, const uint32_t* table, char* error,
+                              uint32_t errorBytes);
+
 // The plan as numbers: launches, then kernel, blocks, UB bytes, table words and the table of each. Returns how many
 // numbers there are; writes at most `capacity`. -1 with the reason in `error`.
 int64_t ternary_plan(const ternary::WeightSpec* weights, uint32_t count, uint32_t dtype, uint32_t cores,

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch_npu's stream as far as the binding goes; see device.cpp.
+#pragma once
+
+#include <c10/core/Stream.h>
+
+#include "acl/acl.h"
+
+namespace c10_npu {
+
+class NPUStream {
+public:
+    explicit NPUStream(c10::Stream stream) : stream_(stream) {}
+    c10::Stream unwrap() const { return stream_; }
+    // With `wait`, as without an argument, torch_npu waits until its task queue is empty.
+    aclrtStream stream(const bool wait) const;
+
+private:
+    c10::Stream stream_;
+};
+
+NPUStream getCurrentNPUStream(c10::DeviceIndex device);
+
+}  // namespace c10_npu

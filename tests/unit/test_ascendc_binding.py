@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The binding of the AscendC kernels: the source that is built for an NPU, on a CPU that poses as two of them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ascendc import binding, golden
+from ascendc.binding import Device, in_a_child
+
+from bitcpm_megatron.ops import ascendc
+from bitcpm_megatron.quantization import pack
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+
+EPS = 1e-5
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return binding.build()
+
+
+def gaussian(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def small_weights(count: int, device: str = "npu:0") -> list[torch.Tensor]:
+    return [gaussian(2, 64, seed=i).to(device) for i in range(count)]
+
+
+def quantize(weights: list[torch.Tensor], eps: float = EPS) -> list[torch.Tensor]:
+    """One launch each, as `bitcpm::fake_quantize` does."""
+    return [ascendc.quantize_weights([w], [32], eps).quantized[0] for w in weights]
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+def grouped_launch(device: Device) -> None:
+    groups = [128, 32, 96, 33, 5000, 4224]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        latent = [gaussian(5, g if g > 128 else 3 * g, dtype, g) for g in groups]
+        latent[3] = latent[3][:, :33].contiguous()
+        own = [golden.own_scales(w, g, EPS) for w, g in zip(latent, groups, strict=True)]
+        previous = [pack(golden.codes(w, 4 * s)) for w, s in zip(latent, own, strict=True)]
+        before = device.counts.launches
+        made = ascendc.quantize_weights(
+            [w.to("npu") for w in latent], groups, EPS, previous=[p.to("npu") for p in previous], pack=True
+        )
+        assert device.counts.launches - before == 2
+        for i, (w, s, g) in enumerate(zip(latent, own, groups, strict=True)):
+            codes = golden.codes(w, s)
+            assert golden.same_bits(made.scales[i].cpu(), s), (dtype, g)
+            assert golden.same_bits(made.quantized[i].cpu(), golden.quantized(w, s)), (dtype, g)
+            assert torch.equal(made.packed[i].cpu(), pack(codes)), (dtype, g)
+            changed = (codes != golden.codes(w, 4 * s)).sum()
+            assert made.counts[i].cpu().tolist() == [int((codes != 0).sum()), int(changed)], (dtype, g)
+            back = ascendc.unpack_weight(made.packed[i], made.scales[i], w.shape[1], g, dtype)
+            assert golden.same_bits(back.cpu(), made.quantized[i].cpu()), (dtype, g)
+        given = ascendc.quantize_weights([latent[0].to("npu")], [128], EPS, [(2 * own[0]).to("npu")])
+        assert golden.same_bits(given.quantized[0].cpu(), golden.quantized(latent[0], 2 * own[0]))
+
+
+def wrong_tensors(device: Device) -> None:
+    op = torch.ops.bitcpm.ascendc_quantize
+    w = gaussian(2, 64).to("npu:0")
+    scales = torch.ones(2, 2, dtype=torch.bfloat16)
+    codes = torch.zeros(2, 32, dtype=torch.uint8)
+    for arguments, message in (
+        (([w, w.to("npu:1")], [32, 32], EPS, [], [], False, False), "weight 1: not a contiguous matrix on the first"),
+        (([w], [32], EPS, [scales.to("npu:1")], [], False, False), "weight 0: the scales do not fit"),
+        (([w], [32], EPS, [scales.T.flatten().to("npu:0")], [], False, False), "weight 0: the scales do not fit"),
+        (([w], [32], EPS, [], [codes.to("npu:1")], False, False), "weight 0: the previous codes do not fit"),
+        (([w.int()], [32], EPS, [], [], False, False), "take bf16, fp16 and fp32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments)
+    with pytest.raises(RuntimeError, match="scales do not fit the packed codes"):
+        torch.ops.bitcpm.ascendc_unpack(codes.to("npu:0"), scales.to("npu:1"), 64, torch.float32)
+    assert device.counts.launches == 0
+
+
+# --------------------------------------------------------------------------------------------------- failing launches
+
+
+def failing_launch(device: Device) -> None:
+    w = gaussian(2, 64).to("npu")
+    quantized = ascendc.quantize_weights([w], [32], EPS, pack=True)
+    device.set_launches(status=507899)
+    for call, kernel in (
+        (lambda: quantize([w]), "ternary_tile_bf16"),
+        (lambda: ascendc.quantize_weights([gaussian(1, 33).float().to("npu")], [33], EPS), "ternary_rows_fp32"),
+        (lambda: ascendc.unpack_weight(quantized.packed[0], quantized.scales[0], 64, 32, torch.half), "tile_fp16"),
+    ):
+        with pytest.raises(RuntimeError, match=f"ternary kernels: .*{kernel} was not launched: aclError 507899"):
+            call()
+    device.set_launches()
+    quantize([w])
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def tables_over_steps(device: Device) -> None:
+    weights = small_weights(200)
+    for _step in range(3):
+        results = quantize(weights)  # all of them live until the end of the step
+        assert device.counts.uploads == 200
+        del results
+    assert device.counts.launches == 600
+    assert device.counts.waiting_uploads == device.counts.queue_waits == 0
+    assert golden.same_bits(
+        quantize(weights[:1])[0].cpu(), golden.quantized(gaussian(2, 64), golden.own_scales(gaussian(2, 64), 32, EPS))
+    )
+
+
+def tables_are_dropped_at_last(device: Device) -> None:
+    weights = small_weights(1)
+    quantize(weights)
+    device.set_launches(compute=False)
+    many = weights * 2000
+    groups = [32] * len(many)
+    words = 2000 * 22 + 17
+
+    def launch(i: int) -> None:
+        ascendc.quantize_weights(many, groups, EPS * (1 + i))
+
+    most = (4 << 20) // words
+    for i in range(most + 20):
+        launch(i)
+    assert device.counts.blocks == len(weights) + most
+    uploads = device.counts.uploads
+    launch(most + 19)
+    assert device.counts.uploads == uploads
+    quantize(weights)  # not used for so long: gone
+    launch(0)
+    assert device.counts.uploads == uploads + 2
+
+
+def tables_of_streams_and_devices(device: Device) -> None:
+    (weight,) = small_weights(1)
+    quantize([weight])
+    device.set_stream(7)
+    quantize([weight])
+    quantize([weight])
+    assert device.counts.uploads == 2, "a table serves the stream that it was copied on"
+    device.set_stream(0)
+    quantize([weight])
+    assert device.counts.uploads == 2
+    # The current device is the first one all the while.
+    other = weight.to("npu:1")
+    scales = ascendc.quantize_weights([other], [32], EPS, pack=True)
+    back = ascendc.unpack_weight(scales.packed[0], scales.scales[0], 64, 32, torch.bfloat16)
+    assert {t.device.index for t in (*scales.quantized, *scales.scales, *scales.packed, back)} == {1}
+    assert torch.empty(1, device="npu").device.index == 0
+    assert device.counts.stray_launches == 0
+    assert golden.same_bits(back.cpu(), quantize([weight])[0].cpu())
+
+
+# ------------------------------------------------------------------------------------------------------------- graphs
+
+
+def capture(device: Device) -> None:
+    weight, unknown = small_weights(2)
+    quantize([weight])
+    uploads = device.counts.uploads
+    device.set_stream(5)
+    device.set_capture(True)
+    first = quantize([weight])[0]
+    with pytest.raises(RuntimeError, match="being captured must not copy it: run one step on the same weights"):
+        quantize([unknown])
+    assert device.counts.uploads == uploads and device.counts.stray_uploads == 0
+    device.set_capture(False)
+    quantize([unknown])
+    assert device.counts.uploads == uploads + 1
+    assert golden.same_bits(first.cpu(), golden.quantized(gaussian(2, 64), golden.own_scales(gaussian(2, 64), 32, EPS)))
+
+
+def a_captured_table_stays(device: Device) -> None:
+    (weight,) = small_weights(1)
+    quantize([weight])
+    device.set_capture(True)
+    quantize([weight])
+    device.set_capture(False)
+    device.set_launches(compute=False)
+    many = [weight] * 2000
+    for i in range(120):  # more than all the room for tables
+        ascendc.quantize_weights(many, [32] * len(many), EPS * (1 + i))
+    uploads = device.counts.uploads
+    quantize([weight])
+    assert device.counts.uploads == uploads, "the graph holds its address"
+
+
+def chips_without_graphs(device: Device) -> None:
+    weights = small_weights(1)
+    device.set_capture(True, status=207000)
+    quantize(weights)
+    assert device.counts.uploads == 1
+    device.set_capture(False, status=107003)
+    with pytest.raises(RuntimeError, match="not known whether a graph is being captured: aclError 107003"):
+        quantize(weights)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        grouped_launch,
+        wrong_tensors,
+        failing_launch,
+        tables_over_steps,
+        tables_are_dropped_at_last,
+        tables_of_streams_and_devices,
+        capture,
+        a_captured_table_stays,
+        chips_without_graphs,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_binding(library: Path, check: Callable[[Device], None]) -> None:
+    in_a_child(check, library)
+
+
+def test_a_failing_check_is_told(library: Path) -> None:
+    with pytest.raises(AssertionError, match="assert device.counts.launches == 1"):
+        in_a_child(_expects_a_launch, library)
+
+
+def _expects_a_launch(device: Device) -> None:
+    assert device.counts.launches == 1
