@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all commands of this room share: common flags, and errors as one line with an exit status."""
+"""What all commands of this room share: common flags, and memory that stays flat."""
 
 import argparse
-import sys
 from collections.abc import Callable
 
 import torch
 
+from .. import cli
 from .memory import return_freed_memory
-from .tensors import VerificationError
 
 DTYPES = {
     "fp32": torch.float32,
@@ -41,19 +40,6 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def run(work: Callable[[], None]) -> int:
-    """Runs a command; returns its exit status: 0 done, 1 failed, 2 bad input, 3 a verification found a mismatch."""
+    """Runs a command under :func:`~bitcpm_megatron.cli.run`; returns its exit status."""
     return_freed_memory()
-    try:
-        work()
-    except VerificationError as error:
-        return _failed(error, 3)
-    except ValueError as error:  # ConversionError, ArchitectureError, RecordError, and an impossible quantizer
-        return _failed(error, 2)
-    except OSError as error:
-        return _failed(error, 1)
-    return 0
-
-
-def _failed(error: Exception, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return status
+    return cli.run(work)

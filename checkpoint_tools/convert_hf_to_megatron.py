@@ -35,6 +35,7 @@ from bitcpm_megatron.checkpoint_tools.side_files import HF_DIRECTORY, copy_side_
 from bitcpm_megatron.checkpoint_tools.staging import staged
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError
 from bitcpm_megatron.checkpoint_tools.weights import padded_rows
+from bitcpm_megatron.cli import Parser, Whole
 from bitcpm_megatron.files import write_text
 from bitcpm_megatron.models.arguments import arguments_of, flags_of
 from bitcpm_megatron.training.checkpoint_directory import RELEASE, TRACKER, write_arguments
@@ -74,18 +75,16 @@ def convert(model: HfModel, out: Path, *, load_dir: Path, file_format: str, layo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load-dir", type=Path, required=True, help="Hugging Face model directory")
     parser.add_argument("--save-dir", type=Path, required=True, help="directory to make")
     parser.add_argument("--format", choices=("torch_dist", "legacy"), default="torch_dist")
-    parser.add_argument("--target-tensor-parallel-size", type=int, default=1, metavar="N")
-    parser.add_argument("--target-pipeline-parallel-size", type=int, default=1, metavar="M")
+    parser.add_argument("--target-tensor-parallel-size", type=Whole(), default=1, metavar="N")
+    parser.add_argument("--target-pipeline-parallel-size", type=Whole(), default=1, metavar="M")
     parser.add_argument(
-        "--target-virtual-pipeline-parallel-size", type=int, metavar="V", help="virtual stages per rank (legacy)"
+        "--target-virtual-pipeline-parallel-size", type=Whole(), metavar="V", help="virtual stages per rank (legacy)"
     )
-    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="ROWS")
+    parser.add_argument("--make-vocab-size-divisible-by", type=Whole(maximum=2**20), default=128, metavar="ROWS")
     parser.add_argument(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
@@ -108,8 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--target-virtual-pipeline-parallel-size concerns --format legacy with several pipeline stages: "
                 "torch_dist loads at every layout"
             )
-        if args.make_vocab_size_divisible_by < 1:
-            raise ConversionError("--make-vocab-size-divisible-by must be 1 or more")
         model = open_hf_model(args.load_dir, dtype_of(args.dtype), args.allow_pickle)
         layout.check(model, legacy)
         convert(

@@ -48,6 +48,7 @@ from bitcpm_megatron.checkpoint_tools.side_files import HF_DIRECTORY, copy_side_
 from bitcpm_megatron.checkpoint_tools.staging import staged
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo, VerificationError, cast, check_finite
 from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors, split
+from bitcpm_megatron.cli import Parser, Whole
 from bitcpm_megatron.files import write_text
 from bitcpm_megatron.models.architecture import Architecture
 from bitcpm_megatron.models.arguments import architecture_of as architecture_of_arguments
@@ -273,9 +274,7 @@ def _kind(export: Export, wanted: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--load-dir", type=Path, required=True, help="--save directory of a run, or one iteration of it"
     )
@@ -285,9 +284,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="directory with tokenizer files and, if any, a config.json"
     )
-    parser.add_argument("--vocab-size", type=int, help="without padding, where the checkpoint does not say")
+    parser.add_argument("--vocab-size", type=Whole(), help="without padding, where the checkpoint does not say")
     parser.add_argument(
-        "--ternary-group-size", type=int, metavar="G", help="of a checkpoint that records no quantizer and was ternary"
+        "--ternary-group-size",
+        type=Whole(-(2**31)),
+        metavar="G",
+        help="of a checkpoint that records no quantizer and was ternary",
     )
     parser.add_argument("--max-shard-size", default="5GB", help="of a safetensors file, default 5GB")
     parser.add_argument("--verify", action="store_true", help="read the export again and compare")

@@ -37,6 +37,7 @@ from bitcpm_megatron.checkpoint_tools.inspection import (
     statistics_of,
 )
 from bitcpm_megatron.checkpoint_tools.tensors import VerificationError
+from bitcpm_megatron.cli import Parser
 from bitcpm_megatron.layer_numbers import ranges
 
 _SHOWN = 20
@@ -131,9 +132,7 @@ def as_text(found: Inspection, statistics: Sequence[Statistics]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspects what the command line names; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, metavar="PATH")
     parser.add_argument("--json", action="store_true", help="one JSON object, with every module")
     parser.add_argument("--fast", action="store_true", help="read no weights")

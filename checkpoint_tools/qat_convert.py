@@ -36,6 +36,7 @@ from bitcpm_megatron.checkpoint_tools.side_files import copy_side_files
 from bitcpm_megatron.checkpoint_tools.staging import staged, staged_file
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorReader, VerificationError, check_finite
 from bitcpm_megatron.checkpoint_tools.torch_file import save_file
+from bitcpm_megatron.cli import Parser, Whole
 from bitcpm_megatron.files import write_text
 from bitcpm_megatron.quantization import effective_group
 
@@ -44,7 +45,7 @@ _SUFFIXES = (".safetensors", ".bin")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input_bin", "--input", type=Path, required=True, metavar="IN", help="model directory, .safetensors or .bin"
     )
@@ -54,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quant_type", choices=["ternary"], default="ternary")
     parser.add_argument(
         "--group_size",
-        type=int,
+        type=Whole(-(2**31)),
         metavar="G",
         help="weights per scale, -1 for the whole row. A quantizer record decides; the flag may only agree with it. "
         "Without a record the default is -1",

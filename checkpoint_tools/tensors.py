@@ -10,12 +10,15 @@ from typing import Protocol
 
 import torch
 
+from ..cli import MismatchError
+from ..files import FileError
 
-class ConversionError(ValueError):
+
+class ConversionError(FileError):
     """A checkpoint that cannot be converted as asked; the message names the file or tensor, and the cure."""
 
 
-class VerificationError(Exception):
+class VerificationError(MismatchError):
     """What was written is not what should have been written."""
 
 
