@@ -26,7 +26,7 @@ from torch.utils import cpp_extension
 from bitcpm_megatron.ops import ascendc
 
 STANDIN = Path(__file__).parent / "standin"
-FLAGS = "-std=c++20 -O0 -fPIC -Wall -Wextra -Wno-unused-parameter".split()
+FLAGS = "-std=c++17 -O0 -fPIC -Wall -Wextra -Wno-unused-parameter".split()
 UNITS = (SOURCES / "binding/torch_binding.cpp", SOURCES / "op_host/tiling.cpp", STANDIN / "device.cpp")
 KERNELS = [f"ternary_{kernel}_{dtype}" for kernel in ("tile", "rows") for dtype in ("bf16", "fp16", "fp32")]
 # As the toolkit makes it of a kernel.

@@ -118,10 +118,11 @@ def tables_over_steps(device: Device) -> None:
 
 
 def tables_are_dropped_at_last(device: Device) -> None:
-    weights = small_weights(1)
-    quantize(weights)
+    forgotten, used = small_weights(2)
+    quantize([forgotten])
+    quantize([used])
     device.set_launches(compute=False)
-    many = weights * 2000
+    many = [used] * 2000
     groups = [32] * len(many)
     words = 2000 * 22 + 17
 
@@ -131,11 +132,14 @@ def tables_are_dropped_at_last(device: Device) -> None:
     most = (4 << 20) // words
     for i in range(most + 20):
         launch(i)
-    assert device.counts.blocks == len(weights) + most
+        quantize([used])
+    # The weights, the big tables but for the room of the small one, and that.
+    assert device.counts.blocks == 2 + most + 1
+    assert device.counts.uploads == 2 + most + 20
     uploads = device.counts.uploads
     launch(most + 19)
     assert device.counts.uploads == uploads
-    quantize(weights)  # not used for so long: gone
+    quantize([forgotten])
     launch(0)
     assert device.counts.uploads == uploads + 2
 
