@@ -123,6 +123,7 @@ def quantize_weights(
 
     Raises:
         ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
+        RuntimeError: a launch failed, or a graph is being captured whose table is not on the device yet.
     """
     given = list(scales) or [None] * len(weights)
     groups = [check_weight(w, g, s) for w, g, s in zip(weights, group_sizes, given, strict=True)]
@@ -141,6 +142,7 @@ def unpack_weight(
 
     Raises:
         ValueError: the scales do not fit.
+        RuntimeError: as :func:`quantize_weights`.
     """
     groups = columns // effective_group(columns, group_size)
     if tuple(scales.shape) != (packed.shape[0], groups):
