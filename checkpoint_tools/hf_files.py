@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.safe_load import load_without_code
 from .mapped_file import MappedFile, as_bytes
-from .safe_load import load_without_code
 from .tensors import ConversionError, TensorInfo, TensorReader
 
 _SAFETENSORS = "model.safetensors"

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.safe_load import load_without_code
+from ..files import FileError
 from ..models.architecture import Architecture, ArchitectureError
 from ..models.arguments import architecture_of as architecture_of_arguments
 from ..quantization import QuantizerConfig, effective_group, fused_group_size, quantize
@@ -20,7 +22,6 @@ from .hf_config import architecture_of, model_type_of, read_config
 from .hf_files import open_tensors
 from .latent_export import read_record
 from .megatron_checkpoint import MegatronCheckpoint, open_checkpoint
-from .safe_load import load_without_code
 from .side_files import HF_DIRECTORY
 from .tensors import ConversionError, TensorInfo, TensorReader
 from .torch_dist import TorchDistReader
@@ -156,7 +157,7 @@ def open_inspection(path: Path, allow_pickle: bool = False) -> Inspection:
 
     Args:
         path: Megatron ``--save`` or iteration directory, Hugging Face model directory, ``.safetensors`` or ``.bin``.
-        allow_pickle: see :func:`~.safe_load.load_without_code`.
+        allow_pickle: see :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
 
     Raises:
         ConversionError: there is nothing of that kind, or a file is damaged.
@@ -229,7 +230,7 @@ def statistics_of(weight: Weight, record: QuantizerRecord | None, findings: list
                 findings.append(f"{weight.name} holds NaN or infinity")
             return Statistics("")
         return _of_linear(weight, record, findings)
-    except (ConversionError, ValueError) as error:
+    except ValueError as error:
         findings.append(f"{weight.name}: {error}" if weight.name not in str(error) else str(error))
         return Statistics("not read")
 
@@ -330,14 +331,14 @@ def _open_megatron(directory: Path, allow_pickle: bool) -> Inspection:
         found.layout, found.optimizer_state = _legacy_layout(path, allow_pickle)
     try:
         found.architecture, found.about_architecture = _architecture(checkpoint)
-    except (ConversionError, ArchitectureError, KeyError, TypeError) as error:
+    except (FileError, ArchitectureError, KeyError, TypeError) as error:
         found.about_architecture = f"unknown: {error}"
         found.findings.append(f"the architecture is unknown, so its tensors cannot be told apart: {error}")
         return found
     tensors = megatron_tensors(found.architecture)
     try:
         checkpoint.check_complete(tensors)
-    except ConversionError as error:
+    except FileError as error:
         found.findings += [line.strip() for line in str(error).split("\n")[1:]]
     for tensor in tensors:
         try:
@@ -413,7 +414,7 @@ def _open_hugging_face(directory: Path, allow_pickle: bool) -> Inspection:
     found.weights = _weights_of(reader)
     try:
         found.record = read_record(directory)
-    except ConversionError as error:
+    except FileError as error:
         found.findings.append(str(error))
         try:
             found.record = QuantizerRecord.read(directory)
@@ -422,7 +423,7 @@ def _open_hugging_face(directory: Path, allow_pickle: bool) -> Inspection:
     try:
         config = read_config(directory)
         found.architecture, found.about_architecture = architecture_of(config), model_type_of(config)
-    except (ConversionError, ArchitectureError) as error:
+    except (FileError, ArchitectureError) as error:
         found.about_architecture = f"unknown: {error}"
         return found
     _compare(found, reader)
@@ -458,7 +459,7 @@ def _open_file(path: Path, allow_pickle: bool) -> Inspection:
     found.weights = _weights_of(open_tensors(path, allow_pickle))
     try:
         found.record = read_record(path.parent)
-    except ConversionError as error:
+    except FileError as error:
         found.findings.append(str(error))
     return found
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..files import FileError, write_text
 from ..quantization.record import FILE_NAME, QuantizerRecord, RecordError
 from .hf_config import BITCPM, MINICPM, read_config
 from .tensors import ConversionError
@@ -71,7 +71,7 @@ def read_record(directory: str | Path) -> QuantizerRecord | None:
         if in_file is None or in_config is None:
             return in_file or in_config
         lines = in_file.contradictions(in_config)
-    except ConversionError:
+    except FileError:
         raise
     except RecordError as error:
         raise ConversionError(str(error)) from None

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.safe_load import load_without_code, plain
 from .mapped_file import contiguous_stride, scratch_memory
-from .safe_load import load_without_code, plain
 from .tensors import ConversionError, TensorInfo
 from .torch_file import save_file
 
@@ -35,10 +35,10 @@ class LegacyReader:
 
     Args:
         iteration_directory: with the ``mp_rank_*`` directories.
-        allow_pickle: see :func:`~.safe_load.load_without_code`.
+        allow_pickle: see :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
 
     Raises:
-        ConversionError: a rank is missing, damaged or does not fit the others, or the layout is not supported.
+        FileError: a rank is missing, damaged or does not fit the others, or the layout is not supported.
     """
 
     def __init__(self, iteration_directory: Path, allow_pickle: bool = False) -> None:

@@ -12,53 +12,21 @@ import functools
 import io
 import itertools
 import os
-import pathlib
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checkpoints.safe_load import load_without_code, refuse_compressed, stand_in
+from ..checkpoints.torch_dist import StoredChunk, read_contents
 from .mapped_file import MappedFile
-from .safe_load import StandIn, load_without_code, stand_in
 from .tensors import ConversionError, TensorInfo
 
-_METADATA = ".metadata"
 COMMON = "common.pt"
 CONFIG = "metadata.json"
-
-# Every class that a .metadata of torch 2.1 to 2.13 or of megatron-core may name. None of them is run: all but sizes,
-# dtypes and dicts become stand-ins.
-_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "torch.serialization": {"_get_layout"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    # Enum members, as Python 3.11 pickles them.
-    "builtins": {"getattr", "set"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
-}
 
 # Typed storages, as files name them; other dtypes come with an UntypedStorage.
 _STORAGES = {
@@ -75,17 +43,6 @@ _STORAGES = {
 }
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A chunk and where it lies."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
 class TorchDistReader:
     """Tensors of an iteration directory; see :class:`~.tensors.TensorReader`.
 
@@ -93,25 +50,15 @@ class TorchDistReader:
         iteration_directory: with ``.metadata``.
 
     Raises:
-        ConversionError: it is no such checkpoint, its metadata is damaged, or a file is missing or too short.
+        FileError: it is no such checkpoint, its metadata is damaged, or a file is missing or too short.
     """
 
     def __init__(self, iteration_directory: Path) -> None:
         self._directory = Path(iteration_directory)
-        path = self._directory / _METADATA
-        if not path.is_file():
-            raise ConversionError(f"{self._directory}: no torch_dist checkpoint, there is no {_METADATA}")
-        try:
-            with open(path, "rb") as file:
-                metadata = _Unpickler(file).load()
-            self._infos, self._chunks, self._objects = _understand(metadata)
-        except ConversionError as error:
-            raise ConversionError(f"{path}: {error}") from None
-        except OSError:
-            raise
-        except Exception as error:  # whatever a damaged pickle makes of itself
-            raise ConversionError(f"{path}: the file is damaged ({error!r}): copy it again") from error
-        self._check_files()
+        contents = read_contents(self._directory)
+        self._stored = contents.tensors
+        self._objects = list(contents.objects)
+        self._infos = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in contents.tensors.items()}
         # Bounded, because each mapping holds a file descriptor and a large run leaves thousands of files.
         self._mapping = functools.lru_cache(maxsize=64)(MappedFile)
 
@@ -154,8 +101,7 @@ class TorchDistReader:
                 pieces.append((chunk, overlap))
         if 0 in sizes:
             return torch.empty(sizes, dtype=info.dtype)[taken]
-        volume = sum(volume_of(behind - first for first, behind in overlap) for _, overlap in pieces)
-        if volume != volume_of(sizes):
+        if not _make_up(sizes, [overlap for _, overlap in pieces]):
             raise ConversionError(
                 f"{self._directory}: {name}: its chunks do not make up the tensor of {info.shape}: not every rank's "
                 "part was saved"
@@ -168,17 +114,17 @@ class TorchDistReader:
             result[_within(overlap, starts)] = self._read_chunk(name, chunk, _within(overlap, chunk.offsets))
         return result[taken]
 
-    def _chunks_of(self, name: str) -> list[_Stored]:
-        if name not in self._chunks:
+    def _chunks_of(self, name: str) -> Sequence[StoredChunk]:
+        if name not in self._stored:
             raise ConversionError(f"{self._directory}: there is no tensor {name}")
-        return self._chunks[name]
+        return self._stored[name].chunks
 
-    def _read_chunk(self, name: str, chunk: _Stored, index: tuple[slice, ...]) -> torch.Tensor:
-        path = self._directory / chunk.file
+    def _read_chunk(self, name: str, chunk: StoredChunk, index: tuple[slice, ...]) -> torch.Tensor:
+        path = self._directory / chunk.place.file
         dtype = self._infos[name].dtype
         try:
             with open(path, "rb") as file:
-                window = _Window(file, chunk.start, chunk.length)
+                window = _Window(file, chunk.place.start, chunk.place.length)
                 place = _elements(window)
                 if place is None:
                     window.seek(0)
@@ -191,28 +137,13 @@ class TorchDistReader:
                 raise ValueError(f"{shape}, {found} in place of {chunk.sizes}, {dtype}")
             if tensor is not None:
                 return tensor[index]
-            return self._mapping(path).read(chunk.start + offset, dtype, shape, stride, index)
+            return self._mapping(path).read(chunk.place.start + offset, dtype, shape, stride, index)
         except OSError:
             raise
         except Exception as error:  # from zip, pickle or torch, for whatever bytes stand there
             raise ConversionError(
-                f"{path}: {name}: the chunk at byte {chunk.start} is damaged ({error}): copy the file again"
+                f"{path}: {name}: the chunk at byte {chunk.place.start} is damaged ({error}): copy the file again"
             ) from error
-
-    def _check_files(self) -> None:
-        sizes: dict[str, int] = {}
-        for name, chunks in self._chunks.items():
-            for chunk in chunks:
-                path = self._directory / chunk.file
-                if chunk.file not in sizes:
-                    if not path.is_file():
-                        raise ConversionError(f"{path} is missing, with {name}: copy it again")
-                    sizes[chunk.file] = path.stat().st_size
-                if sizes[chunk.file] < chunk.start + chunk.length:
-                    raise ConversionError(
-                        f"{path}: truncated: {sizes[chunk.file]} bytes, {name} ends at {chunk.start + chunk.length}: "
-                        "copy the file again"
-                    )
 
 
 def read_common(iteration_directory: Path, allow_pickle: bool = False) -> dict[str, Any]:
@@ -224,76 +155,16 @@ def read_common(iteration_directory: Path, allow_pickle: bool = False) -> dict[s
 
     Returns:
         The dict. ``args`` is an :class:`argparse.Namespace`; objects of other classes are inert
-        :class:`~.safe_load.StandIn`.
+        :class:`~bitcpm_megatron.checkpoints.safe_load.StandIn`.
 
     Raises:
-        ConversionError: the file is missing or damaged, or needs ``allow_pickle``.
+        FileError: the file is missing or damaged, or needs ``allow_pickle``.
     """
     path = Path(iteration_directory) / COMMON
     common = load_without_code(path, allow_pickle=allow_pickle)
     if not isinstance(common, dict):
         raise ConversionError(f"{path}: holds a {type(common).__name__} and no dict")
     return common
-
-
-class _Unpickler(pickle.Unpickler):
-    """Unpickles names of :data:`_CLASSES` as stand-ins, and no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("collections", "defaultdict"):
-            return lambda *_: {}
-        if name not in _CLASSES.get(module, ()):
-            raise ConversionError(
-                f"names {module}.{name}, which no checkpoint needs: the file is damaged, or made to "
-                "harm: do not load it"
-            )
-        if module.startswith("pathlib"):
-            return pathlib.PurePosixPath
-        return _stand_in(f"{module}.{name}")
-
-
-@functools.cache
-def _stand_in(path: str) -> type[StandIn]:
-    return stand_in(path)
-
-
-def _understand(metadata: StandIn) -> tuple[dict[str, TensorInfo], dict[str, list[_Stored]], list[str]]:
-    """Tensors, their chunks, and names of other entries of an unpickled ``.metadata``."""
-    places = {}
-    for key, stored in metadata.state["storage_data"].items():
-        offset = key.state.get("offset")  # absent for what is no tensor
-        places[key.state["fqn"], None if offset is None else tuple(offset)] = stored.state
-    infos: dict[str, TensorInfo] = {}
-    chunks: dict[str, list[_Stored]] = {}
-    objects = []
-    for name, entry in metadata.state["state_dict_metadata"].items():
-        if entry.path.endswith(".BytesStorageMetadata"):
-            objects.append(name)
-            continue
-        properties = entry.state["properties"].state
-        dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
-        infos[name] = TensorInfo(tuple(entry.state["size"]), dtype)
-        chunks[name] = []
-        for chunk in entry.state["chunks"]:
-            offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
-            place = places[name, offsets]
-            file = pathlib.PurePosixPath(place["relative_path"])
-            if file.is_absolute() or ".." in file.parts:
-                raise ConversionError(f"{name} lies outside the checkpoint, in {file}")
-            if place.get("transform_descriptors"):
-                raise ConversionError(
-                    f"{name} was saved through {place['transform_descriptors']}, which cannot be read here: "
-                    "save the checkpoint again without stream extensions"
-                )
-            chunks[name].append(_Stored(offsets, sizes, str(file), place["offset"], place["length"]))
-        chunks[name].sort(key=lambda chunk: chunk.offsets)
-    return infos, chunks, objects
 
 
 class _Window(io.RawIOBase):
@@ -335,9 +206,9 @@ class _TensorUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module == "torch" and name in _STORAGES:
-            return _stand_in(name)
+            return stand_in(name)
         if (module, name) == ("torch.storage", "UntypedStorage"):
-            return _stand_in(name)
+            return stand_in(name)
         raise _NotPlainError
 
     def persistent_load(self, pid: Any) -> Any:
@@ -357,6 +228,7 @@ def _elements(window: _Window) -> tuple[int, torch.dtype, tuple[int, ...], tuple
         None where this is no plain tensor, or its elements do not lie there as they are.
     """
     with zipfile.ZipFile(window) as archive:
+        refuse_compressed(archive)
         root = archive.infolist()[0].filename.split("/")[0]
         try:
             with archive.open(f"{root}/data.pkl") as file:
@@ -366,8 +238,6 @@ def _elements(window: _Window) -> tuple[int, torch.dtype, tuple[int, ...], tuple
         _, kind, key, _, _ = storage
         dtype = others[2] if kind.path == "UntypedStorage" else _STORAGES[kind.path]
         record = archive.getinfo(f"{root}/data/{key}")
-        if record.compress_type != zipfile.ZIP_STORED:
-            return None
         if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
             return None
     # The local header's name and extra field (padding to 64 bytes) are its own, not those of the directory.
@@ -400,6 +270,19 @@ def _box(
             sizes.append(1)
             taken.append(0)
     return starts, sizes, tuple(taken)
+
+
+def _make_up(sizes: Sequence[int], boxes: Sequence[Sequence[tuple[int, int]]]) -> bool:
+    """Whether boxes, sorted by where they begin, fill all of a piece of a tensor, each element once."""
+    if sum(volume_of(behind - first for first, behind in box) for box in boxes) != volume_of(sizes):
+        return False
+    for number, box in enumerate(boxes):
+        for other in boxes[number + 1 :]:
+            if box and other[0][0] >= box[0][1]:
+                break
+            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other, strict=True)):
+                return False
+    return True
 
 
 def _within(overlap: Sequence[tuple[int, int]], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches of megatron-core, for every device."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.optim.adam import adam
@@ -293,3 +295,47 @@ def keep_sent_tensors() -> None:
         return __post_init__
 
     replace(ModelParallelConfig, "__post_init__", keeping)
+
+
+@contextlib.contextmanager
+def load_without_code(metadata: Any, refused: Callable[[str, Exception], Exception]) -> Iterator[None]:
+    """While it lasts, ``megatron.core.dist_checkpointing.load`` runs no code that a checkpoint names.
+
+    Displaces ``torch.distributed.checkpoint.FileSystemReader.read_metadata``, which unpickles ``.metadata``: it returns
+    what the caller read safely. Displaces ``torch.load``, which megatron-core (``common.pt`` in 0.12.1 and 0.17.0) and
+    ``DefaultLoadPlanner.load_bytes`` (entries of ``.distcp`` files that are no tensors) call with
+    ``weights_only=False``: only classes that were declared safe are loaded.
+
+    Args:
+        metadata: ``torch.distributed.checkpoint.metadata.Metadata`` of the checkpoint that is loaded.
+        refused: makes the error for an entry, given its name and what ``torch.load`` raised.
+    """
+    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+
+    load, load_bytes = torch.load, DefaultLoadPlanner.load_bytes
+
+    def load_declared(*args: Any, **options: Any) -> Any:
+        return load(*args, **{**options, "weights_only": True})
+
+    def load_named_bytes(self: Any, read_item: Any, value: Any) -> None:
+        try:
+            load_bytes(self, read_item, value)
+        except Exception as error:  # whatever a damaged pickle makes of itself
+            raise refused(read_item.storage_index.fqn, error) from error
+
+    with (
+        _displaced(FileSystemReader, "read_metadata", lambda *_, **__: metadata),
+        _displaced(DefaultLoadPlanner, "load_bytes", load_named_bytes),
+        _displaced(torch, "load", load_declared),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _displaced(owner: Any, attribute: str, replacement: Any) -> Iterator[None]:
+    original = getattr(owner, attribute)
+    setattr(owner, attribute, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, original)

@@ -28,6 +28,7 @@ from .checkpoint_directory import (
     saved_arguments,
     write_arguments,
 )
+from .checkpoint_reading import read
 from .model import Model
 
 _RESHARDABLE = "fully_reshardable"
@@ -181,7 +182,7 @@ def load(
         state["rng"] = _rng_state()
     if with_optimizer:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_metadata())
-    loaded = _read(state, checkpoint)
+    loaded = read(state, checkpoint)
     _load_chunks(model, loaded)
     if with_optimizer:
         optimizer.load_state_dict(loaded["optimizer"])
@@ -209,15 +210,8 @@ def load(
 
 def load_weights(checkpoint: Path, model: Model) -> None:
     """Restores the latent weights alone; collective over all ranks, at any parallel layout."""
-    loaded = _read(without_scales(_model_state(model)), checkpoint)
+    loaded = read(without_scales(_model_state(model)), checkpoint)
     _load_chunks(model, loaded)
-
-
-def _read(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    # Converted checkpoints and Megatron-LM's hold their arguments as a Namespace, which runs no code when it is loaded.
-    # Not as a context manager, which would take away what megatron-core has declared safe itself.
-    torch.serialization.add_safe_globals([argparse.Namespace])
-    return dist_checkpointing.load(state, str(checkpoint))
 
 
 def _load_chunks(model: Model, loaded: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ from bitcpm_megatron.checkpoint_tools.hf_files import (
     parse_size,
     row_blocks,
 )
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
+from bitcpm_megatron.checkpoint_tools.tensors import TensorInfo
+from bitcpm_megatron.files import FileError
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).reshape(4, 3),
@@ -46,7 +47,7 @@ def sharded(directory: Path) -> Path:
 
 
 def refused(path: Path, *words: str) -> str:
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(FileError) as error:
         open_tensors(path)
     for word in words:
         assert word in str(error.value)
@@ -172,7 +173,7 @@ def test_shard_that_becomes_shorter(tmp_path):
     reader = HfReader(write(tmp_path))
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ConversionError, match="model.safetensors: b: .*shorter"):
+    with pytest.raises(FileError, match="model.safetensors: b: .*shorter"):
         reader.read("b")
 
 
@@ -261,7 +262,7 @@ def test_bin_with_code_is_refused(tmp_path, capsys, new_format):
     torch.save({"a": Payload(marker)}, file, _use_new_zipfile_serialization=new_format)
     refused(tmp_path, "pytorch_model.bin", "--allow-pickle")
     assert not marker.exists()
-    with pytest.raises(ConversionError, match="not a dict of names and tensors"):
+    with pytest.raises(FileError, match="not a dict of names and tensors"):
         HfReader(tmp_path, allow_pickle=True)
     assert marker.exists()
     assert "can run any code" in capsys.readouterr().err
@@ -290,10 +291,10 @@ def test_bin_that_is_something_else(tmp_path):
 def test_blocks_that_do_not_make_up_the_tensor(tmp_path, blocks):
     writer = SafetensorsWriter(tmp_path, plan_of(TENSORS))
     writer.write("c", [TENSORS["c"]])
-    with pytest.raises(ConversionError, match="^a: "):
+    with pytest.raises(FileError, match="^a: "):
         writer.write("a", blocks)
     writer.write("b", [TENSORS["b"]])
-    with pytest.raises(ConversionError, match="not written: a$"):
+    with pytest.raises(FileError, match="not written: a$"):
         writer.close()
     writer.write("a", [TENSORS["a"]])
     writer.close()
@@ -302,14 +303,14 @@ def test_blocks_that_do_not_make_up_the_tensor(tmp_path, blocks):
 
 def test_plan_and_tensors_must_agree(tmp_path):
     writer = SafetensorsWriter(tmp_path, plan_of(TENSORS))
-    with pytest.raises(ConversionError, match="not in the plan"):
+    with pytest.raises(FileError, match="not in the plan"):
         writer.write("x", [])
     writer.write("a", [TENSORS["a"]])
-    with pytest.raises(ConversionError, match="written already"):
+    with pytest.raises(FileError, match="written already"):
         writer.write("a", [TENSORS["a"]])
-    with pytest.raises(ConversionError, match="not written: b, c"):
+    with pytest.raises(FileError, match="not written: b, c"):
         writer.close()
-    with pytest.raises(ConversionError, match="complex128"):
+    with pytest.raises(FileError, match="complex128"):
         SafetensorsWriter(tmp_path, {"z": TensorInfo((1,), torch.complex128)})
 
 
@@ -332,7 +333,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 G B", "5XB", "1e9", "5iB", "0.0001KB"])
 def test_no_sizes(text):
-    with pytest.raises(ConversionError, match="no size"):
+    with pytest.raises(FileError, match="no size"):
         parse_size(text)
 
 

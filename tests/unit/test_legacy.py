@@ -15,8 +15,9 @@ from test_torch_dist import Color, FullDisk, Payload
 
 from bitcpm_megatron.checkpoint_tools import mapped_file
 from bitcpm_megatron.checkpoint_tools.legacy import LegacyReader, rank_directory, write_rank
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
+from bitcpm_megatron.checkpoint_tools.tensors import TensorInfo
 from bitcpm_megatron.checkpoint_tools.torch_file import save_file
+from bitcpm_megatron.files import FileError
 
 TENSORS = {
     "embedding.weight": torch.arange(12.0).reshape(4, 3),
@@ -48,7 +49,7 @@ def save(directory: Path, tensor: int = 2, pipeline: int = 2, parts: tuple[str, 
 
 
 def refused(directory: Path, *words: str) -> None:
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(FileError) as error:
         LegacyReader(directory)
     for word in words:
         assert word in str(error.value)
@@ -218,7 +219,7 @@ def test_what_was_written_is_read_back(tmp_path):
 )
 def test_content_that_is_not_what_was_planned(tmp_path, content):
     path = rank_file(tmp_path, 0, 0, 1)
-    with pytest.raises(ConversionError, match="^w: "):
+    with pytest.raises(FileError, match="^w: "):
         write_rank(path, {"model": {"w": TensorInfo((4, 3), torch.float32)}}, lambda key, name: content, {})
     assert not path.exists()
 

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from peak_memory import MB, is_view_of, peak_growth
 
 from bitcpm_megatron.checkpoint_tools import torch_dist_writer
-from bitcpm_megatron.checkpoint_tools.safe_load import StandIn, plain
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
 from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
 from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
+from bitcpm_megatron.checkpoints.safe_load import StandIn, plain
+from bitcpm_megatron.files import FileError
 
 LAYERS = torch.arange(3 * 8 * 5).reshape(3, 8, 5).to(torch.bfloat16)
 
@@ -58,7 +59,7 @@ def stacked(directory: Path) -> Path:
 
 
 def refused(directory: Path, *words: str) -> None:
-    with pytest.raises(ConversionError) as error:
+    with pytest.raises(FileError) as error:
         TorchDistReader(directory)
     for word in words:
         assert word in str(error.value)
@@ -114,7 +115,7 @@ def test_indices_that_a_tensor_does_not_have(tmp_path):
     for index in ((3,), (-4,), (0, 0, 0, 0), (slice(None, None, 2),)):
         with pytest.raises(IndexError):
             reader.read("layers", index)
-    with pytest.raises(ConversionError, match="no tensor other"):
+    with pytest.raises(FileError, match="no tensor other"):
         reader.read("other")
 
 
@@ -243,7 +244,7 @@ def test_damaged_chunk(tmp_path):
     content = file.read_bytes()
     for damaged in (bytes(len(content)), content[:-22] + bytes(22), content.replace(b"BFloat16", b"CFloat16")):
         file.write_bytes(damaged)
-        with pytest.raises(ConversionError, match=r"__0_0.distcp: layers: .* damaged"):
+        with pytest.raises(FileError, match=r"__0_0.distcp: layers: .* damaged"):
             TorchDistReader(tmp_path).read("layers", (0,))
 
 
@@ -263,7 +264,7 @@ def test_chunk_of_another_tensor(tmp_path):
     change_metadata(stacked(tmp_path), swap)
     reader = TorchDistReader(tmp_path)
     assert torch.equal(reader.read("layers", (1, slice(4))), LAYERS[1, :4])
-    with pytest.raises(ConversionError, match=r"layers: .*\(7,\), torch.float32 in place of \(1, 4, 5\)"):
+    with pytest.raises(FileError, match=r"layers: .*\(7,\), torch.float32 in place of \(1, 4, 5\)"):
         reader.read("layers")
 
 
@@ -271,7 +272,7 @@ def test_chunk_that_was_not_saved(tmp_path):
     change_metadata(stacked(tmp_path), lambda metadata: metadata.state_dict_metadata["layers"].chunks.pop(3))
     reader = TorchDistReader(tmp_path)
     assert torch.equal(reader.read("layers", (0,)), LAYERS[0])
-    with pytest.raises(ConversionError, match="layers: its chunks do not make up the tensor"):
+    with pytest.raises(FileError, match="layers: its chunks do not make up the tensor"):
         reader.read("layers")
 
 
@@ -285,7 +286,20 @@ def test_compressed_chunk(tmp_path):
     change_metadata(
         tmp_path, lambda metadata: next(iter(metadata.storage_data.values())).__setattr__("length", file.stat().st_size)
     )
-    assert torch.equal(TorchDistReader(tmp_path).read("t", (1,)), LAYERS[1])
+    with pytest.raises(FileError, match=r"__0_0.distcp: t: .* is compressed, and torch.save never does that"):
+        TorchDistReader(tmp_path).read("t", (1,))
+
+
+def test_chunks_that_overlap(tmp_path):
+    """One chunk twice in place of another: as many elements as the tensor has, and some that nobody wrote."""
+
+    def twice(metadata):
+        chunks = metadata.state_dict_metadata["layers"].chunks
+        chunks[1] = chunks[0]
+
+    change_metadata(stacked(tmp_path), twice)
+    with pytest.raises(FileError, match="layers: its chunks do not make up the tensor"):
+        TorchDistReader(tmp_path).read("layers")
 
 
 @settings(max_examples=150, deadline=None)
@@ -305,7 +319,7 @@ def test_damaged_metadata_is_never_a_crash(tmp_path_factory, data):
         reader = TorchDistReader(directory)
         for name in reader.tensors():
             reader.read(name)
-    except ConversionError as error:
+    except FileError as error:
         assert str(directory) in str(error)
 
 
@@ -333,7 +347,7 @@ def test_common_with_code(tmp_path, capsys):
     torch.save({"args": Payload(exec, marker)}, path)
     assert isinstance(read_common(tmp_path)["args"], StandIn)  # inert
     torch.save({"args": Payload(os.system, marker)}, path)
-    with pytest.raises(ConversionError, match="common.pt.*--allow-pickle"):
+    with pytest.raises(FileError, match="common.pt.*--allow-pickle"):
         read_common(tmp_path)  # PyTorch refuses this module even by another name
     assert not marker.exists() and capsys.readouterr().err == ""
     read_common(tmp_path, allow_pickle=True)
@@ -345,7 +359,7 @@ def test_chunk_with_code(tmp_path, monkeypatch):
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda value, file: save(Payload(exec, marker), file))
     reader = TorchDistReader(write(tmp_path, pieces("t", LAYERS, (1, 1, 1))))
-    with pytest.raises(ConversionError, match="damaged"):
+    with pytest.raises(FileError, match="damaged"):
         reader.read("t")
     assert not marker.exists()
 
@@ -355,7 +369,7 @@ def test_chunks_outside_the_checkpoint(tmp_path):
     shutil.copy(directory / "__0_0.distcp", tmp_path / "__0_x.distcp")
     content = (directory / ".metadata").read_bytes()
     (directory / ".metadata").write_bytes(content.replace(b"\x0c__0_0.distcp", b"\x0f../__0_x.distcp"))
-    with pytest.raises(ConversionError, match="outside"):
+    with pytest.raises(FileError, match="outside"):
         TorchDistReader(directory)
 
 
@@ -375,14 +389,14 @@ def test_what_other_libraries_declared_safe_is_not_run(tmp_path):
 
 
 def test_common_of_another_kind(tmp_path):
-    with pytest.raises(ConversionError, match="no such file"):
+    with pytest.raises(FileError, match="no such file"):
         read_common(tmp_path)
     torch.save([1], tmp_path / "common.pt")
-    with pytest.raises(ConversionError, match="common.pt.*list"):
+    with pytest.raises(FileError, match="common.pt.*list"):
         read_common(tmp_path)
     content = (tmp_path / "common.pt").read_bytes()
     (tmp_path / "common.pt").write_bytes(content[:-100])
-    with pytest.raises(ConversionError, match="common.pt.*truncated"):
+    with pytest.raises(FileError, match="common.pt.*truncated"):
         read_common(tmp_path)
 
 
@@ -401,7 +415,7 @@ def test_plans_that_are_wrong(tmp_path):
             [*chunks[:2], Chunk("t", (3, 8, 5), (2, 0, 0), (1, 8, 5), torch.bfloat16, lambda: LAYERS[2:].half())],
         )
     ):
-        with pytest.raises(ConversionError):
+        with pytest.raises(FileError):
             write(tmp_path / str(number), wrong)
         assert not (tmp_path / str(number) / "metadata.json").exists()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .tensors import ConversionError
+from ..files import FileError
 
 _NAMESPACE = "argparse.Namespace"
 
@@ -56,14 +56,16 @@ def load_without_code(path: Path, mmap: bool = False, allow_pickle: bool = False
         stand_ins: put a :class:`StandIn` in place of objects that ``weights_only`` does not know; else they are errors.
 
     Raises:
-        ConversionError: the file is missing or damaged, or cannot be read without running code.
+        FileError: the file is missing or damaged, or cannot be read without running code.
     """
     if not path.is_file():
-        raise ConversionError(f"{path}: there is no such file")
+        raise FileError(f"{path}: there is no such file")
     is_zip = zipfile.is_zipfile(path)
     if not is_zip and _begins_as_zip(path):
-        raise ConversionError(f"{path}: the file is truncated or damaged (its end is missing): copy it again")
+        raise FileError(f"{path}: the file is truncated or damaged (its end is missing): copy it again")
     mmap = mmap and is_zip
+    if is_zip:
+        _check_zip(path)
     try:
         with _no_other_globals(), torch.serialization.safe_globals(_replacements(path) if stand_ins and is_zip else []):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -72,9 +74,9 @@ def load_without_code(path: Path, mmap: bool = False, allow_pickle: bool = False
     except Exception as error:  # whatever a damaged pickle makes of itself: KeyError, struct.error, EOFError, ...
         if isinstance(error, OSError):
             raise
-        raise ConversionError(f"{path}: the file is damaged ({_first_line(error)}): copy it again") from error
+        raise FileError(f"{path}: the file is damaged ({_first_line(error)}): copy it again") from error
     if not allow_pickle:
-        raise ConversionError(
+        raise FileError(
             f"{path}: the file is damaged, or holds objects that cannot be read without running code that it names "
             f"({_reason(refusal)}). If you trust its author, add --allow-pickle: the file can then run any code, with "
             "your rights"
@@ -89,7 +91,44 @@ def load_without_code(path: Path, mmap: bool = False, allow_pickle: bool = False
     except Exception as error:
         if isinstance(error, OSError):
             raise
-        raise ConversionError(f"{path}: cannot be unpickled either ({_first_line(error)})") from error
+        raise FileError(f"{path}: cannot be unpickled either ({_first_line(error)})") from error
+
+
+def load_declared(path: Path) -> Any:
+    """Loads a ``torch.save`` file whose classes this process has declared safe; no other runs.
+
+    Raises:
+        FileError: the file is missing or damaged, or names something else.
+    """
+    if not path.is_file():
+        raise FileError(f"{path}: there is no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes of itself
+        raise FileError(f"{path}: {refusal(error)}") from error
+
+
+def refusal(error: Exception) -> str:
+    """What ``torch.load(weights_only=True)`` raised, in words that begin after the name of the file or entry."""
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "the file is damaged, or holds objects that cannot be read without running code that it names "
+            f"({_reason(str(error))}): copy it again, or ask its author for one without them"
+        )
+    return f"the file is damaged ({_first_line(error)}): copy it again"
+
+
+def refuse_compressed(archive: zipfile.ZipFile) -> None:
+    """PyTorch stores what it saves: who compressed it wants the reader to unfold more than lies on the disk.
+
+    Raises:
+        ValueError: an entry is compressed, or said to be longer than the file.
+    """
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise ValueError(f"its entry {entry.filename} is compressed, and torch.save never does that")
 
 
 def plain(value: Any) -> Any:
@@ -146,6 +185,14 @@ def _plain_list(*_: Any) -> list:
 
 def _rebuild_npu_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            refuse_compressed(archive)
+    except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise FileError(f"{path}: the file is damaged or made to harm ({error}): copy it again") from None
 
 
 def _begins_as_zip(path: Path) -> bool:

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a ``torch_dist`` checkpoint says that it holds: its ``.metadata``, read without running code.
+
+``.metadata`` is a pickle of what ``torch.distributed.checkpoint`` knows of each tensor, and of where its chunks lie in
+the ``*.distcp`` files. Here it becomes plain values that were checked; of the classes that it names none is run.
+"""
+
+import collections
+import functools
+import pathlib
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import FileError, is_inside
+from .safe_load import StandIn, stand_in
+
+METADATA = ".metadata"
+
+# Every class that a .metadata of torch 2.1 to 2.13 or of megatron-core may name. None of them is run: all but sizes,
+# dtypes and dicts become stand-ins.
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.serialization": {"_get_layout"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    # Enum members, as Python 3.11 pickles them.
+    "builtins": {"getattr", "set"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an entry lies.
+
+    Attributes:
+        file: name within the checkpoint.
+        start: its first byte there.
+        length: in bytes.
+    """
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A piece of a tensor, ``sizes`` elements from ``offsets`` on, and where it lies."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor, and its chunks in the order of their offsets."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[StoredChunk, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: by name.
+        objects: entries that are no tensors, by name: ``_extra_state``, random states, parts of the optimizer.
+        megatron: megatron-core's own notes about tensors (``mcore_data``); inert, and not checked.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    objects: Mapping[str, Place]
+    megatron: Mapping[str, Any]
+
+
+def read_contents(directory: Path) -> Contents:
+    """Reads the ``.metadata`` of a checkpoint and checks that the files that it names are there and long enough.
+
+    Raises:
+        FileError: there is none, it is damaged or made to harm, or a file is missing or too short.
+    """
+    path = directory / METADATA
+    if not path.is_file():
+        raise FileError(f"{directory}: no torch_dist checkpoint, there is no {METADATA}")
+    try:
+        with open(path, "rb") as file:
+            contents = _understand(_Unpickler(file).load())
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged pickle makes of itself
+        raise FileError(f"{path}: the file is damaged ({error!r}): copy it again") from error
+    _check_files(directory, contents)
+    return contents
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles names of :data:`_CLASSES` as stand-ins, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("collections", "defaultdict"):
+            return lambda *_: {}
+        if name not in _CLASSES.get(module, ()):
+            raise FileError(
+                f"names {module}.{name}, which no checkpoint needs: the file is damaged, or made to "
+                "harm: do not load it"
+            )
+        if module.startswith("pathlib"):
+            return pathlib.PurePosixPath
+        return _stand_in(f"{module}.{name}")
+
+
+@functools.cache
+def _stand_in(path: str) -> type[StandIn]:
+    return stand_in(path)
+
+
+def _understand(metadata: StandIn) -> Contents:
+    places = {}
+    for key, stored in metadata.state["storage_data"].items():
+        offset = key.state.get("offset")  # absent for what is no tensor
+        name = key.state["fqn"]
+        places[name, None if offset is None else _whole(name, offset)] = _place(name, stored.state)
+    tensors: dict[str, StoredTensor] = {}
+    objects: dict[str, Place] = {}
+    for name, entry in metadata.state["state_dict_metadata"].items():
+        if entry.path.endswith(".BytesStorageMetadata"):
+            objects[name] = places[name, None]
+            continue
+        properties = entry.state["properties"].state
+        dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
+        if not isinstance(dtype, torch.dtype):
+            raise FileError(f"{name} has no dtype: the file is damaged, copy it again")
+        shape = _whole(name, entry.state["size"])
+        chunks = []
+        for chunk in entry.state["chunks"]:
+            offsets, sizes = _whole(name, chunk.state["offsets"]), _whole(name, chunk.state["sizes"])
+            if not len(offsets) == len(sizes) == len(shape) or any(
+                first + count > size for first, count, size in zip(offsets, sizes, shape, strict=True)
+            ):
+                raise FileError(f"{name}: a chunk of {sizes} at {offsets} does not fit a tensor of {shape}")
+            chunks.append(StoredChunk(offsets, sizes, places[name, offsets]))
+        chunks.sort(key=lambda chunk: chunk.offsets)
+        tensors[name] = StoredTensor(shape, dtype, tuple(chunks))
+    return Contents(tensors, objects, metadata.state.get("mcore_data") or {})
+
+
+def _place(name: str, stored: Mapping[str, Any]) -> Place:
+    file = str(pathlib.PurePosixPath(stored["relative_path"]))
+    if not is_inside(file):
+        raise FileError(f"{name} lies outside the checkpoint, in {file}")
+    if stored.get("transform_descriptors"):
+        raise FileError(
+            f"{name} was saved through {stored['transform_descriptors']}, which cannot be read here: "
+            "save the checkpoint again without stream extensions"
+        )
+    start, length = _whole(name, (stored["offset"], stored["length"]))
+    return Place(file, start, length)
+
+
+def _whole(name: str, numbers: Any) -> tuple[int, ...]:
+    numbers = tuple(numbers)
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+        raise FileError(f"{name}: {numbers} are no sizes or offsets: the file is damaged, copy it again")
+    return numbers
+
+
+def _check_files(directory: Path, contents: Contents) -> None:
+    sizes: dict[str, int] = {}
+    entries = [(name, chunk.place) for name, tensor in contents.tensors.items() for chunk in tensor.chunks]
+    for name, place in [*entries, *contents.objects.items()]:
+        path = directory / place.file
+        if place.file not in sizes:
+            if not path.is_file():
+                raise FileError(f"{path} is missing, with {name}: copy it again")
+            sizes[place.file] = path.stat().st_size
+        if sizes[place.file] < place.start + place.length:
+            raise FileError(
+                f"{path}: truncated: {sizes[place.file]} bytes, {name} ends at {place.start + place.length}: "
+                "copy the file again"
+            )
