@@ -5,13 +5,14 @@ Transformers 5 keeps RoPE's numbers in ``rope_parameters``, Transformers 4 and m
 ``rope_scaling``. Both are read; the second is written, because both generations read it.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..models.architecture import Architecture, LongRope
+from ..cli import Number, Whole
+from ..files import FileError, read_json
+from ..models.architecture import MAX_LAYERS, Architecture, LongRope
 from .tensors import ConversionError
 
 LLAMA, GRANITE, MINICPM, BITCPM = "llama", "granite", "minicpm", "bitcpm"
@@ -23,6 +24,8 @@ CLASSES = {
 }
 """Model type -> class. ``bitcpm`` is our own: latent weights, quantized in the forward (``modeling_bitcpm.py``)."""
 
+_ABOVE_0 = Number(0, open_minimum=True)
+_ORIGINAL = "original_max_position_embeddings"
 _EPSILON = {LLAMA: 1e-6, GRANITE: 1e-6, MINICPM: 1e-6, BITCPM: 1e-6}
 _REFUSED = {
     "attention_bias": (False, None),
@@ -48,15 +51,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """The ``config.json`` of a model directory.
 
     Raises:
-        ConversionError: it is absent or no JSON object.
+        FileError: it is absent or no JSON object.
     """
     path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{path} is not there: is {directory} a Hugging Face model directory?") from None
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: {error}") from None
+    if not path.exists():
+        raise ConversionError(f"{path} is not there: is {directory} a Hugging Face model directory?")
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ConversionError(f"{path}: expected a JSON object")
     return config
@@ -68,12 +68,10 @@ def model_type_of(config: Mapping[str, Any]) -> str:
     Raises:
         ConversionError: another architecture.
     """
-    by_class = {name: kind for kind, name in CLASSES.items()}
-    named = [by_class.get(name) for name in config.get("architectures") or []]
-    kind = named[0] if len(named) == 1 else None
-    if kind is None and not config.get("architectures"):
-        kind = config.get("model_type")
-    if kind not in CLASSES:
+    classes = config.get("architectures") or []
+    named = [kind for kind, name in CLASSES.items() if classes == [name]]
+    kind = config.get("model_type") if not classes else named[0] if named else None
+    if not isinstance(kind, str) or kind not in CLASSES:
         raise ConversionError(
             f"architecture {config.get('architectures') or config.get('model_type')!r} is unknown: "
             f"{', '.join(CLASSES.values())} can be converted"
@@ -94,28 +92,31 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
                 f"config.json: {name} {config[name]!r} is not supported: this family has {accepted[0]!r}"
             )
     try:
-        hidden, heads, layers = (int(config[k]) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-        positions = int(config["max_position_embeddings"])
+        hidden, heads = (_value(config, k, Whole()) for k in ("hidden_size", "num_attention_heads"))
+        layers = _value(config, "num_hidden_layers", Whole(maximum=MAX_LAYERS))
+        tied = config.get("tie_word_embeddings", kind == MINICPM)
+        if not isinstance(tied, bool):
+            raise ConversionError(f"config.json: tie_word_embeddings {tied!r}: expected true or false")
         base, longrope = _rope(config)
         return Architecture(
             num_layers=layers,
             hidden_size=hidden,
-            ffn_hidden_size=int(config["intermediate_size"]),
+            ffn_hidden_size=_value(config, "intermediate_size", Whole()),
             num_attention_heads=heads,
-            num_query_groups=int(config.get("num_key_value_heads") or heads),
-            kv_channels=int(config.get("head_dim") or hidden // heads),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=positions,
-            norm_epsilon=float(config.get("rms_norm_eps", _EPSILON[kind])),
+            num_query_groups=_value(config, "num_key_value_heads", Whole(), heads),
+            kv_channels=_value(config, "head_dim", Whole(), hidden // heads),
+            vocab_size=_value(config, "vocab_size", Whole()),
+            max_position_embeddings=_value(config, "max_position_embeddings", Whole()),
+            norm_epsilon=_value(config, "rms_norm_eps", _ABOVE_0, _EPSILON[kind]),
             rotary_base=base,
             # What each class takes for an absent key: MiniCPM ties, as Transformers' base configuration does.
-            tied=bool(config.get("tie_word_embeddings", kind == MINICPM)),
+            tied=tied,
             longrope=longrope,
             **_multipliers(kind, config, hidden, layers),
         )
     except KeyError as error:
         raise ConversionError(f"config.json lacks {error.args[0]!r}") from None
-    except ConversionError:
+    except FileError:
         raise
     except (TypeError, ValueError) as error:
         raise ConversionError(f"config.json: {error}") from None
@@ -187,17 +188,35 @@ def config_for(kind: str, architecture: Architecture, template: Mapping[str, Any
     return config
 
 
+def _value(config: Mapping[str, Any], key: str, bound: Whole | Number, default: Any = None) -> Any:
+    """A number of a ``config.json``, a float where the bound is one of floats; absent and null mean the default.
+
+    Raises:
+        KeyError: it is absent and has no default.
+        ConversionError: it is none, or out of bounds.
+    """
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise KeyError(key)
+    mistake = bound.mistake(value)
+    if mistake is not None:
+        raise ConversionError(f"config.json: {key} {value!r}: {mistake}")
+    return float(value) if isinstance(bound, Number) else value
+
+
 def _multipliers(kind: str, config: Mapping[str, Any], hidden: int, layers: int) -> dict[str, float | None]:
     if kind == LLAMA:
         return {}
     if kind == MINICPM:
         return {
-            "embedding_multiplier": float(config.get("scale_emb", 1.0)),
-            "residual_multiplier": float(config.get("scale_depth", 1.0)) / math.sqrt(layers),
-            "logits_scaling": hidden / float(config.get("dim_model_base", 1.0)),
+            "embedding_multiplier": _value(config, "scale_emb", Number(), 1.0),
+            "residual_multiplier": _value(config, "scale_depth", Number(), 1.0) / math.sqrt(layers),
+            "logits_scaling": hidden / _value(config, "dim_model_base", _ABOVE_0, 1.0),
         }
     return {
-        name: float(config.get(name, 1.0))
+        name: _value(config, name, Number(), 1.0)
         for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
     }
 
@@ -205,7 +224,7 @@ def _multipliers(kind: str, config: Mapping[str, Any], hidden: int, layers: int)
 def _rope(config: Mapping[str, Any]) -> tuple[float, LongRope | None]:
     """RoPE's base, and LongRoPE's numbers where there are any."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    base = _value({"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}, "rope_theta", _ABOVE_0, 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return base, None
@@ -219,9 +238,9 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, LongRope | None]:
         or config["max_position_embeddings"]
     )
     return base, LongRope(
-        tuple(map(float, rope["short_factor"])),
-        tuple(map(float, rope["long_factor"])),
-        int(original),
+        tuple(_value({"short_factor": factor}, "short_factor", _ABOVE_0) for factor in rope["short_factor"]),
+        tuple(_value({"long_factor": factor}, "long_factor", _ABOVE_0) for factor in rope["long_factor"]),
+        _value({_ORIGINAL: original}, _ORIGINAL, Whole()),
         rope.get("attention_factor"),
         rope.get("factor"),
     )

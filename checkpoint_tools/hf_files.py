@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from ..checkpoints.safe_load import load_without_code
+from ..cli import Whole
+from ..files import is_inside, parse_json, read_json
 from .mapped_file import MappedFile, as_bytes
 from .tensors import ConversionError, TensorInfo, TensorReader
 
@@ -50,6 +52,8 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the library's limit
+_SIZES = Whole(0, 2**63 - 1)
+_MAX_DIMENSIONS = 64  # PyTorch's limit
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?", re.IGNORECASE)
 
 
@@ -231,7 +235,7 @@ def parse_size(text: str) -> int:
     Raises:
         ConversionError: it is none.
     """
-    match = _SIZE.fullmatch(text.strip())
+    match = _SIZE.fullmatch(text.strip()) if len(text) < 40 else None
     size = 0
     if match:
         number, unit, binary = match.groups()
@@ -305,13 +309,15 @@ def _open_file(path: Path, allow_pickle: bool) -> "_SafetensorsFile | _BinFile":
 
 
 def _open_shards(index: Path, allow_pickle: bool) -> dict[str, "_SafetensorsFile | _BinFile"]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        named = defaultdict(set)
-        for name, file in weight_map.items():
-            named[file].add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{index}: not an index of shards ({error}): copy it again") from error
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ConversionError(f"{index}: not an index of shards, a weight_map of names and files: copy it again")
+    named = defaultdict(set)
+    for name, file in weight_map.items():
+        if not is_inside(file):
+            raise ConversionError(f"{index}: {name} lies outside the model, in {file!r}: do not load it")
+        named[file].add(name)
     if not named:
         raise ConversionError(f"{index}: names no tensors: copy the model again")
     missing = sorted(file for file in named if not (index.parent / file).is_file())
@@ -352,27 +358,44 @@ def _header(path: Path) -> dict[str, _Entry]:
         if length > min(_MAX_HEADER, size - 8):
             raise ConversionError(f"{path}: no safetensors file, or truncated inside its header: copy it again")
         text = file.read(length)
-    entries: dict[str, _Entry] = {}
-    start, end, last = 8 + length, 0, ""
     try:
-        for name, described in json.loads(text).items():
-            if name == "__metadata__":
-                continue
-            if described["dtype"] not in _DTYPES:
-                raise ConversionError(f"{path}: {name} has dtype {described['dtype']}, which cannot be read")
-            info = TensorInfo(tuple(map(int, described["shape"])), _DTYPES[described["dtype"]])
-            first, behind = described["data_offsets"]
-            if first < 0 or min(info.shape, default=0) < 0 or behind - first != info.nbytes:
-                raise ConversionError(f"{path}: {name}: the header contradicts itself: copy the file again")
-            entries[name] = _Entry(info, start + first)
-            if behind > end:
-                end, last = behind, name
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path}: the header is damaged ({error!r}): copy the file again") from error
-    if start + end != size:
-        problem = "truncated" if size < start + end else "longer than its header says"
-        raise ConversionError(f"{path}: {problem}: {size} bytes, {last} ends at {start + end}: copy the file again")
+        header = parse_json(text.decode(), f"{path}: its header")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path}: its header is damaged ({error.reason}): copy the file again") from None
+    if not isinstance(header, dict):
+        raise ConversionError(f"{path}: its header is damaged (no JSON object): copy the file again")
+    header.pop("__metadata__", None)
+    start = 8 + length
+    entries = {name: _entry(path, name, described, start) for name, described in header.items()}
+    # The format wants every byte to belong to one tensor.
+    end, last = start, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].info.nbytes)):
+        if entry.offset != end:
+            problem = f"overlaps {last}" if entry.offset < end else f"begins {entry.offset - end} bytes after {last}"
+            raise ConversionError(f"{path}: {name} {problem}: the header is damaged, copy the file again")
+        end, last = end + entry.info.nbytes, name
+    if end != size:
+        problem = "truncated" if size < end else "longer than its header says"
+        raise ConversionError(f"{path}: {problem}: {size} bytes, {last} ends at {end}: copy the file again")
     return entries
+
+
+def _entry(path: Path, name: str, described: Any, start: int) -> _Entry:
+    """One line of a header; the data begin at byte ``start``."""
+    keys = ("dtype", "shape", "data_offsets")
+    dtype, shape, offsets = (described.get(key) if isinstance(described, dict) else None for key in keys)
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ConversionError(f"{path}: {name} has dtype {dtype!r}, which cannot be read")
+    for what, numbers, count in (("shape", shape, _MAX_DIMENSIONS), ("data_offsets", offsets, 2)):
+        if not isinstance(numbers, list) or len(numbers) > count or any(map(_SIZES.mistake, numbers)):
+            raise ConversionError(
+                f"{path}: {name}: its {what} are not whole numbers of 0 or more: the header is damaged, copy the file "
+                "again"
+            )
+    info = TensorInfo(tuple(shape), _DTYPES[dtype])
+    if len(offsets) != 2 or offsets[1] - offsets[0] != info.nbytes:
+        raise ConversionError(f"{path}: {name}: the header contradicts itself: copy the file again")
+    return _Entry(info, start + offsets[0])
 
 
 def _listed(names: Iterable[Any], limit: int = 8) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Megatron checkpoint as the whole model's tensors, whichever format and parallel layout it was written in."""
 
-import json
+import argparse
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+from ..files import read_json, read_text
 from ..quantization.record import SCALE_SUFFIX, QuantizerRecord
 from ..training.checkpoint_directory import RELEASE, TRACKER, iteration_directory
 from .legacy import LegacyReader
 from .tensors import ConversionError, TensorInfo
-from .torch_dist import TorchDistReader, read_common
+from .torch_dist import COMMON, TorchDistReader, read_common
 from .weights import EMBEDDING, OTHER_NAMES, OUTPUT, MegatronTensor, unshard
 
 # Beside the weights a run saves how to go on; none of it is part of the model.
+_ITERATION = re.compile(r"[0-9]{1,18}")
+_LAYER = re.compile(r"decoder\.layers\.([0-9]{1,9})\.(.+)")
 _NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|_extra_state|^rng_state|^rerun_state|^opt_param_scheduler|rotary_pos_emb")
 
 
@@ -32,9 +35,9 @@ def locate(directory: Path) -> Path:
     tracker = directory / TRACKER
     if not tracker.is_file():
         raise ConversionError(f"{directory} is no Megatron checkpoint: it has neither {TRACKER} nor tensors")
-    text = tracker.read_text(encoding="utf-8").strip()
-    if text != RELEASE and not text.isdigit():
-        raise ConversionError(f"{tracker} holds {text!r} and no iteration number")
+    text = read_text(tracker).strip()
+    if text != RELEASE and not _ITERATION.fullmatch(text):
+        raise ConversionError(f"{tracker} holds {text[:40]!r} and no iteration number")
     found = directory / RELEASE if text == RELEASE else iteration_directory(directory, int(text))
     if not (found / "metadata.json").is_file() and not any(found.glob("mp_rank_*")):
         raise ConversionError(f"{tracker} names {found}, which is no complete checkpoint: give the directory of one")
@@ -106,8 +109,9 @@ class MegatronCheckpoint(ABC):
             except KeyError:
                 wrong.append(f"{tensor.name}: missing")
                 continue
-            rows_fit = shape[0] >= tensor.shape[0] if tensor.kind == "vocab" else shape[0] == tensor.shape[0]
-            if len(shape) != len(tensor.shape) or not rows_fit or shape[1:] != tensor.shape[1:]:
+            # The vocabulary is padded.
+            least = shape[:1] >= tensor.shape[:1] if tensor.kind == "vocab" else shape[:1] == tensor.shape[:1]
+            if len(shape) != len(tensor.shape) or not least or shape[1:] != tensor.shape[1:]:
                 wrong.append(f"{tensor.name}: shape {list(shape)}, the model's arguments say {list(tensor.shape)}")
         known = set().union(*(self.stored_as(tensor) for tensor in tensors))
         wrong += [f"{name}: not part of the model" for name in sorted(self.names() - known)]
@@ -208,17 +212,21 @@ class LegacyCheckpoint(MegatronCheckpoint):
             for name in self._reader.ranks[0, rank].get(key, {}):
                 if _NOT_WEIGHTS.search(name):
                     continue
-                parts = name.split(".", 3)
-                if name.startswith("decoder.layers."):
-                    local_layers = max(local_layers, int(parts[2]) + 1)
-                    whole = f"decoder.layers.{int(parts[2]) + first}.{parts[3]}"
-                else:
-                    whole = name
+                layer = _LAYER.fullmatch(name)
+                if layer is not None:
+                    local_layers = max(local_layers, int(layer[1]) + 1)
+                whole = name if layer is None else f"decoder.layers.{int(layer[1]) + first}.{layer[2]}"
                 self._where[whole] = (rank, key, name)
             first += local_layers
 
     def info(self, tensor: MegatronTensor) -> TensorInfo:
         shards = self._shards(tensor)
+        if len({(shard.shape, shard.dtype) for shard in shards}) > 1:
+            raise ConversionError(
+                f"{self.path}: {tensor.name} has other shapes or dtypes on other tensor-parallel ranks: of two runs?"
+            )
+        if shards[0].ndim != len(tensor.shape):
+            return TensorInfo(tuple(shards[0].shape), shards[0].dtype)
         rows, *columns = shards[0].shape
         size = len(shards)
         if size > 1 and tensor.kind == "row":
@@ -285,9 +293,11 @@ def _run_arguments(path: Path, allow_pickle: bool) -> dict[str, Any]:
     """The arguments beside a ``torch_dist`` checkpoint: of our loop in JSON, of Megatron-LM in ``common.pt``."""
     file = path / "arguments.json"
     if file.is_file():
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConversionError(f"{file}: {error}") from None
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise ConversionError(f"{file}: expected a JSON object of arguments: copy it again")
+        return found
     found = read_common(path, allow_pickle).get("args")
+    if not isinstance(found, argparse.Namespace | None):
+        raise ConversionError(f"{path / COMMON}: its args are a {type(found).__name__} and no argparse.Namespace")
     return {} if found is None else dict(vars(found))

@@ -16,6 +16,11 @@ The names are those of Transformers' ``GraniteConfig``. MiniCPM writes the same 
 import math
 from dataclasses import dataclass, replace
 
+from ..cli import Number, Whole
+
+# Beyond what anybody trains; whoever loops over layers must come to an end.
+MAX_LAYERS = 10_000
+
 
 class ArchitectureError(ValueError):
     """A model description that is contradictory, or that this package does not know."""
@@ -126,12 +131,15 @@ class Architecture:
     attention_multiplier: float | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
-            "max_position_embeddings norm_epsilon rotary_base logits_scaling"
-        ).split():
-            if not getattr(self, name) > 0:
-                raise ArchitectureError(f"{name} {getattr(self, name)}: must be above 0")
+        counts = "hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size"
+        bounds: dict[str, Whole | Number] = {"num_layers": Whole(maximum=MAX_LAYERS)}
+        bounds |= dict.fromkeys([*counts.split(), "max_position_embeddings"], Whole())
+        bounds |= dict.fromkeys(["norm_epsilon", "rotary_base", "logits_scaling"], Number(0, open_minimum=True))
+        bounds |= dict.fromkeys(["embedding_multiplier", "residual_multiplier"], Number())
+        for name, bound in bounds.items():
+            mistake = bound.mistake(getattr(self, name))
+            if mistake is not None:
+                raise ArchitectureError(f"{name} {getattr(self, name)!r}: {mistake}")
         if self.num_attention_heads % self.num_query_groups:
             raise ArchitectureError(
                 f"{self.num_query_groups} key/value heads do not divide {self.num_attention_heads} query heads"

@@ -119,6 +119,37 @@ FROM_HF = {
         lambda d: (d / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"})),
         "lacks 'hidden_size'",
     ),
+    "a billion layers": (
+        lambda d: change_config(d, num_hidden_layers=10**9),
+        "num_hidden_layers 1000000000: must be 1",
+    ),
+    "no layers": (lambda d: change_config(d, num_hidden_layers=0), "num_hidden_layers 0: must be 1 to"),
+    "negative size": (lambda d: change_config(d, hidden_size=-64), "hidden_size -64: must be 1 to"),
+    "fractional size": (
+        lambda d: change_config(d, intermediate_size=128.5),
+        "intermediate_size 128.5: expected a whole",
+    ),
+    "boolean size": (lambda d: change_config(d, vocab_size=True), "vocab_size True: expected a whole number"),
+    "size as text": (lambda d: change_config(d, num_attention_heads="4"), "num_attention_heads '4': expected a whole"),
+    "no heads": (lambda d: change_config(d, num_attention_heads=0), "num_attention_heads 0: must be 1 to"),
+    "rope of 0": (lambda d: change_config(d, rope_theta=0), "rope_theta 0: must be above 0"),
+    "epsilon as text": (lambda d: change_config(d, rms_norm_eps="small"), "rms_norm_eps 'small': expected a number"),
+    "tied as text": (lambda d: change_config(d, tie_word_embeddings="false"), "tie_word_embeddings 'false': expected"),
+    "classes of another kind": (lambda d: change_config(d, architectures=[["x"]]), "is unknown"),
+    "division by zero": (
+        lambda d: change_config(d, architectures=["MiniCPMForCausalLM"], model_type="minicpm", dim_model_base=0),
+        "dim_model_base 0: must be above 0",
+    ),
+    "deep config": (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json: nested too deeply"),
+    "config twice": (
+        lambda d: (d / "config.json").write_text('{"hidden_size": 64, "hidden_size": 32}'),
+        "'hidden_size' stands there twice",
+    ),
+    "config that is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: expected a JSON object"),
+    "shard outside": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}'),
+        "a lies outside the model, in '../a.safetensors'",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is not there"),
     "another layer count": (lambda d: change_config(d, num_hidden_layers=3), "layers.2.*: missing"),
     "fewer layers": (lambda d: change_config(d, num_hidden_layers=1), "layers.1.*: not part of the model"),
@@ -282,6 +313,32 @@ FROM_MEGATRON = {
         "give --vocab-size N",
     ),
     "tracker": (lambda d: (d / "latest_checkpointed_iteration.txt").write_text("7"), "no complete checkpoint"),
+    "tracker with a raised 2": (
+        lambda d: (d / "latest_checkpointed_iteration.txt").write_text("\u00b2"),
+        "and no iteration number",
+    ),
+    "tracker that is no text": (
+        lambda d: (d / "latest_checkpointed_iteration.txt").write_bytes(b"\xff"),
+        "latest_checkpointed_iteration.txt: not UTF-8",
+    ),
+    "arguments that are a list": (lambda d: (d / "release" / "arguments.json").write_text("[]"), "arguments.json: exp"),
+    "deep arguments": (
+        lambda d: (d / "release" / "arguments.json").write_text("[" * 100_000),
+        "arguments.json: nested too deeply",
+    ),
+    "a billion layers": (lambda d: edit_arguments(d, num_layers=10**9), "num_layers 1000000000: must be 1 to 10000"),
+    "no metadata": (lambda d: (d / "release" / ".metadata").unlink(), "there is no .metadata"),
+    "no common.pt": (
+        lambda d: ((d / "release" / "arguments.json").unlink(), (d / "release" / "common.pt").unlink()),
+        "common.pt: there is no such file",
+    ),
+    "common.pt with other arguments": (
+        lambda d: (
+            (d / "release" / "arguments.json").unlink(),
+            torch.save({"args": "none"}, d / "release" / "common.pt"),
+        ),
+        "common.pt: its args are a str",
+    ),
     "no checkpoint": (lambda d: shutil.rmtree(d / "release"), "no complete checkpoint"),
     "unreadable record": (
         lambda d: (d / "release" / "ternary_quantizer.json").write_text("{"),
@@ -325,6 +382,46 @@ def test_bad_checkpoints_are_refused(case: str, megatron: Path, tmp_path: Path, 
     damage(megatron)
     arguments = ["--load-dir", megatron, "--weights", "fused"]
     fails(capsys, convert_megatron_to_hf, tmp_path / "out", message, *arguments)
+
+
+def rank_file(directory: Path, rank: int) -> Path:
+    return directory / "release" / f"mp_rank_0{rank}" / "model_optim_rng.pt"
+
+
+def edit_rank(directory: Path, edit: Callable[[dict], object], rank: int = 1) -> None:
+    content = torch.load(rank_file(directory, rank), weights_only=False)
+    edit(content["model"])
+    torch.save(content, rank_file(directory, rank))
+
+
+LEGACY_FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
+FROM_LEGACY = {
+    "a shape on one rank": (
+        lambda d: edit_rank(d, lambda t: t.update({LEGACY_FC1: t[LEGACY_FC1][:-1]})),
+        "layers.0.mlp.linear_fc1.weight has other shapes or dtypes",
+    ),
+    "a scalar": (
+        lambda d: [edit_rank(d, lambda t: t.update({LEGACY_FC1: torch.ones(())}), rank) for rank in (0, 1)],
+        r"layers.0.mlp.linear_fc1.weight: shape \[\], the model's arguments say",
+    ),
+    "a layer without number": (
+        lambda d: [edit_rank(d, lambda t: t.update({"decoder.layers.x": torch.ones(1)}), rank) for rank in (0, 1)],
+        "decoder.layers.x: not part of the model",
+    ),
+    "a missing rank": (lambda d: rank_file(d, 1).unlink(), "mp_rank_01.*is missing"),
+    "a cut rank": (lambda d: truncate(rank_file(d, 1)), "mp_rank_01.*truncated"),
+}
+
+
+@pytest.mark.parametrize("case", FROM_LEGACY)
+def test_bad_legacy_checkpoints_are_refused(case: str, source: Path, tmp_path: Path, capsys) -> None:
+    directory = tmp_path / "legacy"
+    command = ["--load-dir", source, "--save-dir", directory, *LEGACY, "--target-tensor-parallel-size", 2]
+    assert convert_hf_to_megatron.main([str(c) for c in command]) == 0
+    damage, message = FROM_LEGACY[case]
+    damage(directory)
+    (directory / "release" / "DIGESTS.json").unlink(missing_ok=True)
+    fails(capsys, convert_megatron_to_hf, tmp_path / "out", message, "--load-dir", directory, "--weights", "latent")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 import json
 import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,77 @@ def test_tensor_in_two_shards(tmp_path):
 def test_index_that_is_none(tmp_path, text):
     (sharded(tmp_path) / INDEX).write_text(text)
     refused(tmp_path, INDEX)
+
+
+@pytest.mark.parametrize("where", ["../outside.safetensors", "/outside.safetensors", "a/../../outside.safetensors", ""])
+def test_index_that_names_files_outside(tmp_path, where):
+    """A directory that was downloaded must not make a command read what lies beside it."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    safetensors.torch.save_file(TENSORS, tmp_path / "outside.safetensors")
+    name = where.replace("/outside", f"{tmp_path}/outside") if where.startswith("/") else where
+    (directory / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, name)}))
+    refused(directory, INDEX, "lies outside the model")
+
+
+def write_header(path: Path, header: object, nbytes: int = 64) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(nbytes))
+
+
+def entry(shape: object, first: object, behind: object) -> dict:
+    return {"dtype": "U8", "shape": shape, "data_offsets": [first, behind]}
+
+
+BAD_HEADERS = {
+    "overlap": ({"a": entry([40], 0, 40), "b": entry([40], 24, 64)}, "b overlaps a"),
+    "the same bytes": ({"a": entry([64], 0, 64), "b": entry([64], 0, 64)}, "b overlaps a"),
+    "hole": ({"a": entry([30], 0, 30), "b": entry([30], 34, 64)}, "b begins 4 bytes after a"),
+    "negative": ({"a": entry([-64], 0, 64)}, "a: its shape"),
+    "two negative": ({"a": entry([-8, -8], 0, 64)}, "a: its shape"),
+    "fraction": ({"a": entry([64.0], 0, 64)}, "a: its shape"),
+    "text": ({"a": entry(["64"], 0, 64)}, "a: its shape"),
+    "boolean": ({"a": entry([True, 64], 0, 64)}, "a: its shape"),
+    "huge": ({"a": entry([2**70], 0, 64)}, "a: its shape"),
+    "huge product": ({"a": entry([2**62] * 64, 0, 64)}, "a: the header contradicts itself"),
+    "many dimensions": ({"a": entry([1] * 100_000, 0, 64)}, "a: its shape"),
+    "offsets below 0": ({"a": entry([64], -64, 0)}, "a: its data_offsets"),
+    "fractional offsets": ({"a": entry([64], 0.0, 64.0)}, "a: its data_offsets"),
+    "one offset": ({"a": {"dtype": "U8", "shape": [64], "data_offsets": [64]}}, "a: the header contradicts itself"),
+    "no offsets": ({"a": {"dtype": "U8", "shape": [64]}}, "a: its data_offsets"),
+    "dtype": ({"a": {"dtype": ["U8"], "shape": [64], "data_offsets": [0, 64]}}, "a has dtype"),
+    "no object": ([1], "no JSON object"),
+    "entry that is none": ({"a": 1}, "a has dtype None"),
+    "nested": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    "twice": (b'{"a":1,"a":1}', "stands there twice"),
+    "no text": (b"\xff\xfe", "its header is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HEADERS)
+def test_headers_that_lie(case, tmp_path):
+    header, words = BAD_HEADERS[case]
+    write_header(tmp_path / "model.safetensors", header)
+    refused(tmp_path, "model.safetensors", words)
+
+
+def test_what_unfolds_is_refused_before_it_does(tmp_path):
+    """500 MB of zeros in 500 KB; PyTorch never compresses."""
+    file = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("archive/data.pkl", "w") as pickled:
+        for _ in range(500):
+            pickled.write(bytes(2**20))
+    code = f"""
+begin()
+from bitcpm_megatron.files import FileError
+try:
+    hf_files.open_tensors(Path({str(file)!r}))
+except FileError as error:
+    assert "data.pkl is compressed" in str(error)
+else:
+    raise AssertionError
+"""
+    assert peak_growth(code, tmp_path) < 50 * MB
 
 
 @pytest.mark.parametrize("new_format", [True, False])

@@ -120,7 +120,11 @@ def test_impossible_architectures_are_refused() -> None:
     for change, message in (
         ({"num_query_groups": 3}, "do not divide"),
         ({"kv_channels": 15}, "must be even"),
-        ({"hidden_size": 0}, "must be above 0"),
+        ({"hidden_size": 0}, "hidden_size 0: must be 1 to"),
+        ({"num_layers": 10**9}, "num_layers 1000000000: must be 1 to 10000"),
+        ({"ffn_hidden_size": 64.5}, "ffn_hidden_size 64.5: expected a whole number"),
+        ({"vocab_size": True}, "vocab_size True: expected a whole number"),
+        ({"rotary_base": float("inf")}, "rotary_base inf: expected a finite number"),
         ({"longrope": LONG}, "needs 16"),
     ):
         with pytest.raises(ArchitectureError, match=message):
