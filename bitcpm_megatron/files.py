@@ -96,12 +96,51 @@ def write_digests(directory: Path, known: Mapping[str, Mapping[str, Any]] | None
         directory: all files below it are recorded, by their path from here.
         known: entries that :func:`digest` made before, by path; the others are made now.
     """
-    known = known or {}
-    files = {name: known.get(name) or digest(directory / name) for name in _names(directory)}
-    write_text(directory / DIGESTS, json.dumps({"algorithm": "xxh3-128", "files": files}, indent=1))
+    # What is known need not be visible from here yet: on a network file system another node may have written it.
+    files = dict(known or {})
+    files.update({name: digest(directory / name) for name in _names(directory) if name not in files})
+    _write_digests(directory, files)
 
 
-def check_digests(directory: Path, names: Iterable[str] | None = None) -> bool:
+def _write_digests(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    content = {"algorithm": "xxh3-128", "files": {name: dict(files[name]) for name in sorted(files)}}
+    write_text(directory / DIGESTS, json.dumps(content, indent=1))
+
+
+def add_digest(path: Path, final: Path) -> None:
+    """Records a file in the ``DIGESTS.json`` of the directory that it is going to lie in, beside what stands there.
+
+    Args:
+        path: where it lies now, complete.
+        final: its path from now on.
+    """
+    files = {**(read_digests(final.parent) or {}), final.name: digest(path)}
+    _write_digests(final.parent, files)
+
+
+def check_digests(
+    directory: Path, names: Iterable[str] | None = None, on_read: Callable[[int], None] = lambda count: None
+) -> bool:
+    """Compares files with their digests; see :func:`find_damage`.
+
+    Returns:
+        Whether there are digests to compare with; files from elsewhere have none.
+
+    Raises:
+        DigestError: files are missing or differ, naming them.
+    """
+    damage = find_damage(directory, names, on_read=on_read)
+    if damage:
+        raise DigestError(_listed(damage))
+    return damage is not None
+
+
+def find_damage(
+    directory: Path,
+    names: Iterable[str] | None = None,
+    contents: bool = True,
+    on_read: Callable[[int], None] = lambda count: None,
+) -> list[str] | None:
     """Compares the files of a directory with its ``DIGESTS.json``; files that it does not name are not looked at.
 
     This shows damage and not forgery: whoever changes a file can change its digest.
@@ -109,32 +148,41 @@ def check_digests(directory: Path, names: Iterable[str] | None = None) -> bool:
     Args:
         directory: that holds the files.
         names: look at these alone; None for all that are recorded.
+        contents: whether to read them; else only their sizes are compared.
+        on_read: called with the number of bytes that were just read.
 
     Returns:
-        Whether there are digests to compare with; files from elsewhere have none.
+        One line per file that is missing or differs; None where there are no digests.
 
     Raises:
-        DigestError: a file is missing or differs, naming it.
+        FileError: ``DIGESTS.json`` itself is damaged.
     """
     recorded = read_digests(directory)
     if recorded is None:
-        return False
-    for name in recorded if names is None else names:
-        if name not in recorded:
-            continue
-        path = directory / name
-        if not path.is_file():
-            raise DigestError(f"{path} is missing, and {DIGESTS} names it: copy the directory again")
-        expected = recorded[name]
-        # The size first: it needs no reading.
-        if path.stat().st_size != expected["bytes"]:
-            raise DigestError(
-                f"{path} has {path.stat().st_size:,} bytes and {DIGESTS} says {expected['bytes']:,}: the file is cut "
-                "or was replaced; copy it again"
-            )
-        if digest(path) != expected:
-            raise DigestError(f"{path} does not match its digest in {DIGESTS}: the file is damaged; copy it again")
-    return True
+        return None
+    wanted = recorded if names is None else [name for name in names if name in recorded]
+    lines = (_damage(directory / name, recorded[name], contents, on_read) for name in wanted)
+    return [line for line in lines if line is not None]
+
+
+def _damage(path: Path, expected: Mapping[str, Any], contents: bool, on_read: Callable[[int], None]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing, and {DIGESTS} names it: copy the directory again"
+    # The size first: it needs no reading.
+    if path.stat().st_size != expected["bytes"]:
+        problem = (
+            f"has {path.stat().st_size:,} bytes and {DIGESTS} says {expected['bytes']:,}: the file is cut or changed"
+        )
+    elif contents and digest(path, on_read) != expected:
+        problem = f"does not match its digest in {DIGESTS}: the file is damaged or changed"
+    else:
+        return None
+    return f"{path} {problem}; copy it again (or delete {DIGESTS}, if the change was yours)"
+
+
+def _listed(lines: Sequence[str], limit: int = 5) -> str:
+    more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "\n  ".join([*lines[:limit], *more])
 
 
 def read_digests(directory: Path) -> dict[str, dict[str, Any]] | None:

@@ -2,11 +2,14 @@
 """What all commands of this room share: common flags, and memory that stays flat."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .. import cli
+from ..files import check_digests, read_digests
 from .memory import return_freed_memory
 
 DTYPES = {
@@ -37,6 +40,27 @@ def add_pickle_argument(parser: argparse.ArgumentParser) -> None:
 def dtype_of(name: str | None) -> torch.dtype | None:
     """The dtype that ``--dtype`` names."""
     return None if name is None else DTYPES[name]
+
+
+def check_input(directory: Path, names: Iterable[str] | None = None) -> None:
+    """Compares what a command is going to read with its digests; what comes without any is taken as it is.
+
+    Args:
+        directory: of a checkpoint or model.
+        names: of the files that are read; None for all.
+
+    Raises:
+        DigestError: files are damaged, naming them.
+    """
+    names = list(read_digests(directory) or {}) if names is None else list(names)
+    with progress_of_reading(directory, names) as bar:
+        check_digests(directory, names, on_read=bar.update)
+
+
+def progress_of_reading(directory: Path, names: Iterable[str]) -> tqdm:
+    """A bar over the bytes of files."""
+    total = sum(path.stat().st_size for name in names if (path := directory / name).is_file())
+    return tqdm(total=total, unit="B", unit_scale=True, desc="checking digests", disable=None, leave=False)
 
 
 def run(work: Callable[[], None]) -> int:

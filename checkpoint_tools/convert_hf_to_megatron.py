@@ -27,7 +27,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, dtype_of, run
+from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, check_input, dtype_of, run
 from bitcpm_megatron.checkpoint_tools.hf_config import read_config
 from bitcpm_megatron.checkpoint_tools.hf_model import HfModel, checked_record, open_hf_model
 from bitcpm_megatron.checkpoint_tools.megatron_writer import Layout, stored_bytes, write_legacy, write_torch_dist
@@ -36,7 +36,7 @@ from bitcpm_megatron.checkpoint_tools.staging import staged
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError
 from bitcpm_megatron.checkpoint_tools.weights import padded_rows
 from bitcpm_megatron.cli import Parser, Whole
-from bitcpm_megatron.files import write_text
+from bitcpm_megatron.files import write_digests, write_text
 from bitcpm_megatron.models.arguments import arguments_of, flags_of
 from bitcpm_megatron.training.checkpoint_directory import RELEASE, TRACKER, write_arguments
 
@@ -64,6 +64,7 @@ def convert(model: HfModel, out: Path, *, load_dir: Path, file_format: str, layo
         (release / HF_DIRECTORY).mkdir()
         copy_side_files(load_dir, release / HF_DIRECTORY)
         write_text(release / HF_DIRECTORY / "config.json", json.dumps(read_config(load_dir), indent=2) + "\n")
+        write_digests(release)
         preset = {
             "description": f"converted from {load_dir.name}",
             "vocab-size": model.architecture.vocab_size,
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--target-virtual-pipeline-parallel-size concerns --format legacy with several pipeline stages: "
                 "torch_dist loads at every layout"
             )
+        check_input(args.load_dir)
         model = open_hf_model(args.load_dir, dtype_of(args.dtype), args.allow_pickle)
         layout.check(model, legacy)
         convert(

@@ -28,7 +28,7 @@ if __package__ in (None, ""):
 import torch
 from tqdm import tqdm
 
-from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, dtype_of, run
+from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, check_input, dtype_of, run
 from bitcpm_megatron.checkpoint_tools.fuse import fuse_blocks
 from bitcpm_megatron.checkpoint_tools.hf_config import (
     BITCPM,
@@ -41,15 +41,15 @@ from bitcpm_megatron.checkpoint_tools.hf_config import (
 )
 from bitcpm_megatron.checkpoint_tools.hf_files import HfReader, SafetensorsWriter, parse_size
 from bitcpm_megatron.checkpoint_tools.latent_export import write_remote_code
-from bitcpm_megatron.checkpoint_tools.megatron_checkpoint import MegatronCheckpoint, open_checkpoint
+from bitcpm_megatron.checkpoint_tools.megatron_checkpoint import MegatronCheckpoint, locate, open_checkpoint
 from bitcpm_megatron.checkpoint_tools.quantizer_of import checked_record, checked_scales
 from bitcpm_megatron.checkpoint_tools.records import to_hugging_face
-from bitcpm_megatron.checkpoint_tools.side_files import HF_DIRECTORY, copy_side_files
+from bitcpm_megatron.checkpoint_tools.side_files import HF_DIRECTORY, copy_side_files, side_files
 from bitcpm_megatron.checkpoint_tools.staging import staged
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo, VerificationError, cast, check_finite
 from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors, split
 from bitcpm_megatron.cli import Parser, Whole
-from bitcpm_megatron.files import write_text
+from bitcpm_megatron.files import write_digests, write_text
 from bitcpm_megatron.models.architecture import Architecture
 from bitcpm_megatron.models.arguments import architecture_of as architecture_of_arguments
 from bitcpm_megatron.quantization.record import QuantizerRecord
@@ -162,6 +162,7 @@ def convert(export: Export, out: Path, *, kind: str, template: Path | None, max_
             write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
         if verify:
             _verify(export, directory)
+        write_digests(directory)
 
 
 def _verify(export: Export, directory: Path) -> None:
@@ -201,8 +202,12 @@ def open_export(
     Raises:
         ConversionError: the checkpoint is damaged, contradicts itself, or cannot be exported so.
     """
-    checkpoint = open_checkpoint(directory, options.get("allow_pickle", False))
+    path = locate(directory)
+    check_input(path)
+    checkpoint = open_checkpoint(path, options.get("allow_pickle", False))
     template = config if config is not None else _kept_files(checkpoint)
+    if template is not None:
+        check_input(template, ["config.json", *side_files(template)])
     architecture = _architecture(checkpoint, template, vocab_size)
     tensors = megatron_tensors(architecture)
     checkpoint.check_complete(tensors)

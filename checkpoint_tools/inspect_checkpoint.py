@@ -8,7 +8,9 @@ one .safetensors / .bin file. The table has a line for all layers that are alike
 latent or fused (ternary x scale already), scales per row, the share of zeros in the ternary weight, and the smallest,
 mean and largest scale. --fast reads no weights, so none of the values; --json has a line for every module.
 
-Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 the checkpoint contradicts itself.
+Where there is a DIGESTS.json, every file is compared with it (with --fast its size alone).
+
+Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 the checkpoint contradicts itself or its digests.
 """
 
 import argparse
@@ -26,18 +28,20 @@ if __package__ in (None, ""):
 
 from tqdm import tqdm
 
-from bitcpm_megatron.checkpoint_tools.command import add_pickle_argument, run
+from bitcpm_megatron.checkpoint_tools.command import add_pickle_argument, progress_of_reading, run
 from bitcpm_megatron.checkpoint_tools.inspection import (
     Inspection,
     Statistics,
     Weight,
     check_record,
+    files_of,
     not_read,
     open_inspection,
     statistics_of,
 )
 from bitcpm_megatron.checkpoint_tools.tensors import VerificationError
 from bitcpm_megatron.cli import Parser
+from bitcpm_megatron.files import find_damage, read_digests
 from bitcpm_megatron.layer_numbers import ranges
 
 _SHOWN = 20
@@ -56,9 +60,19 @@ def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> tuple
         What it is, with its findings, and the statistics of each of its weights.
 
     Raises:
-        ConversionError: see :func:`~.inspection.open_inspection`.
+        FileError: see :func:`~.inspection.open_inspection`.
+        VerificationError: the same, and the files do not match their digests.
     """
-    found = open_inspection(path, allow_pickle)
+    directory, names = files_of(path)
+    damage = _damage(directory, names, fast)
+    try:
+        found = open_inspection(path, allow_pickle)
+    except ValueError as error:
+        if damage:
+            raise VerificationError(f"{path} is damaged: {'; '.join(damage)}") from error
+        raise
+    found.digests = None if damage is None else len(damage) == 0
+    found.findings += damage or []
     check_record(found)
     if fast:
         return found, [not_read(weight, found.record) for weight in found.weights]
@@ -74,6 +88,15 @@ def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> tuple
     return found, statistics
 
 
+def _damage(directory: Path, names: Sequence[str] | None, fast: bool) -> list[str] | None:
+    recorded = read_digests(directory)
+    if recorded is None or fast:
+        return find_damage(directory, names, contents=False)
+    names = list(recorded) if names is None else names
+    with progress_of_reading(directory, names) as bar:
+        return find_damage(directory, names, on_read=bar.update)
+
+
 def as_json(found: Inspection, statistics: Sequence[Statistics]) -> dict[str, Any]:
     """One object with everything, module by module."""
     modules = [
@@ -83,8 +106,8 @@ def as_json(found: Inspection, statistics: Sequence[Statistics]) -> dict[str, An
     return {**found.facts(), "modules": modules, "findings": found.findings}
 
 
-def as_text(found: Inspection, statistics: Sequence[Statistics]) -> str:
-    """For people."""
+def as_text(found: Inspection, statistics: Sequence[Statistics], fast: bool = False) -> str:
+    """For people; arguments as :func:`inspect` takes and gives them."""
     a, record = found.architecture, found.record
     facts = {"checkpoint": f"{found.path} ({found.format})"}
     if found.format in ("torch_dist", "legacy"):
@@ -117,6 +140,9 @@ def as_text(found: Inspection, statistics: Sequence[Statistics]) -> str:
             f"shards {record.row_parallel_shards}, eps {record.eps:g}, activations {record.activation_bits} bits, "
             f"of {record.latent_dtype} weights"
         )
+    facts["digests"] = {None: "none", True: "every file matches", False: "files are damaged"}[found.digests]
+    if fast and found.digests:
+        facts["digests"] = "every size matches (--fast reads no contents)"
     count = sum(w.has_scales for w in found.weights)
     facts["saved scales"] = f"of {count} modules" if count else "none"
     lines = [f"{name + ':':14}{value}" for name, value in facts.items()]
@@ -144,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps(as_json(found, statistics), indent=1))
         else:
-            print(as_text(found, statistics))
+            print(as_text(found, statistics, args.fast))
         sys.stdout.flush()
         if found.findings:
             raise VerificationError(f"{found.path} contradicts itself: {len(found.findings)} findings")

@@ -16,12 +16,12 @@ from ..files import FileError
 from ..models.architecture import Architecture, ArchitectureError
 from ..models.arguments import architecture_of as architecture_of_arguments
 from ..quantization import QuantizerConfig, effective_group, fused_group_size, quantize
-from ..quantization.record import SCALE_SUFFIX, QuantizerRecord, RecordError
+from ..quantization.record import FILE_NAME, SCALE_SUFFIX, QuantizerRecord, RecordError
 from ..training.checkpoint_directory import RELEASE, TRACKER
 from .hf_config import architecture_of, model_type_of, read_config
 from .hf_files import open_tensors
 from .latent_export import read_record
-from .megatron_checkpoint import MegatronCheckpoint, open_checkpoint
+from .megatron_checkpoint import MegatronCheckpoint, locate, open_checkpoint
 from .side_files import HF_DIRECTORY
 from .tensors import ConversionError, TensorInfo, TensorReader
 from .torch_dist import TorchDistReader
@@ -97,6 +97,7 @@ class Inspection:
         padded_vocabulary: rows of the embedding as stored, or None.
         optimizer_state: whether it is there.
         record: the quantizer record, by the module names of the checkpoint, or None.
+        digests: whether the files match their ``DIGESTS.json``; None where there is none.
         findings: contradictions.
     """
 
@@ -110,6 +111,7 @@ class Inspection:
     padded_vocabulary: int | None = None
     optimizer_state: bool = False
     record: QuantizerRecord | None = None
+    digests: bool | None = None
     findings: list[str] = field(default_factory=list)
 
     @property
@@ -148,6 +150,7 @@ class Inspection:
             "padded_vocabulary": self.padded_vocabulary,
             "optimizer_state": self.optimizer_state,
             "quantizer": None if self.record is None else asdict(self.record),
+            "digests": self.digests,
             "saved_scales": sum(w.has_scales for w in self.weights),
         }
 
@@ -177,6 +180,17 @@ def open_inspection(path: Path, allow_pickle: bool = False) -> Inspection:
         f"{path} holds no checkpoint: neither Megatron's ({TRACKER}, metadata.json, mp_rank_*) nor Hugging Face's "
         "(config.json, *.safetensors, *.bin)"
     )
+
+
+def files_of(path: Path) -> tuple[Path, list[str] | None]:
+    """The directory whose digests concern a path, and the names of the files there; None for all.
+
+    Raises:
+        FileError: the tracker of a ``--save`` directory names no checkpoint.
+    """
+    if path.is_file():
+        return path.parent, [path.name, FILE_NAME]
+    return (locate(path) if (path / TRACKER).is_file() else path), None
 
 
 def check_record(inspection: Inspection) -> None:

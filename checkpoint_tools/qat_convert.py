@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from bitcpm_megatron.checkpoint_tools import hf_config
-from bitcpm_megatron.checkpoint_tools.command import DTYPES, run
+from bitcpm_megatron.checkpoint_tools.command import DTYPES, check_input, run
 from bitcpm_megatron.checkpoint_tools.fuse import detected_group, fuse_blocks
 from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter, open_tensors, parse_size, row_blocks
 from bitcpm_megatron.checkpoint_tools.latent_export import read_record
@@ -37,8 +37,9 @@ from bitcpm_megatron.checkpoint_tools.staging import staged, staged_file
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorReader, VerificationError, check_finite
 from bitcpm_megatron.checkpoint_tools.torch_file import save_file
 from bitcpm_megatron.cli import Parser, Whole
-from bitcpm_megatron.files import write_text
+from bitcpm_megatron.files import add_digest, write_digests, write_text
 from bitcpm_megatron.quantization import effective_group
+from bitcpm_megatron.quantization.record import FILE_NAME as RECORD_FILE
 
 _SUFFIXES = (".safetensors", ".bin")
 
@@ -81,6 +82,10 @@ def convert(args: argparse.Namespace) -> None:
     source, target = args.input_bin, args.output
     _check_paths(source, target)
     shard_size = parse_size(args.max_shard_size)
+    if source.is_dir():
+        check_input(source)
+    else:
+        check_input(source.parent, [source.name, RECORD_FILE, "config.json"])
     reader = open_tensors(source, args.allow_pickle)
     nbytes = sum(info.nbytes for info in reader.tensors().values())
     record = read_record(source if source.is_dir() else source.parent)
@@ -96,6 +101,7 @@ def convert(args: argparse.Namespace) -> None:
             copy_side_files(source, temporary)
             write_text(temporary / "config.json", json.dumps(config if stock is None else stock, indent=2) + "\n")
             plan.record.write(temporary)
+            write_digests(temporary)
     else:
         _announce(plan, len(reader.tensors()))
         with staged_file(target, nbytes) as temporary:
@@ -104,6 +110,8 @@ def convert(args: argparse.Namespace) -> None:
             else:
                 _write_safetensors(temporary, reader, plan, nbytes + 1)
             _verify(temporary, reader, plan)
+            (written,) = temporary.iterdir()
+            add_digest(written, target.resolve())
     print(f"wrote {target}", flush=True)
 
 

@@ -24,14 +24,16 @@ _NAMES = (
 )
 
 
+def side_files(source: Path) -> list[str]:
+    """The names of whichever of these files a directory has."""
+    found = (path for pattern in _NAMES for path in sorted(source.glob(pattern)) if path.is_file())
+    return [path.relative_to(source).as_posix() for path in found]
+
+
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copies whichever of these files a directory has; returns their names."""
-    copied = []
-    for pattern in _NAMES:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                name = path.relative_to(source)
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target / name)
-                copied.append(str(name))
-    return copied
+    """Copies these files; returns their names."""
+    names = side_files(source)
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return names

@@ -132,6 +132,9 @@ def _checkpoint(group: argparse._ArgumentGroup) -> None:
         "--pretrained-checkpoint", metavar="DIR", help="weights to start from where --load holds no checkpoint"
     )
     group.add_argument("--exit-on-missing-checkpoint", action="store_true")
+    group.add_argument(
+        "--verify-digests", action="store_true", help="compare the checkpoint that is loaded with its DIGESTS.json"
+    )
     group.add_argument("--finetune", action="store_true", help="load the weights alone, start at iteration 0")
     group.add_argument("--no-load-optim", action="store_true")
     group.add_argument("--no-load-rng", action="store_true")
@@ -305,6 +308,8 @@ def _other_mistakes(args: argparse.Namespace) -> list[str]:
     for name in ("exit_on_missing_checkpoint", "no_load_optim", "no_load_rng", "allow_quantizer_change"):
         if getattr(args, name) and args.load is None:
             found.append(f"{_flag(name)} needs --load")
+    if args.verify_digests and args.load is None and args.pretrained_checkpoint is None:
+        found.append("--verify-digests needs --load or --pretrained-checkpoint")
     if args.no_save_optim and args.save is None:
         found.append("--no-save-optim needs --save")
     if args.ternary and args.ternary_telemetry_interval is not None and args.log_dir is None:

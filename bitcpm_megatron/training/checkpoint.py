@@ -16,9 +16,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from ..files import write_digests
 from ..quantization.record import QuantizerRecord
 from ..tensor_parallel.sharded_scales import without_scales
 from .checkpoint_checks import changes, check_arguments
+from .checkpoint_digests import gather_digests, with_digests
 from .checkpoint_directory import (
     RELEASE,
     CheckpointError,
@@ -90,6 +92,7 @@ class Saver:
             torch.distributed.barrier()
             self._publish(temporary, final)
         else:
+            request = request._replace(async_fn=with_digests(request.async_fn, temporary))
             request.add_finalize_fn(lambda: self._publish(temporary, final))
             self._queue.schedule_async_request(request)
 
@@ -123,10 +126,12 @@ class Saver:
         return self._unpublished[len(self._unpublished) - unfinished :]
 
     def _publish(self, temporary: Path, final: Path) -> None:
+        digests = gather_digests(temporary)
         if torch.distributed.get_rank() == 0:
             write_arguments(temporary, vars(self._args))
             if self._record is not None:
                 self._record.write(temporary)
+            write_digests(temporary, digests)
             publish_checkpoint(temporary, final, self._args.keep_last_n)
         torch.distributed.barrier()
 

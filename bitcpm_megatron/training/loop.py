@@ -25,6 +25,7 @@ from . import checkpoint
 from .arguments import params_dtype, quantizer_config
 from .checkpoint import Progress
 from .checkpoint_checks import check_quantizer
+from .checkpoint_digests import verify_digests
 from .checkpoint_directory import CheckpointError, latest
 from .data import Batch, Data, batches, build_data, build_tokenizer
 from .initialize import device
@@ -84,6 +85,8 @@ def _prepare(args: argparse.Namespace) -> Run:
     scheduler = build_scheduler(args, optimizer)
     progress, notes = Progress(), list(model.notes)
     if found is not None:
+        if args.verify_digests:
+            notes.append(f"every file of {found} matches its digest")
         notes.append(check_quantizer(found, record, args.allow_quantizer_change))
         progress, more = checkpoint.load(args, found, model, optimizer, scheduler)
         notes += [f"loaded {found}, going on after iteration {progress.iteration}", *more]
@@ -239,6 +242,8 @@ def _find_checkpoint(args: argparse.Namespace) -> Path | None:
         args.finetune = True
     if found is None:
         return None
+    if args.verify_digests:
+        verify_digests(found)
     recorded = QuantizerRecord.read(found)
     if args.ternary and recorded is not None and args.ternary_row_parallel_shards is None:
         args.ternary_row_parallel_shards = recorded.row_parallel_shards

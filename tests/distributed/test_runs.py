@@ -2,11 +2,13 @@
 """Whole training runs: the same losses whatever the cache and the interruptions; and nothing silent."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from small_model import MODEL, losses, quantized_weights, succeeded
 
+from bitcpm_megatron.files import DIGESTS, check_digests, read_digests
 from bitcpm_megatron.training.metrics import read_metrics
 
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -26,6 +28,12 @@ def base(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, Path]:
     """Every run of this file that needs two ranks, in one launch: report, directory, logs."""
@@ -34,6 +42,11 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
         "idle": {"configs": {"q": {"group_size": 32}}, "matchers": {"m": {"config": "q", "pattern": "*.linear_typo"}}},
         "head": {"configs": {"q": {"group_size": 32}}, "matchers": {"m": {"config": "q", "pattern": "output_layer"}}},
     }
+    bare, damaged = logs / "bare", logs / "damaged"
+    for copy in (bare, damaged):
+        shutil.copytree(base, copy)
+    (bare / "iter_0000001" / DIGESTS).unlink()
+    flip_a_bit(damaged / "iter_0000001" / "__0_1.distcp")
     for name, content in recipes.items():
         (logs / f"{name}.yaml").write_text(json.dumps(content))
     runs = {}
@@ -42,7 +55,7 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
         stop = ["--log-dir", str(logs / f"stopped {cache}"), "--save", str(logs / f"save {cache}")]
         runs[f"whole {cache}"] = [*flags, "--log-dir", str(logs / f"whole {cache}")]
         runs[f"stopped {cache}"] = [*flags, *stop, "--exit-interval", "10"]
-        runs[f"resumed {cache}"] = [*flags, *stop, "--load", str(logs / f"save {cache}")]
+        runs[f"resumed {cache}"] = [*flags, *stop, "--load", str(logs / f"save {cache}"), "--verify-digests"]
     short = [*MODEL, *TP2, "--eval-iters", "0", "--train-iters", "2"]
     ternary = [*short, "--ternary"]
     other = [*ternary, "--ternary-group-size", "32", "--load", str(logs / "save step")]
@@ -52,6 +65,9 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
     runs |= {
         "verified": [*ternary, "--ternary-verify-cache"],
         "partial recipe": [*ternary, "--save", str(logs / "partial"), "--ternary-recipe", recipe],
+        "async": [*ternary, "--save", str(logs / "async"), "--save-interval", "1", "--async-save"],
+        "no digests refused": [*ternary, "--load", str(bare), "--verify-digests"],
+        "damage refused": [*ternary, "--load", str(damaged), "--verify-digests"],
         "shards refused": [*ternary, "--load", str(base)],
         "group refused": [*ternary, "--ternary-group-size", "64"],
         "no quantizer refused": [*short, "--load", str(base)],
@@ -86,6 +102,18 @@ def test_a_stopped_and_resumed_run_goes_on_bit_identically(cache: str, two_ranks
     whole = losses(logs / f"whole {cache}")
     assert [i for kind, i, *_ in whole if kind == "train"] == list(range(1, STEPS + 1))
     assert losses(logs / f"stopped {cache}") == whole
+
+
+@pytest.mark.parametrize("checkpoint", ["save step/iter_0000010", "async/iter_0000001", "async/iter_0000002"])
+def test_every_file_of_a_checkpoint_has_its_digest(checkpoint: str, two_ranks: tuple) -> None:
+    """Also where a process in the background has written it."""
+    succeeded(two_ranks[0], "async")
+    directory = two_ranks[2] / checkpoint
+    names = {path.name for path in directory.iterdir()}
+    assert set(read_digests(directory)) == names - {DIGESTS}
+    assert {f"__{rank}_0.distcp" for rank in (0, 1)} | {"common.pt", ".metadata", "arguments.json"} <= names
+    assert not [name for name in names if name.startswith("digests_of")]
+    assert check_digests(directory)
 
 
 def test_the_cache_changes_no_bit_across_evaluation_and_reload(two_ranks: tuple) -> None:
@@ -137,6 +165,8 @@ def test_a_recipe_that_keeps_a_layer_trains_and_saves(two_ranks: tuple) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     {
+        "no digests refused": ("iter_0000001 has no DIGESTS.json", "leave out --verify-digests"),
+        "damage refused": ("__0_1.distcp does not match its digest", "copy it again"),
         "shards refused": ("1 row-parallel shards", "tensor-parallel size of 2", "use a size that divides 1"),
         "group refused": ("linear_proj", "group_size=64 does not divide a row of 32", "use -1 or one of [32]"),
         "no quantizer refused": ("--ternary is not given", "--allow-quantizer-change"),

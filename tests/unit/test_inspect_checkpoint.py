@@ -70,7 +70,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def copy(made: dict[str, Path], tmp_path: Path):
-    return lambda name: Path(shutil.copytree(made[name], tmp_path / name))
+    # Without digests: what a test changes must not be found by them.
+    return lambda name: Path(
+        shutil.copytree(made[name], tmp_path / name, ignore=shutil.ignore_patterns("DIGESTS.json"))
+    )
 
 
 def with_scales(directory: Path, change: float = 1.0, groups: int | None = None) -> Path:

@@ -17,6 +17,7 @@ from bitcpm_megatron.checkpoint_tools import qat_convert
 from bitcpm_megatron.checkpoint_tools.fuse import fuse_blocks
 from bitcpm_megatron.checkpoint_tools.hf_config import GRANITE, LLAMA, MINICPM, config_for
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
+from bitcpm_megatron.files import DIGESTS, check_digests, read_digests
 from bitcpm_megatron.quantization import QuantizerConfig, dequantize, fused_group_size, quantize
 from bitcpm_megatron.quantization.record import FILE_NAME, QuantizerRecord
 
@@ -139,7 +140,8 @@ def test_single_files_without_a_record(tmp_path: Path, group, suffixes) -> None:
         save_file(weights, source)
     assert convert(source, target, "--group_size", str(group)) == 0
     assert_same(target, expected(weights, lambda n: group if n in PROJECTIONS else None))
-    assert {p.name for p in tmp_path.iterdir()} == {source.name, target.name}
+    assert {p.name for p in tmp_path.iterdir()} == {source.name, target.name, DIGESTS}
+    assert check_digests(tmp_path) and set(read_digests(tmp_path)) == {target.name}
 
 
 def test_a_file_beside_a_record_obeys_it(latent, tmp_path: Path) -> None:
@@ -209,6 +211,7 @@ def test_fusing_twice_is_fusing_once(latent, tmp_path: Path, capsys) -> None:
 
     # Without the record the weights themselves say it, and in which groups.
     (tmp_path / "twice" / FILE_NAME).unlink()
+    (tmp_path / "twice" / DIGESTS).unlink()
     for number in (1, 2):
         assert convert(tmp_path / "twice", tmp_path / f"more{number}", "--group_size", "-1") == 0
         assert_same(tmp_path / f"more{number}", once)
