@@ -15,7 +15,7 @@ from ..quantization.record import SCALE_SUFFIX, QuantizerRecord
 from ..training.checkpoint_directory import RELEASE, TRACKER, iteration_directory
 from .legacy import LegacyReader
 from .tensors import ConversionError, TensorInfo
-from .torch_dist import COMMON, TorchDistReader, read_common
+from .torch_dist import TorchDistReader, read_common
 from .weights import EMBEDDING, OTHER_NAMES, OUTPUT, MegatronTensor, unshard
 
 # Beside the weights a run saves how to go on; none of it is part of the model.
@@ -299,5 +299,5 @@ def _run_arguments(path: Path, allow_pickle: bool) -> dict[str, Any]:
         return found
     found = read_common(path, allow_pickle).get("args")
     if not isinstance(found, argparse.Namespace | None):
-        raise ConversionError(f"{path / COMMON}: its args are a {type(found).__name__} and no argparse.Namespace")
+        raise ConversionError(f"{path}: its args are a {type(found).__name__} and no argparse.Namespace")
     return {} if found is None else dict(vars(found))

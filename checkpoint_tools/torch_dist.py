@@ -21,11 +21,10 @@ from typing import Any
 import torch
 
 from ..checkpoints.safe_load import load_without_code, refuse_compressed, stand_in
-from ..checkpoints.torch_dist import StoredChunk, read_contents
+from ..checkpoints.torch_dist import COMMON, COMMON_ENTRY, METADATA, StoredChunk, read_contents
 from .mapped_file import MappedFile
 from .tensors import ConversionError, TensorInfo
 
-COMMON = "common.pt"
 CONFIG = "metadata.json"
 
 # Typed storages, as files name them; other dtypes come with an UntypedStorage.
@@ -147,7 +146,7 @@ class TorchDistReader:
 
 
 def read_common(iteration_directory: Path, allow_pickle: bool = False) -> dict[str, Any]:
-    """``common.pt``: arguments of the run, iteration, checkpoint version and the like.
+    """Arguments of the run, iteration, checkpoint version and the like: ``common.pt``, or since 0.19 an entry.
 
     Args:
         iteration_directory: of a torch_dist checkpoint.
@@ -160,8 +159,16 @@ def read_common(iteration_directory: Path, allow_pickle: bool = False) -> dict[s
     Raises:
         FileError: the file is missing or damaged, or needs ``allow_pickle``.
     """
-    path = Path(iteration_directory) / COMMON
-    common = load_without_code(path, allow_pickle=allow_pickle)
+    path, place = Path(iteration_directory) / COMMON, None
+    if not path.is_file() and path.with_name(METADATA).is_file():
+        place = read_contents(Path(iteration_directory)).objects.get(COMMON_ENTRY)
+    if place is None:
+        common = load_without_code(path, allow_pickle=allow_pickle)
+    else:
+        path = path.with_name(place.file)
+        common = load_without_code(path, allow_pickle=allow_pickle, entry=(place.start, place.length))
+        # A ShardedObject is saved as a list of one value.
+        common = common[0] if isinstance(common, list) and len(common) == 1 else common
     if not isinstance(common, dict):
         raise ConversionError(f"{path}: holds a {type(common).__name__} and no dict")
     return common

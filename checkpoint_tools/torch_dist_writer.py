@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ..checkpoints.torch_dist import COMMON
 from .mapped_file import with_own_storage
 from .tensors import ConversionError, TensorInfo
-from .torch_dist import COMMON, CONFIG, volume_of
+from .torch_dist import CONFIG, volume_of
 from .torch_file import save_file
 
 # What megatron.core.dist_checkpointing.core.CheckpointingConfig holds for this format, in 0.12.1 as in 0.16.1.

@@ -8,13 +8,15 @@ arguments and does nothing; nothing is imported.
 
 import argparse
 import contextlib
+import functools
+import io
 import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -46,7 +48,13 @@ def stand_in(path: str) -> type[StandIn]:
     return type(path.rpartition(".")[2], (StandIn,), {"path": path})
 
 
-def load_without_code(path: Path, mmap: bool = False, allow_pickle: bool = False, stand_ins: bool = True) -> Any:
+def load_without_code(
+    path: Path,
+    mmap: bool = False,
+    allow_pickle: bool = False,
+    stand_ins: bool = True,
+    entry: tuple[int, int] | None = None,
+) -> Any:
     """Loads a file that ``torch.save`` wrote; tensors come to the CPU, whatever device they were saved from.
 
     Args:
@@ -54,21 +62,30 @@ def load_without_code(path: Path, mmap: bool = False, allow_pickle: bool = False
         mmap: map the tensors instead of reading them; a file of before PyTorch 1.6 is read.
         allow_pickle: when the safe way fails, unpickle for real, after a warning on stderr.
         stand_ins: put a :class:`StandIn` in place of objects that ``weights_only`` does not know; else they are errors.
+        entry: first byte and length of what was saved, where the file holds more than that.
 
     Raises:
         FileError: the file is missing or damaged, or cannot be read without running code.
     """
     if not path.is_file():
         raise FileError(f"{path}: there is no such file")
-    is_zip = zipfile.is_zipfile(path)
-    if not is_zip and _begins_as_zip(path):
+    open_source = _opener(path, entry)
+    with open_source() as source:
+        is_zip = zipfile.is_zipfile(source)
+        source.seek(0)
+        begins_as_zip = source.read(4) == b"PK\x03\x04"
+    if not is_zip and begins_as_zip:
         raise FileError(f"{path}: the file is truncated or damaged (its end is missing): copy it again")
     mmap = mmap and is_zip
     if is_zip:
-        _check_zip(path)
+        _check_zip(path, open_source)
+    # Only a name can be mapped.
+    load = functools.partial(torch.load, path if entry is None else open_source(), map_location="cpu", mmap=mmap)
     try:
-        with _no_other_globals(), torch.serialization.safe_globals(_replacements(path) if stand_ins and is_zip else []):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with _no_other_globals():
+            replacements = _replacements(open_source) if stand_ins and is_zip else []
+            with torch.serialization.safe_globals(replacements):
+                return load(weights_only=True)
     except pickle.UnpicklingError as error:
         refusal = str(error)
     except Exception as error:  # whatever a damaged pickle makes of itself: KeyError, struct.error, EOFError, ...
@@ -87,7 +104,7 @@ def load_without_code(path: Path, mmap: bool = False, allow_pickle: bool = False
         flush=True,
     )
     try:
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)
+        return load(weights_only=False)
     except Exception as error:
         if isinstance(error, OSError):
             raise
@@ -157,9 +174,18 @@ def _no_other_globals() -> Iterator[None]:
         torch.serialization.add_safe_globals(declared)
 
 
-def _replacements(path: Path) -> list[Any]:
+def _opener(path: Path, entry: tuple[int, int] | None) -> Callable[[], BinaryIO]:
+    if entry is None:
+        return functools.partial(open, path, "rb")
+    with open(path, "rb") as file:
+        file.seek(entry[0])
+        return functools.partial(io.BytesIO, file.read(entry[1]))
+
+
+def _replacements(open_source: Callable[[], BinaryIO]) -> list[Any]:
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with open_source() as source:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
     except Exception:  # a damaged file, or not a plain pickle: torch.load says more
         return []
     replacements: list[Any] = [(stand_in(name), name) for name in names if name != _NAMESPACE]
@@ -187,17 +213,12 @@ def _rebuild_npu_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: A
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
-def _check_zip(path: Path) -> None:
+def _check_zip(path: Path, open_source: Callable[[], BinaryIO]) -> None:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_source() as source, zipfile.ZipFile(source) as archive:
             refuse_compressed(archive)
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise FileError(f"{path}: the file is damaged or made to harm ({error}): copy it again") from None
-
-
-def _begins_as_zip(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,6 +20,9 @@ from ..files import FileError, is_inside
 from .safe_load import StandIn, stand_in
 
 METADATA = ".metadata"
+COMMON = "common.pt"
+COMMON_ENTRY = "common_state/shard_0_1"
+"""Where megatron-core 0.19 keeps what it kept in :data:`COMMON` before."""
 
 # Every class that a .metadata of torch 2.1 to 2.13 or of megatron-core may name. None of them is run: all but sizes,
 # dtypes and dicts become stand-ins.

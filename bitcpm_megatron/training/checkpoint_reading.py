@@ -23,12 +23,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..checkpoints.safe_load import load_declared, refusal
-from ..checkpoints.torch_dist import Contents, Place, read_contents
+from ..checkpoints.torch_dist import COMMON, COMMON_ENTRY, Contents, Place, read_contents
 from ..files import FileError, read_json
 from ..patches import megatron_core
 from .checkpoint_directory import CheckpointError
 
-_FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 # What the random states and Megatron-LM's arguments are made of. megatron-core declares it, too, but not every version.
 _HARMLESS = [
     argparse.Namespace,
@@ -52,8 +51,9 @@ def read(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     _check_format(checkpoint)
     # Not as a context manager, which would take away what megatron-core has declared safe itself.
     torch.serialization.add_safe_globals(_HARMLESS)
-    load_declared(checkpoint / "common.pt")
     contents = read_contents(checkpoint)
+    if COMMON_ENTRY not in contents.objects:
+        load_declared(checkpoint / COMMON)
     try:
         with megatron_core.load_without_code(_as_torch(contents), _refused):
             return dist_checkpointing.load(state, str(checkpoint))
@@ -68,9 +68,10 @@ def read(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 def _check_format(checkpoint: Path) -> None:
     path = checkpoint / "metadata.json"
     found = read_json(path)
-    for key, value in _FORMAT.items():
-        if not isinstance(found, dict) or found.get(key) != value:
-            raise CheckpointError(f"{path}: expected {key} {value!r}: this loop reads no other format")
+    # megatron-core 0.17 and later do not write the second.
+    backends = (found.get("sharded_backend"), found.get("common_backend", "torch")) if isinstance(found, dict) else None
+    if backends != ("torch_dist", "torch"):
+        raise CheckpointError(f"{path}: this loop reads torch_dist with a torch common.pt, and no other format")
 
 
 def _as_torch(contents: Contents) -> Metadata:

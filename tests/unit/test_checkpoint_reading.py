@@ -17,11 +17,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.enums import ModelType
-from test_conversion_errors import CONFIG
-from test_round_trip import tensors, write
 from test_torch_dist import Payload
 
-from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron
 from bitcpm_megatron.checkpoints.torch_dist import read_contents
 from bitcpm_megatron.training.checkpoint_reading import read
 
@@ -61,16 +58,15 @@ def craft(part: str, directory: Path, marker: Path, function: Callable) -> Path:
     payload = Payload(function, marker)
     if part == "object entry":
         return save(directory, [payload])
+    if part == "common":
+        return save(directory, None, payload)
     save(directory, None)
-    if part == "common.pt":
-        torch.save({"args": payload}, directory / "common.pt")
-    else:
-        (directory / ".metadata").write_bytes(pickle.dumps(payload))
+    (directory / ".metadata").write_bytes(pickle.dumps(payload))
     return directory
 
 
 @pytest.mark.parametrize("function", [exec, os.system])
-@pytest.mark.parametrize("part", ["object entry", "common.pt", ".metadata"])
+@pytest.mark.parametrize("part", ["object entry", "common", ".metadata"])
 def test_code_is_refused_and_not_run(part: str, function: Callable, single_rank: None, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     directory = craft(part, tmp_path / "crafted", marker, function)
@@ -93,7 +89,7 @@ def test_another_format_is_refused(single_rank: None, tmp_path: Path) -> None:
     directory = save(tmp_path / "saved", None)
     content = json.loads((directory / "metadata.json").read_text())
     (directory / "metadata.json").write_text(json.dumps({**content, "sharded_backend": "zarr"}))
-    with pytest.raises(Exception, match=r"metadata.json: expected sharded_backend 'torch_dist'"):
+    with pytest.raises(Exception, match="metadata.json: this loop reads torch_dist"):
         load(directory)
 
 
@@ -121,6 +117,12 @@ def test_a_state_that_the_checkpoint_lacks(single_rank: None, tmp_path: Path) ->
 
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint", "generate"])
 def test_the_commands_refuse_with_one_line(flag: str, tmp_path: Path) -> None:
+    # Here, for they need Transformers, and the other tests run where it is not.
+    from test_conversion_errors import CONFIG
+    from test_round_trip import tensors, write
+
+    from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron
+
     write(tmp_path / "hf", CONFIG, tensors(CONFIG, torch.bfloat16, 0))
     marker, directory = tmp_path / "ran", tmp_path / "converted"
     assert convert_hf_to_megatron.main(["--load-dir", str(tmp_path / "hf"), "--save-dir", str(directory)]) == 0

@@ -340,7 +340,7 @@ FROM_MEGATRON = {
             (d / "release" / "arguments.json").unlink(),
             torch.save({"args": "none"}, d / "release" / "common.pt"),
         ),
-        "common.pt: its args are a str",
+        "release: its args are a str",
     ),
     "no checkpoint": (lambda d: shutil.rmtree(d / "release"), "no complete checkpoint"),
     "unreadable record": (

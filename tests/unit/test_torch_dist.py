@@ -388,6 +388,25 @@ def test_what_other_libraries_declared_safe_is_not_run(tmp_path):
     assert not marker.exists()
 
 
+def test_common_as_an_entry(tmp_path):
+    """megatron-core 0.19 has no common.pt."""
+    args = argparse.Namespace(hidden_size=8, color=Color.RED)
+    writer = TorchDistWriter(tmp_path, {})
+    writer.write(pieces("t", LAYERS, (1, 1, 1)), {"common_state/shard_0_1": {"args": args, "iteration": 7}})
+    (tmp_path / "common.pt").unlink()
+    found = read_common(tmp_path)
+    assert found["iteration"] == 7 and found["args"].hidden_size == 8 and isinstance(found["args"].color, StandIn)
+    marker = tmp_path / "ran"
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    objects = {"common_state/shard_0_1": {"args": Payload(os.system, marker)}}
+    TorchDistWriter(tmp_path, {}).write(pieces("t", LAYERS, (1, 1, 1)), objects)
+    (tmp_path / "common.pt").unlink()
+    with pytest.raises(FileError, match="__0_0.distcp.*--allow-pickle"):
+        read_common(tmp_path)
+    assert not marker.exists()
+
+
 def test_common_of_another_kind(tmp_path):
     with pytest.raises(FileError, match="no such file"):
         read_common(tmp_path)
