@@ -44,7 +44,7 @@ from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
 from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
 from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
 from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors
-from bitcpm_megatron.files import fsync, publish, write_text
+from bitcpm_megatron.files import DIGESTS, fsync, publish, write_digests, write_text
 from bitcpm_megatron.models.architecture import Architecture
 from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
 from bitcpm_megatron.training.checkpoint_directory import RELEASE, TRACKER
@@ -272,7 +272,8 @@ def write_ternary(model: Model, plain: Path, target: Path) -> None:
     """The checkpoint that a ternary run of one tensor-parallel rank would leave of these weights: with the quantizer
     record and the scales beside the weights."""
     source, release = plain / RELEASE, target / RELEASE
-    shutil.copytree(plain, target, ignore=shutil.ignore_patterns("*.distcp", ".metadata", "common.pt", "metadata.json"))
+    rewritten = shutil.ignore_patterns("*.distcp", ".metadata", "common.pt", "metadata.json", DIGESTS)
+    shutil.copytree(plain, target, ignore=rewritten)
     reader = TorchDistReader(source)
     linears = [t for t in model.tensors if t.quantizable]
 
@@ -304,6 +305,7 @@ def write_ternary(model: Model, plain: Path, target: Path) -> None:
     modules = {t.module: {"group_size": CONFIG.group_size} for t in linears}
     dtype = str(model.dtype).removeprefix("torch.")
     QuantizerRecord("latent", CONFIG.space, CONFIG.eps, dtype, 1, 16, modules).write(release)
+    write_digests(release)
     write_text(target / TRACKER, RELEASE)
 
 
