@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Digests of a checkpoint, made and checked by all ranks at once: each looks after its own share of the files."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -64,7 +65,9 @@ def verify_digests(checkpoint: Path) -> None:
 
 def _write_then_digest(write: Callable[..., None], directory: Path, rank: int, *args: Any, **options: Any) -> None:
     write(*args, **options)
-    write_text(_left_by_writer(directory, rank), json.dumps(_digests(directory, rank)))
+    # On a full disk the writer has said so already; where it has not, gather_digests makes up for what is not here.
+    with contextlib.suppress(OSError):
+        write_text(_left_by_writer(directory, rank), json.dumps(_digests(directory, rank)))
 
 
 def _digests(directory: Path, rank: int) -> _Digests:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Digests are made by the process that writes, and shared out over the ranks where they are checked."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,19 @@ def test_the_writer_leaves_the_digests_and_nobody_reads_the_files_again(
     monkeypatch.setattr(checkpoint_digests, "digest", lambda path: pytest.fail(f"{path} is read while training waits"))
     assert gather_digests(tmp_path) == expected and called == ["__0_0.distcp"]
     assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]
+
+
+def test_a_full_disk_is_the_writers_to_report(
+    single_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with_digests(write, tmp_path)(tmp_path / "__0_0.distcp", b"weights", after=[])
+    assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]
+    assert gather_digests(tmp_path) == {"__0_0.distcp": digest(tmp_path / "__0_0.distcp")}
 
 
 def test_a_rank_that_writes_nothing_has_no_writer(single_rank: None, tmp_path: Path) -> None:

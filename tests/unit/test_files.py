@@ -70,8 +70,7 @@ def test_a_crash_before_the_rename_leaves_the_old_file(old: Path, monkeypatch: p
         patch.setattr(os, step, crash)
         with pytest.raises(OSError, match="went down"):
             write_text(old, NEW)
-    assert old.read_text() == "old"
-    # What the crash left behind is in nobody's way.
+    assert old.read_text() == "old" and names(old.parent) == ["tracker.txt"]
     write_text(old, NEW)
     assert old.read_text(encoding="utf-8") == NEW
     assert names(old.parent) == ["tracker.txt"]
