@@ -54,6 +54,13 @@ def test_honest_objects_come_back(single_rank: None, tmp_path: Path) -> None:
     assert np.array_equal(found["extra"][0]["numpy"][1], np.random.get_state()[1])
 
 
+def test_nobody_unpickles_the_metadata(single_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the safe reader took for harmless must not be read once more by one that runs it."""
+    directory = save(tmp_path / "saved", None)
+    monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("pickle.load"))
+    assert torch.equal(load(directory)["weight"], WEIGHT)
+
+
 def craft(part: str, directory: Path, marker: Path, function: Callable) -> Path:
     payload = Payload(function, marker)
     if part == "object entry":
