@@ -439,12 +439,12 @@ def preset(
         dp: data-parallel ranks.
         sequence: tokens of a sequence; where a micro-batch has fewer, all of them are one.
     """
-    content = presets.read(model)
-    flags, sequence = content["flags"], min(tokens, sequence)
+    presets.architecture(model)  # refuses flags that are none
+    flags, sequence = presets.read(model).flags, min(tokens, sequence)
     if sequence < 1 or tokens % sequence:
         raise BadInput(f"{tokens} tokens are no whole number of sequences of {sequence}")
     sizes = {name.replace("-", "_"): value for name, value in flags.items()}
-    sizes |= {"vocab_size": content["vocab-size"], "seq_length": sequence, "micro_batch_size": tokens // sequence}
+    sizes |= {"vocab_size": presets.vocab_size(model), "seq_length": sequence, "micro_batch_size": tokens // sequence}
     tied = not flags.get("untie-embeddings-and-output-weights", False)
     layout = layout_of({**sizes, "tp": tp, "pp": pp, "dp": dp}, tied)
     return Workload(model, layout, micro_batches)

@@ -167,7 +167,8 @@ def cases_of(models: Sequence[str], layers: Sequence[str], dtypes: Sequence[str]
     """
     cases = []
     for model in models:
-        flags = presets.read(model)["flags"]
+        presets.architecture(model)  # refuses flags that are none
+        flags = presets.read(model).flags
         for layer in layers:
             rows, columns = _LAYERS[layer](flags)
             for group in groups:

@@ -121,8 +121,8 @@ def model_flags(model: str, num_layers: int | None, vocab_size: int | None) -> t
     if model == "0.5b-layers":
         flags, vocabulary = LAYERS_05B, 2048
     else:
-        preset = presets.read(model)
-        flags, vocabulary = preset["flags"], preset["vocab-size"]
+        presets.architecture(model)  # refuses flags that are none, and what is no Llama
+        flags, vocabulary = presets.read(model).flags, presets.vocab_size(model)
     if not flags.get("swiglu"):
         raise ValueError(f"--model {model}: FLOPs are counted for SwiGLU models only")
     if num_layers is not None:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .cli import Whole
 from .models.arguments import NAMES, add_model_arguments
 from .ops import backends, set_backend
 from .quantization import SPACES, QuantizerConfig
+from .quantization.config import LARGEST_GROUP
 
 if TYPE_CHECKING:
     from .tensor_parallel import CoverageReport
@@ -53,11 +55,13 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group = parser.add_argument_group("ternary")
     group.add_argument("--ternary", action="store_true", help="quantize the linears of the decoder layers")
     group.add_argument("--ternary-space", choices=sorted(SPACES), default="ternary")
-    group.add_argument("--ternary-group-size", type=int, default=-1, help="elements per scale, -1 for a whole row")
+    group.add_argument(
+        "--ternary-group-size", type=Whole(-1, LARGEST_GROUP), default=-1, help="elements per scale, -1 for a whole row"
+    )
     group.add_argument("--ternary-recipe", metavar="FILE", help="YAML: which module is quantized how")
     group.add_argument(
         "--ternary-row-parallel-shards",
-        type=int,
+        type=Whole(1, 2**16),
         metavar="N",
         help="with group size -1: groups per row of row-parallel weights, fixed when training starts "
         "(default: what the loaded checkpoint records, else the tensor-parallel size)",
@@ -66,11 +70,15 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group.add_argument("--ternary-cache", choices=("step", "none"), default="step")
     group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
     group.add_argument(
-        "--ternary-activation-bits", type=int, choices=(16, 8), default=16, help="8: int8 inputs, one scale per token"
+        "--ternary-activation-bits",
+        type=Whole(8, 16),
+        choices=(16, 8),
+        default=16,
+        help="8: int8 inputs, one scale per token",
     )
     group.add_argument(
         "--ternary-telemetry-interval",
-        type=int,
+        type=Whole(1, 10**9),
         metavar="N",
         help="every N iterations: zeros, changed codes and scales of every module, into --log-dir",
     )

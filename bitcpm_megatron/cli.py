@@ -14,9 +14,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from pydantic import BeforeValidator
 
 from .files import nearest
 
@@ -196,13 +198,31 @@ def _read(text: str, value: Any, kind: Whole | Number) -> Any:
     return value
 
 
-def from_environment(name: str, kind: Whole | Number, default: Any) -> Any:
+def bounded(kind: Whole | Number) -> BeforeValidator:
+    """For the models of files: ``Annotated[int, bounded(Whole(1, 8))]`` refuses what a flag of that kind refuses."""
+
+    def check(value: Any) -> Any:
+        mistake = kind.mistake(value)
+        if mistake is not None:
+            raise ValueError(f"{value!r}: {mistake}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def from_environment(name: str, kind: Whole | Number, default: Any, environ: Mapping[str, str] = os.environ) -> Any:
     """A number that a variable of the environment holds.
+
+    Args:
+        name: of the variable.
+        kind: of number.
+        default: where it is not set, or empty.
+        environ: instead of this process's.
 
     Raises:
         ValueError: it holds something else, naming the variable.
     """
-    text = os.environ.get(name, "")
+    text = environ.get(name, "")
     if not text:
         return default
     try:

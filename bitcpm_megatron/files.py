@@ -65,6 +65,21 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def directory_mistake(path: str | Path) -> str | None:
+    """Why nothing can be written below a directory that may have to be made yet, or None; nothing is changed."""
+    for place in (Path(path), *Path(path).absolute().parents):
+        try:
+            mode = place.stat().st_mode
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            return f"{place}: {getattr(error, 'strerror', None) or error}"
+        if not stat.S_ISDIR(mode):
+            return f"{place} is no directory"
+        return None if os.access(place, os.W_OK | os.X_OK) else f"{place} may not be written to"
+    return None
+
+
 def fsync(path: Path) -> None:
     """Waits until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -420,7 +435,8 @@ def validated(kind: type[Model], content: Any, where: str) -> Model:
         FileError: every mistake, one per line, with the path of its key; an unknown key with the nearest known one.
     """
     try:
-        return kind.model_validate(content)
+        # By the names that the file has: a model may have another spelling of them for Python.
+        return kind.model_validate(content, by_alias=True, by_name=False)
     except ValidationError as error:
         lines = [_mistake(kind, entry) for entry in error.errors(include_url=False)]
     raise FileError(f"{where}: " + "\n  ".join(lines))
@@ -435,8 +451,21 @@ def _mistake(kind: type[BaseModel], entry: Any) -> str:
         return f"{path} is missing"
     if entry["type"] == "value_error":
         return f"{path}: {entry['ctx']['error']}"
-    message = entry["msg"][0].lower() + entry["msg"][1:]
-    return f"{path}: {message}, got {_short(entry['input'])}"
+    expected = _EXPECTED.get(entry["type"]) or entry["msg"].replace("Input should be", "expected")
+    return f"{path}: {expected}, got {_short(entry['input'])}"
+
+
+# pydantic's types of mistakes -> our words; the others are told in its own.
+_EXPECTED = {
+    "model_type": "expected a mapping",
+    "dict_type": "expected a mapping",
+    "list_type": "expected a list",
+    "tuple_type": "expected a list",
+    "string_type": "expected text",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "bool_type": "expected true or false",
+}
 
 
 def _keys(kind: Any, location: Sequence[Any]) -> list[str]:

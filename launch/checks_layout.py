@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preflight: does everything divide, and does it fit into the device's memory?"""
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ from bitcpm_megatron.launch.findings import Finding, Subject, failed, judged, pa
 from bitcpm_megatron.launch.job import MEGATRON_LM
 from bitcpm_megatron.launch.layout import recipe_of
 from bitcpm_megatron.launch.memory import GIB, estimate, options_of
+from bitcpm_megatron.training.arguments import divisors
 from bitcpm_megatron.training.tokenizer import padded_vocab_size
 
 _FULL = 0.9
@@ -34,23 +36,6 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 def _sizes(subject: Subject) -> list[Finding]:
     x = subject.layout
-    small = {
-        "--tensor-model-parallel-size": x.tp,
-        "--pipeline-model-parallel-size": x.pp,
-        "--num-virtual-stages-per-pipeline-rank": x.vpp,
-        "context-parallel-size": x.cp,
-        "--expert-model-parallel-size": x.ep,
-        "--num-layers": x.layers,
-        "--hidden-size": x.hidden,
-        "--num-attention-heads": x.heads,
-        "--num-query-groups": x.groups,
-        "--seq-length": x.sequence,
-        "--micro-batch-size": x.micro_batch,
-        "--make-vocab-size-divisible-by": subject.args.make_vocab_size_divisible_by,
-    }
-    mistakes = [(f"{flag} is {value}", "give 1 or more") for flag, value in small.items() if value < 1]
-    if mistakes:
-        return judged("world-size", "", mistakes)
     model = x.tp * x.pp * x.cp
     said = f"{x.world} processes = TP {x.tp} x PP {x.pp} x CP {x.cp} x DP"
     if x.world % model:
@@ -65,9 +50,10 @@ def _heads(subject: Subject) -> list[Finding]:
         found.append((f"hidden size {x.hidden} is not divisible by {x.heads} heads", "give --kv-channels"))
     if x.heads % x.groups:
         found.append((f"{x.groups} query groups do not divide {x.heads} heads", "choose a divisor of the heads"))
+    fitting = ", ".join(map(str, divisors(math.gcd(x.heads, x.groups, x.ffn))))
     for what, value in (("attention heads", x.heads), ("query groups", x.groups), ("ffn channels", x.ffn)):
         if value % x.tp:
-            cure = f"use a tensor-parallel size that divides {value}"
+            cure = f"use a tensor-parallel size of {fitting}"
             found.append((f"{value} {what} are not divisible by a tensor-parallel size of {x.tp}", cure))
     return judged("heads-and-ffn", f"{x.heads} heads, {x.groups} groups, ffn {x.ffn} over TP {x.tp}", found)
 
@@ -86,7 +72,7 @@ def _batch(subject: Subject) -> list[Finding]:
     x = subject.layout
     step = x.micro_batch * x.dp
     batch = step if subject.args.global_batch_size is None else subject.args.global_batch_size
-    if batch < 1 or batch % step:
+    if batch % step:
         near = max(step, round(batch / step) * step)
         what = f"a global batch of {batch} is no multiple of micro-batch {x.micro_batch} x DP {x.dp}"
         return [failed("global-batch", what, f"use a multiple of {step}, such as {near}")]
@@ -186,7 +172,7 @@ def _memory(subject: Subject) -> list[Finding]:
     except ValueError:
         # The ternary checks say what is wrong with it.
         recipe = None
-    buffer = float(subject.variable(profile.communicator_buffer or "") or 0) if profile.communicator_buffer else 0.0
+    buffer = float(subject.number(profile.communicator_buffer) or 0) if profile.communicator_buffer else 0.0
     flags, upstream = subject.job.host.flags, subject.job.host.kind == MEGATRON_LM
     flash = upstream and bool(flags.get("use-flash-attn"))
     fused = upstream and (

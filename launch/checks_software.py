@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from bitcpm_megatron.files import read_yaml
 from bitcpm_megatron.launch.findings import Finding, Subject, failed, judged, passed, warned
 from bitcpm_megatron.launch.job import MEGATRON_LM, Job
 
@@ -50,7 +49,7 @@ def versions(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
 
 def judge(found: Mapping[str, str], device: str) -> list[Finding]:
     """Versions against the support matrix."""
-    matrix = yaml.safe_load(_MATRIX.read_text(encoding="utf-8"))
+    matrix = read_yaml(_MATRIX)
     said = ", ".join(f"{package} {version}" for package, version in found.items())
     bad = [e for e in matrix["known-bad"] if device in e.get("device", [device]) and _fits(e["bad"], found)]
     torch, npu = found.get("torch"), found.get("torch-npu")
@@ -65,7 +64,7 @@ def judge(found: Mapping[str, str], device: str) -> list[Finding]:
         return [warned("versions", what, "on a login node this is expected; docs/ascend.md installs it")]
     for row in matrix["rows"]:
         if device in row["device"] and _fits(row["needs"], found):
-            verified = row["verified"] or "not verified by anybody we know of"
+            verified = row.get("verified", "not verified by anybody we know of")
             return [passed("versions", f"{row['name']} ({verified}): {said}")]
     return [warned("versions", f"unknown combination: {said}", "launch/support.yaml lists the known ones")]
 

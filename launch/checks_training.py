@@ -46,10 +46,8 @@ def row_parallel_shards(subject: Subject) -> int:
 def _schedule(subject: Subject) -> list[Finding]:
     args, found = subject.args, []
     decay = args.lr_decay_iters or args.train_iters
-    if args.train_iters < 1:
-        found.append((f"--train-iters {args.train_iters}", "give 1 or more"))
-    if not args.lr > 0 or args.min_lr < 0 or args.min_lr > args.lr:
-        found.append((f"learning rate {args.lr:g} down to {args.min_lr:g}", "give 0 <= --min-lr <= --lr, and --lr > 0"))
+    if args.min_lr > args.lr:
+        found.append((f"learning rate {args.lr:g} down to {args.min_lr:g}", "give --min-lr <= --lr"))
     if (args.lr_decay_style == "WSD") != (args.lr_wsd_decay_iters is not None):
         found.append(("--lr-decay-style WSD and --lr-wsd-decay-iters go together", "give both or none"))
     tail = args.lr_wsd_decay_iters or 0
@@ -74,8 +72,6 @@ def _saving(subject: Subject) -> list[Finding]:
         return [warned("saving", "no checkpoint will be written", "give checkpoint.save")]
     if args.save_interval is None:
         return [warned("saving", "one checkpoint, at the end", "give checkpoint.save-interval: a crash costs all")]
-    if args.save_interval < 1:
-        return [failed("saving", f"--save-interval {args.save_interval}", "give 1 or more")]
     if args.save_interval > args.train_iters:
         what = f"--save-interval {args.save_interval} is beyond --train-iters {args.train_iters}"
         return [warned("saving", what, "a crash costs everything: save more often")]

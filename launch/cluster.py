@@ -18,10 +18,14 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from bitcpm_megatron.cli import Whole, from_environment
 from bitcpm_megatron.launch.job import Cluster, is_host_name
 from bitcpm_megatron.launch.network import local_addresses
 
 _LOOPBACK = "127.0.0.1"
+
+
+_RANK, _NODES, _PORT = Whole(0, 2**16), Whole(1, 2**16), Whole(1, 65535)
 
 
 class ClusterError(ValueError):
@@ -184,12 +188,12 @@ def _hosts(cluster: Cluster, environ: Mapping[str, str]) -> _Found:
 
 
 def _slurm(cluster: Cluster, environ: Mapping[str, str]) -> _Found:
-    nodes = _integer(environ, "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+    nodes = _integer(environ, "SLURM_NNODES", "SLURM_JOB_NUM_NODES", kind=_NODES)
     listed = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST") or ""
     hosts = tuple(expand_nodelist(listed)) if listed else ()
     if nodes is not None and hosts and nodes != len(hosts):
         raise ClusterError(f"SLURM_NNODES is {nodes}, but SLURM_JOB_NODELIST names {len(hosts)}: {listed}")
-    tasks = _integer(environ, "SLURM_STEP_NUM_TASKS")
+    tasks = _integer(environ, "SLURM_STEP_NUM_TASKS", kind=_NODES)
     notes: tuple[str, ...] = ()
     if "SLURM_STEP_ID" not in environ and (nodes or 1) > 1:
         notes = ("not inside srun: start this command by srun --ntasks-per-node=1, or only node 0 runs",)
@@ -204,31 +208,35 @@ def _kubernetes(cluster: Cluster, environ: Mapping[str, str]) -> _Found:
         text = environ["PET_NNODES"].rpartition(":")[2]
         processes = environ.get("PET_NPROC_PER_NODE", "")
         endpoint, _, port = environ.get("PET_RDZV_ENDPOINT", "").rpartition(":")
+        ported = {"PET_RDZV_ENDPOINT": port}
         return _Found(
             "Kubernetes (PET_*)",
-            _integer({"PET_NNODES": text}, "PET_NNODES"),
+            _integer({"PET_NNODES": text}, "PET_NNODES", kind=_NODES),
             _integer(environ, "PET_NODE_RANK") if "PET_NODE_RANK" in environ else _integer(environ, "RANK"),
-            int(processes) if processes.isdigit() else None,
+            # torchrun also takes words here, such as auto.
+            None if processes.isalpha() else _integer(environ, "PET_NPROC_PER_NODE", kind=_NODES),
             environ.get("PET_MASTER_ADDR") or endpoint or environ.get("MASTER_ADDR"),
-            _integer(environ, "PET_MASTER_PORT") or (int(port) if port.isdigit() else _integer(environ, "MASTER_PORT")),
+            _integer(environ, "PET_MASTER_PORT", kind=_PORT)
+            or _integer(ported, "PET_RDZV_ENDPOINT", kind=_PORT)
+            or _integer(environ, "MASTER_PORT", kind=_PORT),
         )
     return _Found(
         "Kubernetes (MASTER_ADDR, RANK)",
-        _integer(environ, "WORLD_SIZE"),
+        _integer(environ, "WORLD_SIZE", kind=_NODES),
         _integer(environ, "RANK"),
         None,
         environ.get("MASTER_ADDR"),
-        _integer(environ, "MASTER_PORT"),
+        _integer(environ, "MASTER_PORT", kind=_PORT),
     )
 
 
 def _modelarts(cluster: Cluster, environ: Mapping[str, str]) -> _Found:
     hosts = tuple(h.strip() for h in environ.get("VC_WORKER_HOSTS", "").split(",") if h.strip())
-    nodes = _integer(environ, "MA_NUM_HOSTS", "VC_WORKER_NUM") or len(hosts) or None
+    nodes = _integer(environ, "MA_NUM_HOSTS", "VC_WORKER_NUM", kind=_NODES) or len(hosts) or None
     if hosts and nodes != len(hosts):
         raise ClusterError(f"MA_NUM_HOSTS or VC_WORKER_NUM is {nodes}, but VC_WORKER_HOSTS names {len(hosts)}")
     rank = _integer(environ, "VC_TASK_INDEX", "VK_TASK_INDEX")
-    return _Found("ModelArts", nodes, rank, _integer(environ, "MA_NUM_GPUS"), hosts=hosts)
+    return _Found("ModelArts", nodes, rank, _integer(environ, "MA_NUM_GPUS", kind=_NODES), hosts=hosts)
 
 
 _SOURCES: dict[str, Callable[[Cluster, Mapping[str, str]], _Found]] = {
@@ -240,12 +248,13 @@ _SOURCES: dict[str, Callable[[Cluster, Mapping[str, str]], _Found]] = {
 }
 
 
-def _integer(environ: Mapping[str, str], *names: str) -> int | None:
+def _integer(environ: Mapping[str, str], *names: str, kind: Whole = _RANK) -> int | None:
     for name in names:
-        if name in environ:
-            if not environ[name].isdigit():
-                raise ClusterError(f"{name} is {environ[name]!r} and not a number")
-            return int(environ[name])
+        if environ.get(name):
+            try:
+                return from_environment(name, kind, None, environ)
+            except ValueError as error:
+                raise ClusterError(str(error)) from None
     return None
 
 

@@ -61,10 +61,7 @@ def host_argv(job: Job) -> list[str]:
     argv = [str(_LAUNCH / "pretrain_gpt.py"), "--megatron-path", str(job.host.megatron_path)]
     if job.host.mindspeed_path is not None:
         argv += ["--mindspeed-path", job.host.mindspeed_path]
-    try:
-        argv += presets.flags(job.preset) if job.preset else []
-    except presets.PresetError as error:
-        raise JobError(str(error)) from None
+    argv += presets.flags(job.preset) if job.preset else []
     if job.vocab_size() is not None and job.preset and "vocab-size" not in flags:
         flags["vocab-size"] = job.vocab_size()
     return [*argv, *_argv({_UPSTREAM_NAMES.get(k, k): v for k, v in flags.items()}), *_argv(job.host.flags)]

@@ -15,21 +15,49 @@ A profile is a file of ``launch/environments``::
 ``whole`` (a whole number in that range) are the legal values, which the preflight holds every exported value against.
 """
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import BeforeValidator, Field
 
+from bitcpm_megatron.cli import Number, Whole, bounded
+from bitcpm_megatron.files import FileError, Strict, read_yaml, validated
 from bitcpm_megatron.launch.job import Cluster, JobError
 
 DIRECTORY = Path(__file__).parent / "environments"
-_KEYS = {"description", "device", "device-memory-gib", "runtime-memory-gib", "communicator-buffer", "variables"}
 # torch (seen in 2.13) publishes the address of the store it shares in the first round alone; a node that joins a later
 # round waits for it until it times out.
 _SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-_VARIABLE_KEYS = {"value", "reason", "choices", "whole"}
+
+
+def _text(value: Any) -> Any:
+    """Values may be written as numbers."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+_Text = Annotated[str, BeforeValidator(_text)]
+_Gib = Annotated[float, bounded(Number(0, 1e6))]
+
+
+class _Variable(Strict):
+    value: _Text
+    reason: str
+    choices: list[_Text] = []
+    whole: (
+        Annotated[list[Annotated[int, bounded(Whole(-(2**63), 2**63))]], Field(min_length=2, max_length=2)] | None
+    ) = None
+
+
+class _File(Strict):
+    description: str = ""
+    device: Literal["npu", "cuda", "cpu"]
+    device_memory_gib: _Gib | None = Field(None, alias="device-memory-gib")
+    runtime_memory_gib: _Gib = Field(0.0, alias="runtime-memory-gib")
+    communicator_buffer: str | None = Field(None, alias="communicator-buffer")
+    variables: dict[str, _Variable]
 
 
 @dataclass(frozen=True)
@@ -47,9 +75,10 @@ class Variable:
         if self.choices and value not in self.choices:
             return f"must be one of {', '.join(self.choices)}"
         if self.whole is not None:
-            low, high = self.whole
-            if not value.isdigit() or not low <= int(value) <= high:
-                return f"must be a whole number from {low} to {high}"
+            try:
+                Whole(*self.whole)(value)
+            except argparse.ArgumentTypeError:
+                return "must be a whole number from {} to {}".format(*self.whole)
         return None
 
 
@@ -95,42 +124,22 @@ def read_profile(name: str) -> Profile:
         JobError: not there, or not of that form.
     """
     path = DIRECTORY / f"{name}.yaml" if name in names() else Path(name)
-    if not path.is_file():
-        raise JobError(f"cluster.profile {name}: no such file, and no profile of that name: {', '.join(names())}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise JobError(f"cluster.profile {path}: {error}") from None
-    try:
-        return _profile(path.stem, content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise JobError(f"cluster.profile {path}: not an environment profile ({error})") from None
-
-
-def _profile(name: str, content: Any) -> Profile:
-    if not isinstance(content, dict) or set(content) - _KEYS:
-        raise ValueError(f"expected a mapping with {sorted(_KEYS)}")
-    variables = []
-    for variable, entry in content["variables"].items():
-        if set(entry) - _VARIABLE_KEYS:
-            raise ValueError(f"{variable}: unknown keys {sorted(set(entry) - _VARIABLE_KEYS)}")
-        whole = entry.get("whole")
-        variables.append(
-            Variable(
-                variable,
-                str(entry["value"]),
-                str(entry["reason"]),
-                tuple(map(str, entry.get("choices", ()))),
-                None if whole is None else (int(whole[0]), int(whole[1])),
-            )
-        )
-    memory = content.get("device-memory-gib")
+        if not path.exists():
+            raise FileError(f"{path}: no such file, and no profile of that name: {', '.join(names())}")
+        content = validated(_File, read_yaml(path), str(path))
+    except (FileError, OSError) as error:
+        raise JobError(f"cluster.profile {error}") from None
+    variables = (
+        Variable(variable, v.value, v.reason, tuple(v.choices), None if v.whole is None else (v.whole[0], v.whole[1]))
+        for variable, v in content.variables.items()
+    )
     return Profile(
-        name,
-        str(content["device"]),
-        None if memory is None else float(memory),
-        float(content.get("runtime-memory-gib", 0)),
-        content.get("communicator-buffer"),
+        path.stem,
+        content.device,
+        content.device_memory_gib,
+        content.runtime_memory_gib,
+        content.communicator_buffer,
         tuple(variables),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bitcpm_megatron.cli import Whole
 from bitcpm_megatron.launch.cluster import ClusterError, Placement, detect
 from bitcpm_megatron.launch.environment import Profile, Setting, read_profile, resolve
 from bitcpm_megatron.launch.job import Job
@@ -91,6 +92,13 @@ class Subject:
     def variable(self, name: str) -> str | None:
         """A variable as the processes would see it."""
         return next((s.value for s in self.settings if s.name == name), self.environ.get(name))
+
+    def number(self, name: str) -> int | None:
+        """A variable as a whole number; None where it is none, of which the check of the environment tells."""
+        try:
+            return Whole(0)(self.variable(name) or "")
+        except argparse.ArgumentTypeError:
+            return None
 
 
 def prepare(

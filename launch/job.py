@@ -25,48 +25,122 @@ value of the wrong type. Nothing is expanded, and nothing in the file is ever se
 """
 
 import argparse
-import dataclasses
-import difflib
 import functools
 import ipaddress
 import re
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from bitcpm_megatron.cli import Number, Whole, bounded
+from bitcpm_megatron.files import FileError, Strict, nearest, parse_yaml, read_yaml, validated
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.training.arguments import build_parser
 
 DIRECTORY = Path(__file__).parent / "jobs"
 BUILT_IN, MEGATRON_LM = "built-in", "megatron-lm"
-SCHEDULERS = ("auto", "single", "hosts", "slurm", "kubernetes", "modelarts")
 _SECTIONS = ("model", "parallelism", "training", "data", "checkpoint", "logging", "ternary")
-_TOP = ("description", "host", *_SECTIONS, "cluster")
+_FLAG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
-class JobError(ValueError):
+class JobError(FileError):
     """A job file, or an override of it, that is not there or not understood."""
 
 
-@dataclass(frozen=True)
-class Host:
+def is_host_name(text: str) -> bool:
+    """Whether a text is an IP address or a legal host name (RFC 1123, underscores tolerated)."""
+    try:
+        ipaddress.ip_address(text)
+        return True
+    except ValueError:
+        return 0 < len(text) <= 253 and all(_HOST_LABEL.fullmatch(label) for label in text.split("."))
+
+
+def _host_name(text: str) -> str:
+    if not is_host_name(text):
+        raise ValueError(f"{text!r} is no legal host name or address")
+    return text
+
+
+def _rendezvous_id(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", text):
+        raise ValueError(f"{text!r} is not a name of letters, digits, . _ -")
+    return text
+
+
+def _interface(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:@-]{1,15}", text):
+        raise ValueError(f"{text!r} is not the name of an interface")
+    return text
+
+
+def _subnet(text: str) -> str:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no address range such as 10.0.0.0/16 (host bits must be 0)") from None
+    return text
+
+
+def _variables(content: Any) -> Any:
+    """Values of variables may be written as numbers."""
+    if not isinstance(content, dict):
+        return content
+    for name, value in content.items():
+        if not isinstance(name, str) or not _ENVIRONMENT_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a variable")
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or "\0" in str(value):
+            raise ValueError(f"{name}: expected text or a number, got {value!r}")
+    return {name: str(value) for name, value in content.items()}
+
+
+class _Section(Strict):
+    model_config = ConfigDict(alias_generator=lambda name: name.replace("_", "-"), validate_by_name=True)
+
+
+class Host(_Section):
     """The training loop that runs; see the module."""
 
-    kind: str = BUILT_IN
+    kind: Literal["built-in", "megatron-lm"] = BUILT_IN
     megatron_path: str | None = None
     mindspeed_path: str | None = None
-    flags: Mapping[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = {}
+
+    @field_validator("flags")
+    @classmethod
+    def _flags(cls, flags: dict[str, Any]) -> dict[str, Any]:
+        for key, value in flags.items():
+            if not _FLAG_NAME.fullmatch(key):
+                raise ValueError(f"{key!r} is no name of a flag (write it without dashes in front)")
+            if section_of(key) is not None:
+                raise ValueError(f"{key}: it belongs to section {section_of(key)}")
+            items = value if isinstance(value, list) else [value]
+            if not items or any(isinstance(item, dict | list) or item is None for item in items):
+                raise ValueError(f"{key}: expected true, a value or a list of values, got {value!r}")
+            for item in items:
+                _plain_text(key, item)
+        mistake = Whole(1, 2**16).mistake(flags.get("context-parallel-size", 1))
+        if mistake is not None:
+            raise ValueError(f"context-parallel-size: {flags['context-parallel-size']!r}: {mistake}")
+        return flags
+
+    @model_validator(mode="after")
+    def _of_the_kind(self) -> "Host":
+        idle = [key for key in ("megatron_path", "mindspeed_path", "flags") if getattr(self, key)]
+        if self.kind == BUILT_IN and idle:
+            keys = ", ".join(key.replace("_", "-") for key in idle)
+            raise ValueError(f"{keys}: only the {MEGATRON_LM} host has use for it")
+        if self.kind == MEGATRON_LM and self.megatron_path is None:
+            raise ValueError(f"megatron-path: the {MEGATRON_LM} host needs the path of a Megatron-LM checkout")
+        return self
 
 
-@dataclass(frozen=True)
-class Cluster:
+class Cluster(_Section):
     """Where a job runs.
 
     Attributes:
@@ -91,23 +165,42 @@ class Cluster:
     """
 
     profile: str = "cpu"
-    scheduler: str = "auto"
-    nodes: int | None = None
-    devices_per_node: int = 1
-    device_memory_gib: float | None = None
-    hosts: tuple[str, ...] = ()
-    master_addr: str | None = None
-    master_port: int = 29500
-    rendezvous: str = "static"
-    rendezvous_id: str | None = None
-    rendezvous_timeout: int = 900
-    keep_alive_seconds: int = 15
-    max_restarts: int = 0
-    network_interface: str | None = None
-    subnet: str | None = None
-    bind_cores: str = "none"
-    environment: Mapping[str, str] = field(default_factory=dict)
+    scheduler: Literal["auto", "single", "hosts", "slurm", "kubernetes", "modelarts"] = "auto"
+    nodes: Annotated[int, bounded(Whole(1, 2**16))] | None = None
+    devices_per_node: Annotated[int, bounded(Whole(1, 1024))] = 1
+    device_memory_gib: Annotated[float, bounded(Number(0, 1e6, open_minimum=True))] | None = None
+    hosts: Annotated[tuple[Annotated[str, AfterValidator(_host_name)], ...], Field(strict=False)] = ()
+    master_addr: Annotated[str, AfterValidator(_host_name)] | None = None
+    master_port: Annotated[int, bounded(Whole(1, 65535))] = 29500
+    rendezvous: Literal["static", "c10d"] = "static"
+    rendezvous_id: Annotated[str, AfterValidator(_rendezvous_id)] | None = None
+    rendezvous_timeout: Annotated[int, bounded(Whole(1, 10**7))] = 900
+    keep_alive_seconds: Annotated[int, bounded(Whole(3, 10**6))] = 15
+    max_restarts: Annotated[int, bounded(Whole(0, 10**6))] = 0
+    network_interface: Annotated[str, AfterValidator(_interface)] | None = None
+    subnet: Annotated[str, AfterValidator(_subnet)] | None = None
+    bind_cores: Literal["none", "numa"] = "none"
+    environment: Annotated[dict[str, str], BeforeValidator(_variables)] = {}
     override_environment: bool = False
+
+    @model_validator(mode="after")
+    def _one_interface(self) -> "Cluster":
+        if self.network_interface and self.subnet:
+            raise ValueError("network-interface and subnet say the same: give one")
+        return self
+
+
+class _File(Strict):
+    description: str = ""
+    host: Host = Host()
+    model: dict[str, Any] = {}
+    parallelism: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    checkpoint: dict[str, Any] = {}
+    logging: dict[str, Any] = {}
+    ternary: dict[str, Any] = {}
+    cluster: Cluster = Cluster()
 
 
 @dataclass(frozen=True)
@@ -141,19 +234,22 @@ class Job:
 
         Raises:
             JobError: something required is missing, or the parser refuses a value.
+            PresetError: the preset is not there, or not understood.
         """
+
+        def refuse(message: str) -> NoReturn:
+            preset = f" with the preset {self.preset}" if self.preset else ""
+            raise JobError(f"{self.path}{preset}: {message}")
+
         parser = build_parser()
-        parser.error = _refuse  # type: ignore[method-assign]
-        try:
-            return parser.parse_args([*(presets.flags(self.preset) if self.preset else []), *self.argv()])
-        except presets.PresetError as error:
-            raise JobError(str(error)) from None
+        parser.error = refuse  # type: ignore[method-assign]
+        return parser.parse_args([*(presets.flags(self.preset) if self.preset else []), *self.argv()])
 
     def vocab_size(self) -> int | None:
         """Tokens without padding, by ``data.vocab-size`` or else by the preset; None where neither says."""
         if "vocab-size" in self.flags:
             return int(self.flags["vocab-size"])
-        return int(presets.read(self.preset)["vocab-size"]) if self.preset else None
+        return presets.read(self.preset).vocab_size if self.preset else None
 
 
 def names() -> list[str]:
@@ -176,17 +272,15 @@ def read_job(name: str, overrides: Sequence[str] = ()) -> Job:
     if not path.is_file():
         raise JobError(f"{name}: no such job file, and no job of that name: choose one of {', '.join(names())}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise JobError(f"{path}: {error}") from None
-    try:
-        if not isinstance(content, dict):
-            raise JobError(f"expected a mapping with some of {', '.join(_TOP)}")
-        for override in overrides:
-            _override(content, override)
-        return _job(path, content)
+        content = read_yaml(path)
+        if isinstance(content, dict):
+            for override in overrides:
+                _override(content, override)
+        return _job(path, validated(_File, content, "the job"))
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
+    except FileError as error:
+        raise JobError(str(error).replace("the job:", f"{path}:", 1)) from None
 
 
 def as_argv(flag: str, value: Any) -> list[str]:
@@ -196,50 +290,16 @@ def as_argv(flag: str, value: Any) -> list[str]:
     return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def is_host_name(text: str) -> bool:
-    """Whether a text is an IP address or a legal host name (RFC 1123, underscores tolerated)."""
-    try:
-        ipaddress.ip_address(text)
-        return True
-    except ValueError:
-        return 0 < len(text) <= 253 and all(_HOST_LABEL.fullmatch(label) for label in text.split("."))
-
-
-def nearest(key: str, known: Sequence[str]) -> str:
-    """``: did you mean ...?``, or the list of what is known where nothing is near."""
-    close = difflib.get_close_matches(key.replace("_", "-"), known, n=1)
-    return f": did you mean {close[0]}?" if close else f": known are {', '.join(known)}"
-
-
-def _refuse(message: str) -> NoReturn:
-    raise JobError(message)
-
-
-def _job(path: Path, content: dict[Any, Any]) -> Job:
-    for key in content:
-        if key not in _TOP:
-            raise JobError(f"unknown section {key!r}{nearest(str(key), _TOP)}")
-    description = content.get("description", "")
-    if not isinstance(description, str):
-        raise JobError("description: expected text")
+def _job(path: Path, content: _File) -> Job:
     flags: dict[str, Any] = {}
-    preset = None
+    preset = content.model.get("preset")
+    if preset is not None and not isinstance(preset, str):
+        raise JobError("model.preset: expected the name of a preset, or a file")
     for section in _SECTIONS:
-        entries = dict(_mapping(section, content.get(section, {})))
-        if section == "model" and "preset" in entries:
-            preset = entries.pop("preset")
-            if not isinstance(preset, str):
-                raise JobError("model.preset: expected the name of a preset, or a file")
-        for key, value in entries.items():
-            flags[key] = _flag_value(section, key, value)
-    host = _host(_mapping("host", content.get("host", {})))
-    return Job(path.stem, path, description, host, preset, flags, _cluster(content.get("cluster", {})))
-
-
-def _mapping(what: str, value: Any) -> Mapping[Any, Any]:
-    if not isinstance(value, dict):
-        raise JobError(f"{what}: expected a mapping, got {value!r}")
-    return value
+        for key, value in getattr(content, section).items():
+            if (section, key) != ("model", "preset"):
+                flags[key] = _flag_value(section, key, value)
+    return Job(path.stem, path, content.description, content.host, preset, flags, content.cluster)
 
 
 @functools.cache
@@ -275,142 +335,22 @@ def _flag_value(section: str, key: Any, value: Any) -> Any:
 
 
 def _scalar(where: str, action: argparse.Action, value: Any) -> Any:
-    if action.type is int:
-        good = isinstance(value, int) and not isinstance(value, bool)
-        expected = "a whole number"
-    elif action.type is float:
-        # YAML 1.1 reads 1e-4, without a point, as text.
-        good = not isinstance(value, bool) and _is_number(value)
-        expected = "a number"
-    else:
-        good = isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool))
-        expected = "text"
-    if not good:
-        raise JobError(f"{where}: expected {expected}, got {value!r}")
+    if isinstance(action.type, Whole | Number):
+        mistake = action.type.mistake(value)
+        if mistake is not None:
+            raise JobError(f"{where}: {value!r}: {mistake}")
+    elif isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise JobError(f"{where}: expected text, got {value!r}")
     if action.choices is not None and value not in action.choices:
         raise JobError(f"{where}: {value!r} is none of {', '.join(map(str, action.choices))}")
+    _plain_text(where, value)
     return value
 
 
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _host(content: Mapping[Any, Any]) -> Host:
-    known = ("kind", "megatron-path", "mindspeed-path", "flags")
-    for key in content:
-        if key not in known:
-            raise JobError(f"unknown key host.{key}{nearest(str(key), known)}")
-    kind = content.get("kind", BUILT_IN)
-    if kind not in (BUILT_IN, MEGATRON_LM):
-        raise JobError(f"host.kind: {kind!r} is none of {BUILT_IN}, {MEGATRON_LM}")
-    paths = {key: content.get(key) for key in ("megatron-path", "mindspeed-path")}
-    for key, value in paths.items():
-        if value is not None and not isinstance(value, str):
-            raise JobError(f"host.{key}: expected a path, got {value!r}")
-    flags = dict(_mapping("host.flags", content.get("flags", {})))
-    if kind == BUILT_IN:
-        idle = [f"host.{key}" for key in known[1:] if content.get(key)]
-        if idle:
-            raise JobError(f"{', '.join(idle)}: only the {MEGATRON_LM} host has use for it")
-    elif paths["megatron-path"] is None:
-        raise JobError(f"host.megatron-path: the {MEGATRON_LM} host needs the path of a Megatron-LM checkout")
-    for key, value in flags.items():
-        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
-            raise JobError(f"host.flags: {key!r} is no name of a flag (write it without dashes in front)")
-        if section_of(key) is not None:
-            raise JobError(f"host.flags.{key}: it belongs to section {section_of(key)}")
-        items = value if isinstance(value, list) else [value]
-        if not items or any(isinstance(item, dict | list) or item is None for item in items):
-            raise JobError(f"host.flags.{key}: expected true, a value or a list of values, got {value!r}")
-    return Host(kind, paths["megatron-path"], paths["mindspeed-path"], flags)
-
-
-def _cluster(content: Any) -> Cluster:
-    fields = {f.name.replace("_", "-"): f for f in dataclasses.fields(Cluster)}
-    values: dict[str, Any] = {}
-    hints = typing.get_type_hints(Cluster)
-    for key, value in _mapping("cluster", content).items():
-        if key not in fields:
-            raise JobError(f"unknown key cluster.{key}{nearest(str(key), sorted(fields))}")
-        name = fields[key].name
-        if name == "hosts" and isinstance(value, list):
-            value = tuple(value)
-        if name == "environment":
-            value = _environment(value)
-        elif not _fits(value, hints[name]):
-            raise JobError(f"cluster.{key}: expected {_type_name(hints[name])}, got {value!r}")
-        values[name] = value
-    cluster = Cluster(**values)
-    for name, good, expected in _CLUSTER_RULES:
-        value = getattr(cluster, name)
-        if value is not None and not good(value):
-            raise JobError(f"cluster.{name.replace('_', '-')}: {value!r} is not {expected}")
-    if cluster.network_interface and cluster.subnet:
-        raise JobError("cluster.network-interface and cluster.subnet say the same: give one")
-    return cluster
-
-
-def _environment(value: Any) -> dict[str, str]:
-    found = {}
-    for name, text in _mapping("cluster.environment", value).items():
-        if not isinstance(name, str) or not _ENVIRONMENT_NAME.fullmatch(name):
-            raise JobError(f"cluster.environment: {name!r} is no name of a variable")
-        if isinstance(text, bool) or not isinstance(text, str | int | float) or "\0" in str(text):
-            raise JobError(f"cluster.environment.{name}: expected text or a number, got {text!r}")
-        found[name] = str(text)
-    return found
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, part) for part in hint.__args__)
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _type_name(hint: Any) -> str:
-    words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-    if typing.get_origin(hint) is tuple:
-        return "a list of host names"
-    parts = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
-    return next(words[part.__name__] for part in parts if part is not type(None))
-
-
-def _is_subnet(text: str) -> bool:
-    try:
-        ipaddress.ip_network(text)
-    except ValueError:
-        return False
-    return True
-
-
-_CLUSTER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("scheduler", lambda v: v in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
-    ("rendezvous", lambda v: v in ("static", "c10d"), "static or c10d"),
-    ("bind_cores", lambda v: v in ("none", "numa"), "none or numa"),
-    ("nodes", lambda v: v >= 1, "1 or more"),
-    ("devices_per_node", lambda v: v >= 1, "1 or more"),
-    ("device_memory_gib", lambda v: v > 0, "above 0"),
-    ("master_port", lambda v: 1 <= v <= 65535, "a TCP port"),
-    ("max_restarts", lambda v: v >= 0, "0 or more"),
-    ("rendezvous_timeout", lambda v: v >= 1, "1 second or more"),
-    ("keep_alive_seconds", lambda v: v >= 3, "3 seconds or more"),
-    ("hosts", lambda v: all(map(is_host_name, v)), "a list of legal host names or addresses"),
-    ("master_addr", is_host_name, "a legal host name or address"),
-    ("rendezvous_id", lambda v: bool(re.fullmatch(r"[A-Za-z0-9._-]{1,128}", v)), "a name of letters, digits, . _ -"),
-    ("network_interface", lambda v: bool(re.fullmatch(r"[A-Za-z0-9._:@-]{1,15}", v)), "the name of an interface"),
-    ("subnet", _is_subnet, "an address range such as 10.0.0.0/16 (host bits must be 0)"),
-)
+def _plain_text(where: str, value: Any) -> None:
+    """A value must not turn into a flag on the command line, nor end it."""
+    if isinstance(value, str) and (value.startswith("-") or "\0" in value):
+        raise JobError(f"{where}: {value!r} would be taken for a flag")
 
 
 def _override(content: dict[Any, Any], override: str) -> None:
@@ -419,9 +359,9 @@ def _override(content: dict[Any, Any], override: str) -> None:
     if not equals or not all(parts):
         raise JobError(f"--set {override}: write section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise JobError(f"--set {override}: {error}") from None
+        value = parse_yaml(text, f"--set {key}")
+    except FileError as error:
+        raise JobError(str(error)) from None
     target = content
     for part in parts[:-1]:
         target = target.setdefault(part, {})

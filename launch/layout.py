@@ -33,7 +33,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes and parallel sizes, all of them 1 or more where the job is sane; ``vocab_size`` is without padding."""
+    """Shapes and parallel sizes, all of them 1 or more; ``vocab_size`` is without padding."""
 
     layers: int
     hidden: int
@@ -58,7 +58,7 @@ class Layout:
     @property
     def dp(self) -> int:
         """Data-parallel ranks, at least 1."""
-        return max(1, self.world // max(1, self.tp * self.pp * self.cp))
+        return max(1, self.world // (self.tp * self.pp * self.cp))
 
     def linears(self, layer: int) -> list[Linear]:
         """The linears of one layer; of all experts."""
@@ -101,7 +101,7 @@ def layout_of(job: Job, args: argparse.Namespace, world: int, vocab_size: int | 
         ffn=(args.moe_ffn_hidden_size or ffn) if experts else ffn,
         heads=heads,
         groups=args.num_query_groups if args.group_query_attention else heads,
-        head_dim=args.kv_channels or hidden // max(heads, 1),
+        head_dim=args.kv_channels or hidden // heads,
         vocab_size=vocab_size,
         sequence=args.seq_length,
         micro_batch=args.micro_batch_size,
@@ -112,7 +112,7 @@ def layout_of(job: Job, args: argparse.Namespace, world: int, vocab_size: int | 
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
         vpp=args.num_virtual_stages_per_pipeline_rank or 1,
-        cp=int(job.host.flags.get("context-parallel-size", 1)),
+        cp=job.host.flags.get("context-parallel-size", 1),
         ep=args.expert_model_parallel_size,
         world=world,
     )

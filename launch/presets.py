@@ -8,22 +8,32 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 if __package__ in (None, ""):
     # From a bare checkout the package stands two levels up.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import yaml
+from pydantic import Field
 
+from bitcpm_megatron import cli
+from bitcpm_megatron.files import FileError, Strict, read_yaml, validated
 from bitcpm_megatron.models.architecture import Architecture
 from bitcpm_megatron.models.arguments import architecture_of
 
 DIRECTORY = Path(__file__).parent / "models"
 
 
-class PresetError(ValueError):
+class PresetError(FileError):
     """A preset that is not there or not understood."""
+
+
+class Preset(Strict):
+    """A preset file: one line for people, its tokenizer's size, and flags as they are, without dashes."""
+
+    description: str = ""
+    vocab_size: Annotated[int, cli.bounded(cli.Whole(1, 2**24))] | None = Field(None, alias="vocab-size")
+    flags: dict[str, Any]
 
 
 def names() -> list[str]:
@@ -31,32 +41,36 @@ def names() -> list[str]:
     return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
 
 
-def read(name: str) -> dict[str, Any]:
-    """A preset by name or file: ``description``, ``vocab-size`` and ``flags``.
+def read(name: str) -> Preset:
+    """A preset by name or file.
 
     Raises:
         PresetError: not there, or not of that form.
     """
     path = DIRECTORY / f"{name}.yaml" if name in names() else Path(name)
-    if not path.is_file():
-        raise PresetError(
-            f"--model {name}: no such file, and no preset of that name: choose one of {', '.join(names())}"
-        )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PresetError(f"--model {path}: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("flags"), dict):
-        raise PresetError(f"--model {path}: expected a mapping with flags")
-    unknown = set(content) - {"description", "vocab-size", "flags"}
-    if unknown:
-        raise PresetError(f"--model {path}: unknown keys {sorted(unknown)}")
-    return content
+        if not path.exists():
+            raise FileError(f"{path}: no such file, and no preset of that name: choose one of {', '.join(names())}")
+        return validated(Preset, read_yaml(path), str(path))
+    except (FileError, OSError) as error:
+        raise PresetError(f"--model {error}") from None
+
+
+def vocab_size(name: str) -> int:
+    """Tokens of a preset's tokenizer.
+
+    Raises:
+        PresetError: see :func:`read`; also where it does not say.
+    """
+    size = read(name).vocab_size
+    if size is None:
+        raise PresetError(f"--model {name}: vocab-size is missing")
+    return size
 
 
 def flags(name: str) -> list[str]:
     """The command line that a preset stands for."""
-    return arguments(read(name)["flags"], name)
+    return arguments(read(name).flags, name)
 
 
 def arguments(flags: Mapping[str, Any], name: str) -> list[str]:
@@ -73,12 +87,12 @@ def arguments(flags: Mapping[str, Any], name: str) -> list[str]:
     for flag, value in flags.items():
         if value is True:
             argv.append(f"--{flag}")
-        elif isinstance(value, list):
-            argv += [f"--{flag}", *map(str, value)]
-        elif isinstance(value, bool) or value is None:
-            raise PresetError(f"--model {name}: {flag}: write true, a value or a list, or leave it out")
-        else:
-            argv += [f"--{flag}", str(value)]
+            continue
+        values = value if isinstance(value, list) else [value]
+        for item in values:
+            if isinstance(item, bool) or not isinstance(item, str | int | float) or str(item).startswith("--"):
+                raise PresetError(f"--model {name}: {flag}: write true, a value or a list of values, got {value!r}")
+        argv += [f"--{flag}", *map(str, values)]
     return argv
 
 
@@ -100,16 +114,29 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 
 def architecture(name: str) -> Architecture:
-    """The model that a preset describes."""
+    """The model that a preset describes.
+
+    Raises:
+        PresetError: see :func:`read`; also without ``vocab-size``, and with flags that training refuses.
+    """
     from bitcpm_megatron.training.arguments import build_parser
 
+    def refuse(message: str) -> NoReturn:
+        raise PresetError(f"--model {name}: {message}")
+
+    parser = build_parser()
+    parser.error = refuse  # type: ignore[method-assign]
     run = "--seq-length 1 --micro-batch-size 1 --train-iters 1 --lr 1".split()
-    args = build_parser().parse_args([*flags(name), *run])
-    return architecture_of(vars(args), int(read(name)["vocab-size"]))
+    return architecture_of(vars(parser.parse_args([*flags(name), *run])), vocab_size(name))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the presets; returns the exit status."""
+    cli.Parser(description=__doc__).parse_args(argv)
+    return cli.run(_list)
+
+
+def _list() -> None:
     for name in names():
         a = architecture(name)
         print(
@@ -118,7 +145,6 @@ def main() -> int:
             f"{'tied' if a.tied else 'untied'}{', LongRoPE' if a.longrope else ''}"
             f"{'' if a.is_llama else ', multipliers'}"
         )
-    return 0
 
 
 if __name__ == "__main__":

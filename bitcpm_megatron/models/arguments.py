@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..cli import Number, Whole
 from .architecture import Architecture, ArchitectureError, LongRope, Multipliers
 
 NAMES = (
@@ -18,35 +19,42 @@ NAMES = (
 ).split()
 """The arguments of this module, by the names that a checkpoint records."""
 
+# Models have some tens or hundreds; beyond these bounds everything would overflow, and training be blamed.
+_FACTOR = Number(1e-6, 1e6)
+
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     """Adds the flags to a group of a parser."""
     group.add_argument(
-        "--scale-emb", type=float, help="multiplies the embeddings (MiniCPM; Granite's embedding_multiplier)"
+        "--scale-emb", type=_FACTOR, help="multiplies the embeddings (MiniCPM; Granite's embedding_multiplier)"
     )
     group.add_argument(
-        "--scale-depth", type=float, help="multiplies every residual branch by this / sqrt(layers) (MiniCPM)"
+        "--scale-depth", type=_FACTOR, help="multiplies every residual branch by this / sqrt(layers) (MiniCPM)"
     )
-    group.add_argument("--residual-multiplier", type=float, help="multiplies every residual branch (Granite)")
+    group.add_argument("--residual-multiplier", type=_FACTOR, help="multiplies every residual branch (Granite)")
     group.add_argument(
-        "--dim-model-base", type=float, help="divides the last hidden states by hidden size / this (MiniCPM)"
+        "--dim-model-base", type=_FACTOR, help="divides the last hidden states by hidden size / this (MiniCPM)"
     )
-    group.add_argument("--logits-scaling", type=float, help="divides the last hidden states (Granite)")
-    group.add_argument("--attention-multiplier", type=float, help="of attention scores, default 1 / sqrt(head size)")
+    group.add_argument("--logits-scaling", type=_FACTOR, help="divides the last hidden states (Granite)")
+    group.add_argument("--attention-multiplier", type=_FACTOR, help="of attention scores, default 1 / sqrt(head size)")
     group.add_argument("--rope-scaling-type", choices=("longrope",))
     group.add_argument(
-        "--rope-scaling-short-factor", type=float, nargs="+", metavar="F", help="head size / 2 divisors of frequencies"
+        "--rope-scaling-short-factor",
+        type=_FACTOR,
+        nargs="+",
+        metavar="F",
+        help="head size / 2 divisors of frequencies",
     )
     group.add_argument(
-        "--rope-scaling-long-factor", type=float, nargs="+", metavar="F", help="the same beyond the original length"
+        "--rope-scaling-long-factor", type=_FACTOR, nargs="+", metavar="F", help="the same beyond the original length"
     )
-    group.add_argument("--rope-scaling-original-max-position-embeddings", type=int, metavar="TOKENS")
+    group.add_argument("--rope-scaling-original-max-position-embeddings", type=Whole(2, 2**24), metavar="TOKENS")
     group.add_argument(
-        "--rope-scaling-attention-factor", type=float, help="multiplies cos and sin, default by LongRoPE's formula"
+        "--rope-scaling-attention-factor", type=_FACTOR, help="multiplies cos and sin, default by LongRoPE's formula"
     )
     group.add_argument(
         "--rope-scaling-length-factor",
-        type=float,
+        type=_FACTOR,
         help="the ratio of lengths in that formula, default --max-position-embeddings / original",
     )
 
@@ -58,9 +66,6 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         found.append("--scale-depth and --residual-multiplier say the same: give one")
     if args.dim_model_base is not None and args.logits_scaling is not None:
         found.append("--dim-model-base and --logits-scaling say the same: give one")
-    for name in ("dim_model_base", "logits_scaling"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            found.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
     details = [name for name in NAMES if name.startswith("rope_scaling_") and name != "rope_scaling_type"]
     if args.rope_scaling_type is None:
         given = [f"--{name.replace('_', '-')}" for name in details if getattr(args, name) is not None]
@@ -70,16 +75,13 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     for name in details[:3]:
         if getattr(args, name) is None:
             found.append(f"--rope-scaling-type longrope needs --{name.replace('_', '-')}")
-    head = args.kv_channels or args.hidden_size // max(args.num_attention_heads, 1)
+    head = args.kv_channels or args.hidden_size // args.num_attention_heads
     for name in details[:2]:
         if getattr(args, name) is not None and len(getattr(args, name)) != head // 2:
             found.append(
                 f"--{name.replace('_', '-')} has {len(getattr(args, name))} values, a head of {head} channels needs "
                 f"{head // 2}"
             )
-    original = args.rope_scaling_original_max_position_embeddings
-    if original is not None and original < 2:
-        found.append(f"--rope-scaling-original-max-position-embeddings {original}: must be 2 or more")
     return found
 
 

@@ -10,6 +10,8 @@ from .spaces import SPACES
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_MULTIPLE = 32
 """Group sizes are multiples of this: the kernels move 32-byte blocks and the packed formats count in 32s."""
+LARGEST_GROUP = 2**24
+"""Far above the length of any row."""
 SMALLEST_EPS = 2.0**-100
 """Below this the threshold s/2 of an all-zero group would leave the normal range of fp32 and bf16."""
 LARGEST_EPS = 2.0**100

@@ -5,13 +5,17 @@ An unknown flag is an error (also an abbreviated one), and contradictions are re
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..arguments import add_ternary_arguments, quantizer_config, ternary_mistakes
+from ..cli import Number, Parser, Whole
+from ..files import directory_mistake
 from ..models import arguments as family
+from ..models.architecture import MAX_LAYERS
 from .metrics import missing_packages
 
 __all__ = ["add_ternary_arguments", "build_parser", "defaults", "params_dtype", "parse_args", "quantizer_config"]
@@ -19,13 +23,25 @@ __all__ = ["add_ternary_arguments", "build_parser", "defaults", "params_dtype", 
 _DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 
+# Far above what anybody trains, and low enough that a slip of the finger is refused instead of filling the memory.
+_WIDTH = Whole(1, 2**20)
+_LENGTH = Whole(1, 2**24)
+_LAYERS = Whole(1, MAX_LAYERS)
+_RANKS = Whole(1, 2**16)
+_ITERATIONS = Whole(1, 10**9)
+_VOCABULARY = Whole(1, 2**24)
+_PROBABILITY = Number(0, 1, open_maximum=True)
+# fp32 holds it: below, a row without gradient would be divided by zero.
+_EPSILON = Number(1e-30, 1)
+# What Python, NumPy and torch all take.
+_SEED = Whole(0, 2**32 - 1)
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser() -> Parser:
     """The parser of ``launch/pretrain.py``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="--model NAME stands for the flags of launch/models/NAME.yaml (or of a file); other flags override them",
-        allow_abbrev=False,
     )
     _model(parser.add_argument_group("model"))
     _parallel(parser.add_argument_group("parallelism"))
@@ -37,58 +53,60 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--num-layers", type=int, required=True)
-    group.add_argument("--hidden-size", type=int, required=True)
-    group.add_argument("--ffn-hidden-size", type=int, help="default 4 x hidden size, or 8/3 of it with --swiglu")
-    group.add_argument("--num-attention-heads", type=int, required=True)
+    group.add_argument("--num-layers", type=_LAYERS, required=True)
+    group.add_argument("--hidden-size", type=_WIDTH, required=True)
+    group.add_argument("--ffn-hidden-size", type=_WIDTH, help="default 4 x hidden size, or 8/3 of it with --swiglu")
+    group.add_argument("--num-attention-heads", type=_WIDTH, required=True)
     group.add_argument("--group-query-attention", action="store_true")
-    group.add_argument("--num-query-groups", type=int, default=1)
-    group.add_argument("--kv-channels", type=int, help="size of one head, default hidden size / heads")
-    group.add_argument("--seq-length", type=int, required=True)
-    group.add_argument("--max-position-embeddings", type=int, required=True)
+    group.add_argument("--num-query-groups", type=_WIDTH, default=1)
+    group.add_argument("--kv-channels", type=_WIDTH, help="size of one head, default hidden size / heads")
+    group.add_argument("--seq-length", type=_LENGTH, required=True)
+    group.add_argument("--max-position-embeddings", type=_LENGTH, required=True)
     group.add_argument("--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute")
-    group.add_argument("--rotary-base", type=int, help="of rope, default 10000")
+    group.add_argument("--rotary-base", type=Whole(1, 10**12), help="of rope, default 10000")
     group.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
-    group.add_argument("--norm-epsilon", type=float, default=1e-5)
+    group.add_argument("--norm-epsilon", type=_EPSILON, default=1e-5)
     group.add_argument("--swiglu", action="store_true")
     group.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
     group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
-    group.add_argument("--num-experts", type=int, help="mixture of experts in every layer")
-    group.add_argument("--moe-router-topk", type=int, help="experts per token, default 2")
-    group.add_argument("--moe-ffn-hidden-size", type=int, help="of one expert, default --ffn-hidden-size")
-    group.add_argument("--attention-dropout", type=float, default=0.1)
-    group.add_argument("--hidden-dropout", type=float, default=0.1)
-    group.add_argument("--init-method-std", type=float, default=0.02)
-    group.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+    group.add_argument("--num-experts", type=_WIDTH, help="mixture of experts in every layer")
+    group.add_argument("--moe-router-topk", type=_WIDTH, help="experts per token, default 2")
+    group.add_argument("--moe-ffn-hidden-size", type=_WIDTH, help="of one expert, default --ffn-hidden-size")
+    group.add_argument("--attention-dropout", type=_PROBABILITY, default=0.1)
+    group.add_argument("--hidden-dropout", type=_PROBABILITY, default=0.1)
+    group.add_argument("--init-method-std", type=Number(0, 10, open_minimum=True), default=0.02)
+    group.add_argument("--make-vocab-size-divisible-by", type=Whole(1, 2**20), default=128)
     family.add_model_arguments(group)
 
 
 def _parallel(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    group.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    group.add_argument("--num-virtual-stages-per-pipeline-rank", type=int)
-    group.add_argument("--expert-model-parallel-size", type=int, default=1)
+    group.add_argument("--tensor-model-parallel-size", type=_RANKS, default=1)
+    group.add_argument("--pipeline-model-parallel-size", type=_RANKS, default=1)
+    group.add_argument("--num-virtual-stages-per-pipeline-rank", type=_LAYERS)
+    group.add_argument("--expert-model-parallel-size", type=_RANKS, default=1)
     group.add_argument("--sequence-parallel", action="store_true")
     group.add_argument("--use-distributed-optimizer", action="store_true")
     group.add_argument("--overlap-grad-reduce", action="store_true")
     group.add_argument("--overlap-param-gather", action="store_true")
     group.add_argument("--no-gradient-accumulation-fusion", action="store_false", dest="gradient_accumulation_fusion")
     group.add_argument("--distributed-backend", choices=("nccl", "gloo"), help="default nccl with CUDA, else gloo")
-    group.add_argument("--distributed-timeout-minutes", type=int, default=10)
+    group.add_argument("--distributed-timeout-minutes", type=Whole(1, 60 * 24 * 365), default=10)
 
 
 def _training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--micro-batch-size", type=int, required=True)
-    group.add_argument("--global-batch-size", type=int, help="default: one micro-batch per data-parallel rank")
-    group.add_argument("--train-iters", type=int, required=True)
-    group.add_argument("--exit-interval", type=int, help="stop, with a checkpoint, when the iteration divides by this")
+    group.add_argument("--micro-batch-size", type=_WIDTH, required=True)
+    group.add_argument("--global-batch-size", type=_LENGTH, help="default: one micro-batch per data-parallel rank")
+    group.add_argument("--train-iters", type=_ITERATIONS, required=True)
+    group.add_argument(
+        "--exit-interval", type=_ITERATIONS, help="stop, with a checkpoint, when the iteration divides by this"
+    )
     group.add_argument("--bf16", action="store_true", help="bf16 weights and GEMMs with fp32 master weights")
-    group.add_argument("--lr", type=float, required=True)
-    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument("--lr", type=Number(0, 100, open_minimum=True), required=True)
+    group.add_argument("--min-lr", type=Number(0, 100), default=0.0)
     group.add_argument("--lr-decay-style", choices=_DECAY_STYLES, default="linear")
-    group.add_argument("--lr-decay-iters", type=int, help="default --train-iters")
-    group.add_argument("--lr-warmup-iters", type=int, default=0)
-    group.add_argument("--lr-wsd-decay-iters", type=int)
+    group.add_argument("--lr-decay-iters", type=_ITERATIONS, help="default --train-iters")
+    group.add_argument("--lr-warmup-iters", type=Whole(0, 10**9), default=0)
+    group.add_argument("--lr-wsd-decay-iters", type=_ITERATIONS)
     group.add_argument("--lr-wsd-decay-style", choices=_WSD_STYLES, default="exponential")
     group.add_argument(
         "--override-opt-param-scheduler", action="store_true", help="the schedule of these flags, not the checkpoint's"
@@ -96,16 +114,16 @@ def _training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--use-checkpoint-opt-param-scheduler", action="store_true", help="the checkpoint's schedule, not these flags'"
     )
-    group.add_argument("--weight-decay", type=float, default=0.01)
-    group.add_argument("--adam-beta1", type=float, default=0.9)
-    group.add_argument("--adam-beta2", type=float, default=0.999)
-    group.add_argument("--adam-eps", type=float, default=1e-8)
-    group.add_argument("--clip-grad", type=float, default=1.0)
-    group.add_argument("--seed", type=int, default=1234)
+    group.add_argument("--weight-decay", type=Number(0, 100), default=0.01)
+    group.add_argument("--adam-beta1", type=_PROBABILITY, default=0.9)
+    group.add_argument("--adam-beta2", type=_PROBABILITY, default=0.999)
+    group.add_argument("--adam-eps", type=_EPSILON, default=1e-8)
+    group.add_argument("--clip-grad", type=Number(0), default=1.0, help="0 for none")
+    group.add_argument("--seed", type=_SEED, default=1234)
     group.add_argument("--use-cpu-initialization", action="store_true", help="the same weights at every TP size")
     group.add_argument("--recompute-granularity", choices=("full", "selective"))
     group.add_argument("--recompute-method", choices=("uniform", "block"))
-    group.add_argument("--recompute-num-layers", type=int)
+    group.add_argument("--recompute-num-layers", type=_LAYERS)
 
 
 def _data(group: argparse._ArgumentGroup) -> None:
@@ -115,18 +133,20 @@ def _data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--valid-data-path", nargs="+")
     group.add_argument("--mock-data", action="store_true", help="synthetic tokens; needs --vocab-size")
     group.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model")
-    group.add_argument("--vocab-size", type=int, help="rows of the embedding before padding, default the tokenizer's")
+    group.add_argument(
+        "--vocab-size", type=_VOCABULARY, help="rows of the embedding before padding, default the tokenizer's"
+    )
     group.add_argument("--data-cache-path", metavar="DIR")
-    group.add_argument("--num-workers", type=int, default=0, help="data loading processes per rank")
-    group.add_argument("--eval-iters", type=int, default=100)
-    group.add_argument("--eval-interval", type=int, default=1000)
+    group.add_argument("--num-workers", type=Whole(0, 1024), default=0, help="data loading processes per rank")
+    group.add_argument("--eval-iters", type=Whole(0, 10**9), default=100)
+    group.add_argument("--eval-interval", type=_ITERATIONS, default=1000)
 
 
 def _checkpoint(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save", metavar="DIR")
-    group.add_argument("--save-interval", type=int)
+    group.add_argument("--save-interval", type=_ITERATIONS)
     group.add_argument("--async-save", action="store_true", help="write checkpoints while training goes on")
-    group.add_argument("--keep-last-n", type=int, metavar="N", help="delete all checkpoints but the newest N")
+    group.add_argument("--keep-last-n", type=Whole(), metavar="N", help="delete all checkpoints but the newest N")
     group.add_argument("--load", metavar="DIR", help="resume from here; starts anew where it holds no checkpoint")
     group.add_argument(
         "--pretrained-checkpoint", metavar="DIR", help="weights to start from where --load holds no checkpoint"
@@ -142,7 +162,7 @@ def _checkpoint(group: argparse._ArgumentGroup) -> None:
 
 
 def _logging(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--log-interval", type=int, default=100)
+    group.add_argument("--log-interval", type=_ITERATIONS, default=100)
     group.add_argument("--log-dir", metavar="DIR", help="metrics.jsonl, TensorBoard events, loss.png")
 
 
@@ -184,46 +204,47 @@ def params_dtype(args: argparse.Namespace) -> torch.dtype:
 
 
 def _shape_mistakes(args: argparse.Namespace) -> list[str]:
-    tp = args.tensor_model_parallel_size
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     found = []
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters"):
-        if getattr(args, name) < 1:
-            found.append(f"{_flag(name)} {getattr(args, name)}: must be 1 or more")
-    for name in ("eval_interval", "log_interval", "save_interval", "exit_interval", "ternary_telemetry_interval"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            found.append(f"{_flag(name)} {getattr(args, name)}: must be 1 or more")
-    for name in ("eval_iters", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "num_workers"):
-        if getattr(args, name) < 0:
-            found.append(f"{_flag(name)} {getattr(args, name)}: must not be negative")
-    if not args.lr > 0:
-        found.append(f"--lr {args.lr}: must be above 0")
-    if found:
-        return found
     if args.kv_channels is None and args.hidden_size % args.num_attention_heads:
         found.append(f"--hidden-size {args.hidden_size} is not divisible by {args.num_attention_heads} heads")
-    if args.num_attention_heads % max(groups, 1) or groups < 1:
+    if args.num_attention_heads % groups:
         found.append(f"--num-query-groups {groups} does not divide {args.num_attention_heads} heads")
+    head = args.kv_channels or args.hidden_size // args.num_attention_heads
+    if args.position_embedding_type == "rope" and (head % 2 or head == 0):
+        found.append(f"heads of {head} channels (--kv-channels) cannot be rotated: rope needs an even number of them")
     if args.seq_length > args.max_position_embeddings:
         found.append(f"--seq-length {args.seq_length} exceeds --max-position-embeddings {args.max_position_embeddings}")
     experts, ep = args.num_experts, args.expert_model_parallel_size
     topk = 2 if args.moe_router_topk is None else args.moe_router_topk
     if experts is None and (ep != 1 or args.moe_ffn_hidden_size is not None or args.moe_router_topk is not None):
         found.append("--expert-model-parallel-size, --moe-ffn-hidden-size and --moe-router-topk need --num-experts")
-    if experts is not None and (ep < 1 or experts % ep or not 1 <= topk <= experts):
+    if experts is not None and (experts % ep or topk > experts):
         found.append(
             f"--num-experts {experts} does not go with --expert-model-parallel-size {ep} and --moe-router-topk {topk}"
         )
     found += family.mistakes(args)
     if args.rotary_base is not None and args.position_embedding_type != "rope":
         found.append("--rotary-base needs --position-embedding-type rope")
-    if tp > 0 and args.num_attention_heads % tp:
-        found.append(f"--tensor-model-parallel-size {tp} does not divide {args.num_attention_heads} attention heads")
-    if tp > 0 and groups > 0 and groups % tp:
-        found.append(f"--tensor-model-parallel-size {tp} does not divide {groups} query groups")
-    if tp > 0 and args.ffn_hidden_size is not None and args.ffn_hidden_size % tp:
-        found.append(f"--tensor-model-parallel-size {tp} does not divide --ffn-hidden-size {args.ffn_hidden_size}")
-    return found
+    return found + _tensor_parallel_mistakes(args, groups)
+
+
+def _tensor_parallel_mistakes(args: argparse.Namespace, groups: int) -> list[str]:
+    tp = args.tensor_model_parallel_size
+    parts = {"attention heads": args.num_attention_heads, "query groups": groups}
+    if args.ffn_hidden_size is not None:
+        parts["ffn channels (--ffn-hidden-size)"] = args.ffn_hidden_size
+    uneven = [f"{count} {what}" for what, count in parts.items() if count % tp]
+    if not uneven:
+        return []
+    fitting = ", ".join(map(str, divisors(math.gcd(*parts.values()))))
+    return [f"--tensor-model-parallel-size {tp} does not divide {' and '.join(uneven)}; these sizes do: {fitting}"]
+
+
+def divisors(number: int) -> list[int]:
+    """Every whole number that divides a positive one, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _parallel_mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
@@ -232,12 +253,10 @@ def _parallel_mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
         args.pipeline_model_parallel_size,
         args.num_virtual_stages_per_pipeline_rank,
     )
-    if tp < 1 or pp < 1 or (vp is not None and vp < 1):
-        return ["parallel sizes must be 1 or more"]
     if world_size % (tp * pp):
         return [f"{world_size} processes cannot be split into groups of {tp} (tensor) x {pp} (pipeline)"]
     found = []
-    if (world_size // (tp * pp)) % max(args.expert_model_parallel_size, 1):
+    if (world_size // (tp * pp)) % args.expert_model_parallel_size:
         found.append(
             f"--expert-model-parallel-size {args.expert_model_parallel_size} does not divide the "
             f"{world_size // (tp * pp)} data-parallel ranks"
@@ -258,7 +277,7 @@ def _parallel_mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
         found.append("--overlap-param-gather needs --overlap-grad-reduce")
     per_step = args.micro_batch_size * (world_size // (tp * pp))
     args.data_parallel_size = world_size // (tp * pp)
-    args.global_batch_size = args.global_batch_size or per_step
+    args.global_batch_size = per_step if args.global_batch_size is None else args.global_batch_size
     args.num_microbatches, rest = divmod(args.global_batch_size, per_step)
     if rest or args.num_microbatches < 1:
         found.append(
@@ -293,14 +312,16 @@ def _other_mistakes(args: argparse.Namespace) -> list[str]:
     elif args.lr_wsd_decay_iters is not None and args.lr_warmup_iters + args.lr_wsd_decay_iters > decay:
         found.append("--lr-warmup-iters and --lr-wsd-decay-iters together exceed the iterations of decay")
     found += _data_mistakes(args)
+    for name in ("log_dir", "data_cache_path"):
+        mistake = None if getattr(args, name) is None else directory_mistake(getattr(args, name))
+        if mistake is not None:
+            found.append(f"{_flag(name)} {getattr(args, name)}: {mistake}")
     if args.log_dir is not None and missing_packages():
         found.append(f"--log-dir needs {' and '.join(missing_packages())}: pip install 'bitcpm_megatron[plot]'")
     if args.save_interval is not None and args.save is None:
         found.append("--save-interval needs --save")
     if args.save is None and (args.async_save or args.keep_last_n is not None):
         found.append("--async-save and --keep-last-n need --save")
-    if args.keep_last_n is not None and args.keep_last_n < 1:
-        found.append(f"--keep-last-n {args.keep_last_n}: must be 1 or more")
     if args.pretrained_checkpoint is not None and args.exit_on_missing_checkpoint:
         found.append("--pretrained-checkpoint and --exit-on-missing-checkpoint exclude each other")
     if args.finetune and args.load is None:

@@ -18,6 +18,7 @@ from bitcpm_megatron.launch.command import host_argv, resume, torchrun
 from bitcpm_megatron.launch.environment import read_profile, resolve
 from bitcpm_megatron.launch.job import Cluster, Job, JobError, read_job
 from bitcpm_megatron.launch.network import NetworkError, choose_interface
+from bitcpm_megatron.launch.presets import PresetError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SMALL = """
@@ -40,29 +41,39 @@ def job(directory: Path, text: str = SMALL, *overrides: str) -> Job:
         ("traning.lr=1", "did you mean training?"),
         ("training.micro_batch_size=1", "did you mean micro-batch-size?"),
         ("training.seq-length=1", "it belongs to section model"),
-        ("training.lr=fast", "training.lr: expected a number"),
+        ("training.lr=fast", "training.lr: 'fast': expected a number"),
         ("training.train-iters=10.5", "expected a whole number"),
         ("training.bf16=1", "expected true or false"),
         ("training.lr-decay-style=wsd", "is none of constant"),
         ("parallelism.tensor-model-parallel-size=true", "expected a whole number"),
         ("cluster.node=2", "did you mean nodes?"),
-        ("cluster.nodes=0", "is not 1 or more"),
-        ("cluster.hosts=[a b]", "legal host names"),
-        ("cluster.hosts=[-oProxyCommand=x]", "legal host names"),
+        ("cluster.nodes=0", "cluster.nodes: 0: must be 1 to 65536"),
+        ("cluster.hosts=[a b]", "cluster.hosts.0: 'a b' is no legal host name"),
+        ("cluster.hosts=[-oProxyCommand=x]", "no legal host name"),
         ("cluster.master-addr=$(id)", "legal host name"),
-        ("cluster.master-port=70000", "is not a TCP port"),
-        ("cluster.rendezvous=etcd", "is not static or c10d"),
+        ("cluster.master-port=70000", "must be 1 to 65535"),
+        ("cluster.rendezvous=etcd", "expected 'static' or 'c10d', got 'etcd'"),
         ("cluster.rendezvous-id=a b", "is not a name"),
         ("cluster.subnet=10.0.0.1/8", "host bits must be 0"),
         ("cluster.network-interface=eth0;id", "is not the name of an interface"),
         ("cluster.environment={A B: 1}", "is no name of a variable"),
-        ("cluster.scheduler=pbs", "is not one of auto"),
-        ("host.kind=nemo", "is none of built-in, megatron-lm"),
+        ("cluster.scheduler=pbs", "expected 'auto', 'single'"),
+        ("host.kind=nemo", "expected 'built-in' or 'megatron-lm'"),
         ("host.megatron-path=/m", "only the megatron-lm host has use for it"),
         ("host.kind=megatron-lm", "needs the path of a Megatron-LM checkout"),
         ("model=tiny", "model: expected a mapping"),
         ("tiny", "write section.key=value"),
         ("model.preset=[a]", "expected the name of a preset"),
+        ("cluster.devices_per_node=2", "did you mean devices-per-node?"),
+        ("cluster.device-memory-gib=.nan", "expected a finite number"),
+        ("cluster.environment={A: true}", "A: expected text or a number"),
+        ("training.lr=.inf", "training.lr: inf: expected a finite number"),
+        ("training.seed=-1", "training.seed: -1: must be 0 to"),
+        ("model.num-layers=0", "model.num-layers: 0: must be 1 to"),
+        ("training.train-iters=10000000000", "training.train-iters: 10000000000: must be"),
+        ("training.lr=[", "--set training.lr:1:2: expected the node content"),
+        ("checkpoint.save=--finetune", "checkpoint.save: '--finetune' would be taken for a flag"),
+        ("data.data-path=[a, --mock-data]", "would be taken for a flag"),
     ],
 )
 def test_a_job_is_strict(tmp_path: Path, override: str, said: str) -> None:
@@ -78,10 +89,16 @@ def test_a_job_is_strict(tmp_path: Path, override: str, said: str) -> None:
         ("model: [1]", "model: expected a mapping"),
         ("model: {", "expected"),
         ("model: {preset: !!python/object/apply:os.getcwd []}", "could not determine a constructor"),
-        (UPSTREAM.replace("use-flash-attn: true", "lr: 1"), "host.flags.lr: it belongs to section training"),
+        (UPSTREAM.replace("use-flash-attn: true", "lr: 1"), "host.flags: lr: it belongs to section training"),
         (UPSTREAM.replace("use-flash-attn: true", "'--x': 1"), "is no name of a flag"),
         (UPSTREAM.replace("use-flash-attn: true", "x: {y: 1}"), "expected true, a value or a list"),
         ("cluster: {network-interface: eth0, subnet: 10.0.0.0/8}", "give one"),
+        (UPSTREAM.replace("use-flash-attn: true", "x: --y"), "would be taken for a flag"),
+        (UPSTREAM.replace("use-flash-attn: true", "context-parallel-size: two"), "'two': expected a whole number"),
+        ("model: {seq-length: 1, seq-length: 2}", "the key 'seq-length' stands there twice"),
+        ("training: {train-iters: " + "9" * 5000 + "}", "so many digits"),
+        ("training: {train-iters: 2024-13-45}", "training.train-iters: '2024-13-45': expected a whole number"),
+        ("model: {a: " + "[" * 3000, "nested too deeply"),
     ],
 )
 def test_a_malformed_job_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -95,7 +112,7 @@ def test_what_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
         read_job(str(tmp_path / "no.yaml"))
     with pytest.raises(JobError, match="--num-layers"):
         job(tmp_path, "model: {seq-length: 1}").arguments()
-    with pytest.raises(JobError, match="no preset of that name"):
+    with pytest.raises(PresetError, match="no preset of that name"):
         job(tmp_path, SMALL, "model.preset=tiny-lama").arguments()
     assert job(tmp_path, SMALL, "model.preset=tiny-llama").arguments().num_layers == 2
     assert job(tmp_path, SMALL, "training.lr=").flags.get("lr") is None
@@ -212,7 +229,10 @@ def test_schedulers_are_recognised(environ: dict[str, str], expected: tuple) -> 
         ({"nodes": 4}, SLURM | STEP, None, "cluster.nodes is 4, but SLURM says 2 nodes"),
         ({}, SLURM | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16"}, None, "--ntasks-per-node=1"),
         ({}, SLURM | {"SLURM_NNODES": "3"}, None, "names 2"),
-        ({}, SLURM | {"SLURM_NODEID": "x"}, None, "is 'x' and not a number"),
+        ({}, SLURM | {"SLURM_NODEID": "x"}, None, "SLURM_NODEID holds 'x': expected a whole number"),
+        ({}, SLURM | {"SLURM_NNODES": "²"}, None, "SLURM_NNODES holds '²': expected a whole number"),
+        ({}, PYTORCHJOB | {"WORLD_SIZE": "abc"}, None, "WORLD_SIZE holds 'abc'"),
+        ({}, PYTORCHJOB | {"MASTER_PORT": "99999"}, None, "MASTER_PORT holds '99999': must be 1 to 65535"),
         ({"nodes": 2}, {}, None, "does not say which of the 2 nodes this is"),
         ({"nodes": 2}, {}, 0, "nobody says where node 0 is"),
         ({"nodes": 2, "master_addr": "a"}, {}, 2, "node rank 2 is not below"),

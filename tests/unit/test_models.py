@@ -65,7 +65,14 @@ def test_presets_that_are_not_there(argv: list[str], message: str) -> None:
 
 def test_a_malformed_preset_is_refused(tmp_path) -> None:
     file = tmp_path / "mine.yaml"
-    for text, message in (("[1]", "expected a mapping"), ("flags: {a: null}", "write true"), ("flag: {}", "mapping")):
+    for text, message in (
+        ("[1]", "expected a mapping"),
+        ("flags: {a: null}", "write true"),
+        ("flags: {a: --b}", "write true"),
+        ("flag: {}", "unknown key flag: did you mean flags?"),
+        ("flags: {}\nflags: {}", "twice"),
+        ("vocab-size: 0\nflags: {}", "vocab-size: 0: must be 1 to"),
+    ):
         file.write_text(text)
         with pytest.raises(presets.PresetError, match=message):
             presets.expand(["--model", str(file)])
@@ -76,7 +83,8 @@ def test_a_malformed_preset_is_refused(tmp_path) -> None:
     [
         (["--scale-depth", "1", "--residual-multiplier", "1"], "say the same"),
         (["--dim-model-base", "1", "--logits-scaling", "1"], "say the same"),
-        (["--dim-model-base", "0"], "must be above 0"),
+        (["--dim-model-base", "0"], "--dim-model-base: '0': must be at least 1e-06"),
+        (["--scale-emb", "nan"], "--scale-emb: 'nan': expected a finite number"),
         (["--rope-scaling-short-factor", "1"], "without --rope-scaling-type longrope would do nothing"),
         (["--rope-scaling-type", "longrope"], "needs --rope-scaling-short-factor"),
         (

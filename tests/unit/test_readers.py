@@ -119,10 +119,10 @@ class Outer(Strict):
         ({"inner": {"x": {"group_siz": 3}}}, "f: unknown key inner.x.group_siz: did you mean group_size?"),
         ({"inner": {}, "one": {"zz": 3}}, "unknown key one.zz: known are group_size"),
         ({"inner": {}, "rat": 2}, "unknown key rat: did you mean rate?"),
-        ({"inner": {"x": {"group_size": "3"}}}, "inner.x.group_size: input should be a valid integer, got '3'"),
-        ({"inner": {}, "rate": -1.0}, "rate: input should be greater than 0, got -1.0"),
+        ({"inner": {"x": {"group_size": "3"}}}, "inner.x.group_size: expected a whole number, got '3'"),
+        ({"inner": {}, "rate": -1.0}, "rate: expected greater than 0, got -1.0"),
         ({}, "inner is missing"),
-        ([], "the whole: input should be a valid dictionary"),
+        ([], "the whole: expected a mapping"),
         (None, "the whole: "),
     ],
 )
