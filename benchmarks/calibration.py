@@ -12,6 +12,7 @@ import torch
 from cost_model import ADAM_BYTES, BYTES, Collective, Machine, Workload
 from hardware import machine
 
+from bitcpm_megatron.cli import FailedError
 from bitcpm_megatron.launch.layout import Linear
 from bitcpm_megatron.ops import active_backend
 from bitcpm_megatron.quantization import QuantizerConfig
@@ -175,7 +176,7 @@ def _link_rate() -> float:
     for thread in threads:
         thread.join()
     if min(seconds) == 0:
-        raise RuntimeError("gloo does not connect two ranks on this machine: its rate cannot be measured")
+        raise FailedError("gloo does not connect two ranks on this machine: its rate cannot be measured")
     return Collective("", "all-reduce", 2, tensors[0].nbytes, 1).wire_bytes / max(seconds)
 
 

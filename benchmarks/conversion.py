@@ -33,11 +33,11 @@ from pathlib import Path
 
 import safetensors
 import torch
-from hardware import processor
+from hardware import check_outputs, processor
 from safetensors import safe_open
 from tqdm import tqdm
 
-from bitcpm_megatron import QuantizerConfig, checkpoint_tools, dequantize, quantize
+from bitcpm_megatron import QuantizerConfig, checkpoint_tools, cli, dequantize, quantize
 from bitcpm_megatron.checkpoint_tools.hf_config import LLAMA, config_for
 from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter, parse_size
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
@@ -45,7 +45,7 @@ from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_co
 from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
 from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors
 from bitcpm_megatron.files import DIGESTS, fsync, publish, write_digests, write_text
-from bitcpm_megatron.models.architecture import Architecture
+from bitcpm_megatron.models.architecture import MAX_LAYERS, Architecture
 from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
 from bitcpm_megatron.training.checkpoint_directory import RELEASE, TRACKER
 
@@ -56,11 +56,12 @@ GOAL = 0.5
 """Of the copy's speed."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _BLOCK = 2**24
+_LARGEST = 2**44
 _OVERHEAD = 2**30
 _POLL_SECONDS = 0.01
 
 
-class BenchmarkError(Exception):
+class BenchmarkError(cli.FailedError):
     """A conversion that failed or was wrong."""
 
 
@@ -136,44 +137,37 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures as the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="2GiB", help="of the model's weights, about; default 2GiB")
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--layers", type=cli.Whole(1, MAX_LAYERS), default=16)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16")
-    parser.add_argument("--vocab-size", type=int, default=32000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vocab-size", type=cli.Whole(1, 2**24), default=32000)
+    parser.add_argument("--repeats", type=cli.Whole(1, 1000), default=3)
     parser.add_argument(
-        "--pause", type=float, default=5.0, metavar="SECONDS", help="before each measurement, default 5"
+        "--pause", type=cli.Number(0, 3600), default=5.0, metavar="SECONDS", help="before each measurement, default 5"
     )
     parser.add_argument(
         "--work-dir", type=Path, help="on the disk to measure; default the system's temporary directory"
     )
     parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
     args = parser.parse_args(argv)
-    try:
-        import matplotlib  # noqa: F401  before minutes of measuring
+    command = "python benchmarks/conversion.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    return cli.run(lambda: _measure(args, command.strip()))
 
-        architecture = shape(parse_size(args.size), args.layers, args.vocab_size, _DTYPES[args.dtype].itemsize)
-    except ImportError:
-        print("error: matplotlib is missing: pip install 'bitcpm_megatron[plot]'", file=sys.stderr)
-        return 2
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _measure(args: argparse.Namespace, command: str) -> int:
+    check_outputs(args.output_dir)
+    nbytes = parse_size(args.size)
+    if nbytes > _LARGEST:
+        raise ConversionError(f"--size {args.size}: at most {_LARGEST // 2**40} TiB")
+    architecture = shape(nbytes, args.layers, args.vocab_size, _DTYPES[args.dtype].itemsize)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-conversion-", dir=args.work_dir) as work:
         model = Model(architecture, _DTYPES[args.dtype], Path(work) / "model")
-        try:
-            results, start_up = measure(model, Path(work), args.repeats, args.pause)
-        except BenchmarkError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        results, start_up = measure(model, Path(work), args.repeats, args.pause)
     write_csv(results, args.output_dir / "conversion.csv")
     draw(results, args.output_dir / "conversion.png")
-    command = "python benchmarks/conversion.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    print(table(results, start_up, model, command.strip()))
+    print(table(results, start_up, model, command))
     return 0 if all(r.rss_anon <= r.memory_bound for r in results) else 1
 
 

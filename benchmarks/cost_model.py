@@ -33,7 +33,7 @@ QUANTIZER_BYTES = {"fused": 4.0, "torch": 70.0, "residual": 68.0}
 ADAM_BYTES = 38.0
 
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """A file or an argument that cannot be used, and why."""
 
 

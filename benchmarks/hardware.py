@@ -1,12 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark runs on, for its tables."""
 
+import importlib.util
 import os
 import platform
 import re
 from pathlib import Path
 
 import torch
+
+from bitcpm_megatron.files import directory_mistake
+
+
+def check_outputs(directory: Path) -> None:
+    """Refuses, before minutes of measuring, what would fail after them.
+
+    Raises:
+        ValueError: nothing can be written below the directory, or matplotlib, which draws, is missing.
+    """
+    mistake = directory_mistake(directory)
+    if mistake is not None:
+        raise ValueError(f"--output-dir {directory}: {mistake}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is missing: pip install 'bitcpm_megatron[plot]'")
 
 
 def best_device() -> str:

@@ -17,6 +17,8 @@ from plan import BASELINE, OURS, Job, Session
 from throughput_report import Row, rows_of
 from tqdm import tqdm
 
+from bitcpm_megatron.cli import FailedError
+
 _SCRIPT = Path(__file__).resolve().parents[1] / "launch" / "pretrain_gpt.py"
 ITERATIONS, WARM_UP = 15, 5
 _PATTERN = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
@@ -31,7 +33,7 @@ _LOGGING = f"""
 """.split()
 
 
-class HostError(Exception):
+class HostError(FailedError):
     """A job that failed, or that logged no times."""
 
 

@@ -27,12 +27,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from hardware import best_device, machine
+from hardware import best_device, check_outputs, machine
 from tqdm import tqdm
 
+from bitcpm_megatron import cli
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.ops import Backend, backends
 from bitcpm_megatron.quantization import QuantizerConfig, check_weight, effective_group, quantize_dequantize
+from bitcpm_megatron.quantization.config import LARGEST_GROUP
 
 EPS = QuantizerConfig.eps
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -41,8 +43,8 @@ _DEVICE_MODELS = ("minicpm4-0.5b", "bitcpm-cann-1b", "bitcpm-cann-3b", "minicpm4
 _CPU_RING = 2**29
 
 
-class BenchmarkError(Exception):
-    """A backend that is wrong, or arguments that ask for nothing."""
+class BenchmarkError(cli.FailedError):
+    """A backend that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -97,58 +99,49 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures as the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default=best_device())
     parser.add_argument("--models", nargs="+", choices=presets.names(), metavar="MODEL")
     parser.add_argument("--layers", nargs="+", choices=_LAYERS, default=list(_LAYERS))
     parser.add_argument("--dtypes", nargs="+", choices=sorted(_DTYPES))
-    parser.add_argument("--groups", nargs="+", type=int, default=[-1, 128], metavar="G")
+    parser.add_argument("--groups", nargs="+", type=cli.Whole(-1, LARGEST_GROUP), default=[-1, 128], metavar="G")
     parser.add_argument(
         "--backends",
         nargs="+",
         metavar="NAME",
         help="default: all that are available; one that runs by name only has to be named",
     )
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=cli.Whole(1, 10**6), default=9)
     parser.add_argument(
         "--ring",
-        type=int,
+        type=cli.Whole(1, 2**20),
         metavar="MIB",
         help="of weights and of results each; default 512, on a GPU four times its L2 cache",
     )
-    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--threads", type=cli.Whole(1, 1024), help="of the CPU")
     parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
     args = parser.parse_args(argv)
+    command = "python benchmarks/kernel.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    return cli.run(lambda: _measure(args, command.strip()))
+
+
+def _measure(args: argparse.Namespace, command: str) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     on_cpu = args.device == "cpu"
     models = args.models or (_CPU_MODELS if on_cpu else _DEVICE_MODELS)
     dtypes = args.dtypes or (["bf16", "fp32"] if on_cpu else ["bf16", "fp32", "fp16"])
-    try:
-        import matplotlib  # noqa: F401  before minutes of measuring
-
-        cases = cases_of(models, args.layers, dtypes, args.groups)
-        chosen = choose(args.backends, args.device)
-    except ImportError:
-        print("error: matplotlib is missing: pip install 'bitcpm_megatron[plot]'", file=sys.stderr)
-        return 2
-    except (BenchmarkError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_outputs(args.output_dir)
+    if args.device not in ("cpu", best_device()):
+        raise ValueError(f"--device {args.device}: there is none here, use {best_device()}")
+    cases = cases_of(models, args.layers, dtypes, args.groups)
+    chosen = choose(args.backends, args.device)
     ring = args.ring * 2**20 if args.ring else _ring(args.device)
-    try:
-        results = [r for case in tqdm(cases) for r in measure(case, chosen, args.device, args.rounds, ring)]
-    except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = [r for case in tqdm(cases) for r in measure(case, chosen, args.device, args.rounds, ring)]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_csv(results, args.output_dir / f"kernel-{args.device}.csv")
     draw(results, args.output_dir / f"kernel-{args.device}.png")
-    command = "python benchmarks/kernel.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    print(table(results, command.strip()))
-    return 0
+    print(table(results, command))
 
 
 _LAYERS: dict[str, Callable[[dict], tuple[int, int]]] = {
@@ -182,17 +175,17 @@ def choose(names: Sequence[str] | None, device: str) -> list[Backend]:
     """The backends to measure.
 
     Raises:
-        BenchmarkError: a named one is unknown or unavailable.
+        ValueError: a named one is unknown or unavailable.
     """
     known = {b.name: b for b in backends()}
     if names is None:
         return [b for b in known.values() if b.unavailable(device) is None and b.priority is not None]
     for name in names:
         if name not in known:
-            raise BenchmarkError(f"backend {name!r}: there are {sorted(known)}")
+            raise ValueError(f"--backends {name}: there are {sorted(known)}")
         reason = known[name].unavailable(device)
         if reason is not None:
-            raise BenchmarkError(f"backend {name!r} cannot run on {device}: {reason}")
+            raise ValueError(f"--backends {name} cannot run on {device}: {reason}")
     return [known[name] for name in names]
 
 

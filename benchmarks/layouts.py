@@ -29,7 +29,7 @@ class Layout:
             ValueError: it is not one.
         """
         sizes, *options = text.upper().split("+")
-        found = dict(re.findall(r"(TP|PP|DP)(\d+)", sizes))
+        found = dict(re.findall(r"(TP|PP|DP)(\d{1,5})", sizes))
         if "X".join(f"{k}{v}" for k, v in found.items()) != sizes or not set(options) <= {"SP", "DO"}:
             raise ValueError(f"layout {text!r}: write it as TP2, TP2xPP2xDP2, TP2+SP or DP2+DO")
         tp, pp, dp = (int(found.get(name, 1)) for name in ("TP", "PP", "DP"))

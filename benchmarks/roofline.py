@@ -20,9 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from calibration import calibrate
-from cost_model import MACHINES, PRESETS, QUANTIZER_BYTES, BadInput, Machine, Workload, predict, preset
+from cost_model import MACHINES, PRESETS, QUANTIZER_BYTES, Machine, Workload, predict, preset
+from hardware import check_outputs
 from validation import Calibrate, validate, validation_table
 
+from bitcpm_megatron import cli
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.launch.memory import GIB
 
@@ -129,27 +131,20 @@ def draw(
 def main(argv: Sequence[str] | None = None, calibrator: Calibrate = calibrate) -> int:
     """Predicts as the command line says; returns the exit status."""
     args = _parse(argv)
-    try:
-        return _validate(args.validate, calibrator) if args.validate else _predict(args, calibrator)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return cli.run(lambda: _validate(args.validate, calibrator) if args.validate else _predict(args, calibrator))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    models = presets.names()
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models, count = presets.names(), cli.Whole(1, 2**24)
     parser.add_argument("--models", nargs="+", choices=models, default=PRESETS, metavar="MODEL")
     parser.add_argument("--machines", nargs="+", choices=(*MACHINES, "cpu"), default=["910B", "H100", "cpu"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192], metavar="T", help="per micro-batch")
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 8], metavar="N", help="per optimizer step")
+    parser.add_argument("--tokens", nargs="+", type=count, default=[4096, 8192], metavar="T", help="per micro-batch")
+    parser.add_argument(
+        "--micro-batches", nargs="+", type=count, default=[1, 8], metavar="N", help="per optimizer step"
+    )
     for name in ("tp", "pp", "dp"):
-        parser.add_argument(f"--{name}", type=int, default=1)
+        parser.add_argument(f"--{name}", type=cli.Whole(1, 2**16), default=1)
     parser.add_argument("--quantizer", choices=tuple(QUANTIZER_BYTES), default="fused")
     parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--validate", type=Path, metavar="CSV", help="predicted next to measured, nothing else")
@@ -157,12 +152,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _predict(args: argparse.Namespace, calibrator: Calibrate) -> int:
-    if min(*args.tokens, *args.micro_batches, args.tp, args.pp, args.dp) < 1:
-        raise BadInput("T, n, TP, PP and DP have to be 1 or more")
-    try:
-        import matplotlib  # noqa: F401  before seconds of measuring
-    except ImportError:
-        raise BadInput("matplotlib is missing: pip install 'bitcpm_megatron[plot]'") from None
+    check_outputs(args.output_dir)
 
     def make(model: str, tokens: int, n: int) -> Workload:
         chosen = preset(model, tokens, n, args.tp, args.pp, args.dp)

@@ -16,8 +16,8 @@ Exit status: 0 done, 1 a job failed, 2 bad arguments.
 """
 
 import argparse
-import importlib.util
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,13 +28,17 @@ import host_jobs
 import processes
 import throughput_report as report
 import torch
-from hardware import best_device
+from hardware import best_device, check_outputs
 from layouts import Layout
 from plan import BASELINE, OURS, RECOMPUTE, Job, Session, model_flags, standard
 from tqdm import tqdm
 from variants import PEERS, VARIANTS
 
+from bitcpm_megatron import QuantizerConfig, cli
 from bitcpm_megatron.launch import presets
+from bitcpm_megatron.models.architecture import MAX_LAYERS
+from bitcpm_megatron.ops import backends
+from bitcpm_megatron.quantization.config import LARGEST_GROUP
 
 # glibc gives freed memory back to the system and takes fresh pages for the next tensor, now in one variant and now in
 # the other, up to a fifth of a step. All variants keep what they have.
@@ -42,7 +46,7 @@ STEADY_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": s
 JOB = Path(__file__).with_name("throughput_job.py")
 
 
-class BenchmarkError(Exception):
+class BenchmarkError(cli.FailedError):
     """A job that failed."""
 
 
@@ -51,55 +55,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     command = "python benchmarks/throughput.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    if importlib.util.find_spec("matplotlib") is None:  # before minutes of measuring
-        print("error: matplotlib is missing: pip install 'bitcpm_megatron[plot]'", file=sys.stderr)
-        return 2
-    try:
-        if args.host is not None:
-            rows = host_jobs.measure(args, *_host_model(args), ternary_flags(args))
-        else:
-            rows = measure(jobs_of(args), args.peak_tflops)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (BenchmarkError, host_jobs.HostError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    report.write(rows, args.output_dir, args.name, command.strip())
+    return cli.run(lambda: _measure(args, command.strip()))
+
+
+def _measure(args: argparse.Namespace, command: str) -> None:
+    check_outputs(args.output_dir)
+    if args.host is not None:
+        rows = host_jobs.measure(args, *_host_model(args), ternary_flags(args))
+    else:
+        rows = measure(jobs_of(args), args.peak_tflops)
+    report.write(rows, args.output_dir, args.name, command)
     line = report.last_line(rows)
     if line is not None:
         print(line)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = cli.Whole(1, 2**24)
+    names = [b.name for b in backends()]
     parser.add_argument(
         "--model", choices=["0.5b-layers", *presets.names()], help="default 0.5b-layers, on a GPU minicpm4-0.5b"
     )
-    parser.add_argument("--num-layers", type=int, help="instead of the model's")
-    parser.add_argument("--vocab-size", type=int, help="instead of the model's; default of 0.5b-layers 2048")
+    parser.add_argument("--num-layers", type=cli.Whole(1, MAX_LAYERS), help="instead of the model's")
+    parser.add_argument("--vocab-size", type=size, help="instead of the model's; default of 0.5b-layers 2048")
     parser.add_argument("--layouts", nargs="+", metavar="TP2xPP2xDP1", help="add +SP, +DO (distributed optimizer)")
-    parser.add_argument("--seq-length", type=int, help="default 256, on a GPU 4096")
-    parser.add_argument("--micro-batch-size", type=int, nargs="+", help="sequences; tokens are this times --seq-length")
-    parser.add_argument("--micro-batches", type=int, nargs="+", help="per step, default 1 8")
+    parser.add_argument("--seq-length", type=size, help="default 256, on a GPU 4096")
+    parser.add_argument(
+        "--micro-batch-size", type=size, nargs="+", help="sequences; tokens are this times --seq-length"
+    )
+    parser.add_argument("--micro-batches", type=size, nargs="+", help="per step, default 1 8")
     parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), help="default bf16 ternary ternary-no-cache")
     parser.add_argument("--peers", action="store_true", help="all peers that are installed, beside bf16 and ternary")
     parser.add_argument("--recompute", nargs="+", choices=sorted(RECOMPUTE), help="default none")
-    parser.add_argument("--pairs", type=int, help="of steps, default 40; with --host of jobs, default 6")
-    parser.add_argument("--group-size", type=int, default=-1)
-    parser.add_argument("--backend", default="auto", help="of the quantizer")
+    parser.add_argument(
+        "--pairs", type=cli.Whole(1, 10**6), help="of steps, default 40; with --host of jobs, default 6"
+    )
+    parser.add_argument("--group-size", type=cli.Whole(-1, LARGEST_GROUP), default=-1)
+    parser.add_argument("--backend", choices=["auto", *names], default="auto", help="of the quantizer")
     parser.add_argument("--host", choices=("megatron-lm",), help="instead of our own training loop")
     parser.add_argument("--megatron-path", help="a checkout, with --host")
     parser.add_argument("--mindspeed-path", help="a checkout, with --host")
     parser.add_argument(
         "--host-flags", default="", metavar="TEXT", help="of pretrain_gpt.py, more: --host-flags='--use-flash-attn ...'"
     )
-    parser.add_argument("--peak-tflops", type=float, help="of one device, for the MFU; known for A100, H100, H200")
+    parser.add_argument(
+        "--peak-tflops",
+        type=cli.Number(0, 1e9, open_minimum=True),
+        help="of one device, for the MFU; known for A100, H100, H200",
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--name", default="throughput", help="of the files that are written")
+    parser.add_argument("--name", type=_name, default="throughput", help="of the files that are written")
     return parser
 
 
@@ -150,8 +156,19 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected letters, digits, . _ -")
+    return text
+
+
 def ternary_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """What the command line says of the quantizer."""
+    """What the command line says of the quantizer.
+
+    Raises:
+        ValueError: an impossible group size, or a backend that cannot run here.
+    """
+    QuantizerConfig(group_size=args.group_size)
     return ("--ternary-group-size", str(args.group_size), "--ternary-backend", args.backend)
 
 

@@ -22,6 +22,8 @@ import torch
 from meters import CollectiveBytes, live_copies, memory
 from variants import VARIANTS, Variant, check_peers_use_their_weight, install_peer
 
+from bitcpm_megatron import cli
+from bitcpm_megatron.files import read_json
 from bitcpm_megatron.tensor_parallel import ternary_modules
 from bitcpm_megatron.training.arguments import parse_args
 from bitcpm_megatron.training.checkpoint import Progress
@@ -228,15 +230,21 @@ def _keep_to_own_cores(rank: int, ranks: int) -> None:
 
 def main() -> int:
     """Reads the plan, writes the results; returns the exit status."""
-    plan, output = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+    if len(sys.argv) != 3:
+        cli.complain("throughput_job.py is started by throughput.py, with a plan and a place for the results")
+        return cli.BAD_INPUT
+    return cli.run(lambda: _carry_out(read_json(Path(sys.argv[1])), Path(sys.argv[2])))
+
+
+def _carry_out(plan: dict, output: Path) -> None:
+    ranks = cli.from_environment("LOCAL_WORLD_SIZE", cli.Whole(), 1)
     if world_size() > 1 and not torch.cuda.is_available():
-        _keep_to_own_cores(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+        _keep_to_own_cores(cli.from_environment("LOCAL_RANK", cli.Whole(0), 0), ranks)
     initialize(parse_args(plan["flags"], world_size()))
     results = work(plan)
     if torch.distributed.get_rank() == 0:
         output.write_text(json.dumps(results), encoding="utf-8")
     shutdown()
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import importlib.util
 import platform
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
-from . import __version__
+from . import __version__, cli
 from .ops import active_backend, backends
 from .ops.self_test import self_test
 
@@ -41,8 +42,13 @@ def _devices() -> list[str]:
     return ["cpu"] + [d for d in ("cuda", "npu") if hasattr(torch, d) and getattr(torch, d).is_available()]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns 3 if a backend disagrees with the reference."""
+    cli.Parser(prog="python -m bitcpm_megatron", description=__doc__).parse_args(argv)
+    return cli.run(_report)
+
+
+def _report() -> int:
     print(f"bitcpm_megatron {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("packages: " + ", ".join(f"{p} {_version(p)}" for p in _PACKAGES))
     healthy = True
@@ -59,7 +65,7 @@ def main() -> int:
             print(f"{device}: backend {backend.name}: available; self-test: {verdict}")
         choice = active_backend(device)
         print(f"{device}: would use {choice.backend.name} ({choice.reason})")
-    return 0 if healthy else 3
+    return cli.DONE if healthy else cli.MISMATCH
 
 
 if __name__ == "__main__":

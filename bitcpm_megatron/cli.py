@@ -29,7 +29,10 @@ TRACEBACK = "BITCPM_TRACEBACK"
 # torchrun looks after its processes ten times a second, and ends all of them when one has failed.
 _SECONDS_FOR_RANK_0 = 3.0
 # The user named something that is not what it should be; other errors of the system are not the user's.
-_BAD_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+_BAD_PATH = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+}
 _WHOLE = re.compile(r"[+-]?[0-9]{1,25}")
 
 

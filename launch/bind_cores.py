@@ -26,9 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     """Binds this process and becomes the script; returns 2 without one."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
-        print("error: bind_cores.py needs a script to run", file=sys.stderr)
-        return 2
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return _refuse("bind_cores.py needs a script to run")
+    local = os.environ.get("LOCAL_RANK") or "0"
+    if not re.fullmatch(r"[0-9]{1,5}", local):
+        return _refuse(f"the environment variable LOCAL_RANK holds {local!r}: expected a whole number from 0")
+    rank = int(local)
     affinity = affinity_from_smi() or affinity_from_sysfs()
     device = visible_device(rank, os.environ)
     cores = plan(affinity, os.sched_getaffinity(0), device)
@@ -39,6 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         why = f"NPU {device} has no cores that may be used" if affinity else "no NPU found"
         print(f"bind_cores: local rank {rank}: {why}, nothing bound", flush=True)
     os.execv(sys.executable, [sys.executable, *argv])
+
+
+def _refuse(message: str) -> int:
+    # Not by the handler of the other commands: importing the package would load torch, seconds before the script.
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 def plan(affinity: Mapping[int, set[int]], allowed: set[int], device: int) -> set[int]:
@@ -63,7 +71,7 @@ def plan(affinity: Mapping[int, set[int]], allowed: set[int], device: int) -> se
 
 def visible_device(rank: int, environ: Mapping[str, str]) -> int:
     """The NPU of a local rank: ``ASCEND_RT_VISIBLE_DEVICES`` may have renumbered them."""
-    visible = [part for part in environ.get("ASCEND_RT_VISIBLE_DEVICES", "").split(",") if part.strip().isdigit()]
+    visible = [part for part in environ.get("ASCEND_RT_VISIBLE_DEVICES", "").split(",") if part.strip().isdecimal()]
     return int(visible[rank]) if rank < len(visible) else rank
 
 

@@ -22,6 +22,9 @@ if __package__ in (None, ""):
 
 import numpy as np
 
+from bitcpm_megatron.cli import FailedError, MismatchError, Parser, Whole
+from bitcpm_megatron.cli import run as handled
+from bitcpm_megatron.files import directory_mistake
 from bitcpm_megatron.quantization.record import QuantizerRecord
 from bitcpm_megatron.training.checkpoint_directory import latest
 from bitcpm_megatron.training.metrics import plot_losses, read_metrics
@@ -42,7 +45,7 @@ MODEL = """
 """.split()
 
 
-class DemoError(RuntimeError):
+class DemoError(FailedError):
     """A part of the demo failed."""
 
 
@@ -62,7 +65,7 @@ def run(title: str, command: list[str], log: Path, show: bool = True) -> str:
                 print(line, end="", flush=True)
     log.write_text("".join(lines), encoding="utf-8")
     if process.returncode:
-        raise DemoError(f"{title}: exit status {process.returncode}; its output is in {log}")
+        raise DemoError(f"demo: FAILED: {title}: exit status {process.returncode}; its output is in {log}")
     return "".join(lines)
 
 
@@ -114,42 +117,43 @@ def unigram_entropy(prefix: Path) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=CHECKOUT / "runs" / "demo", metavar="DIR")
-    parser.add_argument("--train-iters", type=int, default=200)
+    parser.add_argument("--train-iters", type=Whole(50, 10**6), default=200, help="less than 50 is no training")
     args = parser.parse_args(argv)
-    if args.train_iters < 50:
-        parser.error("--train-iters must be 50 or more: less is no training")
+    mistake = directory_mistake(args.output)
+    if mistake is not None:
+        parser.error(f"--output {args.output}: {mistake}")
+    return handled(lambda: _demo(args))
+
+
+def _demo(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     out = args.output.resolve() / time.strftime("%Y%m%d-%H%M%S")
     out.mkdir(parents=True)
-    try:
-        prepare(out)
-        losses = {
-            "BF16": train(out, "bf16", args.train_iters, []),
-            "ternary": train(out, "ternary", args.train_iters, ["--ternary", "--ternary-telemetry-interval", "20"]),
-        }
-        sample = run(
-            "sample from the ternary weights",
-            [
-                *torchrun("launch/generate.py"),
-                "--load",
-                str(out / "ternary" / "checkpoint"),
-                "--num-tokens",
-                "40",
-                "--temperature",
-                "0.7",
-                "--prompt",
-                *PROMPTS,
-            ],
-            out / "sample.txt",
-        )
-        record = QuantizerRecord.read(latest(out / "ternary" / "checkpoint"))
-        if record is None or not record.modules or not sample.strip():
-            raise DemoError("the ternary checkpoint holds no quantizer record, or no text came of it")
-    except DemoError as error:
-        print(f"demo: FAILED: {error}", file=sys.stderr)
-        return 1
+    prepare(out)
+    losses = {
+        "BF16": train(out, "bf16", args.train_iters, []),
+        "ternary": train(out, "ternary", args.train_iters, ["--ternary", "--ternary-telemetry-interval", "20"]),
+    }
+    sample = run(
+        "sample from the ternary weights",
+        [
+            *torchrun("launch/generate.py"),
+            "--load",
+            str(out / "ternary" / "checkpoint"),
+            "--num-tokens",
+            "40",
+            "--temperature",
+            "0.7",
+            "--prompt",
+            *PROMPTS,
+        ],
+        out / "sample.txt",
+    )
+    record = QuantizerRecord.read(latest(out / "ternary" / "checkpoint"))
+    if record is None or not record.modules or not sample.strip():
+        raise DemoError("demo: FAILED: the ternary checkpoint holds no quantizer record, or no text came of it")
     entropy = unigram_entropy(out / "data" / "valid_text_document")
     plot_losses({"BF16": out / "bf16", "ternary": out / "ternary"}, out / "loss.png", {"unigram entropy": entropy})
     ratio = losses["ternary"] / losses["BF16"]
@@ -161,12 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"ternary / BF16 {ratio:.4f}; {len(record.modules)} ternary modules; {time.perf_counter() - started:.0f} s")
     print(f"curves: {out / 'loss.png'}; what the quantizer did: {out / 'ternary' / 'ternary.png'}")
     if not losses["ternary"] < entropy or not ratio <= TOLERANCE:
-        print(
-            "demo: FAILED: the ternary validation loss is not below the entropy, or too far above BF16", file=sys.stderr
-        )
-        return 3
+        raise MismatchError("demo: FAILED: the ternary validation loss is not below the entropy, or too far above BF16")
     print("demo: ok")
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,52 +14,72 @@ if __package__ in (None, ""):
 
 import torch
 
-from bitcpm_megatron.training.checkpoint_directory import CheckpointError, latest
-from bitcpm_megatron.training.data import build_tokenizer
+from bitcpm_megatron import cli
+from bitcpm_megatron.training.checkpoint_directory import latest
+from bitcpm_megatron.training.data import Tokenizer, build_tokenizer
 from bitcpm_megatron.training.generate import generate, load_for_inference
-from bitcpm_megatron.training.initialize import shutdown
+from bitcpm_megatron.training.initialize import shutdown, world_size
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line; a bad one ends the process with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="DIR", help="the --save directory of a run")
     parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model, default the run's")
-    parser.add_argument("--num-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.num_tokens < 1 or args.temperature < 0:
-        parser.error("--num-tokens must be 1 or more, and --temperature 0 or more")
-    return args
+    parser.add_argument("--num-tokens", type=cli.Whole(1, 2**20), default=64)
+    parser.add_argument("--temperature", type=cli.Number(0, 1000), default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=cli.Whole(0, 2**32 - 1), default=0)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints one continuation per prompt on rank 0; returns the exit status."""
     args = parse_arguments(argv)
-    try:
-        path = latest(args.load)
-        if path is None:
-            raise ValueError(f"no checkpoint in {args.load}")
-        run, model = load_for_inference(path)
-        run.tokenizer_model = args.tokenizer_model or run.tokenizer_model
-        if run.tokenizer_model is None and not run.mock_data:
-            raise ValueError(f"{path} does not say which tokenizer it is for: give --tokenizer-model FILE")
-        tokenizer, _ = build_tokenizer(run)
-        context = run.seq_length if hasattr(run, "seq_length") else run.max_position_embeddings
-        for prompt in args.prompt:
-            ids = tokenizer.tokenize(prompt)
-            if not ids:
-                raise ValueError(f"the prompt {prompt!r} has no token")
-            new = generate(model, ids, args.num_tokens, context, tokenizer.vocab_size, args.temperature, args.seed)
-            if torch.distributed.get_rank() == 0:
-                print(tokenizer.detokenize(ids + new), flush=True)
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.run(lambda: _generate(args))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    world_size()
+    path = latest(args.load)
+    if path is None:
+        raise ValueError(f"--load {args.load}: there is no checkpoint")
+    run, model = load_for_inference(path)
+    tokenizer = _tokenizer(run, args.tokenizer_model, path)
+    context = run.seq_length if hasattr(run, "seq_length") else run.max_position_embeddings
+    for prompt in args.prompt:
+        ids = tokenizer.tokenize(prompt)
+        if not ids:
+            raise ValueError(f"--prompt {prompt!r} has no token")
+        new = generate(model, ids, args.num_tokens, context, tokenizer.vocab_size, args.temperature, args.seed)
+        if torch.distributed.get_rank() == 0:
+            print(tokenizer.detokenize(ids + new), flush=True)
     shutdown()
-    return 0
+
+
+def _tokenizer(run: argparse.Namespace, given: str | None, path: Path) -> Tokenizer:
+    """The run's tokenizer, or another file that can be it.
+
+    Raises:
+        ValueError: there is none, or one of another size, whose pieces stand for other rows of the embedding.
+    """
+    recorded, trained = run.tokenizer_model, run.vocab_size
+    if run.mock_data and given is not None:
+        raise ValueError(f"{path} was trained on mock data, whose tokens are numbers: leave out --tokenizer-model")
+    run.tokenizer_model = given or recorded
+    if run.tokenizer_model is None and not run.mock_data:
+        raise ValueError(f"{path} does not say which tokenizer it is for: give --tokenizer-model FILE")
+    # A run may have more rows than its own tokenizer has pieces (--vocab-size); with another file that is a mistake.
+    if not run.mock_data:
+        run.vocab_size = None
+    tokenizer, _ = build_tokenizer(run)
+    pieces = tokenizer.vocab_size
+    if pieces > trained or (pieces < trained and given is not None and given != recorded):
+        raise ValueError(
+            f"the tokenizer {run.tokenizer_model} has {pieces:,} pieces, and {path} was trained for {trained:,}: give "
+            f"the run's own --tokenizer-model" + (f" ({recorded})" if recorded else "")
+        )
+    return tokenizer
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ if __package__ in (None, ""):
     # From a bare checkout the package stands two levels up.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bitcpm_megatron import cli
 from bitcpm_megatron.launch import (
     checks_checkpoint,
     checks_cluster,
@@ -30,7 +31,7 @@ from bitcpm_megatron.launch import (
 from bitcpm_megatron.launch.cluster import Placement
 from bitcpm_megatron.launch.command import host_argv
 from bitcpm_megatron.launch.findings import Finding, Subject, prepare
-from bitcpm_megatron.launch.job import Job, JobError, read_job
+from bitcpm_megatron.launch.job import Job, read_job
 
 _CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     checks_cluster.check,
@@ -46,13 +47,13 @@ _WIDTH = 116
 def main(argv: list[str] | None = None) -> int:
     """Checks one job; returns the exit status."""
     args = _parser().parse_args(argv)
-    try:
-        job = read_job(args.job, args.set)
-        host_argv(job)
-        found = findings(prepare(job, node_rank=args.node_rank))
-    except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.run(lambda: _check(args))
+
+
+def _check(args: argparse.Namespace) -> int:
+    job = read_job(args.job, args.set)
+    host_argv(job)
+    found = findings(prepare(job, node_rank=args.node_rank))
     if args.json:
         print(json.dumps({"job": str(job.path), "findings": [vars(f) for f in found]}, indent=1))
     else:
@@ -94,12 +95,10 @@ def table(job: Job, found: list[Finding]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", metavar="JOB.yaml")
     parser.add_argument("--json", action="store_true", help="for machines: every finding as an object")
-    parser.add_argument("--node-rank", type=int, metavar="N", help="number of this node, from 0")
+    parser.add_argument("--node-rank", type=cli.Whole(0, 2**16), metavar="N", help="number of this node, from 0")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change the job file")
     return parser
 

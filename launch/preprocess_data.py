@@ -34,10 +34,11 @@ try:
 except ModuleNotFoundError:  # started as a script from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bitcpm_megatron import cli
 from bitcpm_megatron.training.corpus import FORM_FEED, TEXT_KEY, detect_format, document_split, read_documents
 from bitcpm_megatron.training.python_prose import python_prose
 from bitcpm_megatron.training.token_files import refuse_existing, write_corpus
-from bitcpm_megatron.training.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from bitcpm_megatron.training.tokenizer import LARGEST_VOCABULARY, SentencePieceTokenizer, train_sentencepiece
 
 # A pass over the corpus: the argument names it in the progress bar.
 Corpus = Callable[[str], Iterator[dict[str, str]]]
@@ -45,9 +46,7 @@ Corpus = Callable[[str], Iterator[dict[str, str]]]
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; a bad one ends the process with code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("input").add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", type=Path, metavar="FILE", help="text or JSON Lines files, plain or .gz")
     source.add_argument(
@@ -75,7 +74,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="take all documents, or one side of a fixed split by the hash of each document (default: all)",
     )
     reading.add_argument(
-        "--valid-fraction", type=float, metavar="F", help="share of the documents in --split valid (default: 0.05)"
+        "--valid-fraction",
+        type=cli.Number(0, 1, open_minimum=True, open_maximum=True),
+        metavar="F",
+        help="share of the documents in --split valid (default: 0.05)",
     )
     tokens = parser.add_argument_group("tokenizer")
     model = tokens.add_mutually_exclusive_group(required=True)
@@ -83,12 +85,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--train-tokenizer", type=Path, metavar="MODEL", help="train one on the documents and write it here"
     )
-    tokens.add_argument("--vocab-size", type=int, metavar="N", help="number of pieces for --train-tokenizer")
+    tokens.add_argument(
+        "--vocab-size",
+        type=cli.Whole(1, LARGEST_VOCABULARY),
+        metavar="N",
+        help="number of pieces for --train-tokenizer",
+    )
     tokens.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     output = parser.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="leading part of the output names")
     output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
-    output.add_argument("--workers", type=int, default=1, metavar="N", help="tokenizer threads (default: 1)")
+    output.add_argument(
+        "--workers", type=cli.Whole(1, 1024), default=1, metavar="N", help="tokenizer threads (default: 1)"
+    )
     args = parser.parse_args(argv)
     problem = _problem(args)
     if problem:
@@ -105,8 +114,6 @@ def _problem(args: argparse.Namespace) -> str | None:
         return "--train-tokenizer and --vocab-size go together; a given --tokenizer-model has its own size"
     if args.valid_fraction is not None and args.split == "all":
         return "--valid-fraction needs --split train or --split valid"
-    if args.workers < 1:
-        return "--workers must be at least 1"
     if args.builtin_corpus and (args.json_keys or args.document_separator is not None or args.input_format != "auto"):
         return "--json-keys, --document-separator and --input-format are for --input, not for --builtin-corpus"
     return None
@@ -188,18 +195,7 @@ def _train_tokenizer(corpus: Corpus, args: argparse.Namespace) -> SentencePieceT
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 failed, 2 bad input (bad arguments exit with 2, too)."""
     args = parse_arguments(argv)
-    try:
-        prepare(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError, ImportError) as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted before the output was complete", file=sys.stderr)
-        return 1
-    return 0
+    return cli.run(lambda: prepare(args))
 
 
 def _interrupt(signal_number: int, frame: object) -> None:

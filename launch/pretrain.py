@@ -15,37 +15,24 @@ if __package__ in (None, ""):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one training job in this process; returns the exit status."""
+    from bitcpm_megatron import cli
+
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    return cli.run(lambda: _train(sys.argv[1:] if argv is None else argv))
+
+
+def _train(argv: list[str]) -> None:
     # Imported here and not above: at each save megatron-core's checkpoint writer starts a helper process that imports
     # this file again, and would import megatron with it, for seconds.
     from bitcpm_megatron.launch import presets
-    from bitcpm_megatron.tensor_parallel import ProbeError
     from bitcpm_megatron.training.arguments import parse_args
-    from bitcpm_megatron.training.checkpoint_directory import CheckpointError
     from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
-    from bitcpm_megatron.training.loop import TrainingError, pretrain
+    from bitcpm_megatron.training.loop import pretrain
 
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    try:
-        argv = presets.expand(sys.argv[1:] if argv is None else argv)
-    except presets.PresetError as error:
-        return _failed(error, 2)
-    args = parse_args(argv, world_size())
+    args = parse_args(presets.expand(argv), world_size())
     initialize(args)
-    try:
-        pretrain(args)
-    except TrainingError as error:
-        return _failed(error, 1)
-    except ProbeError as error:
-        return _failed(error, 3)
-    except (CheckpointError, ValueError, FileNotFoundError) as error:
-        return _failed(error, 2)
+    pretrain(args)
     shutdown()
-    return 0
-
-
-def _failed(error: Exception, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return status
 
 
 # Without the guard that helper process would train as well, and hang.

@@ -22,33 +22,33 @@ if __package__ in (None, ""):
     # From a bare checkout the package stands two levels up.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bitcpm_megatron import cli
 from bitcpm_megatron.launch import environment
-from bitcpm_megatron.launch.cluster import ClusterError, Placement, detect
+from bitcpm_megatron.launch.cluster import Placement, detect
 from bitcpm_megatron.launch.command import environment as child_environment
 from bitcpm_megatron.launch.command import resume, torchrun
-from bitcpm_megatron.launch.job import Job, JobError, read_job
-from bitcpm_megatron.launch.network import NetworkError, choose_interface, interfaces
-from bitcpm_megatron.training.checkpoint_directory import CheckpointError
+from bitcpm_megatron.launch.job import Job, read_job
+from bitcpm_megatron.launch.network import choose_interface, interfaces
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints this node's command, or becomes it; returns the exit status."""
     args = _parser().parse_args(argv)
-    try:
-        job = read_job(args.job, args.set)
-        place = detect(job.cluster, os.environ, args.node_rank)
-        interface = choose_interface(job.cluster)
-        profile = environment.read_profile(job.cluster.profile)
-        settings = environment.resolve(profile, job.cluster, os.environ, interface)
-        job.arguments()
-        command = torchrun(job, place, _local_address(place, interface))
-        print(f"job: {job.name}: {job.description}\n{_place(job, place, interface)}")
-        print(f"environment (profile {profile.name}):\n{environment.table(settings)}")
-        print(f"checkpoints: {resume(job).line}")
-        print(f"command:\n  {display(command)}", flush=True)
-    except (JobError, ClusterError, NetworkError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    return cli.run(lambda: _start(args))
+
+
+def _start(args: argparse.Namespace) -> int:
+    job = read_job(args.job, args.set)
+    place = detect(job.cluster, os.environ, args.node_rank)
+    interface = choose_interface(job.cluster)
+    profile = environment.read_profile(job.cluster.profile)
+    settings = environment.resolve(profile, job.cluster, os.environ, interface)
+    job.arguments()
+    command = torchrun(job, place, _local_address(place, interface))
+    print(f"job: {job.name}: {job.description}\n{_place(job, place, interface)}")
+    print(f"environment (profile {profile.name}):\n{environment.table(settings)}")
+    print(f"checkpoints: {resume(job).line}")
+    print(f"command:\n  {display(command)}", flush=True)
     if args.print:
         return 0
     if args.preflight:
@@ -72,12 +72,10 @@ def display(command: Sequence[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", metavar="JOB.yaml")
     parser.add_argument("--print", action="store_true", help="show the command and the environment, start nothing")
-    parser.add_argument("--node-rank", type=int, metavar="N", help="number of this node, from 0")
+    parser.add_argument("--node-rank", type=cli.Whole(0, 2**16), metavar="N", help="number of this node, from 0")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change the job file")
     parser.add_argument(
         "--preflight", action="store_true", help="check the job on this node first, and stop if it fails"

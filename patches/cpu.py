@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import os
 import sys
 import types
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.utils._device
 
+from ..cli import Whole, from_environment
 from . import replace
 
 _FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "tensor", "zeros")
@@ -234,7 +234,7 @@ def pretend_cuda() -> None:
     properties = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0)
     replace(torch.cuda, "get_device_properties", lambda _: lambda device=None: properties)
     replace(torch.cuda, "is_available", lambda _: lambda: True)
-    replace(torch.cuda, "device_count", lambda _: lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    replace(torch.cuda, "device_count", lambda _: lambda: from_environment("LOCAL_WORLD_SIZE", Whole(1), 1))
 
 
 class _CpuStream:

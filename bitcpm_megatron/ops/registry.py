@@ -58,8 +58,7 @@ def set_backend(name: str, device_type: str) -> Choice:
     """Makes ``name`` (or ``"auto"``) serve the op from now on.
 
     Raises:
-        ValueError: no such backend.
-        RuntimeError: the backend cannot run on ``device_type``, with the reason and the alternatives.
+        ValueError: no such backend, or it cannot run on ``device_type``, with the reason and the alternatives.
     """
     global _requested
     if name != "auto" and name not in _BACKENDS:
@@ -79,7 +78,7 @@ def active_backend(device_type: str) -> Choice:
     """The backend that serves a device type now.
 
     Raises:
-        RuntimeError: the requested backend cannot run there.
+        ValueError: the requested backend cannot run there.
     """
     choice = _choices.get(device_type)
     if choice is None:
@@ -92,7 +91,7 @@ def _choose(device_type: str) -> Choice:
     able = [b for b in backends() if reasons[b.name] is None]
     if _requested != "auto":
         if reasons[_requested] is not None:
-            raise RuntimeError(
+            raise ValueError(
                 f"backend {_requested!r} was asked for and cannot run on {device_type}: {reasons[_requested]}; "
                 f"available there: {[b.name for b in able]}"
             )

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..cli import MismatchError
 from ..patches import megatron_core
 from ..quantization import quantize_dequantize
 from .cache import find_attached
@@ -28,7 +29,7 @@ _WATCH = "_ternary_watch"
 _NAMED = 32
 
 
-class ProbeError(RuntimeError):
+class ProbeError(MismatchError):
     """A layer that should be ternary computes with another weight, or is not used."""
 
 

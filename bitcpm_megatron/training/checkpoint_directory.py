@@ -18,14 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import publish, write_text
+from ..files import FileError, publish, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _ARGUMENTS = "arguments.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FileError):
     """A checkpoint that cannot be used as asked."""
 
 

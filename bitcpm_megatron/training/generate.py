@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from ..quantization.record import QuantizerRecord
 from ..tensor_parallel.record import recipe_of
 from . import checkpoint
-from .arguments import defaults
+from .arguments import divisors, recorded
 from .checkpoint_directory import saved_arguments
 from .initialize import device, initialize, world_size
 from .model import Model, build_model
@@ -30,9 +30,10 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
         The arguments of the run that wrote it, and the model.
 
     Raises:
-        ValueError: this number of processes does not fit the model or its row-parallel shards.
+        ValueError: this number of processes does not fit the model or its row-parallel shards, or what the checkpoint
+            says of its run cannot be.
     """
-    args = argparse.Namespace(**{**defaults(), **saved_arguments(path)})
+    args = recorded(saved_arguments(path), str(path))
     args.tensor_model_parallel_size = world_size()
     args.pipeline_model_parallel_size = args.data_parallel_size = 1
     args.num_virtual_stages_per_pipeline_rank = None
@@ -47,7 +48,10 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
         args.ternary_row_parallel_shards = record.row_parallel_shards
         args.ternary_activation_bits = record.activation_bits
     if args.num_query_groups % args.tensor_model_parallel_size:
-        raise ValueError(f"{world_size()} processes do not divide the model's {args.num_query_groups} query groups")
+        fitting = ", ".join(map(str, divisors(args.num_query_groups)))
+        raise ValueError(
+            f"{world_size()} processes do not divide the model's {args.num_query_groups} query groups: use {fitting}"
+        )
     if args.vocab_size is None:
         raise ValueError(f"{path} does not say how large its vocabulary is")
     initialize(args)
@@ -84,7 +88,12 @@ def generate(
 
     Returns:
         The new tokens.
+
+    Raises:
+        ValueError: a prompt without tokens, or with one that is none of the vocabulary.
     """
+    if not prompt or not all(0 <= token < vocab_size for token in prompt):
+        raise ValueError(f"a prompt of {len(prompt)} tokens: give one or more, from 0 to {vocab_size - 1}")
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(count):
@@ -94,9 +103,11 @@ def generate(
         logits = gather_from_tensor_model_parallel_region(
             logits, group=parallel_state.get_tensor_model_parallel_group()
         )
-        logits = logits[0, :vocab_size].float().cpu()
+        logits = logits[0, :vocab_size].double().cpu()
         if temperature > 0:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            # Of the differences to the largest: however small the temperature is, that one is no infinity.
+            likelihood = ((logits - logits.max()) / temperature).softmax(-1)
+            token = int(torch.multinomial(likelihood, 1, generator=generator))
         else:
             token = int(logits.argmax())
         tokens.append(token)

@@ -10,12 +10,22 @@ import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
+from ..cli import Whole, from_environment
 from ..patches import cpu, megatron_core
 
 
 def world_size() -> int:
-    """Number of processes of this job, as ``torchrun`` says; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes of this job, as ``torchrun`` says; 1 without it.
+
+    Raises:
+        ValueError: what the environment says of this process's place is no number, or not of this job.
+    """
+    world = from_environment("WORLD_SIZE", Whole(1, 2**20), 1)
+    from_environment("LOCAL_RANK", Whole(0, world - 1), 0)
+    from_environment("MASTER_PORT", Whole(0, 65535), None)
+    if from_environment("RANK", Whole(0, world - 1), None) is None and world > 1:
+        raise ValueError(f"WORLD_SIZE is {world}, and RANK is not set: start the processes with torchrun")
+    return world
 
 
 def device() -> torch.device:
@@ -26,7 +36,7 @@ def device() -> torch.device:
 def initialize(args: argparse.Namespace) -> None:
     """Patches the host, joins the process group, builds the parallel groups and seeds every generator."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(from_environment("LOCAL_RANK", Whole(0), 0))
     else:
         cpu.install()
     megatron_core.allow_sequence_parallel_torch_norm()
@@ -47,7 +57,7 @@ def initialize(args: argparse.Namespace) -> None:
 
 def _join(args: argparse.Namespace) -> None:
     timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):
         torch.distributed.init_process_group(args.distributed_backend, timeout=timeout)
     else:
         store = torch.distributed.HashStore()

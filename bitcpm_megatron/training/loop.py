@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ..cli import FailedError
 from ..quantization import scales_are_finite
 from ..quantization.record import QuantizerRecord
 from ..tensor_parallel import Telemetry
@@ -36,7 +37,7 @@ from .report import RunReport, StepResult
 _CURE = "Resume from the last checkpoint with a lower --lr (and --override-opt-param-scheduler) or --clip-grad"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(FailedError):
     """Training cannot go on; the last checkpoint stands."""
 
 

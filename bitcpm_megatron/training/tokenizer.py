@@ -20,8 +20,11 @@ from pathlib import Path
 
 import sentencepiece
 
+from ..cli import FailedError
 from ..files import publish
 
+LARGEST_VOCABULARY = 1_000_000
+"""Pieces that are trained at most: far above any, and what SentencePiece still answers within seconds."""
 # The trainer silently drops sentences above its own limit, so longer lines are cut into chunks of this many characters.
 _MAX_LINE_CHARACTERS = 2000
 _MAX_SENTENCE_BYTES = 4 * _MAX_LINE_CHARACTERS
@@ -42,9 +45,12 @@ class SentencePieceTokenizer:
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
         path = Path(model_path)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such tokenizer model; give the path of a SentencePiece .model file")
-        model = path.read_bytes()
+        try:
+            if not path.is_file():
+                raise ValueError(f"{path}: no such tokenizer model; give the path of a SentencePiece .model file")
+            model = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; give the path of a SentencePiece .model file") from None
         self._processor = _load(model)
         if self._processor is None:
             raise ValueError(f"{path}: not a SentencePiece model; give the .model file that SentencePiece wrote")
@@ -222,8 +228,8 @@ def train_sentencepiece(
     """
     if max_lines <= 100:
         raise ValueError(f"a sample of {max_lines} lines is too small to train on; take more than 100")
-    if vocab_size < 1:
-        raise ValueError(f"a vocabulary of {vocab_size} pieces is none; give a positive --vocab-size")
+    if not 1 <= vocab_size <= LARGEST_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab_size} pieces: give a --vocab-size from 1 to {LARGEST_VOCABULARY}")
     lines = _TrainingLines(texts)
     model = io.BytesIO()
     try:
@@ -305,7 +311,7 @@ class _TrainingLines:
 
 
 def _explained(error: RuntimeError, vocab_size: int, lines: int) -> Exception:
-    """Return a `ValueError` with a cure where the trainer's message is a known one, else the error itself."""
+    """Return a `ValueError` with a cure where the trainer's message is a known one, else one that quotes it."""
     message = str(error)
     if lines == 0 or "sentences_.empty()" in message:
         return ValueError("no text to train a tokenizer on; give input that is not empty")
@@ -319,4 +325,4 @@ def _explained(error: RuntimeError, vocab_size: int, lines: int) -> Exception:
             f"a vocabulary of {vocab_size} pieces cannot hold 256 bytes, the special pieces and the characters of the "
             f"text; give at least {match[1]} (--vocab-size)"
         )
-    return error
+    return FailedError(f"SentencePiece could not train the tokenizer: {message}")

@@ -276,7 +276,7 @@ def test_a_backend_that_is_not_there_is_refused(megatron, monkeypatch) -> None:
     monkeypatch.setattr(registry, "_choices", {})
     job = megatron()
     adapt()
-    with pytest.raises(RuntimeError, match="'absent' was asked for and cannot run on cpu: not built"):
+    with pytest.raises(ValueError, match="'absent' was asked for and cannot run on cpu: not built"):
         job.run(["--ternary", "--ternary-backend", "absent"])
 
 

@@ -248,10 +248,10 @@ def test_command_reports_bad_input_with_code_2_and_writes_nothing(
     assert list(corpus_file.parent.iterdir()) == [corpus_file]
 
 
-def test_command_fails_with_code_1_where_it_cannot_write(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_refuses_a_place_where_it_cannot_write(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(corpus_file / "tokenizer.model")  # a file where a folder must be
-    assert main(command(corpus_file, "--train-tokenizer", model, "--vocab-size", "310")) == 1
-    assert "failed: " in capsys.readouterr().err
+    assert main(command(corpus_file, "--train-tokenizer", model, "--vocab-size", "310")) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_command_keeps_an_existing_tokenizer(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,8 @@ def test_a_vocabulary_below_the_bytes_is_an_error_whose_cure_works(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("texts", "vocab_size", "message"), [([], VOCAB, "no text"), (["\n"], VOCAB, "no text"), (TEXTS, 0, "positive")]
+    ("texts", "vocab_size", "message"),
+    [([], VOCAB, "no text"), (["\n"], VOCAB, "no text"), (TEXTS, 0, "from 1 to 1000000")],
 )
 def test_training_refuses(tmp_path: Path, texts: list[str], vocab_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
