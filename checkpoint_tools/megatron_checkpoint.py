@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
-from ..files import read_json, read_text
+from ..files import read_json
 from ..quantization.record import SCALE_SUFFIX, QuantizerRecord
-from ..training.checkpoint_directory import RELEASE, TRACKER, iteration_directory
+from ..training.checkpoint_directory import TRACKER, CheckpointError, tracked
 from .legacy import LegacyReader
 from .tensors import ConversionError, TensorInfo
 from .torch_dist import TorchDistReader, read_common
 from .weights import EMBEDDING, OTHER_NAMES, OUTPUT, MegatronTensor, unshard
 
 # Beside the weights a run saves how to go on; none of it is part of the model.
-_ITERATION = re.compile(r"[0-9]{1,18}")
 _LAYER = re.compile(r"decoder\.layers\.([0-9]{1,9})\.(.+)")
 _NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|_extra_state|^rng_state|^rerun_state|^opt_param_scheduler|rotary_pos_emb")
 
@@ -32,15 +31,17 @@ def locate(directory: Path) -> Path:
     """
     if (directory / "metadata.json").is_file() or any(directory.glob("mp_rank_*")):
         return directory
-    tracker = directory / TRACKER
-    if not tracker.is_file():
+    try:
+        name = tracked(directory)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from None
+    if name is None:
         raise ConversionError(f"{directory} is no Megatron checkpoint: it has neither {TRACKER} nor tensors")
-    text = read_text(tracker).strip()
-    if text != RELEASE and not _ITERATION.fullmatch(text):
-        raise ConversionError(f"{tracker} holds {text[:40]!r} and no iteration number")
-    found = directory / RELEASE if text == RELEASE else iteration_directory(directory, int(text))
+    found = directory / name
     if not (found / "metadata.json").is_file() and not any(found.glob("mp_rank_*")):
-        raise ConversionError(f"{tracker} names {found}, which is no complete checkpoint: give the directory of one")
+        raise ConversionError(
+            f"{directory / TRACKER} names {found}, which is no complete checkpoint: give the directory of one"
+        )
     return found
 
 

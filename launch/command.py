@@ -9,7 +9,15 @@ from pathlib import Path
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.launch.cluster import Placement
 from bitcpm_megatron.launch.job import MEGATRON_LM, Job, JobError, as_argv
-from bitcpm_megatron.training.checkpoint_directory import RELEASE, TRACKER, CheckpointError, latest
+from bitcpm_megatron.training.checkpoint_directory import (
+    RELEASE,
+    TRACKER,
+    CheckpointError,
+    iteration_of,
+    latest,
+    tracked,
+    tracker_cure,
+)
 
 _LAUNCH = Path(__file__).resolve().parent
 _UPSTREAM_NAMES = {
@@ -115,7 +123,7 @@ def resume(job: Job) -> Resume:
     """Where the job will start, as its host will find it.
 
     Raises:
-        CheckpointError: the tracker names a checkpoint that is not complete.
+        CheckpointError: see :func:`~bitcpm_megatron.training.checkpoint_directory.latest`.
     """
     directory = job.flags.get("load") or job.flags.get("save")
     if directory is None:
@@ -127,25 +135,26 @@ def resume(job: Job) -> Resume:
         return Resume(None, f"{directory} holds no checkpoint: {anew}")
     if found.name == RELEASE:
         return Resume(None, f"starts from the weights in {found}, at iteration 0")
-    return Resume(int(found.name.removeprefix("iter_")), f"goes on from {found}")
+    return Resume(iteration_of(found), f"goes on from {found}")
 
 
 def latest_of(job: Job, directory: str) -> Path | None:
     """The newest checkpoint in a directory as the job's host would find it, or None.
 
     Raises:
-        CheckpointError: the tracker names a checkpoint that is not complete.
+        CheckpointError: see :func:`~bitcpm_megatron.training.checkpoint_directory.latest`.
     """
     if job.host.kind != MEGATRON_LM:
         return latest(directory)
     # Megatron-LM reads its legacy format as well, which our loop's check would refuse.
-    tracker = Path(directory) / TRACKER
-    if not tracker.is_file():
+    name = tracked(Path(directory))
+    if name is None:
         return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    path = Path(directory) / (RELEASE if text == RELEASE else f"iter_{text.zfill(7)}")
+    path = Path(directory) / name
     if not path.is_dir() or not any(path.iterdir()):
-        raise CheckpointError(f"{tracker} names {path}, which is not there: write the number of a complete one into it")
+        raise CheckpointError(
+            f"{Path(directory) / TRACKER} names {path}, which is not there: {tracker_cure(Path(directory))}"
+        )
     return path
 
 

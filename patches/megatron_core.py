@@ -2,9 +2,16 @@
 """Patches of megatron-core, for every device."""
 
 import contextlib
+import ctypes
 import functools
 import inspect
+import logging
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
@@ -275,6 +282,109 @@ def write_checkpoints_with_newer_torch() -> None:
         return _write_item
 
     replace(filesystem_async, "_write_item", with_format)
+
+
+# <linux/prctl.h>
+_PR_SET_PDEATHSIG = 1
+
+_held_write_errors: list[Exception] = []
+
+
+def hold_write_errors() -> None:
+    """Keeps a rank that cannot write its file of a checkpoint from leaving the others in a collective operation.
+
+    Displaces ``save_common`` of ``megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy``,
+    ``finish`` of ``...strategies.filesystem_async.FileSystemWriterAsync`` and ``save_config`` in
+    ``megatron.core.dist_checkpointing.serialization``. Rank 0 alone writes there, and on a full disk raises there,
+    while the other ranks wait for it in the plan or in a barrier until they time out. The error is kept instead, and
+    :func:`raise_held_write_error` brings it up where all ranks are asked.
+    """
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+
+    def holding(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def write(*args, **kwargs) -> None:
+            try:
+                original(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                _held_write_errors.append(error)
+
+        return write
+
+    replace(common.TorchCommonSaveStrategy, "save_common", holding)
+    replace(filesystem_async.FileSystemWriterAsync, "finish", holding)
+    replace(serialization, "save_config", holding)
+    # Each rank would report the error of its writer; ours says it once.
+    logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
+
+
+def raise_held_write_error() -> None:
+    """Raises the first error that :func:`hold_write_errors` has kept since the last call, if any.
+
+    Raises:
+        OSError: with the system's reason, or torch's words where its serializer does not tell the reason.
+    """
+    if not _held_write_errors:
+        return
+    error = _held_write_errors[0]
+    _held_write_errors.clear()
+    if isinstance(error, OSError):
+        raise error
+    raise OSError(f"torch.save: {error}") from error
+
+
+def bind_checkpoint_writers() -> None:
+    """Lets the processes that write checkpoints die with the rank that started them, and outlive signals to stop.
+
+    Displaces ``_get_write_results_queue`` in ``megatron.core.dist_checkpointing.strategies.filesystem_async``, whose
+    helper process (it carries the writers' results) lives on when its rank is killed, with 270 MB per restart; and
+    ``write_preloaded_data_multiproc`` and ``write_preloaded_data`` of ``FileSystemWriterAsync`` there, whose forked
+    processes would go on writing into a directory that the restarted run has taken over. SIGTERM and SIGUSR1, which a
+    scheduler may send to every process of a job, mean that the rank shall save: its helpers are needed for that.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def bound_queue(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def _get_write_results_queue():  # noqa: ANN202
+            if filesystem_async._results_queue is None:
+                manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
+                manager.start(die_with_parent, (os.getpid(),))
+                filesystem_async._results_queue = manager.Queue()
+            return original()
+
+        return _get_write_results_queue
+
+    def bound_writer(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def write(*args, **kwargs) -> None:
+            if (parent := multiprocessing.parent_process()) is not None:
+                die_with_parent(parent.pid)
+            original(*args, **kwargs)
+
+        return write
+
+    if hasattr(filesystem_async, "_get_write_results_queue"):
+        replace(filesystem_async, "_get_write_results_queue", bound_queue)
+    writer = filesystem_async.FileSystemWriterAsync
+    for name in ("write_preloaded_data_multiproc", "write_preloaded_data"):
+        if replace(writer, name, bound_writer):
+            setattr(writer, name, staticmethod(getattr(writer, name)))
+
+
+def die_with_parent(parent: int) -> None:
+    """Lets the kernel kill this process when its parent dies, and ignores the signals that ask a job to stop.
+
+    Args:
+        parent: its process id; where that one has died already, this process ends here. Only Linux can do this.
+    """
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def keep_sent_tensors() -> None:

@@ -2,8 +2,14 @@
 """The state of a run, to and from checkpoints in megatron-core's ``torch_dist`` format."""
 
 import argparse
+import contextlib
+import errno
+import os
 import random
+import re
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,26 +17,36 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
+from ..cli import FailedError
 from ..files import write_digests
+from ..patches import megatron_core
 from ..quantization.record import QuantizerRecord
 from ..tensor_parallel.sharded_scales import without_scales
+from .agreement import together
 from .checkpoint_checks import changes, check_arguments
 from .checkpoint_digests import gather_digests, with_digests
 from .checkpoint_directory import (
     RELEASE,
     CheckpointError,
+    incomplete_directory,
     iteration_directory,
     publish_checkpoint,
-    remove_leftovers,
     saved_arguments,
     write_arguments,
 )
 from .checkpoint_reading import read
+from .initialize import device
 from .model import Model
 
 _RESHARDABLE = "fully_reshardable"
@@ -48,7 +64,8 @@ class Saver:
     """Writes the checkpoints of a run; collective over all ranks.
 
     With ``--async-save`` a forked process writes a snapshot of this moment while training goes on, and the checkpoint
-    is published at a later :meth:`poll`. A save waits for the one before it.
+    is published at a later :meth:`poll`. A save waits for the one before it. One that fails, such as on a full disk,
+    leaves nothing behind: every method then raises :class:`~bitcpm_megatron.cli.FailedError`, on every rank alike.
 
     Args:
         args: of the run.
@@ -60,6 +77,9 @@ class Saver:
         self._record = record
         self._queue = AsyncCallsQueue() if args.async_save else None
         self._unpublished: list[Path] = []
+        self._bytes = 0
+        megatron_core.bind_checkpoint_writers()
+        megatron_core.hold_write_errors()
 
     def save(
         self, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, progress: Progress
@@ -67,11 +87,7 @@ class Saver:
         """Saves this moment, or begins to."""
         self.wait()
         final = iteration_directory(self._args.save, progress.iteration)
-        temporary = final.with_name(f".{final.name}.incomplete")
-        if torch.distributed.get_rank() == 0:
-            remove_leftovers(self._args.save)
-            temporary.mkdir(parents=True)
-        torch.distributed.barrier()
+        self._unpublished.append(final)
         _gather_parameters(model)
         state = _model_state(model)
         state.update(
@@ -81,25 +97,14 @@ class Saver:
         )
         if not self._args.no_save_optim:
             state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_metadata())
-        request = dist_checkpointing.save(
-            state,
-            str(temporary),
-            content_metadata={"distrib_optim_sharding_type": _RESHARDABLE},
-            async_sharded_save=self._queue is not None,
-        )
-        self._unpublished.append(final)
-        if self._queue is None:
-            torch.distributed.barrier()
-            self._publish(temporary, final)
-        else:
-            request = request._replace(async_fn=with_digests(request.async_fn, temporary))
-            request.add_finalize_fn(lambda: self._publish(temporary, final))
-            self._queue.schedule_async_request(request)
+        with self._or_nothing(final):
+            self._begin(state, final)
 
     def poll(self) -> list[Path]:
         """The checkpoints that became complete since the last call."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+            with self._or_nothing(self._unpublished[-1]):
+                self._queue.maybe_finalize_async_calls(blocking=False)
         done = [path for path in self._unpublished if path not in self._pending()]
         self._unpublished = [path for path in self._unpublished if path not in done]
         return done
@@ -108,32 +113,101 @@ class Saver:
         """Waits until every checkpoint that was begun is complete.
 
         Raises:
-            CheckpointError: the writer does not finish within ``--distributed-timeout-minutes``.
+            FailedError: also where the writer does not finish within ``--distributed-timeout-minutes``.
         """
         deadline = time.monotonic() + 60 * self._args.distributed_timeout_minutes
         while self._queue is not None and self._queue.get_num_unfinalized_calls():
             # Not blocking=True: upstream's writer waits for ever for a process of its own that was killed.
-            self._queue.maybe_finalize_async_calls(blocking=False)
+            with self._or_nothing(self._unpublished[-1]):
+                self._queue.maybe_finalize_async_calls(blocking=False)
             if time.monotonic() > deadline:
-                raise CheckpointError(
+                raise FailedError(
                     "the asynchronous writer of the checkpoint does not finish: one of its processes may have been "
                     "killed (out of memory?). The checkpoint before it is complete"
                 )
             time.sleep(0.02)
+
+    def _begin(self, state: dict[str, Any], final: Path) -> None:
+        temporary = incomplete_directory(final)
+        self._bytes = _bytes_of_all_ranks(state)
+        with together():
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                if self._bytes > shutil.disk_usage(temporary).free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        request = dist_checkpointing.save(
+            state,
+            str(temporary),
+            async_sharded_save=True,
+            content_metadata={"distrib_optim_sharding_type": _RESHARDABLE},
+        )
+        with together():
+            megatron_core.raise_held_write_error()
+        request.add_finalize_fn(lambda: self._publish(temporary, final))
+        if self._queue is None:
+            request.execute_sync()
+        else:
+            request = request._replace(async_fn=with_digests(request.async_fn, temporary))
+            self._queue.schedule_async_request(request)
 
     def _pending(self) -> list[Path]:
         unfinished = 0 if self._queue is None else self._queue.get_num_unfinalized_calls()
         return self._unpublished[len(self._unpublished) - unfinished :]
 
     def _publish(self, temporary: Path, final: Path) -> None:
+        with together():
+            megatron_core.raise_held_write_error()
         digests = gather_digests(temporary)
-        if torch.distributed.get_rank() == 0:
-            write_arguments(temporary, vars(self._args))
-            if self._record is not None:
-                self._record.write(temporary)
-            write_digests(temporary, digests)
-            publish_checkpoint(temporary, final, self._args.keep_last_n)
-        torch.distributed.barrier()
+        with together():
+            if torch.distributed.get_rank() == 0:
+                write_arguments(temporary, vars(self._args))
+                if self._record is not None:
+                    self._record.write(temporary)
+                write_digests(temporary, digests)
+                publish_checkpoint(temporary, final, self._args.keep_last_n)
+
+    @contextlib.contextmanager
+    def _or_nothing(self, final: Path) -> Iterator[None]:
+        """Removes what was written of a checkpoint where its writing raises, which is on every rank alike."""
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            told: list[str] = [""] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(told, _words(error))
+            free = shutil.disk_usage(final.parent).free
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(incomplete_directory(final), ignore_errors=True)
+            raise FailedError(
+                f"{final} cannot be written ({next(filter(None, told), 'no reason given')}): {self._bytes:,} bytes are "
+                f"needed, {free:,} were free. Nothing of it was kept, and the checkpoint before it is complete: free "
+                "some space and start the same command again"
+            ) from error
+
+
+def _words(error: OSError | CheckpointException) -> str:
+    """The reason why something was not written; empty on ranks that upstream does not tell."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    causes = [str(cause) for cause, _ in error.failures.values()]
+    return re.sub(r"^Worker failure: |\[Errno \d+\] ", "", causes[0]) if causes else ""
+
+
+def _bytes_of_all_ranks(state: Any) -> int:
+    total = torch.tensor([_bytes(state)], dtype=torch.int64, device=device())
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def _bytes(state: Any) -> int:
+    """What this rank writes of a sharded state dict."""
+    if isinstance(state, dict):
+        return sum(map(_bytes, state.values()))
+    if isinstance(state, list | tuple):
+        return sum(map(_bytes, state))
+    if isinstance(state, ShardedTensor | ShardedTensorFactory) and is_main_replica(state.replica_id):
+        return 0 if state.data is None else state.data.nbytes
+    return 0
 
 
 def load(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..files import DIGESTS, DigestError, digest, find_damage, read_digests, read_json, write_text
+from .agreement import together
 from .checkpoint_directory import CheckpointError
 
 _Digests = dict[str, dict[str, Any]]
@@ -33,11 +34,12 @@ def gather_digests(directory: Path) -> _Digests:
     """The digests of what all ranks wrote into a directory, by file name; collective over all ranks."""
     rank = torch.distributed.get_rank()
     left = _left_by_writer(directory, rank)
-    if left.is_file():
-        mine = read_json(left)
-        left.unlink()
-    else:
-        mine = _digests(directory, rank)
+    with together():
+        if left.is_file():
+            mine = read_json(left)
+            left.unlink()
+        else:
+            mine = _digests(directory, rank)
     return {name: entry for share in _all_gathered(mine) for name, entry in share.items()}
 
 

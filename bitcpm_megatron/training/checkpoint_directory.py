@@ -4,7 +4,8 @@
 Layout of ``--save DIR``: ``iter_0000100/`` per checkpoint with the tensors, ``ternary_quantizer.json`` (the quantizer
 record) and ``arguments.json``; ``latest_checkpointed_iteration.txt``, the tracker, names the newest. A checkpoint is
 written as ``.iter_0000100.incomplete`` and renamed when every rank has finished, then the tracker is replaced: at any
-moment :func:`latest` finds a complete checkpoint.
+moment :func:`latest` finds a complete checkpoint. It only looks; :func:`recover`, for the one who holds the
+directory's lock, tidies up after a killed run.
 
 A tracker that says ``release`` names the directory ``release/``: weights alone, such as the converters write, from
 which training starts at iteration 0 (Megatron-LM's convention).
@@ -13,51 +14,79 @@ which training starts at iteration 0 (Megatron-LM's convention).
 import contextlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, publish, write_text
+from ..files import FileError, fsync, publish, read_json, read_text, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _ARGUMENTS = "arguments.json"
+_METADATA = "metadata.json"
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_ITERATION = re.compile(r"iter_([0-9]{7,18})")
 
 
 class CheckpointError(FileError):
-    """A checkpoint that cannot be used as asked."""
+    """A checkpoint, or a directory of checkpoints, that cannot be used as asked."""
 
 
 def latest(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint under ``directory``, or None where there is none.
+    """The newest complete checkpoint under ``directory``, or None where there is none; changes nothing there.
 
     Raises:
-        CheckpointError: the tracker names a checkpoint that is not there.
+        CheckpointError: the directory is none, holds checkpoints and no tracker, or the tracker is damaged or names a
+            checkpoint that is not complete; with the cure.
     """
-    tracker = Path(directory) / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if text != RELEASE and not text.isdigit():
-        raise CheckpointError(f"{tracker} holds {text!r} and not an iteration number")
-    path = Path(directory) / RELEASE if text == RELEASE else iteration_directory(directory, int(text))
-    if not path.exists() and _aside(path).exists():
-        # Killed while a checkpoint of this iteration was replaced by another. Every rank may try: one succeeds.
-        with contextlib.suppress(OSError):
-            os.replace(_aside(path), path)
-    if not (path / "metadata.json").is_file() and any(path.glob("mp_rank_*")):
-        raise CheckpointError(
-            f"{path} is in Megatron-LM's legacy format: this loop reads torch_dist, which checkpoint_tools/ can write "
-            "(to Hugging Face and back)"
-        )
-    if not (path / "metadata.json").is_file():
-        complete = sorted(p.parent.name for p in Path(directory).glob("iter_*/metadata.json"))
-        raise CheckpointError(
-            f"{tracker} names {path}, which is not a complete checkpoint: write the number of a complete one into it "
-            f"({', '.join(complete) or 'there is none'})"
-        )
-    return path
+    directory = Path(directory)
+    name = tracked(directory)
+    while name is not None:
+        path = _where(directory / name)
+        if (path / _METADATA).is_file():
+            return path
+        # A run that goes on meanwhile may have published a newer one and deleted this.
+        before, name = name, tracked(directory)
+        if name == before:
+            _refuse_incomplete(directory, path)
+    return None
+
+
+def tracked(directory: Path) -> str | None:
+    """Name of the directory that the tracker names; None where there are neither tracker nor checkpoints.
+
+    Raises:
+        CheckpointError: see :func:`latest`; whether the checkpoint is complete is not looked at.
+    """
+    _check_directory(directory)
+    tracker = directory / TRACKER
+    if not os.path.lexists(tracker):
+        return _without_tracker(directory)
+    try:
+        text = read_text(tracker).strip()
+    except FileError as error:
+        raise CheckpointError(f"{error}: {tracker_cure(directory)}") from None
+    if text == RELEASE:
+        return RELEASE
+    if not _NUMBER.fullmatch(text) or int(text) == 0:
+        shown = repr(text if len(text) <= 40 else f"{text[:40]}...")
+        raise CheckpointError(f"{tracker} holds {shown} and not an iteration number: {tracker_cure(directory)}")
+    return f"iter_{int(text):07d}"
+
+
+def tracker_cure(directory: Path) -> str:
+    """What to do where the tracker is of no use."""
+    complete = iterations(directory)
+    if not complete:
+        return f"no complete checkpoint stands there; to start anew choose another directory, or remove {TRACKER}"
+    others = f" (complete are {', '.join(map(str, complete))})" if len(complete) > 1 else ""
+    return (
+        f"to go on from the newest complete checkpoint write {complete[-1]} into {TRACKER}{others}; to start anew "
+        "choose another directory"
+    )
 
 
 def iteration_directory(directory: str | Path, iteration: int) -> Path:
@@ -65,14 +94,71 @@ def iteration_directory(directory: str | Path, iteration: int) -> Path:
     return Path(directory) / f"iter_{iteration:07d}"
 
 
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration of a checkpoint by its name; 0 for a release."""
+    found = _ITERATION.search(checkpoint.name)
+    return 0 if found is None else int(found[1])
+
+
+def iterations(directory: str | Path) -> list[int]:
+    """The iterations of all complete checkpoints in a directory, in ascending order."""
+    standing = _standing(Path(directory))
+    return [i for i in standing if (iteration_directory(directory, i) / _METADATA).is_file()]
+
+
+def check_start(save: str | Path, loaded: Path | None, iteration: int) -> None:
+    """Refuses a start that would write over checkpoints of which this run is no continuation.
+
+    Args:
+        save: where the run will save.
+        loaded: the checkpoint it starts from, or None.
+        iteration: at which it starts.
+
+    Raises:
+        CheckpointError: ``save`` holds checkpoints, and the run starts at iteration 0 or from elsewhere before them. A
+            step back, to an earlier checkpoint of the same directory by its tracker, is allowed.
+    """
+    save = Path(save)
+    standing = _standing(save)
+    steps_back = iteration > 0 and loaded is not None and _same(loaded.parent, save)
+    if steps_back or not standing or standing[-1] <= iteration:
+        return
+    start = f"starts at iteration {iteration}" + ("" if loaded is None else f" from {loaded}")
+    raise CheckpointError(
+        f"{save} holds checkpoints up to iteration {standing[-1]}, and this run {start} and would write over them: go "
+        f"on from there with --load {save} (and without --finetune), or choose another --save"
+    )
+
+
 def saved_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The arguments of the run that wrote a checkpoint."""
-    return json.loads((checkpoint / _ARGUMENTS).read_text(encoding="utf-8"))
+    """The arguments of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: they are not there, or damaged.
+    """
+    path = checkpoint / _ARGUMENTS
+    try:
+        content = read_json(path)
+    except FileError as error:
+        raise CheckpointError(
+            f"{error}: without the arguments of the run that wrote it {checkpoint} cannot be loaded; copy it again, or "
+            "take another checkpoint"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds no arguments of a run: copy {checkpoint} again, or take another checkpoint"
+        )
+    return content
 
 
 def write_arguments(checkpoint: Path, arguments: Mapping[str, Any]) -> None:
     """Puts the arguments of a run beside the tensors of its checkpoint."""
     write_text(checkpoint / _ARGUMENTS, json.dumps(dict(arguments), indent=1, default=str))
+
+
+def incomplete_directory(final: Path) -> Path:
+    """Where a checkpoint is written before it is published under its final name."""
+    return final.with_name(f".{final.name}.incomplete")
 
 
 def publish_checkpoint(temporary: Path, final: Path, keep_last_n: int | None) -> None:
@@ -83,13 +169,22 @@ def publish_checkpoint(temporary: Path, final: Path, keep_last_n: int | None) ->
         final: its :func:`iteration_directory`; one that stands there is replaced.
         keep_last_n: delete older checkpoints, so that this many are left with this one; None keeps all.
     """
+    # Written before anything is renamed: from then on no disk can be too full. If this process is killed between the
+    # two renames, a first checkpoint stands there without a tracker, and this file says that none was lost.
+    pending = _pending(final.parent)
+    try:
+        pending.write_text(str(iteration_of(final)), encoding="utf-8")
+        fsync(pending)
+    except OSError:
+        pending.unlink(missing_ok=True)
+        raise
     # A checkpoint of the same iteration, which the tracker may name, stands aside until the new one is there.
     aside = _aside(final)
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(final, aside)
     publish(temporary, final)
-    write_text(final.parent / TRACKER, str(int(final.name.removeprefix("iter_"))))
+    publish(pending, final.parent / TRACKER)
     shutil.rmtree(aside, ignore_errors=True)
     if keep_last_n is not None:
         # Only older ones: after a step back there may be newer ones, and none of them is the latest.
@@ -99,14 +194,101 @@ def publish_checkpoint(temporary: Path, final: Path, keep_last_n: int | None) ->
             shutil.rmtree(_aside(path))
 
 
-def remove_leftovers(directory: str | Path) -> None:
-    """Deletes what killed runs left of checkpoints they wrote, replaced or deleted, but not what the tracker needs."""
-    with contextlib.suppress(CheckpointError):
-        latest(directory)
+def recover(directory: str | Path) -> None:
+    """Brings a directory into order after a killed run; only for the one who holds its lock.
+
+    What the tracker needs gets its name back; what else was left of checkpoints that were being written, replaced or
+    deleted is removed.
+    """
+    directory = Path(directory)
+    found = latest(directory)
+    if found is not None:
+        if found.name.endswith(".aside"):
+            # Killed while a checkpoint of this iteration was replaced by another.
+            os.replace(found, _final(found))
+        if not (directory / TRACKER).exists():
+            write_text(directory / TRACKER, str(iteration_of(found)))
     for pattern in (".iter_*.incomplete", ".iter_*.aside"):
-        for leftover in Path(directory).glob(pattern):
+        for leftover in directory.glob(pattern):
             shutil.rmtree(leftover)
+    _pending(directory).unlink(missing_ok=True)
+
+
+def _check_directory(directory: Path) -> None:
+    """Raises where something is there that is no directory of checkpoints; what is not there at all is none, too."""
+    try:
+        mode = directory.stat().st_mode
+    except FileNotFoundError:
+        if directory.is_symlink():
+            raise CheckpointError(f"{directory} is a link to nothing: is something not mounted?") from None
+        return
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{directory}: {said}: name the directory that holds the checkpoints") from None
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(f"{directory} is a file: name the directory that holds the checkpoints")
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{directory} cannot be read: choose another, or ask its owner")
+    if (directory / _METADATA).exists() or (directory / ".metadata").exists():
+        parent = directory.absolute().parent
+        said = f"{directory} is a checkpoint itself and not the directory that holds it: name {parent}"
+        match = _ITERATION.fullmatch(directory.absolute().name)
+        if match is not None:
+            said += f", and write {int(match[1])} into {TRACKER} there to load this one"
+        raise CheckpointError(said)
+
+
+def _without_tracker(directory: Path) -> str | None:
+    pending = _pending(directory)
+    text = read_text(pending).strip() if pending.is_file() else ""
+    standing = _standing(directory)
+    if os.path.lexists(directory / TRACKER):
+        # The first checkpoint was published in this moment.
+        return tracked(directory)
+    if _NUMBER.fullmatch(text) and int(text) in iterations(directory):
+        # A run was killed between the two renames of its first checkpoint.
+        return f"iter_{int(text):07d}"
+    if standing:
+        raise CheckpointError(f"{directory} holds checkpoints and {TRACKER} is missing: {tracker_cure(directory)}")
+    return None
+
+
+def _standing(directory: Path) -> list[int]:
+    """The iterations of all checkpoints in a directory, those of other loops and broken ones, too."""
+    found = [(path, _ITERATION.fullmatch(path.name)) for path in directory.glob("iter_*")]
+    return sorted(int(match[1]) for path, match in found if match is not None and any(path.glob("*")))
+
+
+def _refuse_incomplete(directory: Path, path: Path) -> None:
+    if any(path.glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{path} is in Megatron-LM's legacy format: this loop reads torch_dist, which checkpoint_tools/ can write "
+            "(to Hugging Face and back)"
+        )
+    raise CheckpointError(
+        f"{directory / TRACKER} names {path}, which is not a complete checkpoint: {tracker_cure(directory)}"
+    )
+
+
+def _where(path: Path) -> Path:
+    """Where a checkpoint stands now: aside, if a run was killed while it replaced it."""
+    return path if path.exists() or not (_aside(path) / _METADATA).is_file() else _aside(path)
 
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.aside")
+
+
+def _final(aside: Path) -> Path:
+    return aside.with_name(aside.name.removeprefix(".").removesuffix(".aside"))
+
+
+def _pending(directory: Path) -> Path:
+    """The tracker before it has its name."""
+    return directory / f".{TRACKER}.incomplete"
+
+
+def _same(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False

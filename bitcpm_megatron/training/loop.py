@@ -27,8 +27,9 @@ from .arguments import params_dtype, quantizer_config
 from .checkpoint import Progress
 from .checkpoint_checks import check_quantizer
 from .checkpoint_digests import verify_digests
-from .checkpoint_directory import CheckpointError, latest
+from .checkpoint_directory import CheckpointError, check_start, latest
 from .data import Batch, Data, batches, build_data, build_tokenizer
+from .directory_lock import held
 from .initialize import device
 from .model import Model, build_model, parameter_count
 from .optimizer import build_optimizer, build_scheduler, learning_rate, step
@@ -62,7 +63,12 @@ def pretrain(args: argparse.Namespace) -> Progress:
     Raises:
         TrainingError, CheckpointError, RecipeError, ProbeError, ValueError: with the cure in the message.
     """
-    run = _prepare(args)
+    with held(args.save) as note:
+        return _pretrain(args, note)
+
+
+def _pretrain(args: argparse.Namespace, note: str | None) -> Progress:
+    run = _prepare(args, note)
     report = RunReport(args, run.progress, enabled=torch.distributed.get_rank() == 0)
     saver = checkpoint.Saver(args, run.record)
     try:
@@ -76,7 +82,7 @@ def pretrain(args: argparse.Namespace) -> Progress:
     return run.progress
 
 
-def _prepare(args: argparse.Namespace) -> Run:
+def _prepare(args: argparse.Namespace, note: str | None) -> Run:
     """Builds the model, loads the checkpoint that ``--load`` names, finds the data, and prints what was decided."""
     found = _find_checkpoint(args)
     tokenizer, vocabulary = build_tokenizer(args)
@@ -84,7 +90,7 @@ def _prepare(args: argparse.Namespace) -> Run:
     record = _record(args, model)
     optimizer = build_optimizer(args, model)
     scheduler = build_scheduler(args, optimizer)
-    progress, notes = Progress(), list(model.notes)
+    progress, notes = Progress(), [*model.notes, *filter(None, [note])]
     if found is not None:
         if args.verify_digests:
             notes.append(f"every file of {found} matches its digest")
@@ -93,6 +99,8 @@ def _prepare(args: argparse.Namespace) -> Run:
         notes += [f"loaded {found}, going on after iteration {progress.iteration}", *more]
     elif args.load is not None:
         notes.append(f"no checkpoint in {args.load}: starting anew")
+    if args.save is not None:
+        check_start(args.save, found, progress.iteration)
     data = build_data(args, tokenizer)
     _introduce(args, model, vocabulary, notes)
     return Run(model, optimizer, scheduler, progress, record, data)

@@ -318,7 +318,7 @@ FROM_MEGATRON = {
     "tracker": (lambda d: (d / "latest_checkpointed_iteration.txt").write_text("7"), "no complete checkpoint"),
     "tracker with a raised 2": (
         lambda d: (d / "latest_checkpointed_iteration.txt").write_text("\u00b2"),
-        "and no iteration number",
+        "and not an iteration number",
     ),
     "tracker that is no text": (
         lambda d: (d / "latest_checkpointed_iteration.txt").write_bytes(b"\xff"),

@@ -13,7 +13,7 @@ from bitcpm_megatron.quantization.record import FILE_NAME, QuantizerRecord, Reco
 from bitcpm_megatron.tensor_parallel import Recipe
 from bitcpm_megatron.tensor_parallel.record import recipe_of, record_of
 from bitcpm_megatron.training.checkpoint_checks import check_quantizer
-from bitcpm_megatron.training.checkpoint_directory import CheckpointError, latest, publish_checkpoint, remove_leftovers
+from bitcpm_megatron.training.checkpoint_directory import CheckpointError, latest, publish_checkpoint, recover
 
 PATH = "decoder.layers.0.mlp.linear_fc1"
 RECORD = QuantizerRecord("latent", "ternary", 1e-5, "bfloat16", 2, 16, {PATH: {"group_size": -1}})
@@ -131,7 +131,7 @@ def test_a_crash_while_a_checkpoint_is_replaced_loses_none(
     monkeypatch.setattr(os, "replace", replace)
     content = (latest(tmp_path) / "metadata.json").read_text()
     assert content == ("old" if crash_at < 3 else "new")
-    remove_leftovers(tmp_path)
+    recover(tmp_path)
     assert (latest(tmp_path) / "metadata.json").read_text() == content
     assert not list(tmp_path.glob(".iter_*"))
 

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one rank meets, every rank raises: nobody is left waiting in a collective operation."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..cli import FailedError
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Runs a block on every rank; where it raised on one, every rank raises that, once all of them are through.
+
+    Collective over all ranks. The block itself must not leave other ranks in a collective operation when it raises.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    # Other exceptions may not survive the journey.
+    told = mine if mine is None or isinstance(mine, OSError | ValueError | FailedError) else FailedError(repr(mine))
+    met: list[Exception | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(met, told)
+    if mine is not None:
+        raise mine
+    for error in met:
+        if error is not None:
+            raise error
