@@ -177,7 +177,11 @@ class Number:
         """What is wrong with a value from elsewhere than a command line, or None."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "expected a number"
-        if not math.isfinite(value):
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # a whole number that no float holds
+            finite = False
+        if not finite:
             return "expected a finite number"
         below = value <= self.minimum if self.open_minimum else value < self.minimum
         above = value >= self.maximum if self.open_maximum else value > self.maximum

@@ -258,18 +258,20 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), str(path))
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, allow_nan: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: to parse.
         where: file or place, for the message.
+        allow_nan: whether NaN and infinities are numbers, as Python writes them.
 
     Raises:
         FileError: not JSON, a key twice, NaN or infinity, or nested beyond reason.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        constant = float if allow_nan else _refuse_constant
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=constant)
     except RecursionError:
         raise FileError(f"{where}: nested too deeply to be meant") from None
     except ValueError as error:
@@ -432,14 +434,16 @@ def validated(kind: type[Model], content: Any, where: str) -> Model:
         where: file, for the message.
 
     Raises:
-        FileError: every mistake, one per line, with the path of its key; an unknown key with the nearest known one.
+        FileError: the first mistakes, a line each, with the path of its key; an unknown key with the nearest known one.
     """
     try:
         # By the names that the file has: a model may have another spelling of them for Python.
         return kind.model_validate(content, by_alias=True, by_name=False)
     except ValidationError as error:
-        lines = [_mistake(kind, entry) for entry in error.errors(include_url=False)]
-    raise FileError(f"{where}: " + "\n  ".join(lines))
+        # Unknown keys first: what is missing is often what was misspelt.
+        entries = sorted(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden")
+        lines = [_mistake(kind, entry) for entry in entries]
+    raise FileError(f"{where}: {_listed(lines)}")
 
 
 def _mistake(kind: type[BaseModel], entry: Any) -> str:

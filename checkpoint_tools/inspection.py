@@ -308,6 +308,9 @@ def _of_latent(
             f"{[whole.shape[0], groups]}, torch.bfloat16"
         )
         saved = None
+    if saved is not None and not bool(((saved > 0) & saved.isfinite()).all()):
+        findings.append(f"{weight.name} has saved scales that are not finite or not above 0")
+        saved = None
     zeros, steps, start, used = 0, 0, 0, []
     for block in _row_blocks(whole):
         block = block.to(dtype)

@@ -90,11 +90,4 @@ def _of_config(config: Mapping[str, Any], directory: str | Path) -> QuantizerRec
     content = config.get(CONFIG_KEY)
     if content is None:
         return None
-    try:
-        record = QuantizerRecord(**content)
-    except TypeError as error:
-        raise RecordError(f"{directory}/config.json: {CONFIG_KEY} is no quantizer record ({error})") from None
-    known = QuantizerRecord("latent", "ternary", 1e-5, "", 1).version
-    if record.version != known:
-        raise RecordError(f"{directory}/config.json: {CONFIG_KEY} has version {record.version}, known is {known}")
-    return record
+    return QuantizerRecord.from_mapping(content, f"{directory}/config.json: {CONFIG_KEY}")

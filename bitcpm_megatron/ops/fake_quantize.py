@@ -4,6 +4,7 @@
 import torch
 
 from ..quantization import QuantizerConfig, check_weight, quantize_dequantize
+from ..quantization.config import check_config
 from .registry import Backend, active_backend, register_backend
 
 register_backend(Backend(name="torch", kernel=quantize_dequantize, unavailable=lambda device_type: None))
@@ -50,7 +51,11 @@ def fake_quantize(weight: torch.Tensor, config: QuantizerConfig) -> torch.Tensor
 
     Raises:
         ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`; or a space that is not ternary.
+        TypeError: the weight is no tensor, or the quantizer no configuration.
     """
+    check_config(config)
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"a weight is a tensor [out, in], not a {type(weight).__name__}")
     if config.space != "ternary":
         raise ValueError(f"the op quantizes to ternary, not to {config.space!r}: use quantize and dequantize")
     return torch.ops.bitcpm.fake_quantize(weight, config.group_size, config.eps, None)[0]

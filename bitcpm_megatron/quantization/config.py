@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..cli import Number
 from .spaces import SPACES
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,20 +38,31 @@ class QuantizerConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.space not in SPACES:
+        if not isinstance(self.space, str) or self.space not in SPACES:
             raise ValueError(f"unknown quantization space {self.space!r}: choose one of {sorted(SPACES)}")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise ValueError(f"group_size must be an integer, got {self.group_size!r}")
-        if self.group_size != -1 and (self.group_size <= 0 or self.group_size % GROUP_MULTIPLE):
+        if self.group_size != -1 and (not 0 < self.group_size <= LARGEST_GROUP or self.group_size % GROUP_MULTIPLE):
             raise ValueError(
                 f"group_size={self.group_size} is not possible: use -1 (one scale per row) or a multiple of "
                 f"{GROUP_MULTIPLE} that divides the row"
             )
-        number = isinstance(self.eps, int | float) and not isinstance(self.eps, bool)
-        if not number or not SMALLEST_EPS <= self.eps <= LARGEST_EPS:
+        if Number(SMALLEST_EPS, LARGEST_EPS).mistake(self.eps) is not None:
             raise ValueError(
                 f"eps={self.eps!r} is not possible: use a finite number from 2**-100 to 2**100 (default 1e-5)"
             )
+
+
+def check_config(config: object) -> None:
+    """Checks that a quantizer is one.
+
+    Raises:
+        TypeError: it is something else, such as a mapping.
+    """
+    if not isinstance(config, QuantizerConfig):
+        raise TypeError(
+            f"the quantizer is a QuantizerConfig, such as QuantizerConfig(group_size=128), not {config!r:.80}"
+        )
 
 
 def effective_group(in_features: int, group_size: int) -> int:
@@ -82,7 +94,10 @@ def check_weight(weight: torch.Tensor, group_size: int, scales: torch.Tensor | N
 
     Raises:
         ValueError: with the offending shape or dtype, and the cure.
+        TypeError: the weight is no tensor.
     """
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"a weight is a tensor [out_features, in_features], not a {type(weight).__name__}")
     shape = tuple(weight.shape)
     if weight.dim() != 2:
         raise ValueError(f"a weight of shape {shape} cannot be quantized: pass a matrix [out_features, in_features]")

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .config import QuantizerConfig, check_weight, effective_group
+from .config import QuantizerConfig, check_config, check_weight, effective_group
 from .spaces import SPACES
 
 # On a CPU the fp32 scratch should stay in the L2 cache; on a device one launch per operation is cheaper.
@@ -34,15 +34,19 @@ def quantize(
     Args:
         weight: latent weight ``[out, in]`` in fp32, bf16 or fp16.
         config: the quantizer.
-        scales: quantize with these bf16 scales ``[out, groups]`` instead of the weight's own.
+        scales: quantize with these bf16 scales ``[out, groups]``, all finite and above 0, instead of the weight's own.
 
     Returns:
         ``codes`` int8 ``[out, in]`` (for ternary -1, 0, 1) and ``scales`` bfloat16 ``[out, groups]``.
 
     Raises:
-        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
+        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`; or given scales that are none.
+        TypeError: the weight is no tensor, or the quantizer no configuration.
     """
+    check_config(config)
     group = check_weight(weight, config.group_size, scales)
+    if scales is not None and not bool(((scales > 0) & scales.isfinite()).all()):
+        raise ValueError(f"scales of shape {tuple(scales.shape)} hold values that are not finite or not above 0")
     space = SPACES[config.space]
     w = weight.detach().reshape(-1, group).float()
     if scales is None:
@@ -60,17 +64,23 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, config: QuantizerConfi
     """The weight that codes and scales stand for: ``level[code] * scale``, rounded once to ``dtype``.
 
     Args:
-        codes: int8 ``[out, in]``.
+        codes: int8 ``[out, in]``, all of the quantizer's space (for ternary -1, 0, 1).
         scales: bfloat16 ``[out, groups]``.
         config: the quantizer that made them; its group size must agree with the shape of the scales.
-        dtype: of the result.
+        dtype: of the result, a floating-point one.
 
     Returns:
         ``[out, in]`` of ``dtype``; zeros are +0.0.
 
     Raises:
-        ValueError: codes or scales of the wrong shape or dtype.
+        ValueError: codes or scales of the wrong shape or dtype, or a code that the space does not have.
+        TypeError: no tensors, no configuration, or no dtype for a weight.
     """
+    check_config(config)
+    if not isinstance(codes, torch.Tensor) or not isinstance(scales, torch.Tensor):
+        raise TypeError(f"codes and scales are tensors, not a {type(codes).__name__} and a {type(scales).__name__}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype {dtype!r:.80}: pass a floating-point dtype, such as torch.bfloat16")
     if codes.dim() != 2 or codes.dtype != torch.int8 or codes.numel() == 0:
         raise ValueError(f"codes of shape {tuple(codes.shape)}, {codes.dtype}: pass int8 codes [out, in]")
     group = effective_group(codes.shape[1], config.group_size)
@@ -81,6 +91,12 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, config: QuantizerConfi
             f"with group_size={config.group_size}: pass bfloat16 of shape {expected}"
         )
     space = SPACES[config.space]
+    lowest, highest = (int(code) for code in torch.aminmax(codes))
+    if lowest < space.lowest_code or highest >= space.lowest_code + len(space.levels):
+        raise ValueError(
+            f"codes from {lowest} to {highest}: those of the space {space.name} are {space.lowest_code} to "
+            f"{space.lowest_code + len(space.levels) - 1}"
+        )
     levels = torch.tensor(space.levels, dtype=torch.float32, device=codes.device)
     w = levels[codes.reshape(-1, group).int() - space.lowest_code]
     # "+ 0.0" turns -0.0 into +0.0 and leaves everything else as it is. After the cast: fp16 may underflow to -0.0.

@@ -5,10 +5,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from ..files import write_text
-from .config import WEIGHT_DTYPES, QuantizerConfig
+from pydantic import model_validator
+
+from ..cli import Whole, bounded
+from ..files import FileError, Strict, read_json, validated, write_text
+from .config import QuantizerConfig
 
 FILE_NAME = "ternary_quantizer.json"
 SCALE_SUFFIX = ".ternary_scale"
@@ -16,8 +19,35 @@ SCALE_SUFFIX = ".ternary_scale"
 _VERSION = 1
 
 
-class RecordError(ValueError):
+class RecordError(FileError):
     """A quantizer record that cannot be read, or that contradicts what was asked for."""
+
+
+class _Module(Strict):
+    group_size: int
+    space: str | None = None
+    eps: float | None = None
+
+
+class _File(Strict):
+    state: Literal["latent", "fused"]
+    space: str
+    eps: float
+    latent_dtype: Literal["float32", "bfloat16", "float16"]
+    row_parallel_shards: Annotated[int, bounded(Whole(1, 2**16))]
+    activation_bits: Literal[8, 16] = 16
+    modules: dict[str, _Module] = {}
+    version: int
+
+    @model_validator(mode="after")
+    def _quantizers_exist(self) -> "_File":
+        QuantizerConfig(self.space, -1, self.eps)
+        for path, module in self.modules.items():
+            try:
+                QuantizerConfig(module.space or self.space, module.group_size, module.eps or self.eps)
+            except ValueError as error:
+                raise ValueError(f"modules.{path}: {error}") from None
+        return self
 
 
 @dataclass(frozen=True)
@@ -53,46 +83,33 @@ class QuantizerRecord:
             RecordError: it cannot be understood.
         """
         path = Path(directory) / FILE_NAME
-        if not path.is_file():
+        if not path.exists() and not path.is_symlink():
             return None
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            record = cls(**content)
-        except (OSError, ValueError, TypeError) as error:
-            raise RecordError(f"{path}: not a quantizer record ({error})") from error
-        if record.version != _VERSION:
-            raise RecordError(
-                f"{path}: version {record.version} is unknown here (known: {_VERSION}); update the package"
-            )
-        try:
-            record.check()
-        except RecordError as error:
-            raise RecordError(f"{path}: not a quantizer record ({error})") from None
-        return record
+            content = read_json(path)
+        except FileError as error:
+            raise RecordError(str(error)) from None
+        return cls.from_mapping(content, str(path))
 
-    def check(self) -> None:
-        """Checks the content.
+    @classmethod
+    def from_mapping(cls, content: Any, where: str) -> "QuantizerRecord":
+        """A record from the parsed content of such a file.
+
+        Args:
+            content: as it was read.
+            where: file, for the message.
 
         Raises:
-            RecordError: a value that no quantizer has.
+            RecordError: it cannot be understood, or a newer version wrote it.
         """
-        if self.state not in ("latent", "fused"):
-            raise RecordError(f"state {self.state!r} is neither latent nor fused")
-        if self.latent_dtype not in [str(d).removeprefix("torch.") for d in WEIGHT_DTYPES]:
-            raise RecordError(f"latent_dtype {self.latent_dtype!r} is unknown")
-        if type(self.row_parallel_shards) is not int or self.row_parallel_shards < 1:
-            raise RecordError(f"row_parallel_shards {self.row_parallel_shards!r}: must be 1 or more")
-        if self.activation_bits not in (8, 16):
-            raise RecordError(f"activation_bits {self.activation_bits!r}: must be 8, or 16 for none")
-        if not isinstance(self.modules, Mapping):
-            raise RecordError("modules is no mapping")
-        for path, entry in self.modules.items():
-            if not isinstance(entry, Mapping) or "group_size" not in entry:
-                raise RecordError(f"{path}: needs a group_size")
-            try:
-                self.config_of(path)
-            except (TypeError, ValueError) as error:
-                raise RecordError(f"{path}: {error}") from None
+        version = content.get("version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version != _VERSION:
+            raise RecordError(f"{where}: version {version} is unknown here (known: {_VERSION}); update the package")
+        try:
+            checked = validated(_File, content, f"{where}: not a quantizer record")
+        except FileError as error:
+            raise RecordError(str(error)) from None
+        return cls(**checked.model_dump(exclude_unset=True))
 
     def write(self, directory: str | Path) -> None:
         """Writes the record into a directory, whole or not at all."""

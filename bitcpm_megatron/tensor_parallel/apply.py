@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recipe to ternary modules: apply all of it, or raise and change nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
+from ..cli import Whole
 from ..quantization import QuantizerConfig, check_weight
+from ..quantization.config import check_config
 from .cache import attach_epoch
 from .coverage import CoverageEntry, CoverageReport
 from .linear import CacheMode, TernaryState, check_unwrapped, make_ternary
@@ -47,18 +49,22 @@ def apply_recipe(
     Raises:
         RecipeError: a matcher fits no module of the whole model, or one that cannot be quantized.
         ValueError: a weight's dtype or shape does not fit, or fp8 / fp4 is configured.
+        TypeError: no modules, no configuration, or no recipe.
     """
-    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    chunks = _chunks(model)
+    check_config(default)
     if cache not in ("step", "none"):
         raise ValueError(f"cache={cache!r} is not possible: use step or none")
     if activation_bits not in (8, 16):
         raise ValueError(f"activation_bits={activation_bits} is not possible: use 8, or 16 for none")
-    if row_parallel_shards is not None and row_parallel_shards < 1:
-        raise ValueError(f"row_parallel_shards={row_parallel_shards} is not possible: use 1 or more")
+    if row_parallel_shards is not None and (mistake := Whole(1, 2**16).mistake(row_parallel_shards)):
+        raise ValueError(f"row_parallel_shards={row_parallel_shards!r} is not possible: {mistake}")
     unnamed = recipe is None
     if recipe is None:
         recipe = Recipe.all_linears(default)
     elif not isinstance(recipe, Recipe):
+        if not isinstance(recipe, str | Path):
+            raise TypeError(f"a recipe is a Recipe or the path of a file, not a {type(recipe).__name__}")
         recipe = Recipe.from_yaml(recipe, default)
 
     found = [[(c, recipe.decide(c.path)) for c in candidates(chunk)] for chunk in chunks]
@@ -100,6 +106,13 @@ def apply_recipe(
                 if candidate.kind != "dense":
                     save_scales_with(candidate.module)
     return report
+
+
+def _chunks(model: object) -> list[torch.nn.Module]:
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model) if isinstance(model, Iterable) else []
+    if not chunks or not all(isinstance(chunk, torch.nn.Module) for chunk in chunks):
+        raise TypeError(f"apply_recipe takes a module or a list of modules (all model chunks), not {model!r:.80}")
+    return chunks
 
 
 def _entry(candidate: Candidate, matcher: Matcher | None, shards: int) -> CoverageEntry:

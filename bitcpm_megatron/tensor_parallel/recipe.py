@@ -15,22 +15,36 @@ are global and count from 0, whatever the pipeline stage.
 """
 
 import fnmatch
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-
+from ..files import FileError, Strict, nearest, read_yaml, validated
 from ..quantization import QuantizerConfig
 
 FULL_PRECISION = "full-precision"
-_CONFIG_KEYS = ("space", "group_size", "eps")
-_MATCHER_KEYS = ("config", "type", "pattern", "enabled")
 
 
-class RecipeError(ValueError):
+class RecipeError(FileError):
     """A recipe that cannot be carried out as written."""
+
+
+class _Config(Strict):
+    space: str | None = None
+    group_size: int | None = None
+    eps: float | None = None
+
+
+class _Matcher(Strict):
+    config: str
+    pattern: str
+    type: Literal["glob"] = "glob"
+    enabled: bool = True
+
+
+class _File(Strict):
+    configs: dict[str, Any] = {}
+    matchers: dict[str, _Matcher] = {}
 
 
 @dataclass(frozen=True)
@@ -65,66 +79,49 @@ class Recipe:
             RecipeError: unreadable or malformed, naming the file, the entry and what is expected.
         """
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"{path}: {error}") from error
-        try:
-            return cls.from_mapping(content, default)
-        except RecipeError as error:
-            raise RecipeError(f"{path}: {error}") from None
+            return cls.from_mapping(read_yaml(Path(path)), default, str(path))
+        except FileError as error:
+            raise RecipeError(str(error)) from None
 
     @classmethod
-    def from_mapping(cls, content: Any, default: QuantizerConfig) -> "Recipe":
-        """Same, from the parsed content of such a file."""
-        _expect_keys("the recipe", content, ("configs", "matchers"))
-        configs = {
-            str(name): _config(str(name), entry, default)
-            for name, entry in _mapping("configs", content.get("configs", {})).items()
-        }
-        matchers = []
-        for name, entry in _mapping("matchers", content.get("matchers", {})).items():
-            _expect_keys(f"matcher {name!r}", entry, _MATCHER_KEYS)
-            if entry.get("type", "glob") != "glob":
-                raise RecipeError(f"matcher {name!r}: type {entry['type']!r} is unknown, only glob is")
-            if not isinstance(entry.get("pattern"), str) or entry.get("config") not in configs:
+    def from_mapping(cls, content: Any, default: QuantizerConfig, where: str = "the recipe") -> "Recipe":
+        """Same, from the parsed content of such a file.
+
+        Args:
+            content: as it was read.
+            default: what a config leaves out.
+            where: file, for the message.
+        """
+        try:
+            file = validated(_File, content, where)
+            configs = {
+                name: _config(f"{where}: config {name!r}", entry, default) for name, entry in file.configs.items()
+            }
+        except FileError as error:
+            raise RecipeError(str(error)) from None
+        for name, matcher in file.matchers.items():
+            if matcher.config not in configs:
                 raise RecipeError(
-                    f"matcher {name!r}: needs a pattern (text) and a config out of {sorted(configs)}, got {entry}"
+                    f"{where}: matcher {name!r}: unknown config {matcher.config!r}{nearest(matcher.config, [*configs])}"
                 )
-            if not isinstance(entry.get("enabled", True), bool):
-                raise RecipeError(f"matcher {name!r}: enabled must be true or false")
-            if entry.get("enabled", True):
-                matchers.append(Matcher(str(name), entry["pattern"], configs[entry["config"]]))
+        matchers = tuple(Matcher(n, m.pattern, configs[m.config]) for n, m in file.matchers.items() if m.enabled)
         if not any(m.config is not None for m in matchers):
-            raise RecipeError("no enabled matcher quantizes anything: add one, or train without --ternary")
-        return cls(tuple(matchers))
+            raise RecipeError(f"{where}: no enabled matcher quantizes anything: add one, or train without --ternary")
+        return cls(matchers)
 
     def decide(self, path: str) -> Matcher | None:
         """The first matcher that fits a module path, or None."""
         return next((m for m in self.matchers if m.fits(path)), None)
 
 
-def _mapping(what: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise RecipeError(f"{what} must be a mapping, got {type(value).__name__}")
-    return value
-
-
-def _expect_keys(what: str, value: Any, known: tuple[str, ...]) -> None:
-    unknown = set(_mapping(what, value)) - set(known)
-    if unknown:
-        raise RecipeError(f"{what}: unknown keys {sorted(map(str, unknown))}, known are {list(known)}")
-
-
-def _config(name: str, entry: Any, default: QuantizerConfig) -> QuantizerConfig | None:
+def _config(where: str, entry: Any, default: QuantizerConfig) -> QuantizerConfig | None:
     if entry == FULL_PRECISION:
         return None
     if isinstance(entry, str):
-        raise RecipeError(f"config {name!r}: write a mapping of {list(_CONFIG_KEYS)}, or the word {FULL_PRECISION}")
-    _expect_keys(f"config {name!r}", entry, _CONFIG_KEYS)
+        keys = ", ".join(_Config.model_fields)
+        raise RecipeError(f"{where}: write a mapping of {keys}, or the word {FULL_PRECISION}, not {entry!r}")
+    given = validated(_Config, entry, where).model_dump(exclude_none=True)
     try:
-        if isinstance(entry.get("eps"), str):
-            # YAML 1.1 reads 1e-5, without a point, as text.
-            entry = {**entry, "eps": float(entry["eps"])}
-        return replace(default, **entry)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"config {name!r}: {error}") from None
+        return replace(default, **given)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from None

@@ -7,15 +7,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..cli import Whole
+from ..files import FileError, parse_json, write_text
 
 METRICS = "metrics.jsonl"
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """All records of a run's ``metrics.jsonl``, oldest first; a last line that a killed run left unfinished is none."""
-    lines = (Path(directory) / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All records of a run's ``metrics.jsonl``, oldest first; a last line that a killed run left unfinished is none.
+
+    Raises:
+        FileError: there is no such file, or a line of it is no record, by its number.
+    """
+    path = Path(directory) / METRICS
+    if not path.is_file():
+        raise FileError(f"{path}: there is no such file")
+    with path.open(encoding="utf-8") as file:
+        try:
+            return [_record(line, f"{path}, line {i}") for i, line in enumerate(file, 1) if line.endswith("\n")]
+        except UnicodeDecodeError:
+            raise FileError(f"{path}: not UTF-8: delete what is damaged, or choose another --log-dir") from None
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    # A validation loss may be NaN, and what was written has to be read again.
+    record = parse_json(line, where, allow_nan=True)
+    good = isinstance(record, dict) and isinstance(record.get("kind"), str)
+    if not good or Whole(0, 2**63).mistake(record.get("iteration")) is not None:
+        raise FileError(f"{where}: no record of a run: delete the line, or choose another --log-dir")
+    return record
 
 
 class MetricsLog:
@@ -65,7 +85,7 @@ class MetricsLog:
 
     def _truncate(self, resumed_from: int) -> None:
         path = self._directory / METRICS
-        if not path.is_file():
+        if not path.exists() and not path.is_symlink():
             return
         kept = [r for r in read_metrics(self._directory) if r["iteration"] <= resumed_from]
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))

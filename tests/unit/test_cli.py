@@ -108,7 +108,7 @@ def test_a_value_of_another_type_is_no_whole_number(value):
     assert cli.Whole().mistake(value) == "expected a whole number"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, True, "1"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, "1", 10**400])
 def test_a_value_that_is_no_finite_number(value):
     assert "number" in cli.Number().mistake(value)
 
@@ -119,6 +119,7 @@ def test_a_number_of_the_environment(monkeypatch):
         cli.from_environment("WORLD_SIZE", cli.Whole(1), 1)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert cli.from_environment("WORLD_SIZE", cli.Whole(1), 1) == 4
+    assert cli.from_environment("WORLD_SIZE", cli.Whole(1), 1, {"WORLD_SIZE": "8"}) == 8
     monkeypatch.delenv("WORLD_SIZE")
     assert cli.from_environment("WORLD_SIZE", cli.Whole(1), 1) == 1
 

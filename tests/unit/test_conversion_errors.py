@@ -180,7 +180,7 @@ FROM_HF = {
     ),
     "unknown state": (
         lambda d: QuantizerRecord("foo", "ternary", 1e-5, "bfloat16", 1, 16, O_PROJ).write(d),
-        "neither latent nor fused",
+        "state: expected 'latent' or 'fused', got 'foo'",
     ),
     "integers": (lambda d: change(d, Q, lambda w: w.to(torch.int8)), "q_proj|several dtypes"),
 }
@@ -345,7 +345,7 @@ FROM_MEGATRON = {
     "no checkpoint": (lambda d: shutil.rmtree(d / "release"), "no complete checkpoint"),
     "unreadable record": (
         lambda d: (d / "release" / "ternary_quantizer.json").write_text("{"),
-        "not a quantizer record",
+        "ternary_quantizer.json: not valid JSON",
     ),
     "record of another model": (
         lambda d: edit_record(d, modules={"decoder.layers.9.mlp.linear_fc1": {"group_size": -1}}),
@@ -369,7 +369,7 @@ FROM_MEGATRON = {
     "record of another eps": (lambda d: edit_record(d, eps=2.0), "bf16 steps away"),
     "record without groups": (
         lambda d: edit_record(d, modules={"a": {}}),
-        "not a quantizer record .*needs a group_size",
+        "not a quantizer record: modules.a.group_size is missing",
     ),
     "arguments without layers": (lambda d: edit_arguments(d, num_layers=None), "do not say num_layers"),
     "fused, recorded as latent": (

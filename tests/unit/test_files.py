@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitcpm_megatron.files import publish, write_text
+from bitcpm_megatron.files import directory_mistake, publish, write_text
 
 NEW = "new\n三值\n"
 
@@ -163,3 +163,28 @@ def test_all_content_is_synced_before_the_rename_and_the_name_after(
     content = {"file": ["tracker.txt"], "directory": ["0.bin", "common.json", "empty", "iter_7.incomplete", "shards"]}
     assert sorted(events[:-2]) == content[kind]
     assert events[-2:] == ["rename", "parent"]
+
+
+# ------------------------------------------------------------------------------- where something can be written
+
+
+def test_a_directory_that_can_be_made_is_no_mistake(tmp_path: Path) -> None:
+    assert directory_mistake(tmp_path) is None
+    assert directory_mistake(tmp_path / "a" / "b") is None
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("file", "file is no directory"), ("file/x", "Not a directory"), ("fifo", "no directory")]
+)
+def test_a_directory_that_cannot_be_made(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    assert said in directory_mistake(tmp_path / name)
+
+
+def test_a_loop_and_a_name_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert "symbolic links" in directory_mistake(tmp_path / "loop" / "x")
+    assert "too long" in directory_mistake(tmp_path / ("x" * 300))
+    assert "null" in directory_mistake("a\0b")

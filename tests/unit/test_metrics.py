@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves to be looked at."""
 
+import math
+import os
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bitcpm_megatron.training.metrics import MetricsLog, plot_losses, read_metrics
+from bitcpm_megatron.files import FileError
+from bitcpm_megatron.training.metrics import METRICS, MetricsLog, plot_losses, read_metrics
 
 
 def record(iteration: int, loss: float, kind: str = "train") -> dict:
@@ -47,3 +51,34 @@ def test_without_a_directory_nothing_is_written(tmp_path: Path, monkeypatch) -> 
     monkeypatch.chdir(tmp_path)
     write(None, {1: 5.0})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("half a li", "line 2: not valid JSON"),
+        ("[1]", "line 2: no record of a run"),
+        ('{"kind": "train"}', "line 2: no record of a run"),
+        ('{"kind": 3, "iteration": 2}', "line 2: no record of a run"),
+        ('{"kind": "train", "iteration": "2"}', "line 2: no record of a run"),
+        ("[" * 100_000, "line 2: nested too deeply"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+    good = '{"kind": "valid", "iteration": 1, "lm_loss": NaN}\n'
+    (tmp_path / METRICS).write_text(f"{good}{line}\n{good}")
+    with pytest.raises(FileError) as caught:
+        read_metrics(tmp_path)
+    assert said in str(caught.value) and METRICS in str(caught.value)
+
+
+def test_a_last_line_without_an_end_is_none_and_nan_is_read(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"kind": "valid", "iteration": 1, "lm_loss": NaN}\n{"kind": "tr')
+    (record,) = read_metrics(tmp_path)
+    assert record["iteration"] == 1 and math.isnan(record["lm_loss"])
+
+
+def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / METRICS)
+    with pytest.raises(FileError, match="no such file"):
+        MetricsLog(tmp_path)

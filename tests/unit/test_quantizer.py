@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitcpm_megatron import fake_quantize
 from bitcpm_megatron.quantization import (
     SPACES,
     QuantizerConfig,
@@ -380,11 +381,66 @@ def test_scales_are_finite_finds_one_bad_scale(bad: float) -> None:
 def test_nothing_waits_for_the_device() -> None:
     # A meta tensor has no values: whatever would read one for a decision on the host raises.
     weight = torch.empty(6, 64, device="meta")
-    codes, scales = quantize(weight, QuantizerConfig(group_size=32))
-    dequantize(codes, scales, QuantizerConfig(group_size=32), torch.float32)
+    # Given scales, and codes, are checked, which waits; training does neither.
+    _, scales = quantize(weight, QuantizerConfig(group_size=32))
     quantize_dequantize(weight, 32, EPS)
     quantize_dequantize(weight, 32, EPS, scales)
     assert scales_are_finite([scales, scales]).device.type == "meta"
+
+
+@pytest.mark.parametrize("code", [-128, -2, 2, 127])
+def test_a_code_that_the_space_does_not_have_is_refused(code: int) -> None:
+    codes, scales = quantize(torch.linspace(-1, 1, 256).reshape(4, 64), QuantizerConfig())
+    codes[1, 2] = code
+    with pytest.raises(ValueError, match="those of the space ternary are -1 to 1"):
+        dequantize(codes, scales, QuantizerConfig(), torch.float32)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, 0.0])
+def test_a_given_scale_that_is_none_is_refused(scale: float) -> None:
+    weight = torch.linspace(-1, 1, 256).reshape(4, 64)
+    _, scales = quantize(weight, QuantizerConfig())
+    scales[1] = scale
+    with pytest.raises(ValueError, match="not finite or not above 0"):
+        quantize(weight, QuantizerConfig(), scales)
+
+
+@pytest.mark.parametrize("group_size", [0, -2, 33, 1.5, "32", None, [32], {}, True, math.nan, 2**25, 10**30])
+def test_a_group_size_that_is_none_is_refused(group_size: object) -> None:
+    with pytest.raises(ValueError, match="group_size"):
+        QuantizerConfig(group_size=group_size)
+
+
+@pytest.mark.parametrize("eps", [0, -1.0, math.nan, math.inf, "1e-5", None, [1], {}, True, 10**400])
+def test_an_eps_that_is_none_is_refused(eps: object) -> None:
+    with pytest.raises(ValueError, match="eps="):
+        QuantizerConfig(eps=eps)
+
+
+@pytest.mark.parametrize("space", ["octal", None, [], {}, 3])
+def test_a_space_that_is_none_is_refused(space: object) -> None:
+    with pytest.raises(ValueError, match="unknown quantization space"):
+        QuantizerConfig(space=space)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w, c: quantize([[1.0]], c),
+        lambda w, c: quantize(None, c),
+        lambda w, c: quantize(w, None),
+        lambda w, c: quantize(w, {"group_size": -1}),
+        lambda w, c: dequantize([[1]], [[1.0]], c, torch.float32),
+        lambda w, c: dequantize(*quantize(w, c), None, torch.float32),
+        lambda w, c: dequantize(*quantize(w, c), c, torch.int8),
+        lambda w, c: dequantize(*quantize(w, c), c, "bf16"),
+        lambda w, c: fake_quantize(w, None),
+        lambda w, c: fake_quantize([[1.0]], c),
+    ],
+)
+def test_arguments_of_another_type_are_refused_in_words(call) -> None:
+    with pytest.raises(TypeError, match="tensor|QuantizerConfig|dtype"):
+        call(torch.ones(2, 64), QuantizerConfig())
 
 
 def test_fp16_overflow_of_the_value() -> None:

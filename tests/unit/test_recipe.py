@@ -38,7 +38,7 @@ def test_what_a_config_leaves_out_comes_from_the_default(tmp_path: Path) -> None
 def test_eps_may_be_written_as_people_write_it(tmp_path: Path) -> None:
     text = "configs: {q: {eps: 1e-7}}\nmatchers: {all: {config: q, pattern: '*'}}"
     assert read(tmp_path, text).decide("x").config.eps == 1e-7
-    with pytest.raises(RecipeError, match="config 'q': could not convert"):
+    with pytest.raises(RecipeError, match="config 'q': eps: expected a number, got 'tiny'"):
         read(tmp_path, text.replace("1e-7", "tiny"))
 
 
@@ -55,17 +55,38 @@ MATCHER = {"config": "q", "pattern": "*"}
     ("content", "message"),
     [
         ("configs: [", "recipe.yaml"),
-        ("just text", "the recipe must be a mapping, got str"),
-        ({"configs": {}, "matcher": {}}, "the recipe: unknown keys ['matcher']"),
+        ("just text", "the whole: expected a mapping, got 'just text'"),
+        ({"configs": {}, "matcher": {}}, "unknown key matcher: did you mean matchers?"),
         ({"configs": {"q": {}}}, "no enabled matcher quantizes anything"),
         ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "enabled": False}}}, "no enabled matcher"),
-        ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "enabled": "yes"}}}, "enabled must be true or false"),
-        ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "type": "regex"}}}, "type 'regex' is unknown"),
-        ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "config": "r"}}}, "a config out of ['q']"),
-        ({"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "patern": "x"}}}, "unknown keys ['patern']"),
-        ({"configs": {"q": {"group": 32}}, "matchers": {"m": MATCHER}}, "unknown keys ['group']"),
+        (
+            {"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "enabled": "yes"}}},
+            "m.enabled: expected true or false",
+        ),
+        (
+            {"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "type": "regex"}}},
+            "matchers.m.type: expected 'glob'",
+        ),
+        (
+            {"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "config": "r"}}},
+            "unknown config 'r': known are q",
+        ),
+        (
+            {"configs": {"q": {}}, "matchers": {"m": {**MATCHER, "patern": "x"}}},
+            "m.patern: did you mean pattern?",
+        ),
+        (
+            {"configs": {"q": {"group": 32}}, "matchers": {"m": MATCHER}},
+            "unknown key group: did you mean group_size?",
+        ),
         ({"configs": {"q": {"group_size": 31}}, "matchers": {"m": MATCHER}}, "config 'q': group_size=31"),
         ({"configs": {"q": {"space": "5-value"}}, "matchers": {"m": MATCHER}}, "unknown quantization space"),
+        ({"configs": {"q": {"eps": True}}, "matchers": {"m": MATCHER}}, "eps: expected a number, got True"),
+        ({"configs": {"q": [1]}, "matchers": {"m": MATCHER}}, "config 'q': the whole: expected a mapping"),
+        ({"configs": {"q": {"group_size": 32.0}}, "matchers": {"m": MATCHER}}, "group_size: expected a whole number"),
+        ({"matchers": {"m": {"config": "q"}}}, "matchers.m.pattern is missing"),
+        ("configs: {q: {}, q: {}}", "the key 'q' stands there twice"),
+        ("configs: {q: {group_size: 2024-13-45}}\nmatchers: {m: {config: q, pattern: x}}", "got '2024-13-45'"),
         ({"configs": {"q": "bf16"}, "matchers": {"m": MATCHER}}, "the word full-precision"),
     ],
 )

@@ -2,6 +2,7 @@
 """The quantizer record, and the checkpoint directory around it."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -26,10 +27,49 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     assert QuantizerRecord.read(tmp_path / "elsewhere") is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"surprise": 1}'])
-def test_an_unreadable_record_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a quantizer record: the whole: expected a mapping"),
+        ('{"version": 1}', "not a quantizer record: state is missing"),
+        ('{"surprise": 1}', "unknown key surprise"),
+        ('{"version": 1, "version": 1}', "the key 'version' stands there twice"),
+    ],
+)
+def test_an_unreadable_record_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / FILE_NAME).write_text(text)
-    with pytest.raises(RecordError, match="not a quantizer record"):
+    with pytest.raises(RecordError) as caught:
+        QuantizerRecord.read(tmp_path)
+    assert said in str(caught.value) and FILE_NAME in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"state": "liquid"}, "state: expected 'latent' or 'fused', got 'liquid'"),
+        ({"eps": -1.0}, "eps=-1.0 is not possible"),
+        ({"eps": True}, "eps: expected a number, got True"),
+        ({"space": "octal"}, "unknown quantization space 'octal'"),
+        ({"row_parallel_shards": 0}, "row_parallel_shards: 0: must be 1 to 65536"),
+        ({"activation_bits": 4}, "activation_bits: expected 8 or 16, got 4"),
+        ({"latent_dtype": "int8"}, "latent_dtype: expected 'float32'"),
+        ({"modules": {PATH: {"group_size": 33}}}, f"modules.{PATH}: group_size=33 is not possible"),
+        ({"modules": {PATH: {"group_size": -1, "bits": 2}}}, "unknown key modules"),
+        ({"modules": {PATH: {}}}, "group_size is missing"),
+        ({"modules": [PATH]}, "modules: expected a mapping"),
+    ],
+)
+def test_a_value_that_no_quantizer_has_is_refused(tmp_path: Path, change: dict, said: str) -> None:
+    (tmp_path / FILE_NAME).write_text(json.dumps({**dataclasses.asdict(RECORD), **change}))
+    with pytest.raises(RecordError) as caught:
+        QuantizerRecord.read(tmp_path)
+    assert said in str(caught.value)
+
+
+def test_what_is_no_file_is_no_missing_record(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE_NAME)
+    with pytest.raises(RecordError, match="no regular file"):
         QuantizerRecord.read(tmp_path)
 
 
