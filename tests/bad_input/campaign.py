@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the cases, each in a process forked from this one, and judges how they ended.
+
+    cd tests && python -m bad_input.campaign [--sample 200] [--only TEXT] [--jobs N] [--report FILE]
+
+A fault is: a traceback, a crash, a hang, memory beyond reason, a success where there is none, another exit code or more
+than one error, a message that does not name what is wrong, code that was run, or an input that was changed. Before the
+cases every good line is run, so that a refusal can only come from the mistake. Exit status: 0 no fault, 1 some.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+    os.environ[_variable] = "1" if _variable != "TOKENIZERS_PARALLELISM" else "false"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from tqdm import tqdm
+
+from bitcpm_megatron import cli
+from bitcpm_megatron.files import digest
+
+from . import damage, world
+from .cases import Case, all_cases
+from .commands import COMMANDS, scripts
+
+SECONDS = 60.0
+"""After which a case counts as hanging: a good line takes about two."""
+MEMORY = 3 * 2**30
+"""Peak resident bytes of a case; the parent, of whose pages it inherits, has about 0.7e9."""
+LONGEST_MESSAGE = 1200
+
+
+@dataclass
+class Outcome:
+    """How a process ended."""
+
+    status: int | None
+    output: str
+    seconds: float
+    memory: int
+
+
+def warm() -> None:
+    """Imports everything slow before the first fork; no thread may be started."""
+    import torch
+
+    torch.set_num_threads(1)
+    import bitcpm_megatron.training.generate
+    import bitcpm_megatron.training.loop  # noqa: F401
+
+    for command in COMMANDS.values():
+        command.main()
+
+
+class Runner:
+    """Starts processes and waits for them; at most so many at once."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.running: dict[int, tuple[Case, Path, float]] = {}
+
+    def start(self, case: Case, folder: Path) -> None:
+        """Forks a process that carries out a case in a directory."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            _child(case, folder)
+        self.running[pid] = (case, folder, time.monotonic())
+
+    def wait(self) -> tuple[Case, Path, Outcome]:
+        """The next case that ends, by itself or by force."""
+        while True:
+            for pid, (case, folder, began) in list(self.running.items()):
+                done, status, usage = os.wait4(pid, os.WNOHANG)
+                hanging = not done and time.monotonic() - began > SECONDS
+                if hanging:
+                    _kill_group(pid)
+                    _, _, usage = os.wait4(pid, 0)
+                if done or hanging:
+                    _kill_group(pid)
+                    del self.running[pid]
+                    code = None if hanging else os.waitstatus_to_exitcode(status)
+                    text = (folder.parent / f"{folder.name}.output").read_text(errors="replace")
+                    return case, folder, Outcome(code, text, time.monotonic() - began, usage.ru_maxrss * 1024)
+            time.sleep(0.005)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _child(case: Case, folder: Path) -> None:
+    """Carries out a case as the interpreter would, and ends this process."""
+    status = 70
+    try:
+        os.setsid()
+        os.chdir(folder)
+        for target, name in ((0, os.devnull), (1, None), (2, None)):
+            path = name or str(folder.parent / f"{folder.name}.output")
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), target)
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(variable, None)
+        os.environ.update(case.environment)
+        cli._SECONDS_FOR_RANK_0 = 0.0
+        status = _carry_out(case)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _carry_out(case: Case) -> int:
+    if case.call is None:
+        return COMMANDS[case.command].call(list(case.argv)) or 0
+    try:
+        case.call()
+    except (ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def manifest(folder: Path) -> dict[str, object]:
+    """What is in a directory, by path."""
+    found: dict[str, object] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        elif path.is_file():
+            found[name] = digest(path)["xxh3_128"]
+    return found
+
+
+def faults(case: Case, outcome: Outcome, before: dict[str, object], after: dict[str, object]) -> list[str]:
+    """Everything that is wrong with how a case ended."""
+    found = []
+    text = outcome.output
+    if damage.MARKER in after:
+        found.append("code was run")
+    changed = [n for n in before if after.get(n) != before[n] and not n.endswith(("DIGESTS.json.x",))]
+    if changed:
+        found.append(f"an input was changed: {changed[:3]}")
+    if outcome.memory > MEMORY:
+        found.append(f"{outcome.memory / 2**30:.1f} GiB of memory")
+    if outcome.status is None:
+        return [*found, f"hangs: not done after {SECONDS:.0f} s"]
+    if "Traceback (most recent call last)" in text:
+        found.append("a traceback")
+    if outcome.status < 0:
+        found.append(f"killed by signal {-outcome.status}")
+    elif outcome.status == 0:
+        if not case.accepts:
+            found.append("accepted in silence")
+    elif outcome.status not in case.status:
+        found.append(f"exit code {outcome.status}, expected {' or '.join(map(str, case.status))}")
+    if outcome.status not in (0, None) and not found:
+        found += _unclear(case, outcome)
+    return found
+
+
+def _unclear(case: Case, outcome: Outcome) -> list[str]:
+    lines = outcome.output.splitlines()
+    errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    if outcome.status == 3 and case.command in ("preflight", "inspect_checkpoint") and not errors:
+        message = outcome.output  # a report with findings
+    elif len(errors) != 1:
+        return [f"{len(errors)} lines that begin with 'error: '"]
+    else:
+        message = "\n".join(lines[errors[0] :])
+    if len(message) > LONGEST_MESSAGE and outcome.status != 3:
+        return [f"a message of {len(message)} characters"]
+    if case.says and not any(word in message for word in case.says):
+        return [f"the message names none of {', '.join(dict.fromkeys(case.says))}"]
+    return []
+
+
+class Campaign:
+    """The world, the cases, and what came of them."""
+
+    def __init__(self, scratch: Path, jobs: int) -> None:
+        self.scratch, self.jobs = scratch, jobs
+        self.world = scratch / "world"
+        self.runner = Runner(scratch)
+        self.number = 0
+
+    def build(self) -> None:
+        """Makes the world and runs every good line in a copy of it.
+
+        Raises:
+            SystemExit: one of them fails, so that nothing could be said about bad ones.
+        """
+        world.build(self.world, lambda name, argv: self._good(name, tuple(argv), self.world))
+        for command in COMMANDS.values():
+            if command.runs:
+                folder = self._copy()
+                self._good(command.name, command.good, folder)
+                shutil.rmtree(folder)
+
+    def _good(self, name: str, argv: tuple[str, ...], folder: Path) -> None:
+        self.runner.start(Case("good", f"{name} {' '.join(argv)}", name, argv), folder)
+        case, _, outcome = self.runner.wait()
+        # The preflight has warnings and failures to tell on a machine like this; it must only not refuse the input.
+        if outcome.status != 0 and not (name == "preflight" and outcome.status == 3):
+            raise SystemExit(f"a good line fails with {outcome.status}: {case.name}\n{outcome.output[-3000:]}")
+        (folder.parent / f"{folder.name}.output").unlink()
+
+    def _copy(self) -> Path:
+        self.number += 1
+        return Path(shutil.copytree(self.world, self.scratch / f"case{self.number}", symlinks=True))
+
+    def run(self, cases: list[Case]) -> dict[Case, tuple[list[str], Outcome]]:
+        """Carries out cases, several at once."""
+        results: dict[Case, tuple[list[str], Outcome]] = {}
+        waiting = list(reversed(cases))
+        befores: dict[Path, dict[str, object]] = {}
+        tqdm.monitor_interval = 0  # a thread would not survive the fork
+        bar = tqdm(total=len(cases), unit="case", mininterval=0.5 if sys.stderr.isatty() else 20, file=sys.stderr)
+        bad = 0
+        while waiting or self.runner.running:
+            while waiting and len(self.runner.running) < self.jobs:
+                case = waiting.pop()
+                folder = self._copy()
+                if case.first:
+                    self._alone(case, folder)
+                if case.prepare is not None:
+                    case.prepare(folder)
+                befores[folder] = manifest(folder)
+                self.runner.start(case, folder)
+            case, folder, outcome = self.runner.wait()
+            found = faults(case, outcome, befores.pop(folder), manifest(folder))
+            results[case] = found, outcome
+            bad += bool(found)
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder.parent / f"{folder.name}.output").unlink()
+            bar.set_postfix(faults=bad, refresh=False)
+            bar.update()
+        bar.close()
+        return results
+
+    def _alone(self, case: Case, folder: Path) -> None:
+        """The good run before the damage; in its own process, apart from those that run."""
+        apart = Runner(self.scratch)
+        apart.start(Case("good", case.name, case.command, case.first), folder)
+        _, _, outcome = apart.wait()
+        assert outcome.status == 0, outcome.output[-3000:]
+        (folder.parent / f"{folder.name}.output").unlink()
+
+
+def sample(cases: list[Case], size: int, seed: int) -> list[Case]:
+    """So many cases, of every kind its share and at least three."""
+    rng = random.Random(seed)
+    kinds: dict[str, list[Case]] = {}
+    for case in cases:
+        kinds.setdefault(case.kind, []).append(case)
+    chosen = set()
+    for members in kinds.values():
+        share = max(3, round(size * len(members) / len(cases)))
+        chosen.update(rng.sample([c.name for c in members], min(share, len(members))))
+    return [case for case in cases if case.name in chosen]
+
+
+def main() -> int:
+    """Parses the command line, runs the campaign and prints what it found; returns the exit status."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=cli.Whole(1), metavar="N", help="about so many cases, of every kind")
+    parser.add_argument("--seed", type=cli.Whole(0), default=0, help="of the sample")
+    parser.add_argument("--only", metavar="TEXT", help="cases with this in their name or kind")
+    parser.add_argument("--jobs", type=cli.Whole(1), default=os.cpu_count())
+    parser.add_argument("--report", type=Path, metavar="FILE", help="every fault with its output")
+    args = parser.parse_args()
+    strangers = sorted(set(scripts()) - set(COMMANDS))
+    if strangers:
+        print(f"no good line for {', '.join(strangers)}: add one to tests/bad_input/commands.py", file=sys.stderr)
+        return 1
+    warm()
+    with tempfile.TemporaryDirectory(prefix="bad-input-") as directory:
+        campaign = Campaign(Path(directory), args.jobs)
+        campaign.build()
+        cases = all_cases(campaign.world)
+        cases = [c for c in cases if args.only is None or args.only in c.name or args.only == c.kind]
+        cases = sample(cases, args.sample, args.seed) if args.sample else cases
+        results = campaign.run(cases)
+    return report(results, args.report)
+
+
+def report(results: dict[Case, tuple[list[str], Outcome]], path: Path | None) -> int:
+    """Prints counts and faults; returns the exit status."""
+    bad = {case: found for case, (found, _) in results.items() if found}
+    kinds = Counter(case.kind for case in results)
+    wrong = Counter(case.kind for case in bad)
+    for kind, count in kinds.items():
+        print(f"{kind:24} {count:5} cases {wrong[kind]:5} faults")
+    for case, found in bad.items():
+        print(f"FAULT {case.name[:150]!r}: {'; '.join(found)}")
+    slow = sorted(results, key=lambda case: -results[case][1].seconds)[:3]
+    print("slowest: " + ", ".join(f"{case.name[:60]!r} {results[case][1].seconds:.1f} s" for case in slow))
+    if path is not None:
+        parts = [
+            f"=== {c.name}\n{' '.join(c.argv)}\n{'; '.join(f)}\n{results[c][1].output[-2500:]}\n"
+            for c, f in bad.items()
+        ]
+        path.write_text("\n".join(parts))
+    print(f"bad input: {len(results)} cases, {len(bad)} faults")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

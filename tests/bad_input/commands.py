@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command of the project, one good line of each, and its parser."""
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .world import DATA, MODEL
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+_WRAPPERS = ("bind_cores", "pretrain_gpt")
+_TRAIN = [*MODEL, *DATA, "--train-iters", "2", "--eval-iters", "1"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command by the name of its script.
+
+    Attributes:
+        room: folder of the script, from the checkout.
+        good: arguments that it accepts in the world; files stand as they are, outputs are called ``out``.
+        runs: whether the good line is run; others take minutes or need more than this machine has, and only their
+            arguments are attacked.
+    """
+
+    name: str
+    room: str
+    good: tuple[str, ...]
+    runs: bool = True
+
+    def main(self) -> Callable[..., int | None]:
+        """Its entry function."""
+        if self.room in ("launch", "checkpoint_tools"):
+            return importlib.import_module(f"bitcpm_megatron.{self.room}.{self.name}").main
+        folder = CHECKOUT / self.room
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+        spec = importlib.util.spec_from_file_location(f"{self.room}_{self.name}".replace("/", "_"), self.path)
+        module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+        if not hasattr(module, "main"):
+            spec.loader.exec_module(module)
+        return module.main
+
+    @property
+    def path(self) -> Path:
+        """The script."""
+        return CHECKOUT / self.room / f"{self.name}.py"
+
+    def call(self, argv: list[str]) -> int | None:
+        """Runs it in this process, as the interpreter would."""
+        main = self.main()
+        sys.argv = [str(self.path), *argv]
+        return main() if not inspect.signature(main).parameters else main(argv)
+
+    def parser(self) -> argparse.ArgumentParser | None:
+        """The parser that it builds; None where it takes no arguments, or hands them on to another program."""
+        if self.name in _WRAPPERS:
+            return None
+        with _caught_parser() as caught:
+            try:
+                self.call([])
+            except _Caught:
+                return caught[0]
+            except SystemExit:
+                return None
+        return None
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("pretrain", "launch", (*_TRAIN, "--ternary", "--save", "out", "--log-dir", "out2")),
+        Command(
+            "generate",
+            "launch",
+            tuple("--load run --prompt fox --num-tokens 2 --tokenizer-model tokenizer.model".split()),
+        ),
+        Command(
+            "preprocess_data",
+            "launch",
+            tuple("--input corpus.jsonl --tokenizer-model tokenizer.model --append-eod --output-prefix out/c".split()),
+        ),
+        Command("run", "launch", ("job.yaml", "--print")),
+        Command("preflight", "launch", ("job.yaml",)),
+        Command("presets", "launch", ()),
+        Command("demo", "launch", ("--output", "out"), runs=False),
+        Command("bind_cores", "launch", (), runs=False),
+        Command("pretrain_gpt", "launch", tuple("--megatron-path corpus.txt".split()), runs=False),
+        Command("convert_hf_to_megatron", "checkpoint_tools", tuple("--load-dir fused --save-dir out".split())),
+        Command(
+            "convert_megatron_to_hf",
+            "checkpoint_tools",
+            tuple("--load-dir run --save-dir out --weights fused --verify".split()),
+        ),
+        Command("qat_convert", "checkpoint_tools", tuple("--input_bin latent --output out".split())),
+        Command("inspect_checkpoint", "checkpoint_tools", ("run",)),
+        Command("throughput", "benchmarks", ("--output-dir", "out"), runs=False),
+        Command("kernel", "benchmarks", ("--output-dir", "out"), runs=False),
+        Command("conversion", "benchmarks", ("--output-dir", "out"), runs=False),
+        Command("roofline", "benchmarks", ("--output-dir", "out"), runs=False),
+    )
+}
+
+
+def scripts() -> Iterator[str]:
+    """The names of all scripts that are commands, found on disk: one without a good line here is noticed."""
+    for room in ("launch", "checkpoint_tools", "benchmarks"):
+        for path in sorted((CHECKOUT / room).glob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            if '__name__ == "__main__"' in text and "ArgumentParser(" in text.replace("Parser(", "ArgumentParser("):
+                yield path.stem
+
+
+class _Caught(Exception):
+    """Raised instead of parsing."""
+
+
+@contextmanager
+def _caught_parser() -> Iterator[list[argparse.ArgumentParser]]:
+    caught: list[argparse.ArgumentParser] = []
+    original = argparse.ArgumentParser.parse_known_args
+
+    def catch(self: argparse.ArgumentParser, *arguments: object, **named: object) -> object:
+        if not self.add_help:  # a helper that looks for one flag before the real parser
+            return original(self, *arguments, **named)
+        caught.append(self)
+        raise _Caught
+
+    argparse.ArgumentParser.parse_known_args = catch
+    try:
+        yield caught
+    finally:
+        argparse.ArgumentParser.parse_known_args = original

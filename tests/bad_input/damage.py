@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to damage a file, and files that try to run code when they are read."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MARKER = "code-was-run"
+"""A crafted file makes a file of this name in the working directory."""
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def missing(path: Path) -> None:
+    """Nothing is there."""
+    _remove(path)
+
+
+def empty(path: Path) -> None:
+    """A file of no bytes."""
+    _remove(path)
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    """Half of the file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def garbage(path: Path) -> None:
+    """Bytes of no format, the same ones each time."""
+    _remove(path)
+    path.write_bytes(bytes((i * 151 + 89) % 251 for i in range(2000)))
+
+
+def directory(path: Path) -> None:
+    """A directory instead of a file."""
+    _remove(path)
+    path.mkdir()
+
+
+def file(path: Path) -> None:
+    """A file instead of a directory."""
+    _remove(path)
+    path.write_text("this is a file\n")
+
+
+def fifo(path: Path) -> None:
+    """A pipe that nobody writes into: who opens it waits for ever."""
+    _remove(path)
+    os.mkfifo(path)
+
+
+def loop(path: Path) -> None:
+    """A symbolic link to itself."""
+    _remove(path)
+    path.symlink_to(path.name)
+
+
+FILE_DAMAGE: dict[str, Callable[[Path], None]] = {
+    f.__name__: f for f in (missing, empty, cut, garbage, directory, fifo, loop)
+}
+DIRECTORY_DAMAGE: dict[str, Callable[[Path], None]] = {f.__name__: f for f in (missing, file, fifo, loop)}
+
+
+def empty_directory(path: Path) -> None:
+    """A directory that holds nothing."""
+    _remove(path)
+    path.mkdir()
+
+
+def flip(path: Path) -> None:
+    """One bit in the last quarter of the file, where data and not the header lies."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 4
+    path.write_bytes(content)
+
+
+class Evil:
+    """Unpickled, it makes the marker."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (MARKER, "w")
+
+
+def evil_pickle(path: Path) -> None:
+    """A bare pickle that runs code."""
+    path.write_bytes(pickle.dumps(Evil()))
+
+
+def evil_torch_file(path: Path) -> None:
+    """A file of ``torch.save`` that runs code."""
+    buffer = io.BytesIO()  # torch takes no file names that begin with a point
+    torch.save({"model": Evil(), "args": Evil()}, buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+def evil_object_entry(path: Path) -> None:
+    """A ``torch_dist`` checkpoint whose ``.metadata`` is honest and leads to an object that runs code.
+
+    Args:
+        path: its ``.metadata``.
+    """
+    metadata = pickle.loads(path.read_bytes())  # our own, made a minute ago
+    stored = metadata.storage_data
+    index = next(i for i, m in stored.items() if not hasattr(metadata.state_dict_metadata[i.fqn], "size"))
+    buffer = io.BytesIO()
+    torch.save(Evil(), buffer)
+    data = path.parent / stored[index].relative_path
+    offset = data.stat().st_size
+    with data.open("ab") as stream:
+        stream.write(buffer.getvalue())
+    object.__setattr__(stored[index], "offset", offset)
+    object.__setattr__(stored[index], "length", len(buffer.getvalue()))
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def evil_numpy(path: Path) -> None:
+    """An ``.npy`` file that ``allow_pickle`` would run."""
+    import numpy as np
+
+    with path.open("wb") as stream:
+        np.save(stream, np.array([Evil()], dtype=object), allow_pickle=True)
+
+
+def deflated_bomb(path: Path) -> None:
+    """A file of ``torch.save`` form whose pickle unpacks to two gigabytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("archive/data.pkl", "w", force_zip64=True) as stream:
+            block = b"(" * 2**24
+            for _ in range(128):
+                stream.write(block)
+        archive.writestr("archive/version", "3\n")
+
+
+def forget_digests(root: Path) -> None:
+    """As a directory from elsewhere, so that the readers themselves have to notice."""
+    for path in root.rglob("DIGESTS.json"):
+        path.unlink()
+
+
+def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
+    """Replaces the value of a JSON file."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def edit_safetensors(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Replaces the header of a safetensors file; the data stays."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    text = json.dumps(change(header) or header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
