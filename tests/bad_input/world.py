@@ -53,7 +53,10 @@ def build(directory: Path, run: Callable[[str, list[str]], None]) -> None:
     export = "--load-dir run --hf-architecture auto"
     run("convert_megatron_to_hf", [*export.split(), "--weights", "latent", "--save-dir", "latent"])
     run("convert_megatron_to_hf", [*export.split(), "--weights", "fused", "--save-dir", "fused"])
-    run("convert_megatron_to_hf", [*export.split(), "--weights", "fused", "--save-dir", "sharded", "--max-shard-size", "20KB"])
+    run(
+        "convert_megatron_to_hf",
+        [*export.split(), "--weights", "fused", "--save-dir", "sharded", "--max-shard-size", "20KB"],
+    )
     run("convert_hf_to_megatron", "--load-dir fused --save-dir start".split())
     run("convert_hf_to_megatron", "--load-dir fused --save-dir legacy --format legacy".split())
     weights = load_file(directory / "latent" / "model.safetensors")
