@@ -71,10 +71,10 @@ def read_record(directory: str | Path) -> QuantizerRecord | None:
         if in_file is None or in_config is None:
             return in_file or in_config
         lines = in_file.contradictions(in_config)
-    except FileError:
-        raise
     except RecordError as error:
         raise ConversionError(str(error)) from None
+    except FileError:
+        raise
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ConversionError(f"{directory}: the quantizer record is damaged ({error!r})") from None
     if lines:
