@@ -309,7 +309,7 @@ def test_record_and_config_must_agree(tmp_path: Path) -> None:
         read_record(tmp_path / "a")
     (tmp_path / "a" / FILE_NAME).unlink()
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    for change, message in (({"version": 9}, "version 9"), ({"surprise": 1}, "no quantizer record")):
+    for change, message in (({"version": 9}, "version 9"), ({"surprise": 1}, "not a quantizer record")):
         changed = {**config, "ternary_quantizer": {**config["ternary_quantizer"], **change}}
         (tmp_path / "a" / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConversionError, match=message):

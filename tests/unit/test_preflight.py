@@ -447,7 +447,7 @@ PLANTED: dict[str, tuple[list[str], Plant, str, str, str]] = {
         "fail",
         "--ternary is not given",
     ),
-    "a record that is none": ([], spoiled_record, "checkpoint-quantizer", "fail", "not a quantizer record"),
+    "a record that is none": ([], spoiled_record, "checkpoint-quantizer", "fail", "not valid JSON"),
     "another model": ([], checkpoint(num_layers=3), "checkpoint-model", "fail", "--num-layers 3"),
     "checkpoint incomplete": ([], incomplete, "resume", "fail", "not a complete checkpoint"),
     "nothing left to train": ([], checkpoint(iteration=20), "resume", "warn", "nothing is left"),
