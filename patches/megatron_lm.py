@@ -71,6 +71,8 @@ def validate_args_wrapper(original: Callable) -> Callable:
 def transformer_config_wrapper(original: Callable) -> Callable:
     """Displaces ``megatron.training.arguments.core_transformer_config_from_args``: sets ``softmax_scale``.
 
+    From core_v0.18 on it is defined in ``argument_utils``, and replaced there as well.
+
     The attention multiplier and LongRoPE's attention factor are this field, which attention reads when it is built and
     for which Megatron-LM has no flag.
     """
@@ -89,8 +91,9 @@ def transformer_config_wrapper(original: Callable) -> Callable:
 def built_model_wrapper(original: Callable) -> Callable:
     """Displaces ``correct_amax_history_if_needed`` in ``megatron.training.training``: the model becomes ternary here.
 
-    ``get_model`` calls it (for fp8, which is refused) with all chunks at the one right moment: they have their device
-    and the dtype of training, and are not wrapped in DDP yet. The original runs first, unchanged.
+    ``get_model``, and the builders of core_v0.18 and later, call it (for fp8, which is refused) with all chunks at the
+    one right moment: they have their device and the dtype of training, and are not wrapped in DDP yet. The original
+    runs first, unchanged.
     """
 
     @functools.wraps(original)
@@ -111,7 +114,7 @@ def built_model_wrapper(original: Callable) -> Callable:
 def get_model_wrapper(original: Callable) -> Callable:
     """Displaces ``megatron.training.training.get_model``: a model that :func:`built_model_wrapper` did not see raises.
 
-    A host that replaces ``get_model`` by one of its own would otherwise train in full precision, with a good loss.
+    A host that builds models in a way of its own would otherwise train in full precision, with a good loss.
     """
 
     @functools.wraps(original)
@@ -121,6 +124,22 @@ def get_model_wrapper(original: Callable) -> Callable:
         return model
 
     return get_model
+
+
+def setup_model_and_optimizer_wrapper(original: Callable) -> Callable:
+    """Displaces ``megatron.training.training.setup_model_and_optimizer``: checks as :func:`get_model_wrapper` does.
+
+    From core_v0.18 on the model is built by ``build_distributed_models`` of a builder class that the script names, and
+    no more by ``get_model``. Whatever builds it, training gets it from here.
+    """
+
+    @functools.wraps(original)
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> tuple:
+        model, *others = original(*args, **kwargs)
+        host.check_prepared(model)
+        return model, *others
+
+    return setup_model_and_optimizer
 
 
 def forward_backward_func_wrapper(original: Callable) -> Callable:
@@ -231,6 +250,7 @@ WRAPPERS: dict[str, Callable[[Callable], Callable]] = {
     "megatron.training.arguments.core_transformer_config_from_args": transformer_config_wrapper,
     "megatron.training.training.correct_amax_history_if_needed": built_model_wrapper,
     "megatron.training.training.get_model": get_model_wrapper,
+    "megatron.training.training.setup_model_and_optimizer": setup_model_and_optimizer_wrapper,
     "megatron.core.pipeline_parallel.schedules.get_forward_backward_func": forward_backward_func_wrapper,
     "megatron.training.checkpointing.save_checkpoint": save_checkpoint_wrapper,
     "megatron.core.dist_checkpointing.save": dist_save_wrapper,

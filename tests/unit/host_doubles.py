@@ -35,7 +35,10 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **content) -> types.Modul
 class MegatronTraining:
     """``megatron.training`` in memory: ``run()`` goes through the functions as ``pretrain()`` does."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, build_model, theirs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, build_model, theirs: tuple[str, ...] = (), builders: bool = False
+    ) -> None:
+        """A host of core_v0.18 or later builds models with ``builders``, without ``get_model``."""
         self.args = argparse.Namespace()
         self.build_model = build_model
         self.loaded_with: dict = {}
@@ -81,6 +84,16 @@ class MegatronTraining:
             if not self.fails_to_correct:
                 loop.correct_amax_history_if_needed(chunks)
             return chunks
+
+        def build_distributed_models():
+            chunks = self.build_model()
+            if not self.fails_to_correct:
+                sys.modules["megatron.training.models.dist_utils"].correct_amax_history_if_needed(chunks)
+            return chunks
+
+        def setup_model_and_optimizer():
+            loop = sys.modules["megatron.training.training"]
+            return build_distributed_models() if builders else loop.get_model(), "optimizer", "scheduler"
 
         def get_checkpoint_name(directory, iteration, release=False, return_base_dir=False):
             base = Path(directory) / ("release" if release else f"iter_{iteration:07d}")
@@ -148,11 +161,25 @@ class MegatronTraining:
             monkeypatch,
             "megatron.training.training",
             get_model=get_model,
+            setup_model_and_optimizer=setup_model_and_optimizer,
             correct_amax_history_if_needed=correct_amax_history_if_needed,
             # By name, as upstream does: a patch must reach it here, too.
             load_checkpoint=checkpointing.load_checkpoint,
             save_checkpoint=checkpointing.save_checkpoint,
         )
+
+        if builders:
+            # Defined here and imported where they were.
+            module(
+                monkeypatch,
+                "megatron.training.argument_utils",
+                core_transformer_config_from_args=core_transformer_config_from_args,
+            )
+            module(
+                monkeypatch,
+                "megatron.training.models.dist_utils",
+                correct_amax_history_if_needed=correct_amax_history_if_needed,
+            )
 
     def run(self, argv: list[str]) -> list[torch.nn.Module]:
         """Arguments, model, load, save."""
@@ -160,8 +187,9 @@ class MegatronTraining:
         here = {n: sys.modules[f"megatron.training.{n}"] for n in ("arguments", "training")}
         self.args = here["arguments"].parse_args()
         self.args = here["arguments"].validate_args(self.args)
-        self.config = here["arguments"].core_transformer_config_from_args(self.args)
-        model = here["training"].get_model()
+        configures = sys.modules.get("megatron.training.argument_utils", here["arguments"])
+        self.config = configures.core_transformer_config_from_args(self.args)
+        model, *_ = here["training"].setup_model_and_optimizer()
         if self.args.load:
             here["training"].load_checkpoint(model)
         if self.args.save:

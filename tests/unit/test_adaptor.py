@@ -113,6 +113,14 @@ def test_a_job_trains_ternary_after_one_import(megatron) -> None:
     assert "ternary: 2 of 2 modules" in job.printed[-1]
 
 
+def test_so_does_a_host_whose_builders_make_the_model(megatron) -> None:
+    """Megatron-LM from core_v0.18 on: without get_model, and with arguments become a configuration elsewhere."""
+    job = megatron(builders=True)
+    adapt()
+    (chunk,) = job.run(["--ternary"])
+    assert len(ternary_modules(chunk)) == 2 and "holds bit for bit in 2 layers" in "\n".join(job.printed)
+
+
 def test_adapters_train_in_full_precision_beside_ternary_layers(megatron, monkeypatch, tmp_path: Path) -> None:
     """PEFT's names change neither what is quantized nor what it is called, so that a pretraining checkpoint fits."""
     job = megatron()
@@ -181,8 +189,9 @@ def test_the_scales_are_saved(megatron) -> None:
     }
 
 
-def test_the_attention_multiplier_reaches_the_configuration(megatron, monkeypatch) -> None:
-    job = megatron()
+@pytest.mark.parametrize("builders", [False, True])
+def test_the_attention_multiplier_reaches_the_configuration(megatron, monkeypatch, builders: bool) -> None:
+    job = megatron(builders=builders)
     adapt()
     monkeypatch.setattr(
         host, "prepare", lambda args, chunks, checkpoint: [setattr(c, "_bitcpm_prepared", 1) for c in chunks] and []
@@ -280,8 +289,9 @@ def test_a_backend_that_is_not_there_is_refused(megatron, monkeypatch) -> None:
         job.run(["--ternary", "--ternary-backend", "absent"])
 
 
-def test_a_host_that_builds_its_model_elsewhere_is_refused(megatron) -> None:
-    job = megatron()
+@pytest.mark.parametrize("builders", [False, True])
+def test_a_host_that_builds_its_model_elsewhere_is_refused(megatron, builders: bool) -> None:
+    job = megatron(builders=builders)
     job.fails_to_correct = True
     adapt()
     with pytest.raises(host.HostError, match="behind the adaptor's back"):
