@@ -8,12 +8,19 @@ on the job knows the ``--ternary`` flags; without ``--ternary`` it computes what
 The host is MindSpeed-LLM where ``mindspeed_llm`` can be imported, else MindSpeed where ``mindspeed`` can, else plain
 Megatron-LM; the environment variable ``BITCPM_HOST`` (``megatron-lm``, ``mindspeed``, ``mindspeed-llm``) says
 otherwise. Importing this twice does nothing more.
+
+What the plugin refuses ends the job with one line and an exit code, in any script as in our own commands: 2 for what
+cannot be done, 3 where a proof finds a layer that is not ternary. As exceptions they can be caught.
 """
 
 import logging
 import os
+import sys
+from types import TracebackType
 
-from .patches import megatron_lm, mindspeed
+from . import cli
+from .host import HostError
+from .patches import megatron_core, megatron_lm, mindspeed
 
 HOSTS = ("megatron-lm", "mindspeed", "mindspeed-llm")
 _VARIABLE = "BITCPM_HOST"
@@ -21,8 +28,29 @@ _VARIABLE = "BITCPM_HOST"
 logger = logging.getLogger(__name__)
 
 
-class AdaptorError(RuntimeError):
+class AdaptorError(ValueError):
     """The adaptor cannot take hold of the host."""
+
+
+def report_refusals() -> None:
+    """Makes one line and an exit code of ours out of a refusal that ends the process.
+
+    Displaces ``sys.excepthook``, for the script is the host's: there is no handler of ours around it. All other errors
+    keep their traceback.
+    """
+    before = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, AdaptorError | HostError | cli.MismatchError):
+            return before(kind, error, trace)
+
+        def again() -> None:
+            raise error
+
+        # Python takes this exit for the process's own.
+        sys.exit(cli.run(again))
+
+    sys.excepthook = excepthook
 
 
 def choose_host() -> str:
@@ -45,7 +73,8 @@ def install() -> str:
     """Takes hold of the host; returns its name. Called by the import.
 
     Raises:
-        AdaptorError: the import comes too late, with the cure.
+        AdaptorError, HostError: the import comes too late, or the host is not there or not one that is known; with the
+            cure.
     """
     cure = "put `import bitcpm_megatron.adaptor` first, before every megatron and mindspeed import"
     early = mindspeed.imported_too_early()
@@ -60,8 +89,10 @@ def install() -> str:
     else:
         mindspeed.join()
         mindspeed.start(host)
+    megatron_core.write_checkpoints_with_newer_torch()
     logger.info("host: %s", host)
     return host
 
 
+report_refusals()
 HOST = install()

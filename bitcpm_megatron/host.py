@@ -22,7 +22,7 @@ from .quantization.record import QuantizerRecord, RecordError, check_change
 _PREPARED = "_bitcpm_prepared"
 
 
-class HostError(RuntimeError):
+class HostError(ValueError):
     """What was asked for cannot be done on this host."""
 
 
@@ -150,8 +150,17 @@ def prepare(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpo
         Lines for the log, the coverage table last.
 
     Raises:
-        HostError, RecipeError, ProbeError, ValueError, RuntimeError: it cannot be done.
+        HostError: it cannot be done.
+        ProbeError: a layer is not ternary.
     """
+    try:
+        return _prepare(args, chunks, checkpoint)
+    except ValueError as error:
+        # A recipe, a shape, a backend: the host's script has no handler that knows our errors apart.
+        raise error if isinstance(error, HostError) else HostError(str(error)) from error
+
+
+def _prepare(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None) -> list[str]:
     notes = []
     multipliers, longrope = _multipliers(args)
     if multipliers != Multipliers() or longrope is not None:

@@ -6,8 +6,8 @@
 The script does not change; ``import bitcpm_megatron.adaptor`` is done before it. Where there is neither CUDA nor an
 NPU the job runs on the CPU (``--distributed-backend gloo``), for tests and small experiments.
 
-Exit status: that of the script; 2 where the plugin refuses what it is asked for, 3 where the start-up probe finds a
-layer that is not ternary.
+Exit status: that of the script; 2 where the plugin refuses what it is asked for, 3 where a proof, at start-up or in the
+first training step, finds a layer that is not ternary.
 """
 
 import argparse
@@ -71,33 +71,23 @@ def prepare(args: argparse.Namespace, script: Path) -> None:
 
 
 def main() -> int:
-    """Prepares and then becomes the script; returns the exit status."""
+    """Prepares and then becomes the script; returns the exit status.
+
+    What the plugin refuses is reported, with its exit status, by the hook that the adaptor puts in place.
+    """
+    from bitcpm_megatron.cli import BAD_INPUT, DONE, complain
+
     ours, rest = build_parser().parse_known_args()
     try:
         script = find_script(ours)
     except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        complain(str(error))
+        return BAD_INPUT
     sys.argv = [str(script), *rest]
     prepare(ours, script)
-
-    from bitcpm_megatron.host import HostError
-    from bitcpm_megatron.tensor_parallel import ProbeError, RecipeError
-
     # In this module's own names and not with runpy: the checkpoint writer's helper process imports __main__ again.
-    code = compile(script.read_text(encoding="utf-8"), str(script), "exec")
-    try:
-        exec(code, sys.modules["__main__"].__dict__)
-    except ProbeError as error:
-        return _failed(error, 3)
-    except (HostError, RecipeError) as error:
-        return _failed(error, 2)
-    return 0
-
-
-def _failed(error: Exception, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return status
+    exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), sys.modules["__main__"].__dict__)
+    return DONE
 
 
 # Without the guard that helper process would train as well, and hang.

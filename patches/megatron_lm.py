@@ -263,12 +263,23 @@ def install() -> None:
     """Puts on every wrapper with our own patcher, for Megatron-LM without MindSpeed.
 
     Raises:
-        AttributeError: this Megatron-LM lacks a symbol.
+        HostError: there is no Megatron-LM, or it lacks a symbol.
     """
-    import megatron.training.training  # noqa: F401 - all that import the symbols by name are there before they change
-
+    try:
+        # All that import the symbols by name are there before they change.
+        import megatron.training.training  # noqa: F401
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("megatron"):
+            raise
+        raise host.HostError(
+            f"Megatron-LM cannot be imported ({error}; megatron-core alone has no training script): put a checkout on "
+            "PYTHONPATH"
+        ) from error
     for symbol, wrapper in WRAPPERS.items():
-        replace_everywhere(symbol, wrapper)
+        try:
+            replace_everywhere(symbol, wrapper)
+        except AttributeError as error:
+            raise host.HostError(f"this Megatron-LM has no {symbol}: use a version that docs/hosts.md names") from error
 
 
 def imported_too_early() -> str | None:
@@ -299,7 +310,6 @@ def run_on_cpu() -> None:
     megatron_core.provide_fused_adam()
     megatron_core.allow_distributed_optimizer_without_te()
     megatron_core.allow_moe_router_without_te()
-    megatron_core.write_checkpoints_with_newer_torch()
     megatron_core.keep_sent_tensors()
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..host import HostError
 from . import ORIGINAL, logger, megatron_lm
 
 _FEATURE = "bitcpm_ternary"
@@ -62,11 +63,11 @@ def start(host: str) -> None:
         host: ``mindspeed`` or ``mindspeed-llm``.
 
     Raises:
-        RuntimeError: the adaptor did not apply our feature.
+        HostError: the adaptor did not apply our feature, or it is another version.
     """
     importlib.import_module(ADAPTORS[host])
     if not _applied:
-        raise RuntimeError(f"{ADAPTORS[host]} did not apply the features of MindSpeedFeaturesManager: another version?")
+        raise HostError(f"{ADAPTORS[host]} did not apply the features of MindSpeedFeaturesManager: another version?")
 
 
 _applied: list[str] = []
@@ -107,7 +108,10 @@ def _register_linears() -> None:
     from ..tensor_parallel import register_linear
 
     module = importlib.import_module(_LAYER_NORM_LINEAR)
-    register_linear(module.MindSpeedTELayerNormColumnParallelLinear, "column", ("_layernorm", "_rmsnorm"))
+    try:
+        register_linear(module.MindSpeedTELayerNormColumnParallelLinear, "column", ("_layernorm", "_rmsnorm"))
+    except ValueError as error:
+        raise HostError(str(error)) from error
 
 
 def _replace_class_method(owner: type, attribute: str, make: Callable[[Any], Any]) -> None:

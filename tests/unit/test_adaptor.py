@@ -3,6 +3,8 @@
 
 import argparse
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +13,23 @@ import host_doubles
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from bitcpm_megatron import host
 from bitcpm_megatron.arguments import add_arguments
 from bitcpm_megatron.models.arguments import NAMES
 from bitcpm_megatron.ops import registry
 from bitcpm_megatron.patches import megatron_lm, mindspeed
-from bitcpm_megatron.tensor_parallel import ProbeError, RecipeError, linears, ternary_modules
+from bitcpm_megatron.tensor_parallel import ProbeError, linears, ternary_modules
 
+# The second is what the first does at once, without the host that the rest of it needs.
+IMPORT = "import bitcpm_megatron.adaptor"
+HOOK = f"import contextlib\nwith contextlib.suppress(ValueError): {IMPORT}\n0"
 pytestmark = pytest.mark.usefixtures("single_rank", "fresh")
+CHECKOUT = Path(__file__).resolve().parents[2]
 NOTHING = argparse.Namespace(ternary=False)
 
 
@@ -83,6 +91,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "job", host.Job())
     monkeypatch.setattr(linears, "_registered", {})
     monkeypatch.setattr(mindspeed, "_applied", [])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.delenv("BITCPM_HOST", raising=False)
     monkeypatch.delitem(sys.modules, "bitcpm_megatron.adaptor", raising=False)
 
@@ -97,6 +106,14 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> Callable[..., host_doubles.Mega
         return double
 
     return make
+
+
+def python(script: str) -> subprocess.CompletedProcess:
+    """Runs a script in a process of its own, where megatron-core has no Megatron-LM around it."""
+    paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def adapt() -> str:
@@ -275,7 +292,7 @@ def test_a_recipe_that_fits_nothing_is_refused(megatron, tmp_path: Path) -> None
     recipe.write_text("configs: {all: {}}\nmatchers: {none: {config: all, pattern: '*.linear_q'}}\n")
     job = megatron()
     adapt()
-    with pytest.raises(RecipeError, match="fits no module"):
+    with pytest.raises(host.HostError, match="fits no module"):
         job.run(["--ternary", "--ternary-recipe", str(recipe)])
 
 
@@ -301,14 +318,14 @@ def test_a_host_that_builds_its_model_elsewhere_is_refused(megatron, builders: b
 def test_linears_that_nobody_registered_are_refused(megatron) -> None:
     job = megatron(LayerNormLinear)
     adapt()
-    with pytest.raises(RecipeError, match="LayerNormLinear, which would bypass the quantizer"):
+    with pytest.raises(host.HostError, match="LayerNormLinear, which would bypass the quantizer"):
         job.run(["--ternary"])
 
 
 def test_a_missing_symbol_raises(megatron) -> None:
     megatron()
     del sys.modules["megatron.training.training"].correct_amax_history_if_needed
-    with pytest.raises(AttributeError, match="correct_amax_history_if_needed"):
+    with pytest.raises(host.HostError, match="no megatron.training.training.correct_amax_history_if_needed: use a ver"):
         adapt()
 
 
@@ -352,7 +369,7 @@ class TestMindSpeed:
     def test_activations_cannot_be_quantized_before_a_norm(self, mindspeed_host) -> None:
         job = mindspeed_host(LayerNormLinear)
         adapt()
-        with pytest.raises(RecipeError, match="normalises its input itself.*--transformer-impl local"):
+        with pytest.raises(host.HostError, match="normalises its input itself.*--transformer-impl local"):
             job.run(["--ternary", "--ternary-activation-bits", "8"])
 
     def test_our_feature_survives_another_list(self, mindspeed_host) -> None:
@@ -367,7 +384,7 @@ class TestMindSpeed:
     def test_their_adaptor_must_not_come_first(self, mindspeed_host) -> None:
         mindspeed_host(LayerNormLinear)
         self.double.import_adaptor()
-        with pytest.raises(RuntimeError, match="mindspeed.megatron_adaptor was imported before this"):
+        with pytest.raises(ValueError, match="mindspeed.megatron_adaptor was imported before this"):
             adapt()
 
     def test_another_version_of_the_linear_is_refused(self, mindspeed_host, monkeypatch) -> None:
@@ -379,10 +396,10 @@ class TestMindSpeed:
 
 def test_megatron_must_not_come_first(monkeypatch) -> None:
     host_doubles.MegatronTraining(monkeypatch, list)
-    with pytest.raises(RuntimeError, match="megatron.training was imported already.*put `import bitcpm_megatron.adap"):
+    with pytest.raises(ValueError, match="megatron.training was imported already.*put `import bitcpm_megatron.adap"):
         adapt()
     sys.modules["megatron.training.global_vars"]._GLOBAL_ARGS = NOTHING
-    with pytest.raises(RuntimeError, match="has parsed its arguments already"):
+    with pytest.raises(ValueError, match="has parsed its arguments already"):
         adapt()
 
 
@@ -390,8 +407,42 @@ def test_megatron_must_not_come_first(monkeypatch) -> None:
 def test_a_host_that_is_not_there_is_refused(megatron, monkeypatch, named: str, said: str) -> None:
     megatron()
     monkeypatch.setenv("BITCPM_HOST", named)
-    with pytest.raises(RuntimeError, match=said):
+    with pytest.raises(ValueError, match=said):
         adapt()
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "message"),
+    [
+        (IMPORT, 2, "Megatron-LM cannot be imported (No module named 'megatron.training'"),
+        (f"import os; os.environ['BITCPM_HOST'] = 'llama'; {IMPORT}", 2, "llama is unknown: use"),
+        (f"{HOOK}; from bitcpm_megatron.host import HostError; raise HostError('leave it out')", 2, "leave it out"),
+        (f"{HOOK}; from bitcpm_megatron.tensor_parallel import ProbeError; raise ProbeError('fc1')", 3, "fc1"),
+    ],
+)
+def test_a_refusal_ends_any_script_with_one_line(script: str, status: int, message: str) -> None:
+    done = python(script)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_errors_of_the_script_keep_their_traceback() -> None:
+    done = python(f"{HOOK}; raise ValueError('of the host')")
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "of the host" in done.stderr
+
+
+def test_checkpoints_can_be_written_with_a_newer_torch(megatron, monkeypatch) -> None:
+    """megatron-core 0.12.1 hands torch's function no serialization format; so it must not need our launcher."""
+    megatron()
+    written = []
+
+    def _write_item(transforms, stream, data, item, key, serialization_format):
+        written.append(serialization_format)
+
+    monkeypatch.setattr(filesystem_async, "_write_item", _write_item)
+    adapt()
+    filesystem_async._write_item("transforms", "stream", "data", "item", "key")
+    assert written == [SerializationFormat.TORCH_SAVE]
 
 
 def test_flags_that_the_host_has_are_the_hosts(megatron) -> None:
