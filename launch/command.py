@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a job and this node's place to the ``torchrun`` command, as a list of arguments."""
+"""From a job and this node's place to the ``torchrun`` command (of ``launch/agent.py``), as a list of arguments."""
 
 import sys
 from collections.abc import Mapping
@@ -52,7 +52,8 @@ class Resume:
 def host_argv(job: Job) -> list[str]:
     """The script of the job's host and all its arguments.
 
-    ``--load`` is ``--save`` where the job gives none, so that the same job file starts and resumes.
+    ``--load`` is ``--save`` where the job gives none, so that the same job file starts and resumes; and the job saves
+    when it is asked to stop (``--exit-signal-handler``) unless it says ``exit-signal-handler: false``.
 
     Raises:
         JobError: the host lacks a flag that the job gives.
@@ -60,6 +61,8 @@ def host_argv(job: Job) -> list[str]:
     flags = dict(job.flags)
     if "save" in flags and "load" not in flags:
         flags["load"] = flags["save"]
+    # Jobs are preempted without a word to their owners.
+    flags.setdefault("exit-signal-handler", True)
     if job.host.kind != MEGATRON_LM:
         preset = ["--model", job.preset] if job.preset else []
         return [str(_LAUNCH / "pretrain.py"), *preset, *_argv(flags)]
@@ -87,7 +90,7 @@ def torchrun(job: Job, place: Placement, local_address: str | None = None) -> li
         JobError: see :func:`host_argv`.
     """
     cluster = job.cluster
-    command = [sys.executable, "-m", "torch.distributed.run"]
+    command = [sys.executable, str(_LAUNCH / "agent.py")]
     command += ["--nnodes", str(place.nodes), "--nproc_per_node", str(place.devices_per_node)]
     command += ["--max_restarts", str(cluster.max_restarts), "--rdzv_backend", cluster.rendezvous]
     if cluster.rendezvous == "static":

@@ -101,6 +101,11 @@ def _training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--exit-interval", type=_ITERATIONS, help="stop, with a checkpoint, when the iteration divides by this"
     )
+    group.add_argument(
+        "--exit-signal-handler",
+        action="store_true",
+        help="on SIGTERM or SIGUSR1 save at the end of the step and leave with status 0",
+    )
     group.add_argument("--bf16", action="store_true", help="bf16 weights and GEMMs with fp32 master weights")
     group.add_argument("--lr", type=Number(0, 100, open_minimum=True), required=True)
     group.add_argument("--min-lr", type=Number(0, 100), default=0.0)

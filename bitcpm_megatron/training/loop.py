@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ from .checkpoint_digests import verify_digests
 from .checkpoint_directory import CheckpointError, check_start, latest
 from .data import Batch, Data, batches, build_data, build_tokenizer
 from .directory_lock import held
+from .exit_signal import ExitSignals
 from .initialize import device
 from .model import Model, build_model, parameter_count
 from .optimizer import build_optimizer, build_scheduler, learning_rate, step
@@ -52,6 +53,7 @@ class Run:
     progress: Progress
     record: QuantizerRecord | None
     data: Data
+    signals: ExitSignals = field(default_factory=ExitSignals)
 
 
 def pretrain(args: argparse.Namespace) -> Progress:
@@ -63,12 +65,13 @@ def pretrain(args: argparse.Namespace) -> Progress:
     Raises:
         TrainingError, CheckpointError, RecipeError, ProbeError, ValueError: with the cure in the message.
     """
-    with held(args.save) as note:
-        return _pretrain(args, note)
+    with ExitSignals(args.exit_signal_handler) as signals, held(args.save) as note:
+        return _pretrain(args, signals, note)
 
 
-def _pretrain(args: argparse.Namespace, note: str | None) -> Progress:
+def _pretrain(args: argparse.Namespace, signals: ExitSignals, note: str | None) -> Progress:
     run = _prepare(args, note)
+    run.signals = signals
     report = RunReport(args, run.progress, enabled=torch.distributed.get_rank() == 0)
     saver = checkpoint.Saver(args, run.record)
     try:
@@ -117,7 +120,7 @@ def _train(args: argparse.Namespace, run: Run, report: RunReport, saver: checkpo
         progress.consumed_samples += args.global_batch_size
         report.step(progress, result)
         last = progress.iteration == args.train_iters
-        leaving = last or _due(progress.iteration, args.exit_interval)
+        leaving = last or run.signals.agreed or _due(progress.iteration, args.exit_interval)
         if run.data.valid is not None and (last or _due(progress.iteration, args.eval_interval)):
             report.valid(progress, evaluate(args, run.model, batches(args, run.data.valid, 0)))
         if args.save is not None and (leaving or _due(progress.iteration, args.save_interval)):
@@ -129,6 +132,8 @@ def _train(args: argparse.Namespace, run: Run, report: RunReport, saver: checkpo
             saver.wait()
         report.saved(saver.poll())
         if leaving:
+            if run.signals.agreed and not last:
+                report.stopped(progress)
             return
 
 
@@ -155,7 +160,7 @@ def train_step(
     for chunk in run.model.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    loss = _forward_backward(args, run.model, data)
+    loss = _forward_backward(args, run.model, data, run.signals)
     codes = None if telemetry is None else telemetry.record()
     taken, grad_norm = step(run.optimizer)
     if grad_norm is not None and not math.isfinite(grad_norm):
@@ -172,15 +177,16 @@ def evaluate(args: argparse.Namespace, model: Model, data: Iterator[Batch]) -> f
         chunk.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for _ in range(args.eval_iters):
-        total += _run_schedule(args, model, data, forward_only=True)[:2]
+        total += _run_schedule(args, model, data, ExitSignals(), forward_only=True)[:2]
     for chunk in model.chunks:
         chunk.train()
     return float(total[0] / total[1])
 
 
-def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Batch]) -> float:
+def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Batch], signals: ExitSignals) -> float:
     """Gradients of one global batch; returns its loss, and raises on every rank alike where it is not finite."""
-    loss_sum, tokens, broken = _run_schedule(args, model, data, forward_only=False).tolist()
+    loss_sum, tokens, broken, asked = _run_schedule(args, model, data, signals, forward_only=False).tolist()
+    signals.agreed = asked > 0
     if broken:
         for state in model.ternary:
             if state.scales is not None and not state.scales.isfinite().all():
@@ -194,13 +200,15 @@ def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Bat
     return loss
 
 
-def _run_schedule(args: argparse.Namespace, model: Model, data: Iterator[Batch], forward_only: bool) -> torch.Tensor:
+def _run_schedule(
+    args: argparse.Namespace, model: Model, data: Iterator[Batch], signals: ExitSignals, forward_only: bool
+) -> torch.Tensor:
     """Runs megatron-core's schedule over the micro-batches of one global batch.
 
     Returns:
-        float64 ``[loss sum, tokens, ranks with a scale that is not finite]`` over the whole job, on the CPU. Every
-        tensor-parallel rank counts the same loss, which the quotient does not see. This is the one point per step that
-        waits for the device in any case.
+        float64 ``[loss sum, tokens, ranks with a scale that is not finite, ranks that were asked to stop]`` over the
+        whole job, on the CPU. Every tensor-parallel rank counts the same loss, which the quotient does not see. This is
+        the one point per step that waits for the device in any case.
     """
     # The schedule's stages (and virtual stages) each read the same micro-batches.
     shared = list(islice(data, args.num_microbatches))
@@ -214,12 +222,13 @@ def _run_schedule(args: argparse.Namespace, model: Model, data: Iterator[Batch],
         micro_batch_size=args.micro_batch_size,
         forward_only=forward_only,
     )
-    total = torch.zeros(3, dtype=torch.float64, device=device())
+    total = torch.zeros(4, dtype=torch.float64, device=device())
     for result in results:
         total[:2] += result["lm_loss"].to(total.dtype)
     scales = [state.scales for state in model.ternary if state.scales is not None]
     if scales:
         total[2] = (~scales_are_finite(scales)).to(total.dtype)
+    total[3] = float(signals.received)
     torch.distributed.all_reduce(total)
     return total.cpu()
 

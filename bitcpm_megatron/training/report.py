@@ -91,6 +91,11 @@ class RunReport:
         for path in paths:
             self._line(f"saved {path}")
 
+    def stopped(self, progress: Progress) -> None:
+        """The run was asked to stop, and leaves."""
+        kept = "the same command goes on from here" if self._args.save else "nothing is kept without --save"
+        self._say(progress, f"asked to stop by SIGTERM or SIGUSR1: {kept}")
+
     def close(self) -> None:
         """Leaves the bar as it stands, and draws the pictures."""
         self._bar.close()

@@ -122,7 +122,7 @@ def test_the_command_is_a_list_and_nothing_is_expanded(tmp_path: Path) -> None:
     nasty = "a b;$(touch x)`id`'\""
     made = job(tmp_path, SMALL, f"checkpoint.save={json.dumps(nasty)}")
     command = torchrun(made, Placement("test", 2, 1, 4, "n0", 1234))
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[:2] == [sys.executable, str(CHECKOUT / "launch" / "agent.py")]
     assert command[command.index("--save") + 1] == nasty
     assert command[command.index("--load") + 1] == nasty
     assert shlex.split(run.display(command).replace("\\\n", " ")) == command

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``launch/pretrain.py`` with chosen moments that take long: ``slow.py DIRECTORY FLAGS...``.
+
+``DIRECTORY/plan.json`` names them by their number in this process, from 1, with seconds: ``step``, ``save`` (rank 0
+publishes a checkpoint), and ``write`` (a process writes its file of it), such as ``{"step": {"2": 31}}``. Moments that
+have begun are in ``DIRECTORY/moments``.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Imports stand where they are used: the checkpoint writer's helper process imports this file.
+
+
+def slowed(function: Callable, name: str, directory: Path) -> Callable:
+    """A function that says that it has begun, and sleeps where the plan says so, before it does its work."""
+    seconds = json.loads((directory / "plan.json").read_text()).get(name, {})
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(None)
+        with (directory / "moments").open("a") as stream:
+            stream.write(f"{name} {len(calls)}\n")
+        time.sleep(seconds.get(str(len(calls)), 0.0))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def main() -> int:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from bitcpm_megatron.launch import pretrain
+    from bitcpm_megatron.training import checkpoint, loop
+
+    directory = Path(sys.argv[1])
+    loop.train_step = slowed(loop.train_step, "step", directory)
+    checkpoint.publish_checkpoint = slowed(checkpoint.publish_checkpoint, "save", directory)
+    write = slowed(FileSystemWriterAsync.write_preloaded_data, "write", directory)
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+    return pretrain.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
