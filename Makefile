@@ -15,11 +15,17 @@ OLD_MEGATRON := $(VENV)/megatron-core-0.12.1
 ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_linears.py tests/unit/test_recipe.py \
 	tests/unit/test_use.py tests/unit/test_record.py tests/unit/test_telemetry.py tests/distributed/test_gradients.py
 
+# The newest line that is supported: it asks for Python 3.12 or newer, so it has an environment of its own.
+NEW_MEGATRON := $(VENV)/megatron-core-0.19
+NEW_PYTHON ?= $(shell scripts/newer_python)
+NEW_PY := $(NEW_MEGATRON)/bin/python
+ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/distributed/test_runs.py
+
 # What checkouts of Megatron-LM and MindSpeed import beyond this environment; 0.12.1 needs an older numpy.
 HOST_PACKAGES := $(VENV)/hosts
 IN_HOSTS := cloudpickle einops joblib narwhals ninja nltk pandas pybind11 scikit-learn scipy six sqlalchemy threadpoolctl
 
-.PHONY: setup demo test test-mcore-0.12 test-hosts test-kill bench bench-conversion bench-kernel lint format clean
+.PHONY: setup demo test test-mcore-0.12 test-mcore-0.19 test-hosts test-kill bench bench-conversion bench-kernel lint format clean
 
 setup: $(READY)
 
@@ -42,6 +48,23 @@ $(OLD_MEGATRON)/.ready: $(READY)
 
 test-mcore-0.12: $(OLD_MEGATRON)/.ready
 	PYTHONPATH=$(CURDIR)/$(OLD_MEGATRON) $(PY) -m pytest $(ON_OLD_MEGATRON)
+
+# With PyPI's torch for Linux on x86-64 this brings CUDA's libraries too, 5 GB; another build: TORCH, as above.
+$(NEW_MEGATRON)/.ready: setup.py pyproject.toml constraints.txt
+	$(NEW_PYTHON) -m venv --clear $(NEW_MEGATRON)
+	sed 's/^megatron-core==.*/megatron-core==0.19.2/' constraints.txt > $(NEW_MEGATRON)/constraints.txt
+	$(NEW_PY) -m pip install --quiet --constraint $(NEW_MEGATRON)/constraints.txt $(TORCH)
+	$(NEW_PY) -m pip install --quiet --constraint $(NEW_MEGATRON)/constraints.txt --editable '.[standalone,test]'
+	touch $@
+
+test-mcore-0.19:
+	@if test -n "$(NEW_PYTHON)"; then $(MAKE) --no-print-directory run-mcore-0.19; else \
+		echo "skipped: megatron-core 0.19 needs Python 3.12 or newer, and neither python3.12 nor a version in pyenv is one."; \
+		echo "Name one: make test-mcore-0.19 NEW_PYTHON=/path/to/python3.12"; fi
+
+.PHONY: run-mcore-0.19
+run-mcore-0.19: $(NEW_MEGATRON)/.ready
+	$(NEW_PY) -m pytest $(ON_NEW_MEGATRON)
 
 $(HOST_PACKAGES)/.ready: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(HOST_PACKAGES)/common $(IN_HOSTS)

@@ -74,6 +74,7 @@ def _install_torch() -> None:
     tensor_type()
     tensor_cuda()
     synchronize()
+    current_stream()
 
 
 def current_device() -> None:
@@ -173,15 +174,23 @@ class _DropForkWarning(logging.Filter):
         return _RNG_WARNING not in record.getMessage()
 
 
+def current_stream() -> None:
+    """``torch.cuda.current_stream()`` -> a stream on which work is done at once.
+
+    Without it gradients cannot be reduced with megatron-core 0.19, whose ``distributed/param_and_grad_buffer.py`` lets
+    the current stream wait for weight gradients out of CUDA graphs, also where there are none (``start_grad_sync``).
+    """
+    replace(torch.cuda, "current_stream", lambda _: lambda device=None: _CpuStream())
+
+
 def streams() -> None:
-    """``torch.cuda.Stream``, ``stream``, ``current_stream``, ``Event`` -> such that do nothing; work is done at once.
+    """``torch.cuda.Stream``, ``stream``, ``Event`` -> such that do nothing; work is done at once.
 
     Megatron-LM 0.16.1 wraps its model in DDP on a side stream (``training/training.py`` ``get_model``), 0.12.1 its
     distributed data parallel with several buffers.
     """
     for name in ("Stream", "Event"):
         replace(torch.cuda, name, lambda _: type("CpuStream", (_CpuStream,), {}))
-    replace(torch.cuda, "current_stream", lambda _: lambda device=None: _CpuStream())
     replace(torch.cuda, "stream", lambda _: lambda stream: contextlib.nullcontext())
     replace(torch.cuda, "set_device", lambda _: lambda device: None)
 

@@ -154,6 +154,10 @@ class FusedAdam(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: coefficient.
         adam_w_mode: decoupled weight decay (AdamW); otherwise L2 regularisation.
+        capturable: whether steps must work inside a CUDA graph; megatron-core 0.17 and newer hand it over.
+
+    Raises:
+        ValueError: a step that can be captured is asked for, which this one cannot: it makes its step counts anew.
     """
 
     def __init__(
@@ -164,7 +168,13 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError(
+                "optimizer_cuda_graph: the Adam that stands in for Apex's cannot be captured in a CUDA graph: "
+                "switch it off, or install Transformer Engine or Apex"
+            )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.adam_w_mode = adam_w_mode
 
@@ -222,6 +232,25 @@ def provide_fused_adam() -> None:
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.USING_APEX_OPTIMIZER = True
     logger.info("patched megatron.core.optimizer.Adam")
+
+
+def load_optimizer_under_other_rates() -> None:
+    """Lets optimizer state be loaded by a run with another learning rate, as before megatron-core 0.19.
+
+    Takes ``max_lr`` and ``min_lr`` out of ``param_group_identifier_keys`` in ``megatron.core.optimizer.optimizer`` and
+    ``megatron.core.optimizer.distrib_optimizer``, by which a parameter group finds its saved one. With them a changed
+    ``--lr`` ends in a KeyError before the scheduler is asked: neither ``--override-opt-param-scheduler`` nor
+    ``--use-checkpoint-opt-param-scheduler`` can work, nor can a message name them. For our own loop alone, whose groups
+    never differ by their rates. 0.12.1 has no such name: it takes the saved groups in their order.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    for module in (optimizer, distrib_optimizer):
+        keys = getattr(module, "param_group_identifier_keys", ())
+        structural = tuple(key for key in keys if key not in ("max_lr", "min_lr"))
+        if structural != keys:
+            module.param_group_identifier_keys = structural
+            logger.info("patched %s.param_group_identifier_keys", module.__name__)
 
 
 def allow_distributed_optimizer_without_te() -> None:

@@ -41,6 +41,7 @@ def initialize(args: argparse.Namespace) -> None:
         cpu.install()
     megatron_core.allow_sequence_parallel_torch_norm()
     megatron_core.provide_fused_adam()
+    megatron_core.load_optimizer_under_other_rates()
     megatron_core.allow_moe_router_without_te()
 
     if not torch.distributed.is_initialized():

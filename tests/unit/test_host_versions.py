@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why the module instance's forward is wrapped: on megatron-core 0.12.1 an override of ``_forward_impl`` is ignored."""
+"""What differs between megatron-core's versions.
+
+First of all why the module instance's forward is wrapped: on 0.12.1 an override of ``_forward_impl`` is ignored.
+"""
 
 import pytest
 import torch
 from megatron.core import package_info
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import optimizer as mixed_precision_optimizer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, quantize
+from bitcpm_megatron.patches import megatron_core
 from bitcpm_megatron.tensor_parallel import probe
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -50,3 +57,41 @@ def test_ours_does_not(kind: type, requires_grad: bool) -> None:
     for _ in range(2):
         assert torch.equal(module(x)[0], x @ wq(module.weight).t())
     assert probe(model) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has streams of its own: run it with CUDA_VISIBLE_DEVICES=")
+def test_gradients_that_wait_for_a_stream_find_one_on_the_cpu() -> None:
+    # As start_grad_sync of 0.19 does it, whatever version is installed here.
+    torch.cuda.current_stream().wait_event(torch.cuda.current_stream())
+
+
+def test_the_stand_in_for_apex_adam_takes_what_newer_versions_hand_over() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    megatron_core.FusedAdam([weight], lr=0.5, capturable=False).step()
+    assert torch.allclose(weight.detach(), torch.full((2,), 0.5))
+
+
+def test_a_step_that_a_cuda_graph_could_capture_is_refused() -> None:
+    with pytest.raises(ValueError, match="optimizer_cuda_graph.*switch it off"):
+        megatron_core.FusedAdam([torch.nn.Parameter(torch.ones(2))], capturable=True)
+
+
+def distributed_optimizer(rate: float) -> MegatronOptimizer:
+    """A distributed optimizer over one layer."""
+    module = layer(ColumnParallelLinear)
+    config = module.config
+    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), module)
+    more = {"optimizer": "adam", "params_dtype": torch.float32, "use_distributed_optimizer": True}
+    return get_megatron_optimizer(OptimizerConfig(lr=rate, min_lr=rate / 2, **more), [ddp])
+
+
+def test_optimizer_state_is_loaded_under_another_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (mixed_precision_optimizer, distrib_optimizer):
+        if hasattr(module, "param_group_identifier_keys"):  # 0.12.1 matches groups in another way
+            keys = dict.fromkeys(("max_lr", "min_lr", *module.param_group_identifier_keys))
+            monkeypatch.setattr(module, "param_group_identifier_keys", tuple(keys))
+    megatron_core.load_optimizer_under_other_rates()
+    saved, resumed = distributed_optimizer(1e-2), distributed_optimizer(1e-3)
+    resumed.load_state_dict(saved.state_dict())
+    assert [(g["max_lr"], g["min_lr"]) for g in resumed.param_groups] == [(1e-2, 5e-3)] * len(resumed.param_groups)
