@@ -16,7 +16,7 @@ from bitcpm_megatron.arguments import add_arguments
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Scripts that hand all their arguments on to another program, or get them from one of ours.
-NO_PARSER = {"launch/bind_cores", "launch/pretrain_gpt", "benchmarks/throughput_job"}
+NO_PARSER = {"launch/agent", "launch/bind_cores", "launch/pretrain_gpt", "benchmarks/throughput_job"}
 
 
 def commands() -> list[str]:
