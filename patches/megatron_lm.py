@@ -8,6 +8,7 @@ lacks a symbol raises.
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import subprocess
@@ -296,15 +297,18 @@ def imported_too_early() -> str | None:
 def run_on_cpu() -> None:
     """What Megatron-LM's start-up asks of a CUDA machine beyond torch: kernels, and compiled dataset helpers.
 
-    Displaces ``megatron.legacy.fused_kernels.load``, which builds CUDA kernels where it finds a CUDA home and fails
-    where there is none, and ``megatron.core.datasets.utils.compile_helpers``, whose Makefile names the extension after
-    the python3-config on the path, in a virtual environment usually another Python's. Gives megatron-core what it lacks
-    without Apex and Transformer Engine.
+    Displaces ``megatron.legacy.fused_kernels.load`` (gone from core_v0.18 on, and not called from core_v0.17 on), which
+    builds CUDA kernels where it finds a CUDA home and fails where there is none, and
+    ``megatron.core.datasets.utils.compile_helpers``, whose Makefile names the extension after the python3-config on the
+    path, in a virtual environment usually another Python's. Gives megatron-core what it lacks without Apex and
+    Transformer Engine.
     """
     from megatron.core.datasets import utils
-    from megatron.legacy import fused_kernels
 
-    replace(fused_kernels, "load", lambda _: lambda args: None)
+    with contextlib.suppress(ModuleNotFoundError):
+        from megatron.legacy import fused_kernels
+
+        replace(fused_kernels, "load", lambda _: lambda args: None)
     replace(utils, "compile_helpers", lambda _: lambda: _compile_helpers(Path(utils.__file__).parent))
     megatron_core.allow_sequence_parallel_torch_norm()
     megatron_core.provide_fused_adam()

@@ -4,6 +4,9 @@
 First of all why the module instance's forward is wrapped: on 0.12.1 an override of ``_forward_impl`` is ignored.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from megatron.core import package_info
@@ -63,6 +66,18 @@ def test_ours_does_not(kind: type, requires_grad: bool) -> None:
 def test_gradients_that_wait_for_a_stream_find_one_on_the_cpu() -> None:
     # As start_grad_sync of 0.19 does it, whatever version is installed here.
     torch.cuda.current_stream().wait_event(torch.cuda.current_stream())
+
+
+def test_a_megatron_lm_without_legacy_modules_starts_on_the_cpu() -> None:
+    # As core_v0.18 and later; PyPI's megatron-core has none either.
+    steps = (
+        "from bitcpm_megatron.patches import megatron_lm",
+        "megatron_lm.run_on_cpu()",
+        "from megatron.core.datasets import utils",
+        "print(utils.compile_helpers.__module__)",
+    )
+    done = subprocess.run([sys.executable, "-c", "; ".join(steps)], capture_output=True, text=True)
+    assert done.stdout.strip() == "bitcpm_megatron.patches.megatron_lm", done.stderr
 
 
 def test_the_stand_in_for_apex_adam_takes_what_newer_versions_hand_over() -> None:
