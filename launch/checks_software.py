@@ -3,6 +3,7 @@
 
 import fnmatch
 import importlib.metadata
+import importlib.util
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -85,6 +86,14 @@ def unknown_flags(job: Job) -> list[str] | None:
     ]
 
 
+def importable(module: str) -> bool:
+    """Whether a module could be imported; only the packages above it are."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
 def _versions(subject: Subject, found: Mapping[str, str]) -> list[Finding]:
     return judge(found, subject.profile.device)
 
@@ -95,7 +104,10 @@ def _fits(patterns: Mapping[str, Any], found: Mapping[str, str]) -> bool:
 
 def _host(job: Job) -> list[Finding]:
     if job.host.kind != MEGATRON_LM:
-        return []
+        if importable("megatron.core"):
+            return []
+        cure = "pip install 'bitcpm_megatron[standalone]' on every node; on a login node this is expected"
+        return [warned("host", "launch/pretrain.py needs megatron-core, which this Python does not have", cure)]
     found = []
     wanted = [("megatron-path", job.host.megatron_path, "pretrain_gpt.py")]
     if job.host.mindspeed_path is not None:

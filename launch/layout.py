@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bitcpm_megatron.launch.job import Job
 from bitcpm_megatron.quantization import QuantizerConfig
-from bitcpm_megatron.tensor_parallel.recipe import Recipe
+from bitcpm_megatron.quantization.recipe import Recipe
 
 
 @dataclass(frozen=True)

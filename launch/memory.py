@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, fields
 
 from bitcpm_megatron.launch.layout import Layout, Linear
-from bitcpm_megatron.tensor_parallel.recipe import Recipe
+from bitcpm_megatron.quantization.recipe import Recipe
 from bitcpm_megatron.training.tokenizer import padded_vocab_size
 
 GIB = 2**30

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Floor 3: ternary column / row parallel linears for megatron-core."""
 
+from ..quantization.recipe import Recipe, RecipeError
 from .apply import apply_recipe
 from .cache import CacheEpoch, find_epoch
 from .coverage import CoverageEntry, CoverageReport
 from .linear import StaleCacheError, TernaryState, make_ternary, ternary_state
 from .linears import register_linear
 from .probe import ProbeError, probe, ternary_modules, watch_use
-from .recipe import Recipe, RecipeError
 from .telemetry import Telemetry
 
 __all__ = [

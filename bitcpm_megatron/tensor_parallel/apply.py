@@ -10,11 +10,11 @@ from megatron.core import parallel_state
 from ..cli import Whole
 from ..quantization import QuantizerConfig, check_weight
 from ..quantization.config import check_config
+from ..quantization.recipe import Matcher, Recipe, RecipeError
 from .cache import attach_epoch
 from .coverage import CoverageEntry, CoverageReport
 from .linear import CacheMode, TernaryState, check_unwrapped, make_ternary
 from .linears import Candidate, activation_groups, candidates, local_config, whole_shape
-from .recipe import Matcher, Recipe, RecipeError
 from .sharded_scales import save_scales_with
 
 

@@ -4,9 +4,9 @@
 import glob
 
 from ..quantization import QuantizerConfig
+from ..quantization.recipe import Matcher, Recipe
 from ..quantization.record import QuantizerRecord
 from .coverage import CoverageReport
-from .recipe import Matcher, Recipe
 
 
 def record_of(

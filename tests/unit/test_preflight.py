@@ -20,7 +20,7 @@ from bitcpm_megatron.launch.job import read_job
 from bitcpm_megatron.launch.layout import Layout
 from bitcpm_megatron.launch.memory import Options, estimate, layer_activations
 from bitcpm_megatron.launch.quantizer_plan import expected_record
-from bitcpm_megatron.tensor_parallel.recipe import Recipe
+from bitcpm_megatron.quantization.recipe import Recipe
 from bitcpm_megatron.training.tokenizer import train_sentencepiece
 
 JOB = """
@@ -111,6 +111,34 @@ def test_a_sane_job_passes(place: Place, capsys: pytest.CaptureFixture[str]) -> 
     assert preflight.main([str(place.directory / "job.yaml"), "--json", "--set", "training.min-lr=1"]) == 3
     report = json.loads(capsys.readouterr().out)
     assert {"check", "status", "found", "cure"} == set(report["findings"][0])
+
+
+# What a login node has not.
+WITHOUT_MEGATRON = """
+import runpy, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("megatron", "mindspeed", "torch_npu"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("job", ["tiny-cpu", "8b-64npu"])
+def test_a_login_node_needs_no_megatron(job: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_MEGATRON, str(Path(preflight.__file__)), job, "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert run.stderr == ""
+    found = json.loads(run.stdout)["findings"]
+    assert {"world-size", "heads-and-ffn", "device-memory", "quantizer", "resume"} <= {f["check"] for f in found}
+    # The built-in loop is megatron-core's; the other job names a checkout, which is looked for.
+    host = next(f for f in found if f["check"] == "host")
+    assert ("needs megatron-core" if job == "tiny-cpu" else "/opt/Megatron-LM") in host["found"]
+    assert host["cure"]
 
 
 Plant = Callable[[Place], None]

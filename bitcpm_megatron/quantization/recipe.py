@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..files import FileError, Strict, nearest, read_yaml, validated
-from ..quantization import QuantizerConfig
+from .config import QuantizerConfig
 
 FULL_PRECISION = "full-precision"
 
