@@ -12,10 +12,12 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NoReturn
 
 from pydantic import BeforeValidator
@@ -42,6 +44,28 @@ class FailedError(RuntimeError):
 
 class MismatchError(RuntimeError):
     """A verification found that something is not what it should be; exit code 3."""
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """While it lasts, SIGTERM does what Ctrl-C does: KeyboardInterrupt, so that a cancelled command tidies up.
+
+    For commands of one process. A rank of a job may wait for others in C++, where no exception reaches it.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Once: a second one must not interrupt the tidying up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(work: Callable[[], int | None]) -> int:

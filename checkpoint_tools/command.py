@@ -64,6 +64,11 @@ def progress_of_reading(directory: Path, names: Iterable[str]) -> tqdm:
 
 
 def run(work: Callable[[], None]) -> int:
-    """Runs a command under :func:`~bitcpm_megatron.cli.run`; returns its exit status."""
+    """Runs a command under :func:`~bitcpm_megatron.cli.run`; returns its exit status. SIGTERM interrupts it."""
     return_freed_memory()
-    return cli.run(work)
+
+    def stoppable() -> None:
+        with cli.interrupted_by_sigterm():
+            work()
+
+    return cli.run(stoppable)

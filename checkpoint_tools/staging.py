@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..cli import FailedError
 from ..files import publish
 from .tensors import ConversionError
 
@@ -25,7 +26,8 @@ def staged(final: Path, nbytes: int | None = None) -> Iterator[Path]:
         nbytes: that the block is going to write, where known; checked at once.
 
     Raises:
-        ConversionError: ``final`` is there already, another command is writing it, or the disk is full.
+        ConversionError: ``final`` is there already, or another command is writing it.
+        FailedError: the disk is full.
     """
     # Where a symbolic link leads: a rename would replace the link.
     final = Path(os.path.realpath(final))
@@ -86,7 +88,7 @@ def _full_disk_in_words(final: Path, nbytes: int | None) -> Iterator[None]:
         free = _free(final.parent)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             needed = "" if nbytes is None else f" {nbytes:,} bytes are needed,"
-            raise ConversionError(
+            raise FailedError(
                 f"{final.parent}: the disk is full:{needed} {free:,} were free when it failed; nothing was kept. "
                 "Free some space, or give a --save-dir on another disk"
             ) from error
@@ -97,11 +99,11 @@ def check_free_space(directory: Path, nbytes: int) -> None:
     """Checks before anything is written that ``nbytes`` fit on the file system of ``directory``, which may not exist.
 
     Raises:
-        ConversionError: they do not.
+        FailedError: they do not.
     """
     free = _free(directory)
     if nbytes > free:
-        raise ConversionError(
+        raise FailedError(
             f"{directory}: {nbytes:,} bytes are needed and {free:,} are free: free some space, or give a --save-dir on "
             "another disk"
         )

@@ -179,6 +179,10 @@ class _Storage(FileSystemWriter):
         self._max_file_size = max_file_size
         self._on_bytes = on_bytes
 
+    def storage_meta(self) -> None:
+        """Nothing, and no reader asks for it: a random number and a path, so that no two files would be equal."""
+        return None
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
         for number, items in enumerate(_by_size(plan.items, self._max_file_size)):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..cli import FailedError
 from .agreement import together
 from .checkpoint_directory import CheckpointError, recover
 
@@ -66,6 +67,7 @@ class DirectoryLock:
 
     Raises:
         CheckpointError: another process holds it, naming it, or nothing can be written there.
+        FailedError: the disk is full; nothing is left there.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -77,8 +79,12 @@ class DirectoryLock:
         except FileExistsError:
             raise CheckpointError(f"--save {directory} is a file: name a directory") from None
         except OSError as error:
-            raise CheckpointError(f"--save {directory} cannot be written ({error.strerror}): choose another") from None
-        self._describe()
+            raise self._refusal(error) from None
+        try:
+            self._describe()
+        except OSError as error:
+            self.release()
+            raise self._refusal(error) from None
 
     def release(self) -> None:
         """Gives the directory free, and leaves nothing there."""
@@ -132,13 +138,14 @@ class DirectoryLock:
                 "job": _job(),
             }
         )
-        try:
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, text.encode(), 0)
-        except OSError as error:
-            os.close(self._file)
-            where = self._path.parent
-            raise CheckpointError(f"--save {where} cannot be written ({error.strerror}): choose another") from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, text.encode(), 0)
+
+    def _refusal(self, error: OSError) -> CheckpointError | FailedError:
+        said = f"--save {self._path.parent} cannot be written ({error.strerror})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return FailedError(f"{said}: free some space and start the same command again")
+        return CheckpointError(f"{said}: choose another")
 
 
 def _job() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bitcpm_megatron.cli import FailedError
 from bitcpm_megatron.training import directory_lock
 from bitcpm_megatron.training.checkpoint_directory import (
     TRACKER,
@@ -186,3 +187,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(make, below: 
 def test_where_nobody_may_write_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--save /proc/\S+ cannot be written"):
         DirectoryLock("/proc/bitcpm-checkpoints")
+
+
+def test_on_a_full_disk_a_lock_says_so_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(directory_lock.os, "pwrite", full)
+    with pytest.raises(FailedError, match="No space left on device.*free some space"):
+        DirectoryLock(tmp_path / "save")
+    assert list((tmp_path / "save").iterdir()) == []

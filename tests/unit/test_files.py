@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bitcpm_megatron import files
 from bitcpm_megatron.files import directory_mistake, publish, write_text
 
 NEW = "new\n三值\n"
@@ -56,6 +57,16 @@ def test_write_text_replaces_and_leaves_no_other_name(old: Path) -> None:
         write_text(old, text)
         assert old.read_bytes() == text.encode("utf-8")
         assert names(old.parent) == ["tracker.txt"]
+
+
+def test_write_text_leaves_no_other_name_when_it_is_interrupted(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "publish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(old, NEW)
+    assert old.read_text() == "old" and os.listdir(old.parent) == [old.name]
 
 
 def test_write_text_creates(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from bitcpm_megatron.checkpoint_tools import staging
 from bitcpm_megatron.checkpoint_tools.staging import check_free_space, staged
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError
+from bitcpm_megatron.cli import FailedError
 
 
 def test_directory_appears_with_the_end_of_the_block(tmp_path):
@@ -71,7 +72,7 @@ def test_leftovers_are_removed(tmp_path):
 
 def test_full_disk(tmp_path):
     message = r"the disk is full: 1,234 bytes are needed, [\d,]+ were free"
-    with pytest.raises(ConversionError, match=message) as error, staged(tmp_path / "a", 1234) as directory:
+    with pytest.raises(FailedError, match=message) as error, staged(tmp_path / "a", 1234) as directory:
         (directory / "file").write_text("x")
         with open("/dev/full", "w") as file:
             file.write("x")
@@ -86,9 +87,9 @@ def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
 
 def test_free_space_is_checked_first(tmp_path):
     check_free_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(ConversionError, match="10,000,000,000,000,000 bytes are needed"):
+    with pytest.raises(FailedError, match="10,000,000,000,000,000 bytes are needed"):
         check_free_space(tmp_path / "not" / "yet", 10**16)
-    with pytest.raises(ConversionError, match="are needed"), staged(tmp_path / "a", 10**16):
+    with pytest.raises(FailedError, match="are needed"), staged(tmp_path / "a", 10**16):
         raise AssertionError
     assert os.listdir(tmp_path) == []
 

@@ -85,6 +85,14 @@ def test_what_was_written_is_read_back(tmp_path):
     assert read_common(tmp_path) == {"iteration": 3}
 
 
+def test_the_same_checkpoint_is_the_same_bytes_wherever_it_is_written(tmp_path):
+    one, other = (stacked(tmp_path / name) for name in ("one", "other"))
+    names = [path.name for path in one.iterdir()]
+    assert ".metadata" in names
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
 slices = st.builds(slice, *[st.one_of(st.none(), st.integers(-7, 7))] * 2)
 
 
