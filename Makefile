@@ -25,7 +25,7 @@ ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/distributed/test_runs.py
 HOST_PACKAGES := $(VENV)/hosts
 IN_HOSTS := cloudpickle einops joblib narwhals ninja nltk pandas pybind11 scikit-learn scipy six sqlalchemy threadpoolctl
 
-.PHONY: setup demo test test-mcore-0.12 test-mcore-0.19 test-hosts test-kill bench bench-conversion bench-kernel lint format clean
+.PHONY: setup demo test test-mcore-0.12 test-mcore-0.19 test-hosts test-kill test-bad-input bench bench-conversion bench-kernel lint format clean
 
 setup: $(READY)
 
@@ -79,6 +79,10 @@ test-hosts: $(HOST_PACKAGES)/.ready
 # Kills a training run 30 times at random moments; bounded in time, prints its seed. KILL='--kills 100 --seed 7'
 test-kill: $(READY)
 	$(PY) tests/kill_campaign.py $(KILL)
+
+# Thousands of wrong flags, files and calls, most of them generated from the parsers. A part: BAD_INPUT='--sample 250 --seed 7'
+test-bad-input: $(READY)
+	cd tests && $(CURDIR)/$(PY) -W ignore -m bad_input.campaign $(BAD_INPUT)
 
 # Ternary against BF16 and against other quantizers, in under 10 minutes on 2 cores: docs/benchmarks/throughput.*
 # Elsewhere: make bench BENCH='--model minicpm4-0.5b --layouts TP1 TP8 --seq-length 4096'

@@ -6,6 +6,7 @@ Importing this imports no Megatron, so that a host's adaptor may do it before Me
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +15,28 @@ from .cli import Whole
 from .models.arguments import NAMES, add_model_arguments
 from .ops import backends, set_backend
 from .quantization import SPACES, QuantizerConfig
-from .quantization.config import LARGEST_GROUP
+from .quantization.config import GROUP_MULTIPLE, LARGEST_GROUP
 
 if TYPE_CHECKING:
     from .tensor_parallel import CoverageReport
+
+
+@dataclass(frozen=True)
+class GroupSize(Whole):
+    """The type of a flag that is a group size: -1, or a multiple of 32."""
+
+    minimum: int = -1
+    maximum: int = LARGEST_GROUP
+
+    def mistake(self, value: object) -> str | None:
+        """What is wrong with a value, or None."""
+        found = super().mistake(value)
+        return (
+            "must be " + str(self) if found is None and value != -1 and (not value or value % GROUP_MULTIPLE) else found
+        )
+
+    def __str__(self) -> str:
+        return f"-1 (one scale per row) or a multiple of {GROUP_MULTIPLE} up to {self.maximum}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> tuple[str, ...]:
@@ -56,7 +75,7 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group.add_argument("--ternary", action="store_true", help="quantize the linears of the decoder layers")
     group.add_argument("--ternary-space", choices=sorted(SPACES), default="ternary")
     group.add_argument(
-        "--ternary-group-size", type=Whole(-1, LARGEST_GROUP), default=-1, help="elements per scale, -1 for a whole row"
+        "--ternary-group-size", type=GroupSize(), default=-1, help="elements per scale, -1 for a whole row"
     )
     group.add_argument("--ternary-recipe", metavar="FILE", help="YAML: which module is quantized how")
     group.add_argument(

@@ -28,6 +28,7 @@ if __package__ in (None, ""):
 import torch
 from tqdm import tqdm
 
+from bitcpm_megatron.arguments import GroupSize
 from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, check_input, dtype_of, run
 from bitcpm_megatron.checkpoint_tools.fuse import fuse_blocks
 from bitcpm_megatron.checkpoint_tools.hf_config import (
@@ -292,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=Whole(), help="without padding, where the checkpoint does not say")
     parser.add_argument(
         "--ternary-group-size",
-        type=Whole(-(2**31)),
+        type=GroupSize(),
         metavar="G",
         help="of a checkpoint that records no quantizer and was ternary",
     )

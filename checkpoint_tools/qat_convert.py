@@ -25,6 +25,7 @@ if __package__ in (None, ""):
 import torch
 from tqdm import tqdm
 
+from bitcpm_megatron.arguments import GroupSize
 from bitcpm_megatron.checkpoint_tools import hf_config
 from bitcpm_megatron.checkpoint_tools.command import DTYPES, check_input, run
 from bitcpm_megatron.checkpoint_tools.fuse import detected_group, fuse_blocks
@@ -36,7 +37,7 @@ from bitcpm_megatron.checkpoint_tools.side_files import copy_side_files
 from bitcpm_megatron.checkpoint_tools.staging import staged, staged_file
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorReader, VerificationError, check_finite
 from bitcpm_megatron.checkpoint_tools.torch_file import save_file
-from bitcpm_megatron.cli import Parser, Whole
+from bitcpm_megatron.cli import Parser
 from bitcpm_megatron.files import add_digest, write_digests, write_text
 from bitcpm_megatron.quantization import effective_group
 from bitcpm_megatron.quantization.record import FILE_NAME as RECORD_FILE
@@ -56,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quant_type", choices=["ternary"], default="ternary")
     parser.add_argument(
         "--group_size",
-        type=Whole(-(2**31)),
+        type=GroupSize(),
         metavar="G",
         help="weights per scale, -1 for the whole row. A quantizer record decides; the flag may only agree with it. "
         "Without a record the default is -1",

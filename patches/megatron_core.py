@@ -437,24 +437,36 @@ def keep_sent_tensors() -> None:
 
 
 @contextlib.contextmanager
-def load_without_code(metadata: Any, refused: Callable[[str, Exception], Exception]) -> Iterator[None]:
+def load_without_code(
+    metadata: Any, screen: Callable[[Any], None], refused: Callable[[str, Exception], Exception]
+) -> Iterator[None]:
     """While it lasts, ``megatron.core.dist_checkpointing.load`` runs no code that a checkpoint names.
 
     Displaces ``torch.distributed.checkpoint.FileSystemReader.read_metadata``, which unpickles ``.metadata``: it returns
     what the caller read safely. Displaces ``torch.load``, which megatron-core (``common.pt`` in 0.12.1 and 0.17.0) and
     ``DefaultLoadPlanner.load_bytes`` (entries of ``.distcp`` files that are no tensors) call with
-    ``weights_only=False``: only classes that were declared safe are loaded.
+    ``weights_only=False``: only classes that were declared safe are loaded. Displaces
+    ``torch.distributed.checkpoint.utils._ReaderView.seek``, which counts from the end into the wrong direction, so that
+    nobody but torch could read an entry as the archive that it is.
 
     Args:
         metadata: ``torch.distributed.checkpoint.metadata.Metadata`` of the checkpoint that is loaded.
+        screen: raises where ``torch.load`` must not read a path or stream.
         refused: makes the error for an entry, given its name and what ``torch.load`` raised.
     """
     from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+    from torch.distributed.checkpoint.utils import _ReaderView
 
     load, load_bytes = torch.load, DefaultLoadPlanner.load_bytes
 
-    def load_declared(*args: Any, **options: Any) -> Any:
-        return load(*args, **{**options, "weights_only": True})
+    def load_declared(source: Any, *args: Any, **options: Any) -> Any:
+        screen(source)
+        return load(source, *args, **{**options, "weights_only": True})
+
+    def seek(self: Any, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence == os.SEEK_CUR:
+            return self.base_stream.seek(offset, whence)
+        return self.base_stream.seek(self.offset + (self.len if whence == os.SEEK_END else 0) + offset)
 
     def load_named_bytes(self: Any, read_item: Any, value: Any) -> None:
         try:
@@ -466,6 +478,7 @@ def load_without_code(metadata: Any, refused: Callable[[str, Exception], Excepti
         _displaced(FileSystemReader, "read_metadata", lambda *_, **__: metadata),
         _displaced(DefaultLoadPlanner, "load_bytes", load_named_bytes),
         _displaced(torch, "load", load_declared),
+        _displaced(_ReaderView, "seek", seek),
     ):
         yield
 

@@ -120,11 +120,34 @@ def load_declared(path: Path) -> Any:
     if not path.is_file():
         raise FileError(f"{path}: there is no such file")
     try:
+        screen(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # whatever a damaged pickle makes of itself
         raise FileError(f"{path}: {refusal(error)}") from error
+
+
+def screen(source: Any) -> None:
+    """Refuses what ``torch.load`` would unfold to more than lies on the disk, before it does.
+
+    Args:
+        source: path or binary stream that ``torch.load`` is going to read; a stream keeps its position.
+
+    Raises:
+        ValueError: an entry is compressed, or the archive is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        stream = source if hasattr(source, "read") else stack.enter_context(open(source, "rb"))
+        position = stream.tell()
+        try:
+            if zipfile.is_zipfile(stream):
+                with zipfile.ZipFile(stream) as archive:
+                    refuse_compressed(archive)
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(str(error)) from None
+        finally:
+            stream.seek(position)
 
 
 def refusal(error: Exception) -> str:
@@ -215,9 +238,9 @@ def _rebuild_npu_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: A
 
 def _check_zip(path: Path, open_source: Callable[[], BinaryIO]) -> None:
     try:
-        with open_source() as source, zipfile.ZipFile(source) as archive:
-            refuse_compressed(archive)
-    except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        with open_source() as source:
+            screen(source)
+    except ValueError as error:
         raise FileError(f"{path}: the file is damaged or made to harm ({error}): copy it again") from None
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..checkpoints.safe_load import load_declared, refusal
+from ..checkpoints.safe_load import load_declared, refusal, screen
 from ..checkpoints.torch_dist import COMMON, COMMON_ENTRY, Contents, Place, read_contents
 from ..files import FileError, read_json
 from ..patches import megatron_core
@@ -55,7 +55,7 @@ def read(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     if COMMON_ENTRY not in contents.objects:
         load_declared(checkpoint / COMMON)
     try:
-        with megatron_core.load_without_code(_as_torch(contents), _refused):
+        with megatron_core.load_without_code(_as_torch(contents), screen, _refused):
             return dist_checkpointing.load(state, str(checkpoint))
     except CheckpointException as error:
         # Every rank gets what each of them met; a BaseException, which would pass by every handler.

@@ -32,7 +32,8 @@ from bitcpm_megatron import cli
 from bitcpm_megatron.files import digest
 
 from . import damage, world
-from .cases import Case, all_cases
+from .cases import all_cases
+from .cases.case import Case
 from .commands import COMMANDS, scripts
 
 SECONDS = 60.0
@@ -183,8 +184,8 @@ def faults(case: Case, outcome: Outcome, before: dict[str, object], after: dict[
 def _unclear(case: Case, outcome: Outcome) -> list[str]:
     lines = outcome.output.splitlines()
     errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-    if outcome.status == 3 and case.command in ("preflight", "inspect_checkpoint") and not errors:
-        message = outcome.output  # a report with findings
+    if outcome.status == 3 and case.command in ("preflight", "inspect_checkpoint") and len(errors) <= 1:
+        message = outcome.output  # a report, whose findings name what is wrong
     elif len(errors) != 1:
         return [f"{len(errors)} lines that begin with 'error: '"]
     else:
@@ -285,7 +286,7 @@ def main() -> int:
     """Parses the command line, runs the campaign and prints what it found; returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=cli.Whole(1), metavar="N", help="about so many cases, of every kind")
-    parser.add_argument("--seed", type=cli.Whole(0), default=0, help="of the sample")
+    parser.add_argument("--seed", type=cli.Whole(0), help="of the sample; another one each time")
     parser.add_argument("--only", metavar="TEXT", help="cases with this in their name or kind")
     parser.add_argument("--jobs", type=cli.Whole(1), default=os.cpu_count())
     parser.add_argument("--report", type=Path, metavar="FILE", help="every fault with its output")
@@ -300,7 +301,10 @@ def main() -> int:
         campaign.build()
         cases = all_cases(campaign.world)
         cases = [c for c in cases if args.only is None or args.only in c.name or args.only == c.kind]
-        cases = sample(cases, args.sample, args.seed) if args.sample else cases
+        if args.sample:
+            seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
+            cases = sample(cases, args.sample, seed)
+            print(f"a sample of {len(cases)}: --sample {args.sample} --seed {seed}", flush=True)
         results = campaign.run(cases)
     return report(results, args.report)
 

@@ -17,6 +17,16 @@ MARKER = "code-was-run"
 """A crafted file makes a file of this name in the working directory."""
 
 
+def damaging(name: str, function: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Damages one file of the world."""
+    return lambda root: function(root / name)
+
+
+def text_file(name: str, text: str) -> Callable[[Path], None]:
+    """Writes one file of the world anew."""
+    return lambda root: (root / name).write_text(text) and None
+
+
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 

@@ -227,7 +227,6 @@ def test_the_attention_multiplier_reaches_the_configuration(megatron, monkeypatc
         "--use-ascend-mc2",
         "--ckpt-format torch_dcp",
         "--ternary-telemetry-interval 5",
-        "--ternary-group-size 7",
         "--ternary-verify-cache --ternary-cache none",
         "--rope-scaling-type longrope",
         "--scale-depth 1.4 --residual-multiplier 0.2",

@@ -46,7 +46,8 @@ def test_defaults_that_depend_on_others() -> None:
         (["--clip-grad", "nan"], 1, "--clip-grad: 'nan': expected a finite number"),
         (["--seed", "-1"], 1, "--seed: '-1': must be 0 to 4294967295"),
         (["--hidden-dropout", "1"], 1, "--hidden-dropout: '1': must be at least 0 and below 1"),
-        (["--ternary", "--ternary-group-size", "0"], 1, "group_size=0 is not possible"),
+        (["--ternary", "--ternary-group-size", "0"], 1, "--ternary-group-size: '0': must be -1 (one scale per row) or"),
+        (["--ternary", "--ternary-group-size", "48"], 1, "'48': must be -1 (one scale per row) or a multiple of 32"),
         (["--tensor-model-parallel-size", "2"], 3, "3 processes cannot be split into groups of 2"),
         (
             ["--tensor-model-parallel-size", "4", "--group-query-attention", "--num-query-groups", "2"],

@@ -2,12 +2,14 @@
 """What training reads from a checkpoint never runs code that the checkpoint names, and comes back whole."""
 
 import argparse
+import io
 import json
 import os
 import pickle
 import random
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +84,37 @@ def test_code_is_refused_and_not_run(part: str, function: Callable, single_rank:
     assert not marker.exists()
     assert "running code" in str(error.value) or "made to harm" in str(error.value)
     assert str(directory) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["common.pt", "extra", "weight"])
+def test_what_would_unfold_beyond_its_size_is_refused_unread(part: str, single_rank: None, tmp_path: Path) -> None:
+    """PyTorch stores what it saves; a deflated pickle of a megabyte can fill the memory."""
+    directory = save(tmp_path / "saved", None)
+    if part == "common.pt":
+        path = directory / part
+        path.write_bytes(deflated(path.read_bytes()))
+    else:
+        metadata = pickle.loads((directory / ".metadata").read_bytes())
+        (place,) = [place for index, place in metadata.storage_data.items() if index.fqn.startswith(part)]
+        file = directory / place.relative_path
+        entry = deflated(file.read_bytes()[place.offset : place.offset + place.length])
+        object.__setattr__(place, "offset", file.stat().st_size)
+        object.__setattr__(place, "length", len(entry))
+        file.write_bytes(file.read_bytes() + entry)
+        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(
+        Exception, match=rf"{'saved' if part == 'weight' else part}.*is compressed, and torch.save never does that"
+    ):
+        load(directory)
+
+
+def deflated(archive: bytes) -> bytes:
+    """The same archive, compressed."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    return target.getvalue()
 
 
 def test_nothing_is_left_displaced(single_rank: None, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 """Calls of the public API that must raise ValueError or TypeError, and say what is wrong."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, fake_quantize, quantize
+
+from .case import Case
 
 _WEIGHT = torch.linspace(-1, 1, 256).reshape(4, 64)
 _CONFIG = QuantizerConfig()
@@ -77,3 +80,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "apply_recipe with 0 shards": lambda: apply_recipe(torch.nn.Linear(64, 64), default=_CONFIG, row_parallel_shards=0),
     "apply_recipe with 7 bits": lambda: apply_recipe(torch.nn.Linear(64, 64), default=_CONFIG, activation_bits=7),
 }
+
+
+def api(world: Path) -> Iterator[Case]:
+    """Every call."""
+    for name, call in CALLS.items():
+        yield Case("api", f"api: {name}", call=call)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases: one mistake each, as many as possible generated from the commands' own parsers and files."""
+
+from pathlib import Path
+
+from . import api, arguments, checkpoints, data_files, exports, job_files, paths, requests
+from .case import Case
+
+
+def all_cases(world: Path) -> list[Case]:
+    """Every case, in a fixed order; names are unique."""
+    makers = (
+        arguments.numbers,
+        arguments.flags,
+        arguments.environment,
+        paths.paths,
+        paths.outputs,
+        paths.overwriting,
+        checkpoints.contents,
+        checkpoints.flipped_bits,
+        checkpoints.code,
+        checkpoints.records,
+        exports.configs,
+        exports.headers,
+        job_files.yaml,
+        data_files.data,
+        requests.requests,
+        api.api,
+    )
+    cases = [case for make in makers for case in make(world)]
+    names = [case.name for case in cases]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice, f"two cases of one name: {sorted(twice)}"
+    return cases

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines and environments: numbers out of bounds, flags and choices that are none."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from bitcpm_megatron.cli import Number, Whole
+
+from ..commands import COMMANDS, Command
+from .case import Case
+
+
+def options(command: Command) -> Iterator[tuple[str, argparse.Action]]:
+    """The long flags of a command, each with what its parser knows of it."""
+    parser = command.parser()
+    for action in parser._actions if parser is not None else ():
+        flag = next((s for s in action.option_strings if s.startswith("--")), None)
+        if flag is not None and action.dest != "help":
+            yield flag, action
+
+
+def numbers(world: Path) -> Iterator[Case]:
+    """Every numeric flag of every command gets zero, negative, NaN, infinite, huge and half numbers, and words."""
+    for command in COMMANDS.values():
+        for flag, action in options(command):
+            kind = action.type
+            if action.choices is None and kind in (int, float):
+                # Accepted in silence, whatever it is: the cure is a Whole or a Number of cli.py.
+                yield Case("numbers", f"{command.name} {flag} has no bounds", call=lambda: None)
+            if not isinstance(kind, Whole | Number):
+                continue
+            huge = str(10**30) if isinstance(kind, Whole) else "1e400"
+            texts = {"0", "-1", "nan", "inf", "-inf", huge, "1.5", "", "two", "²"}
+            texts |= {str(kind.minimum - 1), str(kind.maximum + 1)} if isinstance(kind, Whole) else {"1e300", "-1e-300"}
+            for text in sorted(texts):
+                bad = _refused(kind, text)
+                if bad or command.runs:
+                    yield Case(
+                        "numbers" if bad else "numbers within bounds",
+                        f"{command.name} {flag}={text}",
+                        command.name,
+                        (*command.good, f"{flag}={text}"),
+                        says=(flag,) if bad else (),
+                        accepts=not bad,
+                        status=(2,) if bad else (1, 2),
+                    )
+
+
+def _refused(kind: Whole | Number, text: str) -> bool:
+    try:
+        kind(text)
+    except argparse.ArgumentTypeError:
+        return True
+    return False
+
+
+def flags(world: Path) -> Iterator[Case]:
+    """Unknown, abbreviated and unfinished flags, and choices that are none."""
+    for command in COMMANDS.values():
+        known = dict(options(command))
+        unknown = [("--no-such-flag", ("--no-such-flag=1",)), ("a stray word", ("stray",))]
+        for flag, action in known.items():
+            if action.nargs != 0 and not any(other != flag and other.startswith(flag[:-1]) for other in known):
+                unknown.append((flag[:-1], (f"{flag[:-1]}=1",)))
+                break
+        if known:
+            for name, more in unknown:
+                if name == "a stray word" and command.name in ("inspect_checkpoint", "run", "preflight"):
+                    more = ("stray", "stray")
+                at_end = more if name.startswith("--") else (*_last_flag(command), *more)
+                yield Case(
+                    "flags",
+                    f"{command.name} {name}",
+                    command.name,
+                    (*command.good, *at_end),
+                    says=(more[-1].partition("=")[0],),
+                )
+        for flag, action in known.items():
+            if action.choices is not None and action.nargs != 0:
+                yield Case(
+                    "flags",
+                    f"{command.name} {flag}=no-such",
+                    command.name,
+                    (*command.good, f"{flag}=no-such"),
+                    says=(flag,),
+                )
+
+
+def _last_flag(command: Command) -> tuple[str, ...]:
+    # So that the stray word does not become one more value of a flag that takes several.
+    return next(((s,) for s, a in options(command) if a.nargs == 0), ())
+
+
+def environment(world: Path) -> Iterator[Case]:
+    """What torchrun sets, set to something else."""
+    for command in ("pretrain", "generate"):
+        for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            for text in ("abc", "-1", "1.5", "²"):
+                # torchrun sets all of them; a process that has half of them is asked for the world's size first.
+                whole = {
+                    "WORLD_SIZE": "1",
+                    "RANK": "0",
+                    "LOCAL_RANK": "0",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": "0",
+                }
+                # A rank other than 0 is told after those of rank 0, under its own name.
+                yield Case(
+                    "environment",
+                    f"{command} {variable}={text}",
+                    command,
+                    COMMANDS[command].good,
+                    environment={**whole, variable: text},
+                    says=(variable,),
+                )
+        yield Case(
+            "environment",
+            f"{command} WORLD_SIZE=0",
+            command,
+            COMMANDS[command].good,
+            environment={"WORLD_SIZE": "0"},
+            says=("WORLD_SIZE",),
+        )

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths that commands read or write, replaced by what they cannot be."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .. import damage
+from ..commands import COMMANDS
+from ..damage import damaging
+from .arguments import options
+from .case import Case, Prepare
+
+
+def paths(world: Path) -> Iterator[Case]:
+    """Whatever a command reads is replaced: by nothing, nothing inside, garbage, a directory, a pipe, a loop."""
+    lines = [(c.name, c.good) for c in COMMANDS.values() if c.runs]
+    train = COMMANDS["pretrain"].good
+    lines += [
+        ("pretrain", (*train, "--load", "run")),
+        ("pretrain", (*train, "--pretrained-checkpoint", "start", "--load", "out")),
+        ("pretrain", (*train, "--ternary-recipe", "recipe.yaml")),
+        ("pretrain", ("--model", "preset.yaml", *train)),
+        ("qat_convert", tuple("--input_bin weights.bin --output out.bin".split())),
+        ("convert_megatron_to_hf", tuple("--load-dir legacy --save-dir out --weights fused".split())),
+        (
+            "preprocess_data",
+            tuple("--input corpus.txt --tokenizer-model tokenizer.model --output-prefix out/c".split()),
+        ),
+        ("inspect_checkpoint", ("fused",)),
+        ("inspect_checkpoint", ("legacy",)),
+        ("inspect_checkpoint", ("weights.bin",)),
+    ]
+    seen = set()
+    for name, argv in lines:
+        chosen = {flag for flag, action in options(COMMANDS[name]) if action.choices is not None}
+        for before, word in zip(("", *argv), argv, strict=False):
+            target = world / word
+            # ``--weights fused`` is no directory of that name.
+            if not target.exists() or before in chosen or word.startswith("-") or (name, word) in seen:
+                continue
+            seen.add((name, word))
+            ways = damage.DIRECTORY_DAMAGE if target.is_dir() else damage.FILE_DAMAGE
+            for way, function in ways.items():
+                if way == "cut" and target.suffix in (".jsonl", ".txt"):
+                    continue  # half a text is a text
+                # An empty job file is a job of defaults, and is refused for what is missing.
+                yield Case(
+                    "paths",
+                    f"{name} {word}: {way}",
+                    name,
+                    argv,
+                    prepare=damaging(word, function),
+                    says=(target.name, "--load" if word == "run" else target.name),
+                )
+
+
+def outputs(world: Path) -> Iterator[Case]:
+    """Whatever a command writes is impossible: a file, a pipe, a loop, below a file, where nothing can be made."""
+    for command in COMMANDS.values():
+        if not command.runs:
+            continue
+        for i, word in enumerate(command.good):
+            if not word.startswith("out"):
+                continue
+            for way, function in (("file", damage.file), ("fifo", damage.fifo), ("loop", damage.loop)):
+                yield Case(
+                    "outputs",
+                    f"{command.name} {command.good[i - 1]}: {way}",
+                    command.name,
+                    command.good,
+                    prepare=damaging(word.partition("/")[0], function),
+                    says=(word.partition("/")[0],),
+                )
+            for bad in ("corpus.txt/below", "/proc/nowhere/out", "x" * 300):
+                argv = (*command.good[:i], bad, *command.good[i + 1 :])
+                yield Case(
+                    "outputs",
+                    f"{command.name} {command.good[i - 1]}={bad[:20]}",
+                    command.name,
+                    argv,
+                    says=(bad[:10], "corpus.txt"),
+                    status=(1, 2),
+                )
+
+
+def overwriting(world: Path) -> Iterator[Case]:
+    """Outputs that are inputs, or hold something."""
+    tokens = "--tokenizer-model tokenizer.model --append-eod --input-format text --overwrite"
+
+    def same(link: Callable[[Path, Path], None]) -> Prepare:
+        return lambda root: link(root / "corpus.txt", root / "x_text_document.bin")
+
+    for what, link in (
+        ("itself", lambda a, b: shutil.copy(a, b)),
+        ("a symbolic link", lambda a, b: b.symlink_to(a)),
+        ("a hard link", lambda a, b: b.hardlink_to(a)),
+    ):
+        source = "x_text_document.bin" if what == "itself" else "corpus.txt"
+        yield Case(
+            "overwriting",
+            f"preprocess_data --overwrite onto its input: {what}",
+            "preprocess_data",
+            tuple(f"{tokens} --input {source} --output-prefix x".split()),
+            prepare=same(link),
+            says=("x_text_document", "corpus.txt"),
+        )
+    yield Case(
+        "overwriting",
+        "preprocess_data --train-tokenizer onto its input",
+        "preprocess_data",
+        tuple(
+            "--train-tokenizer corpus.txt --vocab-size 300 --append-eod --input corpus.txt --output-prefix out/c --overwrite".split()
+        ),
+        says=("corpus.txt",),
+    )
+    for command, line in (
+        ("convert_hf_to_megatron", "--load-dir fused --save-dir fused"),
+        ("convert_hf_to_megatron", "--load-dir fused --save-dir run"),
+        ("convert_megatron_to_hf", "--load-dir run --save-dir run --weights fused"),
+        ("convert_megatron_to_hf", "--load-dir run --save-dir fused --weights fused"),
+        ("qat_convert", "--input_bin latent --output latent"),
+        ("qat_convert", "--input_bin latent --output fused"),
+        ("qat_convert", "--input_bin weights.bin --output weights.bin"),
+    ):
+        yield Case("overwriting", f"{command} {line}", command, tuple(line.split()), says=tuple(line.split()[3:4]))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that contradict each other or the files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..commands import COMMANDS
+from .case import Case
+
+
+def requests(world: Path) -> Iterator[Case]:
+    """Requests that contradict each other or the files."""
+    train = COMMANDS["pretrain"].good
+    for more in (
+        "--num-attention-heads 3",
+        "--hidden-size 65",
+        "--seq-length 64",
+        "--min-lr 1",
+        "--lr-warmup-iters 2",
+        "--tensor-model-parallel-size 2",
+        "--pipeline-model-parallel-size 2",
+        "--sequence-parallel",
+        "--overlap-param-gather",
+        "--mock-data",
+        "--save-interval 1 --exit-on-missing-checkpoint",
+        "--ternary-group-size 48",
+        "--ternary-group-size 96",
+        "--ternary-row-parallel-shards 3",
+        "--ternary-group-size 32 --ternary-row-parallel-shards 2",
+        "--moe-router-topk 2",
+        "--num-experts 2 --moe-router-topk 3",
+        "--recompute-method uniform",
+        "--lr-decay-style WSD",
+        "--ternary-backend triton-no",
+        "--load run --hidden-size 128 --num-attention-heads 4",
+        "--load run --seed 7",
+        "--load run --ternary-group-size 32",
+        "--load run --vocab-size 512",
+        "--vocab-size 5",
+        "--finetune",
+        "--rotary-base 7 --position-embedding-type learned_absolute",
+        "--distributed-backend nccl",
+        "--load run --adam-beta1 0.5",
+        "--load corpus.txt",
+        "--global-batch-size 3 --micro-batch-size 2",
+    ):
+        yield Case("requests", f"pretrain {more}", "pretrain", (*train, *more.split()), status=(2,))
+    for command, line in (
+        ("convert_megatron_to_hf", "--load-dir run --save-dir out --weights fused --max-shard-size 0"),
+        ("convert_megatron_to_hf", "--load-dir run --save-dir out --weights fused --max-shard-size -5GB"),
+        ("convert_megatron_to_hf", "--load-dir run --save-dir out --weights fused --max-shard-size many"),
+        ("convert_megatron_to_hf", "--load-dir run --save-dir out --weights fused --hf-architecture GraniteX"),
+        ("convert_megatron_to_hf", "--load-dir run --save-dir out --weights fused --ternary-group-size 32"),
+        ("convert_megatron_to_hf", "--load-dir run --save-dir out --weights fused --vocab-size 5"),
+        ("convert_megatron_to_hf", "--load-dir run --save-dir out --weights fused --tokenizer nowhere"),
+        ("convert_hf_to_megatron", "--load-dir fused --save-dir out --format legacy --target-tensor-parallel-size 3"),
+        ("convert_hf_to_megatron", "--load-dir fused --save-dir out --format legacy --target-pipeline-parallel-size 7"),
+        ("convert_hf_to_megatron", "--load-dir fused --save-dir out --target-virtual-pipeline-parallel-size 2"),
+        ("qat_convert", "--input_bin latent --output out --group_size 48"),
+        ("qat_convert", "--input_bin fused --output out"),
+        ("qat_convert", "--input_bin latent --output out --quant_type binary"),
+        ("generate", "--load run --prompt fox --temperature nan --tokenizer-model tokenizer.model"),
+        ("generate", "--load run --prompt= --tokenizer-model tokenizer.model"),
+        ("presets", "stray"),
+        ("run", "no-such-job --print"),
+        ("preflight", "no-such-job"),
+        ("run", "job.yaml --print --node-rank 5"),
+    ):
+        argv = tuple(line.split())
+        # A fused directory is fused already: done, and nothing is changed.
+        yield Case(
+            "requests", f"{command} {line}", command, argv, accepts="--input_bin fused" in line or command == "presets"
+        )
