@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``torchrun`` for jobs that save when they are asked to stop: ``launch/agent.py`` takes its arguments.
 
-SIGTERM and SIGUSR1 are passed on to the training processes, and their end is waited for, however long they save
-(``patches/torch_elastic.py``). Exit status: that of the process that failed first, 0 where all end well.
+SIGTERM and SIGUSR1 are passed on to the training processes, and their end is waited for, however long they save; where
+this process is killed they end with it (``patches/torch_elastic.py``). Exit status: that of the process that failed
+first, 0 where all end well.
 ``launch/run.py`` starts every job through this.
 """
 
@@ -23,6 +24,7 @@ from bitcpm_megatron.patches import torch_elastic
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the agent of this node; returns the exit status."""
+    torch_elastic.bind_workers()
     torch_elastic.pass_signals_on()
     return cli.run(lambda: _run(argv))
 

@@ -5,8 +5,11 @@ A patched object carries the attribute ``__bitcpm_original__``. Importing a modu
 do.
 """
 
+import ctypes
 import importlib
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +17,23 @@ from typing import Any
 logger = logging.getLogger("bitcpm_megatron.patches")
 
 ORIGINAL = "__bitcpm_original__"
+
+# <linux/prctl.h>
+_PR_SET_PDEATHSIG = 1
+# Loaded here and not where it is used, between fork and exec, where another thread may have held the loader's lock.
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def end_with_parent(parent: int) -> None:
+    """Lets the kernel kill this process when its parent dies, also by SIGKILL. Only Linux can do this.
+
+    Args:
+        parent: its process id; where that one has died already, this process ends here.
+    """
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def replace(owner: Any, attribute: str, make: Callable[[Any], Any]) -> bool:

@@ -2,14 +2,12 @@
 """Patches of megatron-core, for every device."""
 
 import contextlib
-import ctypes
 import functools
 import inspect
 import logging
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from . import ORIGINAL, logger, replace
+from . import ORIGINAL, end_with_parent, logger, replace
 
 ChunkListener = Callable[[torch.nn.Module], None]
 ScheduleListener = Callable[[Sequence[torch.nn.Module]], None]
@@ -313,9 +311,6 @@ def write_checkpoints_with_newer_torch() -> None:
     replace(filesystem_async, "_write_item", with_format)
 
 
-# <linux/prctl.h>
-_PR_SET_PDEATHSIG = 1
-
 _held_write_errors: list[Exception] = []
 
 
@@ -410,10 +405,7 @@ def die_with_parent(parent: int) -> None:
     """
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    end_with_parent(parent)
 
 
 def keep_sent_tensors() -> None:

@@ -2,12 +2,13 @@
 """Patches of torch's elastic agent, the process behind ``torchrun``."""
 
 import functools
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from . import replace
+from . import end_with_parent, replace
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -17,6 +18,22 @@ class _Asked:
 
     number: int | None = None
     context: Any = None
+
+
+def bind_workers() -> None:
+    """Lets workers die with their agent, also where that one is killed (by SIGKILL, or for its memory).
+
+    Displaces ``Popen`` in ``torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler``, with
+    which the agent starts its workers. They would train on, hold the lock of ``--save``, and so keep out the job that
+    is started in the place of theirs.
+    """
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    def bound(original: Callable) -> Callable:
+        # Not in the worker itself: that may be any script.
+        return functools.partial(original, preexec_fn=functools.partial(end_with_parent, os.getpid()))
+
+    replace(subprocess_handler, "Popen", bound)
 
 
 def pass_signals_on() -> None:

@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kill_campaign import kill
+from kills.processes import kill
 from launcher import CHECKOUT, WORKERS, environment
 from small_model import losses
 
@@ -149,3 +149,28 @@ def test_what_writes_checkpoints_dies_with_its_rank(tmp_path: Path) -> None:
     finally:
         if agent.poll() is None:
             kill(agent)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a process when its parent dies")
+def test_workers_die_with_their_agent(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text("import sys, time\nopen(sys.argv[1], 'w').close()\ntime.sleep(120)\n")
+    command = [sys.executable, "launch/agent.py", "--standalone", "--nproc_per_node", "1", str(script)]
+    agent = subprocess.Popen([*command, str(tmp_path / "started")], cwd=CHECKOUT, env=environment())
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline and agent.poll() is None
+            time.sleep(0.05)
+        family = psutil.Process(agent.pid).children(recursive=True)
+        assert any(str(script) in process.cmdline() for process in family)
+        agent.kill()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert [process.cmdline() for process in alive] == []
+    finally:
+        for process in family:
+            if process.is_running():
+                process.kill()
+        agent.kill()
+        agent.wait()
