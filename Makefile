@@ -76,9 +76,9 @@ test-hosts: $(HOST_PACKAGES)/.ready
 	HOST_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/common HOST_012_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.12.1 \
 		$(PY) -m pytest tests/integration/test_hosts.py
 
-# Kills a training run 30 times at random moments; bounded in time, prints its seed. KILL='--kills 100 --seed 7'
+# Kills, asked stops and full disks at random moments: of training 30; of every command KILL='--what all --kills 100'
 test-kill: $(READY)
-	$(PY) tests/kill_campaign.py $(KILL)
+	cd tests && $(CURDIR)/$(PY) -m kills.campaign $(KILL)
 
 # Thousands of wrong flags, files and calls, most of them generated from the parsers. A part: BAD_INPUT='--sample 250 --seed 7'
 test-bad-input: $(READY)

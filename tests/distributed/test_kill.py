@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A short campaign of kills at random moments; ``make test-kill`` runs a long one."""
+"""A sample of the campaign of kills, asked stops and full disks; ``make test-kill`` runs all of it."""
 
 import random
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kill_campaign import campaign
+from kills.campaign import Campaign, subjects
 
 
-def test_killed_runs_resume_from_a_complete_checkpoint_bit_identically(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
+@pytest.mark.parametrize(("what", "kills"), [("train", 4), ("convert", 3), ("preprocess", 2)])
+def test_what_is_disturbed_ends_with_the_artefact_of_an_undisturbed_run(what: str, kills: int, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    assert campaign(3, 240.0, seed, tmp_path / "campaign") == 3
+    campaign = Campaign(subjects(what), kills, 400.0, seed, tmp_path)
+    assert campaign.run(), campaign.faults

@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kill_campaign import kill
+from kills.processes import kill
 from launcher import CHECKOUT, environment
 from small_model import losses
 

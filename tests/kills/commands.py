@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that write an artefact in one go: converters and preprocessing."""
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitcpm_megatron.files import digest
+
+from .processes import Disk, Started, first
+from .subject import FULL_DISK, KILL, TERMINATE, Subject, TooLate, demand, one_message
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PATIENCE = 600.0
+"""Seconds after which a command hangs."""
+Files = dict[str, str]
+_Signature = set[tuple[str, int]]
+
+
+def files(place: Path) -> Files:
+    """Everything below a directory: path -> digest, directories and all."""
+    found = {}
+    for path in sorted(place.rglob("*")):
+        name = path.relative_to(place).as_posix()
+        found[name] = digest(path)["xxh3_128"] if path.is_file() else "directory"
+    return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line of a command.
+
+    Attributes:
+        name: for people.
+        argv: its arguments; ``{input}`` and ``{out}`` are directories. All that it makes lies below ``{out}``.
+        groups: what appears together: the first components of paths below ``{out}``. Of several the last makes the
+            artefact: without it the others are of no meaning, and may stand there alone.
+        old: the line that made an artefact before, which this one replaces; or None.
+    """
+
+    name: str
+    argv: str
+    groups: tuple[tuple[str, ...], ...] = (("model",),)
+    old: str | None = None
+
+
+@dataclass
+class Undisturbed:
+    """What a line makes, and how long it takes."""
+
+    files: Files
+    old: Files
+    seconds: float
+    writing: float
+    """Seconds from the first file that it creates to its end."""
+    nbytes: int
+
+
+class Command(Subject):
+    """A script of the checkout.
+
+    Args:
+        name: of the script, without suffix.
+        room: its folder.
+        lines: to choose from.
+        make_input: fills ``{input}``.
+    """
+
+    batch = 2
+
+    def __init__(self, name: str, room: str, lines: tuple[Line, ...], make_input: Callable[[Path], None]) -> None:
+        self.name = name
+        self._script = CHECKOUT / room / f"{name}.py"
+        self._lines = lines
+        self._make_input = make_input
+        self._undisturbed: dict[str, Undisturbed] = {}
+
+    def prepare(self, scratch: Path) -> None:
+        self._input = scratch / "input"
+        self._output = scratch / f"{self.name}.txt"
+        if not self._input.is_dir():
+            self._make_input(self._input)
+        self._before = files(self._input)
+
+    def begin(self, place: Path, rng: random.Random) -> None:
+        self._line = line = rng.choice(self._lines)
+        if line.name not in self._undisturbed:
+            self._undisturbed[line.name] = self._measure(line, place)
+        self._whole = self._undisturbed[line.name]
+        self._place = place
+        if line.old is not None:
+            self._succeed(self._start(line.old, place))
+            demand(files(place) == self._whole.old, "the artefact that is to be replaced differs from run to run")
+
+    def disturb(self, how: str, rng: random.Random, disk: Disk | None) -> str:
+        before, seen = files(self._place), _signature(self._place)
+        if before == self._whole.files:
+            raise TooLate
+        started = self._start(self._line.argv, self._place)
+        try:
+            if how == FULL_DISK:
+                done = self._fill(started, seen, rng, disk)
+            else:
+                done = self._signal(started, seen, rng, signal.Signals[how])
+            status = started.wait(PATIENCE)
+            demand(status is not None, "hangs", started.said)
+            demand((left := started.orphans()) == [], f"orphans: {left}", started.said)
+        finally:
+            started.clear()
+            if how == FULL_DISK:
+                disk.empty()
+        after = files(self._place)
+        said = started.said
+        if status == 0:
+            demand(after == self._whole.files, f"it ended well, and differs: {self._difference(after)}", said)
+            raise TooLate
+        # Before its own handler stands a command dies of the signal, and has written nothing yet.
+        if how == FULL_DISK or (how == TERMINATE and status != -signal.SIGTERM):
+            one_message(said, status, 1)
+        strangers = self._check(after, said)
+        if how == FULL_DISK:
+            lost = [name for name, was in self._whole.old.items() if before.get(name) == was != after.get(name)]
+            demand(lost == [], f"what stood there before is gone: {lost}", said)
+        if how != KILL:
+            demand(strangers == [], f"left behind after {how}: {strangers}", said)
+        return f"{self._line.name}: {done}"
+
+    def finish(self) -> None:
+        whole_already = files(self._place) == self._whole.files
+        started = self._start(self._line.argv, self._place)
+        status = started.wait(PATIENCE)
+        started.clear()
+        # What is there already is not written again, and the command says so.
+        allowed = (0, 2) if whole_already else (0,)
+        demand(status in allowed, f"the same command again ends with {status}", started.said)
+        after = files(self._place)
+        demand(after == self._whole.files, f"the same command again: {self._difference(after)}", started.said)
+        demand(files(self._input) == self._before, "the input was changed", started.said)
+
+    def _measure(self, line: Line, place: Path) -> Undisturbed:
+        """Runs a line undisturbed, and leaves the directory empty."""
+        if line.old is not None:
+            self._succeed(self._start(line.old, place))
+        old, seen = files(place), _signature(place)
+        began = time.monotonic()
+        started = self._start(line.argv, place)
+        _wait_for_change(started, place, seen)
+        writes = time.monotonic()
+        self._succeed(started)
+        ended = time.monotonic()
+        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        made = Undisturbed(files(place), old, ended - began, ended - writes, size)
+        for path in place.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return made
+
+    def _start(self, argv: str, place: Path) -> Started:
+        words = argv.format(input=self._input, out=place).split()
+        return Started([sys.executable, str(self._script), *words], CHECKOUT, self._output)
+
+    def _succeed(self, started: Started) -> None:
+        status = started.wait(PATIENCE)
+        started.clear()
+        demand(status == 0, f"an undisturbed {self.name} ends with {status}", started.said)
+
+    def _signal(self, started: Started, seen: _Signature, rng: random.Random, number: signal.Signals) -> str:
+        if rng.random() < 0.5:
+            moment, where = rng.uniform(0.0, self._whole.seconds), "after its start"
+        else:
+            _wait_for_change(started, self._place, seen)
+            moment, where = rng.uniform(0.0, self._whole.writing), "after it began to write"
+        if started.wait(moment) is None:
+            started.signal(number, first)
+        return f"{number.name} {moment:.3f} s {where}"
+
+    def _fill(self, started: Started, seen: _Signature, rng: random.Random, disk: Disk) -> str:
+        if rng.random() < 0.5:
+            leave = rng.randrange(self._whole.nbytes)
+            disk.fill(leave)
+            return f"a disk with {leave:,} of {self._whole.nbytes:,} bytes free"
+        _wait_for_change(started, self._place, seen)
+        moment = rng.uniform(0.0, self._whole.writing / 2)
+        if started.wait(moment) is None:
+            disk.fill()
+        return f"a disk that is full {moment:.3f} s after it began to write"
+
+    def _check(self, after: Files, said: str) -> list[str]:
+        """Demands that whatever has its final name is whole; returns what has none."""
+        old, whole = self._whole.old, self._whole.files
+        for group in self._line.groups:
+            key = group[-1]
+            for name in group:
+                now, was, new = (_below(all_files, name) for all_files in (after, old, whole))
+                if not now and (not was or (len(group) > 1 and name == key)):
+                    continue
+                demand(now in (was, new), f"{name} is neither the old one nor the new one", said)
+            if len(group) > 1 and _below(after, key):
+                states = [{name: _below(all_files, name) for name in group} for all_files in (after, old, whole)]
+                demand(states[0] in states[1:], f"{group} are of two runs", said)
+        known = {*old, *whole}
+        return [name for name in after if name not in known]
+
+    def _difference(self, after: Files) -> str:
+        whole = self._whole.files
+        return (
+            f"missing {sorted(set(whole) - set(after))[:5]}, left {sorted(set(after) - set(whole))[:5]}, "
+            f"different {sorted(name for name in set(whole) & set(after) if whole[name] != after[name])[:5]}"
+        )
+
+
+def _below(all_files: Mapping[str, str], name: str) -> Files:
+    return {path: value for path, value in all_files.items() if path == name or path.startswith(f"{name}/")}
+
+
+def _signature(place: Path) -> _Signature:
+    found = set()
+    for path in place.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def _wait_for_change(started: Started, place: Path, seen: _Signature) -> None:
+    """Returns when something is written into a directory, or the command has ended."""
+    while started.process.poll() is None and _signature(place) == seen:
+        time.sleep(0.002)
+
+
+def make_model(directory: Path) -> None:
+    """A latent model of 92 MB, so that writing it takes a while, and the checkpoint of it."""
+    import tiny_hf
+    import torch
+    from safetensors.torch import load_file
+
+    layers = 6
+    architecture = tiny_hf.llama(
+        num_layers=layers,
+        hidden_size=512,
+        ffn_hidden_size=1536,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=64,
+        vocab_size=8192,
+    )
+    names = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in tiny_hf.PROJECTIONS]
+    record = tiny_hf.record(row_parallel_shards=1, modules={name: {"group_size": -1} for name in names})
+    tiny_hf.latent_export(directory / "latent", architecture, record)
+    script = CHECKOUT / "checkpoint_tools" / "convert_hf_to_megatron.py"
+    argv = [sys.executable, str(script), "--load-dir", str(directory / "latent"), "--save-dir", str(directory / "run")]
+    started = Started(argv, CHECKOUT, directory / "output.txt")
+    demand(started.wait(PATIENCE) == 0, "no checkpoint", started.said)
+    (directory / "output.txt").unlink()
+    (directory / "pickled").mkdir()
+    torch.save(load_file(directory / "latent" / "model.safetensors"), directory / "pickled" / "weights.bin")
+    for name in ("config.json", "ternary_quantizer.json"):
+        shutil.copy(directory / "latent" / name, directory / "pickled")
+
+
+def make_text(directory: Path) -> None:
+    """A corpus of 3 MB, and a tokenizer."""
+    directory.mkdir(parents=True)
+    words = "the quick brown fox jumps over a lazy dog while seven wizards boil black quartz and mix pale ink".split()
+    rng = random.Random(1)
+    with (directory / "corpus.jsonl").open("w") as stream:
+        for _ in range(6000):
+            text = " ".join(rng.choice(words) + rng.choice(("", "s", "ed", "ing")) for _ in range(80))
+            stream.write(json.dumps({"text": text}) + "\n")
+    script = CHECKOUT / "launch" / "preprocess_data.py"
+    argv = f"--input {directory}/corpus.jsonl --train-tokenizer {directory}/tokenizer.model --vocab-size 300"
+    argv += f" --append-eod --output-prefix {directory}/c"
+    started = Started([sys.executable, str(script), *argv.split()], CHECKOUT, directory / "output.txt")
+    demand(started.wait(PATIENCE) == 0, "no tokenizer", started.said)
+    for path in [*directory.glob("c_*"), directory / "output.txt"]:
+        path.unlink()
+
+
+def converters() -> Iterator[Command]:
+    """The three of them."""
+    yield Command(
+        "convert_hf_to_megatron",
+        "checkpoint_tools",
+        (
+            Line("torch_dist", "--load-dir {input}/latent --save-dir {out}/model"),
+            Line(
+                "legacy",
+                "--load-dir {input}/latent --save-dir {out}/model --format legacy --target-tensor-parallel-size 2",
+            ),
+        ),
+        make_model,
+    )
+    yield Command(
+        "convert_megatron_to_hf",
+        "checkpoint_tools",
+        (
+            Line("fused, verified", "--load-dir {input}/run --save-dir {out}/model --weights fused --verify"),
+            Line(
+                "latent, sharded",
+                "--load-dir {input}/run --save-dir {out}/model --weights latent --max-shard-size 20MB",
+            ),
+        ),
+        make_model,
+    )
+    yield Command(
+        "qat_convert",
+        "checkpoint_tools",
+        (
+            Line("directory", "--input_bin {input}/latent --output {out}/model"),
+            Line(
+                "file",
+                "--input_bin {input}/latent/model.safetensors --output {out}/model.safetensors",
+                (("model.safetensors",), ("DIGESTS.json",)),
+            ),
+            Line(
+                "pickled file",
+                "--input_bin {input}/pickled/weights.bin --output {out}/weights.bin",
+                (("weights.bin",), ("DIGESTS.json",)),
+            ),
+        ),
+        make_model,
+    )
+
+
+def preprocessing() -> Command:
+    """Text to token files, with the tokenizer given and trained."""
+    pair = ("c_text_document.bin", "c_text_document.idx")
+    given = "--input {input}/corpus.jsonl --tokenizer-model {input}/tokenizer.model --output-prefix {out}/c"
+    trained = "--input {input}/corpus.jsonl --train-tokenizer {out}/t.model --vocab-size 400 --output-prefix {out}/c"
+    return Command(
+        "preprocess_data",
+        "launch",
+        (
+            Line("tokenizer given, 2 workers", f"{given} --append-eod --workers 2", (pair,)),
+            Line("tokenizer trained", f"{trained} --append-eod", (("t.model",), pair)),
+            Line("overwritten", f"{given} --append-eod --overwrite", (pair,), old=given),
+        ),
+        make_text,
+    )

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training runs that save after every step: what they have published is whole, and they go on bit for bit."""
+
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from launcher import environment
+from small_model import MODEL, losses
+
+from bitcpm_megatron.files import find_damage
+from bitcpm_megatron.training.checkpoint_directory import iteration_of, iterations, latest
+
+from .processes import Disk, Started, everyone, first, largest
+from .subject import FULL_DISK, KILL, TERMINATE, Subject, TooLate, demand, one_message
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+FLAGS = "--tensor-model-parallel-size 2 --sequence-parallel --bf16 --ternary --eval-interval 10 --eval-iters 1".split()
+LONGEST = 4.0
+"""Seconds from the first step of an attempt to its disturbance, at most: a first save takes about two."""
+PATIENCE = 600.0
+"""Seconds after which a run hangs."""
+
+
+class Training(Subject):
+    """A run of two ranks under our agent.
+
+    Args:
+        asynchronous: whether it saves so.
+        steps: of the whole run.
+        batch: disturbances of one run, at most; it should not reach its end before them.
+    """
+
+    _seconds: float
+    """From the start to the first step of the undisturbed run."""
+
+    def __init__(self, asynchronous: bool, steps: int = 40, batch: int = 5) -> None:
+        self.name = "train-async" if asynchronous else "train-sync"
+        self.batch = batch
+        self._steps = steps
+        self._more = ["--async-save"] if asynchronous else []
+
+    def prepare(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._output = scratch / f"{self.name}.txt"
+        place = scratch / "train-whole"
+        self._log = place / "log"
+        # However a run saves, its losses are the same: one undisturbed run serves both kinds.
+        if not place.is_dir():
+            place.mkdir()
+            began = time.time()
+            started = self._start(place)
+            self._wait_for_step(started)
+            Training._seconds = time.time() - began
+            status = started.wait(PATIENCE)
+            demand(status == 0, f"an undisturbed run ends with {status}", started.said)
+        self._losses, self._names = losses(self._log), _names(place)
+        demand(len(self._losses) > self._steps, f"it has logged {len(self._losses)} losses")
+
+    def begin(self, place: Path, rng: random.Random) -> None:
+        self._place = place
+        self._number = getattr(self, "_number", 0) + 1
+        self._log = self._scratch / f"{self.name}-log{self._number}"
+
+    def disturb(self, how: str, rng: random.Random, disk: Disk | None) -> str:
+        before = self._newest()
+        started = self._start(self._place)
+        trained = False
+        try:
+            if how == FULL_DISK and rng.random() < 0.3:
+                leave = rng.randrange(4_000_000)
+                disk.fill(leave)
+                done = f"a disk with {leave:,} bytes free from the start"
+            else:
+                if rng.random() < 0.3:
+                    moment, where = rng.uniform(0.0, self._seconds), "after the start"
+                else:
+                    self._wait_for_step(started)
+                    moment, where = rng.uniform(0.0, LONGEST), "after a step"
+                ended = started.wait(moment) is not None
+                trained = not ended and _reached(started) is not None
+                if how == FULL_DISK:
+                    disk.fill()
+                    done = f"a disk that is full {moment:.3f} s {where}"
+                else:
+                    whom = rng.choice((everyone, first, largest) if how == KILL else (everyone, first))
+                    started.signal(signal.Signals[how], whom)
+                    done = f"{how} to {whom.__name__} {moment:.3f} s {where}"
+            status = started.wait(PATIENCE)
+            demand(status is not None, f"{done}: hangs", started.said)
+            demand((left := started.orphans()) == [], f"{done}: orphans {left}", started.said)
+        finally:
+            started.clear()
+            if how == FULL_DISK:
+                disk.empty()
+        said = started.said
+        newest = self._newest()
+        demand(newest >= before, f"{done}: iteration {before} is lost, the newest is {newest}", said)
+        if newest == self._steps:
+            raise TooLate
+        if how == FULL_DISK:
+            one_message(said, status, 1)
+            demand((left := self._hidden()) == [], f"{done}: left behind: {left}", said)
+        elif how == TERMINATE and trained:
+            demand(status == 0, f"{done}: exit status {status}, expected 0", said)
+            demand(newest == _reached(started), f"{done}: the newest checkpoint is {newest}", said)
+            demand((left := self._hidden()) == [], f"{done}: left behind: {left}", said)
+        return f"{done}; the newest checkpoint is {newest}"
+
+    def finish(self) -> None:
+        started = self._start(self._place)
+        status = started.wait(PATIENCE)
+        left = started.orphans()
+        started.clear()
+        demand(status == 0, f"the same command again ends with {status}", started.said)
+        demand(left == [], f"orphans: {left}", started.said)
+        demand(losses(self._log) == self._losses, "the resumed run differs from the uninterrupted one", started.said)
+        names = _names(self._place)
+        different = sorted(names ^ self._names)
+        demand(names == self._names, f"its files differ from those of the uninterrupted one: {different}", started.said)
+
+    def _start(self, place: Path) -> Started:
+        """Starts the run, or goes on with it."""
+        command = [sys.executable, "launch/agent.py", "--standalone", "--nproc_per_node", "2", "launch/pretrain.py"]
+        command += [*MODEL, *FLAGS, "--train-iters", str(self._steps), "--exit-signal-handler"]
+        command += ["--save", str(place / "save"), "--load", str(place / "save"), "--save-interval", "1"]
+        command += ["--keep-last-n", "2", "--log-dir", str(self._log), *self._more]
+        command += ["--data-cache-path", str(self._scratch / "cache")]
+        return Started(command, CHECKOUT, self._output, {**environment(), "PYTHONUNBUFFERED": "1"})
+
+    def _wait_for_step(self, started: Started) -> None:
+        while started.process.poll() is None and _reached(started) is None:
+            time.sleep(0.02)
+
+    def _newest(self) -> int:
+        """The iteration of the newest checkpoint, 0 without one; every one that has its name must be whole."""
+        save = self._place / "save"
+        for iteration in iterations(save):
+            damage = find_damage(save / f"iter_{iteration:07d}")
+            demand(damage == [], f"iteration {iteration}: {damage}")
+        found = latest(save)
+        return 0 if found is None else iteration_of(found)
+
+    def _hidden(self) -> list[str]:
+        return sorted(path.name for path in (self._place / "save").glob(".*"))
+
+
+def _reached(started: Started) -> int | None:
+    """The last step that an attempt has told of, or None."""
+    told = re.findall(r"iteration +(\d+)/\d+ \| loss", started.said)
+    return int(told[-1]) if told else None
+
+
+def _names(place: Path) -> set[str]:
+    return {path.relative_to(place / "save").as_posix() for path in (place / "save").rglob("*")}
