@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a latent export for training, and nothing else: weights that are fused already must not be trained."""
+"""The command line of the training scripts, and a latent export to train: fused weights must not be trained."""
 
+import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 try:
     import bitcpm_megatron  # noqa: F401
@@ -14,15 +17,63 @@ except ImportError:
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
 
+from bitcpm_megatron import cli
 from bitcpm_megatron.checkpoint_tools.hf_config import BITCPM, read_config
 from bitcpm_megatron.checkpoint_tools.latent_export import read_record
+from bitcpm_megatron.files import check_digests, parse_json
 from bitcpm_megatron.quantization import fused_group_size
+
+_COUNT = cli.Whole(1, 2**24)
+_PROBABILITY = cli.Number(0, 1, open_maximum=True)
+# Of our flags, and of those of ``transformers.TrainingArguments`` that would otherwise fail late or train into NaN.
+_BOUNDS = {
+    "block_size": _COUNT,
+    "max_length": _COUNT,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "num_train_epochs": cli.Number(0, 1e9, open_minimum=True),
+    "max_steps": cli.Whole(-1),
+    "learning_rate": cli.Number(0, 100, open_minimum=True),
+    "weight_decay": cli.Number(0, 100),
+    "adam_beta1": _PROBABILITY,
+    "adam_beta2": _PROBABILITY,
+    "adam_epsilon": cli.Number(1e-30, 1),
+    "max_grad_norm": cli.Number(0),
+    "seed": cli.Whole(0, 2**32 - 1),
+}
+
+
+class Parser(cli.Parser, HfArgumentParser):
+    """The flags of dataclasses as all our commands take them: bounded, unabbreviated, one line for an error."""
+
+    def __init__(self, *kinds: type, **options: Any) -> None:
+        super().__init__(dataclass_types=kinds, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        for action in self._actions:
+            if action.type in (int, float):
+                finite = cli.Whole(-(2**31)) if action.type is int else cli.Number()
+                action.type = _BOUNDS.get(action.dest, finite)
+
+    def parse(self, argv: Sequence[str] | None) -> tuple[Any, ...]:
+        """One filled dataclass of each kind.
+
+        Raises:
+            ValueError: they contradict each other, or need a package that is not there, such as DeepSpeed.
+        """
+        found = vars(self.parse_args(argv))
+        try:
+            return self.parse_dict(found)
+        except ImportError as error:
+            raise ValueError(f"a flag needs a package that is not installed: {error}") from None
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
 
 
 @dataclass
@@ -64,13 +115,52 @@ def load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenize
         raise ValueError(
             f"{directory} is quantized by its own modeling_bitcpm.py: read that file, then pass --trust_remote_code"
         )
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=arguments.dtype)
+    check_digests(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=arguments.dtype)
+        # With its configuration: Transformers 5 cannot read one with LongRoPE whose model type it does not know.
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=model.config)
+    except Exception as error:  # whatever a damaged file makes of the many readers behind these
+        raise ValueError(f"{directory}: Transformers cannot load it ({type(error).__name__}: {error})") from error
     for name in record.modules:
         weight = model.get_submodule(name).weight
         if weight.numel() and fused_group_size(weight) is not None and weight.any():
             raise ValueError(f"{directory}: {name} is ternary already, though the record calls it latent")
-    # With its configuration: Transformers 5 cannot read one with LongRoPE whose model type it does not know.
-    return model, AutoTokenizer.from_pretrained(directory, config=model.config)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows or tokenizer.eos_token_id is None:
+        has = f"{len(tokenizer):,} tokens for {rows:,} rows" if len(tokenizer) > rows else "no end-of-text token"
+        raise ValueError(f"{directory}: the tokenizer has {has}: it is not this model's")
+    return model, tokenizer
+
+
+def text_of(file: str | Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: it is no regular file, or not UTF-8.
+    """
+    path = Path(file)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: this is no regular file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start:,})") from None
+
+
+def records_of(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a ``.jsonl`` file, each with its place for messages.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
+    for number, line in enumerate(text_of(file).split("\n"), 1):
+        if line.strip():
+            place = f"{file}, line {number}"
+            record = parse_json(line, place)
+            if not isinstance(record, dict):
+                raise ValueError(f"{place}: expected a JSON object")
+            yield place, record
 
 
 def train_and_save(trainer: Trainer, arguments: TrainingArguments) -> None:

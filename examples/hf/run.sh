@@ -2,12 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Continued pretraining: run.sh LATENT OUT FILE... ; more flags for train.py in FLAGS, GPUs or NPUs in DEVICES.
 set -euo pipefail
-model=$1 output=$2
-shift 2
-here=$(cd "$(dirname "$0")" && pwd)
-torchrun --nproc_per_node "${DEVICES:-8}" "$here/train.py" \
+source "$(dirname "${BASH_SOURCE[0]}")/start.sh"
+"${start[@]}" "$here/train.py" \
     --model_name_or_path "$model" --trust_remote_code --dtype bfloat16 \
-    --train_files "$@" --block_size 4096 --output_dir "$output" \
+    --train_files "${files[@]}" --block_size 4096 --output_dir "$output" \
     --deepspeed "$here/ds_zero2.json" --bf16 --gradient_checkpointing \
     --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --num_train_epochs 1 \
     --learning_rate 1e-4 --lr_scheduler_type cosine --warmup_steps 100 --weight_decay 0.1 --adam_beta2 0.95 \

@@ -3,12 +3,10 @@
 # Supervised fine-tuning: run_sft.sh LATENT OUT FILE.jsonl... ; more flags for train_sft.py in FLAGS, GPUs or NPUs in
 # DEVICES.
 set -euo pipefail
-model=$1 output=$2
-shift 2
-here=$(cd "$(dirname "$0")" && pwd)
-torchrun --nproc_per_node "${DEVICES:-8}" "$here/train_sft.py" \
+source "$(dirname "${BASH_SOURCE[0]}")/start.sh"
+"${start[@]}" "$here/train_sft.py" \
     --model_name_or_path "$model" --trust_remote_code --dtype bfloat16 \
-    --train_files "$@" --max_length 4096 --output_dir "$output" \
+    --train_files "${files[@]}" --max_length 4096 --output_dir "$output" \
     --deepspeed "$here/ds_zero2.json" --bf16 --gradient_checkpointing \
     --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --num_train_epochs 3 \
     --learning_rate 2e-5 --lr_scheduler_type cosine --warmup_steps 50 \

@@ -9,15 +9,16 @@ the end-of-text token and cut into blocks; every block is used once per epoch. A
 ``transformers.TrainingArguments``. Exit status: 0 done, 2 bad input or arguments.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from latent_model import ModelArguments, load, train_and_save
-from transformers import HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, default_data_collator
+from latent_model import ModelArguments, Parser, load, records_of, text_of, train_and_save
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, default_data_collator
+
+from bitcpm_megatron import cli
 
 
 @dataclass
@@ -47,29 +48,26 @@ class Blocks(torch.utils.data.Dataset):
         return {"input_ids": block, "labels": block, "attention_mask": torch.ones_like(block)}
 
 
-def documents(path: Path) -> Iterator[str]:
+def documents(file: str | Path) -> Iterator[str]:
     """The texts of a file.
 
     Raises:
         ValueError: a line that is no JSON object with ``text``.
     """
-    if path.suffix != ".jsonl":
-        yield path.read_text(encoding="utf-8")
+    if Path(file).suffix != ".jsonl":
+        yield text_of(file)
         return
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f'{path}, line {number}: expected {{"text": ...}} ({error!r})') from None
+    for place, record in records_of(file):
+        if not isinstance(record.get("text"), str):
+            raise ValueError(f'{place}: expected {{"text": ...}}')
+        yield record["text"]
 
 
 def tokenize(files: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """All documents as one stream of token ids, each closed by the end-of-text token."""
     ids: list[int] = []
     for file in files:
-        for text in documents(Path(file)):
+        for text in documents(file):
             ids += tokenizer(text, add_special_tokens=False).input_ids
             ids.append(tokenizer.eos_token_id)
     return torch.tensor(ids, dtype=torch.int32)
@@ -77,23 +75,21 @@ def tokenize(files: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tens
 
 def main(argv: list[str] | None = None) -> int:
     """Trains; returns the exit status."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
-    try:
-        model_arguments, data, training = parser.parse_args_into_dataclasses(argv)
-        model, tokenizer = load(model_arguments)
-        blocks = Blocks(tokenize(data.train_files, tokenizer), data.block_size)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.run(lambda: _train(argv))
+
+
+def _train(argv: list[str] | None) -> None:
+    parser = Parser(ModelArguments, DataArguments, TrainingArguments, description=__doc__)
+    model_arguments, data, training = parser.parse(argv)
+    model, tokenizer = load(model_arguments)
     trainer = Trainer(
         model=model,
         args=training,
-        train_dataset=blocks,
+        train_dataset=Blocks(tokenize(data.train_files, tokenizer), data.block_size),
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
     train_and_save(trainer, training)
-    return 0
 
 
 if __name__ == "__main__":

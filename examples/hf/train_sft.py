@@ -10,16 +10,16 @@ without one gets :data:`PLAIN_TEMPLATE`, which LLaMA-Factory calls ``default``. 
 ``transformers.TrainingArguments``. Exit status: 0 done, 2 bad input or arguments.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from latent_model import ModelArguments, load, train_and_save
-from transformers import HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from latent_model import ModelArguments, Parser, load, records_of, train_and_save
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from bitcpm_megatron import cli
 
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -109,19 +109,16 @@ def read(files: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) 
     examples = []
     too_long = 0
     for file in files:
-        with open(Path(file), encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    ids, labels = encode(messages_of(json.loads(line)), tokenizer)
-                except (ValueError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{file}, line {number}: {error}") from None
-                ids, labels = ids[:max_length], labels[:max_length]
-                if any(label != IGNORED for label in labels):
-                    examples.append((ids, labels))
-                else:
-                    too_long += 1
+        for place, record in records_of(file):
+            try:
+                ids, labels = encode(messages_of(record), tokenizer)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{place}: {error}") from None
+            ids, labels = ids[:max_length], labels[:max_length]
+            if any(label != IGNORED for label in labels):
+                examples.append((ids, labels))
+            else:
+                too_long += 1
     if too_long:
         print(f"left out: {too_long} conversations whose first {max_length} tokens hold no answer", flush=True)
     if not examples:
@@ -146,21 +143,20 @@ def pad(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> int:
     """Trains; returns the exit status."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
-    try:
-        model_arguments, data, training = parser.parse_args_into_dataclasses(argv)
-        model, tokenizer = load(model_arguments)
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = PLAIN_TEMPLATE  # saved with the model, so that users prompt it as it was trained
-        conversations = read(data.train_files, tokenizer, data.max_length)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.run(lambda: _train(argv))
+
+
+def _train(argv: list[str] | None) -> None:
+    parser = Parser(ModelArguments, DataArguments, TrainingArguments, description=__doc__)
+    model_arguments, data, training = parser.parse(argv)
+    model, tokenizer = load(model_arguments)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE  # saved with the model, so that users prompt it as it was trained
+    conversations = read(data.train_files, tokenizer, data.max_length)
     trainer = Trainer(
         model=model, args=training, train_dataset=conversations, data_collator=pad, processing_class=tokenizer
     )
     train_and_save(trainer, training)
-    return 0
 
 
 if __name__ == "__main__":

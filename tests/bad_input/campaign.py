@@ -237,7 +237,7 @@ class Campaign:
         waiting = list(reversed(cases))
         befores: dict[Path, dict[str, object]] = {}
         tqdm.monitor_interval = 0  # a thread would not survive the fork
-        bar = tqdm(total=len(cases), unit="case", mininterval=0.5 if sys.stderr.isatty() else 20, file=sys.stderr)
+        bar = tqdm(total=len(cases), unit="case", mininterval=0.5 if sys.stderr.isatty() else 20, miniters=1)
         bad = 0
         while waiting or self.runner.running:
             while waiting and len(self.runner.running) < self.jobs:

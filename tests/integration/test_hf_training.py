@@ -7,6 +7,7 @@ The training scripts run as users run them, as processes of their own.
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_what_is_no_latent_export_is_refused(trained, scripts, tmp_path: Path, c
     for script in ("train", "train_sft"):
         assert scripts[script].main(["--model_name_or_path", str(copy), *flags]) == 2
         assert capsys.readouterr().err.startswith("error: ")
-        assert scripts[script].main(["--model_name_or_path", str(copy), *flags, "--no_such_flag", "1"]) == 2
+    (copy / "DIGESTS.json").unlink()
     (copy / "ternary_quantizer.json").unlink()
     assert "no latent export" in refused(copy)
     # Fused weights under a record that calls them latent.
@@ -216,6 +217,77 @@ def test_a_bad_line_is_named(trained, scripts, tmp_path: Path, line) -> None:
         scripts["train_sft"].read([tmp_path / "bad.jsonl"], tokenizer, 100)
     with pytest.raises(ValueError, match="bad.jsonl, line 2"):
         list(scripts["train"].documents(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize("script", ["train", "train_sft"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--no_such_flag 1", "unknown arguments: --no_such_flag"),
+        ("--per_device_train_batch_size 0", "'0': must be 1 to"),
+        ("--learning_rate nan", "'nan': expected a finite number"),
+        ("--seed 1.5", "'1.5': expected a whole number"),
+        ("--max_steps two", "'two': expected a whole number"),
+        ("--lr_scheduler_type sometimes", "invalid choice"),
+    ],
+)
+def test_a_bad_flag_is_one_line(scripts, script: str, flags: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        scripts[script].main(["--model_name_or_path", "x", "--train_files", "x", "--output_dir", "x", *flags.split()])
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize("script", ["train", "train_sft"])
+def test_files_that_cannot_be_read_are_named(trained, scripts, script: str, tmp_path: Path, capsys) -> None:
+    files = {"pipe.jsonl": "no regular file", "none.jsonl": "No such file", "latin.jsonl": "not UTF-8"}
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
+    flags = ["--trust_remote_code", "--output_dir", str(tmp_path / "out"), "--use_cpu", "--report_to", "none"]
+    for name, message in files.items():
+        argv = ["--model_name_or_path", str(trained[0]), "--train_files", str(tmp_path / name), *flags]
+        assert scripts[script].main(argv) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert name in line and message in line
+
+
+@pytest.mark.parametrize("damage", ["cut", "tokenizer", "rows"])
+def test_a_damaged_export_is_one_line(trained, scripts, damage: str, tmp_path: Path, capsys) -> None:
+    copy = Path(shutil.copytree(trained[0], tmp_path / "copy"))
+    if damage == "cut":
+        weights = copy / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "tokenizer":
+        (copy / "tokenizer.json").write_text("{")
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=True)
+        tokenizer.add_tokens([f"word{i}" for i in range(200)])
+        tokenizer.save_pretrained(copy)
+    flags = "--trust_remote_code --train_files x.txt --use_cpu --report_to none".split()
+    argv = ["--model_name_or_path", str(copy), *flags, "--output_dir", str(tmp_path / "out")]
+    assert scripts["train"].main(argv) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and str(copy) in errors[0]
+    assert ("it is not this model's" in errors[0]) == (damage == "rows")
+
+
+@pytest.mark.parametrize("script", ["run.sh", "run_sft.sh"])
+def test_the_scripts_say_what_is_missing(script: str, tmp_path: Path) -> None:
+    def refused(*arguments: str, **environment: str) -> str:
+        # No more of this environment: DeepSpeed may be there.
+        command = ["bash", str(EXAMPLES / script), *arguments]
+        done = subprocess.run(command, env={"PATH": os.defpath, **environment}, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "takes a latent export" in refused("latent", "out")
+    assert "DEVICES holds '0'" in refused("latent", "out", "a.txt", DEVICES="0")
+    assert "no /nowhere/python" in refused("latent", "out", "a.txt", PYTHON="/nowhere/python")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$2" in *deepspeed*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert f"{python} has no deepspeed" in refused("latent", "out", "a.txt", PYTHON=str(python))
 
 
 def test_text_is_packed_without_loss(trained, scripts, data: Path) -> None:

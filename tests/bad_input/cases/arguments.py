@@ -122,3 +122,37 @@ def environment(world: Path) -> Iterator[Case]:
             environment={"WORLD_SIZE": "0"},
             says=("WORLD_SIZE",),
         )
+    for scheduler, whole in _SCHEDULERS.items():
+        for variable in (name for name, text in whole.items() if text.isdecimal() and name not in _PRESENT):
+            for text in ("abc", "-1", "1.5", "²", "nan", str(10**30)):
+                if variable == "PET_NPROC_PER_NODE" and text.isalpha():
+                    continue  # torchrun takes words here
+                yield Case(
+                    "environment",
+                    f"run under {scheduler}: {variable}={text[:10]}",
+                    "run",
+                    COMMANDS["run"].good,
+                    environment={**whole, variable: text},
+                    says=(variable,),
+                )
+
+
+_SCHEDULERS = {
+    "SLURM": {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "1",
+    },
+    "ModelArts": {"MA_NUM_HOSTS": "1", "VC_TASK_INDEX": "0", "MA_NUM_GPUS": "1"},
+    "PET": {
+        "PET_NNODES": "1",
+        "PET_NODE_RANK": "0",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_MASTER_ADDR": "localhost",
+        "PET_MASTER_PORT": "29500",
+    },
+    "Kubernetes": {"MASTER_ADDR": "localhost", "WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "29500"},
+}
+_PRESENT = ("SLURM_JOB_ID", "SLURM_STEP_ID")  # asked for, not read
