@@ -21,9 +21,13 @@ NEW_PYTHON ?= $(shell scripts/newer_python)
 NEW_PY := $(NEW_MEGATRON)/bin/python
 ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/distributed/test_runs.py
 
-# What checkouts of Megatron-LM and MindSpeed import beyond this environment; 0.12.1 needs an older numpy.
+# What checkouts of Megatron-LM, MindSpeed and MindSpeed-LLM import beyond this environment; 0.12.1 needs an older numpy,
+# MindSpeed-LLM the transformers that it pins, and a PEFT that it works with: not 0.17.
 HOST_PACKAGES := $(VENV)/hosts
 IN_HOSTS := cloudpickle einops joblib narwhals ninja nltk pandas pybind11 scikit-learn scipy six sqlalchemy threadpoolctl
+IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pyarrow==22.0.0 huggingface_hub==1.4.1 \
+	tokenizers==0.22.2 attrs certifi charset-normalizer codetiming dill fsspec httpcore httpx multiprocess requests \
+	sniffio typer-slim urllib3
 
 .PHONY: setup demo test test-mcore-0.12 test-mcore-0.19 test-hosts test-kill test-bad-input bench bench-conversion bench-kernel lint format clean
 
@@ -69,12 +73,14 @@ run-mcore-0.19: $(NEW_MEGATRON)/.ready
 $(HOST_PACKAGES)/.ready: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(HOST_PACKAGES)/common $(IN_HOSTS)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(HOST_PACKAGES)/0.12.1 numpy==1.26.4 pandas==2.2.3 pytz
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(HOST_PACKAGES)/llm $(IN_LLM)
 	touch $@
 
-# Unmodified upstream jobs: MEGATRON_LM_PATH=... MEGATRON_LM_012_PATH=... MINDSPEED_PATH=... make test-hosts
+# Unmodified upstream jobs, by hand: checkouts are not downloaded. What is not named is skipped, and says what to set.
+# MEGATRON_LM_PATH=... MEGATRON_LM_012_PATH=... MINDSPEED_PATH=... MINDSPEED_LLM_PATH=... make test-hosts
 test-hosts: $(HOST_PACKAGES)/.ready
 	HOST_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/common HOST_012_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.12.1 \
-		$(PY) -m pytest tests/integration/test_hosts.py
+		HOST_LLM_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/llm $(PY) -m pytest tests/integration/test_hosts.py $(HOSTS)
 
 # Kills, asked stops and full disks at random moments: of training 30; of every command KILL='--what all --kills 100'
 test-kill: $(READY)

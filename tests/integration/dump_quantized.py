@@ -7,6 +7,7 @@ stage. A script for ``launch/pretrain_gpt.py --script``.
 
 import functools
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -46,6 +47,9 @@ def dump(original):
 if __name__ == "__main__":
     import megatron.training.training as loop
 
-    loop.train_step = dump(loop.train_step)
+    original, replacement = loop.train_step, dump(loop.train_step)
+    # MindSpeed-LLM's loop holds it by name.
+    for holder in [module for module in sys.modules.values() if vars(module).get("train_step") is original]:
+        holder.train_step = replacement
     script = os.environ["DUMP_SCRIPT"]
     exec(compile(Path(script).read_text(encoding="utf-8"), script, "exec"))

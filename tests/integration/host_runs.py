@@ -9,6 +9,7 @@ needs the checkouts that :data:`HOSTS` names by environment variables.
 import argparse
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -41,6 +42,9 @@ MINICPM = [
     *("--rope-scaling-short-factor", *map(str, SHORT), "--rope-scaling-long-factor", *map(str, LONG)),
     *("--rope-scaling-original-max-position-embeddings", "32"),
 ]
+# As many as a step takes, so that every order of them has the same first loss.
+SAMPLES = 8
+LORA = "--lora-r 4 --lora-alpha 8 --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2".split()
 # Of two shards at every size, so that all runs have the same quantized weights.
 TERNARY = ["--ternary", "--ternary-row-parallel-shards", "2"]
 
@@ -60,6 +64,16 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "PP2+VPP2": (2, VIRTUAL),
     "DP2, distributed optimizer, overlaps": (2, OVERLAPS),
     "DP2, distributed optimizer, overlaps, fusion": (2, [*OVERLAPS, "FUSION"]),
+}
+# As in MindSpeed-LLM's own scripts.
+FUSED = "--use-flash-attn --use-fused-rotary-pos-emb --use-fused-swiglu --use-fused-rmsnorm".split()
+LLM = {
+    "1 process": (1, []),
+    "TP2+SP, distributed optimizer, overlaps, fused kernels, fusion": (
+        2,
+        [*TP2, "--sequence-parallel", *OVERLAPS, *FUSED, "FUSION"],
+    ),
+    "PP2+VPP2": (2, VIRTUAL),
 }
 COC = {
     "TP2, COC": (2, [*TP2, "--use-ascend-coc", "--coc-mode", "2", "--coc-parallel-num", "2"]),
@@ -84,6 +98,7 @@ class Host:
         mindspeed: the same of its MindSpeed, or None.
         flags: that all its runs take.
         cases: layout -> processes and flags.
+        llm: the same of its MindSpeed-LLM, whose scripts are run then, or None.
     """
 
     name: str
@@ -91,16 +106,22 @@ class Host:
     mindspeed: str | None
     flags: tuple[str, ...]
     cases: dict[str, tuple[int, list[str]]]
+    llm: str | None = None
 
     def missing(self) -> list[str]:
         """The environment variables that do not name a directory."""
-        names = [self.megatron, *([self.mindspeed] if self.mindspeed else [])]
+        names = filter(None, (self.megatron, self.mindspeed, self.llm))
         return [name for name in names if not Path(os.environ.get(name, "")).is_dir() or not os.environ.get(name)]
+
+    def script(self, name: str) -> Path:
+        """Where a script of the host lies."""
+        return Path(os.environ[self.llm or self.megatron]) / name
 
     def paths(self) -> list[str]:
         """Where its checkouts are, as flags of the launcher."""
         found = ["--megatron-path", os.environ[self.megatron]]
-        return found + (["--mindspeed-path", os.environ[self.mindspeed]] if self.mindspeed else [])
+        found += ["--mindspeed-path", os.environ[self.mindspeed]] if self.mindspeed else []
+        return found + (["--mindspeed-llm-path", os.environ[self.llm]] if self.llm else [])
 
 
 HOSTS = {
@@ -121,14 +142,19 @@ HOSTS = {
             ("--transformer-impl", "transformer_engine", "--use-flash-attn", "--use-fused-rmsnorm"),
             LAYOUTS,
         ),
+        Host(
+            "core_v0.12.1 + MindSpeed-LLM, local",
+            "MEGATRON_LM_012_PATH",
+            "MINDSPEED_PATH",
+            ("--transformer-impl", "local", "--use-mcore-models"),
+            LLM,
+            "MINDSPEED_LLM_PATH",
+        ),
     )
 }
 HOW_TO = (
-    "set MEGATRON_LM_PATH (a Megatron-LM checkout at core_v0.16.1), MEGATRON_LM_012_PATH (core_v0.12.1) and "
-    "MINDSPEED_PATH (26.1.0_core_r0.12.1), and HOST_SITE_PACKAGES (a directory with what they import beyond this "
-    "environment: pip install --no-deps --target DIR cloudpickle einops six nltk pybind11 ninja scipy pandas "
-    "sqlalchemy scikit-learn joblib narwhals threadpoolctl), and HOST_012_SITE_PACKAGES (another, put before it for "
-    "core_v0.12.1: numpy==1.26.4 pandas==2.2.3 pytz)"
+    "set MEGATRON_LM_PATH (a Megatron-LM checkout at core_v0.16.1), MEGATRON_LM_012_PATH (core_v0.12.1), "
+    "MINDSPEED_PATH (26.1.0_core_r0.12.1) and MINDSPEED_LLM_PATH (v26.1.0), and run: make test-hosts"
 )
 
 
@@ -181,7 +207,8 @@ def run(host: Host, processes: int, flags: Sequence[str]) -> Result:
     stubs = [STUBS] if host.mindspeed else [STUBS / "fusion"] if fusion else []
     flags = [f for f in flags if f != "FUSION"] + ([] if fusion else ["--no-gradient-accumulation-fusion"])
     script = [str(CHECKOUT / "launch" / "pretrain_gpt.py"), *host.paths()]
-    old = [os.environ.get("HOST_012_SITE_PACKAGES", "")] if host.mindspeed else []
+    old = [os.environ.get("HOST_LLM_SITE_PACKAGES", "")] if host.llm else []
+    old += [os.environ.get("HOST_012_SITE_PACKAGES", "")] if host.mindspeed else []
     return launch(script, processes, [*host.flags, *flags], stubs, old)
 
 
@@ -226,9 +253,19 @@ class Material:
         """Flags that load the MiniCPM, and describe it."""
         return ["--pretrained-checkpoint", str(self.directory / "start-minicpm"), *MINICPM]
 
+    @property
+    def instructions(self) -> list[str]:
+        """Flags of supervised fine-tuning in MindSpeed-LLM, on :data:`SAMPLES` samples of several lengths."""
+        return (
+            "--stage sft --is-instruction-dataset --prompt-type empty --variable-seq-lengths --no-pad-to-seq-lengths "
+            f"--finetune --data-path {self.directory}/instructions --tokenizer-type PretrainedFromHF "
+            f"--tokenizer-name-or-path {self.directory}/hf-tokenizer"
+        ).split()
+
     @classmethod
     def make(cls, directory: Path) -> "Material":
-        """Token files of 512 tokens from the prose inside of CPython, and a converted Llama with random weights."""
+        """Token files of 512 tokens from the prose inside of CPython, a converted Llama with random weights, and
+        instructions of random tokens."""
         directory.mkdir(parents=True, exist_ok=True)
         tool = [sys.executable, str(CHECKOUT / "launch" / "preprocess_data.py"), "--builtin-corpus", "python-prose"]
         if not (directory / "train_text_document.idx").exists():
@@ -241,7 +278,40 @@ class Material:
             for source, start in (("hf", "start"), ("hf-minicpm", "start-minicpm")):
                 if not (directory / start).exists():
                     _tool([*tool, "--load-dir", str(directory / source), "--save-dir", str(directory / start)])
+        if not (directory / "hf-tokenizer").exists():
+            _write_instructions(directory / "instructions")
+            _write_hf_tokenizer(directory / "hf-tokenizer")
         return cls(directory)
+
+
+def samples() -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels (-100: part of the prompt) of what :attr:`Material.instructions` names."""
+    draw = random.Random(5)
+    texts = [[draw.randrange(3, 512) for _ in range(draw.randrange(24, 64))] for _ in range(SAMPLES)]
+    return [(tokens, [-100] * (len(tokens) // 3) + tokens[len(tokens) // 3 :]) for tokens in texts]
+
+
+def _write_instructions(prefix: Path) -> None:
+    """As MindSpeed-LLM's preprocess_data.py writes them: three token files, with one sample a document."""
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    for number, field in enumerate(("input_ids", "labels", "attention_mask")):
+        path = f"{prefix}_packed_{field}_document"
+        builder = IndexedDatasetBuilder(f"{path}.bin", dtype=numpy.int32)
+        for sample in samples():
+            builder.add_document([*sample, [1] * len(sample[0])][number], [len(sample[0])])
+        builder.finalize(f"{path}.idx")
+
+
+def _write_hf_tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<pad>", "</s>", *(f"w{i}" for i in range(3, 512))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
 
 
 def _tool(command: list[str]) -> None:

@@ -2,13 +2,13 @@
 """Unmodified Megatron-LM and MindSpeed jobs on the CPU, through ``launch/pretrain_gpt.py``: ``make test-hosts``."""
 
 import functools
-import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -16,6 +16,7 @@ from host_runs import (
     CHECKOUT,
     HOSTS,
     HOW_TO,
+    LORA,
     MODEL,
     TERNARY,
     TP2,
@@ -23,11 +24,16 @@ from host_runs import (
     UPSTREAM,
     Host,
     Material,
+    Result,
     _tool,
     run,
     run_ours,
+    samples,
 )
 
+from bitcpm_megatron import QuantizerConfig, fake_quantize
+
+LLM_HOST = "core_v0.12.1 + MindSpeed-LLM, local"
 CASES = [(host, case) for host in HOSTS for case in HOSTS[host].cases]
 SP = [*TP2, "--sequence-parallel", "--use-distributed-optimizer"]
 
@@ -105,17 +111,21 @@ def test_its_checkpoints_resume_and_convert_exactly(name: str, form: str, materi
     succeeded(run(host, 2, [*common, *start, *save]), 5)
     assert (saved / "iter_0000005" / "ternary_quantizer.json").is_file()
 
-    script = ["--script", str(Path(__file__).parent / "dump_quantized.py")]
-    environment = {"DUMP_TO": str(tmp_path), "DUMP_SCRIPT": str(Path(os.environ[host.megatron]) / "pretrain_gpt.py")}
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in environment.items():
-            patch.setenv(variable, value)
-        again = succeeded(run(host, 2, [*script, *common, "--load", str(saved), "--exit-interval", "7"]), 2)
+    again = dumping(host, "pretrain_gpt.py", [*common, "--load", str(saved), "--exit-interval", "7"], tmp_path)
     assert "row-parallel shards: 2, as" in again.output and "quantizer: as the checkpoint records" in again.output
 
     tool = [sys.executable, str(CHECKOUT / "checkpoint_tools" / "convert_megatron_to_hf.py"), "--weights", "fused"]
     _tool([*tool, "--load-dir", str(saved), "--save-dir", str(tmp_path / "hf"), "--vocab-size", "512", "--verify"])
-    assert_same_weights(tmp_path / "hf", torch.load(tmp_path / "rank0.pt"))
+    assert_same_weights(load_file(tmp_path / "hf" / "model.safetensors"), torch.load(tmp_path / "rank0.pt"))
+
+
+def dumping(host: Host, script: str, flags: list[str], directory: Path) -> Result:
+    """Two steps of a host's script on two processes, with the quantized weights of the first in ``rank<N>.pt``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DUMP_TO", str(directory))
+        patch.setenv("DUMP_SCRIPT", str(host.script(script)))
+        dump = str(Path(__file__).parent / "dump_quantized.py")
+        return succeeded(run(host, 2, ["--script", dump, *flags]), 2)
 
 
 def legacy(host: Host, material: Material) -> Path:
@@ -129,11 +139,8 @@ def legacy(host: Host, material: Material) -> Path:
     return path
 
 
-def assert_same_weights(export: Path, quantized: dict[str, torch.Tensor]) -> None:
-    """Every quantized weight of a run against an export, bit for bit."""
-    from safetensors.torch import load_file
-
-    hf = load_file(export / "model.safetensors")
+def assert_same_weights(hf: dict[str, torch.Tensor], quantized: dict[str, torch.Tensor]) -> None:
+    """Every quantized weight of a run against those of a Hugging Face model, bit for bit."""
     assert len(quantized) == 16
     for path, weight in quantized.items():
         layer, module = re.fullmatch(r"decoder\.(layers\.\d+)\.\w+\.(\w+)", path).groups()
@@ -151,6 +158,57 @@ def assert_same_weights(export: Path, quantized: dict[str, torch.Tensor]) -> Non
         assert torch.equal(weight, expected), path
 
 
+def test_mindspeed_llm_fine_tunes_ternary(material: Material, tmp_path: Path) -> None:
+    """All weights, and with adapters, which start at zero: then the first loss is the same, of the same weights.
+
+    Both from a legacy checkpoint, the only form that MindSpeed-LLM renames for PEFT.
+    """
+    host = host_named(LLM_HOST)
+    start = ["--load", str(legacy(host, material)), "--ckpt-format", "torch", "--no-load-optim", "--no-load-rng"]
+    common = [*MODEL, *TRAINING, *UPSTREAM, *material.instructions, *start, *SP[:3], *TERNARY, "--exit-interval", "2"]
+    latent = load_file(material.directory / "hf" / "model.safetensors")
+    ternary = {name: quantized_as_shipped(name, weight) for name, weight in latent.items()}
+    expected, of_latent = instruction_loss(ternary, material), instruction_loss(latent, material)
+
+    losses = {}
+    for kind, flags in {"full": [], "LoRA": LORA}.items():
+        (tmp_path / kind).mkdir()
+        save = ["--save", str(tmp_path / kind), "--save-interval", "2"]
+        result = dumping(host, "posttrain_gpt.py", [*common, *flags, *save], tmp_path / kind)
+        assert "use: the first training step ran the 16 quantized layers" in result.output
+        assert result.proved == 16
+        assert_same_weights(ternary, torch.load(tmp_path / kind / "rank0.pt"))
+        assert (tmp_path / kind / "iter_0000002" / "ternary_quantizer.json").is_file()
+        losses[kind] = result.losses
+    for layer in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
+        for adapter in ("lora_A", "lora_B"):
+            assert re.search(rf"{layer}\.{adapter}\.default +never .* full precision", result.output), result.output
+    assert losses["full"][0] == losses["LoRA"][0]
+    assert losses["full"][1] != losses["LoRA"][1]
+    assert abs(losses["full"][0] - expected) < abs(losses["full"][0] - of_latent) / 4
+
+
+def quantized_as_shipped(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A weight of a Hugging Face model as a training of two row-parallel shards sees it."""
+    if not name.endswith("_proj.weight"):
+        return weight
+    shards = 2 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+    return fake_quantize(weight, QuantizerConfig(group_size=weight.shape[1] // shards))
+
+
+def instruction_loss(weights: dict[str, torch.Tensor], material: Material) -> float:
+    """Mean loss of the samples, as plain Transformers computes it from the answers alone."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(material.directory / "hf", torch_dtype=torch.bfloat16)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        found = [
+            model(torch.tensor([tokens]), labels=torch.tensor([labels])).loss.item() for tokens, labels in samples()
+        ]
+    return sum(found) / len(found)
+
+
 REFUSALS = {
     "core_v0.16.1, local": {
         "--ternary --ternary-group-size 48": "--ternary-group-size:",
@@ -165,6 +223,9 @@ REFUSALS = {
     "core_v0.12.1 + MindSpeed, TE": {
         "--ternary --ternary-activation-bits 8": "normalises its input itself",
     },
+    LLM_HOST: {
+        f"--ternary --lora-fusion {' '.join(LORA)}": "--lora-fusion True: its kernels read the latent weights",
+    },
 }
 
 
@@ -174,6 +235,8 @@ def test_what_cannot_be_done_is_refused_by_name(name: str, flags: str, material:
     result = run(host, 1, [*MODEL, *TRAINING, *UPSTREAM, *material.data, *flags.split()])
     assert result.status != 0 and not result.losses
     assert REFUSALS[name][flags] in result.output, result.output[-3000:]
+    # The one of torchrun, about us.
+    assert result.output.count("Traceback") == 1, result.output[-3000:]
 
 
 def test_coc_with_transformer_engine_is_refused_by_mindspeed(material: Material) -> None:
