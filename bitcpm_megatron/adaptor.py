@@ -20,7 +20,7 @@ from types import TracebackType
 
 from . import cli
 from .host import HostError
-from .patches import megatron_core, megatron_lm, mindspeed
+from .patches import megatron_core, megatron_lm, mindspeed, upstream_warnings
 
 HOSTS = ("megatron-lm", "mindspeed", "mindspeed-llm")
 _VARIABLE = "BITCPM_HOST"
@@ -84,6 +84,7 @@ def install() -> str:
     if early is not None:
         raise AdaptorError(f"{early}, with the names that must change: {cure}")
     host = choose_host()
+    upstream_warnings.silence()
     if host == "megatron-lm":
         megatron_lm.install()
     else:

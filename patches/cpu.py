@@ -8,7 +8,6 @@ those calls with the CPU's equivalent, one patch per kind of call, and touches n
 import contextlib
 import functools
 import importlib.util
-import logging
 import sys
 import types
 from collections.abc import Callable
@@ -19,9 +18,9 @@ import torch.utils._device
 
 from ..cli import Whole, from_environment
 from . import replace
+from .upstream_warnings import drop_records
 
 _FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "tensor", "zeros")
-_RNG_WARNING = "CPU RNG state changed within GPU RNG context"
 
 
 def accelerator() -> bool:
@@ -164,14 +163,7 @@ def random_state() -> None:
         lambda _: lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
     )
     # Here the "GPU" generator is the CPU's, so that every fork of it would warn of what it is meant to do.
-    logger = logging.getLogger(random.__name__)
-    if not any(isinstance(f, _DropForkWarning) for f in logger.filters):
-        logger.addFilter(_DropForkWarning())
-
-
-class _DropForkWarning(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return _RNG_WARNING not in record.getMessage()
+    drop_records(random.__name__, "CPU RNG state changed within GPU RNG context")
 
 
 def current_stream() -> None:

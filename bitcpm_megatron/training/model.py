@@ -101,7 +101,7 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         num_moe_experts=args.num_experts,
         expert_model_parallel_size=args.expert_model_parallel_size,
         moe_router_topk=args.moe_router_topk,
-        moe_ffn_hidden_size=args.moe_ffn_hidden_size if args.num_experts else None,
+        moe_ffn_hidden_size=(args.moe_ffn_hidden_size or args.ffn_hidden_size) if args.num_experts else None,
         moe_token_dispatcher_type="allgather",
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
