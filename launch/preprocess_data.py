@@ -22,6 +22,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,9 +38,10 @@ except ModuleNotFoundError:  # started as a script from a checkout that is not i
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
+from bitcpm_megatron.file_lock import PendingFiles
 from bitcpm_megatron.training.corpus import FORM_FEED, TEXT_KEY, detect_format, document_split, read_documents
 from bitcpm_megatron.training.python_prose import python_prose
-from bitcpm_megatron.training.token_files import refuse_existing, write_corpus
+from bitcpm_megatron.training.token_files import outputs, write_corpus
 from bitcpm_megatron.training.tokenizer import LARGEST_VOCABULARY, SentencePieceTokenizer, train_sentencepiece
 
 # A pass over the corpus: the argument names it in the progress bar.
@@ -125,23 +129,36 @@ def prepare(args: argparse.Namespace) -> None:
     Raises:
         ValueError: bad input; the message says where and what to do.
     """
-    if not args.overwrite:  # before the long first pass
-        refuse_existing(args.output_prefix, args.json_keys)
     corpus = _builtin_corpus(args) if args.builtin_corpus else _file_corpus(args)
-    tokenizer = _train_tokenizer(corpus, args) if args.train_tokenizer else SentencePieceTokenizer(args.tokenizer_model)
-    if not args.append_eod:
-        print("note: documents run into one another without --append-eod", file=sys.stderr)
-    summaries = write_corpus(
-        corpus("tokenizing"),
-        args.output_prefix,
-        tokenizer,
-        keys=args.json_keys,
-        append_eod=args.append_eod,
-        threads=args.workers,
-        overwrite=args.overwrite,
-    )
+    given = SentencePieceTokenizer(args.tokenizer_model) if args.tokenizer_model else None
+    inputs = [*(args.input or []), *([args.tokenizer_model] if args.tokenizer_model else [])]
+    with PendingFiles(_outputs(args), command=_words(args), inputs=inputs, overwrite=args.overwrite) as pending:
+        tokenizer = given or _train_tokenizer(corpus, args)
+        if not args.append_eod:
+            print("note: documents run into one another without --append-eod", file=sys.stderr)
+        summaries = write_corpus(
+            corpus("tokenizing"),
+            args.output_prefix,
+            tokenizer,
+            keys=args.json_keys,
+            append_eod=args.append_eod,
+            threads=args.workers,
+            pending=pending,
+        )
     for summary in summaries.values():
-        print(summary)
+        print(summary, flush=True)
+
+
+def _outputs(args: argparse.Namespace) -> list[tuple[Path, str]]:
+    refusal = "what was tokenized with it needs it; pass it as --tokenizer-model, or --overwrite to replace it"
+    tokenizer = [(args.train_tokenizer, refusal)] if args.train_tokenizer else []
+    return [*tokenizer, *outputs(args.output_prefix, args.json_keys)]
+
+
+def _words(args: argparse.Namespace) -> str:
+    """What makes this the same command as one that was killed."""
+    words = json.dumps({k: v for k, v in sorted(vars(args).items()) if k not in ("workers", "overwrite")}, default=str)
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def _builtin_corpus(args: argparse.Namespace) -> Corpus:
@@ -183,13 +200,10 @@ def _chosen(documents: Iterator[dict[str, str]], args: argparse.Namespace) -> It
 
 
 def _train_tokenizer(corpus: Corpus, args: argparse.Namespace) -> SentencePieceTokenizer:
-    if args.train_tokenizer.exists() and not args.overwrite:
-        raise ValueError(
-            f"{args.train_tokenizer} exists, and what was tokenized with it needs it; pass it as --tokenizer-model, or "
-            "--overwrite to replace it"
-        )
     texts = (text for document in corpus("reading for the tokenizer") for text in document.values())
-    return train_sentencepiece(texts, args.train_tokenizer, args.vocab_size)
+    model = train_sentencepiece(texts, args.vocab_size)
+    PendingFiles.temporary(args.train_tokenizer).write_bytes(model)
+    return SentencePieceTokenizer(args.train_tokenizer, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,9 +213,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(signal_number: int, frame: object) -> None:
+    _ignore_requests()  # a second one would stop the cleaning up
     raise KeyboardInterrupt
 
 
+def _ignore_requests() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)  # a cancelled job cleans up as after Ctrl-C
-    sys.exit(main())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts what runs in the background
+            signal.signal(number, _interrupt)
+    status = main()
+    _ignore_requests()
+    # At once: SentencePiece may still be training in its thread, and the interpreter's end would pull the rug.
+    os._exit(status)

@@ -169,6 +169,8 @@ def _lines(path: Path, on_read: Callable[[int], None] | None) -> Iterator[tuple[
 def _opened(path: Path, on_read: Callable[[int], None] | None) -> Iterator[io.BufferedIOBase]:
     if path.is_dir():
         raise ValueError(f"{path}: a directory; name the files in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: no regular file, and a file may be read twice; write it to a disk first")
     try:
         raw = _CountedFile(path, on_read)
     except OSError as error:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token files out: documents, tokenized, as the ``.bin`` / ``.idx`` pairs that Megatron reads.
 
-A file has its final name only when all of it is on disk, and an existing one is replaced only on demand.
+The files get their names when all of them are on disk, and existing ones are replaced only on demand.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import warnings
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from ..files import publish
+from ..file_lock import PendingFiles
 from .corpus import TEXT_KEY
 
 # Enough documents per call that native threads have work, few enough that memory stays flat.
@@ -61,13 +62,13 @@ def write_corpus(
     keys: Sequence[str] = (TEXT_KEY,),
     append_eod: bool = True,
     threads: int = 1,
-    overwrite: bool = False,
+    pending: PendingFiles | None = None,
 ) -> dict[str, CorpusSummary]:
     """Tokenize documents into ``<output_prefix>_<key>_document.bin`` and ``.idx``, one pair per key.
 
     Tokens are uint16 for vocabularies below 65500, else int32 (megatron-core's ``DType.optimal_dtype``); each document
-    is one sequence. Everything goes to temporary names beside the outputs, which are renamed when all of it is on disk:
-    after an error or a kill there is no output, at most (after SIGKILL) ``*.tmp-<pid>`` files to delete.
+    is one sequence. After an error or a kill there is no output, at most (after SIGKILL) hidden files that the next run
+    removes; see :class:`~bitcpm_megatron.file_lock.PendingFiles`.
 
     Args:
         documents: mappings that have all `keys`; a text of white space only is skipped and counted.
@@ -76,22 +77,26 @@ def write_corpus(
         keys: which texts to write.
         append_eod: end every document with ``tokenizer.eod``.
         threads: native tokenizer threads; the output does not depend on their number.
-        overwrite: replace outputs that exist, and drop the sample indices that megatron-core cached for them.
+        pending: what :func:`outputs` names, and more files that are ready by then; None refuses to overwrite.
 
     Returns:
         A summary per key.
 
     Raises:
-        ValueError: an output exists (without `overwrite`), or there was not one document to write for a key.
+        ValueError: an output exists, or there was not one document to write for a key.
         ModuleNotFoundError: megatron-core is not installed.
     """
+    if pending is None:
+        with PendingFiles(outputs(output_prefix, keys), command="write_corpus") as own:
+            return write_corpus(
+                documents, output_prefix, tokenizer, keys=keys, append_eod=append_eod, threads=threads, pending=own
+            )
     dtype = _token_dtype(tokenizer.vocab_size)
-    if not overwrite:
-        refuse_existing(output_prefix, keys)
-    datasets: dict[str, _PendingDataset] = {}
-    try:
-        for key, prefix in _prefixes(output_prefix, keys).items():
-            datasets[key] = _PendingDataset(prefix, dtype)
+    with contextlib.ExitStack() as stack:
+        datasets = {
+            key: stack.enter_context(_PendingDataset(prefix, dtype))
+            for key, prefix in _prefixes(output_prefix, keys).items()
+        }
         for batch in _batches(documents):
             for key, dataset in datasets.items():
                 _add(dataset, [document[key] for document in batch], tokenizer, append_eod, threads)
@@ -99,11 +104,13 @@ def write_corpus(
             _require_documents(key, dataset.summary)
         for dataset in datasets.values():
             dataset.finish()
+
+    def drop_indices() -> None:
+        # megatron-core names its cached sample indices by the path of the dataset and would reuse those of the old one.
         for dataset in datasets.values():
-            dataset.publish()
-    finally:
-        for dataset in datasets.values():
-            dataset.discard()
+            shutil.rmtree(dataset.summary.prefix / "cache" / "GPTDataset_indices", ignore_errors=True)
+
+    pending.publish(drop_indices)
     return {key: dataset.summary for key, dataset in datasets.items()}
 
 
@@ -133,12 +140,13 @@ def _batches(documents: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[st
         yield batch
 
 
-def refuse_existing(output_prefix: str | os.PathLike[str], keys: Sequence[str] = (TEXT_KEY,)) -> None:
-    """Raise `ValueError` if `write_corpus` would replace a file."""
-    for prefix in _prefixes(output_prefix, keys).values():
-        for path in (_with_suffix(prefix, ".bin"), _with_suffix(prefix, ".idx")):
-            if path.exists():
-                raise ValueError(f"{path} exists; choose another --output-prefix, or pass --overwrite to replace it")
+def outputs(output_prefix: str | os.PathLike[str], keys: Sequence[str] = (TEXT_KEY,)) -> list[tuple[Path, str]]:
+    """The files that `write_corpus` writes, and what to say where one exists: for `PendingFiles`."""
+    # The index makes a dataset: it must not meet the tokens of another.
+    paths = [
+        _with_suffix(prefix, end) for prefix in _prefixes(output_prefix, keys).values() for end in (".bin", ".idx")
+    ]
+    return [(path, "choose another --output-prefix, or pass --overwrite to replace it") for path in paths]
 
 
 def _prefixes(output_prefix: str | os.PathLike[str], keys: Sequence[str]) -> dict[str, Path]:
@@ -170,14 +178,19 @@ def _indexed_dataset() -> ModuleType:
 
 
 class _PendingDataset:
-    """One .bin/.idx pair under temporary names."""
+    """One .bin/.idx pair under temporary names; a context manager, which closes the first."""
 
     def __init__(self, prefix: Path, dtype: type) -> None:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
         self.summary = CorpusSummary(prefix)
-        self._final = {suffix: _with_suffix(prefix, suffix) for suffix in (".bin", ".idx")}
-        self._temporary = {suffix: Path(f"{path}.tmp-{os.getpid()}") for suffix, path in self._final.items()}
-        self._builder = _indexed_dataset().IndexedDatasetBuilder(str(self._temporary[".bin"]), dtype=dtype)
+        self._index = PendingFiles.temporary(_with_suffix(prefix, ".idx"))
+        tokens = PendingFiles.temporary(_with_suffix(prefix, ".bin"))
+        self._builder = _indexed_dataset().IndexedDatasetBuilder(str(tokens), dtype=dtype)
+
+    def __enter__(self) -> _PendingDataset:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._builder.data_file.close()
 
     def add(self, ids: list[int], text_bytes: int) -> None:
         self._builder.add_document(ids, [len(ids)])
@@ -186,18 +199,4 @@ class _PendingDataset:
         self.summary.text_bytes += text_bytes
 
     def finish(self) -> None:
-        self._builder.finalize(str(self._temporary[".idx"]))
-
-    def publish(self) -> None:
-        # The index makes a dataset: an old one must not meet new tokens, so it goes first and the new one comes last.
-        self._final[".idx"].unlink(missing_ok=True)
-        # megatron-core names its cached sample indices by the path of the dataset and would reuse those of the old one.
-        shutil.rmtree(self.summary.prefix / "cache" / "GPTDataset_indices", ignore_errors=True)
-        for suffix in (".bin", ".idx"):
-            publish(self._temporary[suffix], self._final[suffix])
-
-    def discard(self) -> None:
-        """Remove what is still under a temporary name."""
-        self._builder.data_file.close()
-        for path in self._temporary.values():
-            path.unlink(missing_ok=True)
+        self._builder.finalize(str(self._index))

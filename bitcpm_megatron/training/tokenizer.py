@@ -14,14 +14,14 @@ import hashlib
 import io
 import os
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 from ..cli import FailedError
-from ..files import publish
 
 LARGEST_VOCABULARY = 1_000_000
 """Pieces that are trained at most: far above any, and what SentencePiece still answers within seconds."""
@@ -38,25 +38,31 @@ class SentencePieceTokenizer:
 
     Args:
         model_path: a ``.model`` file written by SentencePiece.
+        model: what that file holds, where it is known already.
 
     Raises:
         ValueError: the file is missing, is no SentencePiece model or has no end-of-sentence piece.
     """
 
-    def __init__(self, model_path: str | os.PathLike[str]) -> None:
+    def __init__(self, model_path: str | os.PathLike[str], model: bytes | None = None) -> None:
         path = Path(model_path)
-        try:
-            if not path.is_file():
-                raise ValueError(f"{path}: no such tokenizer model; give the path of a SentencePiece .model file")
-            model = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}; give the path of a SentencePiece .model file") from None
+        if model is None:
+            model = self._read(path)
         self._processor = _load(model)
         if self._processor is None:
             raise ValueError(f"{path}: not a SentencePiece model; give the .model file that SentencePiece wrote")
         if self._processor.eos_id() < 0:
             raise ValueError(f"{path}: the model has no end-of-sentence piece to end documents with; train it with one")
         self._digest = hashlib.sha256(model).hexdigest()
+
+    @staticmethod
+    def _read(path: Path) -> bytes:
+        try:
+            if not path.is_file():
+                raise ValueError(f"{path}: no such tokenizer model; give the path of a SentencePiece .model file")
+            return path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; give the path of a SentencePiece .model file") from None
 
     @property
     def vocab_size(self) -> int:
@@ -201,23 +207,17 @@ def padded_vocab_size(vocab_size: int, make_divisible_by: int = 128, tensor_para
 
 
 def train_sentencepiece(
-    texts: Iterable[str],
-    model_path: str | os.PathLike[str],
-    vocab_size: int,
-    *,
-    character_coverage: float = 0.9995,
-    max_lines: int = 2_000_000,
-) -> SentencePieceTokenizer:
-    """Train a byte-fallback BPE model on `texts`, write it to `model_path` and return it.
+    texts: Iterable[str], vocab_size: int, *, character_coverage: float = 0.9995, max_lines: int = 2_000_000
+) -> bytes:
+    """Train a byte-fallback BPE model on `texts` and return what its ``.model`` file holds.
 
     The model keeps text exactly: no normalization, no dummy prefix, runs of spaces survive, and what the vocabulary
     lacks, newlines among it, is spelled in bytes. Digits are single pieces. Ids: 0 unknown, 1 ``<s>``, 2 ``</s>``
-    (``eod``), no padding piece. The same texts give the same file, byte for byte, under one version of SentencePiece.
-    The file appears at `model_path` only when it is complete.
+    (``eod``), no padding piece. The same texts give the same model, byte for byte, under one version of SentencePiece.
+    A request to stop (SIGINT, SIGTERM) is answered at once.
 
     Args:
         texts: documents; they are streamed, at most `max_lines` lines (a fixed random sample) are held in memory.
-        model_path: where to write the ``.model`` file; an existing one is replaced.
         vocab_size: number of pieces, including 3 special ones and 256 bytes.
         character_coverage: share of all characters that get a piece of their own; the rest is spelled in bytes.
         max_lines: size of the sample of lines to train on, above 100.
@@ -232,38 +232,50 @@ def train_sentencepiece(
         raise ValueError(f"a vocabulary of {vocab_size} pieces: give a --vocab-size from 1 to {LARGEST_VOCABULARY}")
     lines = _TrainingLines(texts)
     model = io.BytesIO()
+    options = {
+        "sentence_iterator": iter(lines),
+        "model_writer": model,
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        "byte_fallback": True,
+        "character_coverage": character_coverage,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "input_sentence_size": max_lines,
+        "shuffle_input_sentence": True,
+        "max_sentence_length": _MAX_SENTENCE_BYTES,
+        "minloglevel": 2,
+    }
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=character_coverage,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            input_sentence_size=max_lines,
-            shuffle_input_sentence=True,
-            max_sentence_length=_MAX_SENTENCE_BYTES,
-            minloglevel=2,
-        )
+        _interruptible(lambda: sentencepiece.SentencePieceTrainer.train(**options))
     except RuntimeError as error:
         # The trainer turns an exception of the iterator into its own RuntimeError, and we want the original.
         if lines.error is not None:
             raise lines.error from None
         raise _explained(error, vocab_size, lines.count) from error
-    path = Path(model_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_bytes(model.getvalue())
-        publish(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
-    return SentencePieceTokenizer(path)
+        lines.stopped = True
+    return model.getvalue()
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Runs native code, which Python's signal handlers wait for, so that they need not: in a thread of its own."""
+    errors: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _load(model: bytes) -> sentencepiece.SentencePieceProcessor | None:
@@ -290,19 +302,20 @@ def _require_utf8(text: str) -> None:
 
 
 class _TrainingLines:
-    """The lines of texts as the trainer takes them; remembers how many there were and what went wrong."""
+    """The lines of texts as the trainer takes them, until `stopped`; remembers their number and what went wrong."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts
         self.count = 0
         self.error: Exception | None = None
+        self.stopped = False
 
     def __iter__(self) -> Iterator[str]:
         try:
             for text in self._texts:
                 _require_utf8(text)
                 for line in text.split("\n"):
-                    for start in range(0, len(line), _MAX_LINE_CHARACTERS):
+                    for start in range(0, 0 if self.stopped else len(line), _MAX_LINE_CHARACTERS):
                         self.count += 1
                         yield line[start : start + _MAX_LINE_CHARACTERS]
         except Exception as error:

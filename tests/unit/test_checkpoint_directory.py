@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bitcpm_megatron import file_lock
 from bitcpm_megatron.cli import FailedError
-from bitcpm_megatron.training import directory_lock
 from bitcpm_megatron.training.checkpoint_directory import (
     TRACKER,
     CheckpointError,
@@ -23,12 +23,12 @@ from bitcpm_megatron.training.checkpoint_directory import (
     recover,
     saved_arguments,
 )
-from bitcpm_megatron.training.directory_lock import LOCK, DirectoryLock
+from bitcpm_megatron.training.directory_lock import LOCK, lock_directory
 
 HOLD = """
 import os, sys, time
-from bitcpm_megatron.training.directory_lock import DirectoryLock
-lock = DirectoryLock(sys.argv[1])
+from bitcpm_megatron.training.directory_lock import lock_directory
+lock = lock_directory(sys.argv[1])
 if os.fork() == 0:  # what a data loader does; it lives on when its parent is killed
     time.sleep(20)
     os._exit(0)
@@ -144,7 +144,7 @@ def test_damaged_arguments_are_refused(text: str | None, tmp_path: Path) -> None
 
 
 def test_a_second_job_is_told_who_writes_there_and_a_killed_one_lets_go(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(directory_lock, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(file_lock, "_PATIENCE_SECONDS", 0.3)
     environment = {**os.environ, "SLURM_JOB_ID": "4711"}
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "save")],
@@ -156,10 +156,10 @@ def test_a_second_job_is_told_who_writes_there_and_a_killed_one_lets_go(tmp_path
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(CheckpointError, match=rf"SLURM job 4711, process {holder.pid} on \S+, since 20\d\d-"):
-            DirectoryLock(tmp_path / "save")
+            lock_directory(tmp_path / "save")
         holder.kill()
         holder.wait()
-        DirectoryLock(tmp_path / "save").release()
+        lock_directory(tmp_path / "save").release()
         assert not (tmp_path / "save" / LOCK).exists()
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
@@ -170,8 +170,8 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch) -> Non
     def unsupported(*args: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(directory_lock.fcntl, "lockf", unsupported)
-    lock = DirectoryLock(tmp_path)
+    monkeypatch.setattr(file_lock.fcntl, "lockf", unsupported)
+    lock = lock_directory(tmp_path)
     assert "has no locks" in lock.note and json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     lock.release()
 
@@ -181,19 +181,19 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch) -> Non
 def test_a_place_that_cannot_be_written_is_refused_before_training(make, below: str, tmp_path: Path) -> None:
     make(tmp_path / "save")
     with pytest.raises(CheckpointError, match="--save .*: (name a directory|choose another)"):
-        DirectoryLock(tmp_path / "save" / below)
+        lock_directory(tmp_path / "save" / below)
 
 
 def test_where_nobody_may_write_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--save /proc/\S+ cannot be written"):
-        DirectoryLock("/proc/bitcpm-checkpoints")
+        lock_directory("/proc/bitcpm-checkpoints")
 
 
 def test_on_a_full_disk_a_lock_says_so_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(directory_lock.os, "pwrite", full)
+    monkeypatch.setattr(file_lock.os, "pwrite", full)
     with pytest.raises(FailedError, match="No space left on device.*free some space"):
-        DirectoryLock(tmp_path / "save")
+        lock_directory(tmp_path / "save")
     assert list((tmp_path / "save").iterdir()) == []

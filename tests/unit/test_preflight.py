@@ -53,10 +53,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_sentencepiece(["the quick brown fox jumps over the lazy dog"] * 50, path, 290)
-    return path.read_bytes()
+def tokenizer() -> bytes:
+    return train_sentencepiece(["the quick brown fox jumps over the lazy dog"] * 50, 290)
 
 
 @pytest.fixture

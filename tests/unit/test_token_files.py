@@ -7,14 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bitcpm_megatron.file_lock import FileLock, PendingFiles
 from bitcpm_megatron.launch.preprocess_data import main
-from bitcpm_megatron.training.token_files import write_corpus
+from bitcpm_megatron.training.token_files import outputs, write_corpus
 from bitcpm_megatron.training.tokenizer import NullTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 pytest.importorskip("megatron.core")
@@ -27,8 +28,8 @@ TEXTS = [f"Document {n}.\n\nIt has {n} parts, “quotes”, and\ta tab.\n    三
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
-    return train_sentencepiece(TEXTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 320)
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer("a.model", train_sentencepiece(TEXTS, 320))
 
 
 @pytest.fixture
@@ -131,7 +132,10 @@ def test_a_kill_half_way_leaves_no_output(tmp_path: Path, tokenizer: SentencePie
     process.join(timeout=60)
     assert process.exitcode == -signal.SIGKILL
     names = sorted(path.name for path in output.iterdir())
-    assert names and all(".tmp-" in name for name in names), "the kill must come while files are open"
+    assert any(name.endswith(".incomplete") for name in names), "the kill must come while files are open"
+    assert all(name.startswith(".") for name in names)
+    write_corpus([{"text": "document"}], output / "corpus", tokenizer)
+    assert sorted(path.name for path in output.iterdir()) == ["corpus_text_document.bin", "corpus_text_document.idx"]
 
 
 def test_existing_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
@@ -140,9 +144,10 @@ def test_existing_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer: S
     with pytest.raises(ValueError, match="corpus_text_document.bin exists.*--overwrite"):
         write_corpus([{"text": "Document 2"}], tmp_path / "corpus", tokenizer, append_eod=False)
     assert tokenizer.detokenize(stored(prefix)[0]) == "Document 1"
-    write_corpus([{"text": "Document 2"}], tmp_path / "corpus", tokenizer, append_eod=False, overwrite=True)
+    with PendingFiles(outputs(tmp_path / "corpus"), command="again", overwrite=True) as pending:
+        write_corpus([{"text": "Document 2"}], tmp_path / "corpus", tokenizer, append_eod=False, pending=pending)
     assert tokenizer.detokenize(stored(prefix)[0]) == "Document 2"
-    assert [path.name for path in tmp_path.iterdir() if ".tmp-" in path.name] == []
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # --------------------------------------------------------------------------- what megatron-core makes of it
@@ -191,9 +196,10 @@ def test_megatron_core_finds_its_index_cache_by_the_tokenizer_and_overwriting_dr
     first = set(cache.iterdir())
     build(GPTDataset, tokenizer, prefix)
     assert set(cache.iterdir()) == first
-    build(GPTDataset, train_sentencepiece(TEXTS, tmp_path / "other.model", 310), prefix)
+    build(GPTDataset, SentencePieceTokenizer("other.model", train_sentencepiece(TEXTS, 310)), prefix)
     assert set(cache.iterdir()) > first
-    write_corpus([{"text": text} for text in TEXTS[:50]], tmp_path / "corpus", tokenizer, overwrite=True)
+    with PendingFiles(outputs(tmp_path / "corpus"), command="again", overwrite=True) as pending:
+        write_corpus([{"text": text} for text in TEXTS[:50]], tmp_path / "corpus", tokenizer, pending=pending)
     assert set(build(GPTDataset, tokenizer, prefix).document_index) == set(range(50))
 
 
@@ -290,6 +296,154 @@ def test_command_refuses_reading_options_for_the_builtin_corpus(more: list[str])
 def test_command_refuses_a_separator_for_json_lines(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(corpus_file, "--tokenizer-model", "m", "--document-separator", "***")) == 2
     assert "--document-separator is for plain text" in capsys.readouterr().err
+
+
+TRAIN = ("--train-tokenizer", "t.model", "--vocab-size", "310", "--append-eod")
+SCRIPT = [sys.executable, str(CHECKOUT / "launch" / "preprocess_data.py")]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("make", [None, os.link, os.symlink], ids=["itself", "hard link", "symlink"])
+@pytest.mark.parametrize("place", ["out_text_document.bin", "t.model", ".out_text_document.idx.incomplete"])
+def test_command_never_overwrites_its_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, make: Callable[[str, str], None] | None, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(place if make is None else "corpus.txt").write_text("\n\f\n".join(TEXTS))
+    if make is not None:
+        make("corpus.txt", place)
+    before = contents(tmp_path)
+    arguments = ["--input-format", "text", "--output-prefix", "out", *TRAIN, "--overwrite"]
+    assert main(["--input", place if make is None else "corpus.txt", *arguments]) == 2
+    assert f"{place} is an input" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_command_names_no_output_twice_and_no_directory(corpus_file: Path, capsys) -> None:
+    bin_file = str(corpus_file.with_name("out_text_document.bin"))
+    assert main(command(corpus_file, "--train-tokenizer", bin_file, "--vocab-size", "310")) == 2
+    assert "would be written twice" in capsys.readouterr().err
+    Path(bin_file).mkdir()
+    model = str(corpus_file.with_name("t.model"))
+    assert main(command(corpus_file, "--train-tokenizer", model, "--vocab-size", "310", "--overwrite")) == 2
+    assert "is a directory" in capsys.readouterr().err
+    assert len(list(corpus_file.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "after"),
+    [("training.token_files._batches", 0), *(("file_lock.publish", after) for after in range(3))],
+)
+@pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_command_goes_again_after_a_kill(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, after: int, place: str, more: tuple[str, ...]
+) -> None:
+    """Killed while it tokenizes, and before its first, second or third file gets its name."""
+    directory = corpus_file.parent
+    monkeypatch.chdir(directory)
+    argv = command(corpus_file, *TRAIN)
+    if more:
+        assert main([*argv[:-2], "300", "--append-eod"]) == 0  # others, which are to be replaced
+    calls = []
+
+    def die(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) > after:
+            os._exit(9)
+        original(*arguments)
+
+    module, _, attribute = f"bitcpm_megatron.{place}".rpartition(".")
+    original = getattr(sys.modules[module], attribute)
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(f"{module}.{attribute}", die)
+        main([*argv, *more])
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == 9
+    assert main([*argv, *more]) == 0
+    after_kill = contents(directory)
+    assert sorted(after_kill) == ["corpus.jsonl", "out_text_document.bin", "out_text_document.idx", "t.model"]
+    assert main([*argv, "--overwrite"]) == 0
+    assert contents(directory) == after_kill
+
+
+def test_another_command_does_not_replace_what_a_killed_one_published(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(corpus_file.parent)
+    with PendingFiles([(Path("t.model"), "keep it")], command="one") as pending:
+        PendingFiles.temporary(Path("t.model")).write_bytes(b"model")
+        monkeypatch.setattr(FileLock, "release", lambda lock, keep: os.close(lock._file))  # as a kill leaves it
+        pending.publish()
+    monkeypatch.undo()
+    monkeypatch.chdir(corpus_file.parent)
+    assert main(command(corpus_file, *TRAIN)) == 2
+    assert "t.model exists" in capsys.readouterr().err
+    assert Path("t.model").read_bytes() == b"model"
+    with PendingFiles([(Path("t.model"), "keep it")], command="one"):
+        pass
+
+
+def test_two_commands_do_not_write_one_output(corpus_file: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(corpus_file.parent)
+    monkeypatch.setattr("bitcpm_megatron.file_lock._PATIENCE_SECONDS", 0.2)
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        with PendingFiles(outputs("out"), command="one"):
+            PendingFiles.temporary(Path("out_text_document.bin")).write_bytes(b"its")
+            os.write(writer, b"held")
+            signal.pause()
+    try:
+        assert os.read(reader, 4) == b"held"
+        assert main(command(corpus_file, *TRAIN)) == 2
+        assert (
+            f"out_text_document.bin is being written by another job ({sys.argv[0].split('/')[-1]}, process {child}"
+            in (capsys.readouterr().err)
+        )
+        assert PendingFiles.temporary(Path("out_text_document.bin")).read_bytes() == b"its"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["reading for the tokenizer", "tokenizing"])
+def test_command_that_is_asked_to_stop_leaves_nothing(tmp_path: Path, moment: str, number: int) -> None:
+    def start(name: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*SCRIPT, "--input", "corpus.txt", "--output-prefix", f"{name}/out", *TRAIN, "--document-separator", ""],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    # So long that it does not end before it is asked to.
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"{n} {text}" for n in range(2000) for text in TEXTS))
+    process = start("a")
+    seen = ""
+    while moment not in seen:
+        seen += process.stderr.read(1)
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 1 and rest.endswith("error: interrupted\n"), rest
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+def test_a_fifo_is_no_input(tmp_path: Path, capsys) -> None:
+    os.mkfifo(tmp_path / "corpus.jsonl")
+    model = str(tmp_path / "t.model")
+    assert main(command(tmp_path / "corpus.jsonl", "--train-tokenizer", model, "--vocab-size", "310")) == 2
+    assert "no regular file" in capsys.readouterr().err
+
+
+def test_a_size_that_no_vocabulary_has_is_refused_at_once(corpus_file: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(command(corpus_file, "--train-tokenizer", "m", "--vocab-size", "2000000000"))
+    assert caught.value.code == 2 and "1 to 1000000" in capsys.readouterr().err
 
 
 def test_command_runs_from_a_bare_checkout(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +26,14 @@ TEXTS = [
 VOCAB = 340
 
 
+def trained(texts: list[str], vocab_size: int) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer("a.model", train_sentencepiece(texts, vocab_size))
+
+
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_sentencepiece(TEXTS, path, VOCAB)
+    path.write_bytes(train_sentencepiece(TEXTS, VOCAB))
     return path
 
 
@@ -98,67 +104,88 @@ def test_identity_is_the_content_of_the_model(
     moved = tmp_path / "moved.model"
     moved.write_bytes(model_path.read_bytes())
     assert SentencePieceTokenizer(moved).unique_identifiers == tokenizer.unique_identifiers
-    retrained = train_sentencepiece(TEXTS, moved, VOCAB - 10)
-    assert retrained.unique_identifiers != tokenizer.unique_identifiers
+    moved.write_bytes(train_sentencepiece(TEXTS, VOCAB - 10))
+    assert SentencePieceTokenizer(moved).unique_identifiers != tokenizer.unique_identifiers
 
 
-def test_training_is_deterministic_also_when_it_samples(tmp_path: Path) -> None:
+def test_training_is_deterministic_also_when_it_samples() -> None:
     """Which lines are sampled must not depend on a global seed that a caller may have moved."""
     generator = random.Random(0)
     texts = [" ".join(generator.choices("abcdefgh", k=30)).replace(" ", "", 20) for _ in range(1000)]
     models = []
     for seed in (1, 2):
         sentencepiece.set_random_generator_seed(seed)
-        train_sentencepiece(texts, tmp_path / "model", VOCAB, max_lines=101)
-        models.append((tmp_path / "model").read_bytes())
+        models.append(train_sentencepiece(texts, VOCAB, max_lines=101))
     assert models[0] == models[1]
 
 
-def test_long_lines_are_used_not_dropped(tmp_path: Path) -> None:
+def test_long_lines_are_used_not_dropped() -> None:
     """The trainer skips sentences above a limit without a word: the end of one must still count."""
     text = "- " * 5000 + "".join(f"layer{chr(97 + n % 26)} " for n in range(5000))
-    tokenizer = train_sentencepiece([text], tmp_path / "model", 300)
+    tokenizer = trained([text], 300)
     assert len(tokenizer.tokenize("layera")) <= 3
 
 
-def test_a_small_corpus_is_an_error_whose_cure_works(tmp_path: Path) -> None:
+def test_a_small_corpus_is_an_error_whose_cure_works() -> None:
     with pytest.raises(ValueError, match=r"too small for a vocabulary of 9999 pieces.*--vocab-size (\d+)") as caught:
-        train_sentencepiece(TEXTS, tmp_path / "model", 9999)
+        train_sentencepiece(TEXTS, 9999)
     supported = int(str(caught.value).split("--vocab-size ")[1].split(")")[0])
-    assert not list(tmp_path.iterdir())
-    assert train_sentencepiece(TEXTS, tmp_path / "model", supported).vocab_size == supported
+    assert trained(TEXTS, supported).vocab_size == supported
 
 
-def test_a_vocabulary_below_the_bytes_is_an_error_whose_cure_works(tmp_path: Path) -> None:
+def test_a_vocabulary_below_the_bytes_is_an_error_whose_cure_works() -> None:
     with pytest.raises(ValueError, match=r"give at least (\d+)") as caught:
-        train_sentencepiece(TEXTS, tmp_path / "model", 100)
+        train_sentencepiece(TEXTS, 100)
     needed = int(str(caught.value).split("at least ")[1].split(" ")[0])
-    assert train_sentencepiece(TEXTS, tmp_path / "model", needed).vocab_size == needed
+    assert trained(TEXTS, needed).vocab_size == needed
 
 
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "message"),
-    [([], VOCAB, "no text"), (["\n"], VOCAB, "no text"), (TEXTS, 0, "from 1 to 1000000")],
+    [
+        ([], VOCAB, "no text"),
+        (["\n"], VOCAB, "no text"),
+        (TEXTS, 0, "from 1 to 1000000"),
+        (TEXTS, 2 * 10**9, "from 1 to 1000000"),
+    ],
 )
-def test_training_refuses(tmp_path: Path, texts: list[str], vocab_size: int, message: str) -> None:
+def test_training_refuses(texts: list[str], vocab_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        train_sentencepiece(texts, tmp_path / "model", vocab_size)
+        train_sentencepiece(texts, vocab_size)
     with pytest.raises(ValueError, match="more than 100"):
-        train_sentencepiece(TEXTS, tmp_path / "model", VOCAB, max_lines=100)
-    assert not list(tmp_path.iterdir())
+        train_sentencepiece(TEXTS, VOCAB, max_lines=100)
 
 
-def test_an_error_of_the_reader_comes_through_and_the_old_model_stays(tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    path.write_bytes(b"old")
-
+def test_an_error_of_the_reader_comes_through() -> None:
     def texts() -> Iterator[str]:
         yield from TEXTS
         raise ValueError("corpus.jsonl:7: not valid JSON")
 
     with pytest.raises(ValueError, match="^corpus.jsonl:7: not valid JSON$"):
-        train_sentencepiece(texts(), path, VOCAB)
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+        train_sentencepiece(texts(), VOCAB)
+
+
+def test_a_request_to_stop_does_not_wait_for_the_end_of_training() -> None:
+    words = random.Random(0)
+    texts = [" ".join("".join(words.choices("abcdefghij", k=8)) for _ in range(100)) for _ in range(2000)]
+    script = f"""
+import signal, sys, time
+from bitcpm_megatron.training.tokenizer import train_sentencepiece
+def request(number, frame): raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, request)
+def texts():
+    yield from {texts!r}
+    signal.setitimer(signal.ITIMER_REAL, 0.1)  # all are read: what follows is native code
+began = time.monotonic()
+try:
+    train_sentencepiece(texts(), 20000)
+except KeyboardInterrupt:
+    asked = time.monotonic() - began
+    while threading.active_count() > 1: time.sleep(0.01)
+    print(asked / (time.monotonic() - began))
+""".replace("import signal,", "import threading, signal,")
+    result = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 0.7
 
 
 def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def _small_tokenizer(root: Path) -> None:
     from bitcpm_megatron.training.tokenizer import train_sentencepiece
 
     texts = [json.loads(line)["text"] for line in (root / "corpus.jsonl").read_text().splitlines()]
-    train_sentencepiece(iter(texts), root / "small.model", 290)
+    (root / "small.model").write_bytes(train_sentencepiece(iter(texts), 290))
 
 
 def _few(root: Path) -> None:
