@@ -31,10 +31,10 @@ from hardware import best_device, check_outputs, machine
 from tqdm import tqdm
 
 from bitcpm_megatron import cli
+from bitcpm_megatron.arguments import GroupSize
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.ops import Backend, backends
 from bitcpm_megatron.quantization import QuantizerConfig, check_weight, effective_group, quantize_dequantize
-from bitcpm_megatron.quantization.config import LARGEST_GROUP
 
 EPS = QuantizerConfig.eps
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=presets.names(), metavar="MODEL")
     parser.add_argument("--layers", nargs="+", choices=_LAYERS, default=list(_LAYERS))
     parser.add_argument("--dtypes", nargs="+", choices=sorted(_DTYPES))
-    parser.add_argument("--groups", nargs="+", type=cli.Whole(-1, LARGEST_GROUP), default=[-1, 128], metavar="G")
+    parser.add_argument("--groups", nargs="+", type=GroupSize(), default=[-1, 128], metavar="G")
     parser.add_argument(
         "--backends",
         nargs="+",

@@ -34,11 +34,11 @@ from plan import BASELINE, OURS, RECOMPUTE, Job, Session, model_flags, standard
 from tqdm import tqdm
 from variants import PEERS, VARIANTS
 
-from bitcpm_megatron import QuantizerConfig, cli
+from bitcpm_megatron import cli
+from bitcpm_megatron.arguments import GroupSize
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.models.architecture import MAX_LAYERS
 from bitcpm_megatron.ops import backends
-from bitcpm_megatron.quantization.config import LARGEST_GROUP
 
 # glibc gives freed memory back to the system and takes fresh pages for the next tensor, now in one variant and now in
 # the other, up to a fifth of a step. All variants keep what they have.
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pairs", type=cli.Whole(1, 10**6), help="of steps, default 40; with --host of jobs, default 6"
     )
-    parser.add_argument("--group-size", type=cli.Whole(-1, LARGEST_GROUP), default=-1)
+    parser.add_argument("--group-size", type=GroupSize(), default=-1)
     parser.add_argument("--backend", choices=["auto", *names], default="auto", help="of the quantizer")
     parser.add_argument("--host", choices=("megatron-lm",), help="instead of our own training loop")
     parser.add_argument("--megatron-path", help="a checkout, with --host")
@@ -163,12 +163,7 @@ def _name(text: str) -> str:
 
 
 def ternary_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """What the command line says of the quantizer.
-
-    Raises:
-        ValueError: an impossible group size, or a backend that cannot run here.
-    """
-    QuantizerConfig(group_size=args.group_size)
+    """What the command line says of the quantizer."""
     return ("--ternary-group-size", str(args.group_size), "--ternary-backend", args.backend)
 
 

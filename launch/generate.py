@@ -19,6 +19,7 @@ from bitcpm_megatron.training.checkpoint_directory import latest
 from bitcpm_megatron.training.data import Tokenizer, build_tokenizer
 from bitcpm_megatron.training.generate import generate, load_for_inference
 from bitcpm_megatron.training.initialize import shutdown, world_size
+from bitcpm_megatron.training.tokenizer import padded_vocab_size
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +75,10 @@ def _tokenizer(run: argparse.Namespace, given: str | None, path: Path) -> Tokeni
         run.vocab_size = None
     tokenizer, _ = build_tokenizer(run)
     pieces = tokenizer.vocab_size
-    if pieces > trained or (pieces < trained and given is not None and given != recorded):
+    # Published models have their rows padded already, and say how many; a run of ours says how many pieces it had.
+    multiple = run.make_vocab_size_divisible_by if recorded is None else 1
+    other = given is not None and given != recorded
+    if pieces > trained or (other and padded_vocab_size(pieces, multiple) < trained):
         raise ValueError(
             f"the tokenizer {run.tokenizer_model} has {pieces:,} pieces, and {path} was trained for {trained:,}: give "
             f"the run's own --tokenizer-model" + (f" ({recorded})" if recorded else "")

@@ -10,6 +10,7 @@ cases every good line is run, so that a refusal can only come from the mistake. 
 
 import argparse
 import contextlib
+import ctypes
 import os
 import random
 import shutil
@@ -41,6 +42,7 @@ SECONDS = 60.0
 MEMORY = 3 * 2**30
 """Peak resident bytes of a case; the parent, of whose pages it inherits, has about 0.7e9."""
 LONGEST_MESSAGE = 1200
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -109,6 +111,7 @@ def _child(case: Case, folder: Path) -> None:
     status = 70
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a case that hangs ends with the campaign
         os.chdir(folder)
         for target, name in ((0, os.devnull), (1, None), (2, None)):
             path = name or str(folder.parent / f"{folder.name}.output")

@@ -15,6 +15,7 @@ from .world import DATA, MODEL
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _WRAPPERS = ("bind_cores", "pretrain_gpt")
+_HUGGING_FACE = tuple("--model_name_or_path latent --train_files corpus.txt --output_dir out --report_to none".split())
 _TRAIN = [*MODEL, *DATA, "--train-iters", "2", "--eval-iters", "1"]
 
 
@@ -100,6 +101,8 @@ COMMANDS = {
         ),
         Command("qat_convert", "checkpoint_tools", tuple("--input_bin latent --output out".split())),
         Command("inspect_checkpoint", "checkpoint_tools", ("run",)),
+        Command("train", "examples/hf", _HUGGING_FACE, runs=False),
+        Command("train_sft", "examples/hf", _HUGGING_FACE, runs=False),
         Command("throughput", "benchmarks", ("--output-dir", "out"), runs=False),
         Command("kernel", "benchmarks", ("--output-dir", "out"), runs=False),
         Command("conversion", "benchmarks", ("--output-dir", "out"), runs=False),
@@ -110,7 +113,7 @@ COMMANDS = {
 
 def scripts() -> Iterator[str]:
     """The names of all scripts that are commands, found on disk: one without a good line here is noticed."""
-    for room in ("launch", "checkpoint_tools", "benchmarks"):
+    for room in ("launch", "checkpoint_tools", "benchmarks", "examples/hf"):
         for path in sorted((CHECKOUT / room).glob("*.py")):
             text = path.read_text(encoding="utf-8")
             if '__name__ == "__main__"' in text and "ArgumentParser(" in text.replace("Parser(", "ArgumentParser("):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The SentencePiece and null tokenizers, the training of a model, the padded vocabulary."""
 
+import argparse
 import pickle
 import random
 import subprocess
@@ -240,3 +241,34 @@ def test_padded_vocab_size(arguments: tuple[int, ...], expected: int) -> None:
 def test_padded_vocab_size_refuses_zero() -> None:
     with pytest.raises(ValueError, match="must be positive"):
         padded_vocab_size(320, 0)
+
+
+@pytest.mark.parametrize(
+    ("trained", "recorded", "fits"),
+    [
+        (VOCAB, "lost.model", True),
+        (VOCAB + 1, "lost.model", False),
+        (VOCAB - 1, "lost.model", False),
+        # A published model's rows are padded already, here to 384.
+        (384, None, True),
+        (385, None, False),
+        (49_152, None, False),
+        (VOCAB - 1, None, False),
+    ],
+)
+def test_generation_takes_a_tokenizer_of_the_model_alone(model_path, trained, recorded, fits) -> None:
+    """With another one it would print noise."""
+    from bitcpm_megatron.launch import generate
+
+    run = argparse.Namespace(
+        tokenizer_model=recorded,
+        vocab_size=trained,
+        mock_data=False,
+        make_vocab_size_divisible_by=128,
+        tensor_model_parallel_size=1,
+    )
+    if fits:
+        assert generate._tokenizer(run, str(model_path), Path("run")).vocab_size == VOCAB
+        return
+    with pytest.raises(ValueError, match=f"{model_path} has 340 pieces, and run was trained for {trained:,}"):
+        generate._tokenizer(run, str(model_path), Path("run"))

@@ -11,6 +11,7 @@ def all_cases(world: Path) -> list[Case]:
     """Every case, in a fixed order; names are unique."""
     makers = (
         arguments.numbers,
+        arguments.host_numbers,
         arguments.flags,
         arguments.environment,
         paths.paths,

@@ -4,7 +4,9 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
+from bitcpm_megatron.arguments import add_arguments
 from bitcpm_megatron.cli import Number, Whole
 
 from ..commands import COMMANDS, Command
@@ -24,17 +26,10 @@ def numbers(world: Path) -> Iterator[Case]:
     """Every numeric flag of every command gets zero, negative, NaN, infinite, huge and half numbers, and words."""
     for command in COMMANDS.values():
         for flag, action in options(command):
-            kind = action.type
-            if action.choices is None and kind in (int, float):
+            if action.choices is None and action.type in (int, float):
                 # Accepted in silence, whatever it is: the cure is a Whole or a Number of cli.py.
                 yield Case("numbers", f"{command.name} {flag} has no bounds", call=lambda: None)
-            if not isinstance(kind, Whole | Number):
-                continue
-            huge = str(10**30) if isinstance(kind, Whole) else "1e400"
-            texts = {"0", "-1", "nan", "inf", "-inf", huge, "1.5", "", "two", "²"}
-            texts |= {str(kind.minimum - 1), str(kind.maximum + 1)} if isinstance(kind, Whole) else {"1e300", "-1e-300"}
-            for text in sorted(texts):
-                bad = _refused(kind, text)
+            for text, bad in _texts(action.type):
                 if bad or command.runs:
                     yield Case(
                         "numbers" if bad else "numbers within bounds",
@@ -45,6 +40,39 @@ def numbers(world: Path) -> Iterator[Case]:
                         accepts=not bad,
                         status=(2,) if bad else (1, 2),
                     )
+
+
+def host_numbers(world: Path) -> Iterator[Case]:
+    """The same of the flags that a host's parser gets from us; how it refuses is the host's."""
+    parser = _HostParser()
+    add_arguments(parser)
+    for action in parser._actions:
+        flag = action.option_strings[-1]
+        if action.choices is None and action.type in (int, float):
+            yield Case("host flags", f"a host's {flag} has no bounds", call=lambda: None)
+        for text, bad in _texts(action.type):
+            if bad:
+                yield Case(
+                    "host flags",
+                    f"a host's {flag}={text}",
+                    call=lambda argument=f"{flag}={text}": parser.parse_args([argument]),
+                    says=(flag,),
+                )
+
+
+class _HostParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _texts(kind: object) -> list[tuple[str, bool]]:
+    """What a numeric flag is given, and whether it must refuse that."""
+    if not isinstance(kind, Whole | Number):
+        return []
+    huge = str(10**30) if isinstance(kind, Whole) else "1e400"
+    texts = {"0", "-1", "nan", "inf", "-inf", huge, "1.5", "", "two", "²"}
+    texts |= {str(kind.minimum - 1), str(kind.maximum + 1)} if isinstance(kind, Whole) else {"1e300", "-1e-300"}
+    return [(text, _refused(kind, text)) for text in sorted(texts)]
 
 
 def _refused(kind: Whole | Number, text: str) -> bool:

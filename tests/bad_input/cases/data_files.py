@@ -134,22 +134,27 @@ def data(world: Path) -> Iterator[Case]:
             (*size, text),
             says=("vocab", "--vocab-size"),
         )
-    # A tokenizer that does not fit the model.
-    yield Case(
-        "data",
-        "generate with a smaller tokenizer",
-        "generate",
-        tuple("--load run --prompt fox --num-tokens 2 --tokenizer-model small.model".split()),
-        prepare=_small_tokenizer,
-        says=("tokenizer", "small.model"),
-    )
+    # A tokenizer that does not fit the model: of a run, and of a converted checkpoint, which names none.
+    for root, pieces in (("run", 290), ("run", 301), ("start", 280), ("start", 301)):
+        yield Case(
+            "data",
+            f"generate --load {root} with a tokenizer of {pieces} pieces",
+            "generate",
+            tuple(f"--load {root} --prompt fox --num-tokens 2 --tokenizer-model other.model".split()),
+            prepare=_tokenizer(pieces),
+            says=("tokenizer other.model",),
+            accepts=(root, pieces) == ("start", 280),  # within the padding of what was converted
+        )
 
 
-def _small_tokenizer(root: Path) -> None:
-    from bitcpm_megatron.training.tokenizer import train_sentencepiece
+def _tokenizer(pieces: int) -> Prepare:
+    def prepare(root: Path) -> None:
+        from bitcpm_megatron.training.tokenizer import train_sentencepiece
 
-    texts = [json.loads(line)["text"] for line in (root / "corpus.jsonl").read_text().splitlines()]
-    (root / "small.model").write_bytes(train_sentencepiece(iter(texts), 290))
+        texts = [json.loads(line)["text"] for line in (root / "corpus.jsonl").read_text().splitlines()]
+        (root / "other.model").write_bytes(train_sentencepiece(iter(texts), pieces))
+
+    return prepare
 
 
 def _few(root: Path) -> None:
@@ -158,7 +163,10 @@ def _few(root: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     prefix = root / "data" / "corpus_text_document"
-    documents = [np.asarray(IndexedDataset(str(prefix))[i]) for i in range(3)]
+    # Copied: an array into a map that is closed would end this process.
+    source = IndexedDataset(str(prefix))
+    documents = [np.array(source[i]) for i in range(3)]
+    del source
     for path in (root / "data").glob("*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=documents[0].dtype.type)
