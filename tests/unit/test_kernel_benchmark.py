@@ -72,7 +72,6 @@ def test_a_backend_that_is_wrong_is_not_timed(
     [
         (("--backends", "magic"), "--backends magic: there are"),
         (("--backends", "chip"), "--backends chip cannot run on cpu: needs the chip"),
-        (("--groups", "7"), "group_size=7"),
         (("--groups", "8192"), "does not divide"),
     ],
 )
