@@ -19,7 +19,8 @@ ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_line
 NEW_MEGATRON := $(VENV)/megatron-core-0.19
 NEW_PYTHON ?= $(shell scripts/newer_python)
 NEW_PY := $(NEW_MEGATRON)/bin/python
-ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/distributed/test_runs.py
+ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/distributed/test_runs.py \
+	tests/distributed/test_signals.py::test_what_writes_checkpoints_dies_with_its_rank
 
 # What checkouts of Megatron-LM, MindSpeed and MindSpeed-LLM import beyond this environment; 0.12.1 needs an older numpy,
 # MindSpeed-LLM the transformers that it pins, and a PEFT that it works with: not 0.17.
@@ -58,7 +59,7 @@ $(NEW_MEGATRON)/.ready: setup.py pyproject.toml constraints.txt
 	$(NEW_PYTHON) -m venv --clear $(NEW_MEGATRON)
 	sed 's/^megatron-core==.*/megatron-core==0.19.2/' constraints.txt > $(NEW_MEGATRON)/constraints.txt
 	$(NEW_PY) -m pip install --quiet --constraint $(NEW_MEGATRON)/constraints.txt $(TORCH)
-	$(NEW_PY) -m pip install --quiet --constraint $(NEW_MEGATRON)/constraints.txt --editable '.[standalone,test]'
+	$(NEW_PY) -m pip install --quiet --constraint $(NEW_MEGATRON)/constraints.txt --editable '.[standalone,plot,test]'
 	touch $@
 
 test-mcore-0.19:

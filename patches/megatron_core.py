@@ -311,15 +311,32 @@ def write_checkpoints_with_newer_torch() -> None:
     replace(filesystem_async, "_write_item", with_format)
 
 
+def save_asynchronously(state: Any, directory: str, **more: Any) -> Any:
+    """``megatron.core.dist_checkpointing.save`` that leaves the writing to the caller, by megatron-core's own writer.
+
+    From 0.17 on ``save`` hands it to the package ``nvidia-resiliency-ext`` by default, and raises where that is absent;
+    neither :class:`~megatron.core.dist_checkpointing.strategies.async_utils.AsyncCallsQueue` nor
+    :func:`bind_checkpoint_writers` and :func:`hold_write_errors` know its writer.
+
+    Returns:
+        The request to execute or to schedule.
+    """
+    from megatron.core.dist_checkpointing import save
+
+    if "async_strategy" in inspect.signature(save).parameters:
+        more["async_strategy"] = "mcore"
+    return save(state, directory, async_sharded_save=True, **more)
+
+
 _held_write_errors: list[Exception] = []
 
 
 def hold_write_errors() -> None:
     """Keeps a rank that cannot write its file of a checkpoint from leaving the others in a collective operation.
 
-    Displaces ``save_common`` of ``megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy``,
-    ``finish`` of ``...strategies.filesystem_async.FileSystemWriterAsync`` and ``save_config`` in
-    ``megatron.core.dist_checkpointing.serialization``. Rank 0 alone writes there, and on a full disk raises there,
+    Displaces ``save_common`` of ``megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy`` (0.17
+    and 0.18 have it in ``...serialization``; with 0.19 what it wrote is an entry of rank 0's file), ``finish`` of
+    ``...strategies.filesystem_async.FileSystemWriterAsync`` and ``save_config`` in ``...serialization``. Rank 0 alone writes there, and on a full disk raises there,
     while the other ranks wait for it in the plan or in a barrier until they time out. The error is kept instead, and
     :func:`raise_held_write_error` brings it up where all ranks are asked.
     """
@@ -336,7 +353,9 @@ def hold_write_errors() -> None:
 
         return write
 
-    replace(common.TorchCommonSaveStrategy, "save_common", holding)
+    for owner in (getattr(common, "TorchCommonSaveStrategy", None), serialization):
+        if hasattr(owner, "save_common"):
+            replace(owner, "save_common", holding)
     replace(filesystem_async.FileSystemWriterAsync, "finish", holding)
     replace(serialization, "save_config", holding)
     # Each rank would report the error of its writer; ours says it once.
@@ -361,24 +380,26 @@ def raise_held_write_error() -> None:
 def bind_checkpoint_writers() -> None:
     """Lets the processes that write checkpoints die with the rank that started them, and outlive signals to stop.
 
-    Displaces ``_get_write_results_queue`` in ``megatron.core.dist_checkpointing.strategies.filesystem_async``, whose
-    helper process (it carries the writers' results) lives on when its rank is killed, with 270 MB per restart; and
-    ``write_preloaded_data_multiproc`` and ``write_preloaded_data`` of ``FileSystemWriterAsync`` there, whose forked
-    processes would go on writing into a directory that the restarted run has taken over. SIGTERM and SIGUSR1, which a
-    scheduler may send to every process of a job, mean that the rank shall save: its helpers are needed for that.
+    Displaces ``_get_write_results_queue`` in ``megatron.core.dist_checkpointing.strategies.filesystem_async`` (from
+    0.17 on ``get_write_results_queue``), whose helper process (it carries the writers' results) lives on when its rank
+    is killed, with 270 MB per restart; and what the forked processes of ``FileSystemWriterAsync`` there run, which
+    would go on writing into a directory that the restarted run has taken over: ``write_preloaded_data_multiproc`` and
+    ``write_preloaded_data``, from 0.17 on ``write_preloaded_data_multithread`` alone, whose threads run the latter.
+    SIGTERM and SIGUSR1, which a scheduler may send to every process of a job, mean that the rank shall save: its
+    helpers are needed for that.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     def bound_queue(original: Callable) -> Callable:
         @functools.wraps(original)
-        def _get_write_results_queue():  # noqa: ANN202
+        def get_write_results_queue(*args, **kwargs):  # noqa: ANN202
             if filesystem_async._results_queue is None:
                 manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
                 manager.start(die_with_parent, (os.getpid(),))
                 filesystem_async._results_queue = manager.Queue()
-            return original()
+            return original(*args, **kwargs)
 
-        return _get_write_results_queue
+        return get_write_results_queue
 
     def bound_writer(original: Callable) -> Callable:
         @functools.wraps(original)
@@ -389,10 +410,15 @@ def bind_checkpoint_writers() -> None:
 
         return write
 
-    if hasattr(filesystem_async, "_get_write_results_queue"):
-        replace(filesystem_async, "_get_write_results_queue", bound_queue)
     writer = filesystem_async.FileSystemWriterAsync
-    for name in ("write_preloaded_data_multiproc", "write_preloaded_data"):
+    if hasattr(writer, "write_preloaded_data_multithread"):
+        queue, processes = "get_write_results_queue", ("write_preloaded_data_multithread",)
+    else:
+        queue = "_get_write_results_queue"
+        processes = ("write_preloaded_data_multiproc", "write_preloaded_data")
+    if hasattr(filesystem_async, queue):
+        replace(filesystem_async, queue, bound_queue)
+    for name in processes:
         if replace(writer, name, bound_writer):
             setattr(writer, name, staticmethod(getattr(writer, name)))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
@@ -136,11 +136,8 @@ class Saver:
                 temporary.mkdir(parents=True)
                 if self._bytes > shutil.disk_usage(temporary).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        request = dist_checkpointing.save(
-            state,
-            str(temporary),
-            async_sharded_save=True,
-            content_metadata={"distrib_optim_sharding_type": _RESHARDABLE},
+        request = megatron_core.save_asynchronously(
+            state, str(temporary), content_metadata={"distrib_optim_sharding_type": _RESHARDABLE}
         )
         with together():
             megatron_core.raise_held_write_error()

@@ -46,7 +46,7 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
     for copy in (bare, damaged):
         shutil.copytree(base, copy)
     (bare / "iter_0000001" / DIGESTS).unlink()
-    flip_a_bit(damaged / "iter_0000001" / "__0_1.distcp")
+    flip_a_bit(damaged / "iter_0000001" / "__0_0.distcp")
     for name, content in recipes.items():
         (logs / f"{name}.yaml").write_text(json.dumps(content))
     runs = {}
@@ -113,7 +113,7 @@ def test_every_file_of_a_checkpoint_has_its_digest(checkpoint: str, two_ranks: t
     directory = two_ranks[2] / checkpoint
     names = {path.name for path in directory.iterdir()}
     assert set(read_digests(directory)) == names - {DIGESTS}
-    assert {f"__{rank}_0.distcp" for rank in (0, 1)} | {"common.pt", ".metadata", "arguments.json"} <= names
+    assert {f"__{rank}_0.distcp" for rank in (0, 1)} | {".metadata", "arguments.json"} <= names
     assert not [name for name in names if name.startswith("digests_of")]
     assert check_digests(directory)
 
@@ -168,7 +168,7 @@ def test_a_recipe_that_keeps_a_layer_trains_and_saves(two_ranks: tuple) -> None:
     ("name", "words"),
     {
         "no digests refused": ("iter_0000001 has no DIGESTS.json", "leave out --verify-digests"),
-        "damage refused": ("__0_1.distcp does not match its digest", "copy it again"),
+        "damage refused": ("__0_0.distcp does not match its digest", "copy it again"),
         "shards refused": ("1 row-parallel shards", "tensor-parallel size of 2", "use a size that divides 1"),
         "group refused": ("linear_proj", "group_size=64 does not divide a row of 32", "use -1 or one of [32]"),
         "no quantizer refused": ("--ternary is not given", "--allow-quantizer-change"),
