@@ -336,9 +336,9 @@ def hold_write_errors() -> None:
 
     Displaces ``save_common`` of ``megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy`` (0.17
     and 0.18 have it in ``...serialization``; with 0.19 what it wrote is an entry of rank 0's file), ``finish`` of
-    ``...strategies.filesystem_async.FileSystemWriterAsync`` and ``save_config`` in ``...serialization``. Rank 0 alone writes there, and on a full disk raises there,
-    while the other ranks wait for it in the plan or in a barrier until they time out. The error is kept instead, and
-    :func:`raise_held_write_error` brings it up where all ranks are asked.
+    ``...strategies.filesystem_async.FileSystemWriterAsync`` and ``save_config`` in ``...serialization``. Rank 0 alone
+    writes there, and on a full disk raises there, while the other ranks wait for it in the plan or in a barrier until
+    they time out. The error is kept instead, and :func:`raise_held_write_error` brings it up where all ranks are asked.
     """
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import common, filesystem_async
