@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher import environment
+
 from bitcpm_megatron.files import digest
 
 from .processes import Disk, Started, first
@@ -83,7 +85,7 @@ class Command(Subject):
         self._undisturbed: dict[str, Undisturbed] = {}
 
     def prepare(self, scratch: Path) -> None:
-        self._input = scratch / "input"
+        self._input = scratch / self._make_input.__name__
         self._output = scratch / f"{self.name}.txt"
         if not self._input.is_dir():
             self._make_input(self._input)
@@ -163,7 +165,7 @@ class Command(Subject):
 
     def _start(self, argv: str, place: Path) -> Started:
         words = argv.format(input=self._input, out=place).split()
-        return Started([sys.executable, str(self._script), *words], CHECKOUT, self._output)
+        return Started([sys.executable, str(self._script), *words], CHECKOUT, self._output, environment())
 
     def _succeed(self, started: Started) -> None:
         status = started.wait(PATIENCE)
@@ -186,7 +188,7 @@ class Command(Subject):
             disk.fill(leave)
             return f"a disk with {leave:,} of {self._whole.nbytes:,} bytes free"
         _wait_for_change(started, self._place, seen)
-        moment = rng.uniform(0.0, self._whole.writing / 2)
+        moment = rng.uniform(0.0, self._whole.writing / 3)
         if started.wait(moment) is None:
             disk.fill()
         return f"a disk that is full {moment:.3f} s after it began to write"
@@ -254,7 +256,7 @@ def make_model(directory: Path) -> None:
     tiny_hf.latent_export(directory / "latent", architecture, record)
     script = CHECKOUT / "checkpoint_tools" / "convert_hf_to_megatron.py"
     argv = [sys.executable, str(script), "--load-dir", str(directory / "latent"), "--save-dir", str(directory / "run")]
-    started = Started(argv, CHECKOUT, directory / "output.txt")
+    started = Started(argv, CHECKOUT, directory / "output.txt", environment())
     demand(started.wait(PATIENCE) == 0, "no checkpoint", started.said)
     (directory / "output.txt").unlink()
     (directory / "pickled").mkdir()
@@ -275,7 +277,7 @@ def make_text(directory: Path) -> None:
     script = CHECKOUT / "launch" / "preprocess_data.py"
     argv = f"--input {directory}/corpus.jsonl --train-tokenizer {directory}/tokenizer.model --vocab-size 300"
     argv += f" --append-eod --output-prefix {directory}/c"
-    started = Started([sys.executable, str(script), *argv.split()], CHECKOUT, directory / "output.txt")
+    started = Started([sys.executable, str(script), *argv.split()], CHECKOUT, directory / "output.txt", environment())
     demand(started.wait(PATIENCE) == 0, "no tokenizer", started.said)
     for path in [*directory.glob("c_*"), directory / "output.txt"]:
         path.unlink()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -41,9 +41,7 @@ class Started:
 
     _all: ClassVar[set["Started"]] = set()
 
-    def __init__(
-        self, command: Sequence[str], directory: Path, output: Path, environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, command: Sequence[str], directory: Path, output: Path, environment: Mapping[str, str]) -> None:
         self._mark = uuid.uuid4().hex
         self._all.add(self)
         self._output = output
@@ -52,7 +50,7 @@ class Started:
             self.process = subprocess.Popen(
                 command,
                 cwd=directory,
-                env={**(os.environ if environment is None else environment), _MARK: self._mark},
+                env={**environment, _MARK: self._mark},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,

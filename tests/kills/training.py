@@ -19,7 +19,7 @@ from .subject import FULL_DISK, KILL, TERMINATE, Subject, TooLate, demand, one_m
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FLAGS = "--tensor-model-parallel-size 2 --sequence-parallel --bf16 --ternary --eval-interval 10 --eval-iters 1".split()
-LONGEST = 4.0
+LONGEST = 3.5
 """Seconds from the first step of an attempt to its disturbance, at most: a first save takes about two."""
 PATIENCE = 600.0
 """Seconds after which a run hangs."""
@@ -37,7 +37,7 @@ class Training(Subject):
     _seconds: float
     """From the start to the first step of the undisturbed run."""
 
-    def __init__(self, asynchronous: bool, steps: int = 40, batch: int = 5) -> None:
+    def __init__(self, asynchronous: bool, steps: int = 30, batch: int = 5) -> None:
         self.name = "train-async" if asynchronous else "train-sync"
         self.batch = batch
         self._steps = steps
