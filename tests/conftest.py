@@ -44,3 +44,7 @@ def single_rank(_process_group: None) -> Iterator[None]:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     yield
     parallel_state.destroy_model_parallel()
+    # That forgets the groups. Each has a thread that wakes a hundred times a second until it is destroyed.
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
