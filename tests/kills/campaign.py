@@ -91,9 +91,11 @@ class Campaign:
         return not self.faults and self.good.total() == self._kills
 
     def _batches(self, hows: Sequence[str]) -> Iterator[tuple[Subject, list[str]]]:
-        """Every subject its share of every kind, in an order that lets a short campaign see all of them."""
-        pairs = list(itertools.islice(itertools.cycle(itertools.product(hows, self._chosen)), self._kills))
-        waiting = {subject: [how for how, other in pairs if other is subject] for subject in self._chosen}
+        """Every subject its share of every kind; a short campaign meets as many of both as it can."""
+        waiting: dict[Subject, list[str]] = {subject: [] for subject in self._chosen}
+        for number in range(self._kills):
+            turn, index = divmod(number, len(self._chosen))
+            waiting[self._chosen[index]].append(hows[(turn + index) % len(hows)])
         for mine in waiting.values():
             self._rng.shuffle(mine)
         while any(waiting.values()):

@@ -43,7 +43,7 @@ class Line:
         name: for people.
         argv: its arguments; ``{input}`` and ``{out}`` are directories. All that it makes lies below ``{out}``.
         groups: what appears together: the first components of paths below ``{out}``. Of several the last makes the
-            artefact: without it the others are of no meaning, and may stand there alone.
+            artefact: without it the others are of no meaning, and may stand there alone or lack.
         old: the line that made an artefact before, which this one replaces; or None.
     """
 
@@ -197,15 +197,13 @@ class Command(Subject):
         """Demands that whatever has its final name is whole; returns what has none."""
         old, whole = self._whole.old, self._whole.files
         for group in self._line.groups:
-            key = group[-1]
+            now, was, new = ({name: _below(found, name) for name in group} for found in (after, old, whole))
+            if now in (was, new):
+                continue
+            # Between two names only what makes the artefact may be missing, for without it nobody takes the others.
+            demand(len(group) > 1 and not now[group[-1]], f"{group} is neither the old one nor the new one", said)
             for name in group:
-                now, was, new = (_below(all_files, name) for all_files in (after, old, whole))
-                if not now and (not was or (len(group) > 1 and name == key)):
-                    continue
-                demand(now in (was, new), f"{name} is neither the old one nor the new one", said)
-            if len(group) > 1 and _below(after, key):
-                states = [{name: _below(all_files, name) for name in group} for all_files in (after, old, whole)]
-                demand(states[0] in states[1:], f"{group} are of two runs", said)
+                demand(now[name] in ({}, was[name], new[name]), f"{name} is neither the old one nor the new one", said)
         known = {*old, *whole}
         return [name for name in after if name not in known]
 
@@ -339,7 +337,7 @@ def preprocessing() -> Command:
         "launch",
         (
             Line("tokenizer given, 2 workers", f"{given} --append-eod --workers 2", (pair,)),
-            Line("tokenizer trained", f"{trained} --append-eod", (("t.model",), pair)),
+            Line("tokenizer trained", f"{trained} --append-eod", (("t.model", *pair),)),
             Line("overwritten", f"{given} --append-eod --overwrite", (pair,), old=given),
         ),
         make_text,
