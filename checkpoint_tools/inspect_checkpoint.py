@@ -36,6 +36,7 @@ from bitcpm_megatron.checkpoint_tools.inspection import (
     check_record,
     files_of,
     not_read,
+    one_thread,
     open_inspection,
     statistics_of,
 )
@@ -77,7 +78,8 @@ def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> tuple
     if fast:
         return found, [not_read(weight, found.record) for weight in found.weights]
     statistics = []
-    with tqdm(total=found.nbytes, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+    bar = tqdm(total=found.nbytes, unit="B", unit_scale=True, desc="reading", disable=None)
+    with bar, one_thread():
         for weight in found.weights:
             statistics.append(statistics_of(weight, found.record, found.findings))
             bar.update(weight.info.nbytes)

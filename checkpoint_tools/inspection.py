@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint holds, whatever it is: its facts, its weights one by one, and where it contradicts itself."""
 
+import contextlib
 import math
 import re
 from collections import Counter
@@ -218,6 +219,17 @@ def check_record(inspection: Inspection) -> None:
         inspection.findings.append(f"there are saved scales of {_listed(bare)}, which the quantizer record leaves out")
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps PyTorch to one thread: on blocks this small others do little but wait, and burn a core doing so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def not_read(weight: Weight, record: QuantizerRecord | None) -> Statistics:
     """What is known of a weight without reading it."""
     if not weight.linear:
@@ -316,11 +328,11 @@ def _of_latent(
         block = block.to(dtype)
         mine = None if saved is None else saved[start : start + block.shape[0]]
         start += block.shape[0]
-        codes, scales = quantize(block, config, mine)
-        if mine is not None:
-            own = quantize(block, config)[1]
+        codes, scales = quantize(block, config)
+        if mine is not None and not torch.equal(mine, scales):
             # Neighbouring bf16 values of one sign are neighbouring integers.
-            steps = max(steps, int((mine.view(torch.int16).int() - own.view(torch.int16).int()).abs().amax()))
+            steps = max(steps, int((mine.view(torch.int16).int() - scales.view(torch.int16).int()).abs().amax()))
+            codes, scales = quantize(block, config, mine)
         zeros += int((codes == 0).sum())
         used.append(scales.double().flatten())
     # Another device may sum in another order, and is then one step off.

@@ -2,6 +2,7 @@
 """The numbers are computed here from the plain definition, in fp64 and without the package's quantizer."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from bitcpm_megatron.checkpoint_tools import (
     convert_hf_to_megatron,
     inspect_checkpoint,
+    inspection,
     qat_convert,
 )
 from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
 from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
+from bitcpm_megatron.quantization import quantize
 from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
 
 LINEARS = 2 * len(tiny_hf.PROJECTIONS)
@@ -200,6 +203,28 @@ def test_saved_scales(copy, capsys):
 def test_scales_that_do_not_fit(change, groups, words, copy, capsys):
     found = inspected(capsys, with_scales(copy("torch_dist"), change, groups), status=3)
     assert any(words in line and "linear_proj" in line for line in found["findings"])
+
+
+def test_weights_are_quantized_once_and_on_one_thread(copy, monkeypatch):
+    elements, threads = [], set()
+
+    def counted(weight, *rest):
+        elements.append(weight.numel())
+        threads.add(torch.get_num_threads())
+        return quantize(weight, *rest)
+
+    monkeypatch.setattr(inspection, "quantize", counted)
+    path, before = with_scales(copy("torch_dist")), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found, _ = inspect_checkpoint.inspect(path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    linears = [weight for weight in found.weights if weight.linear]
+    assert any(weight.has_scales for weight in linears)
+    assert sum(elements) == sum(math.prod(weight.info.shape) for weight in linears)
+    assert threads == {1}
 
 
 def planted(directory: Path, **changes) -> None:
