@@ -11,6 +11,7 @@ cases every good line is run, so that a refusal can only come from the mistake. 
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import random
 import shutil
@@ -33,7 +34,7 @@ from bitcpm_megatron import cli
 from bitcpm_megatron.files import digest
 
 from . import damage, world
-from .cases import all_cases
+from .cases import all_cases, good_lines
 from .cases.case import Case
 from .commands import COMMANDS, scripts
 
@@ -216,11 +217,10 @@ class Campaign:
             SystemExit: one of them fails, so that nothing could be said about bad ones.
         """
         world.build(self.world, lambda name, argv: self._good(name, tuple(argv), self.world))
-        for command in COMMANDS.values():
-            if command.runs:
-                folder = self._copy()
-                self._good(command.name, command.good, folder)
-                shutil.rmtree(folder)
+        for name, argv in good_lines():
+            folder = self._copy()
+            self._good(name, argv, folder)
+            shutil.rmtree(folder)
 
     def _good(self, name: str, argv: tuple[str, ...], folder: Path) -> None:
         self.runner.start(Case("good", f"{name} {' '.join(argv)}", name, argv), folder)
@@ -255,7 +255,9 @@ class Campaign:
             case, folder, outcome = self.runner.wait()
             found = faults(case, outcome, befores.pop(folder), manifest(folder))
             results[case] = found, outcome
-            bad += bool(found)
+            if found:
+                bad += 1
+                bar.write(f"FAULT {case.name[:150]!r}: {'; '.join(found)}")
             shutil.rmtree(folder, ignore_errors=True)
             (folder.parent / f"{folder.name}.output").unlink()
             bar.set_postfix(faults=bad, refresh=False)
@@ -273,14 +275,15 @@ class Campaign:
 
 
 def sample(cases: list[Case], size: int, seed: int) -> list[Case]:
-    """So many cases, of every kind its share and at least three."""
+    """About so many cases, of every kind at least three; a kind of a hundred times as many cases counts ten times."""
     rng = random.Random(seed)
     kinds: dict[str, list[Case]] = {}
     for case in cases:
         kinds.setdefault(case.kind, []).append(case)
     chosen = set()
+    whole = sum(math.sqrt(len(members)) for members in kinds.values())
     for members in kinds.values():
-        share = max(3, round(size * len(members) / len(cases)))
+        share = max(3, round(size * math.sqrt(len(members)) / whole))
         chosen.update(rng.sample([c.name for c in members], min(share, len(members))))
     return [case for case in cases if case.name in chosen]
 
@@ -304,6 +307,8 @@ def main() -> int:
         campaign.build()
         cases = all_cases(campaign.world)
         cases = [c for c in cases if args.only is None or args.only in c.name or args.only == c.kind]
+        if not cases:
+            parser.error(f"--only {args.only}: no case is called so, and no kind of them")
         if args.sample:
             seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
             cases = sample(cases, args.sample, seed)
@@ -319,8 +324,6 @@ def report(results: dict[Case, tuple[list[str], Outcome]], path: Path | None) ->
     wrong = Counter(case.kind for case in bad)
     for kind, count in kinds.items():
         print(f"{kind:24} {count:5} cases {wrong[kind]:5} faults")
-    for case, found in bad.items():
-        print(f"FAULT {case.name[:150]!r}: {'; '.join(found)}")
     slow = sorted(results, key=lambda case: -results[case][1].seconds)[:3]
     print("slowest: " + ", ".join(f"{case.name[:60]!r} {results[case][1].seconds:.1f} s" for case in slow))
     if path is not None:

@@ -39,6 +39,8 @@ class Command:
         """Its entry function."""
         if self.room in ("launch", "checkpoint_tools"):
             return importlib.import_module(f"bitcpm_megatron.{self.room}.{self.name}").main
+        if self.room == "bitcpm_megatron":
+            return importlib.import_module(f"bitcpm_megatron.{self.name}").main
         folder = CHECKOUT / self.room
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
@@ -101,6 +103,7 @@ COMMANDS = {
         ),
         Command("qat_convert", "checkpoint_tools", tuple("--input_bin latent --output out".split())),
         Command("inspect_checkpoint", "checkpoint_tools", ("run",)),
+        Command("__main__", "bitcpm_megatron", (), runs=False),
         Command("train", "examples/hf", _HUGGING_FACE, runs=False),
         Command("train_sft", "examples/hf", _HUGGING_FACE, runs=False),
         Command("throughput", "benchmarks", ("--output-dir", "out"), runs=False),

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,13 @@ def fifo(path: Path) -> None:
     """A pipe that nobody writes into: who opens it waits for ever."""
     _remove(path)
     os.mkfifo(path)
+
+
+def unix_socket(path: Path) -> None:
+    """A socket that nobody listens on."""
+    _remove(path)
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
 
 
 def loop(path: Path) -> None:

@@ -18,6 +18,7 @@ def all_cases(world: Path) -> list[Case]:
         paths.outputs,
         paths.overwriting,
         checkpoints.contents,
+        checkpoints.trackers,
         checkpoints.flipped_bits,
         checkpoints.code,
         checkpoints.records,
@@ -33,3 +34,8 @@ def all_cases(world: Path) -> list[Case]:
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"two cases of one name: {sorted(twice)}"
     return cases
+
+
+def good_lines() -> list[tuple[str, tuple[str, ...]]]:
+    """Commands and arguments that must succeed before the damage, or the cases would be refused for something else."""
+    return list(dict.fromkeys([*paths.LINES, *((name, tuple(line.split())) for name, _, line in checkpoints.READERS)]))

@@ -10,7 +10,8 @@ from ..commands import COMMANDS
 from ..damage import damaging
 from .case import Case, Prepare
 
-_READERS = (
+_RESUMED = (*COMMANDS["pretrain"].good, *"--load run --train-iters 3 --override-opt-param-scheduler".split())
+READERS = (
     ("convert_megatron_to_hf", "run", "--load-dir run --save-dir out --weights fused"),
     ("convert_megatron_to_hf", "legacy", "--load-dir legacy --save-dir out --weights fused"),
     ("convert_hf_to_megatron", "fused", "--load-dir fused --save-dir out"),
@@ -19,14 +20,14 @@ _READERS = (
     ("inspect_checkpoint", "run", "run"),
     ("inspect_checkpoint", "legacy", "legacy"),
     ("inspect_checkpoint", "fused", "fused"),
-    ("pretrain", "run", " ".join([*COMMANDS["pretrain"].good, "--load", "run", "--train-iters", "3"])),
+    ("pretrain", "run", " ".join(_RESUMED)),
     ("generate", "run", " ".join(COMMANDS["generate"].good)),
 )
 
 
 def contents(world: Path) -> Iterator[Case]:
     """Each file of a checkpoint from elsewhere, without digests, is lost or damaged."""
-    for command, root, line in _READERS:
+    for command, root, line in READERS:
         for path in sorted((world / root).rglob("*")):
             if not path.is_file() or path.name in ("DIGESTS.json", "README.md", ".lock"):
                 continue
@@ -65,9 +66,38 @@ def _vital(command: str, path: Path, way: str) -> bool:
     return path.name in ("model_optim_rng.pt", "ternary_quantizer.json", "arguments.json") and way != "missing"
 
 
+def trackers(world: Path) -> Iterator[Case]:
+    """Trackers that name no iteration, or one that is not there; and the metrics of a run that goes on."""
+    for command, root, line in READERS:
+        tracker = world / root / "latest_checkpointed_iteration.txt"
+        if not tracker.exists():
+            continue
+        for text in ("²", "-2", "2.0", "nan", "3", "9" * 30, "2 3", "../run", "Release", "0x2", "\0"):
+            yield Case(
+                "trackers",
+                f"{command} tracker of {root}: {text[:10]!r}",
+                command,
+                tuple(line.split()),
+                prepare=_foreign(
+                    root, f"{root}/{tracker.name}", lambda path, text=text: path.write_text(text) and None
+                ),
+                says=(tracker.name, "iter_"),
+            )
+    for way, function in damage.FILE_DAMAGE.items():
+        yield Case(
+            "trackers",
+            f"pretrain log/metrics.jsonl: {way}",
+            "pretrain",
+            (*_RESUMED, "--log-dir", "log"),
+            prepare=damaging("log/metrics.jsonl", function),
+            says=("metrics.jsonl",),
+            accepts=way in ("missing", "empty", "cut"),
+        )
+
+
 def flipped_bits(world: Path) -> Iterator[Case]:
     """One bit in each file that a digest covers."""
-    for command, root, line in _READERS:
+    for command, root, line in READERS:
         argv = tuple(line.split())
         if command == "generate":
             continue  # has no flag for it
@@ -99,7 +129,7 @@ def code(world: Path) -> Iterator[Case]:
         metadata: (damage.evil_pickle, damage.evil_torch_file),
         f"{folder}/common.pt": (damage.evil_pickle, damage.evil_torch_file, damage.deflated_bomb),
     }
-    readers = [r for r in _READERS if r[1] == "run"]
+    readers = [r for r in READERS if r[1] == "run"]
     for command, _, line in readers:
         for word, ways in attacks.items():
             for way in ways:
@@ -217,7 +247,7 @@ def records(world: Path) -> Iterator[Case]:
         "an unknown key": {"no_such": 1},
     }
     iteration = next((world / "run").glob("iter_*")).relative_to(world).as_posix()
-    for command, root, line in _READERS:
+    for command, root, line in READERS:
         if root == "legacy" or root == "sharded":
             continue
         folder = iteration if root == "run" else root

@@ -11,28 +11,30 @@ from ..damage import damaging
 from .arguments import options
 from .case import Case, Prepare
 
+_TRAIN = COMMANDS["pretrain"].good
+LINES = (
+    *((c.name, c.good) for c in COMMANDS.values() if c.runs),
+    ("pretrain", (*_TRAIN, "--load", "run")),
+    ("pretrain", (*_TRAIN, "--pretrained-checkpoint", "start", "--load", "out")),
+    ("pretrain", (*_TRAIN, "--ternary-recipe", "recipe.yaml")),
+    ("pretrain", ("--model", "preset.yaml", *_TRAIN)),
+    ("qat_convert", tuple("--input_bin weights.bin --output out.bin".split())),
+    ("convert_megatron_to_hf", tuple("--load-dir legacy --save-dir out --weights fused".split())),
+    (
+        "preprocess_data",
+        tuple("--input corpus.txt --tokenizer-model tokenizer.model --append-eod --output-prefix out/c".split()),
+    ),
+    ("inspect_checkpoint", ("fused",)),
+    ("inspect_checkpoint", ("legacy",)),
+    ("inspect_checkpoint", ("weights.bin",)),
+)
+"""Commands and arguments that succeed in the world, and what they read there."""
+
 
 def paths(world: Path) -> Iterator[Case]:
     """Whatever a command reads is replaced: by nothing, nothing inside, garbage, a directory, a pipe, a loop."""
-    lines = [(c.name, c.good) for c in COMMANDS.values() if c.runs]
-    train = COMMANDS["pretrain"].good
-    lines += [
-        ("pretrain", (*train, "--load", "run")),
-        ("pretrain", (*train, "--pretrained-checkpoint", "start", "--load", "out")),
-        ("pretrain", (*train, "--ternary-recipe", "recipe.yaml")),
-        ("pretrain", ("--model", "preset.yaml", *train)),
-        ("qat_convert", tuple("--input_bin weights.bin --output out.bin".split())),
-        ("convert_megatron_to_hf", tuple("--load-dir legacy --save-dir out --weights fused".split())),
-        (
-            "preprocess_data",
-            tuple("--input corpus.txt --tokenizer-model tokenizer.model --output-prefix out/c".split()),
-        ),
-        ("inspect_checkpoint", ("fused",)),
-        ("inspect_checkpoint", ("legacy",)),
-        ("inspect_checkpoint", ("weights.bin",)),
-    ]
     seen = set()
-    for name, argv in lines:
+    for name, argv in LINES:
         chosen = {flag for flag, action in options(COMMANDS[name]) if action.choices is not None}
         for before, word in zip(("", *argv), argv, strict=False):
             target = world / word
@@ -41,6 +43,7 @@ def paths(world: Path) -> Iterator[Case]:
                 continue
             seen.add((name, word))
             ways = damage.DIRECTORY_DAMAGE if target.is_dir() else damage.FILE_DAMAGE
+            ways = {**ways, "socket": damage.unix_socket}
             for way, function in ways.items():
                 if way == "cut" and target.suffix in (".jsonl", ".txt"):
                     continue  # half a text is a text
@@ -51,7 +54,9 @@ def paths(world: Path) -> Iterator[Case]:
                     name,
                     argv,
                     prepare=damaging(word, function),
-                    says=(target.name, "--load" if word == "run" else target.name),
+                    says=(target.name, before),
+                    # ``--load`` names where the run will be that starts now.
+                    accepts=(before, way) == ("--load", "missing") and name == "pretrain",
                 )
 
 
