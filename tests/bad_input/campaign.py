@@ -164,7 +164,7 @@ def faults(case: Case, outcome: Outcome, before: dict[str, object], after: dict[
     text = outcome.output
     if damage.MARKER in after:
         found.append("code was run")
-    changed = [n for n in before if after.get(n) != before[n] and not n.endswith(("DIGESTS.json.x",))]
+    changed = [n for n in before if after.get(n) != before[n] and not n.startswith(case.writes)]
     if changed:
         found.append(f"an input was changed: {changed[:3]}")
     if outcome.memory > MEMORY:

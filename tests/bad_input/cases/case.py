@@ -21,6 +21,7 @@ class Case:
         prepare: damages that copy.
         environment: variables.
         says: the message must hold one of these.
+        writes: what the command goes on with, such as a log; its files may change.
         accepts: a success is right, too, as where a file is not needed; crashes, hangs and tracebacks never are.
         status: the exit codes of a refusal.
         call: of the API; it must raise ValueError or TypeError.
@@ -34,6 +35,7 @@ class Case:
     prepare: Prepare | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     says: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
     accepts: bool = False
     status: tuple[int, ...] = (2,)
     call: Callable[[], object] | None = None

@@ -91,6 +91,7 @@ def trackers(world: Path) -> Iterator[Case]:
             (*_RESUMED, "--log-dir", "log"),
             prepare=damaging("log/metrics.jsonl", function),
             says=("metrics.jsonl",),
+            writes=("log/",),
             accepts=way in ("missing", "empty", "cut"),
         )
 
@@ -157,7 +158,7 @@ def code(world: Path) -> Iterator[Case]:
         "code",
         "pretrain --pretrained-checkpoint: .metadata",
         "pretrain",
-        (*COMMANDS["pretrain"].good, "--pretrained-checkpoint", "start"),
+        (*COMMANDS["pretrain"].good, *"--pretrained-checkpoint start --allow-quantizer-change".split()),
         prepare=_foreign("start", start, damage.evil_pickle),
         says=(".metadata",),
     )

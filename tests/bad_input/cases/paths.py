@@ -15,7 +15,7 @@ _TRAIN = COMMANDS["pretrain"].good
 LINES = (
     *((c.name, c.good) for c in COMMANDS.values() if c.runs),
     ("pretrain", (*_TRAIN, "--load", "run")),
-    ("pretrain", (*_TRAIN, "--pretrained-checkpoint", "start", "--load", "out")),
+    ("pretrain", (*_TRAIN, *"--pretrained-checkpoint start --load out --allow-quantizer-change".split())),
     ("pretrain", (*_TRAIN, "--ternary-recipe", "recipe.yaml")),
     ("pretrain", ("--model", "preset.yaml", *_TRAIN)),
     ("qat_convert", tuple("--input_bin weights.bin --output out.bin".split())),
