@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.utils._device
 import torch.utils.cpp_extension
 
@@ -96,6 +97,8 @@ def _on_cpu(factory: Callable) -> Callable:
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("npu"):
             kwargs["device"] = "cpu"
+        # It would need an accelerator, to copy from.
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return on_cpu
@@ -105,19 +108,46 @@ torch.utils._device._device_constructors()  # of the originals, or `with torch.d
 for _name in ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"):
     setattr(torch, _name, _on_cpu(getattr(torch, _name)))
 
+
+def _with_lists(all_to_all: Callable) -> Callable:
+    @functools.wraps(all_to_all)
+    def all_to_all_single(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+        args = tuple(a.tolist() if torch.is_tensor(a) else a for a in args)
+        kwargs = {name: a.tolist() if torch.is_tensor(a) else a for name, a in kwargs.items()}
+        return all_to_all(output, input, *args, **kwargs)
+
+    return all_to_all_single
+
+
+# Megatron-LM 0.12.1 passes the sizes as tensors, which the torch that it was written for takes, and newer ones do not.
+torch.distributed.all_to_all_single = _with_lists(torch.distributed.all_to_all_single)
+
 # MindSpeed compiles its own operators against CANN at first use.
 for _variable in ("ASCEND_HOME_PATH", "ATB_HOME_PATH"):
     os.environ.setdefault(_variable, str(Path(__file__).parent))
 
 
+def npu_matmul_add_fp32(grad_output: torch.Tensor, total_input: torch.Tensor, grad: torch.Tensor) -> None:
+    """MindSpeed's: ``grad += grad_output^T total_input``."""
+    grad.add_(grad_output.t().to(grad.dtype) @ total_input.to(grad.dtype))
+
+
+def npu_rotary_position_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mode: int = 0) -> torch.Tensor:
+    """MindSpeed's: rotation of the two halves of the last axis."""
+    if mode != 0:
+        raise NotImplementedError(f"the CPU stand-in for torch_npu rotates halves alone, not mode {mode}")
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+_OPERATORS = (npu_matmul_add_fp32, npu_rotary_position_embedding)
+
+
 def _load_operator(name: str, *args: Any, **kwargs: Any) -> types.SimpleNamespace:
-    if name != "npu_matmul_add_fp32":
-        raise NotImplementedError(f"the CPU stand-in for torch_npu does not model MindSpeed's operator {name}")
-
-    def npu_matmul_add_fp32(grad_output: torch.Tensor, total_input: torch.Tensor, grad: torch.Tensor) -> None:
-        grad.add_(grad_output.t().to(grad.dtype) @ total_input.to(grad.dtype))
-
-    return types.SimpleNamespace(npu_matmul_add_fp32=npu_matmul_add_fp32)
+    for operator in _OPERATORS:
+        if operator.__name__ == name:
+            return types.SimpleNamespace(**{name: operator})
+    raise NotImplementedError(f"the CPU stand-in for torch_npu does not model MindSpeed's operator {name}")
 
 
 torch.utils.cpp_extension.load = _load_operator

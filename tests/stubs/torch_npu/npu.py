@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``torch_npu.npu`` / ``torch.npu`` of the stand-in."""
 
+import collections
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# Dropout and the like draw from the CPU's.
+default_generators = (torch.default_generator,)
 
 
 def __getattr__(name: str) -> Any:
@@ -31,12 +36,39 @@ def current_stream(device: Any = None) -> "Stream":
     return Stream()
 
 
+def default_stream(device: Any = None) -> "Stream":
+    """Any stream will do."""
+    return Stream()
+
+
+def stream(stream: "Stream") -> contextlib.AbstractContextManager:
+    """A context in which a stream is current: nothing changes."""
+    return contextlib.nullcontext()
+
+
+def init() -> None:
+    """Nothing to initialise."""
+
+
 def synchronize(device: Any = None) -> None:
     """Nothing to wait for."""
 
 
 def empty_cache() -> None:
     """Nothing is cached."""
+
+
+def memory_stats(device: Any = None) -> dict[str, int]:
+    """Nothing is counted."""
+    return collections.defaultdict(int)
+
+
+def memory_allocated(device: Any = None) -> int:
+    """Nothing is counted."""
+    return 0
+
+
+max_memory_allocated = memory_allocated
 
 
 def _lazy_call(call: Callable) -> None:
@@ -63,6 +95,9 @@ class Stream:
         pass
 
     def wait_stream(self, stream: "Stream") -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: "Event") -> None:
         """Nothing to wait for."""
 
     def synchronize(self) -> None:
