@@ -50,6 +50,7 @@ _REQUANTIZES = "its GEMMs would quantize the ternary weight once more: leave it 
 _REPOINTS = "it re-points weights in ways that were not proved to reach the quantizer: use --use-distributed-optimizer"
 _REPLAYS = "a captured graph would replay the first quantized weight: leave it out"
 _READS_WEIGHTS = "its kernels read the latent weights and never call the linears, which would train in full precision"
+_MOVES = "it may take quantized weights for activations, and free them while they are used: use --swap-attention"
 
 # Argument of a host -> why it does not go with --ternary, and the cure. Hosts that do not have it leave it unset.
 _CANNOT = {
@@ -71,6 +72,9 @@ _CANNOT = {
     "cuda_graph_impl": _REPLAYS,
     "lora_fusion": f"{_READS_WEIGHTS}: leave it out, adapters train beside ternary layers without it",
     "lu_lora_final_layer_index": f"{_READS_WEIGHTS}: leave it out, adapters train beside ternary layers without it",
+    "adaptive_memory_optimization": _MOVES,
+    "smart_swap": _MOVES,
+    "compress_activation": _MOVES,
     "use_fused_mlp": f"{_READS_WEIGHTS}: leave it out",
     "use_transformer_engine_op_fuser": f"{_READS_WEIGHTS}: leave it out",
     "delay_wgrad_compute": "delayed weight gradients were not proved to reach the latent weight: leave it out",
@@ -110,7 +114,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def _off(value: object) -> bool:
     # By identity: a layer index of 0 is no False.
-    return value is None or value is False or value == "none"
+    return value is None or value is False or value in ("none", "")
 
 
 def _weight_shards(args: argparse.Namespace) -> list[str]:

@@ -13,11 +13,14 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from ..host import HostError
-from . import ORIGINAL, logger, megatron_lm
+from . import ORIGINAL, logger, megatron_lm, replace
 
 _FEATURE = "bitcpm_ternary"
 _LAYER_NORM_LINEAR = "mindspeed.te.pytorch.module.layernorm_column_parallel_linear"
+_SWAP = "mindspeed.core.memory.swap_attention.prefetch"
 ADAPTORS = {"mindspeed": "mindspeed.megatron_adaptor", "mindspeed-llm": "mindspeed_llm.tasks.megatron_adaptor_v2"}
 
 
@@ -97,6 +100,8 @@ def _feature() -> Any:  # noqa: ANN401 - a MindSpeedFeature
                 if wrapper is not megatron_lm.parse_args_wrapper:
                     patch_manager.register_patch(symbol, wrapper)
             _register_linears()
+            if getattr(args, "swap_attention", False):
+                leave_quantized_weights_on_device()
             _applied.append(_FEATURE)
 
     return TernaryFeature()
@@ -112,6 +117,26 @@ def _register_linears() -> None:
         register_linear(module.MindSpeedTELayerNormColumnParallelLinear, "column", ("_layernorm", "_rmsnorm"))
     except ValueError as error:
         raise HostError(str(error)) from error
+
+
+def leave_quantized_weights_on_device() -> None:
+    """Keeps ``--swap-attention`` from taking a quantized weight for an activation.
+
+    Displaces ``SwapPrefetch.no_swap_tensor``, which knows weights by their lack of a gradient function, and quantized
+    ones have one. Without this a weight of 512 KB or more is copied to the host and its memory freed after the forward
+    pass, while the layer's next micro-batch uses it: a crash, or garbage.
+    """
+    from ..tensor_parallel import is_shadow
+
+    def make(original: Callable[[torch.Tensor], bool]) -> staticmethod:
+        def no_swap_tensor(ori_tensor: torch.Tensor) -> bool:
+            return is_shadow(ori_tensor) or original(ori_tensor)
+
+        # Reading the class gives the function, without the marker of what holds it.
+        setattr(no_swap_tensor, ORIGINAL, original)
+        return staticmethod(no_swap_tensor)
+
+    replace(importlib.import_module(_SWAP).SwapPrefetch, "no_swap_tensor", make)
 
 
 def _replace_class_method(owner: type, attribute: str, make: Callable[[Any], Any]) -> None:

@@ -8,6 +8,7 @@ from .coverage import CoverageEntry, CoverageReport
 from .linear import StaleCacheError, TernaryState, make_ternary, ternary_state
 from .linears import register_linear
 from .probe import ProbeError, probe, ternary_modules, watch_use
+from .straight_through import is_shadow
 from .telemetry import Telemetry
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "TernaryState",
     "apply_recipe",
     "find_epoch",
+    "is_shadow",
     "make_ternary",
     "probe",
     "register_linear",

@@ -51,3 +51,13 @@ def shadow(weight: torch.nn.Parameter, quantized: torch.Tensor, fused: bool) -> 
             stand_in.grad_fn.shadow = stand_in
     stand_in.__dict__ = weight.__dict__
     return stand_in
+
+
+def is_shadow(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a graph is what :func:`shadow` gave for a weight that is trained, or a view of it.
+
+    It has a gradient function, which a parameter has not: what takes tensors without one for weights, takes this one
+    for an activation.
+    """
+    whole = tensor if tensor._base is None else tensor._base
+    return isinstance(whole.grad_fn, _StraightThrough._backward_cls)

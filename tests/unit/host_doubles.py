@@ -231,6 +231,31 @@ class PeftModel(torch.nn.Module):
         return {}
 
 
+class SwapPrefetch:
+    """MindSpeed's of ``--swap-attention``: what a graph saves goes to the host, and its memory is freed meanwhile."""
+
+    def __init__(self) -> None:
+        self.swapped: list[torch.Tensor] = []
+
+    @staticmethod
+    def no_swap_tensor(ori_tensor: torch.Tensor) -> bool:
+        return ori_tensor.grad_fn is None
+
+    def pack_hook(self, ori_tensor: torch.Tensor) -> torch.Tensor:
+        if not self.no_swap_tensor(ori_tensor):
+            self.swapped.append(ori_tensor)
+        return ori_tensor
+
+    def unpack_hook(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def sync_d2h(self) -> int:
+        """Overwrites what MindSpeed frees; gives back how many tensors these are."""
+        for tensor in self.swapped:
+            tensor.detach().fill_(float("nan"))
+        return len(self.swapped)
+
+
 class MindSpeed:
     """``mindspeed`` in memory: its list of features, its patch manager, and an adaptor that applies both."""
 

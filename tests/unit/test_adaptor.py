@@ -23,7 +23,7 @@ from bitcpm_megatron.arguments import add_arguments
 from bitcpm_megatron.models.arguments import NAMES
 from bitcpm_megatron.ops import registry
 from bitcpm_megatron.patches import megatron_lm, mindspeed
-from bitcpm_megatron.tensor_parallel import ProbeError, linears, ternary_modules
+from bitcpm_megatron.tensor_parallel import ProbeError, find_epoch, linears, ternary_modules
 
 # The second is what the first does at once, without the host that the rest of it needs.
 IMPORT = "import bitcpm_megatron.adaptor"
@@ -267,13 +267,16 @@ def check(**of_the_host: object) -> None:
         "lora_fusion": True,
         "lu_lora_final_layer_index": 0,
         "use_fused_mlp": True,
+        "adaptive_memory_optimization": True,
+        "smart_swap": True,
+        "compress_activation": "0:8",
         "use_transformer_engine_op_fuser": True,
     }.items(),
 )
 def test_so_is_what_hosts_have_beyond(name: str, value: object) -> None:
     with pytest.raises(host.HostError, match=f"--{name.replace('_', '-')} {value}"):
         check(**{name: value})
-    for off in (None, False):
+    for off in (None, False, ""):
         check(**{name: off})
 
 
@@ -370,6 +373,26 @@ class TestMindSpeed:
         adapt()
         with pytest.raises(host.HostError, match="normalises its input itself.*--transformer-impl local"):
             job.run(["--ternary", "--ternary-activation-bits", "8"])
+
+    def test_swapped_attention_leaves_quantized_weights_where_they_are(self, monkeypatch, mindspeed_host) -> None:
+        """Two micro-batches in flight, and activations that are freed between their passes, as MindSpeed frees them."""
+        swap = host_doubles.SwapPrefetch
+        host_doubles.module(monkeypatch, "mindspeed.core.memory.swap_attention.prefetch", SwapPrefetch=swap)
+        monkeypatch.setattr(swap, "no_swap_tensor", staticmethod(swap.no_swap_tensor))
+        job = mindspeed_host(LayerNormLinear)
+        adapt()
+        mindspeed.leave_quantized_weights_on_device()
+        mindspeed.leave_quantized_weights_on_device()
+        (chunk,) = job.run(["--ternary"])
+        linear = chunk.decoder["linear_fc1"]
+        find_epoch(chunk).open = True
+        x = torch.randn(3, 1, 64, requires_grad=True)
+        expected = linear(x)[0]
+        prefetch = swap()
+        with torch.autograd.graph.saved_tensors_hooks(prefetch.pack_hook, prefetch.unpack_hook):
+            first = linear(x * 1)[0]
+        assert prefetch.sync_d2h() > 0
+        assert torch.equal(linear(x)[0], expected) and torch.equal(first, expected)
 
     def test_our_feature_survives_another_list(self, mindspeed_host) -> None:
         mindspeed_host(LayerNormLinear)

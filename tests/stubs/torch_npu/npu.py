@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 
-# Dropout and the like draw from the CPU's.
-default_generators = (torch.default_generator,)
+
+class _Generators:
+    """Every device, by number or by name, draws from the CPU's generator."""
+
+    def __getitem__(self, device: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+default_generators = _Generators()
 
 
 def __getattr__(name: str) -> Any:
