@@ -9,6 +9,12 @@ from variants import VARIANTS
 from bitcpm_megatron.launch import presets
 
 BASELINE, OURS = "bf16", "ternary"
+WARM_UP = 3
+"""Steps of each variant before those that are timed."""
+COST_STEPS = 3
+"""Steps in which the memory of a variant is measured."""
+PROGRESS = "micro-batches done: "
+"""Begins the line with which rank 0 tells, outside of what is timed, that a step is over."""
 
 # Layers of MiniCPM4-0.5B in a model without its multipliers, which need hooks: BF16 is to be megatron-core's own. The
 # vocabulary is small, for the output layer is not quantized and would hide what the layers cost.
@@ -74,6 +80,27 @@ class Job:
     sessions: tuple[Session, ...]
     costs: tuple[str, ...]
     ternary: tuple[str, ...] = ()
+
+    @property
+    def cost_micro_batches(self) -> int:
+        """Micro-batches of a step whose memory is measured."""
+        return max(2, self.layout.pipeline)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of all steps: every variant's, timed or not."""
+        found = self.cost_micro_batches * len(self.costs) * (1 + COST_STEPS)
+        for session in self.sessions:
+            # One more of each for the traffic, and of what is quantized by us one for the quantizer's time.
+            steps = len(session.variants) * (WARM_UP + session.rounds + 1)
+            steps += sum(VARIANTS[name].ternary for name in session.variants)
+            found += session.micro_batches * steps
+        return found
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, over all data-parallel ranks."""
+        return self.seq_length * self.micro_batch_size * self.layout.data
 
     def _fusion(self) -> list[str]:
         # Peers return their gradients; with the fused weight-gradient GEMM the others would have an advantage.

@@ -4,7 +4,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -15,7 +15,11 @@ def command(processes: int, script: Path, arguments: Sequence[str]) -> list[str]
 
 
 def run(
-    processes: int, script: Path, arguments: Sequence[str], variables: Mapping[str, str]
+    processes: int,
+    script: Path,
+    arguments: Sequence[str],
+    variables: Mapping[str, str],
+    on_line: Callable[[str], None] = lambda line: None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a job; its stdout holds stderr, too.
 
@@ -24,6 +28,7 @@ def run(
         script: that each process runs.
         arguments: of the script.
         variables: of the environment. What the user exported stands, here and in the defaults.
+        on_line: called with every line, when it is printed.
     """
     defaults = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
@@ -31,10 +36,12 @@ def run(
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    return subprocess.run(
-        command(processes, script, arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**defaults, **variables, **os.environ},
-    )
+    started, environment = command(processes, script, arguments), {**defaults, **variables, **os.environ}
+    lines = []
+    with subprocess.Popen(
+        started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    ) as process:
+        for line in process.stdout:
+            lines.append(line)
+            on_line(line)
+    return subprocess.CompletedProcess(started, process.returncode, "".join(lines))

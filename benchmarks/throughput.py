@@ -20,7 +20,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import throughput_report as report
 import torch
 from hardware import best_device, check_outputs
 from layouts import Layout
-from plan import BASELINE, OURS, RECOMPUTE, Job, Session, model_flags, standard
+from plan import BASELINE, OURS, PROGRESS, RECOMPUTE, Job, Session, model_flags, standard
 from tqdm import tqdm
 from variants import PEERS, VARIANTS
 
@@ -194,20 +194,22 @@ def measure(jobs: Sequence[Job], peak_tflops: float | None = None) -> list[repor
         BenchmarkError: one failed.
     """
     rows = []
-    with tqdm(total=sum(_weight(job) for job in jobs), unit="step") as progress:
+    # In tokens, of which all layouts take about equally long on one machine.
+    total = sum(job.micro_batches * job.tokens for job in jobs)
+    with tqdm(total=total, unit="token", unit_scale=True) as progress:
         for job in jobs:
             progress.set_description(f"{job.layout} x {job.seq_length}")
-            rows += report.rows_of(job, run(job), peak_tflops)
-            progress.update(_weight(job))
+            result = run(job, lambda micro_batches, tokens=job.tokens: progress.update(micro_batches * tokens))
+            rows += report.rows_of(job, result, peak_tflops)
     return rows
 
 
-def _weight(job: Job) -> int:
-    return 20 + sum(s.rounds * len(s.variants) * s.micro_batches for s in job.sessions)
-
-
-def run(job: Job) -> dict:
+def run(job: Job, on_step: Callable[[int], object] = lambda micro_batches: None) -> dict:
     """Starts a job's processes and returns what they measured.
+
+    Args:
+        job: to run.
+        on_step: called with the micro-batches of every step when it is over; those of all are ``job.micro_batches``.
 
     Raises:
         BenchmarkError: with the end of what they printed.
@@ -216,15 +218,21 @@ def run(job: Job) -> dict:
         "flags": job.arguments(),
         "ternary": job.ternary,
         "costs": job.costs,
-        "cost_micro_batches": max(2, job.layout.pipeline),
+        "cost_micro_batches": job.cost_micro_batches,
         "sessions": [vars(session) for session in job.sessions],
     }
+
+    def heard(line: str) -> None:
+        if line.startswith(PROGRESS):
+            on_step(int(line.removeprefix(PROGRESS)))
+
     with tempfile.TemporaryDirectory() as directory:
         written, results = Path(directory) / "plan.json", Path(directory) / "results.json"
         written.write_text(json.dumps(plan), encoding="utf-8")
-        done = processes.run(job.layout.processes, JOB, [str(written), str(results)], STEADY_HEAP)
+        done = processes.run(job.layout.processes, JOB, [str(written), str(results)], STEADY_HEAP, heard)
         if done.returncode != 0 or not results.is_file():
-            raise BenchmarkError(f"{job.layout} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
+            said = "".join(line for line in done.stdout.splitlines(True) if not line.startswith(PROGRESS))
+            raise BenchmarkError(f"{job.layout} failed with status {done.returncode}:\n{said[-4000:]}")
         return json.loads(results.read_text(encoding="utf-8"))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from meters import CollectiveBytes, live_copies, memory
+from plan import COST_STEPS, PROGRESS, WARM_UP
 from variants import VARIANTS, Variant, check_peers_use_their_weight, install_peer
 
 from bitcpm_megatron import cli
@@ -33,7 +34,6 @@ from bitcpm_megatron.training.loop import Run, train_step
 from bitcpm_megatron.training.model import build_model
 from bitcpm_megatron.training.optimizer import build_optimizer, build_scheduler
 
-WARM_UP = 3
 _QUANTIZER_ROUNDS = 7
 
 
@@ -47,6 +47,11 @@ class Subject:
     data: Iterator[Batch]
 
     def step(self, micro_batches: int) -> None:
+        """One optimizer step, and a word of it."""
+        self.silent_step(micro_batches)
+        tell(micro_batches)
+
+    def silent_step(self, micro_batches: int) -> None:
         """One optimizer step."""
         self.args.num_microbatches = micro_batches
         self.args.global_batch_size = micro_batches * self.args.micro_batch_size * self.args.data_parallel_size
@@ -91,7 +96,7 @@ def costs(name: str, flags: list[str], ternary: list[str], micro_batches: int) -
     """Memory of a variant, from a model that is alone on the machine; the most of any rank."""
     with memory(device()) as found:
         subject = build(name, flags, ternary)
-        for _ in range(2):
+        for _ in range(COST_STEPS - 1):
             subject.step(micro_batches)
     states = subject.run.model.ternary
     with live_copies() as copies:
@@ -130,7 +135,8 @@ def interleave(subjects: list[Subject], micro_batches: int, rounds: int) -> list
     try:
         for turn in range(rounds):
             for i in order(len(subjects), turn):
-                taken[i, turn] = _timed(lambda subject=subjects[i]: subject.step(micro_batches))
+                taken[i, turn] = _timed(lambda subject=subjects[i]: subject.silent_step(micro_batches))
+                tell(micro_batches)
     finally:
         gc.enable()
     taken = taken.to(device())
@@ -213,6 +219,11 @@ def work(plan: dict) -> dict:
 
 def _device_name() -> str:
     return torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
+
+
+def tell(micro_batches: int) -> None:
+    """Says that a step is over."""
+    _say(f"{PROGRESS}{micro_batches}")
 
 
 def _say(text: str) -> None:

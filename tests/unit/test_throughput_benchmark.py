@@ -17,6 +17,7 @@ sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 import host_jobs
 import meters
 import plan
+import processes
 import throughput
 import throughput_job
 import throughput_report
@@ -217,6 +218,23 @@ def test_a_host_job_that_fails_is_an_error(capsys: pytest.CaptureFixture) -> Non
 # ------------------------------------------------------------------------------------------------------------- a job
 
 
+def test_a_job_is_heard_while_it_runs(tmp_path: Path) -> None:
+    script, answer = tmp_path / "job.py", tmp_path / "answer"
+    script.write_text(f"""
+import pathlib, sys, time
+print("a step", flush=True)
+for _ in range(600):
+    if pathlib.Path({str(answer)!r}).exists():
+        print("heard", file=sys.stderr)
+        sys.exit(0)
+    time.sleep(0.1)
+sys.exit(1)
+""")
+    done = processes.run(1, script, [], {}, lambda line: answer.touch() if line == "a step\n" else None)
+    assert done.returncode == 0, done.stdout
+    assert "a step" in done.stdout and "heard" in done.stdout
+
+
 def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     """TP 2, with every variant that is there; the numbers that do not depend on time are exact."""
     flags = """
@@ -227,7 +245,9 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     session = plan.Session(names, 3, 6)
     ternary_flags = tuple("--ternary-group-size -1 --ternary-backend auto".split())
     job = plan.Job("tiny", tuple(flags), Layout(tensor=2), 32, 1, "none", (session,), names[:3], ternary_flags)
-    results = throughput.run(job)
+    told: list[int] = []
+    results = throughput.run(job, told.append)
+    assert set(told) == {2, 3} and sum(told) == job.micro_batches  # 2: the steps whose memory is measured
     rows = {row.variant: row for row in throughput_report.rows_of(job, results)}
     assert list(rows) == list(names)
 
