@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.launch.layout import Layout, Linear
 from bitcpm_megatron.launch.memory import Estimate, Options, estimate, layer_activations
+from bitcpm_megatron.training.arguments import divisors
 from bitcpm_megatron.training.tokenizer import padded_vocab_size
 
 PRESETS = ("minicpm4-0.5b", "bitcpm-cann-1b", "bitcpm-cann-3b", "minicpm4-8b")
@@ -438,6 +439,9 @@ def preset(
         pp: pipeline stages.
         dp: data-parallel ranks.
         sequence: tokens of a sequence; where a micro-batch has fewer, all of them are one.
+
+    Raises:
+        BadInput: sizes that the model cannot be cut into.
     """
     presets.architecture(model)  # refuses flags that are none
     flags, sequence = presets.read(model).flags, min(tokens, sequence)
@@ -447,6 +451,11 @@ def preset(
     sizes |= {"vocab_size": presets.vocab_size(model), "seq_length": sequence, "micro_batch_size": tokens // sequence}
     tied = not flags.get("untie-embeddings-and-output-weights", False)
     layout = layout_of({**sizes, "tp": tp, "pp": pp, "dp": dp}, tied)
+    if layout.groups % tp:
+        fitting = ", ".join(map(str, divisors(layout.groups)))
+        raise BadInput(f"{model}: TP {tp} does not divide {layout.groups} query groups: use one of {fitting}")
+    if pp > layout.layers:
+        raise BadInput(f"{model}: {layout.layers} layers do not make up {pp} pipeline stages")
     return Workload(model, layout, micro_batches)
 
 

@@ -93,6 +93,11 @@ def run(work: Callable[[], int | None]) -> int:
         return _failed(error, _words(error), BAD_INPUT if error.errno in _BAD_PATH else FAILED)
     except FailedError as error:
         return _failed(error, str(error), FAILED)
+    except RuntimeError as error:
+        # What pathlib makes of a link that leads to itself, before Python 3.13.
+        if not str(error).startswith("Symlink loop"):
+            raise
+        return _failed(error, str(error), BAD_INPUT)
     except MemoryError as error:
         return _failed(error, "the memory of this machine is exhausted", FAILED)
     except KeyboardInterrupt as error:

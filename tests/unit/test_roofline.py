@@ -435,3 +435,10 @@ def test_a_calibration_measures_something(monkeypatch: pytest.MonkeyPatch) -> No
     assert min(*rates, machine.link_bandwidth) > 1e5
     assert machine.quantizer_copies > 0.05 and 0 < machine.launch_us < 1e6
     assert torch.get_num_threads() == threads
+
+
+def test_layouts_that_the_model_cannot_be_cut_into() -> None:
+    with pytest.raises(cost_model.BadInput, match="TP 7 does not divide 2 query groups: use one of 1, 2"):
+        cost_model.preset("minicpm4-0.5b", 4096, 1, tp=7)
+    with pytest.raises(cost_model.BadInput, match="24 layers do not make up 25 pipeline stages"):
+        cost_model.preset("minicpm4-0.5b", 4096, 1, pp=25)

@@ -62,6 +62,8 @@ def _vital(command: str, path: Path, way: str) -> bool:
         return way == "missing"  # of what it says nobody needs a word
     if path.suffix == ".safetensors":
         return True
+    if path.name == "arguments.json" and (path.parent / "model_optim_rng.pt").exists():
+        return False  # the legacy format has them in there, and this file is for people
     # Weights may lie in one of several files, of which a reader opens what it needs.
     return path.name in ("model_optim_rng.pt", "ternary_quantizer.json", "arguments.json") and way != "missing"
 
