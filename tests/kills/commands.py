@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -23,7 +24,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 PATIENCE = 600.0
 """Seconds after which a command hangs."""
 Files = dict[str, str]
-_Signature = set[tuple[str, int]]
 
 
 def files(place: Path) -> Files:
@@ -60,8 +60,6 @@ class Undisturbed:
     files: Files
     old: Files
     seconds: float
-    writing: float
-    """Seconds from the first file that it creates to its end."""
     nbytes: int
 
 
@@ -102,15 +100,18 @@ class Command(Subject):
             demand(files(place) == self._whole.old, "the artefact that is to be replaced differs from run to run")
 
     def disturb(self, how: str, rng: random.Random, disk: Disk | None) -> str:
-        before, seen = files(self._place), _signature(self._place)
+        before = files(self._place)
         if before == self._whole.files:
             raise TooLate
+        self._standing = sum(
+            path.stat().st_blocks * 512 for name in self._whole.old if (path := self._place / name).is_file()
+        )
         started = self._start(self._line.argv, self._place)
         try:
             if how == FULL_DISK:
-                done = self._fill(started, seen, rng, disk)
+                done = self._fill(started, rng, disk)
             else:
-                done = self._signal(started, seen, rng, signal.Signals[how])
+                done = self._signal(started, rng, signal.Signals[how])
             status = started.wait(PATIENCE)
             demand(status is not None, "hangs", started.said)
             demand((left := started.orphans()) == [], f"orphans: {left}", started.said)
@@ -150,15 +151,12 @@ class Command(Subject):
         """Runs a line undisturbed, and leaves the directory empty."""
         if line.old is not None:
             self._succeed(self._start(line.old, place))
-        old, seen = files(place), _signature(place)
+        old = files(place)
         began = time.monotonic()
-        started = self._start(line.argv, place)
-        _wait_for_change(started, place, seen)
-        writes = time.monotonic()
-        self._succeed(started)
-        ended = time.monotonic()
+        self._succeed(self._start(line.argv, place))
+        seconds = time.monotonic() - began
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-        made = Undisturbed(files(place), old, ended - began, ended - writes, size)
+        made = Undisturbed(files(place), old, seconds, size)
         for path in place.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return made
@@ -172,26 +170,39 @@ class Command(Subject):
         started.clear()
         demand(status == 0, f"an undisturbed {self.name} ends with {status}", started.said)
 
-    def _signal(self, started: Started, seen: _Signature, rng: random.Random, number: signal.Signals) -> str:
-        if rng.random() < 0.5:
-            moment, where = rng.uniform(0.0, self._whole.seconds), "after its start"
+    def _signal(self, started: Started, rng: random.Random, number: signal.Signals) -> str:
+        kind = rng.random()
+        if kind < 0.3:
+            moment = rng.uniform(0.0, self._whole.seconds)
+            where = "after its start"
         else:
-            _wait_for_change(started, self._place, seen)
-            moment, where = rng.uniform(0.0, self._whole.writing), "after it began to write"
+            # By what it has written and not by time, which depends on what else this machine does.
+            share = rng.random() if kind < 0.8 else 1.0
+            self._wait_until_written(started, share)
+            moment = rng.uniform(0.0, 0.2) if share == 1.0 else 0.0
+            where = f"after {share:.0%} of its bytes"
         if started.wait(moment) is None:
             started.signal(number, first)
         return f"{number.name} {moment:.3f} s {where}"
 
-    def _fill(self, started: Started, seen: _Signature, rng: random.Random, disk: Disk) -> str:
+    def _fill(self, started: Started, rng: random.Random, disk: Disk) -> str:
         if rng.random() < 0.5:
             leave = rng.randrange(self._whole.nbytes)
             disk.fill(leave)
             return f"a disk with {leave:,} of {self._whole.nbytes:,} bytes free"
-        _wait_for_change(started, self._place, seen)
-        moment = rng.uniform(0.0, self._whole.writing / 3)
-        if started.wait(moment) is None:
-            disk.fill()
-        return f"a disk that is full {moment:.3f} s after it began to write"
+        share = rng.uniform(0.0, 0.9)
+        self._wait_until_written(started, share)
+        disk.fill()
+        return f"a disk that is full after {share:.0%} of its bytes"
+
+    def _wait_until_written(self, started: Started, share: float) -> None:
+        """Returns when the command has written so much of its artefact, or has ended."""
+        wanted = self._standing + share * self._whole.nbytes
+        # What a killed attempt left is still there, until this one removes it.
+        while started.process.poll() is None and _bytes_on_disk(self._place) > wanted:
+            time.sleep(0.001)
+        while started.process.poll() is None and _bytes_on_disk(self._place) <= wanted:
+            time.sleep(0.001)
 
     def _check(self, after: Files, said: str) -> list[str]:
         """Demands that whatever has its final name is whole; returns what has none."""
@@ -219,18 +230,14 @@ def _below(all_files: Mapping[str, str], name: str) -> Files:
     return {path: value for path, value in all_files.items() if path == name or path.startswith(f"{name}/")}
 
 
-def _signature(place: Path) -> _Signature:
-    found = set()
-    for path in place.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.add((path.name, path.stat().st_mtime_ns))
-    return found
-
-
-def _wait_for_change(started: Started, place: Path, seen: _Signature) -> None:
-    """Returns when something is written into a directory, or the command has ended."""
-    while started.process.poll() is None and _signature(place) == seen:
-        time.sleep(0.002)
+def _bytes_on_disk(place: Path) -> int:
+    """What the files below a directory really take: they are made at their full length, and filled."""
+    total = 0
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(folder, name)).st_blocks * 512
+    return total
 
 
 def make_model(directory: Path) -> None:
