@@ -18,9 +18,11 @@ The gradient of W is the gradient of Wq.
 """
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import GraniteConfig, GraniteForCausalLM
 
 _LATENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -153,6 +155,24 @@ class TernaryLinear(nn.Linear):
     def extra_repr(self) -> str:
         """As printed inside the model."""
         return f"{super().extra_repr()}, group={self.ternary[0]}, activation_groups={self.activation_groups}"
+
+
+def _refuse_merge(*args: object, **kwargs: object) -> NoReturn:
+    raise ValueError(
+        "an adapter cannot be merged into a ternary layer: the latent weight plus the adapter would be quantized to "
+        "another weight than the model was trained with. Keep the adapter beside the model (save_pretrained of the "
+        "PeftModel, or unload), or train the latent weights themselves"
+    )
+
+
+def _refuse_merge_into(layer: nn.Module, name: str, base: nn.Module | None) -> None:
+    """PEFT asks no layer whether an adapter may be merged into it, but each of its adapters (LoRA, IA3, OFT, ...) has
+    the layer as ``base_layer``, and is merged by its method ``merge``."""
+    if name == "base_layer" and isinstance(base, TernaryLinear) and hasattr(layer, "merge"):
+        layer.merge = _refuse_merge
+
+
+register_module_module_registration_hook(_refuse_merge_into)
 
 
 class BitCPMForCausalLM(GraniteForCausalLM):

@@ -32,7 +32,7 @@ from bitcpm_megatron.checkpoint_tools.fuse import detected_group, fuse_blocks
 from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter, open_tensors, parse_size, row_blocks
 from bitcpm_megatron.checkpoint_tools.latent_export import read_record
 from bitcpm_megatron.checkpoint_tools.legacy import filled_on_disk
-from bitcpm_megatron.checkpoint_tools.qat_plan import Plan, make_plan
+from bitcpm_megatron.checkpoint_tools.qat_plan import NO_MERGE, Plan, make_plan
 from bitcpm_megatron.checkpoint_tools.side_files import copy_side_files
 from bitcpm_megatron.checkpoint_tools.staging import staged, staged_file
 from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorReader, VerificationError, check_finite
@@ -121,6 +121,8 @@ def _check_paths(source: Path, target: Path) -> None:
         raise ConversionError(f"--input_bin {source}: there is no such directory or file")
     if source.is_file() and source.suffix not in _SUFFIXES:
         raise ConversionError(f"--input_bin {source}: give a model directory, or a file in {' or '.join(_SUFFIXES)}")
+    if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
+        raise ConversionError(f"--input_bin {source} holds adapters, and not the weights of a model: {NO_MERGE}")
     if source.is_dir() and target.suffix in _SUFFIXES:
         raise ConversionError(f"--output {target}: the input is a directory, so the output is one, too")
     if source.is_file() and target.suffix not in _SUFFIXES:

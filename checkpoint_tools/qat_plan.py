@@ -11,6 +11,11 @@ from .fuse import detected_group
 from .tensors import ConversionError, TensorReader, check_finite
 
 _PROJECTION = re.compile(r"(.+\.)?(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
+_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_\w+)(\.|$)")
+NO_MERGE = (
+    "they cannot become part of a ternary weight, for the latent weight plus an adapter is quantized to another weight "
+    "than was trained. Fuse the latent export that they were trained on, and load the adapter beside it"
+)
 _ROW_PARALLEL = ("o_proj", "down_proj")
 _LISTED = 8
 
@@ -52,6 +57,9 @@ def make_plan(
         ConversionError: record, command line and weights contradict each other.
     """
     tensors = reader.tensors()
+    adapters = [name for name in tensors if _ADAPTER.search(name)]
+    if adapters:
+        raise ConversionError(f"there are adapters ({_listed(adapters)}): {NO_MERGE}")
     if record is None:
         wanted = _by_name(reader, -1 if group_size is None else group_size)
         dtype = str(tensors[next(iter(wanted))].dtype).removeprefix("torch.")

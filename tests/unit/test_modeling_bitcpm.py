@@ -10,6 +10,7 @@ import tiny_hf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from bitcpm_megatron.checkpoint_tools.hf_config import GRANITE, MINICPM, config_for
@@ -42,6 +43,14 @@ def tokens(*shape: int, seed: int = 3) -> torch.Tensor:
 def reference(w: torch.Tensor, group: int, eps: float = 1e-5) -> torch.Tensor:
     config = QuantizerConfig(group_size=group, eps=eps)
     return dequantize(*quantize(w, config), config, w.dtype)
+
+
+ADAPTERS = {
+    "LoRA": LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False),
+    "DoRA": LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False, use_dora=True),
+    "IA3": IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+    "OFT": OFTConfig(target_modules=["q_proj", "down_proj"], oft_block_size=32, init_weights=False),
+}
 
 
 # ------------------------------------------------------------------------------------------------------- quantizer
@@ -178,6 +187,34 @@ def test_gradients_pass_straight_through(checkpointing) -> None:
     for name, parameter in built.named_parameters():
         assert torch.equal(parameter.grad, theirs[name].grad), name
     assert all(built.get_submodule(m).weight.grad.abs().max() > 0 for m in record.modules)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_attach_and_are_not_merged(kind) -> None:
+    built, ids = tiny_hf.model(tiny_hf.architecture(), tiny_hf.record()), tokens(2, 16)
+    with torch.no_grad():
+        before = built(ids).logits
+        adapted = get_peft_model(built, ADAPTERS[kind]).eval()
+        with_adapter = adapted(ids).logits
+        assert not torch.equal(with_adapter, before)
+        for merge in (
+            adapted.merge_and_unload,
+            lambda: adapted.merge_and_unload(safe_merge=True),
+            adapted.merge_adapter,
+        ):
+            with pytest.raises(ValueError, match="cannot be merged into a ternary layer"):
+                merge()
+        assert torch.equal(adapted(ids).logits, with_adapter)
+        assert torch.equal(adapted.unload()(ids).logits, before)
+
+
+def test_an_adapter_of_a_layer_in_full_precision_is_merged() -> None:
+    record = tiny_hf.record(modules={"model.layers.1.self_attn.o_proj": {"group_size": 32}})
+    built, ids = tiny_hf.model(tiny_hf.architecture(), record), tokens(2, 16)
+    with torch.no_grad():
+        adapted = get_peft_model(built, ADAPTERS["LoRA"]).eval()
+        with_adapter = adapted(ids).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, with_adapter)
 
 
 def test_eight_bit_activations_are_quantized_per_shard_in_row_parallel_layers() -> None:

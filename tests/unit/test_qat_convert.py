@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_hf
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -236,6 +237,22 @@ def test_weights_that_are_zero_are_of_either_kind(latent, tmp_path: Path) -> Non
         save_file(state, source / "model.safetensors", metadata={"format": "pt"})
         assert convert(source, tmp_path / f"out{number}") == 0
         assert_same(tmp_path / f"out{number}", expected(weights, trained_groups))
+
+
+def test_adapters_are_refused(tmp_path: Path, capsys) -> None:
+    model = get_peft_model(
+        tiny_hf.model(tiny_hf.architecture(), tiny_hf.record()), LoraConfig(target_modules=["q_proj"])
+    )
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    model.save_pretrained(alone)
+    beside.mkdir()
+    save_file({name: t.clone() for name, t in model.state_dict().items()}, beside / "model.safetensors")
+    for source in (alone, beside, alone / "adapter_model.safetensors"):
+        target = tmp_path / "out"
+        assert convert(source, target if source.is_dir() else target.with_suffix(".safetensors")) == 2
+        assert "adapters" in (said := capsys.readouterr().err)
+        assert "load the adapter beside it" in said
+        assert not list(tmp_path.glob("out*"))
 
 
 def test_fused_and_latent_weights_together_are_refused(latent, tmp_path: Path, capsys) -> None:
