@@ -17,6 +17,11 @@ FILE_NAME = "ternary_quantizer.json"
 SCALE_SUFFIX = ".ternary_scale"
 """In a checkpoint the scales that training used stand beside each ternary weight, as ``<weight key>.ternary_scale``."""
 _VERSION = 1
+_FIRST_LOSSES = (
+    ", starting ternary training from it. Weights that were not trained ternary: expect the first losses above that of "
+    "uniform guessing and gradient norms in the hundreds, and both to fall within tens of steps (docs/training.md, From "
+    "published weights)"
+)
 
 
 class RecordError(FileError):
@@ -155,7 +160,7 @@ def check_change(where: Path, found: QuantizerRecord | None, wanted: QuantizerRe
         RecordError: they contradict each other and ``allow_change`` is false.
     """
     if found is None:
-        return "quantizer: the checkpoint records none" + (", starting ternary training from it" if wanted else "")
+        return "quantizer: the checkpoint records none" + ("" if wanted is None else _FIRST_LOSSES)
     if wanted is None:
         lines = ["the checkpoint was trained with a quantizer, and --ternary is not given"]
     else:

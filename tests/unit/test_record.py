@@ -187,3 +187,16 @@ def test_a_recipe_of_its_own_eps_is_recorded(single_rank: None) -> None:
     assert record(0.5).modules == {"0": {"group_size": -1, "eps": 0.5}}
     assert record(0.5).contradictions(record(1e-5)) == ["0: eps 0.5 in the checkpoint, 1e-05 asked for"]
     assert record(0.5).contradictions(record(0.5)) == []
+
+
+def test_weights_from_elsewhere_are_announced_with_what_to_expect(tmp_path: Path) -> None:
+    ordinary, ternary = tmp_path / "ordinary", tmp_path / "ternary"
+    for directory in (ordinary, ternary):
+        directory.mkdir()
+    RECORD.write(ternary)
+    said = check_quantizer(ordinary, RECORD, allow_change=False)
+    assert "uniform guessing" in said and "gradient norms" in said and "\n" not in said
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    assert "(docs/training.md, From published weights)" in said and "\n## From published weights\n" in page.read_text()
+    for checkpoint, wanted in ((ordinary, None), (ternary, RECORD)):
+        assert "uniform guessing" not in check_quantizer(checkpoint, wanted, allow_change=False)
