@@ -6,7 +6,14 @@ from pathlib import Path
 
 from bitcpm_megatron.launch.findings import Finding, Subject, failed, judged, passed, warned
 from bitcpm_megatron.launch.job import BUILT_IN
-from bitcpm_megatron.launch.token_headers import TokenFile, TokenFileError, prefixes_of, read_token_file
+from bitcpm_megatron.training.token_headers import (
+    TokenFile,
+    TokenFileError,
+    blend_of,
+    read_token_file,
+    split_bounds,
+    split_mistake,
+)
 from bitcpm_megatron.training.tokenizer import SentencePieceTokenizer
 
 _KEYS = ("data-path", "train-data-path", "valid-data-path")
@@ -34,45 +41,47 @@ def check(subject: Subject) -> Iterator[Finding]:
     for key in _KEYS:
         if key in flags:
             yield from _files(key, list(map(str, flags[key])), files)
-    yield from _split(subject)
+    yield from _split(subject, files)
     yield from _vocabulary(subject, files)
     yield from _amount(subject, files)
 
 
 def _files(key: str, paths: list[str], files: list[TokenFile]) -> Iterator[Finding]:
-    prefixes = prefixes_of(paths)
+    try:
+        prefixes = blend_of(paths)[0]
+    except ValueError as error:
+        yield failed(key, str(error), "PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
+        return
     for prefix in prefixes:
-        if prefix.endswith((".bin", ".idx")):
-            yield failed(key, f"{prefix} is a file", "give the prefix, without .bin and .idx")
-            continue
         try:
             found = read_token_file(prefix)
         except (TokenFileError, OSError) as error:
             yield failed(key, str(error), "launch/preprocess_data.py writes such a pair; is the storage mounted here?")
             continue
-        if found.dtype.startswith("float"):
-            yield failed(key, f"{prefix} holds {found.dtype}, which are no tokens", "write it again")
-            continue
-        if found.tokens == 0:
-            yield failed(key, f"{prefix} holds no token", "write it again")
+        if mistake := found.mistake():
+            yield failed(key, *mistake.rsplit(": ", 1))
             continue
         files.append(found)
         yield passed(key, f"{prefix}: {found.tokens:,} tokens ({found.dtype}) in {found.documents:,} documents")
 
 
-def _split(subject: Subject) -> list[Finding]:
-    if "data-path" not in subject.job.flags:
+def _split(subject: Subject, files: list[TokenFile]) -> list[Finding]:
+    flags, text = subject.job.flags, str(subject.args.split)
+    if "data-path" not in flags:
         return []
-    text = str(subject.args.split)
     try:
-        shares = [float(part) for part in text.replace("/", ",").split(",")]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or any(share < 0 for share in shares) or not shares[0] > 0:
-        return [failed("split", f"--split {text}", "write train,validation,test shares, such as 969,30,1")]
-    if subject.args.eval_iters and (len(shares) < 2 or shares[1] == 0):
-        return [failed("split", f"--split {text} leaves no validation data", "give it a share, or eval-iters: 0")]
-    return [passed("split", text)]
+        parts = dict(zip(("training", "validation", "test"), split_bounds(text), strict=True))
+        needed = {"training"} | ({"validation"} if subject.args.eval_iters else set())
+        if subject.job.host.kind != BUILT_IN:
+            # Megatron-LM builds every part that has a share, and counts epochs for ever where it has no document.
+            needed |= {name for name, part in parts.items() if part is not None}
+        prefixes, weights = blend_of(list(map(str, flags["data-path"])))
+        if len(files) != len(prefixes):
+            return []  # and what is wrong with the others is said
+        mistake = split_mistake(files, text, needed, subject.layout.sequence, weights is not None)
+    except ValueError as error:
+        mistake = str(error)
+    return [passed("split", text)] if mistake is None else [failed("split", *mistake.rsplit(": ", 1))]
 
 
 def _vocabulary(subject: Subject, files: list[TokenFile]) -> Iterator[Finding]:

@@ -25,7 +25,6 @@ import functools
 import hashlib
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -209,24 +208,10 @@ def _train_tokenizer(corpus: Corpus, args: argparse.Namespace) -> SentencePieceT
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 failed, 2 bad input (bad arguments exit with 2, too)."""
     args = parse_arguments(argv)
-    return cli.run(lambda: prepare(args))
-
-
-def _interrupt(signal_number: int, frame: object) -> None:
-    _ignore_requests()  # a second one would stop the cleaning up
-    raise KeyboardInterrupt
-
-
-def _ignore_requests() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    with cli.interrupted_by_sigterm():
+        return cli.run(lambda: prepare(args))
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts what runs in the background
-            signal.signal(number, _interrupt)
-    status = main()
-    _ignore_requests()
     # At once: SentencePiece may still be training in its thread, and the interpreter's end would pull the rug.
-    os._exit(status)
+    os._exit(main())

@@ -6,7 +6,7 @@ An unknown flag is an error (also an abbreviated one), and contradictions are re
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..files import directory_mistake
 from ..models import arguments as family
 from ..models.architecture import MAX_LAYERS
 from .metrics import missing_packages
+from .token_headers import blend_of, split_bounds
 
 __all__ = ["add_ternary_arguments", "build_parser", "defaults", "params_dtype", "parse_args", "quantizer_config"]
 
@@ -33,7 +34,6 @@ _VOCABULARY = Whole(1, 2**24)
 _PROBABILITY = Number(0, 1, open_maximum=True)
 # fp32 holds it: below, a row without gradient would be divided by zero.
 _EPSILON = Number(1e-30, 1)
-_OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 # What Python, NumPy and torch all take.
 _SEED = Whole(0, 2**32 - 1)
 
@@ -142,7 +142,7 @@ def _data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--vocab-size", type=_VOCABULARY, help="rows of the embedding before padding, default the tokenizer's"
     )
-    group.add_argument("--data-cache-path", metavar="DIR")
+    group.add_argument("--data-cache-path", metavar="DIR", help="of the sample indices, default beside the data")
     group.add_argument("--num-workers", type=Whole(0, 1024), default=0, help="data loading processes per rank")
     group.add_argument("--eval-iters", type=Whole(0, 10**9), default=100)
     group.add_argument("--eval-interval", type=_ITERATIONS, default=1000)
@@ -161,6 +161,7 @@ def _checkpoint(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--verify-digests", action="store_true", help="compare the checkpoint that is loaded with its DIGESTS.json"
     )
+    group.add_argument("--allow-data-change", action="store_true", help="go on with other training data")
     group.add_argument("--finetune", action="store_true", help="load the weights alone, start at iteration 0")
     group.add_argument("--no-load-optim", action="store_true")
     group.add_argument("--no-load-rng", action="store_true")
@@ -202,40 +203,6 @@ def defaults() -> dict[str, Any]:
         for action in parser._actions
         if action.dest != "help" and not action.required
     }
-
-
-def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
-    """The arguments of a run as its checkpoint records them; what it does not record is the default.
-
-    Args:
-        saved: by name.
-        where: checkpoint, for the message.
-
-    Raises:
-        ValueError: a value that the command line would refuse, or none where one is required to build the model.
-    """
-    found = argparse.Namespace(**{**defaults(), **saved})
-    for action in build_parser()._actions:
-        value = getattr(found, action.dest, None)
-        mistake = None if value is None or action.dest == "help" else _mistake(action, value)
-        if mistake is None and value is None and action.required and action.dest in _OF_THE_MODEL:
-            mistake = "missing"
-        if mistake is not None:
-            raise ValueError(f"{where} records {action.dest} {value!r}: {mistake}; copy the checkpoint again")
-    return found
-
-
-def _mistake(action: argparse.Action, value: Any) -> str | None:
-    for item in value if action.nargs == "+" and isinstance(value, list) else [value]:
-        if isinstance(action.type, Whole | Number) and (mistake := action.type.mistake(item)):
-            return mistake
-        if action.choices is not None and item not in action.choices:
-            return f"none of {', '.join(map(str, action.choices))}"
-        if action.nargs == 0 and not isinstance(item, bool):
-            return "neither true nor false"
-        if action.nargs != 0 and action.type is None and action.choices is None and not isinstance(item, str):
-            return "no text"
-    return None
 
 
 def params_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -366,7 +333,13 @@ def _other_mistakes(args: argparse.Namespace) -> list[str]:
         found.append("--pretrained-checkpoint and --exit-on-missing-checkpoint exclude each other")
     if args.finetune and args.load is None:
         found.append("--finetune needs --load")
-    for name in ("exit_on_missing_checkpoint", "no_load_optim", "no_load_rng", "allow_quantizer_change"):
+    for name in (
+        "exit_on_missing_checkpoint",
+        "no_load_optim",
+        "no_load_rng",
+        "allow_quantizer_change",
+        "allow_data_change",
+    ):
         if getattr(args, name) and args.load is None:
             found.append(f"{_flag(name)} needs --load")
     if args.verify_digests and args.load is None and args.pretrained_checkpoint is None:
@@ -389,6 +362,17 @@ def _data_mistakes(args: argparse.Namespace) -> list[str]:
         found.append("--mock-data needs --vocab-size")
     if args.mock_data == (args.tokenizer_model is not None):
         found.append("--tokenizer-model is needed with real data, and only then")
+    for check, name in (
+        (blend_of, "data_path"),
+        (blend_of, "train_data_path"),
+        (blend_of, "valid_data_path"),
+        (split_bounds, "split"),
+    ):
+        try:
+            if getattr(args, name) is not None:
+                check(getattr(args, name))
+        except ValueError as error:
+            found.append(str(error))
     return found
 
 

@@ -34,7 +34,7 @@ from ..patches import megatron_core
 from ..quantization.record import QuantizerRecord
 from ..tensor_parallel.sharded_scales import without_scales
 from .agreement import together
-from .checkpoint_checks import changes, check_arguments
+from .checkpoint_checks import changes, check_arguments, check_data
 from .checkpoint_digests import gather_digests, with_digests
 from .checkpoint_directory import (
     RELEASE,
@@ -232,6 +232,8 @@ def load(
         raise CheckpointError(f"{checkpoint} holds no optimizer state: add --no-load-optim or --finetune")
     check_arguments(args, saved, checkpoint, with_optimizer)
     notes += changes(args, saved)
+    if not weights_alone:
+        notes += check_data(args, saved, checkpoint)
     expert_ranks = saved.get("expert_model_parallel_size", 1), args.expert_model_parallel_size
     if with_optimizer and min(expert_ranks) == 1 < max(expert_ranks):
         raise CheckpointError(

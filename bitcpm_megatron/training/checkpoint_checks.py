@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cli import Number, Whole
 from ..models.arguments import longrope_of, multipliers_of
 from ..quantization.record import QuantizerRecord, RecordError, check_change
+from .arguments import build_parser, defaults
 from .checkpoint_directory import RELEASE, CheckpointError
 
 _ARCHITECTURE = (
@@ -17,10 +19,45 @@ _ARCHITECTURE = (
 ).split()
 _OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
 _DATA_ORDER = ("seed",)
+_OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 _TOLD = (
     "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
     "weight_decay clip_grad"
 ).split()
+
+
+def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
+    """The arguments of a run as its checkpoint records them; what it does not record is the default.
+
+    Args:
+        saved: by name.
+        where: checkpoint, for the message.
+
+    Raises:
+        ValueError: a value that the command line would refuse, or none where one is required to build the model.
+    """
+    found = argparse.Namespace(**{**defaults(), **saved})
+    for action in build_parser()._actions:
+        value = getattr(found, action.dest, None)
+        mistake = None if value is None or action.dest == "help" else _mistake(action, value)
+        if mistake is None and value is None and action.required and action.dest in _OF_THE_MODEL:
+            mistake = "missing"
+        if mistake is not None:
+            raise ValueError(f"{where} records {action.dest} {value!r}: {mistake}; copy the checkpoint again")
+    return found
+
+
+def _mistake(action: argparse.Action, value: Any) -> str | None:
+    for item in value if action.nargs == "+" and isinstance(value, list) else [value]:
+        if isinstance(action.type, Whole | Number) and (mistake := action.type.mistake(item)):
+            return mistake
+        if action.choices is not None and item not in action.choices:
+            return f"none of {', '.join(map(str, action.choices))}"
+        if action.nargs == 0 and not isinstance(item, bool):
+            return "neither true nor false"
+        if action.nargs != 0 and action.type is None and action.choices is None and not isinstance(item, str):
+            return "no text"
+    return None
 
 
 def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_change: bool) -> str:
@@ -62,6 +99,30 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
                     different.append(f"{what} {before} (now {now})")
         if different:
             raise CheckpointError(f"{checkpoint} was saved with {', '.join(different)}: {cure}")
+
+
+def check_data(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> list[str]:
+    """Compares the training data with what a checkpoint was trained on: where it stopped means nothing in others.
+
+    Returns:
+        One line for the log where they differ and ``--allow-data-change`` allows it, or none.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    # Checkpoints from before there were digests do not tell.
+    if saved.get("data_digests", args.data_digests) == args.data_digests:
+        return []
+    now, before = (
+        " ".join(a.get("data_path") or a.get("train_data_path") or ["--mock-data"]) for a in (vars(args), saved)
+    )
+    if not args.allow_data_change:
+        where = f"{now} holds now" if now == before else f"{now} (it was {before})"
+        raise CheckpointError(
+            f"{checkpoint} was trained on other data than {where}: give the same files, or --allow-data-change to go "
+            "on with these, or --finetune to begin with them"
+        )
+    return [f"going on with other training data than {checkpoint} was trained on, as --allow-data-change says"]
 
 
 def changes(args: argparse.Namespace, saved: Mapping[str, Any]) -> list[str]:

@@ -2,27 +2,40 @@
 """From arguments to micro-batches: megatron-core's GPTDataset, and an order that resumes at the very next sample."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import megatron.core
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.utils import get_blend_from_list
 
+from .agreement import together
+from .sample_cache import key_of, sample_cache
+from .token_headers import TokenFile, TokenFileError, blend_of, read_token_file, split_mistake
 from .tokenizer import NullTokenizer, SentencePieceTokenizer, padded_vocab_size
 
 Batch = dict[str, torch.Tensor]
 Tokenizer = SentencePieceTokenizer | NullTokenizer
+_SOURCES = ("data_path", "train_data_path", "valid_data_path")
+# Another number for indices of the same data that are not what they were.
+_INDICES = 1
+
+
+class DataError(ValueError):
+    """The data hold what the model cannot read; raised on every rank alike."""
 
 
 @dataclass
 class Data:
-    """Training and validation samples; ``valid`` is None where none were asked for."""
+    """Training and validation samples; ``valid`` is None where none were asked for, ``note`` a line for the log."""
 
     train: torch.utils.data.Dataset
     valid: torch.utils.data.Dataset | None
+    note: str | None = None
 
 
 def build_tokenizer(args: argparse.Namespace) -> tuple[Tokenizer, int]:
@@ -44,41 +57,141 @@ def build_tokenizer(args: argparse.Namespace) -> tuple[Tokenizer, int]:
     )
 
 
-def build_data(args: argparse.Namespace, tokenizer: Tokenizer) -> Data:
-    """Builds (or finds in the cache) the sample indices, for as many samples as the run will ask for.
+def find_files(args: argparse.Namespace) -> dict[str, list[TokenFile]]:
+    """Reads what the token files say about themselves, on rank 0 for all ranks; collective.
+
+    Fills in ``data_digests`` of the arguments: what tells the training data from others.
+
+    Returns:
+        The files of ``--data-path``, ``--train-data-path`` and ``--valid-data-path``, by the names of the arguments.
+
+    Raises:
+        ValueError: on every rank alike, naming the file: it is missing or damaged, holds tokens that the vocabulary
+            lacks, or ``--split`` leaves nothing of it.
+    """
+    told: list[dict[str, list[TokenFile]]] = [{}]
+    with together():
+        if torch.distributed.get_rank() == 0:
+            told = [{name: _read(args, name) for name in _SOURCES if getattr(args, name) is not None}]
+            _check_split(args, told[0].get("data_path"))
+    torch.distributed.broadcast_object_list(told)
+    files = told[0]
+    training = files.get("data_path") or files.get("train_data_path") or []
+    args.data_digests = [file.digest for file in training] or ["mock"]
+    return files
+
+
+def _read(args: argparse.Namespace, name: str) -> list[TokenFile]:
+    files = [read_token_file(prefix) for prefix in blend_of(getattr(args, name))[0]]
+    for file in files:
+        if mistake := file.mistake(args.vocab_size):
+            raise TokenFileError(mistake)
+    return files
+
+
+def _check_split(args: argparse.Namespace, files: list[TokenFile] | None) -> None:
+    if files is not None:
+        needed = ("training", "validation") if args.eval_iters else ("training",)
+        weighted = blend_of(args.data_path)[1] is not None
+        mistake = split_mistake(files, args.split, needed, args.seq_length, weighted)
+        if mistake is not None:
+            raise TokenFileError(mistake)
+
+
+def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[str, Sequence[TokenFile]]) -> Data:
+    """Builds (or finds in the cache) the sample indices, for as many samples as the run will ask for; collective.
 
     megatron-core shuffles exactly so many: the order of the training samples depends on ``--train-iters``.
 
+    Args:
+        args: of the run.
+        tokenizer: that wrote the data.
+        files: what :func:`find_files` found.
+
     Raises:
-        ValueError: no training samples, or too few for evaluation.
+        ValueError: no training samples, or too few for evaluation; on every rank alike.
     """
     # Every evaluation reads the same validation samples, from the first.
     sizes = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
-    blends = None
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+
+    def build(directory: Path | None) -> Any:
+        return _Builder(kind, sizes, lambda: True, _config(args, tokenizer, directory)).build()
+
+    root, note = _cache_root(args), None
+    if root is not None:
+        parts = {
+            "versions": [_INDICES, megatron.core.__version__],
+            "files": {name: [[file.prefix, file.digest] for file in found] for name, found in files.items()},
+            "arguments": {
+                name: getattr(args, name) for name in (*_SOURCES, "split", "seq_length", "seed", "vocab_size")
+            },
+            "sizes": sizes,
+            "tokenizer": tokenizer.unique_identifiers,
+        }
+        root, note = sample_cache(root, key_of(parts), build)
+    with together():
+        train, valid, _ = build(root)
+        if train is None or len(train) == 0:
+            raise ValueError("the data holds no training sample: give more text, or a shorter --seq-length")
+        if args.eval_iters and (valid is None or len(valid) == 0):
+            raise ValueError(
+                "the data holds no validation sample: change --split, give --valid-data-path or --eval-iters 0"
+            )
+    return Data(train, valid, note)
+
+
+def _cache_root(args: argparse.Namespace) -> Path | None:
+    """Where the indices of a run lie; None where they are not kept, which synthetic data does not need."""
+    if args.data_cache_path is not None:
+        return Path(args.data_cache_path)
+    paths = args.data_path or args.train_data_path
+    # Where megatron-core keeps them, too.
+    return None if paths is None else Path(blend_of(paths)[0][0]) / "cache" / "GPTDataset_indices"
+
+
+def _config(args: argparse.Namespace, tokenizer: Tokenizer, directory: Path | None) -> GPTDatasetConfig:
+    blend = blends = None
     if args.train_data_path is not None:
-        blends = [get_blend_from_list(args.train_data_path), get_blend_from_list(args.valid_data_path), None]
+        valid = args.valid_data_path if args.eval_iters else None
+        blends = [blend_of(args.train_data_path), None if valid is None else blend_of(valid), None]
+    elif args.data_path is not None:
+        blend = blend_of(args.data_path)
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=get_blend_from_list(args.data_path),
+        blend=blend,
         blend_per_split=blends,
         split=args.split if blends is None else None,
-        path_to_cache=args.data_cache_path,
+        path_to_cache=None if directory is None else str(directory),
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
-    train, valid, _ = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
-    if train is None or len(train) == 0:
-        raise ValueError("the data holds no training sample: give more text, or a shorter --seq-length")
-    if args.eval_iters and valid is None:
-        raise ValueError(
-            "the data holds no validation sample: change --split, give --valid-data-path or --eval-iters 0"
-        )
-    return Data(train, valid if args.eval_iters else None)
+    if config.split_matrix is not None:
+        # For a part without documents upstream counts epochs for ever, also where no sample of it is wanted. The bounds
+        # of the others stay where --split puts them.
+        wanted = (True, args.eval_iters > 0, False)
+        config.split_matrix = [part if want else None for part, want in zip(config.split_matrix, wanted, strict=True)]
+    return config
+
+
+class _Builder(BlendedMegatronDatasetBuilder):
+    """Builds the datasets of one rank. The original lets rank 0 go first, and where that one fails the others hang."""
+
+    @staticmethod
+    def build_generic_dataset(cls: Callable, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any) -> Any:
+        """Builds one."""
+        return cls(*args)
+
+    def _build_megatron_datasets_parallel(self, prefixes: list[str], split: Any, sizes_per_dataset: Any) -> list[list]:
+        built = [
+            self._build_megatron_dataset_splits(prefix, split, sizes, False)
+            for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
+        ]
+        return [list(part) for part in zip(*built, strict=True)]
 
 
 def batches(args: argparse.Namespace, dataset: torch.utils.data.Dataset, consumed: int) -> Iterator[Batch]:
@@ -105,3 +218,35 @@ def _indices(args: argparse.Namespace, length: int, consumed: int) -> Iterator[l
         start = consumed + rank * per_rank
         yield [i % length for i in range(start, start + per_rank)]
         consumed += per_rank * ranks
+
+
+def withdraw_unknown_tokens(batches: Sequence[Batch], vocab_size: int) -> list[str]:
+    """Replaces token ids that the vocabulary lacks by 0, for the moment until every rank can be told.
+
+    Returns:
+        What was found, in words: nothing where all is well.
+    """
+    found = []
+    for batch in batches:
+        for name in ("tokens", "labels"):
+            ids = batch[name]
+            low, high = (int(bound) for bound in torch.aminmax(ids))
+            if low < 0 or high >= vocab_size:
+                found.append(f"token {high if high >= vocab_size else low}")
+                batch[name] = ids.where((ids >= 0) & (ids < vocab_size), 0)
+    return found
+
+
+def refuse_unknown_tokens(args: argparse.Namespace, found: Sequence[str], training: bool) -> None:
+    """Raises on every rank what :func:`withdraw_unknown_tokens` has found on some; collective.
+
+    Raises:
+        DataError: naming the data, the token and the size of the vocabulary.
+    """
+    paths = (args.data_path or args.train_data_path) if training else (args.data_path or args.valid_data_path)
+    with together():
+        if found:
+            raise DataError(
+                f"the data ({' '.join(paths or ['--mock-data'])}) hold {found[0]}, and the vocabulary ends at "
+                f"{args.vocab_size - 1}: another tokenizer wrote them; give that one, or tokenize the text again"
+            )

@@ -12,7 +12,8 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from ..quantization.record import QuantizerRecord
 from ..tensor_parallel.record import recipe_of
 from . import checkpoint
-from .arguments import divisors, recorded
+from .arguments import divisors
+from .checkpoint_checks import recorded
 from .checkpoint_directory import saved_arguments
 from .initialize import device, initialize, world_size
 from .model import Model, build_model

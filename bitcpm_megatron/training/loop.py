@@ -28,7 +28,17 @@ from .checkpoint import Progress
 from .checkpoint_checks import check_quantizer
 from .checkpoint_digests import verify_digests
 from .checkpoint_directory import CheckpointError, check_start, latest
-from .data import Batch, Data, batches, build_data, build_tokenizer
+from .data import (
+    Batch,
+    Data,
+    DataError,
+    batches,
+    build_data,
+    build_tokenizer,
+    find_files,
+    refuse_unknown_tokens,
+    withdraw_unknown_tokens,
+)
 from .directory_lock import held
 from .exit_signal import ExitSignals
 from .initialize import device
@@ -76,7 +86,7 @@ def _pretrain(args: argparse.Namespace, signals: ExitSignals, note: str | None) 
     saver = checkpoint.Saver(args, run.record)
     try:
         _train(args, run, report, saver)
-    except TrainingError:
+    except (TrainingError, DataError):
         # Raised on all ranks alike, so that the checkpoint that is being written can be completed.
         saver.wait()
         raise
@@ -89,6 +99,7 @@ def _prepare(args: argparse.Namespace, note: str | None) -> Run:
     """Builds the model, loads the checkpoint that ``--load`` names, finds the data, and prints what was decided."""
     found = _find_checkpoint(args)
     tokenizer, vocabulary = build_tokenizer(args)
+    files = find_files(args)
     model = build_model(args, vocabulary)
     record = _record(args, model)
     optimizer = build_optimizer(args, model)
@@ -104,7 +115,8 @@ def _prepare(args: argparse.Namespace, note: str | None) -> Run:
         notes.append(f"no checkpoint in {args.load}: starting anew")
     if args.save is not None:
         check_start(args.save, found, progress.iteration)
-    data = build_data(args, tokenizer)
+    data = build_data(args, tokenizer, files)
+    notes += filter(None, [data.note])
     _introduce(args, model, vocabulary, notes)
     return Run(model, optimizer, scheduler, progress, record, data)
 
@@ -209,9 +221,13 @@ def _run_schedule(
         float64 ``[loss sum, tokens, ranks with a scale that is not finite, ranks that were asked to stop]`` over the
         whole job, on the CPU. Every tensor-parallel rank counts the same loss, which the quotient does not see. This is
         the one point per step that waits for the device in any case.
+
+    Raises:
+        DataError: a micro-batch of any rank holds tokens that the vocabulary lacks; on every rank alike.
     """
     # The schedule's stages (and virtual stages) each read the same micro-batches.
     shared = list(islice(data, args.num_microbatches))
+    unknown = withdraw_unknown_tokens(shared, args.vocab_size)
     iterators = [iter(shared) for _ in model.chunks]
     results = get_forward_backward_func()(
         forward_step_func=_forward_step,
@@ -222,15 +238,18 @@ def _run_schedule(
         micro_batch_size=args.micro_batch_size,
         forward_only=forward_only,
     )
-    total = torch.zeros(4, dtype=torch.float64, device=device())
+    total = torch.zeros(5, dtype=torch.float64, device=device())
     for result in results:
         total[:2] += result["lm_loss"].to(total.dtype)
     scales = [state.scales for state in model.ternary if state.scales is not None]
     if scales:
         total[2] = (~scales_are_finite(scales)).to(total.dtype)
     total[3] = float(signals.received)
+    total[4] = len(unknown)
     torch.distributed.all_reduce(total)
-    return total.cpu()
+    if total[4]:
+        refuse_unknown_tokens(args, unknown, training=not forward_only)
+    return total[:4].cpu()
 
 
 def _forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, partial]:

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""megatron-core's sample indices on disk: whole or not there, never of other data, and never code.
+
+Upstream names them by the path of the data, takes whatever file has the name, and reads it with
+``allow_pickle=True``. Here each set of indices has a directory of its own, named by a key of all that they depend on.
+It is built under another name, gets its own when it is complete, and is checked before upstream reads it.
+"""
+
+import contextlib
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from ..cli import FailedError
+from ..file_lock import FileLock, LockedError
+from ..files import DIGESTS, FileError, find_damage, publish, read_digests, write_digests
+from .agreement import together
+
+# Another job may be building the same indices.
+_PATIENCE_SECONDS = 300.0
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """The name of the indices that depend on these values and nothing else."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def sample_cache(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, str | None]:
+    """The directory ``root/key`` with the indices, built where they are not there or damaged; collective.
+
+    Args:
+        root: of all caches; is made if it is not there.
+        key: of these indices.
+        build: writes them into the directory that it is given; called on rank 0 alone.
+
+    Returns:
+        The directory, and a line for the log where one was damaged (on rank 0).
+
+    Raises:
+        ValueError, FailedError: on every rank alike.
+    """
+    note = None
+    with together():
+        if torch.distributed.get_rank() == 0:
+            with _explained(root):
+                note = _ensure(root, key, build)
+    with together():
+        if torch.distributed.get_rank() != 0 and (mistake := _mistake(root / key, contents=False)):
+            raise FileError(
+                f"{mistake}, as rank {torch.distributed.get_rank()} sees it: --data-cache-path must lie on a file "
+                "system that all nodes share"
+            )
+    return root / key, note
+
+
+def _ensure(root: Path, key: str, build: Callable[[Path], None]) -> str | None:
+    final, temporary = root / key, root / f".{key}.incomplete"
+    if _mistake(final) is None:
+        return None
+    lock = FileLock(root / f".{key}.lock", _PATIENCE_SECONDS)
+    try:
+        mistake = _mistake(final)
+        if mistake is None:
+            return None  # another job has built them meanwhile
+        _remove(temporary)
+        temporary.mkdir()
+        try:
+            build(temporary)
+            write_digests(temporary)
+            replaced = final.exists()
+            _remove(final)
+            publish(temporary, final)
+        finally:
+            _remove(temporary)
+        return f"{mistake}: the sample indices were built again" if replaced else None
+    finally:
+        lock.release()
+
+
+def _mistake(directory: Path, contents: bool = True) -> str | None:
+    """Why indices cannot be used, or None; nothing in them is executed.
+
+    Args:
+        directory: theirs.
+        contents: whether their digests are compared; else only what would be dangerous is looked for.
+    """
+    if not directory.is_dir():
+        return f"{directory} is not there"
+    try:
+        recorded = read_digests(directory)
+        if recorded is None:
+            return f"{directory} has no {DIGESTS}"
+        for path in sorted(directory.iterdir()):
+            if path.name != DIGESTS and path.name not in recorded:
+                return f"{path} does not belong there"
+            if path.suffix == ".npy" and (mistake := _array_mistake(path)):
+                return mistake
+        damage = find_damage(directory, contents=contents)
+    except (OSError, FileError) as error:
+        return str(error)
+    return damage[0] if damage else None
+
+
+def _array_mistake(path: Path) -> str | None:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        return f"{path} is no whole array of numbers ({error})"
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        return f"{path} is no array of whole numbers"
+    return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except LockedError as error:
+        raise LockedError(f"{root}: another job is building the same sample indices ({error.holder})") from None
+    except OSError as error:
+        said = f"the sample indices cannot be written to {root} ({error.strerror or error})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FailedError(f"{said}: free some space, or choose another --data-cache-path") from None
+        raise FileError(f"{said}: choose another --data-cache-path") from None

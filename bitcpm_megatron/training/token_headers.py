@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a ``.bin`` / ``.idx`` pair says about itself, checked before megatron-core believes it, and without it."""
+
+import math
+import os
+import struct
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<QBQQ")
+_HEADER_BYTES = len(_MAGIC) + _HEADER.size
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+_BLOCK_BYTES = 2**20
+_BLOCKS = 256
+_ENTRIES = 4_000_000
+_CURES = {
+    "training": "give more documents, or another --split",
+    "validation": "give more documents or another --split, or --eval-iters 0",
+    "test": "give more documents, or no share such as --split 97,3,0",
+}
+
+
+class TokenFileError(ValueError):
+    """A token file that is missing, damaged, not of that format, or not what it is used for."""
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One pair.
+
+    Attributes:
+        prefix: without ``.bin`` and ``.idx``.
+        dtype: of the tokens.
+        sequences: entries of the index.
+        documents: documents.
+        tokens: tokens in all.
+        smallest: the smallest token of those that were looked at.
+        largest: the largest of them.
+        looked_at: how many those are: all of a file up to 256 MiB, else 256 blocks of 1 MiB, evenly over the file.
+        digest: XXH3-128 of the whole index, the size of the ``.bin`` file and the tokens that were looked at: other
+            documents, other lengths and another tokenizer change it, a few tokens between the blocks do not.
+    """
+
+    prefix: str
+    dtype: str
+    sequences: int
+    documents: int
+    tokens: int
+    smallest: int
+    largest: int
+    looked_at: int
+    digest: str
+
+    def tokens_between(self, begin: int, end: int) -> int:
+        """Tokens of the sequences ``begin`` to ``end``."""
+        return int(np.sum(_lengths(Path(f"{self.prefix}.idx"), self.sequences)[begin:end], dtype=np.int64))
+
+    def mistake(self, vocab_size: int | None = None) -> str | None:
+        """Why nothing can be trained on it, or None.
+
+        Args:
+            vocab_size: of the model, or None where it is not known.
+        """
+        if self.dtype.startswith("float"):
+            return f"{self.prefix}.bin holds {self.dtype}, which are no tokens: write it again"
+        if self.tokens == 0:
+            return f"{self.prefix}.bin holds no token: write it again"
+        if vocab_size is not None and (self.largest >= vocab_size or self.smallest < 0):
+            token = self.largest if self.largest >= vocab_size else self.smallest
+            return (
+                f"{self.prefix}.bin holds token {token}, and the vocabulary ends at {vocab_size - 1}: another "
+                "tokenizer wrote this data; give that one, or tokenize the text again"
+            )
+        return None
+
+
+def blend_of(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of ``--data-path``: one prefix, several, or weights and prefixes in turn.
+
+    The rule is that of ``get_blend_from_list`` in ``megatron.core.datasets.utils``.
+
+    Raises:
+        ValueError: some weights are missing, or one is no positive number.
+    """
+    numbers = [_number(path) for path in paths[::2]]
+    if len(paths) % 2 or all(number is None for number in numbers):
+        return list(paths), None
+    if None in numbers:
+        raise ValueError(f"data path {' '.join(paths)}: give every prefix a weight, or none")
+    weights = [number for number in numbers if number is not None]
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ValueError(f"data path {' '.join(paths)}: weights must be positive numbers")
+    return list(paths[1::2]), weights
+
+
+def split_bounds(split: str) -> list[tuple[float, float] | None]:
+    """The parts of the data for training, validation and test that ``--split`` means, each from 0 to 1; None is empty.
+
+    The arithmetic is that of ``megatron.core.datasets.blended_megatron_dataset_config``.
+
+    Raises:
+        ValueError: it is not one to three shares, or the first is nothing.
+    """
+    shares = [_number(part) for part in split.replace("/", ",").split(",")]
+    known = [share for share in shares if share is not None and math.isfinite(share) and share >= 0]
+    if not 1 <= len(shares) <= 3 or len(known) != len(shares) or not known[0] > 0 or not math.isfinite(sum(known)):
+        raise ValueError(f"--split {split}: write train,validation,test shares, such as 969,30,1")
+    total = np.sum([*known, *[0.0] * (3 - len(known))])
+    bounds, begin = [], 0.0
+    for share in [*known, *[0.0] * (3 - len(known))]:
+        end = begin + float(share / total)
+        bounds.append((begin, end) if end > begin else None)
+        begin = end
+    return bounds
+
+
+def split_mistake(
+    files: Sequence[TokenFile], split: str, needed: Collection[str], sequence: int, weighted: bool
+) -> str | None:
+    """Why ``--split`` leaves a part without data that the run needs, or None.
+
+    Args:
+        files: of ``--data-path``.
+        split: the shares.
+        needed: of ``training``, ``validation`` and ``test``.
+        sequence: tokens per sample.
+        weighted: whether the files have weights; without, each of several gives the samples that it has.
+
+    Raises:
+        ValueError: the shares are none.
+    """
+    for part, (name, cure) in zip(split_bounds(split), _CURES.items(), strict=True):
+        if name not in needed:
+            continue
+        if part is None:
+            return f"--split {split} leaves no {name} data: {cure}"
+        for file in files:
+            begin, end = (int(round(bound * float(file.sequences))) for bound in part)
+            tokens = file.tokens_between(begin, end)
+            if tokens == 0:
+                have = f"of the {file.sequences} documents in {file.prefix}"
+                return f"--split {split} leaves no {name} data {have}: {cure}"
+            if len(files) > 1 and not weighted and tokens <= sequence:
+                have = f"{tokens} tokens of {file.prefix} for {name}, less than a sample of {sequence} + 1"
+                return f"--split {split} leaves {have}: {cure}, or weights"
+    return None
+
+
+def read_token_file(prefix: str) -> TokenFile:
+    """Checks the index against itself and the size of the tokens, and looks at tokens of the whole file.
+
+    Raises:
+        TokenFileError: with the file and what is wrong with it.
+    """
+    if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
+        raise TokenFileError(f"{prefix} is a file: give the prefix, without .bin and .idx")
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, tokens):
+        if not path.is_file():
+            raise TokenFileError(f"{path} is not there" if not path.exists() else f"{path} is no regular file")
+        if not os.access(path, os.R_OK):
+            raise TokenFileError(f"{path} cannot be read")
+    with index.open("rb") as stream:
+        head = stream.read(_HEADER_BYTES)
+    if len(head) < _HEADER_BYTES or not head.startswith(_MAGIC):
+        raise TokenFileError(f"{index} is no index of Megatron's (its first bytes are not {_MAGIC!r})")
+    version, code, sequences, documents = _HEADER.unpack(head[len(_MAGIC) :])
+    if version != 1 or code not in _DTYPES:
+        raise TokenFileError(f"{index} has version {version} and dtype code {code}, which are unknown")
+    expected = _HEADER_BYTES + sequences * (4 + 8) + documents * 8
+    size = index.stat().st_size
+    if size < expected:
+        raise TokenFileError(f"{index} is cut off: {size} bytes, its header promises {expected}")
+    if size not in (expected, expected + sequences):  # with a mode for each, where the data is multimodal
+        raise TokenFileError(f"{index} has {size} bytes, its header promises {expected}: one of them is damaged")
+    dtype = np.dtype(_DTYPES[code])
+    state = xxhash.xxh3_128(head)
+    total = _check_entries(index, tokens, sequences, dtype.itemsize, state)
+    _check_documents(index, sequences, documents, state)
+    looked_at = _look(tokens, dtype, state)
+    return TokenFile(prefix, dtype.name, sequences, max(0, documents - 1), total, *looked_at, digest=state.hexdigest())
+
+
+def _lengths(index: Path, sequences: int) -> np.ndarray:
+    return _mapped(index, "<i4", _HEADER_BYTES, sequences)
+
+
+def _mapped(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:
+    return np.memmap(path, dtype, "r", offset, (count,)) if count else np.zeros(0, dtype)
+
+
+def _check_entries(index: Path, tokens: Path, sequences: int, itemsize: int, state: xxhash.xxh3_128) -> int:
+    """Lengths and pointers: each sequence lies within the tokens, and together they are all of them."""
+    lengths = _lengths(index, sequences)
+    pointers = _mapped(index, "<i8", _HEADER_BYTES + 4 * sequences, sequences)
+    size, total = tokens.stat().st_size, 0
+    for start in range(0, sequences, _ENTRIES):
+        length = np.array(lengths[start : start + _ENTRIES], np.int64)
+        pointer = np.array(pointers[start : start + _ENTRIES])
+        state.update(length.tobytes())
+        state.update(pointer.tobytes())
+        # Not their sum, which may overflow.
+        wrong = (length < 0) | (pointer < 0) | (pointer > size) | (length * itemsize > size - pointer)
+        if wrong.any():
+            n = int(np.argmax(wrong))
+            raise TokenFileError(
+                f"{index}: sequence {start + n} has {length[n]} tokens from byte {pointer[n]}, and {tokens} has {size} "
+                "bytes: the index is damaged, or of other tokens"
+            )
+        total += int(length.sum())
+    if size != total * itemsize:
+        raise TokenFileError(f"{tokens} holds {size} bytes, its index counts {total} tokens of {itemsize} bytes")
+    return total
+
+
+def _check_documents(index: Path, sequences: int, documents: int, state: xxhash.xxh3_128) -> None:
+    ends = _mapped(index, "<i8", _HEADER_BYTES + 12 * sequences, documents)
+    before = 0
+    for start in range(0, documents, _ENTRIES):
+        end = np.array(ends[start : start + _ENTRIES])
+        state.update(end.tobytes())
+        if end[0] < before or end[-1] > sequences or (np.diff(end) < 0).any():
+            raise TokenFileError(f"{index}: its documents are not in order, or end beyond its {sequences} sequences")
+        before = int(end[-1])
+
+
+def _look(path: Path, dtype: np.dtype, state: xxhash.xxh3_128) -> tuple[int, int, int]:
+    """Smallest and largest token, and the number of those that were looked at."""
+    smallest, largest, looked_at = 0, -1, 0
+    state.update(str(path.stat().st_size).encode())
+    for block in _blocks(path):
+        state.update(block)
+        data = np.frombuffer(block, dtype)
+        if data.size and dtype.kind in "iu":
+            low, high = int(data.min()), int(data.max())
+            smallest, largest = (min(smallest, low), max(largest, high)) if looked_at else (low, high)
+            looked_at += data.size
+    return smallest, largest, looked_at
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The whole of a file, or blocks of it from its beginning to its end; none cuts a token."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if size <= _BLOCKS * _BLOCK_BYTES:
+            while block := stream.read(_BLOCK_BYTES):
+                yield block
+            return
+        for number in range(_BLOCKS):
+            stream.seek(number * (size - _BLOCK_BYTES) // (_BLOCKS - 1) // 8 * 8)
+            # The last reaches to the end, whatever was rounded off.
+            yield stream.read(_BLOCK_BYTES if number < _BLOCKS - 1 else -1)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
