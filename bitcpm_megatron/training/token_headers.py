@@ -198,7 +198,9 @@ def _check_entries(index: Path, tokens: Path, sequences: int, itemsize: int, sta
     """Lengths and pointers: each sequence lies within the tokens, and together they are all of them."""
     lengths = _lengths(index, sequences)
     pointers = _mapped(index, "<i8", _HEADER_BYTES + 4 * sequences, sequences)
-    size, total = tokens.stat().st_size, 0
+    size, total = tokens.stat().st_size, int(np.sum(lengths, dtype=np.int64))
+    if size != total * itemsize:
+        raise TokenFileError(f"{tokens} holds {size} bytes, its index counts {total} tokens of {itemsize} bytes")
     for start in range(0, sequences, _ENTRIES):
         length = np.array(lengths[start : start + _ENTRIES], np.int64)
         pointer = np.array(pointers[start : start + _ENTRIES])
@@ -212,9 +214,6 @@ def _check_entries(index: Path, tokens: Path, sequences: int, itemsize: int, sta
                 f"{index}: sequence {start + n} has {length[n]} tokens from byte {pointer[n]}, and {tokens} has {size} "
                 "bytes: the index is damaged, or of other tokens"
             )
-        total += int(length.sum())
-    if size != total * itemsize:
-        raise TokenFileError(f"{tokens} holds {size} bytes, its index counts {total} tokens of {itemsize} bytes")
     return total
 
 

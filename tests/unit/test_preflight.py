@@ -357,7 +357,7 @@ PLANTED: dict[str, tuple[list[str], Plant, str, str, str]] = {
         "fp8-format together with ternary",
     ),
     "fp32 on an NPU": ([*NPU, "training.bf16=false"], no_plan, "precision", "warn", "fp32 on npu"),
-    "group size": (["ternary.ternary-group-size=48"], no_plan, "quantizer", "fail", "group_size=48"),
+    "group size": (["ternary.ternary-group-size=96"], no_plan, "quantizer", "fail", "group_size=96"),
     "group over rows": (["ternary.ternary-group-size=96"], no_plan, "quantizer", "fail", "does not divide a row of 64"),
     "group over shards": (
         ["ternary.ternary-group-size=64", "parallelism.tensor-model-parallel-size=2", "model.ffn-hidden-size=192"],

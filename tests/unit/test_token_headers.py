@@ -62,8 +62,9 @@ def test_a_pair_is_what_it_says(prefix: str) -> None:
         (at(18, "<Q", 2**63), "is cut off"),
         (at(26, "<Q", 28), "is cut off"),
         (at(26, "<Q", 26), "its header promises"),
-        (at(HEAD + 4 * 3, "<i", -1), "sequence 3 has -1 tokens"),
-        (at(HEAD + 4 * 25, "<i", 2**31 - 1), "sequence 25 has 2147483647 tokens"),
+        (at(HEAD + 4 * 3, "<q", (300 << 32) + (2**32 - 100)), "sequence 3 has -100 tokens"),  # and the next one 300
+        (at(HEAD + 4 * 25, "<i", 2**31 - 1), "its index counts 2147486147 tokens"),
+        (at(HEAD + 4 * 3, "<i", -1), "its index counts 2499 tokens"),
         (at(HEAD + 4 * 3, "<i", 99), "its index counts 2599 tokens"),
         (at(HEAD + 4 * 26 + 8 * 2, "<q", -8), "sequence 2 has 100 tokens from byte -8"),
         (at(HEAD + 4 * 26 + 8 * 2, "<q", 2**63 - 1), "sequence 2 has 100 tokens from byte 9223372036854775807"),
