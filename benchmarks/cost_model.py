@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.launch.layout import Layout, Linear
 from bitcpm_megatron.launch.memory import Estimate, Options, estimate, layer_activations
-from bitcpm_megatron.training.arguments import divisors
+from bitcpm_megatron.models.architecture import divisors
 from bitcpm_megatron.training.tokenizer import padded_vocab_size
 
 PRESETS = ("minicpm4-0.5b", "bitcpm-cann-1b", "bitcpm-cann-3b", "minicpm4-8b")

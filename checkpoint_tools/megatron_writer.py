@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..models.architecture import uneven
 from .hf_model import HfModel
 from .legacy import rank_directory, write_rank
 from .tensors import ConversionError, TensorInfo
@@ -45,7 +46,7 @@ class Layout:
         """Checks that a model can be laid out so; ``torch_dist`` only shows the tensor-parallel size in its chunks.
 
         Raises:
-            ConversionError: with the sizes that do not divide.
+            ConversionError: with the sizes that do not divide, and those that do.
         """
         a = model.architecture
         if min(self.tp, self.pp, self.vp or 1) < 1:
@@ -53,11 +54,9 @@ class Layout:
         heads = ("key/value heads", a.num_query_groups)
         if not legacy:
             heads = ("query channels", a.num_attention_heads * a.kv_channels)
-        wrong = [f"{size} {what}" for what, size in (heads, ("ffn channels", a.ffn_hidden_size)) if size % self.tp]
-        if wrong:
-            raise ConversionError(
-                f"--target-tensor-parallel-size {self.tp} does not divide the model's {' and '.join(wrong)}"
-            )
+        found = uneven(dict((heads, ("ffn channels", a.ffn_hidden_size))), self.tp)
+        if found is not None:
+            raise ConversionError(f"--target-tensor-parallel-size {self.tp} does not divide the model's {found}")
         if legacy and a.num_layers % (self.pp * (self.vp or 1)):
             raise ConversionError(
                 f"the model's {a.num_layers} layers cannot be split over {self.pp} x {self.vp or 1} stages"

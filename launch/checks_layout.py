@@ -9,7 +9,7 @@ from bitcpm_megatron.launch.findings import Finding, Subject, failed, judged, pa
 from bitcpm_megatron.launch.job import MEGATRON_LM
 from bitcpm_megatron.launch.layout import recipe_of
 from bitcpm_megatron.launch.memory import GIB, estimate, options_of
-from bitcpm_megatron.training.arguments import divisors
+from bitcpm_megatron.models.architecture import divisors
 from bitcpm_megatron.training.tokenizer import padded_vocab_size
 
 _FULL = 0.9

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bitcpm_megatron.launch.job import Job
 from bitcpm_megatron.quantization import QuantizerConfig
 from bitcpm_megatron.quantization.recipe import Recipe
+from bitcpm_megatron.training.arguments import ffn_channels
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def layout_of(job: Job, args: argparse.Namespace, world: int, vocab_size: int | 
         vocab_size: tokens without padding, None where nothing says.
     """
     gated, hidden, heads = args.swiglu, args.hidden_size, args.num_attention_heads
-    ffn = args.ffn_hidden_size or ((4 * hidden * 2 // 3) // 64 * 64 if gated else 4 * hidden)
+    ffn = ffn_channels(args)
     experts = args.num_experts or 0
     return Layout(
         layers=args.num_layers,

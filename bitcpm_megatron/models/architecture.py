@@ -14,6 +14,7 @@ The names are those of Transformers' ``GraniteConfig``. MiniCPM writes the same 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..cli import Number, Whole
@@ -185,3 +186,21 @@ class Architecture:
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
         vocabulary = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
         return self.num_layers * layer + self.hidden_size + vocabulary
+
+
+def uneven(parts: Mapping[str, int], size: int) -> str | None:
+    """What a tensor-parallel size does not divide, and which sizes divide everything; None where this one does.
+
+    Args:
+        parts: what is split evenly, by name: how many of it there are.
+        size: tensor-parallel ranks.
+    """
+    wrong = [f"{count} {what}" for what, count in parts.items() if count % size]
+    fitting = ", ".join(map(str, divisors(math.gcd(*parts.values()))))
+    return f"{' and '.join(wrong)}; these sizes do: {fitting}" if wrong else None
+
+
+def divisors(number: int) -> list[int]:
+    """Every whole number that divides a positive one, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

@@ -19,8 +19,8 @@ SCALE_SUFFIX = ".ternary_scale"
 _VERSION = 1
 _FIRST_LOSSES = (
     ", starting ternary training from it. Weights that were not trained ternary: expect the first losses above that of "
-    "uniform guessing and gradient norms in the hundreds, and both to fall within tens of steps (docs/training.md, From "
-    "published weights)"
+    "uniform guessing and gradient norms in the hundreds, and both to fall within tens of steps "
+    "(docs/training.md, From published weights)"
 )
 
 

@@ -5,7 +5,6 @@ An unknown flag is an error (also an abbreviated one), and contradictions are re
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..arguments import add_ternary_arguments, quantizer_config, ternary_mistake
 from ..cli import Number, Parser, Whole
 from ..files import directory_mistake
 from ..models import arguments as family
-from ..models.architecture import MAX_LAYERS
+from ..models.architecture import MAX_LAYERS, uneven
 from .metrics import missing_packages
 from .token_headers import blend_of, split_bounds
 
@@ -237,21 +236,21 @@ def _shape_mistakes(args: argparse.Namespace) -> list[str]:
 
 
 def _tensor_parallel_mistakes(args: argparse.Namespace, groups: int) -> list[str]:
-    tp = args.tensor_model_parallel_size
+    name = "ffn" if args.num_experts is None or args.moe_ffn_hidden_size is None else "moe-ffn"
+    channels = ffn_channels(args) if name == "ffn" else args.moe_ffn_hidden_size
     parts = {"attention heads": args.num_attention_heads, "query groups": groups}
-    if args.ffn_hidden_size is not None:
-        parts["ffn channels (--ffn-hidden-size)"] = args.ffn_hidden_size
-    uneven = [f"{count} {what}" for what, count in parts.items() if count % tp]
-    if not uneven:
-        return []
-    fitting = ", ".join(map(str, divisors(math.gcd(*parts.values()))))
-    return [f"--tensor-model-parallel-size {tp} does not divide {' and '.join(uneven)}; these sizes do: {fitting}"]
+    found = uneven({**parts, f"ffn channels (--{name}-hidden-size)": channels}, args.tensor_model_parallel_size)
+    flag = f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"
+    return [] if found is None else [f"{flag} does not divide {found}"]
 
 
-def divisors(number: int) -> list[int]:
-    """Every whole number that divides a positive one, ascending."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
+def ffn_channels(args: argparse.Namespace) -> int:
+    """``--ffn-hidden-size``, or Megatron-LM's default for it.
+
+    That is two thirds of 4h, rounded down to a multiple of 64, so that SwiGLU's three matrices weigh alike; else 4h.
+    """
+    default = (4 * args.hidden_size * 2 // 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size
+    return args.ffn_hidden_size or default
 
 
 def _parallel_mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
@@ -377,9 +376,7 @@ def _data_mistakes(args: argparse.Namespace) -> list[str]:
 
 
 def _fill_in(args: argparse.Namespace) -> None:
-    if args.ffn_hidden_size is None:
-        # Megatron-LM: two thirds of 4h, rounded down to a multiple of 64, so that SwiGLU's three matrices weigh alike.
-        args.ffn_hidden_size = (4 * args.hidden_size * 2 // 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size
+    args.ffn_hidden_size = ffn_channels(args)
     args.rotary_base = 10000 if args.rotary_base is None else args.rotary_base
     args.moe_router_topk = 2 if args.moe_router_topk is None else args.moe_router_topk
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads

@@ -9,10 +9,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from ..models.architecture import uneven
 from ..quantization.record import QuantizerRecord
 from ..tensor_parallel.record import recipe_of
 from . import checkpoint
-from .arguments import divisors
+from .arguments import ffn_channels
 from .checkpoint_checks import recorded
 from .checkpoint_directory import saved_arguments
 from .initialize import device, initialize, world_size
@@ -48,11 +49,13 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
         args.ternary_recipe = recipe_of(record)
         args.ternary_row_parallel_shards = record.row_parallel_shards
         args.ternary_activation_bits = record.activation_bits
-    if args.num_query_groups % args.tensor_model_parallel_size:
-        fitting = ", ".join(map(str, divisors(args.num_query_groups)))
-        raise ValueError(
-            f"{world_size()} processes do not divide the model's {args.num_query_groups} query groups: use {fitting}"
+    channels = (args.num_experts and args.moe_ffn_hidden_size) or ffn_channels(args)
+    if (
+        found := uneven(
+            {"query groups": args.num_query_groups, "ffn channels": channels}, args.tensor_model_parallel_size
         )
+    ) is not None:
+        raise ValueError(f"{world_size()} processes do not divide the model's {found}")
     if args.vocab_size is None:
         raise ValueError(f"{path} does not say how large its vocabulary is")
     initialize(args)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: unknown flags are errors, contradictions are named together, defaults follow Megatron-LM."""
 
+from pathlib import Path
+
 import pytest
 
+from bitcpm_megatron.training import generate
 from bitcpm_megatron.training.arguments import parse_args
 
 GOOD = """
@@ -35,6 +38,29 @@ def test_defaults_that_depend_on_others() -> None:
     [
         (["--tensor-model-parallel-size", "3"], 3, "3 does not divide 4 attention heads"),
         (["--tensor-model-parallel-size", "8"], 8, "these sizes do: 1, 2, 4"),
+        (
+            ["--tensor-model-parallel-size", "4", "--ffn-hidden-size", "130"],
+            4,
+            "130 ffn channels (--ffn-hidden-size); these ",
+        ),
+        (
+            ["--num-attention-heads", "6", "--hidden-size", "96", "--tensor-model-parallel-size", "6", "--swiglu"],
+            6,
+            "6 does not divide 256 ffn channels (--ffn-hidden-size); these sizes do: 1, 2",
+        ),
+        (
+            [
+                "--num-experts",
+                "2",
+                "--moe-ffn-hidden-size",
+                "6",
+                "--tensor-model-parallel-size",
+                "4",
+                "--sequence-parallel",
+            ],
+            4,
+            "4 does not divide 6 ffn channels (--moe-ffn-hidden-size); these sizes do: 1, 2",
+        ),
         (["--kv-channels", "7", "--position-embedding-type", "rope"], 1, "heads of 7 channels"),
         (["--log-dir", "/dev/null"], 1, "--log-dir /dev/null: /dev/null is no directory"),
         (["--data-cache-path", "/dev/null/x"], 1, "--data-cache-path /dev/null/x: /dev/null"),
@@ -104,3 +130,23 @@ def test_contradictions_are_reported_before_anything_starts(capsys, flags, world
 def test_all_mistakes_are_named_at_once(capsys) -> None:
     said = refusal(capsys, "--sequence-parallel", "--min-lr", "1", "--finetune")
     assert all(flag in said for flag in ("--sequence-parallel", "--min-lr", "--finetune"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "message"),
+    [
+        ([], 3, "3 processes do not divide the model's 4 query groups and 256 ffn channels; these sizes do: 1, 2, 4"),
+        (
+            ["--ffn-hidden-size", "130"],
+            4,
+            "4 processes do not divide the model's 130 ffn channels; these sizes do: 1, 2",
+        ),
+    ],
+)
+def test_generation_names_the_numbers_of_processes_that_fit(
+    flags, processes, message, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "saved_arguments", lambda path: vars(parse(*flags)))
+    monkeypatch.setattr(generate, "world_size", lambda: processes)
+    with pytest.raises(ValueError, match=message):
+        generate.load_for_inference(tmp_path)

@@ -208,8 +208,11 @@ def test_bad_models_are_refused(case: str, layout: str, source: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([*LEGACY, "--target-tensor-parallel-size", 3], "does not divide the model's 2 key/value heads and 128 ffn"),
-        (["--target-tensor-parallel-size", 3], "does not divide the model's 64 query channels and 128 ffn channels"),
+        ([*LEGACY, "--target-tensor-parallel-size", 3], "2 key/value heads and 128 ffn channels; these sizes do: 1, 2"),
+        (
+            ["--target-tensor-parallel-size", 3],
+            "64 query channels and 128 ffn channels; these sizes do: 1, 2, 4, 8, 16",
+        ),
         ([*LEGACY, "--target-pipeline-parallel-size", 3], "2 layers cannot be split over 3"),
         (["--target-virtual-pipeline-parallel-size", 2], "concerns --format legacy"),
     ],
