@@ -329,6 +329,8 @@ def save_asynchronously(state: Any, directory: str, **more: Any) -> Any:
 
 
 _held_write_errors: list[Exception] = []
+# What a scheduler sends to every process of a job, and what is meant for its ranks alone.
+_REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def hold_write_errors() -> None:
@@ -395,7 +397,8 @@ def bind_checkpoint_writers() -> None:
         def get_write_results_queue(*args, **kwargs):  # noqa: ANN202
             if filesystem_async._results_queue is None:
                 manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
-                manager.start(die_with_parent, (os.getpid(),))
+                with _without_requests_to_stop():
+                    manager.start(die_with_parent, (os.getpid(),))
                 filesystem_async._results_queue = manager.Queue()
             return original(*args, **kwargs)
 
@@ -429,9 +432,19 @@ def die_with_parent(parent: int) -> None:
     Args:
         parent: its process id; where that one has died already, this process ends here. Only Linux can do this.
     """
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    for number in _REQUESTS_TO_STOP:
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
+
+
+@contextlib.contextmanager
+def _without_requests_to_stop() -> Iterator[None]:
+    """Holds them back until the block ends. A process that is started in it never gets them, nor while it imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def keep_sent_tensors() -> None:

@@ -4,6 +4,7 @@
 First of all why the module instance's forward is wrapped: on 0.12.1 an override of ``_forward_impl`` is ignored.
 """
 
+import signal
 import subprocess
 import sys
 
@@ -110,3 +111,34 @@ def test_optimizer_state_is_loaded_under_another_learning_rate(monkeypatch: pyte
     saved, resumed = distributed_optimizer(1e-2), distributed_optimizer(1e-3)
     resumed.load_state_dict(saved.state_dict())
     assert [(g["max_lr"], g["min_lr"]) for g in resumed.param_groups] == [(1e-2, 5e-3)] * len(resumed.param_groups)
+
+
+def test_the_helper_of_the_checkpoint_writers_is_not_asked_to_stop_while_it_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    names = ("get_write_results_queue", "_get_write_results_queue")
+    start = next((name for name in names if hasattr(filesystem_async, name)), None)
+    if start is None:
+        pytest.skip("this version has no such helper")
+    blocked = []
+
+    class Manager:
+        def __init__(self, ctx: object) -> None:
+            pass
+
+        def start(self, *_: object) -> None:
+            blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+        def Queue(self) -> str:  # noqa: N802
+            return "queue"
+
+    monkeypatch.setattr(megatron_core, "SyncManager", Manager)
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    megatron_core.bind_checkpoint_writers()
+    assert getattr(filesystem_async, start)() == "queue"
+    # A process inherits this when it is started, and a scheduler signals every process of a job.
+    assert {signal.SIGTERM, signal.SIGUSR1} <= blocked[0]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
