@@ -77,11 +77,17 @@ $(HOST_PACKAGES)/.ready: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(HOST_PACKAGES)/llm $(IN_LLM)
 	touch $@
 
+$(HOST_PACKAGES)/0.19/.ready: $(NEW_MEGATRON)/.ready
+	$(NEW_PY) -m pip install --quiet --no-deps --upgrade --target $(HOST_PACKAGES)/0.19 $(IN_HOSTS)
+	touch $@
+
 # Unmodified upstream jobs, by hand: checkouts are not downloaded. What is not named is skipped, and says what to set.
 # MEGATRON_LM_PATH=... MEGATRON_LM_012_PATH=... MINDSPEED_PATH=... MINDSPEED_LLM_PATH=... make test-hosts
-test-hosts: $(HOST_PACKAGES)/.ready
+# MEGATRON_LM_019_PATH=... needs the environment of test-mcore-0.19. Some hosts or cases: HOSTS='-k LLM'
+test-hosts: $(HOST_PACKAGES)/.ready $(if $(MEGATRON_LM_019_PATH),$(HOST_PACKAGES)/0.19/.ready)
 	HOST_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/common HOST_012_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.12.1 \
-		HOST_LLM_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/llm $(PY) -m pytest tests/integration/test_hosts.py $(HOSTS)
+		HOST_LLM_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/llm HOST_019_PYTHON=$(CURDIR)/$(NEW_PY) \
+		HOST_019_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.19 $(PY) -m pytest tests/integration/test_hosts.py $(HOSTS)
 
 # Kills, asked stops and full disks at random moments: of training 30; of every command KILL='--what all --kills 100'
 test-kill: $(READY)

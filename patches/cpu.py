@@ -231,8 +231,11 @@ def pretend_cuda() -> None:
 
     ``megatron.training.initialize`` refuses to start without CUDA, and takes each process's device from the count.
     ``get_device_properties()`` gets an architecture, by which ``training/arguments.py`` tells what it must check.
+    Data loaders that take this for a GPU pin what they read, which needs a driver: ``Tensor.pin_memory()`` gives the
+    tensor itself.
     """
     properties = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0)
+    replace(torch.Tensor, "pin_memory", lambda _: lambda self, *args, **kwargs: self)
     replace(torch.cuda, "get_device_properties", lambda _: lambda device=None: properties)
     replace(torch.cuda, "is_available", lambda _: lambda: True)
     replace(torch.cuda, "device_count", lambda _: lambda: from_environment("LOCAL_WORLD_SIZE", Whole(1), 1))

@@ -99,6 +99,8 @@ class Host:
         flags: that all its runs take.
         cases: layout -> processes and flags.
         llm: the same of its MindSpeed-LLM, whose scripts are run then, or None.
+        python: the same of the interpreter that it needs, None for this one.
+        packages: the same of the directories with what it imports, put before the common one.
     """
 
     name: str
@@ -107,11 +109,13 @@ class Host:
     flags: tuple[str, ...]
     cases: dict[str, tuple[int, list[str]]]
     llm: str | None = None
+    python: str | None = None
+    packages: tuple[str, ...] = ()
 
     def missing(self) -> list[str]:
-        """The environment variables that do not name a directory."""
-        names = filter(None, (self.megatron, self.mindspeed, self.llm))
-        return [name for name in names if not Path(os.environ.get(name, "")).is_dir() or not os.environ.get(name)]
+        """The environment variables that name nothing that is there."""
+        names = filter(None, (self.megatron, self.mindspeed, self.llm, self.python))
+        return [name for name in names if not os.environ.get(name) or not Path(os.environ[name]).exists()]
 
     def script(self, name: str) -> Path:
         """Where a script of the host lies."""
@@ -129,11 +133,21 @@ HOSTS = {
     for host in (
         Host("core_v0.16.1, local", "MEGATRON_LM_PATH", None, ("--transformer-impl", "local"), LAYOUTS),
         Host(
+            "core_v0.19.0, local",
+            "MEGATRON_LM_019_PATH",
+            None,
+            ("--transformer-impl", "local"),
+            LAYOUTS,
+            python="HOST_019_PYTHON",
+            packages=("HOST_019_SITE_PACKAGES",),
+        ),
+        Host(
             "core_v0.12.1 + MindSpeed, local",
             "MEGATRON_LM_012_PATH",
             "MINDSPEED_PATH",
             ("--transformer-impl", "local"),
             {**LAYOUTS, **COC},
+            packages=("HOST_012_SITE_PACKAGES",),
         ),
         Host(
             "core_v0.12.1 + MindSpeed, TE",
@@ -141,6 +155,7 @@ HOSTS = {
             "MINDSPEED_PATH",
             ("--transformer-impl", "transformer_engine", "--use-flash-attn", "--use-fused-rmsnorm"),
             LAYOUTS,
+            packages=("HOST_012_SITE_PACKAGES",),
         ),
         Host(
             "core_v0.12.1 + MindSpeed-LLM, local",
@@ -149,12 +164,14 @@ HOSTS = {
             ("--transformer-impl", "local", "--use-mcore-models"),
             LLM,
             "MINDSPEED_LLM_PATH",
+            packages=("HOST_LLM_SITE_PACKAGES", "HOST_012_SITE_PACKAGES"),
         ),
     )
 }
 HOW_TO = (
-    "set MEGATRON_LM_PATH (a Megatron-LM checkout at core_v0.16.1), MEGATRON_LM_012_PATH (core_v0.12.1), "
-    "MINDSPEED_PATH (26.1.0_core_r0.12.1) and MINDSPEED_LLM_PATH (v26.1.0), and run: make test-hosts"
+    "set MEGATRON_LM_PATH (a Megatron-LM checkout at core_v0.16.1), MEGATRON_LM_019_PATH (core_v0.19.0), "
+    "MEGATRON_LM_012_PATH (core_v0.12.1), MINDSPEED_PATH (26.1.0_core_r0.12.1) and MINDSPEED_LLM_PATH (v26.1.0), and "
+    "run: make test-hosts"
 )
 
 
@@ -178,13 +195,17 @@ class Result:
 
 
 def launch(
-    script: list[str], processes: int, flags: Sequence[str], stubs: Sequence[Path] = (), packages: Sequence[str] = ()
+    script: list[str],
+    processes: int,
+    flags: Sequence[str],
+    stubs: Sequence[Path] = (),
+    packages: Sequence[str] = (),
+    python: str = sys.executable,
 ) -> Result:
     """Runs a launcher of ours on some processes, over gloo."""
     paths = [str(CHECKOUT), *map(str, stubs), *packages, os.environ.get("HOST_SITE_PACKAGES", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        + [*script, *flags],
+        [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] + [*script, *flags],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -207,9 +228,9 @@ def run(host: Host, processes: int, flags: Sequence[str]) -> Result:
     stubs = [STUBS] if host.mindspeed else [STUBS / "fusion"] if fusion else []
     flags = [f for f in flags if f != "FUSION"] + ([] if fusion else ["--no-gradient-accumulation-fusion"])
     script = [str(CHECKOUT / "launch" / "pretrain_gpt.py"), *host.paths()]
-    old = [os.environ.get("HOST_LLM_SITE_PACKAGES", "")] if host.llm else []
-    old += [os.environ.get("HOST_012_SITE_PACKAGES", "")] if host.mindspeed else []
-    return launch(script, processes, [*host.flags, *flags], stubs, old)
+    packages = [os.environ.get(name, "") for name in host.packages]
+    python = os.environ[host.python] if host.python else sys.executable
+    return launch(script, processes, [*host.flags, *flags], stubs, packages, python)
 
 
 def run_ours(processes: int, flags: Sequence[str], log_dir: Path) -> list[float]:

@@ -66,6 +66,9 @@ def npu_fusion_attention(
     """Attention over ``[sequence, batch, heads * size]`` (layout SBH), grouped heads included.
 
     Sparse mode 0 takes the mask as it is (True hides), 2 is causal whatever the mask, for sequences of one length.
+
+    Returns:
+        The result, and the softmax's maximum and sum ``[batch, heads, sequence, 8]``, alike along the last axis.
     """
     odd = {
         "input_layout": input_layout != "SBH",
@@ -89,7 +92,9 @@ def npu_fusion_attention(
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
     out = scores.softmax(-1).to(v.dtype) @ v
-    return (out.permute(2, 0, 1, 3).reshape(query.shape),)
+    largest = scores.detach().amax(-1, keepdim=True)
+    total = (scores.detach() - largest).exp().sum(-1, keepdim=True)
+    return out.permute(2, 0, 1, 3).reshape(query.shape), largest.repeat(1, 1, 1, 8), total.repeat(1, 1, 1, 8)
 
 
 def _on_cpu(factory: Callable) -> Callable:
