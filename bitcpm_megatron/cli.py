@@ -134,6 +134,12 @@ def _words(error: OSError) -> str:
     return f"{' -> '.join(names)}: {error.strerror}" if names else error.strerror
 
 
+def refuse_arguments(message: str) -> NoReturn:
+    """What a parser does with a mistake, in the place of ``argparse.ArgumentParser.error`` and its usage text."""
+    complain(f"{message} (--help lists all flags)")
+    raise SystemExit(BAD_INPUT)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviations and answers a mistake with one line instead of the usage text."""
 
@@ -153,8 +159,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with exit code 2."""
-        complain(f"{message} (--help lists all flags)")
-        raise SystemExit(BAD_INPUT)
+        refuse_arguments(message)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ if __package__ in (None, ""):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of what is ours here; the script's flags go on to it."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    from bitcpm_megatron.cli import Parser
+
+    parser = Parser(description=__doc__, add_help=False)
     parser.add_argument("--megatron-path", metavar="DIR", help="a Megatron-LM checkout; default: as PYTHONPATH says")
     parser.add_argument("--mindspeed-path", metavar="DIR", help="a MindSpeed checkout")
     parser.add_argument("--mindspeed-llm-path", metavar="DIR", help="a MindSpeed-LLM checkout; its script is run")

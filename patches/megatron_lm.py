@@ -22,6 +22,7 @@ import torch
 
 from .. import host
 from ..arguments import add_arguments
+from ..cli import refuse_arguments
 from . import logger, megatron_core, replace, replace_everywhere
 
 
@@ -50,8 +51,12 @@ def parse_args_wrapper(original: Callable) -> Callable:
 
 
 def register_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds our flags to Megatron-LM's parser and remembers which are the host's."""
+    """Adds our flags to Megatron-LM's parser and remembers which are the host's.
+
+    Its mistakes are told in one line, by one rank: hundreds of lines of usage text, from each, would hide them.
+    """
     host.job.theirs = add_arguments(parser)
+    parser.error = refuse_arguments  # type: ignore[method-assign]
 
 
 def validate_args_wrapper(original: Callable) -> Callable:

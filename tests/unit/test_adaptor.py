@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from bitcpm_megatron import host
 from bitcpm_megatron.arguments import add_arguments
+from bitcpm_megatron.launch import pretrain_gpt
 from bitcpm_megatron.models.arguments import NAMES
 from bitcpm_megatron.ops import registry
 from bitcpm_megatron.patches import megatron_lm, mindspeed
@@ -477,6 +478,22 @@ def test_flags_that_the_host_has_are_the_hosts(megatron) -> None:
     assert job.args.scale_emb == 12 and job.printed == []
     with pytest.raises(SystemExit):
         job.run(["--rope-scaling-short-factor", "1", "2"])
+
+
+def test_a_mistake_on_the_hosts_command_line_is_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    parser = argparse.ArgumentParser()
+    megatron_lm.register_arguments(parser)
+    for flags in (["--ternary-group-size", "48"], ["--no-such-flag"]):
+        with pytest.raises(SystemExit) as leaving:
+            parser.parse_args(flags)
+        said = capsys.readouterr().err
+        assert leaving.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and flags[0] in said
+    # And on what launch/pretrain_gpt.py takes for itself.
+    with pytest.raises(SystemExit):
+        pretrain_gpt.build_parser().parse_known_args(["--megatron-path"])
+    said = capsys.readouterr().err
+    assert said.startswith("error: argument --megatron-path") and said.count("\n") == 1
 
 
 def test_our_flags_are_added_once_per_parser() -> None:
