@@ -15,11 +15,12 @@ WORKERS = Path(__file__).parent / "workers"
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """For processes under test; a megatron-core that PYTHONPATH puts in front stays in front."""
+    """For processes under test: one thread each, unless the environment says otherwise; a megatron-core that PYTHONPATH
+    puts in front stays in front."""
     paths = [p for p in (os.environ.get("PYTHONPATH"), str(CHECKOUT)) if p]
     return {
-        **os.environ,
         "OMP_NUM_THREADS": "1",
+        **os.environ,
         "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONWARNINGS": "ignore",

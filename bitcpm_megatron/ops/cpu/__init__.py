@@ -23,9 +23,11 @@ from ..registry import Backend, register_backend
 
 CACHE_VARIABLE = "BITCPM_CACHE_DIR"
 """Names another folder than ``$XDG_CACHE_HOME/bitcpm_megatron`` for the compiled library."""
+MARCH_VARIABLE = "BITCPM_MARCH"
+"""Names another value of the compiler's ``-march`` than ``native``, such as ``x86-64-v2``; the bits are the same."""
 SOURCE = Path(__file__).with_name("fake_quantize.c")
 # Bits must not depend on the compiler: no contraction into fused multiply-adds, no reordering.
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS += ("-mprefer-vector-width=512",)
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -72,22 +74,21 @@ def _open(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _compiled(compiler: list[str]) -> Path:
-    """The library for this source, compiler and machine; compiled where the cache has none.
+    """The library for this source, compiler, flags and machine; compiled where the cache has none.
 
     Raises:
         OSError, subprocess.SubprocessError: the compiler fails, or the cache cannot be written.
     """
     version = _run([*compiler, "--version"]).encode()
-    key = hashlib.sha256(
-        b"\0".join([SOURCE.read_bytes(), version, shlex.join([*compiler, *_FLAGS]).encode(), _machine()])
-    )
+    command = [*compiler, *_FLAGS, f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}"]
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, shlex.join(command).encode(), _machine()]))
     library = _cache() / f"fake_quantize-{key.hexdigest()[:32]}.so"
     if not library.is_file():
         # Processes of one job compile at the same time: each to a name of its own, and the last rename stays.
         handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
         os.close(handle)
         try:
-            _run([*compiler, *_FLAGS, "-o", temporary, str(SOURCE), "-lm"])
+            _run([*command, "-o", temporary, str(SOURCE), "-lm"])
             os.replace(temporary, library)
         finally:
             Path(temporary).unlink(missing_ok=True)

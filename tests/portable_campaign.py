@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the numeric and distributed tests as other processors would: one factor at a time from the default.
+
+    python tests/portable_campaign.py [--sample] [--settings WORD ...] [--jobs N]
+
+The factors: the instructions that torch's own kernels use, those that oneDNN uses, the number of threads, and those
+that the C kernel is compiled for. Before any test runs, processes of each setting say what they really use, both as a
+test and as a rank that a test launches; a setting that is not in force is a failure, one that this processor lacks is
+not offered. Exit status: 0 all settings passed, 1 some did not.
+
+``--sample`` runs all settings on the files that depend on the processor most in the least time: the C kernel and its
+reference, packed and fused weights, activations, telemetry, and the layer's gradients on two ranks.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "distributed")]
+
+from bitcpm_megatron import cli
+
+# Run with the default and with each setting's variables instead of these; nobody else's value gets in.
+DEFAULT = {"OMP_NUM_THREADS": "1"}
+CLEARED = (
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"),
+    *(
+        "MKL_NUM_THREADS",
+        "MKL_ENABLE_INSTRUCTIONS",
+        "OMP_NUM_THREADS",
+        "BITCPM_MARCH",
+        "BITCPM_CACHE_DIR",
+        "PYTHONPATH",
+    ),
+)
+AVX512 = r"Intel AVX-512 .*|Intel AVX10.*"
+"""How oneDNN names this and everything beyond."""
+GROUPS = {
+    "unit": [
+        f"tests/unit/test_{name}.py"
+        for name in (
+            *("quantizer", "op", "cpu_backend", "fused", "packing", "activations", "telemetry", "ternary_linears"),
+            *("use", "round_trip", "models", "modeling_bitcpm"),
+        )
+    ],
+    "gradients": ["tests/distributed/test_gradients.py"],
+    "runs": ["tests/distributed/test_runs.py"],
+    "layouts": ["tests/distributed/test_layouts.py"],
+}
+SAMPLE = {
+    "sample": [
+        *(f"tests/unit/test_{name}.py" for name in ("cpu_backend", "fused", "packing", "activations", "telemetry")),
+        "tests/distributed/test_gradients.py",
+    ]
+}
+LONGEST = 3600.0
+"""Seconds for one group of files, beyond which it counts as failed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One factor that is not as usual.
+
+    Args:
+        name: for people.
+        variables: of the environment.
+        expected: what processes must then say of themselves, by fact: a regular expression for the whole of it.
+        needs: what they must say without the setting, for this processor to offer it.
+    """
+
+    name: str
+    variables: Mapping[str, str] = field(default_factory=dict)
+    expected: Mapping[str, str] = field(default_factory=dict)
+    needs: Mapping[str, str] = field(default_factory=dict)
+
+    def complaint(self, facts: Mapping[str, str]) -> str:
+        """Why a process of this setting is not what it should be; empty where it is."""
+        wrong = [f"{k} is {facts[k]!r}, not {v!r}" for k, v in self.expected.items() if not re.fullmatch(v, facts[k])]
+        return "; ".join(wrong)
+
+    def lacking(self, facts: Mapping[str, str]) -> str:
+        """What this processor lacks, given what a process says without the setting; empty where it lacks nothing."""
+        return "; ".join(f"{k} is {facts[k]!r}" for k, v in self.needs.items() if not re.fullmatch(v, facts[k]))
+
+
+def _native() -> str:
+    """The widest instructions that -march=native means here; anything where that is not known."""
+    if platform.machine() != "x86_64":
+        return ".*"
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return "AVX-512" if "avx512f" in flags else "AVX" if "avx" in flags else "SSE"
+
+
+def _torch(value: str, capability: str, needs: str) -> Setting:
+    variables = {"ATEN_CPU_CAPABILITY": value}
+    return Setting(f"ATEN_CPU_CAPABILITY={value}", variables, {"torch": capability}, {"torch": needs})
+
+
+def _onednn(value: str, isa: str, needs: str) -> Setting:
+    return Setting(f"ONEDNN_MAX_CPU_ISA={value}", {"ONEDNN_MAX_CPU_ISA": value}, {"oneDNN": isa}, {"oneDNN": needs})
+
+
+SETTINGS = [
+    Setting("default: 1 thread, -march=native", {}, {"threads": "1", "C kernel": _native()}),
+    _torch("default", "DEFAULT", ".*"),
+    _torch("avx2", "AVX2", "AVX2|AVX512"),
+    _onednn("AVX2", "Intel AVX2", f"Intel AVX2.*|{AVX512}"),
+    _onednn("AVX512_CORE", "Intel AVX-512 with AVX512BW, AVX512VL, and AVX512DQ extensions", AVX512),
+    _onednn("AVX512_CORE_AMX", ".* AMX with bfloat16 and 8-bit integer support", ".* AMX .*"),
+    Setting("2 threads", {"OMP_NUM_THREADS": "2"}, {"threads": "2"}),
+    Setting("-march=x86-64-v2", {"BITCPM_MARCH": "x86-64-v2"}, {"C kernel": "SSE"}, {"machine": "x86_64"}),
+]
+
+
+def observe() -> dict[str, str]:
+    """What this process uses. oneDNN says it itself, on standard output, where ``ONEDNN_VERBOSE=1``."""
+    import torch
+
+    from bitcpm_megatron.ops import cpu
+
+    torch.randn(8, 8).to_mkldnn()
+    torch.randn(64, 64).bfloat16() @ torch.randn(64, 64).bfloat16()
+    facts = {
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "machine": platform.machine(),
+    }
+    library, why = cpu._load()
+    facts["C kernel"] = why or _instructions(library._name)
+    return facts
+
+
+def _instructions(library: str) -> str:
+    """The widest instructions in a compiled library."""
+    code = subprocess.run(["objdump", "--disassemble", library], capture_output=True, text=True, check=True).stdout
+    if "%zmm" in code:
+        return "AVX-512"
+    return "AVX" if re.search(r"%ymm|\sv[a-z0-9]+\s.*%xmm", code) else "SSE"
+
+
+def observed(variables: Mapping[str, str], cache: Path, as_rank: bool = False) -> dict[str, str]:
+    """What a process with these variables uses, as a test or as a rank that a test launches.
+
+    Raises:
+        FailedError: it does not say.
+    """
+    command = [sys.executable, __file__, "--observe", "rank" if as_rank else "test"]
+    more = {"ONEDNN_VERBOSE": "1"}
+    done = subprocess.run(command, env=environment(variables, cache) | more, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise cli.FailedError(f"a process with {dict(variables)} does not say what it uses:\n{done.stderr[-2000:]}")
+    verbose = done.stdout.splitlines()
+    facts = json.loads(next(line for line in verbose if line.startswith("{")))
+    isa = [line.partition("cpu,isa:")[2] for line in verbose if "cpu,isa:" in line]
+    products = [line.split(",")[6] for line in verbose if ",exec,cpu,matmul," in line]
+    return facts | {"oneDNN": isa[0] if isa else "silent", "bf16 product": products[0] if products else "not oneDNN's"}
+
+
+def environment(variables: Mapping[str, str], cache: Path) -> dict[str, str]:
+    """For the processes of a setting; what they compile goes into a folder of their own."""
+    kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
+    return kept | DEFAULT | {"BITCPM_CACHE_DIR": str(cache)} | dict(variables)
+
+
+def proof(setting: Setting, cache: Path) -> tuple[str, dict[str, str]]:
+    """What is wrong with the processes of a setting, empty if nothing, and what a test of it uses."""
+    facts = observed(setting.variables, cache)
+    complaints = {
+        "of a test": setting.complaint(facts),
+        "of a rank": setting.complaint(observed(setting.variables, cache, as_rank=True)),
+    }
+    return "; ".join(f"{who}: {words}" for who, words in complaints.items() if words), facts
+
+
+class Campaign:
+    """Settings, each on groups of files.
+
+    Args:
+        groups: name -> files, or anything that pytest takes.
+        jobs: groups that run at the same time.
+        scratch: an empty directory, for compiled code and for what the tests print.
+    """
+
+    def __init__(self, groups: Mapping[str, Sequence[str]], jobs: int, scratch: Path) -> None:
+        self._groups, self._jobs, self._scratch = groups, jobs, scratch
+        self._began = time.monotonic()
+        self._seconds: dict[str, list[float]] = {name: [] for name in groups}
+        self._left: list[str] = []
+        self._lock = threading.Lock()
+        self.failed: set[str] = set()
+
+    def run(self, settings: Sequence[Setting]) -> bool:
+        """Runs it, and prints the last line; returns whether all settings that are offered passed."""
+        usual = observed({}, self._cache("usual"))
+        self._say("this processor, by default: " + ", ".join(f"{k}: {v}" for k, v in usual.items()))
+        offered = []
+        for setting in settings:
+            if why := setting.lacking(usual):
+                self._say(f"not offered here: {setting.name} ({why})")
+            else:
+                offered.append(setting)
+        self._left = [group for _ in offered for group in self._groups]
+        proved = [setting for setting in offered if self._prove(setting)]
+        with ThreadPoolExecutor(self._jobs) as pool:
+            # The longest last of the table first, so that no setting's end waits for one process alone.
+            for setting in proved:
+                for group in reversed(self._groups):
+                    pool.submit(self._guarded, setting, group)
+        passed = len(offered) - len(self.failed)
+        ending = f", {len(self.failed)} failed" if self.failed else ""
+        print(
+            f"portable: {passed} settings passed, {len(settings) - len(offered)} not offered here{ending}", flush=True
+        )
+        return not self.failed
+
+    def _prove(self, setting: Setting) -> bool:
+        complaint, facts = proof(setting, self._cache(setting.name))
+        if complaint:
+            self.failed.add(setting.name)
+            self._left = self._left[len(self._groups) :]
+            self._say(f"FAILED: {setting.name} is not in force: {complaint}")
+            return False
+        told = ", ".join(f"{k}: {facts[k]}" for k in (*setting.expected, "bf16 product"))
+        self._say(f"in force: {setting.name} ({told})")
+        return True
+
+    def _guarded(self, setting: Setting, group: str) -> None:
+        """A fault of the campaign itself fails the setting: the pool would keep it to itself."""
+        try:
+            self._test(setting, group)
+        except Exception as error:
+            with self._lock:
+                self.failed.add(setting.name)
+            self._say(f"FAILED: {setting.name}: {group}: {error!r}")
+
+    def _test(self, setting: Setting, group: str) -> None:
+        log = self._scratch / f"{_word(setting.name)}-{group}.txt"
+        scratch = self._scratch / f"tests-{_word(setting.name)}-{group}"
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", f"--basetemp={scratch}"]
+        began = time.monotonic()
+        with log.open("w") as output:
+            status = subprocess.run(
+                [*command, *self._groups[group]],
+                cwd=CHECKOUT,
+                env=environment(setting.variables, self._cache(setting.name)),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=LONGEST,
+            ).returncode
+        text = log.read_text(errors="replace")
+        closing = (text.splitlines() or ["said nothing"])[-1]
+        with self._lock:
+            self._seconds[group].append(time.monotonic() - began)
+            self._left.remove(group)
+            good = status == 0 and " passed" in closing
+            if not good:
+                self.failed.add(setting.name)
+        self._say(
+            f"{'passed' if good else 'FAILED'}: {setting.name}: {group}: {closing.strip('= ')}{self._remaining()}"
+        )
+        if good:
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            ids = [line for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+            for line in ids or text.splitlines()[-20:]:
+                self._say(f"    {line}")
+            self._say(f"    everything it printed: {log}")
+
+    def _remaining(self) -> str:
+        """A guess: a group takes what it took in other settings, one that never ran the mean of the others."""
+        with self._lock:
+            known = [seconds for many in self._seconds.values() for seconds in many]
+            mean = {group: sum(many) / len(many) for group, many in self._seconds.items() if many}
+            left = sum(mean.get(group, sum(known) / len(known)) for group in self._left) / self._jobs
+        return f"; about {left / 60:.0f} min left" if self._left else ""
+
+    def _cache(self, name: str) -> Path:
+        return self._scratch / f"cache-{_word(name)}"
+
+    def _say(self, words: str) -> None:
+        print(f"{time.monotonic() - self._began:6.0f} s  {words}", flush=True)
+
+
+def _word(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name)
+
+
+def campaign(
+    settings: Sequence[Setting], groups: Mapping[str, Sequence[str]], jobs: int, scratch: Path | None = None
+) -> int:
+    """Runs a campaign; returns the exit code. What the tests printed is kept where one fails."""
+    directory = Path(tempfile.mkdtemp(prefix="portable-", dir=scratch))
+    good = Campaign(groups, jobs, directory).run(settings)
+    if good:
+        shutil.rmtree(directory)
+    return cli.DONE if good else cli.FAILED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs the campaign."""
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sample", action="store_true", help="all settings on a few files: under 5 minutes on 2 cores")
+    parser.add_argument("--settings", nargs="+", metavar="WORD", help="only those with such a word in their name")
+    parser.add_argument(
+        "--jobs", type=cli.Whole(1, 64), default=2, help="groups of files at the same time (default: 2)"
+    )
+    parser.add_argument("--observe", choices=("test", "rank"), help="say what this process uses, and nothing else")
+    args = parser.parse_args(argv)
+    if args.observe == "rank":
+        from launcher import environment as of_ranks
+
+        os.execve(sys.executable, [sys.executable, __file__, "--observe", "test"], of_ranks())
+    if args.observe:
+        print(json.dumps(observe()))
+        return cli.DONE
+    chosen = [s for s in SETTINGS if not args.settings or any(word in s.name for word in args.settings)]
+    if not chosen:
+        raise ValueError(f"--settings: no setting has such a word in its name: {', '.join(s.name for s in SETTINGS)}")
+    return campaign(chosen, SAMPLE if args.sample else GROUPS, args.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
