@@ -19,7 +19,7 @@ ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_line
 NEW_MEGATRON := $(VENV)/megatron-core-0.19
 NEW_PYTHON ?= $(shell scripts/newer_python)
 NEW_PY := $(NEW_MEGATRON)/bin/python
-ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/distributed/test_runs.py \
+ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/unit/test_upstream_warnings.py tests/distributed/test_runs.py \
 	tests/distributed/test_signals.py::test_what_writes_checkpoints_dies_with_its_rank
 
 # What checkouts of Megatron-LM, MindSpeed and MindSpeed-LLM import beyond this environment; 0.12.1 needs an older numpy,
@@ -30,7 +30,7 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 	tokenizers==0.22.2 attrs certifi charset-normalizer codetiming dill fsspec httpcore httpx multiprocess requests \
 	sniffio typer-slim urllib3
 
-.PHONY: setup demo test test-mcore-0.12 test-mcore-0.19 test-hosts test-kill test-bad-input bench bench-conversion bench-kernel lint format clean
+.PHONY: setup demo test test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-kill test-bad-input bench bench-conversion bench-kernel lint format clean
 
 setup: $(READY)
 
@@ -88,6 +88,10 @@ test-hosts: $(HOST_PACKAGES)/.ready $(if $(MEGATRON_LM_019_PATH),$(HOST_PACKAGES
 	HOST_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/common HOST_012_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.12.1 \
 		HOST_LLM_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/llm HOST_019_PYTHON=$(CURDIR)/$(NEW_PY) \
 		HOST_019_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.19 $(PY) -m pytest tests/integration/test_hosts.py $(HOSTS)
+
+# The numeric and distributed tests as other processors would run them, one factor at a time. PORTABLE='--settings AVX2'
+test-portable: $(READY)
+	$(PY) tests/portable_campaign.py $(PORTABLE)
 
 # Kills, asked stops and full disks at random moments: of training 30; of every command KILL='--what all --kills 100'
 test-kill: $(READY)

@@ -27,8 +27,12 @@ WARNINGS = (
     _NOT_INSTALLED + "local implementations of multi_tensor_applier and multi_tensor_scale",
     _NOT_INSTALLED + "local implementations of multi_tensor_applier, multi_tensor_l2norm, and multi_tensor_scale",
     "Apex is not installed. Falling back to Torch Norm",
-    # TransformerConfig of 0.16.1, of its own default.
+    # TransformerConfig of 0.16.1 and 0.19, of its own default.
     "full scope is deprecated. Use empty cuda_graph_scope to capture the whole layer.",
+    "full scope is deprecated. Use empty cuda_graph_modules to capture the whole layer.",
+    # 0.19, of a model that is imported along.
+    "MimoModelConfig is experimental and still under active development. The API may change without notice in future "
+    "releases.",
     # ColumnParallelLinear. The environment profiles set the variable where it matters, and the preflight looks.
     "When using async grad allreduce " + _CONNECTIONS,
     "When using sequence parallelism " + _CONNECTIONS,
@@ -36,6 +40,9 @@ WARNINGS = (
     *(f"`torch.distributed.{a}` is deprecated. Please use `torch.distributed.{b}` instead." for a, b in _RENAMED),
     "`load_state_dict` is deprecated and will be removed in future versions. Please use `load` instead.",
     "Please use DTensor instead and we are deprecating ShardedTensor.",
+    # torch, where 0.19 reads a checkpoint's common state on each rank for itself.
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process.",
+    "The argument order of load has been changed. Please check the document to avoid future breakages.",
 )  # fmt: skip
 """By ``warnings.warn``, of any category."""
 
@@ -43,6 +50,21 @@ RECORDS = {
     # Synthetic tokens have an index that costs nothing to make.
     "megatron.core.datasets.gpt_dataset": (
         "Unable to save MockGPTDataset indexes because path_to_cache is None",
+    ),
+    # Of 0.19. What they advise instead is a package (megatron_core.save_asynchronously), another model, and what DDP
+    # then does itself.
+    "megatron.core.dist_checkpointing.strategies.torch": (
+        "MCore's async save is deprecated and will be removed in the future releases. "
+        "Please, use NVRx async solution by setting `async_strategy` to `nvrx`.",
+    ),
+    "megatron.core.models.gpt.gpt_model": (
+        "GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes, no new features. Please reference the "
+        "migration guide `docs/user-guide/hybrid-model-migration.md` for details on how to use `HybridModel`",
+    ),
+    "megatron.core.distributed.distributed_data_parallel": (
+        "DistributedDataParallel: full_param_layout not provided with use_distributed_optimizer=True. Auto-computing "
+        "layout inside DDP. Callers should pre-compute layouts via DistributedOptimizer.compute_full_param_layout() "
+        "and pass them in.",
     ),
 }  # fmt: skip
 """By ``logging``: logger -> messages."""

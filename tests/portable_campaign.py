@@ -12,6 +12,7 @@ not offered. Exit status: 0 all settings passed, 1 some did not.
 reference, packed and fused weights, activations, telemetry, and the layer's gradients on two ranks.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -212,10 +213,10 @@ class Campaign:
             else:
                 offered.append(setting)
         self._left = [group for _ in offered for group in self._groups]
-        proved = [setting for setting in offered if self._prove(setting)]
         with ThreadPoolExecutor(self._jobs) as pool:
-            # The longest last of the table first, so that no setting's end waits for one process alone.
-            for setting in proved:
+            good = list(pool.map(self._prove, offered))
+            # The groups of most files and ranks first: at the end no process should work alone.
+            for setting in itertools.compress(offered, good):
                 for group in reversed(self._groups):
                     pool.submit(self._guarded, setting, group)
         passed = len(offered) - len(self.failed)
@@ -228,8 +229,10 @@ class Campaign:
     def _prove(self, setting: Setting) -> bool:
         complaint, facts = proof(setting, self._cache(setting.name))
         if complaint:
-            self.failed.add(setting.name)
-            self._left = self._left[len(self._groups) :]
+            with self._lock:
+                self.failed.add(setting.name)
+                for group in self._groups:
+                    self._left.remove(group)
             self._say(f"FAILED: {setting.name} is not in force: {complaint}")
             return False
         told = ", ".join(f"{k}: {facts[k]}" for k in (*setting.expected, "bf16 product"))
