@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -213,12 +213,14 @@ class Campaign:
             else:
                 offered.append(setting)
         self._left = [group for _ in offered for group in self._groups]
-        with ThreadPoolExecutor(self._jobs) as pool:
+        pool = ThreadPoolExecutor(self._jobs)
+        try:
             good = list(pool.map(self._prove, offered))
-            # The groups of most files and ranks first: at the end no process should work alone.
-            for setting in itertools.compress(offered, good):
-                for group in reversed(self._groups):
-                    pool.submit(self._guarded, setting, group)
+            # The groups of most ranks first: at the end no process should work alone.
+            proved = itertools.compress(offered, good)
+            wait([pool.submit(self._guarded, s, group) for s in proved for group in reversed(self._groups)])
+        finally:
+            pool.shutdown(cancel_futures=True)
         passed = len(offered) - len(self.failed)
         ending = f", {len(self.failed)} failed" if self.failed else ""
         print(

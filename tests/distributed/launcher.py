@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts real ``torchrun`` processes over gloo and collects what they report."""
 
+import contextlib
 import functools
 import json
 import os
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WORKERS = Path(__file__).parent / "workers"
@@ -36,14 +39,24 @@ def torchrun(worker: str, processes: int, directory: Path, *arguments: str, time
         What they wrote, by rank.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
+    agent = subprocess.Popen(
         [*command, str(WORKERS / f"{worker}.py"), str(directory), *arguments],
         env=environment(),
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
     )
-    assert done.returncode == 0, f"{worker} failed with {done.returncode}:\n{done.stdout[-8000:]}"
+    family = [psutil.Process(agent.pid)]
+    try:
+        said = agent.communicate(timeout=timeout)[0]
+    except BaseException:
+        # Ranks outlive an agent that is killed, and those that wait for each other keep the cores busy.
+        family += family[0].children(recursive=True)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        agent.wait()
+        raise
+    assert agent.returncode == 0, f"{worker} failed with {agent.returncode}:\n{said[-8000:]}"
     return [json.loads((directory / f"rank{r}.json").read_text(encoding="utf-8")) for r in range(processes)]
