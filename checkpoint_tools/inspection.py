@@ -452,7 +452,12 @@ def _open_hugging_face(directory: Path, allow_pickle: bool) -> Inspection:
     try:
         config = read_config(directory)
         found.architecture, found.about_architecture = architecture_of(config), model_type_of(config)
-    except (FileError, ArchitectureError) as error:
+    except FileError as error:
+        # Without one no client can load the weights.
+        found.about_architecture = "unknown"
+        found.findings += [str(error)] if str(error) not in found.findings else []
+        return found
+    except ArchitectureError as error:
         found.about_architecture = f"unknown: {error}"
         return found
     _compare(found, reader)

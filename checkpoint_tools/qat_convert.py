@@ -124,9 +124,9 @@ def _check_paths(source: Path, target: Path) -> None:
     if (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
         raise ConversionError(f"--input_bin {source} holds adapters, and not the weights of a model: {NO_MERGE}")
     if source.is_dir() and target.suffix in _SUFFIXES:
-        raise ConversionError(f"--output {target}: the input is a directory, so the output is one, too")
+        raise ConversionError(f"--output {target}: {source} is a directory, so the output is one, too")
     if source.is_file() and target.suffix not in _SUFFIXES:
-        raise ConversionError(f"--output {target}: the input is a file, so name a file in {' or '.join(_SUFFIXES)}")
+        raise ConversionError(f"--output {target}: {source} is a file, so name a file in {' or '.join(_SUFFIXES)}")
     if target.is_file() or (target.is_dir() and (source.is_file() or any(target.iterdir()))):
         raise ConversionError(f"--output {target} is there already: name another, or delete it")
 

@@ -124,7 +124,9 @@ def _add(dataset: _PendingDataset, texts: list[str], tokenizer: Tokenizer, appen
 def _require_documents(key: str, summary: CorpusSummary) -> None:
     if summary.documents == 0:
         found = f"only {summary.empty_documents} empty documents" if summary.empty_documents else "no documents"
-        raise ValueError(f"{found} for {key!r}, nothing was written; give input with text (and check --split)")
+        raise ValueError(
+            f"{found} for {key!r}, nothing was written; give --input files that hold text (and check --split)"
+        )
 
 
 def _batches(documents: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[str, str]]]:

@@ -277,6 +277,14 @@ def test_half_of_a_model_is_fused(made, copy, capsys):
     assert "2 of 14 linears are ternary already" in inspected(capsys, alone, status=3)["findings"][0]
 
 
+@pytest.mark.parametrize("kind", ["latent", "fused"])
+def test_weights_that_no_client_can_load(kind, copy, capsys):
+    directory = copy(kind)
+    (directory / "config.json").unlink()
+    (finding,) = inspected(capsys, directory, status=3)["findings"]
+    assert str(directory / "config.json") in finding
+
+
 def test_bad_input(made, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.safetensors").write_bytes((made["latent"] / "model.safetensors").read_bytes()[:-7])

@@ -56,14 +56,16 @@ def _foreign(root: str, word: str, function: Prepare) -> Prepare:
 
 def _vital(command: str, path: Path, way: str) -> bool:
     """Whether a command must notice that a file is damaged, also where no digest tells."""
+    if path.parent.name == "hf" and way in ("missing", "directory", "fifo"):
+        return False  # kept for the way back, where it is there
     if path.name in ("latest_checkpointed_iteration.txt", ".metadata", "config.json", "model.safetensors.index.json"):
         return True
     if path.name == "metadata.json":
         return way == "missing"  # of what it says nobody needs a word
     if path.suffix == ".safetensors":
         return True
-    if path.name == "arguments.json" and (path.parent / "model_optim_rng.pt").exists():
-        return False  # the legacy format has them in there, and this file is for people
+    if path.name == "arguments.json" and any(path.parent.glob("mp_rank_*")):
+        return False  # the legacy format has them beside the weights, and this file is for people
     # Weights may lie in one of several files, of which a reader opens what it needs.
     return path.name in ("model_optim_rng.pt", "ternary_quantizer.json", "arguments.json") and way != "missing"
 
@@ -160,7 +162,7 @@ def code(world: Path) -> Iterator[Case]:
         "code",
         "pretrain --pretrained-checkpoint: .metadata",
         "pretrain",
-        (*COMMANDS["pretrain"].good, *"--pretrained-checkpoint start --allow-quantizer-change".split()),
+        (*COMMANDS["pretrain"].good, *"--pretrained-checkpoint start --load out --allow-quantizer-change".split()),
         prepare=_foreign("start", start, damage.evil_pickle),
         says=(".metadata",),
     )
