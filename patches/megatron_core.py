@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -442,6 +443,9 @@ def _without_requests_to_stop() -> Iterator[None]:
     """Holds them back until the block ends. A process that is started in it never gets them, nor while it imports."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
     try:
+        # Started with the first such process; in CPython 3.11 that lets SIGTERM through again.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -7,6 +7,7 @@ First of all why the module instance's forward is wrapped: on 0.12.1 an override
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,32 +114,35 @@ def test_optimizer_state_is_loaded_under_another_learning_rate(monkeypatch: pyte
     assert [(g["max_lr"], g["min_lr"]) for g in resumed.param_groups] == [(1e-2, 5e-3)] * len(resumed.param_groups)
 
 
-def test_the_helper_of_the_checkpoint_writers_is_not_asked_to_stop_while_it_starts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_helpers_of_the_checkpoint_writers_are_not_asked_to_stop_while_they_start(tmp_path: Path) -> None:
+    # A scheduler signals every process of a job. What a process is started with holds while it still imports.
+    script = tmp_path / "start.py"
+    script.write_text(
+        """
+import psutil
+
+if __name__ == "__main__":
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from bitcpm_megatron.patches import megatron_core
 
     names = ("get_write_results_queue", "_get_write_results_queue")
     start = next((name for name in names if hasattr(filesystem_async, name)), None)
-    if start is None:
-        pytest.skip("this version has no such helper")
-    blocked = []
-
-    class Manager:
-        def __init__(self, ctx: object) -> None:
-            pass
-
-        def start(self, *_: object) -> None:
-            blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-
-        def Queue(self) -> str:  # noqa: N802
-            return "queue"
-
-    monkeypatch.setattr(megatron_core, "SyncManager", Manager)
-    monkeypatch.setattr(filesystem_async, "_results_queue", None)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    megatron_core.bind_checkpoint_writers()
-    assert getattr(filesystem_async, start)() == "queue"
-    # A process inherits this when it is started, and a scheduler signals every process of a job.
-    assert {signal.SIGTERM, signal.SIGUSR1} <= blocked[0]
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    if start is not None:
+        megatron_core.bind_checkpoint_writers()
+        getattr(filesystem_async, start)()
+    for pid in ["self", *(child.pid for child in psutil.Process().children(recursive=True))]:
+        for line in open(f"/proc/{pid}/status"):
+            if line.startswith(("SigBlk", "SigIgn")):
+                print(pid, *line.split())
+"""
+    )
+    run = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
+    masks = [(pid, kind, int(mask, 16)) for pid, kind, mask in map(str.split, run.stdout.splitlines())]
+    term, usr1 = (1 << (number - 1) for number in (signal.SIGTERM, signal.SIGUSR1))
+    # The tracker of resources ignores SIGTERM and does not block it: it does so before anything is started in its turn.
+    helpers = {pid for pid, _, _ in masks} - {"self"}
+    blocked = {pid: mask for pid, kind, mask in masks if kind == "SigBlk:"}
+    assert not blocked["self"] & (term | usr1)
+    assert all(blocked[pid] & usr1 for pid in helpers)
+    assert sum(not blocked[pid] & term for pid in helpers) <= 1, run.stdout
