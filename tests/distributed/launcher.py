@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def torchrun(worker: str, processes: int, directory: Path, *arguments: str, timeout: int = 300) -> list[Any]:
+def torchrun(worker: str, processes: int, directory: Path, *arguments: str, timeout: int = 900) -> list[Any]:
     """Runs ``workers/<worker>.py DIRECTORY ARGUMENTS`` on some processes.
 
     Each process writes ``rank<N>.json`` into the directory.
