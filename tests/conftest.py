@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from process_groups import leave_model_parallel
 
 # Transformers copies modeling files that it is told to trust into its cache: not into the user's.
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf-"))
@@ -43,8 +44,4 @@ def single_rank(_process_group: None) -> Iterator[None]:
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     yield
-    parallel_state.destroy_model_parallel()
-    # That forgets the groups. Each has a thread that wakes a hundred times a second until it is destroyed.
-    for group in list(torch.distributed.distributed_c10d._world.pg_map):
-        if group is not torch.distributed.group.WORLD:
-            torch.distributed.destroy_process_group(group)
+    leave_model_parallel()

@@ -106,6 +106,9 @@ def main(directory: Path) -> None:
     import torch
     from megatron.core import parallel_state
 
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from process_groups import leave_model_parallel
+
     from bitcpm_megatron.launch import pretrain as command
     from bitcpm_megatron.training import initialize, loop
 
@@ -125,7 +128,7 @@ def main(directory: Path) -> None:
             status = leaving.code
         report[name] = {"status": status, "stderr": errors.getvalue()}
         if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
+            leave_model_parallel()
     (directory / f"rank{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
 

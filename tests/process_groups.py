@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between two models in one process: megatron-core's groups end, and with them their threads."""
+
+import torch
+
+
+def leave_model_parallel() -> None:
+    """Ends megatron-core's parallel state and destroys its groups; collective over the job, whose own group stays.
+
+    ``parallel_state.destroy_model_parallel`` forgets some forty groups, and each has a thread that wakes a hundred
+    times a second until it is destroyed: after some tens of models they keep a core busy.
+    """
+    from megatron.core import parallel_state
+
+    torch.distributed.barrier()  # nobody needs them any more
+    parallel_state.destroy_model_parallel()
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
