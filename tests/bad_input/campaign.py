@@ -38,8 +38,6 @@ from .cases import all_cases, good_lines
 from .cases.case import Case
 from .commands import COMMANDS, scripts
 
-SECONDS = 60.0
-"""After which a case counts as hanging: a good line takes about two."""
 MEMORY = 3 * 2**30
 """Peak resident bytes of a case; the parent, of whose pages it inherits, has about 0.7e9."""
 LONGEST_MESSAGE = 1200
@@ -71,8 +69,8 @@ def warm() -> None:
 class Runner:
     """Starts processes and waits for them; at most so many at once."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
         self.running: dict[int, tuple[Case, Path, float]] = {}
 
     def start(self, case: Case, folder: Path) -> None:
@@ -89,7 +87,7 @@ class Runner:
         while True:
             for pid, (case, folder, began) in list(self.running.items()):
                 done, status, usage = os.wait4(pid, os.WNOHANG)
-                hanging = not done and time.monotonic() - began > SECONDS
+                hanging = not done and time.monotonic() - began > self.seconds
                 if hanging:
                     _kill_group(pid)
                     _, _, usage = os.wait4(pid, 0)
@@ -170,7 +168,7 @@ def faults(case: Case, outcome: Outcome, before: dict[str, object], after: dict[
     if outcome.memory > MEMORY:
         found.append(f"{outcome.memory / 2**30:.1f} GiB of memory")
     if outcome.status is None:
-        return [*found, f"hangs: not done after {SECONDS:.0f} s"]
+        return [*found, f"hangs: not done after {outcome.seconds:.0f} s"]
     if "Traceback (most recent call last)" in text:
         found.append("a traceback")
     if outcome.status < 0:
@@ -204,10 +202,10 @@ def _unclear(case: Case, outcome: Outcome) -> list[str]:
 class Campaign:
     """The world, the cases, and what came of them."""
 
-    def __init__(self, scratch: Path, jobs: int) -> None:
-        self.scratch, self.jobs = scratch, jobs
+    def __init__(self, scratch: Path, jobs: int, seconds: float) -> None:
+        self.scratch, self.jobs, self.seconds = scratch, jobs, seconds
         self.world = scratch / "world"
-        self.runner = Runner(scratch)
+        self.runner = Runner(seconds)
         self.number = 0
 
     def build(self) -> None:
@@ -267,7 +265,7 @@ class Campaign:
 
     def _alone(self, case: Case, folder: Path) -> None:
         """The good run before the damage; in its own process, apart from those that run."""
-        apart = Runner(self.scratch)
+        apart = Runner(self.seconds)
         apart.start(Case("good", case.name, case.command, case.first), folder)
         _, _, outcome = apart.wait()
         assert outcome.status == 0, outcome.output[-3000:]
@@ -295,6 +293,12 @@ def main() -> int:
     parser.add_argument("--seed", type=cli.Whole(0), help="of the sample; another one each time")
     parser.add_argument("--only", metavar="TEXT", help="cases with this in their name or kind")
     parser.add_argument("--jobs", type=cli.Whole(1), default=os.cpu_count())
+    parser.add_argument(
+        "--seconds",
+        type=cli.Number(1, 10**6),
+        default=60.0,
+        help="after which a case counts as hanging, default 60: a good line takes about two; more on a busy machine",
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="every fault with its output")
     args = parser.parse_args()
     strangers = sorted(set(scripts()) - set(COMMANDS))
@@ -303,7 +307,7 @@ def main() -> int:
         return 1
     warm()
     with tempfile.TemporaryDirectory(prefix="bad-input-") as directory:
-        campaign = Campaign(Path(directory), args.jobs)
+        campaign = Campaign(Path(directory), args.jobs, args.seconds)
         campaign.build()
         cases = all_cases(campaign.world)
         cases = [c for c in cases if args.only is None or args.only in c.name or args.only == c.kind]

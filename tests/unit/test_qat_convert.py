@@ -376,7 +376,7 @@ def test_paths_that_do_not_fit_are_refused(latent, tmp_path: Path, capsys) -> No
         (tmp_path / "none", tmp_path / "out", "no such directory"),
         (source / "config.json", tmp_path / "out.bin", "give a model directory, or a file"),
         (source, tmp_path / "out.bin", "is a directory, so the output"),
-        (source / "model.safetensors", tmp_path / "out", "the input is a file"),
+        (source / "model.safetensors", tmp_path / "out", "is a file, so name a file"),
         (source, tmp_path / "full", "is there already"),
         (source, source, "is there already"),
         (source / "model.safetensors", source / "model.safetensors", "is there already"),
