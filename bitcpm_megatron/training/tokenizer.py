@@ -23,6 +23,7 @@ import sentencepiece
 
 from ..cli import FailedError
 
+_WITHOUT_TEXT = 3 + 256
 LARGEST_VOCABULARY = 1_000_000
 """Pieces that are trained at most: far above any, and what SentencePiece still answers within seconds."""
 # The trainer silently drops sentences above its own limit, so longer lines are cut into chunks of this many characters.
@@ -337,5 +338,11 @@ def _explained(error: RuntimeError, vocab_size: int, lines: int) -> Exception:
         return ValueError(
             f"a vocabulary of {vocab_size} pieces cannot hold 256 bytes, the special pieces and the characters of the "
             f"text; give at least {match[1]} (--vocab-size)"
+        )
+    if vocab_size < _WITHOUT_TEXT:
+        # Below its own special pieces the trainer says nothing of characters.
+        return ValueError(
+            f"a vocabulary of {vocab_size} pieces cannot hold 256 bytes, the special pieces and the characters of the "
+            f"text; give more than {_WITHOUT_TEXT} (--vocab-size)"
         )
     return FailedError(f"SentencePiece could not train the tokenizer: {message}")

@@ -147,6 +147,8 @@ def test_a_vocabulary_below_the_bytes_is_an_error_whose_cure_works() -> None:
         ([], VOCAB, "no text"),
         (["\n"], VOCAB, "no text"),
         (TEXTS, 0, "from 1 to 1000000"),
+        (TEXTS, 1, "cannot hold 256 bytes.*give more than 259"),
+        (TEXTS, 3, "cannot hold 256 bytes"),
         (TEXTS, 2 * 10**9, "from 1 to 1000000"),
     ],
 )

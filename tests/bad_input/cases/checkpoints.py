@@ -206,6 +206,7 @@ def code(world: Path) -> Iterator[Case]:
                 (*COMMANDS["pretrain"].good, "--data-cache-path", "cache"),
                 first=(*COMMANDS["pretrain"].good, "--data-cache-path", "cache"),
                 prepare=_cache(index, way),
+                writes=("cache/",),  # what is damaged is built anew
                 says=(index,),
                 accepts=True,
             )

@@ -55,8 +55,8 @@ def paths(world: Path) -> Iterator[Case]:
                     argv,
                     prepare=damaging(word, function),
                     says=(target.name, before),
-                    # ``--load`` names where the run will be that starts now.
-                    accepts=(before, way) == ("--load", "missing") and name == "pretrain",
+                    # ``--load`` names where the run will be that starts now; a directory beside data, its cache.
+                    accepts=way == "missing" and name == "pretrain" and before in ("--load", "--data-path"),
                 )
 
 
