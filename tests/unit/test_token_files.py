@@ -375,16 +375,18 @@ def test_another_command_does_not_replace_what_a_killed_one_published(
     corpus_file: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.chdir(corpus_file.parent)
-    with PendingFiles([(Path("t.model"), "keep it")], command="one") as pending:
-        PendingFiles.temporary(Path("t.model")).write_bytes(b"model")
+    finals = [(Path(name), "keep it") for name in ("t.model", "out_text_document.bin", "out_text_document.idx")]
+    with PendingFiles(finals, command="one") as pending:
+        for final, _ in finals:
+            PendingFiles.temporary(final).write_bytes(b"precious")
         monkeypatch.setattr(FileLock, "release", lambda lock, keep: os.close(lock._file))  # as a kill leaves it
         pending.publish()
     monkeypatch.undo()
     monkeypatch.chdir(corpus_file.parent)
     assert main(command(corpus_file, *TRAIN)) == 2
     assert "t.model exists" in capsys.readouterr().err
-    assert Path("t.model").read_bytes() == b"model"
-    with PendingFiles([(Path("t.model"), "keep it")], command="one"):
+    assert all(final.read_bytes() == b"precious" for final, _ in finals)
+    with PendingFiles(finals, command="one"):
         pass
 
 

@@ -68,6 +68,7 @@ def test_a_pair_is_what_it_says(prefix: str) -> None:
         (at(HEAD + 4 * 3, "<i", 99), "its index counts 2599 tokens"),
         (at(HEAD + 4 * 26 + 8 * 2, "<q", -8), "sequence 2 has 100 tokens from byte -8"),
         (at(HEAD + 4 * 26 + 8 * 2, "<q", 2**63 - 1), "sequence 2 has 100 tokens from byte 9223372036854775807"),
+        (at(HEAD + 4 * 26 + 8 * 2, "<q", 5002), "sequence 2 has 100 tokens from byte 5002"),
         (at(HEAD + 12 * 26 + 8 * 4, "<q", 2), "not in order"),
         (at(HEAD + 12 * 26, "<q", -1), "not in order"),
         (at(HEAD + 12 * 26 + 8 * 26, "<q", 27), "end beyond its 26 sequences"),
@@ -106,6 +107,10 @@ def test_other_tokens_and_other_documents_have_another_digest(prefix: str, tmp_p
     for name, changed in {"other": (tokens + 1) % 290, "last": np.append(tokens[:-1], 5).astype(np.uint16)}.items():
         assert read_token_file(write(tmp_path / name, changed)).digest != first.digest
     assert read_token_file(write(tmp_path / "longer", tokens, documents=13)).digest != first.digest
+    index = bytearray(Path(f"{prefix}.idx").read_bytes())
+    struct.pack_into("<ii", index, HEAD + 4 * 3, 50, 150)  # they overlap: the pointers stay
+    Path(f"{prefix}.idx").write_bytes(index)
+    assert read_token_file(prefix).digest != first.digest
     monkeypatch.setattr(token_headers, "_BLOCKS", 10**6)
     assert read_token_file(prefix).looked_at == 2600
 
