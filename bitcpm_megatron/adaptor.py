@@ -13,6 +13,7 @@ What the plugin refuses ends the job with one line and an exit code, in any scri
 cannot be done, 3 where a proof finds a layer that is not ternary. As exceptions they can be caught.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -47,8 +48,11 @@ def report_refusals() -> None:
         def again() -> None:
             raise error
 
+        # torch.distributed's hook collects what the one before it prints, and loses it where that one ends the process.
+        with contextlib.redirect_stderr(sys.__stderr__):
+            status = cli.run(again)
         # Python takes this exit for the process's own.
-        sys.exit(cli.run(again))
+        sys.exit(status)
 
     sys.excepthook = excepthook
 

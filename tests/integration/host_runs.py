@@ -75,6 +75,20 @@ LLM = {
     ),
     "PP2+VPP2": (2, VIRTUAL),
 }
+MINDSPEED = {
+    "fused kernels": (1, FUSED),
+    "Ulysses CP2": (2, "--context-parallel-size 2 --context-parallel-algo ulysses_cp_algo --use-flash-attn".split()),
+    "recomputed activation function and norm": (1, "--recompute-activation-function --recompute-norm".split()),
+}
+# Of other shapes, from random weights: layers of rank 0, processes and flags.
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall".split()
+OTHER_SHAPES: dict[str, tuple[int, int, list[str]]] = {
+    "noop layers, PP2": (8, 2, "--num-layers 6 --noop-layers 0,5 --pipeline-model-parallel-size 2".split()),
+    "experts, EP2": (24, 2, [*EXPERTS, "--expert-model-parallel-size", "2"]),
+    "dualpipev": (16, 2, "--num-layers 8 --schedules-method dualpipev --pipeline-model-parallel-size 2".split()),
+}
+# Weights of the size from which on activations are swapped, and two micro-batches in flight.
+LARGE = "--hidden-size 512 --ffn-hidden-size 512 --pipeline-model-parallel-size 2 --ternary-verify-cache".split()
 COC = {
     "TP2, COC": (2, [*TP2, "--use-ascend-coc", "--coc-mode", "2", "--coc-parallel-num", "2"]),
     "TP2+SP, COC": (
@@ -146,7 +160,7 @@ HOSTS = {
             "MEGATRON_LM_012_PATH",
             "MINDSPEED_PATH",
             ("--transformer-impl", "local"),
-            {**LAYOUTS, **COC},
+            {**LAYOUTS, **MINDSPEED, **COC},
             packages=("HOST_012_SITE_PACKAGES",),
         ),
         Host(

@@ -16,8 +16,10 @@ from host_runs import (
     CHECKOUT,
     HOSTS,
     HOW_TO,
+    LARGE,
     LORA,
     MODEL,
+    OTHER_SHAPES,
     TERNARY,
     TP2,
     TRAINING,
@@ -120,6 +122,24 @@ def test_its_checkpoints_resume_and_convert_exactly(name: str, form: str, materi
     tool = [sys.executable, str(CHECKOUT / "checkpoint_tools" / "convert_megatron_to_hf.py"), "--weights", "fused"]
     _tool([*tool, "--load-dir", str(saved), "--save-dir", str(tmp_path / "hf"), "--vocab-size", "512", "--verify"])
     assert_same_weights(load_file(tmp_path / "hf" / "model.safetensors"), torch.load(tmp_path / "rank0.pt"))
+
+
+@pytest.mark.parametrize("case", OTHER_SHAPES)
+def test_mindspeed_runs_every_layer_of_other_shapes(case: str, material: Material) -> None:
+    host = host_named("core_v0.12.1 + MindSpeed, local")
+    layers, processes, flags = OTHER_SHAPES[case]
+    common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *TERNARY, "--exit-interval", "2"]
+    result = succeeded(run(host, processes, [*common, *flags]), 2)
+    assert result.proved == layers
+    assert f"use: the first training step ran the {layers} quantized layers of this rank" in result.output
+
+
+def test_swapped_attention_computes_what_it_does_without(material: Material) -> None:
+    """It frees what it takes for activations, and a quantized weight is in use until the last micro-batch of a step."""
+    host = host_named("core_v0.12.1 + MindSpeed, local")
+    common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *TERNARY, *LARGE, "--exit-interval", "1"]
+    expected = succeeded(run(host, 2, common), 1).losses
+    assert succeeded(run(host, 2, [*common, "--swap-attention"]), 1).losses == expected
 
 
 def dumping(host: Host, script: str, flags: list[str], directory: Path) -> Result:

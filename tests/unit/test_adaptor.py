@@ -29,6 +29,8 @@ from bitcpm_megatron.tensor_parallel import ProbeError, find_epoch, linears, ter
 # The second is what the first does at once, without the host that the rest of it needs.
 IMPORT = "import bitcpm_megatron.adaptor"
 HOOK = f"import contextlib\nwith contextlib.suppress(ValueError): {IMPORT}\n0"
+# torch's hook, which puts the rank in front of each line, stands around ours then.
+GROUP = "from torch import distributed as d; d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)"
 pytestmark = pytest.mark.usefixtures("single_rank", "fresh")
 CHECKOUT = Path(__file__).resolve().parents[2]
 NOTHING = argparse.Namespace(ternary=False)
@@ -440,6 +442,11 @@ def test_a_host_that_is_not_there_is_refused(megatron, monkeypatch, named: str, 
         (IMPORT, 2, "Megatron-LM cannot be imported (No module named 'megatron.training'"),
         (f"import os; os.environ['BITCPM_HOST'] = 'llama'; {IMPORT}", 2, "llama is unknown: use"),
         (f"{HOOK}; from bitcpm_megatron.host import HostError; raise HostError('leave it out')", 2, "leave it out"),
+        (
+            f"{HOOK}; {GROUP}; from bitcpm_megatron.host import HostError; raise HostError('give the same')",
+            2,
+            "give the same",
+        ),
         (f"{HOOK}; from bitcpm_megatron.tensor_parallel import ProbeError; raise ProbeError('fc1')", 3, "fc1"),
     ],
 )
