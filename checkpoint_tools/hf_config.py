@@ -25,6 +25,8 @@ CLASSES = {
 """Model type -> class. ``bitcpm`` is our own: latent weights, quantized in the forward (``modeling_bitcpm.py``)."""
 
 _ABOVE_0 = Number(0, open_minimum=True)
+# As the flags of training.
+_OF_NORMS, _ROTARY_BASE = Number(1e-30, 1), Number(1, 1e12)
 _ORIGINAL = "original_max_position_embeddings"
 _EPSILON = {LLAMA: 1e-6, GRANITE: 1e-6, MINICPM: 1e-6, BITCPM: 1e-6}
 _REFUSED = {
@@ -73,7 +75,7 @@ def model_type_of(config: Mapping[str, Any]) -> str:
     kind = config.get("model_type") if not classes else named[0] if named else None
     if not isinstance(kind, str) or kind not in CLASSES:
         raise ConversionError(
-            f"architecture {config.get('architectures') or config.get('model_type')!r} is unknown: "
+            f"config.json: architecture {config.get('architectures') or config.get('model_type')!r} is unknown: "
             f"{', '.join(CLASSES.values())} can be converted"
         )
     return kind
@@ -107,7 +109,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             kv_channels=_value(config, "head_dim", Whole(), hidden // heads),
             vocab_size=_value(config, "vocab_size", Whole()),
             max_position_embeddings=_value(config, "max_position_embeddings", Whole()),
-            norm_epsilon=_value(config, "rms_norm_eps", _ABOVE_0, _EPSILON[kind]),
+            norm_epsilon=_value(config, "rms_norm_eps", _OF_NORMS, _EPSILON[kind]),
             rotary_base=base,
             # What each class takes for an absent key: MiniCPM ties, as Transformers' base configuration does.
             tied=tied,
@@ -224,7 +226,7 @@ def _multipliers(kind: str, config: Mapping[str, Any], hidden: int, layers: int)
 def _rope(config: Mapping[str, Any]) -> tuple[float, LongRope | None]:
     """RoPE's base, and LongRoPE's numbers where there are any."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = _value({"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}, "rope_theta", _ABOVE_0, 10000.0)
+    base = _value({"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}, "rope_theta", _ROTARY_BASE, 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return base, None

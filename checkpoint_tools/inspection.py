@@ -451,13 +451,14 @@ def _open_hugging_face(directory: Path, allow_pickle: bool) -> Inspection:
             found.record = None
     try:
         config = read_config(directory)
-        found.architecture, found.about_architecture = architecture_of(config), model_type_of(config)
     except FileError as error:
         # Without one no client can load the weights.
         found.about_architecture = "unknown"
         found.findings += [str(error)] if str(error) not in found.findings else []
         return found
-    except ArchitectureError as error:
+    try:
+        found.architecture, found.about_architecture = architecture_of(config), model_type_of(config)
+    except (FileError, ArchitectureError) as error:
         found.about_architecture = f"unknown: {error}"
         return found
     _compare(found, reader)

@@ -139,6 +139,8 @@ def _stock_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any] | Non
     """
     if config.get("quantization_config") is not None:
         raise ConversionError("config.json has a quantization_config: its weights are stored in a quantized format")
+    if not config.get("model_type") and not config.get("architectures"):
+        raise ConversionError("config.json names neither a model_type nor architectures: no client can load the result")
     if config.get("model_type") != hf_config.BITCPM and not config.get("auto_map"):
         return None
     try:

@@ -119,6 +119,7 @@ def _child(case: Case, folder: Path) -> None:
             os.environ.pop(variable, None)
         os.environ.update(case.environment)
         cli._SECONDS_FOR_RANK_0 = 0.0
+        tqdm._instances.clear()  # the campaign's bar, above which those of a command would be drawn
         status = _carry_out(case)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)

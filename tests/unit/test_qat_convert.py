@@ -281,6 +281,15 @@ def test_a_fused_model_that_was_trained_on_is_refused(latent, tmp_path: Path, ca
 # --------------------------------------------------------------------------------------------------------- refused
 
 
+@pytest.mark.parametrize("config", [{}, {"architectures": []}])
+def test_a_config_that_names_no_model_is_refused(latent, tmp_path: Path, config, capsys) -> None:
+    source = Path(shutil.copytree(latent[0], tmp_path / "in", ignore=shutil.ignore_patterns("DIGESTS.json")))
+    (source / "config.json").write_text(json.dumps(config))
+    assert convert(source, tmp_path / "out") == 2
+    assert "config.json names neither a model_type nor architectures" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("group", [32, 64, 96])
 def test_a_group_size_against_the_record_is_refused(latent, tmp_path: Path, group, capsys) -> None:
     assert convert(latent[0], tmp_path / "out", "--group_size", str(group)) == 2

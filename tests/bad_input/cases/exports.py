@@ -55,7 +55,10 @@ def configs(world: Path) -> Iterator[Case]:
                 "convert_hf_to_megatron",
                 tuple("--load-dir fused --save-dir out".split()),
                 prepare=_config("fused", {key: value}),
-                accepts=value is None or (key == "max_position_embeddings" and name == "huge"),
+                # 10**9 positions or a base of so much are odd and possible; so is an epsilon of 0.5.
+                accepts=value is None
+                or (key, name)
+                in (("max_position_embeddings", "huge"), ("rope_theta", "huge"), ("rms_norm_eps", "half")),
                 says=("config.json", key),
             )
 
