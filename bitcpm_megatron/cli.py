@@ -116,7 +116,15 @@ def complain(message: str) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SECONDS_FOR_RANK_0)
         message = f"rank {rank}: {message}"
+    _close_bars()
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _close_bars() -> None:
+    """Progress bars that the error left open: the message must not stand at the end of one."""
+    tqdm = sys.modules.get("tqdm")
+    for bar in list(tqdm.tqdm._instances) if tqdm is not None else ():
+        bar.close()
 
 
 def _failed(error: BaseException, message: str | None, status: int) -> int:

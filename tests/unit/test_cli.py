@@ -7,6 +7,7 @@ import math
 import os
 
 import pytest
+from tqdm import tqdm
 
 from bitcpm_megatron import cli
 
@@ -40,6 +41,13 @@ def test_an_error_is_one_line_and_its_exit_code(capsys, error, status, message):
 def test_a_fault_of_the_program_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         cli.run(raising(error))
+
+
+def test_a_message_stands_on_a_line_of_its_own(capsys):
+    bar = tqdm(total=3)
+    bar.update()
+    assert cli.run(raising(ValueError("bad"))) == 2
+    assert capsys.readouterr().err.endswith("\nerror: bad\n")
 
 
 def test_a_link_to_itself_is_bad_input(capsys, tmp_path):
