@@ -54,6 +54,12 @@ def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...], ternar
         raise ValueError("--host compares bf16 and ternary: leave --peers and --variants out")
     if args.megatron_path is None:
         raise ValueError("--host needs --megatron-path, a Megatron-LM checkout")
+    for flag, path, package in (
+        ("--megatron-path", args.megatron_path, "megatron"),
+        ("--mindspeed-path", args.mindspeed_path, "mindspeed"),
+    ):
+        if path is not None and not (Path(path) / package).is_dir():
+            raise ValueError(f"{flag} {path}: holds no directory {package}/")
     accelerator = best_device() != "cpu"
     rounds = args.pairs or 6
     jobs = [

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+_AGENT = Path(__file__).resolve().parents[1] / "launch" / "agent.py"
+
 
 def command(processes: int, script: Path, arguments: Sequence[str]) -> list[str]:
-    """The torchrun command of a job."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    """The command of a job, by the agent that tells a failure in one line where torchrun prints a traceback."""
+    torchrun = [sys.executable, str(_AGENT), "--standalone", "--nproc_per_node", str(processes)]
     return [*torchrun, str(script), *arguments]
 
 

@@ -17,6 +17,7 @@ Exit status: 0 done, 1 a job failed, 2 bad arguments.
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -39,11 +40,14 @@ from bitcpm_megatron.arguments import GroupSize
 from bitcpm_megatron.launch import presets
 from bitcpm_megatron.models.architecture import MAX_LAYERS
 from bitcpm_megatron.ops import backends
+from bitcpm_megatron.training.arguments import parse_args
 
 # glibc gives freed memory back to the system and takes fresh pages for the next tensor, now in one variant and now in
 # the other, up to a fifth of a step. All variants keep what they have.
 STEADY_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 JOB = Path(__file__).with_name("throughput_job.py")
+# Processes that share a core: more of them measure nothing but the scheduler.
+_PER_CORE = 16
 
 
 class BenchmarkError(cli.FailedError):
@@ -63,7 +67,11 @@ def _measure(args: argparse.Namespace, command: str) -> None:
     if args.host is not None:
         rows = host_jobs.measure(args, *_host_model(args), ternary_flags(args))
     else:
-        rows = measure(jobs_of(args), args.peak_tflops)
+        jobs = jobs_of(args)
+        for job in jobs:
+            # What does not go together is told here, once, and not by every rank of a job hours from now.
+            parse_args([*job.arguments(), "--ternary", *job.ternary], job.layout.processes)
+        rows = measure(jobs, args.peak_tflops)
     report.write(rows, args.output_dir, args.name, command)
     line = report.last_line(rows)
     if line is not None:
@@ -133,6 +141,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         layout = Layout.parse(text)
         if not on_cpu and layout.processes > torch.cuda.device_count():
             raise ValueError(f"--layouts {text} needs {layout.processes} GPUs, here are {torch.cuda.device_count()}")
+        if on_cpu and layout.processes > _PER_CORE * os.cpu_count():
+            raise ValueError(f"--layouts {text} needs {layout.processes} processes, here are {os.cpu_count()} cores")
         chosen = (BASELINE, OURS, *_peers(layout.tensor)) if args.peers else tuple(dict.fromkeys((BASELINE, *variants)))
         for name in chosen:
             reason = VARIANTS[name].unavailable(layout.tensor)

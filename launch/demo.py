@@ -101,7 +101,7 @@ def train(out: Path, name: str, iterations: int, flags: list[str]) -> float:
 
 def torchrun(script: str) -> list[str]:
     """The launch of one process per tensor-parallel rank."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = [sys.executable, "launch/agent.py", "--standalone"]
     return [*launcher, "--nproc_per_node", str(TENSOR_PARALLEL), script]
 
 

@@ -163,9 +163,18 @@ def test_bad_requests_are_refused(capsys: pytest.CaptureFixture) -> None:
         (["--host", "megatron-lm"], "--megatron-path"),
         (["--host", "megatron-lm", "--megatron-path", "x", "--peers"], "leave --peers"),
         (["--host", "megatron-lm", "--megatron-path", "x", "--vocab-size", "2048"], "more than 4096"),
+        (["--host", "megatron-lm", "--megatron-path", "/nowhere"], "--megatron-path /nowhere: holds no directory"),
+        (["--layouts", "DP99999"], "needs 99999 processes"),
     ):
         assert throughput.main(argv) == 2
         assert why in capsys.readouterr().err
+
+
+def test_what_no_rank_could_run_is_refused_before_any_starts(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(throughput.processes, "run", lambda *_: pytest.fail("started"))
+    with pytest.raises(SystemExit) as leaving:
+        throughput.main(["--layouts", "TP3", "--model", "0.5b-layers"])
+    assert leaving.value.code == 2 and "does not divide" in capsys.readouterr().err
 
 
 def test_an_npu_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -209,10 +218,12 @@ def test_host_commands_differ_in_the_ternary_flags_alone() -> None:
     assert bf16[bf16.index("--nproc_per_node") + 1] == "4" and "--recompute-granularity" in bf16
 
 
-def test_a_host_job_that_fails_is_an_error(capsys: pytest.CaptureFixture) -> None:
-    argv = ["--host", "megatron-lm", "--megatron-path", "/nowhere", "--pairs", "1", "--micro-batches", "1"]
+def test_a_host_job_that_fails_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "megatron").mkdir()
+    argv = ["--host", "megatron-lm", "--megatron-path", str(tmp_path), "--pairs", "1", "--micro-batches", "1"]
     assert throughput.main(argv) == 1
-    assert "--megatron-path /nowhere" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--script pretrain_gpt.py: not found" in error and "Traceback" not in error
 
 
 # ------------------------------------------------------------------------------------------------------------- a job

@@ -74,6 +74,7 @@ def requests(world: Path) -> Iterator[Case]:
         ("throughput", "--output-dir out --layouts TP0"),
         ("throughput", "--output-dir out --layouts TP-1"),
         ("throughput", "--output-dir out --layouts many"),
+        ("throughput", "--output-dir out --layouts DP99999"),
         ("throughput", "--output-dir out --layouts TP3 --model 0.5b-layers --variants bf16"),
         ("throughput", "--output-dir out --variants ternary"),
         ("throughput", "--output-dir out --name ../outside"),
