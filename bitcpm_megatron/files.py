@@ -230,6 +230,23 @@ def _names(directory: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------ reading
 
 
+def require_file(path: Path) -> os.stat_result:
+    """Makes sure that a path leads to a regular file: a directory, pipe or socket is read by nobody here.
+
+    Raises:
+        FileError: it does not, in words that tell what is there from what is missing.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise FileError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise FileError(f"{path}: this is no regular file")
+    return found
+
+
 def read_text(path: Path) -> str:
     """The text of a small file.
 
@@ -237,11 +254,9 @@ def read_text(path: Path) -> str:
         FileError: not a regular file, not readable, too large for a text that people write, or not UTF-8.
     """
     try:
-        mode = path.stat()
-        if not stat.S_ISREG(mode.st_mode):
-            raise FileError(f"{path}: this is no regular file")
-        if mode.st_size > _MAX_TEXT_BYTES:
-            raise FileError(f"{path}: {mode.st_size:,} bytes are too many for such a file")
+        size = require_file(path).st_size
+        if size > _MAX_TEXT_BYTES:
+            raise FileError(f"{path}: {size:,} bytes are too many for such a file")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileError(f"{path}: not UTF-8 ({error.reason} at byte {error.start:,})") from None

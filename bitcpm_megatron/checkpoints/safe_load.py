@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..files import FileError
+from ..files import FileError, require_file
 
 _NAMESPACE = "argparse.Namespace"
 
@@ -67,8 +67,7 @@ def load_without_code(
     Raises:
         FileError: the file is missing or damaged, or cannot be read without running code.
     """
-    if not path.is_file():
-        raise FileError(f"{path}: there is no such file")
+    require_file(path)
     open_source = _opener(path, entry)
     with open_source() as source:
         is_zip = zipfile.is_zipfile(source)
@@ -117,8 +116,7 @@ def load_declared(path: Path) -> Any:
     Raises:
         FileError: the file is missing or damaged, or names something else.
     """
-    if not path.is_file():
-        raise FileError(f"{path}: there is no such file")
+    require_file(path)
     try:
         screen(path)
         return torch.load(path, map_location="cpu", weights_only=True)

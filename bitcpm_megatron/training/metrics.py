@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import Whole
-from ..files import FileError, parse_json, write_text
+from ..files import FileError, parse_json, require_file, write_text
 
 METRICS = "metrics.jsonl"
 
@@ -17,11 +17,10 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     """All records of a run's ``metrics.jsonl``, oldest first; a last line that a killed run left unfinished is none.
 
     Raises:
-        FileError: there is no such file, or a line of it is no record, by its number.
+        FileError: there is no such regular file, or a line of it is no record, by its number.
     """
     path = Path(directory) / METRICS
-    if not path.is_file():
-        raise FileError(f"{path}: there is no such file")
+    require_file(path)
     with path.open(encoding="utf-8") as file:
         try:
             return [_record(line, f"{path}, line {i}") for i, line in enumerate(file, 1) if line.endswith("\n")]

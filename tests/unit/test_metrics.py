@@ -80,5 +80,5 @@ def test_a_last_line_without_an_end_is_none_and_nan_is_read(tmp_path: Path) -> N
 
 def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / METRICS)
-    with pytest.raises(FileError, match="no such file"):
+    with pytest.raises(FileError, match="this is no regular file"):
         MetricsLog(tmp_path)

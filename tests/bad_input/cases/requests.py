@@ -70,7 +70,7 @@ def requests(world: Path) -> Iterator[Case]:
         ("conversion", "--output-dir out --size nan"),
         ("conversion", "--output-dir out --size 1e30GB"),
         ("conversion", "--output-dir corpus.txt"),
-        ("conversion", "--output-dir out --work-dir nowhere --size 1MB"),
+        ("conversion", "--output-dir out --work-dir nowhere --size 1GB"),
         ("throughput", "--output-dir out --layouts TP0"),
         ("throughput", "--output-dir out --layouts TP-1"),
         ("throughput", "--output-dir out --layouts many"),
