@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Between two models in one process: megatron-core's groups end, and with them their threads."""
 
+import gc
+import os
+
 import torch
+
+# Destroyed groups of a model that awaits the garbage collector end with it. A fork has none of the threads that this
+# waits for, so that it would hang where it collects them.
+os.register_at_fork(before=gc.collect)
 
 
 def leave_model_parallel() -> None:

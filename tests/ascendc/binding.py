@@ -115,12 +115,18 @@ def build() -> Path:
 
 
 def in_a_child(check: Callable[[Device], None], library: Path) -> None:
-    """Runs a check in a fork of this process, in which alone the device exists.
+    """Runs a check in a process of its own, in which alone the device exists.
+
+    Args:
+        check: by its module and name.
+        library: the binding.
 
     Raises:
         AssertionError: the check failed, or the child ended otherwise than by its end; with the child's traceback.
     """
-    context = multiprocessing.get_context("fork")
+    # Not a fork of this process: in it, objects of torch wait at their end for threads that only the original has.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", __name__])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_run, args=(check, library, sender))
     child.start()
