@@ -6,6 +6,7 @@ whatever a file holds, a reader returns plain values or raises :class:`FileError
 """
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -78,6 +79,11 @@ def directory_mistake(path: str | Path) -> str | None:
             return f"{place} is no directory"
         return None if os.access(place, os.W_OK | os.X_OK) else f"{place} may not be written to"
     return None
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether an error says that the file system, or the user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def fsync(path: Path) -> None:

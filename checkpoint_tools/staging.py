@@ -2,7 +2,6 @@
 """Output directories that appear whole or not at all, and the disk space that they need."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..cli import FailedError
-from ..files import publish
+from ..files import disk_is_full, publish
 from .tensors import ConversionError
 
 
@@ -86,7 +85,7 @@ def _full_disk_in_words(final: Path, nbytes: int | None) -> Iterator[None]:
         yield
     except OSError as error:
         free = _free(final.parent)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             needed = "" if nbytes is None else f" {nbytes:,} bytes are needed,"
             raise FailedError(
                 f"{final.parent}: the disk is full:{needed} {free:,} were free when it failed; nothing was kept. "

@@ -2,7 +2,6 @@
 """One job at a time writes into a ``--save`` directory: a lock that its process takes along when it dies."""
 
 import contextlib
-import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from ..cli import FailedError
 from ..file_lock import FileLock, LockedError
+from ..files import disk_is_full
 from .agreement import together
 from .checkpoint_directory import CheckpointError, recover
 
@@ -64,6 +64,6 @@ def lock_directory(directory: str | Path) -> FileLock:
         raise CheckpointError(f"--save {directory} is a file: name a directory") from None
     except OSError as error:
         said = f"--save {directory} cannot be written ({error.strerror})"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             raise FailedError(f"{said}: free some space and start the same command again") from None
         raise CheckpointError(f"{said}: choose another") from None

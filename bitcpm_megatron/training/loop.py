@@ -247,9 +247,10 @@ def _run_schedule(
     total[3] = float(signals.received)
     total[4] = len(unknown)
     torch.distributed.all_reduce(total)
-    if total[4]:
+    counted = total.cpu()
+    if counted[4]:
         refuse_unknown_tokens(args, unknown, training=not forward_only)
-    return total[:4].cpu()
+    return counted[:4]
 
 
 def _forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, partial]:

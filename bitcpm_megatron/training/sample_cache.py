@@ -7,7 +7,6 @@ It is built under another name, gets its own when it is complete, and is checked
 """
 
 import contextlib
-import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ import xxhash
 
 from ..cli import FailedError
 from ..file_lock import FileLock, LockedError
-from ..files import DIGESTS, FileError, find_damage, publish, read_digests, write_digests
+from ..files import DIGESTS, FileError, disk_is_full, find_damage, publish, read_digests, write_digests
 from .agreement import together
 
 # Another job may be building the same indices.
@@ -133,6 +132,6 @@ def _explained(root: Path) -> Iterator[None]:
         raise LockedError(f"{root}: another job is building the same sample indices ({error.holder})") from None
     except OSError as error:
         said = f"the sample indices cannot be written to {root} ({error.strerror or error})"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             raise FailedError(f"{said}: free some space, or choose another --data-cache-path") from None
         raise FileError(f"{said}: choose another --data-cache-path") from None

@@ -10,7 +10,6 @@ cases every good line is run, so that a refusal can only come from the mistake. 
 
 import argparse
 import contextlib
-import ctypes
 import math
 import os
 import random
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.files import digest
+from bitcpm_megatron.patches import end_with_parent
 
 from . import damage, world
 from .cases import all_cases, good_lines
@@ -41,7 +41,6 @@ from .commands import COMMANDS, scripts
 MEMORY = 3 * 2**30
 """Peak resident bytes of a case; the parent, of whose pages it inherits, has about 0.7e9."""
 LONGEST_MESSAGE = 1200
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -77,9 +76,9 @@ class Runner:
         """Forks a process that carries out a case in a directory."""
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        parent, pid = os.getpid(), os.fork()
         if pid == 0:
-            _child(case, folder)
+            _child(case, folder, parent)
         self.running[pid] = (case, folder, time.monotonic())
 
     def wait(self) -> tuple[Case, Path, Outcome]:
@@ -105,12 +104,12 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _child(case: Case, folder: Path) -> None:
+def _child(case: Case, folder: Path, parent: int) -> None:
     """Carries out a case as the interpreter would, and ends this process."""
     status = 70
     try:
         os.setsid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a case that hangs ends with the campaign
+        end_with_parent(parent)  # a case that hangs ends with the campaign
         os.chdir(folder)
         for target, name in ((0, os.devnull), (1, None), (2, None)):
             path = name or str(folder.parent / f"{folder.name}.output")
