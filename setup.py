@@ -19,7 +19,7 @@ setup(
     version=version.group(1),
     packages=[
         *find_packages(include=["bitcpm_megatron", "bitcpm_megatron.*"]),
-        *(f"bitcpm_megatron.{name}" for name in INSIDE),
+        *(f"bitcpm_megatron.{room}" for room in find_packages(include=[f"{name}*" for name in INSIDE])),
     ],
     package_data={
         "bitcpm_megatron.ops.cpu": ["fake_quantize.c"],

@@ -38,16 +38,16 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from bitcpm_megatron import QuantizerConfig, checkpoint_tools, cli, dequantize, quantize
-from bitcpm_megatron.checkpoint_tools.hf_config import LLAMA, config_for
-from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter, parse_size
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
-from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
-from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
-from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors
+from bitcpm_megatron.checkpoint_tools.hf_model.config import LLAMA, config_for
+from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError, TensorInfo
+from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size
+from bitcpm_megatron.checkpoint_tools.storage.torch_dist_reader import TorchDistReader, read_common
+from bitcpm_megatron.checkpoint_tools.storage.torch_dist_writer import Chunk, TorchDistWriter
+from bitcpm_megatron.checkpoint_tools.tensor_map import MegatronTensor, megatron_tensors
+from bitcpm_megatron.checkpoints.directory import RELEASE, TRACKER
 from bitcpm_megatron.files import DIGESTS, fsync, publish, write_digests, write_text
 from bitcpm_megatron.models.architecture import MAX_LAYERS, Architecture
 from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
-from bitcpm_megatron.training.checkpoint_directory import RELEASE, TRACKER
 
 TOOLS = Path(checkpoint_tools.__file__).parent
 CONFIG = QuantizerConfig()

@@ -31,10 +31,10 @@ from hardware import best_device, check_outputs, machine
 from tqdm import tqdm
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.arguments import GroupSize
-from bitcpm_megatron.launch import presets
+from bitcpm_megatron.launch.launcher import presets
 from bitcpm_megatron.ops import Backend, backends
 from bitcpm_megatron.quantization import QuantizerConfig, check_weight, effective_group, quantize_dequantize
+from bitcpm_megatron.ternary_flags import GroupSize
 
 EPS = QuantizerConfig.eps
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

@@ -5,7 +5,7 @@
     python benchmarks/roofline.py --machines 910B H100         # without calibrating the CPU that this runs on
     python benchmarks/roofline.py --validate throughput.csv    # predicted next to measured
 
-``cost_model.py`` says how. With --validate the machine is the one at hand: its rates are measured in a few seconds at
+``cost/model.py`` says how. With --validate the machine is the one at hand: its rates are measured in a few seconds at
 the shapes of the measured runs; of a device that is not here the published numbers are taken. `ratio` in the file is
 step time over BF16's.
 
@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from calibration import calibrate
-from cost_model import MACHINES, PRESETS, QUANTIZER_BYTES, Machine, Workload, predict, preset
+from cost.calibration import calibrate
+from cost.model import MACHINES, PRESETS, QUANTIZER_BYTES, Machine, Workload, predict, preset
+from cost.validation import Calibrate, validate, validation_table
 from hardware import check_outputs
-from validation import Calibrate, validate, validation_table
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.launch import presets
-from bitcpm_megatron.launch.memory import GIB
+from bitcpm_megatron.launch.estimates.memory import GIB
+from bitcpm_megatron.launch.launcher import presets
 
 MIB = 2**20
 Line = dict[str, str | int | float]

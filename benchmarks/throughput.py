@@ -25,22 +25,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import host_jobs
 import processes
-import throughput_report as report
 import torch
 from hardware import best_device, check_outputs
-from layouts import Layout
-from plan import BASELINE, OURS, PROGRESS, RECOMPUTE, Job, Session, model_flags, standard
+from steps import host_jobs, report
+from steps.layouts import Layout
+from steps.plan import BASELINE, OURS, PROGRESS, RECOMPUTE, Job, Session, model_flags, standard
+from steps.variants import PEERS, VARIANTS
 from tqdm import tqdm
-from variants import PEERS, VARIANTS
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.arguments import GroupSize
-from bitcpm_megatron.launch import presets
+from bitcpm_megatron.launch.launcher import presets
 from bitcpm_megatron.models.architecture import MAX_LAYERS
 from bitcpm_megatron.ops import backends
-from bitcpm_megatron.training.arguments import parse_args
+from bitcpm_megatron.ternary_flags import GroupSize
+from bitcpm_megatron.training.flags import parse_args
 
 # glibc gives freed memory back to the system and takes fresh pages for the next tensor, now in one variant and now in
 # the other, up to a fifth of a step. All variants keep what they have.

@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from meters import CollectiveBytes, live_copies, memory
-from plan import COST_STEPS, PROGRESS, WARM_UP
-from variants import VARIANTS, Variant, check_peers_use_their_weight, install_peer
+from steps.meters import CollectiveBytes, live_copies, memory
+from steps.plan import COST_STEPS, PROGRESS, WARM_UP
+from steps.variants import VARIANTS, Variant, check_peers_use_their_weight, install_peer
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.files import read_json
-from bitcpm_megatron.tensor_parallel import ternary_modules
-from bitcpm_megatron.training.arguments import parse_args
+from bitcpm_megatron.parallel import ternary_modules
 from bitcpm_megatron.training.checkpoint import Progress
 from bitcpm_megatron.training.data import Batch, Data, build_tokenizer
+from bitcpm_megatron.training.flags import parse_args
 from bitcpm_megatron.training.initialize import device, initialize, shutdown, world_size
 from bitcpm_megatron.training.loop import Run, train_step
 from bitcpm_megatron.training.model import build_model

@@ -21,7 +21,7 @@ if all((_checkout / room / "__init__.py").is_file() for room in ("patches", "lau
 
 def __getattr__(name: str) -> object:
     if name == "apply_recipe":
-        from .tensor_parallel import apply_recipe
+        from .parallel import apply_recipe
 
         return apply_recipe
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

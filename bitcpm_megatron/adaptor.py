@@ -21,7 +21,8 @@ from types import TracebackType
 
 from . import cli
 from .host import HostError
-from .patches import megatron_core, megatron_lm, mindspeed, upstream_warnings
+from .patches import megatron_lm, mindspeed, upstream_warnings
+from .patches.megatron_core import checkpointing
 
 HOSTS = ("megatron-lm", "mindspeed", "mindspeed-llm")
 _VARIABLE = "BITCPM_HOST"
@@ -94,7 +95,7 @@ def install() -> str:
     else:
         mindspeed.join()
         mindspeed.start(host)
-    megatron_core.write_checkpoints_with_newer_torch()
+    checkpointing.write_checkpoints_with_newer_torch()
     logger.info("host: %s", host)
     return host
 

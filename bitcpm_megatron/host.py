@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from .arguments import apply_ternary, quantizer_config, ternary_mistakes
-from .models import arguments as family
+from .models import family_flags, from_arguments
 from .models.architecture import LongRope, Multipliers
 from .quantization.record import QuantizerRecord, RecordError, check_change
+from .ternary_flags import apply_ternary, quantizer_config, ternary_mistakes
 
 _PREPARED = "_bitcpm_prepared"
 
@@ -92,7 +92,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         HostError: naming every flag and its cure.
     """
-    found = family.mistakes(_ours(args))
+    found = family_flags.mistakes(_ours(args))
     if args.ternary:
         found += [
             f"--{name.replace('_', '-')} {getattr(args, name)}: {why}"
@@ -215,8 +215,8 @@ def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Nam
         HostError: the record contradicts and ``--allow-quantizer-change`` is not given, or the model is another one.
     """
     before = {} if saved is None else vars(saved)
-    if any(name in before for name in family.NAMES):
-        for what, of in (("multipliers", family.multipliers_of), ("LongRoPE", family.longrope_of)):
+    if any(name in before for name in from_arguments.NAMES):
+        for what, of in (("multipliers", from_arguments.multipliers_of), ("LongRoPE", from_arguments.longrope_of)):
             theirs, ours = of({**before, **dict.fromkeys(job.theirs)}), of(vars(_ours(args)))
             if theirs != ours:
                 raise HostError(f"{checkpoint} was saved with {what} {theirs} (now {ours}): give the same flags")
@@ -236,8 +236,8 @@ def write_record(checkpoint: Path) -> None:
 def _quantize(
     args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None, notes: list[str]
 ) -> QuantizerRecord:
-    from .tensor_parallel import probe, ternary_modules, watch_use
-    from .tensor_parallel.record import record_of
+    from .nn.recorded import record_of
+    from .parallel import probe, ternary_modules, watch_use
 
     device = next(chunks[0].parameters()).device.type
     shards = []
@@ -272,7 +272,7 @@ def _fill(args: argparse.Namespace, weights: Sequence[torch.nn.Parameter], check
 def _multipliers(args: argparse.Namespace) -> tuple[Multipliers, LongRope | None]:
     """What is ours to apply; what the host defines flags for, it carries out itself."""
     ours: Mapping[str, Any] = vars(_ours(args))
-    return family.multipliers_of(ours), family.longrope_of(ours)
+    return from_arguments.multipliers_of(ours), from_arguments.longrope_of(ours)
 
 
 def _ours(args: argparse.Namespace) -> argparse.Namespace:

@@ -28,17 +28,17 @@ import yaml
 from tqdm import tqdm
 
 from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, check_input, dtype_of, run
-from bitcpm_megatron.checkpoint_tools.hf_config import read_config
-from bitcpm_megatron.checkpoint_tools.hf_model import HfModel, checked_record, open_hf_model
-from bitcpm_megatron.checkpoint_tools.megatron_writer import Layout, stored_bytes, write_legacy, write_torch_dist
-from bitcpm_megatron.checkpoint_tools.side_files import HF_DIRECTORY, copy_side_files
-from bitcpm_megatron.checkpoint_tools.staging import staged
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError
-from bitcpm_megatron.checkpoint_tools.weights import padded_rows
+from bitcpm_megatron.checkpoint_tools.hf_model.config import read_config
+from bitcpm_megatron.checkpoint_tools.hf_model.model import HfModel, checked_record, open_hf_model
+from bitcpm_megatron.checkpoint_tools.hf_model.side_files import HF_DIRECTORY, copy_side_files
+from bitcpm_megatron.checkpoint_tools.megatron_model.writer import Layout, stored_bytes, write_legacy, write_torch_dist
+from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
+from bitcpm_megatron.checkpoint_tools.storage.staging import staged
+from bitcpm_megatron.checkpoint_tools.tensor_map import padded_rows
+from bitcpm_megatron.checkpoints.directory import RELEASE, TRACKER, write_arguments
 from bitcpm_megatron.cli import Parser, Whole
 from bitcpm_megatron.files import write_digests, write_text
-from bitcpm_megatron.models.arguments import arguments_of, flags_of
-from bitcpm_megatron.training.checkpoint_directory import RELEASE, TRACKER, write_arguments
+from bitcpm_megatron.models.from_arguments import arguments_of, flags_of
 
 MODEL_FILE = "model.yaml"
 

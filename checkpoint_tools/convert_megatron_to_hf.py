@@ -28,10 +28,8 @@ if __package__ in (None, ""):
 import torch
 from tqdm import tqdm
 
-from bitcpm_megatron.arguments import GroupSize
 from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, check_input, dtype_of, run
-from bitcpm_megatron.checkpoint_tools.fuse import fuse_blocks
-from bitcpm_megatron.checkpoint_tools.hf_config import (
+from bitcpm_megatron.checkpoint_tools.hf_model.config import (
     BITCPM,
     GRANITE,
     LLAMA,
@@ -40,21 +38,30 @@ from bitcpm_megatron.checkpoint_tools.hf_config import (
     config_for,
     read_config,
 )
-from bitcpm_megatron.checkpoint_tools.hf_files import HfReader, SafetensorsWriter, parse_size
-from bitcpm_megatron.checkpoint_tools.latent_export import write_remote_code
-from bitcpm_megatron.checkpoint_tools.megatron_checkpoint import MegatronCheckpoint, locate, open_checkpoint
-from bitcpm_megatron.checkpoint_tools.quantizer_of import checked_record, checked_scales
-from bitcpm_megatron.checkpoint_tools.records import to_hugging_face
-from bitcpm_megatron.checkpoint_tools.side_files import HF_DIRECTORY, copy_side_files, side_files
-from bitcpm_megatron.checkpoint_tools.staging import staged
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo, VerificationError, cast, check_finite
-from bitcpm_megatron.checkpoint_tools.weights import MegatronTensor, megatron_tensors, split
+from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import write_remote_code
+from bitcpm_megatron.checkpoint_tools.hf_model.side_files import HF_DIRECTORY, copy_side_files, side_files
+from bitcpm_megatron.checkpoint_tools.megatron_model.checkpoint import MegatronCheckpoint, locate, open_checkpoint
+from bitcpm_megatron.checkpoint_tools.quantizer.fuse import fuse_blocks
+from bitcpm_megatron.checkpoint_tools.quantizer.megatron_record import checked_record, checked_scales
+from bitcpm_megatron.checkpoint_tools.record_map import to_hugging_face
+from bitcpm_megatron.checkpoint_tools.storage.hf_reader import HfReader
+from bitcpm_megatron.checkpoint_tools.storage.reader import (
+    ConversionError,
+    TensorInfo,
+    VerificationError,
+    cast,
+    check_finite,
+)
+from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size
+from bitcpm_megatron.checkpoint_tools.storage.staging import staged
+from bitcpm_megatron.checkpoint_tools.tensor_map import MegatronTensor, megatron_tensors, split
+from bitcpm_megatron.checkpoints.directory import RELEASE
 from bitcpm_megatron.cli import Parser, Whole
 from bitcpm_megatron.files import write_digests, write_text
 from bitcpm_megatron.models.architecture import Architecture
-from bitcpm_megatron.models.arguments import architecture_of as architecture_of_arguments
+from bitcpm_megatron.models.from_arguments import architecture_of as architecture_of_arguments
 from bitcpm_megatron.quantization.record import QuantizerRecord
-from bitcpm_megatron.training.checkpoint_directory import RELEASE
+from bitcpm_megatron.ternary_flags import GroupSize
 
 _VOCABULARY_BLOCK = 2**26
 

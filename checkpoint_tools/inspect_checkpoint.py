@@ -29,18 +29,10 @@ if __package__ in (None, ""):
 from tqdm import tqdm
 
 from bitcpm_megatron.checkpoint_tools.command import add_pickle_argument, progress_of_reading, run
-from bitcpm_megatron.checkpoint_tools.inspection import (
-    Inspection,
-    Statistics,
-    Weight,
-    check_record,
-    files_of,
-    not_read,
-    one_thread,
-    open_inspection,
-    statistics_of,
-)
-from bitcpm_megatron.checkpoint_tools.tensors import VerificationError
+from bitcpm_megatron.checkpoint_tools.inspection.inspection import Inspection, Statistics, Weight, check_record
+from bitcpm_megatron.checkpoint_tools.inspection.opening import files_of, open_inspection
+from bitcpm_megatron.checkpoint_tools.inspection.statistics import not_read, one_thread, statistics_of
+from bitcpm_megatron.checkpoint_tools.storage.reader import VerificationError
 from bitcpm_megatron.cli import Parser
 from bitcpm_megatron.files import find_damage, read_digests
 from bitcpm_megatron.layer_numbers import ranges

@@ -25,22 +25,35 @@ if __package__ in (None, ""):
 import torch
 from tqdm import tqdm
 
-from bitcpm_megatron.arguments import GroupSize
-from bitcpm_megatron.checkpoint_tools import hf_config
 from bitcpm_megatron.checkpoint_tools.command import DTYPES, check_input, run
-from bitcpm_megatron.checkpoint_tools.fuse import detected_group, fuse_blocks
-from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter, open_tensors, parse_size, row_blocks
-from bitcpm_megatron.checkpoint_tools.latent_export import read_record
-from bitcpm_megatron.checkpoint_tools.legacy import filled_on_disk
-from bitcpm_megatron.checkpoint_tools.qat_plan import NO_MERGE, Plan, make_plan
-from bitcpm_megatron.checkpoint_tools.side_files import copy_side_files
-from bitcpm_megatron.checkpoint_tools.staging import staged, staged_file
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorReader, VerificationError, check_finite
-from bitcpm_megatron.checkpoint_tools.torch_file import save_file
+from bitcpm_megatron.checkpoint_tools.hf_model.config import (
+    BITCPM,
+    GRANITE,
+    LLAMA,
+    architecture_of,
+    config_for,
+    read_config,
+)
+from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import read_record
+from bitcpm_megatron.checkpoint_tools.hf_model.side_files import copy_side_files
+from bitcpm_megatron.checkpoint_tools.megatron_model.legacy import filled_on_disk
+from bitcpm_megatron.checkpoint_tools.quantizer.fuse import detected_group, fuse_blocks
+from bitcpm_megatron.checkpoint_tools.quantizer.fusing_plan import NO_MERGE, Plan, make_plan
+from bitcpm_megatron.checkpoint_tools.storage.hf_reader import open_tensors
+from bitcpm_megatron.checkpoint_tools.storage.reader import (
+    ConversionError,
+    TensorReader,
+    VerificationError,
+    check_finite,
+)
+from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size, row_blocks
+from bitcpm_megatron.checkpoint_tools.storage.staging import staged, staged_file
+from bitcpm_megatron.checkpoint_tools.storage.torch_file import save_file
 from bitcpm_megatron.cli import Parser
 from bitcpm_megatron.files import add_digest, write_digests, write_text
 from bitcpm_megatron.quantization import effective_group
 from bitcpm_megatron.quantization.record import FILE_NAME as RECORD_FILE
+from bitcpm_megatron.ternary_flags import GroupSize
 
 _SUFFIXES = (".safetensors", ".bin")
 
@@ -92,7 +105,7 @@ def convert(args: argparse.Namespace) -> None:
     record = read_record(source if source.is_dir() else source.parent)
     plan = make_plan(reader, record, args.group_size, whole=source.is_dir(), each=_progress)
     if source.is_dir():
-        config = hf_config.read_config(source)
+        config = read_config(source)
         dtype = reader.tensors()[next(iter(plan.quantized))].dtype
         stock = _stock_config(config, str(dtype).removeprefix("torch."))
         _announce(plan, len(reader.tensors()))
@@ -141,17 +154,17 @@ def _stock_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any] | Non
         raise ConversionError("config.json has a quantization_config: its weights are stored in a quantized format")
     if not config.get("model_type") and not config.get("architectures"):
         raise ConversionError("config.json names neither a model_type nor architectures: no client can load the result")
-    if config.get("model_type") != hf_config.BITCPM and not config.get("auto_map"):
+    if config.get("model_type") != BITCPM and not config.get("auto_map"):
         return None
     try:
-        architecture = hf_config.architecture_of(config)
+        architecture = architecture_of(config)
     except ConversionError as error:
         raise ConversionError(
             f"{error}. The model comes with its own modeling file, which may quantize, too: fused weights must not be "
             "quantized again. Convert the weight file alone if it does not"
         ) from None
-    kind = hf_config.LLAMA if architecture.is_llama else hf_config.GRANITE
-    return hf_config.config_for(kind, architecture, config, dtype)
+    kind = LLAMA if architecture.is_llama else GRANITE
+    return config_for(kind, architecture, config, dtype)
 
 
 def _announce(plan: Plan, tensors: int) -> None:

@@ -22,11 +22,11 @@ if __package__ in (None, ""):
 
 import numpy as np
 
+from bitcpm_megatron.checkpoints.directory import latest
 from bitcpm_megatron.cli import FailedError, MismatchError, Parser, Whole
 from bitcpm_megatron.cli import run as handled
 from bitcpm_megatron.files import directory_mistake
 from bitcpm_megatron.quantization.record import QuantizerRecord
-from bitcpm_megatron.training.checkpoint_directory import latest
 from bitcpm_megatron.training.metrics import plot_losses, read_metrics
 
 TENSOR_PARALLEL = 2

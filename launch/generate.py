@@ -15,11 +15,11 @@ if __package__ in (None, ""):
 import torch
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.training.checkpoint_directory import latest
+from bitcpm_megatron.checkpoints.directory import latest
+from bitcpm_megatron.data.vocabulary import padded_vocab_size
+from bitcpm_megatron.inference.generate import generate, load_for_inference
 from bitcpm_megatron.training.data import Tokenizer, build_tokenizer
-from bitcpm_megatron.training.generate import generate, load_for_inference
 from bitcpm_megatron.training.initialize import shutdown, world_size
-from bitcpm_megatron.training.tokenizer import padded_vocab_size
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,26 +20,20 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.launch import (
-    checks_checkpoint,
-    checks_cluster,
-    checks_data,
-    checks_layout,
-    checks_software,
-    checks_training,
-)
-from bitcpm_megatron.launch.cluster import Placement
-from bitcpm_megatron.launch.command import host_argv
-from bitcpm_megatron.launch.findings import Finding, Subject, prepare
-from bitcpm_megatron.launch.job import Job, read_job
+from bitcpm_megatron.launch.checks import checkpoint, cluster, data, layout, software, training
+from bitcpm_megatron.launch.checks.finding import Finding
+from bitcpm_megatron.launch.checks.subject import Subject, prepare
+from bitcpm_megatron.launch.launcher.job import Job, read_job
+from bitcpm_megatron.launch.launcher.scheduler import Placement
+from bitcpm_megatron.launch.launcher.torchrun import host_argv
 
 _CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
-    checks_cluster.check,
-    checks_layout.check,
-    checks_training.check,
-    checks_data.check,
-    checks_checkpoint.check,
-    checks_software.check,
+    cluster.check,
+    layout.check,
+    training.check,
+    data.check,
+    checkpoint.check,
+    software.check,
 )
 _WIDTH = 116
 

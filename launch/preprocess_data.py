@@ -37,11 +37,11 @@ except ModuleNotFoundError:  # started as a script from a checkout that is not i
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.file_lock import PendingFiles
-from bitcpm_megatron.training.corpus import FORM_FEED, TEXT_KEY, detect_format, document_split, read_documents
-from bitcpm_megatron.training.python_prose import python_prose
-from bitcpm_megatron.training.token_files import outputs, write_corpus
-from bitcpm_megatron.training.tokenizer import LARGEST_VOCABULARY, SentencePieceTokenizer, train_sentencepiece
+from bitcpm_megatron.data.corpus import FORM_FEED, TEXT_KEY, detect_format, document_split, read_documents
+from bitcpm_megatron.data.python_prose import python_prose
+from bitcpm_megatron.data.token_files import outputs, write_corpus
+from bitcpm_megatron.data.tokenizer import LARGEST_VOCABULARY, SentencePieceTokenizer, train_sentencepiece
+from bitcpm_megatron.files.lock import PendingFiles
 
 # A pass over the corpus: the argument names it in the progress bar.
 Corpus = Callable[[str], Iterator[dict[str, str]]]

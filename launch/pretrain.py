@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
 def _train(argv: list[str]) -> None:
     # Imported here and not above: at each save megatron-core's checkpoint writer starts a helper process that imports
     # this file again, and would import megatron with it, for seconds.
-    from bitcpm_megatron.launch import presets
-    from bitcpm_megatron.training.arguments import parse_args
+    from bitcpm_megatron.launch.launcher import presets
+    from bitcpm_megatron.training.flags import parse_args
     from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
     from bitcpm_megatron.training.loop import pretrain
 

@@ -94,9 +94,9 @@ def main() -> int:
 
 # MindSpeed-LLM's checkpoint writer is a new process, not a fork of one that is patched.
 if __name__ == "__mp_main__":
-    from bitcpm_megatron.patches import megatron_core
+    from bitcpm_megatron.patches.megatron_core import checkpointing
 
-    megatron_core.write_checkpoints_with_newer_torch()
+    checkpointing.write_checkpoints_with_newer_torch()
 
 # Without the guard that helper process would train as well, and hang.
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
     python launch/run.py JOB.yaml --node-rank 1         this is node 1, whatever anything else says
     python launch/run.py JOB.yaml --set training.lr=1e-4 --set cluster.nodes=4
 
-``JOB.yaml`` is a job file (``launch/job.py`` has the schema) or the name of one in ``launch/jobs``. The ``torchrun``
-command replaces this process; its exit status is torchrun's. Exit status of its own: 2 bad job or arguments, 3 the
-preflight (``--preflight``) found a mistake.
+``JOB.yaml`` is a job file (``launch/launcher/job.py`` has the schema) or the name of one in ``launch/jobs``. The
+``torchrun`` command replaces this process; its exit status is torchrun's. Exit status of its own: 2 bad job or
+arguments, 3 the preflight (``--preflight``) found a mistake.
 """
 
 import argparse
@@ -23,12 +23,12 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.launch import environment
-from bitcpm_megatron.launch.cluster import Placement, detect
-from bitcpm_megatron.launch.command import environment as child_environment
-from bitcpm_megatron.launch.command import resume, torchrun
-from bitcpm_megatron.launch.job import Job, read_job
-from bitcpm_megatron.launch.network import choose_interface, interfaces
+from bitcpm_megatron.launch.launcher import environment
+from bitcpm_megatron.launch.launcher.job import Job, read_job
+from bitcpm_megatron.launch.launcher.network import choose_interface, interfaces
+from bitcpm_megatron.launch.launcher.scheduler import Placement, detect
+from bitcpm_megatron.launch.launcher.torchrun import environment as child_environment
+from bitcpm_megatron.launch.launcher.torchrun import resume, torchrun
 
 
 def main(argv: list[str] | None = None) -> int:

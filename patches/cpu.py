@@ -230,7 +230,7 @@ def pretend_cuda() -> None:
     """``torch.cuda.is_available()`` -> True, ``device_count()`` -> processes on this node.
 
     ``megatron.training.initialize`` refuses to start without CUDA, and takes each process's device from the count.
-    ``get_device_properties()`` gets an architecture, by which ``training/arguments.py`` tells what it must check.
+    ``get_device_properties()`` gets an architecture, by which ``training/ternary_flags.py`` tells what it must check.
     Data loaders that take this for a GPU pin what they read, which needs a driver: ``Tensor.pin_memory()`` gives the
     tensor itself.
     """
@@ -261,3 +261,23 @@ class _CpuStream:
 
     def wait(self, stream: object = None) -> None:
         """Nothing to wait for."""
+
+
+def keep_sent_tensors() -> None:
+    """Keeps a pipeline stage's output in memory until its backward pass, on the CPU.
+
+    Displaces ``megatron.core.model_parallel_config.ModelParallelConfig.__post_init__`` to switch
+    ``deallocate_pipeline_outputs`` off, which Megatron-LM switches on: gloo sends in the background, from memory that
+    would be freed meanwhile (CUDA's streams keep the order), and interleaved stages then train on NaN.
+    """
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+    def keeping(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def __post_init__(self: ModelParallelConfig) -> None:  # noqa: N807
+            original(self)
+            self.deallocate_pipeline_outputs = False
+
+        return __post_init__
+
+    replace(ModelParallelConfig, "__post_init__", keeping)

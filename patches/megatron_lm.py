@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from .. import host
-from ..arguments import add_arguments
 from ..cli import refuse_arguments
-from . import logger, megatron_core, replace, replace_everywhere
+from ..ternary_flags import add_arguments
+from . import cpu, logger, replace, replace_everywhere
+from .megatron_core import optimizer, schedules, without_te
 
 
 class _State:
@@ -151,13 +152,13 @@ def setup_model_and_optimizer_wrapper(original: Callable) -> Callable:
 def forward_backward_func_wrapper(original: Callable) -> Callable:
     """Displaces ``megatron.core.pipeline_parallel.schedules.get_forward_backward_func``: any schedule is announced.
 
-    ``megatron_core.announce_schedules`` wraps megatron-core's three; MindSpeed hands out others from here (ripipe,
+    ``schedules.announce_schedules`` wraps megatron-core's three; MindSpeed hands out others from here (ripipe,
     distributed training). Unannounced ones would quantize in every forward.
     """
 
     @functools.wraps(original)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
-        return megatron_core.announced(original(*args, **kwargs))
+        return schedules.announced(original(*args, **kwargs))
 
     return get_forward_backward_func
 
@@ -217,7 +218,7 @@ def load_checkpoint_wrapper(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        from ..tensor_parallel.sharded_scales import scales_left_out
+        from ..parallel.sharded_scales import scales_left_out
 
         _State.loading = True
         try:
@@ -315,11 +316,11 @@ def run_on_cpu() -> None:
 
         replace(fused_kernels, "load", lambda _: lambda args: None)
     replace(utils, "compile_helpers", lambda _: lambda: _compile_helpers(Path(utils.__file__).parent))
-    megatron_core.allow_sequence_parallel_torch_norm()
-    megatron_core.provide_fused_adam()
-    megatron_core.allow_distributed_optimizer_without_te()
-    megatron_core.allow_moe_router_without_te()
-    megatron_core.keep_sent_tensors()
+    without_te.allow_sequence_parallel_torch_norm()
+    optimizer.provide_fused_adam()
+    optimizer.allow_distributed_optimizer_without_te()
+    without_te.allow_moe_router_without_te()
+    cpu.keep_sent_tensors()
 
 
 def _compile_helpers(directory: Path) -> None:

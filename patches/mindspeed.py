@@ -110,7 +110,7 @@ def _feature() -> Any:  # noqa: ANN401 - a MindSpeedFeature
 def _register_linears() -> None:
     """The emulated Transformer Engine's qkv and fc1: a column-parallel linear with the norm inside, no subclass of
     megatron-core's. Its proj and fc2 are megatron-core's own."""
-    from ..tensor_parallel import register_linear
+    from ..parallel import register_linear
 
     module = importlib.import_module(_LAYER_NORM_LINEAR)
     try:
@@ -126,7 +126,7 @@ def leave_quantized_weights_on_device() -> None:
     ones have one. Without this a weight of 512 KB or more is copied to the host and its memory freed after the forward
     pass, while the layer's next micro-batch uses it: a crash, or garbage.
     """
-    from ..tensor_parallel import is_shadow
+    from ..parallel import is_shadow
 
     def make(original: Callable[[torch.Tensor], bool]) -> staticmethod:
         def no_swap_tensor(ori_tensor: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ _RENAMED = (
 
 WARNINGS = (
     # megatron-core's optimizer, clip_grads, megatron_fsdp and layer specs. What it falls back to, and
-    # megatron_core.provide_fused_adam, are what this package runs on.
+    # megatron_core.optimizer.provide_fused_adam, are what this package runs on.
     _NOT_INSTALLED + "Torch optimizers.",
     _NOT_INSTALLED + "local implementations of multi_tensor_applier and multi_tensor_scale",
     _NOT_INSTALLED + "local implementations of multi_tensor_applier, multi_tensor_l2norm, and multi_tensor_scale",
@@ -51,7 +51,7 @@ RECORDS = {
     "megatron.core.datasets.gpt_dataset": (
         "Unable to save MockGPTDataset indexes because path_to_cache is None",
     ),
-    # Of 0.19. What they advise instead is a package (megatron_core.save_asynchronously), another model, and what DDP
+    # Of 0.19. What they advise instead is a package (checkpointing.save_asynchronously), another model, and what DDP
     # then does itself.
     "megatron.core.dist_checkpointing.strategies.torch": (
         "MCore's async save is deprecated and will be removed in the future releases. "

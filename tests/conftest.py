@@ -35,12 +35,13 @@ def single_rank(_process_group: None) -> Iterator[None]:
     """megatron-core's parallel state at TP1, on the CPU, seeded."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from bitcpm_megatron.patches import cpu, megatron_core
+    from bitcpm_megatron.patches import cpu
+    from bitcpm_megatron.patches.megatron_core import optimizer, without_te
 
     if not torch.cuda.is_available():
         cpu.install()
-    megatron_core.allow_sequence_parallel_torch_norm()
-    megatron_core.provide_fused_adam()
+    without_te.allow_sequence_parallel_torch_norm()
+    optimizer.provide_fused_adam()
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     yield

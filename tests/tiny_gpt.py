@@ -9,7 +9,7 @@ import torch
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe
 from bitcpm_megatron.ops import set_backend
-from bitcpm_megatron.tensor_parallel import ternary_state
+from bitcpm_megatron.parallel import ternary_state
 
 
 def train(backend: str, device: str, group_size: int) -> list[tuple[float, torch.Tensor]]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bitcpm_megatron.checkpoint_tools.hf_config import BITCPM, config_for
-from bitcpm_megatron.checkpoint_tools.latent_export import write_remote_code
-from bitcpm_megatron.checkpoint_tools.modeling_bitcpm import BitCPMConfig, BitCPMForCausalLM
+from bitcpm_megatron.checkpoint_tools.hf_model.config import BITCPM, config_for
+from bitcpm_megatron.checkpoint_tools.hf_model.modeling_bitcpm import BitCPMConfig, BitCPMForCausalLM
+from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import write_remote_code
 from bitcpm_megatron.models.architecture import Architecture, LongRope
 from bitcpm_megatron.quantization.record import QuantizerRecord
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 4: the MiniCPM4 family on megatron-core."""
+"""Floor 1: the MiniCPM4 family on megatron-core."""

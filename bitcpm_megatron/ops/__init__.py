@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 2: the registered ops, and the backends of ``bitcpm::fake_quantize``.
+"""Floor 3: the registered ops, and the backends of ``bitcpm::fake_quantize``.
 
 ``ascendc``, ``triton`` and ``cpu`` register themselves, and load or compile what they run on when it is first needed.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 1: the mathematics of the quantizer, on torch alone."""
+"""Floor 2: the mathematics of the quantizer, on torch alone."""
 
 from .activations import quantize_activations
 from .config import GROUP_MULTIPLE, WEIGHT_DTYPES, QuantizerConfig, check_weight, effective_group

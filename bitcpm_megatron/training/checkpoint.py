@@ -28,15 +28,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..cli import FailedError
-from ..files import write_digests
-from ..patches import megatron_core
-from ..quantization.record import QuantizerRecord
-from ..tensor_parallel.sharded_scales import without_scales
-from .agreement import together
-from .checkpoint_checks import changes, check_arguments, check_data
-from .checkpoint_digests import gather_digests, with_digests
-from .checkpoint_directory import (
+from ..checkpoints.agreement import together
+from ..checkpoints.compatibility import changes, check_arguments, check_data
+from ..checkpoints.digests import gather_digests, with_digests
+from ..checkpoints.directory import (
     RELEASE,
     CheckpointError,
     incomplete_directory,
@@ -45,7 +40,12 @@ from .checkpoint_directory import (
     saved_arguments,
     write_arguments,
 )
-from .checkpoint_reading import read
+from ..checkpoints.reading import read
+from ..cli import FailedError
+from ..files import write_digests
+from ..parallel.sharded_scales import without_scales
+from ..patches.megatron_core import checkpointing
+from ..quantization.record import QuantizerRecord
 from .initialize import device
 from .model import Model
 
@@ -78,8 +78,8 @@ class Saver:
         self._queue = AsyncCallsQueue() if args.async_save else None
         self._unpublished: list[Path] = []
         self._bytes = 0
-        megatron_core.bind_checkpoint_writers()
-        megatron_core.hold_write_errors()
+        checkpointing.bind_checkpoint_writers()
+        checkpointing.hold_write_errors()
 
     def save(
         self, model: Model, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, progress: Progress
@@ -136,11 +136,11 @@ class Saver:
                 temporary.mkdir(parents=True)
                 if self._bytes > shutil.disk_usage(temporary).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        request = megatron_core.save_asynchronously(
+        request = checkpointing.save_asynchronously(
             state, str(temporary), content_metadata={"distrib_optim_sharding_type": _RESHARDABLE}
         )
         with together():
-            megatron_core.raise_held_write_error()
+            checkpointing.raise_held_write_error()
         request.add_finalize_fn(lambda: self._publish(temporary, final))
         if self._queue is None:
             request.execute_sync()
@@ -154,7 +154,7 @@ class Saver:
 
     def _publish(self, temporary: Path, final: Path) -> None:
         with together():
-            megatron_core.raise_held_write_error()
+            checkpointing.raise_held_write_error()
         digests = gather_digests(temporary)
         with together():
             if torch.distributed.get_rank() == 0:

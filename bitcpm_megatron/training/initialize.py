@@ -11,7 +11,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from ..cli import Whole, from_environment
-from ..patches import cpu, megatron_core
+from ..patches import cpu
+from ..patches.megatron_core import optimizer, without_te
 
 
 def world_size() -> int:
@@ -39,10 +40,10 @@ def initialize(args: argparse.Namespace) -> None:
         torch.cuda.set_device(from_environment("LOCAL_RANK", Whole(0), 0))
     else:
         cpu.install()
-    megatron_core.allow_sequence_parallel_torch_norm()
-    megatron_core.provide_fused_adam()
-    megatron_core.load_optimizer_under_other_rates()
-    megatron_core.allow_moe_router_without_te()
+    without_te.allow_sequence_parallel_torch_norm()
+    optimizer.provide_fused_adam()
+    optimizer.load_optimizer_under_other_rates()
+    without_te.allow_moe_router_without_te()
 
     if not torch.distributed.is_initialized():
         _join(args)

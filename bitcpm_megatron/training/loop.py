@@ -17,17 +17,17 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ..checkpoints.compatibility import check_quantizer
+from ..checkpoints.digests import verify_digests
+from ..checkpoints.directory import CheckpointError, check_start, latest
+from ..checkpoints.directory_lock import held
 from ..cli import FailedError
+from ..nn.recorded import record_of
+from ..parallel import Telemetry
 from ..quantization import scales_are_finite
 from ..quantization.record import QuantizerRecord
-from ..tensor_parallel import Telemetry
-from ..tensor_parallel.record import record_of
 from . import checkpoint
-from .arguments import params_dtype, quantizer_config
 from .checkpoint import Progress
-from .checkpoint_checks import check_quantizer
-from .checkpoint_digests import verify_digests
-from .checkpoint_directory import CheckpointError, check_start, latest
 from .data import (
     Batch,
     Data,
@@ -39,8 +39,8 @@ from .data import (
     refuse_unknown_tokens,
     withdraw_unknown_tokens,
 )
-from .directory_lock import held
 from .exit_signal import ExitSignals
+from .flags import params_dtype, quantizer_config
 from .initialize import device
 from .model import Model, build_model, parameter_count
 from .optimizer import build_optimizer, build_scheduler, learning_rate, step

@@ -14,11 +14,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from ..arguments import apply_ternary
-from ..models.arguments import longrope_of, multipliers_of
 from ..models.customize import customize, softmax_scale
-from ..tensor_parallel import CoverageReport, TernaryState, probe, ternary_modules, watch_use
-from .arguments import params_dtype
+from ..models.from_arguments import longrope_of, multipliers_of
+from ..parallel import CoverageReport, TernaryState, probe, ternary_modules, watch_use
+from ..ternary_flags import apply_ternary
+from .flags import params_dtype
 from .initialize import device
 
 
@@ -47,7 +47,7 @@ def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool
     """Builds, quantizes, probes and wraps the model.
 
     Args:
-        args: from :func:`~bitcpm_megatron.training.arguments.parse_args`.
+        args: from :func:`~bitcpm_megatron.training.flags.parse_args`.
         padded_vocab_size: rows of the embedding.
         with_ddp: wrap for training.
 

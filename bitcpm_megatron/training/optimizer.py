@@ -6,7 +6,7 @@ import argparse
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from .arguments import params_dtype
+from .flags import params_dtype
 from .model import Model
 
 

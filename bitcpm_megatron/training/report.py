@@ -22,7 +22,7 @@ class StepResult:
         grad_norm: before clipping; None without clipping.
         learning_rate: that the step used.
         seconds: it took.
-        codes: telemetry, where it was due (see :class:`~bitcpm_megatron.tensor_parallel.Telemetry`).
+        codes: telemetry, where it was due (see :class:`~bitcpm_megatron.parallel.Telemetry`).
     """
 
     loss: float

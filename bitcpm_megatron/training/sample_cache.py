@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import xxhash
 
+from ..checkpoints.agreement import together
 from ..cli import FailedError
-from ..file_lock import FileLock, LockedError
 from ..files import DIGESTS, FileError, disk_is_full, find_damage, publish, read_digests, write_digests
-from .agreement import together
+from ..files.lock import FileLock, LockedError
 
 # Another job may be building the same indices.
 _PATIENCE_SECONDS = 300.0

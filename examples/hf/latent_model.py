@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.checkpoint_tools.hf_config import BITCPM, read_config
-from bitcpm_megatron.checkpoint_tools.latent_export import read_record
+from bitcpm_megatron.checkpoint_tools.hf_model.config import BITCPM, read_config
+from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import read_record
 from bitcpm_megatron.files import check_digests, parse_json
 from bitcpm_megatron.quantization import fused_group_size
 

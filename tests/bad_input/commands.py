@@ -37,8 +37,8 @@ class Command:
 
     def main(self) -> Callable[..., int | None]:
         """Its entry function."""
-        if self.room in ("launch", "checkpoint_tools"):
-            return importlib.import_module(f"bitcpm_megatron.{self.room}.{self.name}").main
+        if self.room.startswith(("launch", "checkpoint_tools")):
+            return importlib.import_module(f"bitcpm_megatron.{self.room.replace('/', '.')}.{self.name}").main
         if self.room == "bitcpm_megatron":
             return importlib.import_module(f"bitcpm_megatron.{self.name}").main
         folder = CHECKOUT / self.room
@@ -93,7 +93,7 @@ COMMANDS = {
         Command("preflight", "launch", ("job.yaml",)),
         Command("presets", "launch", ()),
         Command("demo", "launch", ("--output", "out"), runs=False),
-        Command("bind_cores", "launch", (), runs=False),
+        Command("bind_cores", "launch/launcher", (), runs=False),
         Command("pretrain_gpt", "launch", tuple("--megatron-path corpus.txt".split()), runs=False),
         Command("convert_hf_to_megatron", "checkpoint_tools", tuple("--load-dir fused --save-dir out".split())),
         Command(

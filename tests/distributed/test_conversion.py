@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf, qat_convert
-from bitcpm_megatron.checkpoint_tools.hf_config import architecture_of, read_config
-from bitcpm_megatron.checkpoint_tools.weights import join, megatron_tensors
+from bitcpm_megatron.checkpoint_tools.hf_model.config import architecture_of, read_config
+from bitcpm_megatron.checkpoint_tools.tensor_map import join, megatron_tensors
 from bitcpm_megatron.quantization import fused_group_size
 
 ORIGINAL = 16  # tokens, LongRoPE's original length

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from small_model import MODEL, losses, quantized_weights, succeeded
 
 from bitcpm_megatron import QuantizerConfig, quantize
-from bitcpm_megatron.training.checkpoint_directory import latest
+from bitcpm_megatron.checkpoints.directory import latest
 from bitcpm_megatron.training.metrics import read_metrics
 
 # Roundings are independent of each other, so that they add up like the root of their number: a step of this model

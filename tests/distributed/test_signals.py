@@ -20,10 +20,10 @@ from launcher import CHECKOUT, WORKERS, environment
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from small_model import losses
 
-from bitcpm_megatron.launch.cluster import Placement
-from bitcpm_megatron.launch.command import torchrun
-from bitcpm_megatron.launch.job import read_job
-from bitcpm_megatron.training.checkpoint_directory import iterations, latest
+from bitcpm_megatron.checkpoints.directory import iterations, latest
+from bitcpm_megatron.launch.launcher.job import read_job
+from bitcpm_megatron.launch.launcher.scheduler import Placement
+from bitcpm_megatron.launch.launcher.torchrun import torchrun
 
 STEPS = 8
 # The agent that torch brings kills its processes 30 seconds after it was asked to stop.

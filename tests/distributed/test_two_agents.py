@@ -18,11 +18,11 @@ from kills.processes import kill
 from launcher import CHECKOUT, environment
 from small_model import losses
 
-from bitcpm_megatron.launch.findings import prepare
-from bitcpm_megatron.launch.job import read_job
-from bitcpm_megatron.launch.quantizer_plan import expected_record
+from bitcpm_megatron.checkpoints.directory import latest
+from bitcpm_megatron.launch.checks.subject import prepare
+from bitcpm_megatron.launch.estimates.quantizer import expected_record
+from bitcpm_megatron.launch.launcher.job import read_job
 from bitcpm_megatron.quantization.record import QuantizerRecord
-from bitcpm_megatron.training.checkpoint_directory import latest
 from bitcpm_megatron.training.metrics import METRICS
 
 STEPS = 40

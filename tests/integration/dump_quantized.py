@@ -15,7 +15,7 @@ import torch
 
 def gathered(state, module) -> torch.Tensor:
     """The whole quantized weight of a module."""
-    from bitcpm_megatron.tensor_parallel.linears import parallel_kind, tensor_parallel_group
+    from bitcpm_megatron.parallel.linears import parallel_kind, tensor_parallel_group
 
     group = tensor_parallel_group(module)
     parts = [torch.empty_like(state.quantized) for _ in range(group.size())]
@@ -33,7 +33,7 @@ def dump(original):
 
     @functools.wraps(original)
     def train_step(forward_step_func, data_iterator, model, *args, **kwargs):
-        from bitcpm_megatron.tensor_parallel import ternary_modules
+        from bitcpm_megatron.parallel import ternary_modules
 
         result = original(forward_step_func, data_iterator, model, *args, **kwargs)
         path = Path(os.environ["DUMP_TO"]) / f"rank{torch.distributed.get_rank()}.pt"

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bitcpm_megatron.checkpoint_tools import qat_convert
-from bitcpm_megatron.checkpoint_tools.latent_export import read_record
-from bitcpm_megatron.checkpoint_tools.modeling_bitcpm import BitCPMForCausalLM
+from bitcpm_megatron.checkpoint_tools.hf_model.modeling_bitcpm import BitCPMForCausalLM
+from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import read_record
 from bitcpm_megatron.quantization import dequantize, quantize
 from bitcpm_megatron.quantization.record import QuantizerRecord
 

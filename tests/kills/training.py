@@ -11,8 +11,8 @@ from pathlib import Path
 from launcher import environment
 from small_model import MODEL, losses
 
+from bitcpm_megatron.checkpoints.directory import iteration_of, iterations, latest
 from bitcpm_megatron.files import find_damage
-from bitcpm_megatron.training.checkpoint_directory import iteration_of, iterations, latest
 
 from .processes import Disk, Started, everyone, first, largest
 from .subject import FULL_DISK, KILL, TERMINATE, Subject, TooLate, demand, one_message

@@ -16,9 +16,10 @@ _PRELUDE = """
 import sys
 from pathlib import Path
 import torch
-from bitcpm_megatron.checkpoint_tools import hf_files, legacy, torch_dist, torch_dist_writer
-from bitcpm_megatron.checkpoint_tools.memory import return_freed_memory
-from bitcpm_megatron.checkpoint_tools.tensors import TensorInfo
+from bitcpm_megatron.checkpoint_tools.megatron_model import legacy
+from bitcpm_megatron.checkpoint_tools.storage import hf_reader, safetensors_writer, torch_dist_reader, torch_dist_writer
+from bitcpm_megatron.checkpoint_tools.command import return_freed_memory
+from bitcpm_megatron.checkpoint_tools.storage.reader import TensorInfo
 return_freed_memory()
 path = Path(sys.argv[1])
 torch.ones(8).sum()

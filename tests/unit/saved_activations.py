@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints how many bytes our loop's model saves for its backward, and how many ``launch/memory.py`` expects.
+"""Prints how many bytes our loop's model saves for its backward, and how many ``launch/estimates/memory.py`` expects.
 
 python tests/unit/saved_activations.py FLAGS OF launch/pretrain.py
 """
@@ -12,14 +12,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bitcpm_megatron.launch import presets
-from bitcpm_megatron.launch.job import Cluster, Host, Job
-from bitcpm_megatron.launch.layout import layout_of, recipe_of
-from bitcpm_megatron.launch.memory import estimate, options_of
-from bitcpm_megatron.training.arguments import parse_args
+from bitcpm_megatron.data.vocabulary import padded_vocab_size
+from bitcpm_megatron.launch.estimates.memory import estimate, options_of
+from bitcpm_megatron.launch.estimates.shapes import layout_of, recipe_of
+from bitcpm_megatron.launch.launcher import presets
+from bitcpm_megatron.launch.launcher.job import Cluster, Host, Job
+from bitcpm_megatron.training.flags import parse_args
 from bitcpm_megatron.training.initialize import initialize
 from bitcpm_megatron.training.model import build_model
-from bitcpm_megatron.training.tokenizer import padded_vocab_size
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ from megatron.core.transformer import TransformerConfig
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from bitcpm_megatron import host
-from bitcpm_megatron.arguments import add_arguments
 from bitcpm_megatron.launch import pretrain_gpt
-from bitcpm_megatron.models.arguments import NAMES
+from bitcpm_megatron.models.from_arguments import NAMES
 from bitcpm_megatron.ops import registry
+from bitcpm_megatron.parallel import ProbeError, find_epoch, linears, ternary_modules
 from bitcpm_megatron.patches import megatron_lm, mindspeed
-from bitcpm_megatron.tensor_parallel import ProbeError, find_epoch, linears, ternary_modules
+from bitcpm_megatron.ternary_flags import add_arguments
 
 # The second is what the first does at once, without the host that the rest of it needs.
 IMPORT = "import bitcpm_megatron.adaptor"
@@ -447,7 +447,7 @@ def test_a_host_that_is_not_there_is_refused(megatron, monkeypatch, named: str, 
             2,
             "give the same",
         ),
-        (f"{HOOK}; from bitcpm_megatron.tensor_parallel import ProbeError; raise ProbeError('fc1')", 3, "fc1"),
+        (f"{HOOK}; from bitcpm_megatron.parallel import ProbeError; raise ProbeError('fc1')", 3, "fc1"),
     ],
 )
 def test_a_refusal_ends_any_script_with_one_line(script: str, status: int, message: str) -> None:

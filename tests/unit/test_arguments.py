@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bitcpm_megatron.training import generate
-from bitcpm_megatron.training.arguments import parse_args
+from bitcpm_megatron.inference import generate
+from bitcpm_megatron.training.flags import parse_args
 
 GOOD = """
     --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitcpm_megatron.checkpoints import digests as checkpoint_digests
+from bitcpm_megatron.checkpoints.digests import gather_digests, verify_digests, with_digests
 from bitcpm_megatron.files import DigestError, digest, write_digests
-from bitcpm_megatron.training import checkpoint_digests
-from bitcpm_megatron.training.checkpoint_digests import gather_digests, verify_digests, with_digests
 
 
 def write(path: Path, content: bytes, after: list[str]) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bitcpm_megatron import file_lock
-from bitcpm_megatron.cli import FailedError
-from bitcpm_megatron.training.checkpoint_directory import (
+from bitcpm_megatron.checkpoints.directory import (
     TRACKER,
     CheckpointError,
     check_start,
@@ -23,11 +21,13 @@ from bitcpm_megatron.training.checkpoint_directory import (
     recover,
     saved_arguments,
 )
-from bitcpm_megatron.training.directory_lock import LOCK, lock_directory
+from bitcpm_megatron.checkpoints.directory_lock import LOCK, lock_directory
+from bitcpm_megatron.cli import FailedError
+from bitcpm_megatron.files import lock as file_lock
 
 HOLD = """
 import os, sys, time
-from bitcpm_megatron.training.directory_lock import lock_directory
+from bitcpm_megatron.checkpoints.directory_lock import lock_directory
 lock = lock_directory(sys.argv[1])
 if os.fork() == 0:  # what a data loader does; it lives on when its parent is killed
     time.sleep(20)

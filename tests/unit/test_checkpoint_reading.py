@@ -21,8 +21,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.enums import ModelType
 from test_torch_dist import Payload
 
+from bitcpm_megatron.checkpoints.reading import read
 from bitcpm_megatron.checkpoints.torch_dist import read_contents
-from bitcpm_megatron.training.checkpoint_reading import read
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WEIGHT = torch.arange(48.0).reshape(6, 8)

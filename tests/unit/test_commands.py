@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.arguments import add_arguments
+from bitcpm_megatron.ternary_flags import add_arguments
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Scripts that hand all their arguments on to another program, or get them from one of ours.
-NO_PARSER = {"launch/agent", "launch/bind_cores", "launch/pretrain_gpt", "benchmarks/throughput_job"}
+NO_PARSER = {"launch/agent", "launch/pretrain_gpt", "benchmarks/throughput_job"}
 
 
 def commands() -> list[str]:
@@ -101,7 +101,7 @@ def test_the_place_in_the_job_is_a_number(monkeypatch, variables: dict[str, str]
 
 
 def test_bind_cores_refuses_a_rank_that_is_none() -> None:
-    command = [sys.executable, str(CHECKOUT / "launch" / "bind_cores.py"), "-c", "print('ran')"]
+    command = [sys.executable, str(CHECKOUT / "launch" / "launcher" / "bind_cores.py"), "-c", "print('ran')"]
     done = subprocess.run(command, env={**os.environ, "LOCAL_RANK": "abc"}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and "LOCAL_RANK holds 'abc'" in done.stderr
     assert done.stderr.count("\n") == 1

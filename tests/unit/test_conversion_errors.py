@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_round_trip import tensors, write
 
 from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf
-from bitcpm_megatron.checkpoint_tools.hf_files import SafetensorsWriter
-from bitcpm_megatron.checkpoint_tools.staging import staged
-from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
-from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
+from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter
+from bitcpm_megatron.checkpoint_tools.storage.staging import staged
+from bitcpm_megatron.checkpoint_tools.storage.torch_dist_reader import TorchDistReader, read_common
+from bitcpm_megatron.checkpoint_tools.storage.torch_dist_writer import Chunk, TorchDistWriter
 from bitcpm_megatron.files import DIGESTS
 from bitcpm_megatron.quantization import QuantizerConfig, quantize, quantize_dequantize
 from bitcpm_megatron.quantization.record import QuantizerRecord
@@ -513,13 +513,15 @@ def test_killed_half_way_and_started_again(
 ) -> None:
     out = tmp_path / "out"
     if direction == "to megatron":
-        tool, module, function, flags = "convert_hf_to_megatron", "hf_model", "join", ["--load-dir", str(source)]
+        tool, module = "convert_hf_to_megatron", "hf_model.model"
+        function, flags = "join", ["--load-dir", str(source)]
     else:
         tool = module = "convert_megatron_to_hf"
         function, flags = "split", ["--load-dir", str(megatron), "--weights", "fused"]
     script = f"""
-import os, signal, sys
-from bitcpm_megatron.checkpoint_tools import {tool} as tool, {module} as module
+import importlib, os, signal, sys
+tools = "bitcpm_megatron.checkpoint_tools."
+tool, module = importlib.import_module(tools + "{tool}"), importlib.import_module(tools + "{module}")
 count = 0
 original = module.{function}
 def counted(*args):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitcpm_megatron.training.corpus import document_split, read_documents
+from bitcpm_megatron.data.corpus import document_split, read_documents
 
 TEXTS = [f"Document {n}.\n\nIt has {n} parts, “quotes”, and\ta tab.\n    三值 weights: -1, 0, 1." for n in range(60)]
 
@@ -124,7 +124,7 @@ def test_keys_of_plain_text_and_unknown_formats_are_refused(tmp_path: Path) -> N
 def test_a_text_without_separators_that_fills_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitcpm_megatron.training.corpus._MAX_TEXT_CHARACTERS", 100)
+    monkeypatch.setattr("bitcpm_megatron.data.corpus._MAX_TEXT_CHARACTERS", 100)
     path = tmp_path / "dump.txt"
     path.write_text("short\n\f\n" + "a line of text\n" * 50)
     with pytest.raises(ValueError, match=r"dump\.txt:3: .*longer than 100 characters.*--document-separator"):

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitcpm_megatron import files
-from bitcpm_megatron.files import directory_mistake, publish, write_text
+from bitcpm_megatron.files import atomic, directory_mistake, publish, write_text
 
 NEW = "new\n三值\n"
 
@@ -63,7 +62,7 @@ def test_write_text_leaves_no_other_name_when_it_is_interrupted(old: Path, monke
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "publish", interrupt)
+    monkeypatch.setattr(atomic, "publish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_text(old, NEW)
     assert old.read_text() == "old" and os.listdir(old.parent) == [old.name]

@@ -12,14 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak_memory import MB, is_view_of, peak_growth
 
-from bitcpm_megatron.checkpoint_tools.hf_files import (
-    HfReader,
-    SafetensorsWriter,
-    open_tensors,
-    parse_size,
-    row_blocks,
-)
-from bitcpm_megatron.checkpoint_tools.tensors import TensorInfo
+from bitcpm_megatron.checkpoint_tools.storage.hf_reader import HfReader, open_tensors
+from bitcpm_megatron.checkpoint_tools.storage.reader import TensorInfo
+from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size, row_blocks
 from bitcpm_megatron.files import FileError
 
 TENSORS = {
@@ -290,7 +285,7 @@ def test_what_unfolds_is_refused_before_it_does(tmp_path):
 begin()
 from bitcpm_megatron.files import FileError
 try:
-    hf_files.open_tensors(Path({str(file)!r}))
+    hf_reader.open_tensors(Path({str(file)!r}))
 except FileError as error:
     assert "data.pkl is compressed" in str(error)
 else:
@@ -414,10 +409,10 @@ def test_memory(tmp_path):
     code = """
 plan = {f"t{i}": TensorInfo((10, 2**20), torch.float32) for i in range(4)}
 begin()
-with hf_files.SafetensorsWriter(path, plan, 10**8) as writer:
+with safetensors_writer.SafetensorsWriter(path, plan, 10**8) as writer:
     for name, info in plan.items():
         writer.write(name, (torch.full((1, 2**20), float(row)) for row in range(10)))
-reader = hf_files.open_tensors(path)
+reader = hf_reader.open_tensors(path)
 kept = [reader.read(name) for name in plan]
 assert [tensor.sum(1).tolist() for tensor in kept] == [[row * 2.0**20 for row in range(10)]] * 4
 """

@@ -19,8 +19,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, quantize
-from bitcpm_megatron.patches import megatron_core
-from bitcpm_megatron.tensor_parallel import probe
+from bitcpm_megatron.parallel import probe
+from bitcpm_megatron.patches.megatron_core import optimizer
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 DEFAULT = QuantizerConfig()
@@ -85,13 +85,13 @@ def test_a_megatron_lm_without_legacy_modules_starts_on_the_cpu() -> None:
 def test_the_stand_in_for_apex_adam_takes_what_newer_versions_hand_over() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
-    megatron_core.FusedAdam([weight], lr=0.5, capturable=False).step()
+    optimizer.FusedAdam([weight], lr=0.5, capturable=False).step()
     assert torch.allclose(weight.detach(), torch.full((2,), 0.5))
 
 
 def test_a_step_that_a_cuda_graph_could_capture_is_refused() -> None:
     with pytest.raises(ValueError, match="optimizer_cuda_graph.*switch it off"):
-        megatron_core.FusedAdam([torch.nn.Parameter(torch.ones(2))], capturable=True)
+        optimizer.FusedAdam([torch.nn.Parameter(torch.ones(2))], capturable=True)
 
 
 def distributed_optimizer(rate: float) -> MegatronOptimizer:
@@ -108,7 +108,7 @@ def test_optimizer_state_is_loaded_under_another_learning_rate(monkeypatch: pyte
         if hasattr(module, "param_group_identifier_keys"):  # 0.12.1 matches groups in another way
             keys = dict.fromkeys(("max_lr", "min_lr", *module.param_group_identifier_keys))
             monkeypatch.setattr(module, "param_group_identifier_keys", tuple(keys))
-    megatron_core.load_optimizer_under_other_rates()
+    optimizer.load_optimizer_under_other_rates()
     saved, resumed = distributed_optimizer(1e-2), distributed_optimizer(1e-3)
     resumed.load_state_dict(saved.state_dict())
     assert [(g["max_lr"], g["min_lr"]) for g in resumed.param_groups] == [(1e-2, 5e-3)] * len(resumed.param_groups)
@@ -124,12 +124,12 @@ import psutil
 
 if __name__ == "__main__":
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from bitcpm_megatron.patches import megatron_core
+    from bitcpm_megatron.patches.megatron_core import checkpointing
 
     names = ("get_write_results_queue", "_get_write_results_queue")
     start = next((name for name in names if hasattr(filesystem_async, name)), None)
     if start is not None:
-        megatron_core.bind_checkpoint_writers()
+        checkpointing.bind_checkpoint_writers()
         getattr(filesystem_async, start)()
     for pid in ["self", *(child.pid for child in psutil.Process().children(recursive=True))]:
         for line in open(f"/proc/{pid}/status"):

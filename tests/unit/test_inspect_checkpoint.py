@@ -14,14 +14,10 @@ import tiny_hf
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitcpm_megatron.checkpoint_tools import (
-    convert_hf_to_megatron,
-    inspect_checkpoint,
-    inspection,
-    qat_convert,
-)
-from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
-from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
+from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, inspect_checkpoint, qat_convert
+from bitcpm_megatron.checkpoint_tools.inspection import statistics
+from bitcpm_megatron.checkpoint_tools.storage.torch_dist_reader import TorchDistReader, read_common
+from bitcpm_megatron.checkpoint_tools.storage.torch_dist_writer import Chunk, TorchDistWriter
 from bitcpm_megatron.quantization import quantize
 from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
 
@@ -213,7 +209,7 @@ def test_weights_are_quantized_once_and_on_one_thread(copy, monkeypatch):
         threads.add(torch.get_num_threads())
         return quantize(weight, *rest)
 
-    monkeypatch.setattr(inspection, "quantize", counted)
+    monkeypatch.setattr(statistics, "quantize", counted)
     path, before = with_scales(copy("torch_dist")), torch.get_num_threads()
     try:
         torch.set_num_threads(2)

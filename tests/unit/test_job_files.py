@@ -16,9 +16,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bitcpm_megatron.launch import checks_layout, checks_training, run
-from bitcpm_megatron.launch.findings import prepare
-from bitcpm_megatron.launch.job import names, read_job
+from bitcpm_megatron.launch import run
+from bitcpm_megatron.launch.checks import layout as checks_layout
+from bitcpm_megatron.launch.checks import training as checks_training
+from bitcpm_megatron.launch.checks.subject import prepare
+from bitcpm_megatron.launch.launcher.job import names, read_job
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from bitcpm_megatron.launch import bind_cores, run
-from bitcpm_megatron.launch.cluster import ClusterError, Placement, detect, expand_nodelist
-from bitcpm_megatron.launch.command import environment as child_environment
-from bitcpm_megatron.launch.command import host_argv, resume, torchrun
-from bitcpm_megatron.launch.environment import read_profile, resolve
-from bitcpm_megatron.launch.job import Cluster, Job, JobError, read_job
-from bitcpm_megatron.launch.network import NetworkError, choose_interface
-from bitcpm_megatron.launch.presets import PresetError
+from bitcpm_megatron.launch import run
+from bitcpm_megatron.launch.launcher import bind_cores
+from bitcpm_megatron.launch.launcher.environment import read_profile, resolve
+from bitcpm_megatron.launch.launcher.job import Cluster, Job, JobError, read_job
+from bitcpm_megatron.launch.launcher.network import NetworkError, choose_interface
+from bitcpm_megatron.launch.launcher.presets import PresetError
+from bitcpm_megatron.launch.launcher.scheduler import ClusterError, Placement, detect, expand_nodelist
+from bitcpm_megatron.launch.launcher.torchrun import environment as child_environment
+from bitcpm_megatron.launch.launcher.torchrun import host_argv, resume, torchrun
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SMALL = """

@@ -13,10 +13,10 @@ import torch
 from peak_memory import MB, is_view_of, peak_growth
 from test_torch_dist import Color, FullDisk, Payload
 
-from bitcpm_megatron.checkpoint_tools import mapped_file
-from bitcpm_megatron.checkpoint_tools.legacy import LegacyReader, rank_directory, write_rank
-from bitcpm_megatron.checkpoint_tools.tensors import TensorInfo
-from bitcpm_megatron.checkpoint_tools.torch_file import save_file
+from bitcpm_megatron.checkpoint_tools.megatron_model.legacy import LegacyReader, rank_directory, write_rank
+from bitcpm_megatron.checkpoint_tools.storage import mapped_file
+from bitcpm_megatron.checkpoint_tools.storage.reader import TensorInfo
+from bitcpm_megatron.checkpoint_tools.storage.torch_file import save_file
 from bitcpm_megatron.files import FileError
 
 TENSORS = {

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from bitcpm_megatron.checkpoint_tools.hf_config import GRANITE, MINICPM, config_for
-from bitcpm_megatron.checkpoint_tools.latent_export import read_record, write_remote_code
-from bitcpm_megatron.checkpoint_tools.modeling_bitcpm import (
+from bitcpm_megatron.checkpoint_tools.hf_model.config import GRANITE, MINICPM, config_for
+from bitcpm_megatron.checkpoint_tools.hf_model.modeling_bitcpm import (
     BitCPMForCausalLM,
     MiniCPMConfig,
     MiniCPMForCausalLM,
@@ -23,7 +22,8 @@ from bitcpm_megatron.checkpoint_tools.modeling_bitcpm import (
     quantize_activations,
     quantize_weight,
 )
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError
+from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import read_record, write_remote_code
+from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
 from bitcpm_megatron.quantization import QuantizerConfig, dequantize, quantize
 from bitcpm_megatron.quantization import quantize_activations as reference_activations
 from bitcpm_megatron.quantization.record import FILE_NAME

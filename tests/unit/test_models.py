@@ -11,11 +11,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
-from bitcpm_megatron.launch import presets
+from bitcpm_megatron.launch.launcher import presets
 from bitcpm_megatron.models.architecture import Architecture, ArchitectureError, LongRope, Multipliers
-from bitcpm_megatron.models.arguments import architecture_of, arguments_of, flags_of, longrope_of, multipliers_of
 from bitcpm_megatron.models.customize import customize, softmax_scale
-from bitcpm_megatron.training.arguments import parse_args
+from bitcpm_megatron.models.from_arguments import architecture_of, arguments_of, flags_of, longrope_of, multipliers_of
+from bitcpm_megatron.training.flags import parse_args
 
 RUN = "--seq-length 32 --micro-batch-size 1 --train-iters 1 --lr 1 --mock-data --vocab-size 300 --eval-iters 0".split()
 LONG = LongRope(tuple(1.0 + i for i in range(8)), tuple(2.0 + i for i in range(8)), 32)
@@ -194,8 +194,8 @@ def test_what_customizing_installs_can_be_pickled(single_rank: None) -> None:
 
 
 def test_checkpoints_compare_multipliers_by_meaning(tmp_path) -> None:
-    from bitcpm_megatron.training.checkpoint_checks import check_arguments
-    from bitcpm_megatron.training.checkpoint_directory import CheckpointError
+    from bitcpm_megatron.checkpoints.compatibility import check_arguments
+    from bitcpm_megatron.checkpoints.directory import CheckpointError
 
     args = parse_args(presets.expand(["--model", "tiny-minicpm4", *RUN]), 1)
     saved = {**vars(args), **arguments_of(presets.architecture("tiny-minicpm4"))}

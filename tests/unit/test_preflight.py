@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 
 from bitcpm_megatron import QuantizerConfig
-from bitcpm_megatron.launch import checks_cluster, checks_software, preflight, presets
-from bitcpm_megatron.launch.findings import Finding, prepare
-from bitcpm_megatron.launch.job import read_job
-from bitcpm_megatron.launch.layout import Layout
-from bitcpm_megatron.launch.memory import Options, estimate, layer_activations
-from bitcpm_megatron.launch.quantizer_plan import expected_record
+from bitcpm_megatron.data.tokenizer import train_sentencepiece
+from bitcpm_megatron.launch import preflight
+from bitcpm_megatron.launch.checks import cluster as checks_cluster
+from bitcpm_megatron.launch.checks import software as checks_software
+from bitcpm_megatron.launch.checks.finding import Finding
+from bitcpm_megatron.launch.checks.subject import prepare
+from bitcpm_megatron.launch.estimates.memory import Options, estimate, layer_activations
+from bitcpm_megatron.launch.estimates.quantizer import expected_record
+from bitcpm_megatron.launch.estimates.shapes import Layout
+from bitcpm_megatron.launch.launcher import presets
+from bitcpm_megatron.launch.launcher.job import read_job
 from bitcpm_megatron.quantization.recipe import Recipe
-from bitcpm_megatron.training.tokenizer import train_sentencepiece
 
 JOB = """
 description: what a careful user would write
@@ -659,7 +663,7 @@ def test_the_megatron_hosts_flags_are_looked_up_in_its_sources(tmp_path: Path) -
     for path, text in (
         ("m/pretrain_gpt.py", ""),
         (
-            "m/megatron/training/arguments.py",
+            "m/megatron/training/ternary_flags.py",
             "group.add_argument('--use-flash-attn')\nclass Config:\n    new_style: int",
         ),
         ("s/mindspeed/megatron_adaptor.py", "'--use-fused-swiglu'"),

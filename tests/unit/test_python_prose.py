@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bitcpm_megatron.training.corpus import document_split
-from bitcpm_megatron.training.python_prose import python_prose
+from bitcpm_megatron.data.corpus import document_split
+from bitcpm_megatron.data.python_prose import python_prose
 
 LONG = "This paragraph tells in plain words, and at some length, what the function next to it does. " * 3
 
@@ -31,7 +31,7 @@ FIRST_REST = f"""
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small standard library; its sources raise when they are imported."""
     monkeypatch.setattr(
-        "bitcpm_megatron.training.python_prose._pydoc_topics",
+        "bitcpm_megatron.data.python_prose._pydoc_topics",
         lambda: {"b": f"Topic.b {LONG}", "a": f"Topic.a {LONG}", "0": "Short."},
     )
     sources = {

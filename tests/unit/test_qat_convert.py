@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bitcpm_megatron.checkpoint_tools import fuse as fuse_module
 from bitcpm_megatron.checkpoint_tools import qat_convert
-from bitcpm_megatron.checkpoint_tools.fuse import fuse_blocks
-from bitcpm_megatron.checkpoint_tools.hf_config import GRANITE, LLAMA, MINICPM, config_for
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
+from bitcpm_megatron.checkpoint_tools.hf_model.config import GRANITE, LLAMA, MINICPM, config_for
+from bitcpm_megatron.checkpoint_tools.quantizer import fuse as fuse_module
+from bitcpm_megatron.checkpoint_tools.quantizer.fuse import fuse_blocks
+from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError, TensorInfo
 from bitcpm_megatron.files import DIGESTS, check_digests, read_digests
 from bitcpm_megatron.quantization import QuantizerConfig, dequantize, fused_group_size, quantize
 from bitcpm_megatron.quantization.record import FILE_NAME, QuantizerRecord

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from bitcpm_megatron import QuantizerConfig
-from bitcpm_megatron.tensor_parallel import Recipe, RecipeError
+from bitcpm_megatron.parallel import Recipe, RecipeError
 
 DEFAULT = QuantizerConfig(group_size=128, eps=1e-6)
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe
+from bitcpm_megatron.checkpoints.compatibility import check_quantizer
+from bitcpm_megatron.checkpoints.directory import CheckpointError, latest, publish_checkpoint, recover
+from bitcpm_megatron.nn.recorded import recipe_of, record_of
+from bitcpm_megatron.parallel import Recipe
 from bitcpm_megatron.quantization.record import FILE_NAME, QuantizerRecord, RecordError
-from bitcpm_megatron.tensor_parallel import Recipe
-from bitcpm_megatron.tensor_parallel.record import recipe_of, record_of
-from bitcpm_megatron.training.checkpoint_checks import check_quantizer
-from bitcpm_megatron.training.checkpoint_directory import CheckpointError, latest, publish_checkpoint, recover
 
 PATH = "decoder.layers.0.mlp.linear_fc1"
 RECORD = QuantizerRecord("latent", "ternary", 1e-5, "bfloat16", 2, 16, {PATH: {"group_size": -1}})

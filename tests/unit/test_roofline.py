@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import calibration
-import cost_model
 import roofline
-import validation
+from cost import calibration, validation
+from cost import model as cost_model
 
-from bitcpm_megatron.launch.layout import Layout
+from bitcpm_megatron.launch.estimates.shapes import Layout
 
 # Per layer qkv 128 x 64, proj 64 x 64, fc1 256 x 64, fc2 64 x 128: 8,192 + 4,096 + 16,384 + 8,192 = 36,864 weights.
 TINY = Layout(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf
-from bitcpm_megatron.checkpoint_tools.hf_config import architecture_of
+from bitcpm_megatron.checkpoint_tools.hf_model.config import architecture_of
 
 LAYOUTS = [(tp, pp) for tp in (1, 2) for pp in (1, 2)]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from bitcpm_megatron.checkpoint_tools import staging
-from bitcpm_megatron.checkpoint_tools.staging import check_free_space, staged
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError
+from bitcpm_megatron.checkpoint_tools.storage import staging
+from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
+from bitcpm_megatron.checkpoint_tools.storage.staging import check_free_space, staged
 from bitcpm_megatron.cli import FailedError
 
 
@@ -99,7 +99,7 @@ def test_kill(tmp_path):
     code = f"""
 import sys, time
 from pathlib import Path
-from bitcpm_megatron.checkpoint_tools.staging import staged
+from bitcpm_megatron.checkpoint_tools.storage.staging import staged
 with staged(Path({str(tmp_path / "a")!r})) as directory:
     (directory / "half").write_text("x")
     print("half", flush=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe
-from bitcpm_megatron.tensor_parallel import Recipe, Telemetry, find_epoch, ternary_state
+from bitcpm_megatron.parallel import Recipe, Telemetry, find_epoch, ternary_state
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 DEFAULT = QuantizerConfig(group_size=32)

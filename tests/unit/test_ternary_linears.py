@@ -16,8 +16,7 @@ from megatron.core.transformer import TransformerConfig
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, quantize
 from bitcpm_megatron.ops import fake_quantize_activations
-from bitcpm_megatron.patches import ORIGINAL
-from bitcpm_megatron.tensor_parallel import (
+from bitcpm_megatron.parallel import (
     ProbeError,
     Recipe,
     RecipeError,
@@ -27,7 +26,8 @@ from bitcpm_megatron.tensor_parallel import (
     ternary_modules,
     ternary_state,
 )
-from bitcpm_megatron.tensor_parallel.linears import Candidate, local_config
+from bitcpm_megatron.parallel.linears import Candidate, local_config
+from bitcpm_megatron.patches import ORIGINAL
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 DEFAULT = QuantizerConfig()

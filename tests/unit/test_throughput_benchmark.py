@@ -14,20 +14,18 @@ import torch
 CHECKOUT = Path(__file__).parents[2]
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 
-import host_jobs
-import meters
-import plan
 import processes
 import throughput
 import throughput_job
-import throughput_report
-from intervals import median_interval
-from layouts import Layout
-from variants import PEERS
+from report.intervals import median_interval
+from steps import host_jobs, meters, plan
+from steps import report as throughput_report
+from steps.layouts import Layout
+from steps.variants import PEERS
 
+from bitcpm_megatron.nn.cache import CacheEpoch
+from bitcpm_megatron.nn.linear import TernaryState
 from bitcpm_megatron.quantization import QuantizerConfig
-from bitcpm_megatron.tensor_parallel.cache import CacheEpoch
-from bitcpm_megatron.tensor_parallel.linear import TernaryState
 
 # ------------------------------------------------------------------------------------------------------- statistics
 
@@ -294,7 +292,8 @@ def test_a_peer_that_is_not_in_the_forward_is_found(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(CHECKOUT / "benchmarks")!r})
-import variants, throughput_job
+import throughput_job
+from steps import variants
 variants.VARIANTS["idle"] = variants.Variant("idle", (), lambda: (lambda weight: weight))
 throughput_job.initialize(throughput_job.parse_args(sys.argv[1:], 1))
 throughput_job.build("idle", sys.argv[1:], [])

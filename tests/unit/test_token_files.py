@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitcpm_megatron.file_lock import FileLock, PendingFiles
+from bitcpm_megatron.data.token_files import outputs, write_corpus
+from bitcpm_megatron.data.tokenizer import NullTokenizer, SentencePieceTokenizer, train_sentencepiece
+from bitcpm_megatron.files.lock import FileLock, PendingFiles
 from bitcpm_megatron.launch.preprocess_data import main
-from bitcpm_megatron.training.token_files import outputs, write_corpus
-from bitcpm_megatron.training.tokenizer import NullTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 pytest.importorskip("megatron.core")
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
@@ -93,7 +93,7 @@ def test_every_key_gets_its_own_files_and_empty_texts_are_skipped(
 def test_batches_keep_order_and_threads_do_not_matter(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitcpm_megatron.training.token_files._BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr("bitcpm_megatron.data.token_files._BATCH_DOCUMENTS", 7)
     write_corpus(({"text": text} for text in TEXTS), tmp_path / "corpus", tokenizer, append_eod=False, threads=2)
     assert [tokenizer.detokenize(ids) for ids in stored(tmp_path / "corpus_text_document")] == TEXTS
 
@@ -335,7 +335,7 @@ def test_command_names_no_output_twice_and_no_directory(corpus_file: Path, capsy
 
 @pytest.mark.parametrize(
     ("place", "after"),
-    [("training.token_files._batches", 0), *(("file_lock.publish", after) for after in range(3))],
+    [("data.token_files._batches", 0), *(("files.lock.publish", after) for after in range(3))],
 )
 @pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["new", "overwrite"])
 def test_command_goes_again_after_a_kill(
@@ -392,7 +392,7 @@ def test_another_command_does_not_replace_what_a_killed_one_published(
 
 def test_two_commands_do_not_write_one_output(corpus_file: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(corpus_file.parent)
-    monkeypatch.setattr("bitcpm_megatron.file_lock._PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("bitcpm_megatron.files.lock._PATIENCE_SECONDS", 0.2)
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         with PendingFiles(outputs("out"), command="one"):

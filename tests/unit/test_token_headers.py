@@ -10,14 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitcpm_megatron.training import token_headers
-from bitcpm_megatron.training.token_headers import (
-    TokenFileError,
-    blend_of,
-    read_token_file,
-    split_bounds,
-    split_mistake,
-)
+from bitcpm_megatron.data import token_headers
+from bitcpm_megatron.data.token_headers import TokenFileError, blend_of, read_token_file, split_bounds, split_mistake
 
 HEAD = 34
 DOCUMENTS = 26
@@ -154,5 +148,5 @@ def test_a_blend_is_what_megatron_core_takes_it_for() -> None:
 
 def test_the_reader_needs_no_megatron_core() -> None:
     """A login node has none."""
-    command = "import sys, bitcpm_megatron.training.token_headers; sys.exit('megatron' in sys.modules)"
+    command = "import sys, bitcpm_megatron.data.token_headers; sys.exit('megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command]).returncode == 0

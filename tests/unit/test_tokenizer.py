@@ -14,12 +14,8 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bitcpm_megatron.training.tokenizer import (
-    NullTokenizer,
-    SentencePieceTokenizer,
-    padded_vocab_size,
-    train_sentencepiece,
-)
+from bitcpm_megatron.data.tokenizer import NullTokenizer, SentencePieceTokenizer, train_sentencepiece
+from bitcpm_megatron.data.vocabulary import padded_vocab_size
 
 TEXTS = [
     f"Section {n}.\n\n    The weights of layer {n} take the values -1, 0 and 1.  Done in 2024.\n" for n in range(200)
@@ -173,7 +169,7 @@ def test_a_request_to_stop_does_not_wait_for_the_end_of_training() -> None:
     texts = [" ".join("".join(words.choices("abcdefghij", k=8)) for _ in range(100)) for _ in range(2000)]
     script = f"""
 import signal, sys, time
-from bitcpm_megatron.training.tokenizer import train_sentencepiece
+from bitcpm_megatron.data.tokenizer import train_sentencepiece
 def request(number, frame): raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, request)
 def texts():

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak_memory import MB, is_view_of, peak_growth
 
-from bitcpm_megatron.checkpoint_tools import torch_dist_writer
-from bitcpm_megatron.checkpoint_tools.tensors import ConversionError, TensorInfo
-from bitcpm_megatron.checkpoint_tools.torch_dist import TorchDistReader, read_common
-from bitcpm_megatron.checkpoint_tools.torch_dist_writer import Chunk, TorchDistWriter
+from bitcpm_megatron.checkpoint_tools.storage import torch_dist_writer
+from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError, TensorInfo
+from bitcpm_megatron.checkpoint_tools.storage.torch_dist_reader import TorchDistReader, read_common
+from bitcpm_megatron.checkpoint_tools.storage.torch_dist_writer import Chunk, TorchDistWriter
 from bitcpm_megatron.checkpoints.safe_load import StandIn, plain
 from bitcpm_megatron.files import FileError
 
@@ -499,7 +499,7 @@ def chunks():
             yield torch_dist_writer.Chunk(f"t{i}", (4, 10, 2**18), (j, 0, 0), (1, 10, 2**18), torch.float32,
                                    lambda j=j: torch.full((1, 10, 2**18), float(j)))
 torch_dist_writer.TorchDistWriter(path, {}, max_file_size=10**8).write(chunks())
-reader = torch_dist.TorchDistReader(path)
+reader = torch_dist_reader.TorchDistReader(path)
 kept = [reader.read(f"t{i}", (j,)) for i in range(4) for j in range(4)]
 assert [t.sum().item() for t in kept] == [j * 10 * 2.0**18 for i in range(4) for j in range(4)]
 """
@@ -513,7 +513,7 @@ torch_dist_writer.TorchDistWriter(path, {}).write(
     [torch_dist_writer.Chunk("t", (16, 10, 2**17), (0, 0, 0), (16, 10, 2**17), torch.float32,
                       lambda: torch.ones(16, 10, 2**17))])
 begin()
-reader = torch_dist.TorchDistReader(path)
+reader = torch_dist_reader.TorchDistReader(path)
 assert all(reader.read("t", (i,)).sum() == 10 * 2.0**17 for i in range(16))
 """
     assert peak_growth(code, tmp_path) < 5 * MB + 8 * MB

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from bitcpm_megatron.arguments import add_arguments
 from bitcpm_megatron.cli import Number, Whole
+from bitcpm_megatron.ternary_flags import add_arguments
 
 from ..commands import COMMANDS, Command
 from .case import Case

@@ -42,8 +42,10 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
 from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
-from bitcpm_megatron.patches import cpu, megatron_core  # noqa: E402
-from bitcpm_megatron.tensor_parallel import ProbeError, apply_recipe, cache, linear, probe, ternary_modules  # noqa: E402
+from bitcpm_megatron.nn import cache, linear  # noqa: E402
+from bitcpm_megatron.parallel import ProbeError, apply_recipe, probe, ternary_modules  # noqa: E402
+from bitcpm_megatron.patches import cpu  # noqa: E402
+from bitcpm_megatron.patches.megatron_core import optimizer as optimizer_patches  # noqa: E402
 
 HIDDEN, INNER, SEQUENCE, BATCH = 64, 128, 8, 2
 MICRO_BATCHES, STEPS, SHARDS = 3, 3, 2
@@ -306,8 +308,8 @@ PLANTED = {
 
 def main(directory: Path) -> None:
     cpu.install()
-    megatron_core.provide_fused_adam()
-    megatron_core.allow_distributed_optimizer_without_te()
+    optimizer_patches.provide_fused_adam()
+    optimizer_patches.allow_distributed_optimizer_without_te()
     torch.distributed.init_process_group("gloo")
     # Also fills what torch.empty() returns with NaN: the dummy gradients of fusion must never reach a real one.
     torch.use_deterministic_algorithms(True, warn_only=True)

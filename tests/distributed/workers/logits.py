@@ -16,8 +16,8 @@ from pathlib import Path
 def legacy_model(path: Path, rank: int):
     import torch
 
-    from bitcpm_megatron.training.arguments import defaults
-    from bitcpm_megatron.training.checkpoint_directory import saved_arguments
+    from bitcpm_megatron.checkpoints.directory import saved_arguments
+    from bitcpm_megatron.training.flags import defaults
     from bitcpm_megatron.training.initialize import initialize
     from bitcpm_megatron.training.model import build_model
 
@@ -56,8 +56,8 @@ def main(directory: Path) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from bitcpm_megatron.training.checkpoint_directory import latest
-    from bitcpm_megatron.training.generate import load_for_inference
+    from bitcpm_megatron.checkpoints.directory import latest
+    from bitcpm_megatron.inference.generate import load_for_inference
 
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()

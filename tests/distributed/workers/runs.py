@@ -25,7 +25,7 @@ def gathered_weights(model) -> dict:
     import torch
     from megatron.core import parallel_state
 
-    from bitcpm_megatron.tensor_parallel import ternary_modules
+    from bitcpm_megatron.parallel import ternary_modules
 
     group = parallel_state.get_tensor_model_parallel_group()
     whole = {}

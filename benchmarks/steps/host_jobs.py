@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BF16 against ternary under an unmodified Megatron-LM, with or without MindSpeed: whole jobs in turn.
+
+A host's process holds one model, so that steps cannot be interleaved: jobs are, and each gives the median of its
+iterations after the first few. A ratio needs two jobs next to each other in time.
+"""
+
+import argparse
+import re
+import statistics
+from pathlib import Path
+
+import processes
+from hardware import best_device, machine
+from steps.layouts import Layout
+from steps.plan import BASELINE, OURS, Job, Session
+from steps.report import Row, rows_of
+from tqdm import tqdm
+
+from bitcpm_megatron.cli import FailedError
+
+_SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "pretrain_gpt.py"
+ITERATIONS, WARM_UP = 15, 5
+_PATTERN = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
+# Its fused kernels, communicators and data need CUDA; docs/hosts.md.
+_ON_CPU = """
+    --distributed-backend gloo --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion
+    --no-bias-dropout-fusion --no-rope-fusion --no-gradient-accumulation-fusion --transformer-impl local
+""".split()
+_LOGGING = f"""
+    --tokenizer-type NullTokenizer --split 100,0,0 --num-workers 0 --eval-iters 0 --eval-interval 1000000
+    --log-interval 1 --train-iters {ITERATIONS}
+""".split()
+
+
+class HostError(FailedError):
+    """A job that failed, or that logged no times."""
+
+
+def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...], ternary: tuple[str, ...]) -> list[Row]:
+    """Runs the jobs that the command line asks for.
+
+    Args:
+        args: of ``throughput.py``.
+        model: name in the table.
+        flags: of the model.
+        ternary: flags of the ternary jobs alone, beside ``--ternary``.
+
+    Raises:
+        HostError: a job failed.
+        ValueError: something that hosts are not measured with.
+    """
+    if args.peers or args.variants:
+        raise ValueError("--host compares bf16 and ternary: leave --peers and --variants out")
+    if args.megatron_path is None:
+        raise ValueError("--host needs --megatron-path, a Megatron-LM checkout")
+    for flag, path, package in (
+        ("--megatron-path", args.megatron_path, "megatron"),
+        ("--mindspeed-path", args.mindspeed_path, "mindspeed"),
+    ):
+        if path is not None and not (Path(path) / package).is_dir():
+            raise ValueError(f"{flag} {path}: holds no directory {package}/")
+    accelerator = best_device() != "cpu"
+    rounds = args.pairs or 6
+    jobs = [
+        Job(
+            model,
+            flags,
+            Layout.parse(layout),
+            args.seq_length or (4096 if accelerator else 256),
+            size,
+            recompute,
+            (Session((BASELINE, OURS), n, rounds),),
+            (),
+            ternary,
+        )
+        for layout in args.layouts or ["TP1"]
+        for size in args.micro_batch_size or [1]
+        for recompute in args.recompute or ["none"]
+        for n in args.micro_batches or (1, 8)
+    ]
+    rows = []
+    with tqdm(total=2 * rounds * len(jobs), unit="job") as progress:
+        for job in jobs:
+            seconds: dict[str, list[float]] = {BASELINE: [], OURS: []}
+            for turn in range(rounds):
+                for variant in (BASELINE, OURS) if turn % 2 == 0 else (OURS, BASELINE):
+                    progress.set_description(f"{job.layout} {variant}")
+                    seconds[variant].append(_median_seconds(args, job, variant, accelerator))
+                    progress.update()
+            rows += rows_of(job, _results(job, seconds), args.peak_tflops)
+    return rows
+
+
+def _results(job: Job, seconds: dict[str, list[float]]) -> dict:
+    (session,) = job.sessions
+    device = best_device() if best_device() == "cpu" else machine(best_device())
+    measured = {**vars(session), "seconds": [seconds[v] for v in session.variants], "quantizer": {}, "traffic": {}}
+    return {"sessions": [measured], "costs": {}, "notes": {}, "device": device}
+
+
+def command(args: argparse.Namespace, job: Job, variant: str, accelerator: bool) -> list[str]:
+    """The torchrun command of one job."""
+    return processes.command(job.layout.processes, _SCRIPT, _arguments(args, job, variant, accelerator))
+
+
+def _arguments(args: argparse.Namespace, job: Job, variant: str, accelerator: bool) -> list[str]:
+    (session,) = job.sessions
+    batch = session.micro_batches * job.micro_batch_size * job.layout.data
+    line = ["--megatron-path", args.megatron_path]
+    line += ["--mindspeed-path", args.mindspeed_path] if args.mindspeed_path else []
+    # Megatron-LM has the names of our loop, and of a flag that is given twice the last one counts.
+    line += [*job.arguments(), "--global-batch-size", str(batch), *_LOGGING, *([] if accelerator else _ON_CPU)]
+    line += ["--ternary", *job.ternary] if variant == OURS else []
+    return line + args.host_flags.split()
+
+
+def _median_seconds(args: argparse.Namespace, job: Job, variant: str, accelerator: bool) -> float:
+    done = processes.run(job.layout.processes, _SCRIPT, _arguments(args, job, variant, accelerator), {})
+    times = [float(found) / 1e3 for found in _PATTERN.findall(done.stdout)]
+    if done.returncode != 0 or len(times) != ITERATIONS:
+        raise HostError(f"{job.layout} {variant} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
+    return statistics.median(times[WARM_UP:])

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step costs besides time: peak memory, bytes handed to collectives, quantized weights alive at once."""
+
+import contextlib
+import ctypes
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitcpm_megatron.nn.linear import TernaryState
+
+_NO_DATA = ("barrier", "monitored_barrier_")
+
+
+@dataclass
+class Memory:
+    """Bytes beyond what was there when the measurement began; None where this machine has no way to tell.
+
+    Attributes:
+        peak: the most at any moment.
+        resident: at the end.
+    """
+
+    peak: int | None = None
+    resident: int | None = None
+
+
+@contextlib.contextmanager
+def memory(device: torch.device) -> Iterator[Memory]:
+    """Memory of everything done inside: of a device by its allocator, of the CPU by the C library's.
+
+    On the CPU it is looked at after every operation of torch: what an operation needs for itself alone is not seen.
+    """
+    found = Memory()
+    gc.collect()
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        module.synchronize()
+        before = module.memory_allocated()
+        module.reset_peak_memory_stats()
+        yield found
+        module.synchronize()
+        found.peak = module.max_memory_allocated() - before
+        found.resident = module.memory_allocated() - before
+        return
+    heap = _heap()
+    if heap is None:
+        yield found
+        return
+    before = heap()
+    with _Watch(heap) as watch:
+        yield found
+    gc.collect()
+    found.peak, found.resident = watch.peak - before, heap() - before
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, heap: Callable[[], int]) -> None:
+        super().__init__()
+        self.heap, self.peak = heap, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        result = function(*args, **(kwargs or {}))
+        self.peak = max(self.peak, self.heap())
+        return result
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def _heap() -> Callable[[], int] | None:
+    """What returns the bytes that this process has from ``malloc``, in all threads; None without glibc 2.33."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        return None
+    mallinfo.restype = _Mallinfo
+
+    def allocated() -> int:
+        now = mallinfo()
+        return now.uordblks + now.hblkhd
+
+    return allocated
+
+
+class CollectiveBytes(TorchDispatchMode):
+    """Counts the payload of every collective and point-to-point operation inside.
+
+    The payload is the larger of what a rank puts in and takes out, not what an algorithm moves over wires for it; of a
+    gather that is the whole, of a reduce-scatter too. Groups of one rank count as well, though nothing moves there.
+
+    Attributes:
+        total: bytes.
+        by_operation: the same by name of the operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_operation: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_operation.values())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        if function.namespace == "c10d":
+            name = function._schema.name.partition("::")[2]
+            if name not in _NO_DATA:
+                self.by_operation[name] += max((_bytes(argument) for argument in args), default=0)
+        return function(*args, **(kwargs or {}))
+
+
+def _bytes(argument: object) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.nbytes
+    if isinstance(argument, list | tuple):
+        return sum(map(_bytes, argument))
+    return 0
+
+
+@dataclass
+class LiveCopies:
+    """How many quantized copies of one weight a rank holds at once, cache and autograd together.
+
+    Attributes:
+        most: over all weights and moments.
+    """
+
+    most: int = 0
+    _owners: dict[int, str] = field(default_factory=dict)
+    _saved: Counter[int] = field(default_factory=Counter)
+
+    def _made(self, state: TernaryState, quantized: torch.Tensor) -> None:
+        self._owners[_address(quantized)] = state.name
+        self._count(state.name, cached=state.cache == "step", newest=_address(quantized))
+
+    def _count(self, name: str, cached: bool, newest: int) -> None:
+        alive = {address for address, owner in self._owners.items() if owner == name and self._saved[address] > 0}
+        if cached:
+            alive.add(newest)
+        self.most = max(self.most, len(alive))
+
+    def _released(self, address: int) -> None:
+        self._saved[address] -= 1
+        if not self._saved[address]:
+            # Its memory may now serve something else.
+            self._owners.pop(address, None)
+
+    def _pack(self, tensor: torch.Tensor) -> "_Saved":
+        address = _address(tensor)
+        saved = _Saved(self, tensor, address if address in self._owners else None)
+        if saved.address is not None:
+            self._count(self._owners[address], cached=False, newest=address)
+        return saved
+
+
+class _Saved:
+    """A tensor that autograd saved; counted for as long as the graph holds it."""
+
+    def __init__(self, copies: LiveCopies, tensor: torch.Tensor, address: int | None) -> None:
+        self.copies, self.tensor, self.address = copies, tensor, address
+        if address is not None:
+            copies._saved[address] += 1
+
+    def __del__(self) -> None:
+        if self.address is not None:
+            self.copies._released(self.address)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def live_copies() -> Iterator[LiveCopies]:
+    """Watches, by saved-tensor hooks, which quantized weights the graphs of a step keep alive."""
+    copies = LiveCopies()
+    original = TernaryState.weight
+
+    def weight(state: TernaryState, latent: torch.Tensor, training: bool) -> torch.Tensor:
+        quantized = original(state, latent, training)
+        copies._made(state, quantized)
+        return quantized
+
+    TernaryState.weight = weight
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(copies._pack, lambda saved: saved.tensor):
+            yield copies
+    finally:
+        TernaryState.weight = original

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the throughput benchmark runs: models, layouts, and which steps are interleaved."""
+
+from dataclasses import dataclass, replace
+
+from steps.layouts import Layout
+from steps.variants import VARIANTS
+
+from bitcpm_megatron.launch.launcher import presets
+
+BASELINE, OURS = "bf16", "ternary"
+WARM_UP = 3
+"""Steps of each variant before those that are timed."""
+COST_STEPS = 3
+"""Steps in which the memory of a variant is measured."""
+PROGRESS = "micro-batches done: "
+"""Begins the line with which rank 0 tells, outside of what is timed, that a step is over."""
+
+# Layers of MiniCPM4-0.5B in a model without its multipliers, which need hooks: BF16 is to be megatron-core's own. The
+# vocabulary is small, for the output layer is not quantized and would hide what the layers cost.
+LAYERS_05B = {
+    "num-layers": 2,
+    "hidden-size": 1024,
+    "ffn-hidden-size": 4096,
+    "num-attention-heads": 16,
+    "group-query-attention": True,
+    "num-query-groups": 2,
+    "kv-channels": 64,
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "disable-bias-linear": True,
+    "position-embedding-type": "rope",
+    "attention-dropout": 0,
+    "hidden-dropout": 0,
+}
+RECOMPUTE = {
+    "none": (),
+    "selective": ("--recompute-granularity", "selective"),
+    "full": ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """Steps that are interleaved.
+
+    Attributes:
+        variants: BF16 first.
+        micro_batches: per step and data-parallel rank.
+        rounds: steps of each.
+    """
+
+    variants: tuple[str, ...]
+    micro_batches: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layout of one model.
+
+    Attributes:
+        model: name in the table.
+        flags: of the model, for our training loop.
+        layout: parallel sizes.
+        seq_length: tokens of a sequence.
+        micro_batch_size: sequences of a micro-batch.
+        recompute: a key of :data:`RECOMPUTE`.
+        sessions: what is timed, one after the other.
+        costs: variants whose memory is measured.
+        ternary: flags of the ternary variants alone, beside ``--ternary``.
+    """
+
+    model: str
+    flags: tuple[str, ...]
+    layout: Layout
+    seq_length: int
+    micro_batch_size: int
+    recompute: str
+    sessions: tuple[Session, ...]
+    costs: tuple[str, ...]
+    ternary: tuple[str, ...] = ()
+
+    @property
+    def cost_micro_batches(self) -> int:
+        """Micro-batches of a step whose memory is measured."""
+        return max(2, self.layout.pipeline)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of all steps: every variant's, timed or not."""
+        found = self.cost_micro_batches * len(self.costs) * (1 + COST_STEPS)
+        for session in self.sessions:
+            # One more of each for the traffic, and of what is quantized by us one for the quantizer's time.
+            steps = len(session.variants) * (WARM_UP + session.rounds + 1)
+            steps += sum(VARIANTS[name].ternary for name in session.variants)
+            found += session.micro_batches * steps
+        return found
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, over all data-parallel ranks."""
+        return self.seq_length * self.micro_batch_size * self.layout.data
+
+    def _fusion(self) -> list[str]:
+        # Peers return their gradients; with the fused weight-gradient GEMM the others would have an advantage.
+        peers = any(VARIANTS[v].make_quantizer for session in self.sessions for v in session.variants)
+        return ["--no-gradient-accumulation-fusion"] if peers else []
+
+    def arguments(self) -> list[str]:
+        """All flags of our training loop that the variants share."""
+        return [
+            *self.flags,
+            *self.layout.flags(),
+            *RECOMPUTE[self.recompute],
+            *("--seq-length", str(self.seq_length), "--max-position-embeddings", str(self.seq_length)),
+            *("--micro-batch-size", str(self.micro_batch_size), "--train-iters", "1000000"),
+            *self._fusion(),
+            *("--lr", "1e-4", "--lr-decay-style", "constant", "--bf16", "--mock-data"),
+        ]
+
+
+def standard(peers: tuple[str, ...]) -> list[Job]:
+    """What ``make bench`` runs on a CPU.
+
+    Args:
+        peers: those that are installed.
+    """
+    flags, pair = model_flags("0.5b-layers", None, None), (BASELINE, OURS)
+    both = (*pair, "ternary-no-cache")
+    job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), both)
+    beside_peers = (*both, *peers)
+    return [
+        replace(job, sessions=(Session(pair, 8, 60), Session(pair, 1, 40)), costs=pair),
+        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 40), Session(pair, 1, 40)), costs=pair),
+        replace(job, sessions=(Session(beside_peers, 8, 8), Session(beside_peers, 1, 8)), costs=()),
+        replace(job, seq_length=1024, sessions=(Session(pair, 1, 8),), costs=()),
+        replace(job, recompute="full", sessions=(Session(pair, 8, 6),)),
+        replace(job, layout=Layout(pipeline=2), sessions=(Session(both, 8, 6),)),
+        replace(job, layout=Layout(data=2, distributed_optimizer=True), sessions=(Session(pair, 8, 6),), costs=()),
+        # Only for what is alive at once; four processes share two cores.
+        replace(job, flags=model_flags("0.5b-layers", 4, None), layout=Layout(pipeline=4), seq_length=32),
+    ]
+
+
+def model_flags(model: str, num_layers: int | None, vocab_size: int | None) -> tuple[str, ...]:
+    """The model's flags for our training loop."""
+    if model == "0.5b-layers":
+        flags, vocabulary = LAYERS_05B, 2048
+    else:
+        presets.architecture(model)  # refuses flags that are none, and what is no Llama
+        flags, vocabulary = presets.read(model).flags, presets.vocab_size(model)
+    if not flags.get("swiglu"):
+        raise ValueError(f"--model {model}: FLOPs are counted for SwiGLU models only")
+    if num_layers is not None:
+        flags = {**flags, "num-layers": num_layers}
+    # The sequence's own length follows in Job.arguments(), and counts.
+    return ("--vocab-size", str(vocab_size or vocabulary), *presets.arguments(flags, model))

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From measured steps to rows, and from rows to a CSV file, a picture and Markdown tables."""
+
+import csv
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import megatron.core
+import torch
+from hardware import machine
+from report.intervals import median_interval
+from steps.plan import BASELINE, OURS, Job
+from steps.variants import PEERS, VARIANTS
+
+from bitcpm_megatron.training.flags import parse_args
+
+MIB = 2**20
+# Dense bf16, as NVIDIA's data sheets give it.
+PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.0, "H200": 989.0}
+
+
+@dataclass
+class Row:
+    """One variant at one layout, number of tokens and number of micro-batches; what was not measured is None.
+
+    Attributes:
+        tokens: per micro-batch and data-parallel rank.
+        micro_batches: per step.
+        ratio: median over pairs of this variant's step time and BF16's, with a 95 % interval.
+        tflops_per_device: by Megatron-LM's formula for the model, whatever a variant does beside it.
+        peak_bytes: of tensors on one rank, building and stepping included.
+        resident_bytes: of tensors on one rank after a step.
+        quantized_weights: elements of quantized weights on one rank.
+        quantizer_ms: per step on one rank, measured alone.
+        quantizations: of weights, per step on one rank.
+        collective_bytes: handed to collectives in a step by one rank.
+        live_copies: of one quantized weight at once, cache and autograd together.
+    """
+
+    layout: str
+    tp: int
+    pp: int
+    dp: int
+    device: str
+    model: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    seq_length: int
+    micro_batch_size: int
+    tokens: int
+    micro_batches: int
+    recompute: str
+    variant: str
+    backend: str
+    pairs: int
+    step_ms: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    tokens_per_second_per_device: float | None = None
+    tflops_per_device: float | None = None
+    mfu: float | None = None
+    peak_bytes: int | None = None
+    resident_bytes: int | None = None
+    quantized_weights: int | None = None
+    quantizer_ms: float | None = None
+    quantizations: int | None = None
+    collective_bytes: int | None = None
+    live_copies: int | None = None
+
+
+def flops_per_token(row: Row) -> float:
+    """Of the whole model, forward and backward: Megatron-LM's ``num_floating_point_operations`` (core_v0.16.1).
+
+    GEMMs three times (forward, dgrad, wgrad), two operations per multiply-add; causal attention counts half, the
+    vocabulary without padding. For SwiGLU models.
+    """
+    queries = row.kv_channels * row.num_attention_heads
+    keys_and_values = 2 * row.kv_channels * row.num_query_groups
+    attention = row.hidden_size * (queries + keys_and_values) + queries * row.seq_length + queries * row.hidden_size
+    layer = attention + 3 * row.hidden_size * row.ffn_hidden_size
+    return 3 * 2 * (row.num_layers * layer + row.hidden_size * row.vocab_size)
+
+
+def rows_of(job: Job, results: dict, peak_tflops: float | None = None) -> list[Row]:
+    """The rows of one job.
+
+    Args:
+        job: what was run.
+        results: what ``throughput_job.py`` wrote.
+        peak_tflops: of one device, or None for what its name says.
+    """
+    rows = []
+    for session in results["sessions"]:
+        baseline = session["seconds"][session["variants"].index(BASELINE)]
+        for name, seconds in zip(session["variants"], session["seconds"], strict=True):
+            row = _row(job, results, name, session["micro_batches"], len(seconds))
+            _timed(row, baseline, seconds, peak_tflops)
+            row.collective_bytes = session["traffic"].get(name)
+            for key, value in session["quantizer"].get(name, {}).items():
+                setattr(row, key, value)
+            rows.append(row)
+    timed = {row.variant for row in rows}
+    alone = [name for name in results["costs"] if name not in timed]
+    return rows + [_row(job, results, name, results["cost_micro_batches"], 0) for name in alone]
+
+
+def _row(job: Job, results: dict, name: str, micro_batches: int, pairs: int) -> Row:
+    args = parse_args(job.arguments(), job.layout.processes)
+    backend = next((n.split(":")[1].split()[0] for n in results["notes"].get(name, []) if "quantizer backend" in n), "")
+    same = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    row = Row(
+        layout=str(job.layout),
+        tp=job.layout.tensor,
+        pp=job.layout.pipeline,
+        dp=job.layout.data,
+        device=results["device"],
+        model=job.model,
+        **{key: getattr(args, key) for key in same},
+        vocab_size=args.vocab_size,
+        seq_length=job.seq_length,
+        micro_batch_size=job.micro_batch_size,
+        tokens=job.seq_length * job.micro_batch_size,
+        micro_batches=micro_batches,
+        recompute=job.recompute,
+        variant=name,
+        backend=backend,
+        pairs=pairs,
+    )
+    for key, value in results["costs"].get(name, {}).items():
+        setattr(row, key, value)
+    return row
+
+
+def _timed(row: Row, baseline: Sequence[float], seconds: Sequence[float], peak_tflops: float | None) -> None:
+    row.step_ms = 1e3 * statistics.median(seconds)
+    if row.variant != BASELINE:
+        ratios = [s / b for s, b in zip(seconds, baseline, strict=True)]
+        row.ratio, row.ratio_low, row.ratio_high = median_interval(ratios)
+    devices = row.tp * row.pp * row.dp
+    row.tokens_per_second_per_device = row.tokens * row.micro_batches * row.dp / (row.step_ms / 1e3) / devices
+    row.tflops_per_device = row.tokens_per_second_per_device * flops_per_token(row) / 1e12
+    peak = peak_tflops or next((peak for name, peak in PEAK_TFLOPS.items() if name in row.device), None)
+    row.mfu = None if peak is None else row.tflops_per_device / peak
+
+
+def last_line(rows: Sequence[Row]) -> str | None:
+    """The one number of ``make bench``, where it was measured."""
+    for row in rows:
+        if (row.layout, row.micro_batches, row.variant) == ("TP2", 8, OURS) and row.ratio is not None:
+            return f"bench: ternary/bf16 step time {row.ratio:.3f} (8 micro-batches, TP2)"
+    return None
+
+
+def write(rows: Sequence[Row], directory: Path, name: str, command: str) -> None:
+    """Writes ``name.csv``, ``name.png`` and ``name.md``, and prints the last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        for row in rows:
+            cells = asdict(row).items()
+            writer.writerow({k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else v for k, v in cells})
+    draw(rows, directory / f"{name}.png")
+    text = tables(rows, command)
+    (directory / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def tables(rows: Sequence[Row], command: str) -> str:
+    """Steps, peers and memory as Markdown, with what they were measured on."""
+    parts = [_step_table([r for r in rows if r.step_ms is not None and r.variant not in PEERS])]
+    peers = _sessions_with_peers(rows)
+    if peers:
+        parts += [
+            "",
+            "Peers, quantizing inside the same linear layers, all interleaved in one job:",
+            "",
+            _peer_table(peers),
+        ]
+    if any(r.peak_bytes for r in rows):
+        parts += ["", "Memory of one rank, of a model that is alone in the job:", "", _memory_table(rows)]
+    parts += ["", *_provenance(rows, command)]
+    return "\n".join(parts) + "\n"
+
+
+def _step_table(rows: Sequence[Row]) -> str:
+    head = (
+        "| layout | tokens per micro-batch | micro-batches | recompute | variant | step, ms | of BF16's (95 %) | pairs "
+        "| tokens/s per device | TFLOP/s per device | MFU | quantizer, ms per step | quantizations per step | "
+        "collectives, MiB per step |"
+    )
+    lines = [head, "|" + "---|" * head.count(" | ") + "---|"]
+    for r in rows:
+        ratio = "1" if r.ratio is None else f"**{r.ratio:.3f}** ({r.ratio_low:.3f} - {r.ratio_high:.3f})"
+        cells = [r.layout, r.tokens, r.micro_batches, r.recompute, r.variant, f"{r.step_ms:.1f}", ratio, r.pairs]
+        cells += [f"{r.tokens_per_second_per_device:.0f}", f"{r.tflops_per_device:.3g}", _percent(r.mfu)]
+        cells += [_number(r.quantizer_ms), _number(r.quantizations), _number(_mib(r.collective_bytes))]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _sessions_with_peers(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of the sessions that hold peers, by name. A session's rows follow one another."""
+    sessions: list[list[Row]] = []
+    for row in (r for r in rows if r.step_ms is not None):
+        if row.variant == BASELINE or not sessions:
+            sessions.append([])
+        sessions[-1].append(row)
+    return {_session_name(s[0]): s for s in sessions if any(r.variant in PEERS for r in s)}
+
+
+def _session_name(row: Row) -> str:
+    recompute = "" if row.recompute == "none" else f", recompute {row.recompute}"
+    return f"{row.layout}, {row.micro_batches} x {row.tokens} tokens{recompute}"
+
+
+def _peer_table(sessions: dict[str, list[Row]]) -> str:
+    keys = list(sessions)
+    lines = ["| variant | " + " | ".join(keys) + " | |", "|---|" + "---|" * len(keys) + "---|"]
+    for name in dict.fromkeys(r.variant for s in sessions.values() for r in s):
+        cells = []
+        for key in keys:
+            row = next((r for r in sessions[key] if r.variant == name), None)
+            cells.append("" if row is None else "1" if row.ratio is None else _ratio(row))
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {VARIANTS[name].note} |")
+    return "\n".join(lines)
+
+
+def _ratio(row: Row) -> str:
+    return f"{row.ratio:.3f} ({row.ratio_low:.3f} - {row.ratio_high:.3f})"
+
+
+def _memory_table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| layout | tokens per micro-batch | recompute | variant | peak, MiB | more than BF16 | in copies of the "
+        "quantized weights (bf16) | copies of a quantized weight alive at once |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    baseline: Row | None = None
+    for row in {(r.layout, r.tokens, r.seq_length, r.recompute, r.variant): r for r in rows if r.peak_bytes}.values():
+        if row.variant == BASELINE:
+            baseline = row
+        more = None if baseline is None or row is baseline else row.peak_bytes - baseline.peak_bytes
+        copies = None if more is None or not row.quantized_weights else more / (2 * row.quantized_weights)
+        cells = [row.layout, str(row.tokens), row.recompute, row.variant, f"{_mib(row.peak_bytes):.1f}"]
+        cells += ["" if more is None else f"{more / MIB:.1f} MiB", "" if copies is None else f"{copies:.2f}"]
+        lines.append("| " + " | ".join([*cells, _number(row.live_copies)]) + " |")
+    return "\n".join(lines)
+
+
+def _provenance(rows: Sequence[Row], command: str) -> list[str]:
+    first = rows[0]
+    shapes = {
+        f"{r.model}: {r.num_layers} layers, hidden {r.hidden_size}, ffn {r.ffn_hidden_size}, {r.num_attention_heads} "
+        f"heads in {r.num_query_groups} groups of {r.kv_channels}, vocabulary {r.vocab_size}"
+        for r in rows
+    }
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    versions.append(f"megatron-core {megatron.core.__version__}")
+    backends = sorted({r.backend for r in rows if r.backend})
+    return [
+        f"Hardware: {_device(first)}. Versions: {', '.join(versions)}."
+        + (f" Quantizer backend: {', '.join(backends)}." if backends else ""),
+        *sorted(shapes),
+        "Collectives: what a rank hands to them, in groups of one rank, too.",
+        f"Command: `{command}`",
+    ]
+
+
+def _device(row: Row) -> str:
+    return machine("cpu") if row.device == "cpu" else row.device
+
+
+def _mib(value: int | None) -> float | None:
+    return None if value is None else value / MIB
+
+
+def _number(value: float | int | None) -> str:
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Step times in units of BF16's: ours by layout and micro-batches, and the peers beside ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    peers = _sessions_with_peers(rows)
+    beside = {id(r) for session in peers.values() for r in session}
+    ours = [r for r in rows if r.ratio is not None and id(r) not in beside]
+    parts = [_own_bars(ours)] if ours else []
+    parts += [_peer_bars(session) for session in peers.values()]
+    figure, axes = plt.subplots(1, len(parts), figsize=(5.5 * len(parts), 5), layout="constrained", squeeze=False)
+    for axis, (title, labels, values, errors) in zip(axes[0], parts, strict=True):
+        bars = axis.barh(range(len(values)), [v - 1 for v in values], left=1, xerr=errors, capsize=2)
+        axis.bar_label(bars, [f" {v:.3f}" for v in values], fontsize=7, padding=8)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_yticks(range(len(labels)), labels, fontsize=7)
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+        axis.set_xlabel("step time, in units of BF16's")
+        axis.set_title(title, fontsize=9)
+    figure.suptitle(f"{rows[0].model}, {_device(rows[0])}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+Bars = tuple[str, list[str], list[float], list[list[float]]]
+
+
+def _own_bars(rows: Sequence[Row]) -> Bars:
+    labels = []
+    for r in rows:
+        recompute = "" if r.recompute == "none" else f", recompute {r.recompute}"
+        labels.append(f"{r.variant}\n{r.layout}, {r.micro_batches} x {r.tokens} tokens{recompute}")
+    return "median and 95 % interval", labels, [r.ratio for r in rows], _errors(rows)
+
+
+def _peer_bars(session: Sequence[Row]) -> Bars:
+    rows = [r for r in session if r.ratio is not None]
+    title = f"beside its peers: {_session_name(rows[0])}"
+    return title, [r.variant for r in rows], [r.ratio for r in rows], _errors(rows)
+
+
+def _errors(rows: Sequence[Row]) -> list[list[float]]:
+    # With too few pairs there is no interval.
+    finite = [r.ratio_high < float("inf") for r in rows]
+    low = [r.ratio - r.ratio_low if ok else 0.0 for r, ok in zip(rows, finite, strict=True)]
+    return [low, [r.ratio_high - r.ratio if ok else 0.0 for r, ok in zip(rows, finite, strict=True)]]

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: BF16, ternary, and other people's quantizers inside the very same linear layers.
+
+A peer gets what the ternary path gets: the module's ``forward`` is wrapped, and the linear multiplies with what the
+peer makes of the latent weight. It quantizes in every forward, as its own code does; none of them has a cache.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+
+from bitcpm_megatron.parallel.linears import candidates
+
+Quantizer = Callable[[torch.Tensor], torch.Tensor]
+"""Latent weight ``[out, in]`` -> the differentiable weight to multiply with."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train the same model.
+
+    Attributes:
+        name: in tables.
+        flags: of our training loop.
+        make_quantizer: makes a peer's quantizer; None for BF16 and our own.
+        whole_linear: the peer replaces the GEMM as well (and so knows no tensor parallelism).
+        package: that must be installed.
+        note: what is special about it.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    make_quantizer: Callable[[], Quantizer] | None = None
+    whole_linear: bool = False
+    package: str | None = None
+    note: str = ""
+
+    @property
+    def ternary(self) -> bool:
+        """Whether it is ours."""
+        return "--ternary" in self.flags
+
+    def unavailable(self, tensor_parallel: int) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed: pip install 'bitcpm_megatron[peers]'"
+        if self.whole_linear and tensor_parallel > 1:
+            return "replaces the whole linear, which it has at TP1 only"
+        return None
+
+
+def _bitcpm_residual() -> Quantizer:
+    """The BitCPM-CANN report's formula as its fake quantizer is written: ``W + stopgrad(Wq - W)``, a scale per row."""
+
+    def quantize(weight: torch.Tensor) -> torch.Tensor:
+        scale = weight.abs().mean(dim=-1, keepdim=True).clamp(min=1e-5)
+        quantized = (weight / scale).round().clamp(-1, 1) * scale
+        return weight + (quantized - weight).detach()
+
+    return quantize
+
+
+def _transformers() -> Quantizer:
+    """``transformers.integrations.bitnet.WeightQuant``, compiled by its authors; one scale per tensor."""
+    from transformers.integrations.bitnet import WeightQuant
+
+    return WeightQuant.apply
+
+
+def _torchao() -> Quantizer:
+    """The weight quantizer of torchao's BitNet training, one scale per tensor, cast back for a BF16 GEMM."""
+    from torchao.prototype.quantized_training.bitnet import get_bitnet_scale, quantize_bitnet_weight
+
+    def quantize(weight: torch.Tensor) -> torch.Tensor:
+        scale = get_bitnet_scale(weight)
+        return quantize_bitnet_weight(weight, scale).to(weight.dtype) * scale.to(weight.dtype)
+
+    return functools.partial(_StraightThrough.apply, quantize)
+
+
+def _torchao_linear() -> Quantizer:
+    """torchao's whole BitNet training linear: weight and int8 activations quantized, int8 GEMM."""
+    from torchao.prototype.quantized_training.bitnet import BitNetTrainingLinearWeight, _BitNetTrainingLinear
+
+    class Linear(torch.autograd.Function):
+        """Hands torchao the plain latent parameter in its own wrapper, and its gradient back."""
+
+        @staticmethod
+        def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:  # noqa: ANN001
+            return _BitNetTrainingLinear.forward(ctx, x, BitNetTrainingLinearWeight(weight), bias)
+
+        @staticmethod
+        def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN001
+            return _BitNetTrainingLinear.backward(ctx, grad)
+
+    return lambda x, weight: Linear.apply(x, weight, None)
+
+
+def _compiled() -> Quantizer:
+    """torch.compile of the definition, a scale per row, without a cache."""
+
+    @torch.compile
+    def quantize(weight: torch.Tensor) -> torch.Tensor:
+        w = weight.float()
+        scale = w.abs().mean(dim=-1, keepdim=True).clamp(min=1e-5).bfloat16().float()
+        return ((w / scale).round().clamp(-1, 1) * scale).to(weight.dtype)
+
+    return functools.partial(_StraightThrough.apply, quantize)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, quantize: Quantizer, weight: torch.Tensor) -> torch.Tensor:  # noqa: ANN001
+        return quantize(weight)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, torch.Tensor]:  # noqa: ANN001
+        return None, grad
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("bf16", note="megatron-core's own linears"),
+        Variant("ternary", ("--ternary",), note="quantized once per optimizer step"),
+        Variant("ternary-no-cache", ("--ternary", "--ternary-cache", "none"), note="quantized in every micro-batch"),
+        Variant("bitcpm-residual", (), _bitcpm_residual, note="the report's formula in eager PyTorch"),
+        Variant("compiled", (), _compiled, note="torch.compile of the definition"),
+        Variant("transformers", (), _transformers, package="transformers", note="WeightQuant, one scale per tensor"),
+        Variant("torchao", (), _torchao, package="torchao", note="its weight quantizer, one scale per tensor"),
+        Variant("torchao-linear", (), _torchao_linear, True, "torchao", "its int8 training linear, int8 activations"),
+    )
+}
+PEERS = tuple(name for name, variant in VARIANTS.items() if variant.make_quantizer is not None)
+
+
+def install_peer(variant: Variant, chunk: torch.nn.Module) -> int:
+    """Puts a peer into every linear that ours would quantize.
+
+    Args:
+        variant: a peer.
+        chunk: a bare model chunk.
+
+    Returns:
+        How many linears it is in.
+    """
+    quantizer = variant.make_quantizer()
+    if variant.whole_linear and parallel_state.get_tensor_model_parallel_world_size() > 1:
+        raise RuntimeError(f"{variant.name} replaces the whole linear, without its collectives: TP1 only")
+    forward = _whole_forward if variant.whole_linear else _peer_forward
+    linears = [c.module for c in candidates(chunk) if c.kind in ("column", "row")]
+    for module in linears:
+        if getattr(module, "gradient_accumulation_fusion", False):
+            raise RuntimeError("peers know no gradient-accumulation fusion: --no-gradient-accumulation-fusion for all")
+        module.forward = functools.partial(forward, module, quantizer)
+    return len(linears)
+
+
+def _peer_forward(module: torch.nn.Module, quantizer: Quantizer, *args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    quantized = quantizer(module.weight)
+    module.__dict__["weight"] = quantized
+    try:
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        del module.__dict__["weight"]
+
+
+def _whole_forward(module: torch.nn.Module, linear: Callable, x: torch.Tensor, *args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    return linear(x, module.weight), None
+
+
+def check_peers_use_their_weight(chunk: torch.nn.Module) -> None:
+    """Raises where a linear that ought to be quantized computes with its latent weight.
+
+    Raises:
+        RuntimeError: such a linear.
+    """
+    for candidate in candidates(chunk):
+        if candidate.kind not in ("column", "row"):
+            continue
+        module = candidate.module
+        x = torch.randn(2, 1, module.weight.shape[1], device=module.weight.device).to(module.weight.dtype)
+        with torch.no_grad():
+            if torch.equal(module(x)[0], F.linear(x, module.weight)):
+                raise RuntimeError(f"{candidate.path} computes with its latent weight")

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""May a run go on from a checkpoint? Contradictions are refused by name, other changes are told."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..cli import Number, Whole
+from ..models.from_arguments import longrope_of, multipliers_of
+from ..quantization.record import QuantizerRecord, RecordError, check_change
+from ..training.flags import build_parser, defaults
+from .directory import RELEASE, CheckpointError
+
+_ARCHITECTURE = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels position_embedding_type "
+    "rotary_base normalization norm_epsilon swiglu add_bias_linear untie_embeddings_and_output_weights num_experts "
+    "moe_router_topk moe_ffn_hidden_size"
+).split()
+_OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
+_DATA_ORDER = ("seed",)
+_OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+_TOLD = (
+    "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
+    "weight_decay clip_grad"
+).split()
+
+
+def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
+    """The arguments of a run as its checkpoint records them; what it does not record is the default.
+
+    Args:
+        saved: by name.
+        where: checkpoint, for the message.
+
+    Raises:
+        ValueError: a value that the command line would refuse, or none where one is required to build the model.
+    """
+    found = argparse.Namespace(**{**defaults(), **saved})
+    for action in build_parser()._actions:
+        value = getattr(found, action.dest, None)
+        mistake = None if value is None or action.dest == "help" else _mistake(action, value)
+        if mistake is None and value is None and action.required and action.dest in _OF_THE_MODEL:
+            mistake = "missing"
+        if mistake is not None:
+            raise ValueError(f"{where} records {action.dest} {value!r}: {mistake}; copy the checkpoint again")
+    return found
+
+
+def _mistake(action: argparse.Action, value: Any) -> str | None:
+    for item in value if action.nargs == "+" and isinstance(value, list) else [value]:
+        if isinstance(action.type, Whole | Number) and (mistake := action.type.mistake(item)):
+            return mistake
+        if action.choices is not None and item not in action.choices:
+            return f"none of {', '.join(map(str, action.choices))}"
+        if action.nargs == 0 and not isinstance(item, bool):
+            return "neither true nor false"
+        if action.nargs != 0 and action.type is None and action.choices is None and not isinstance(item, str):
+            return "no text"
+    return None
+
+
+def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_change: bool) -> str:
+    """Compares a checkpoint's quantizer record with what this run wants.
+
+    Returns:
+        One line for the log.
+
+    Raises:
+        CheckpointError: they contradict each other and ``allow_change`` is false.
+    """
+    found = QuantizerRecord.read(checkpoint)
+    try:
+        return check_change(checkpoint, found, wanted, allow_change)
+    except RecordError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path, with_optimizer: bool) -> None:
+    """Compares the arguments of a run with those of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: the model, the optimizer or the order of samples is another one, with the flags by name.
+    """
+    checks = [(_ARCHITECTURE, "the model is another one: give the same flags")]
+    # A shorter embedding would be cut silently; a longer one would hold rows that were never trained.
+    checks.append((("vocab_size",), "the vocabulary is another one: give its tokenizer, or --vocab-size"))
+    if with_optimizer:
+        checks.append((_OPTIMIZER, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
+    if not args.finetune and checkpoint.name != RELEASE:
+        checks.append((_DATA_ORDER, "the order of the samples would change: give the same, or --finetune"))
+    for names, cure in checks:
+        different = _differences(args, saved, names)
+        if names is _ARCHITECTURE:
+            # By meaning: MiniCPM and Granite have different flags for the same numbers.
+            for what, of in (("multipliers", multipliers_of), ("LongRoPE", longrope_of)):
+                before, now = of(saved), of(vars(args))
+                if before != now:
+                    different.append(f"{what} {before} (now {now})")
+        if different:
+            raise CheckpointError(f"{checkpoint} was saved with {', '.join(different)}: {cure}")
+
+
+def check_data(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> list[str]:
+    """Compares the training data with what a checkpoint was trained on: where it stopped means nothing in others.
+
+    Returns:
+        One line for the log where they differ and ``--allow-data-change`` allows it, or none.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    # Checkpoints from before there were digests do not tell.
+    if saved.get("data_digests", args.data_digests) == args.data_digests:
+        return []
+    now, before = (
+        " ".join(a.get("data_path") or a.get("train_data_path") or ["--mock-data"]) for a in (vars(args), saved)
+    )
+    if not args.allow_data_change:
+        where = f"{now} holds now" if now == before else f"{now} (it was {before})"
+        raise CheckpointError(
+            f"{checkpoint} was trained on other data than {where}: give the same files, or --allow-data-change to go "
+            "on with these, or --finetune to begin with them"
+        )
+    return [f"going on with other training data than {checkpoint} was trained on, as --allow-data-change says"]
+
+
+def changes(args: argparse.Namespace, saved: Mapping[str, Any]) -> list[str]:
+    """What else differs from the run that wrote the checkpoint, one line for the log or none."""
+    different = _differences(args, saved, _TOLD)
+    return [f"changed since the checkpoint, which had {', '.join(different)}"] if different else []
+
+
+def _differences(args: argparse.Namespace, saved: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} {saved[name]} (now {getattr(args, name)})"
+        for name in names
+        if name in saved and saved[name] != getattr(args, name)
+    ]

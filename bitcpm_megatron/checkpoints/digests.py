@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests of a checkpoint, made and checked by all ranks at once: each looks after its own share of the files."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import DIGESTS, DigestError, digest, find_damage, read_digests, read_json, write_text
+from .agreement import together
+from .directory import CheckpointError
+
+_Digests = dict[str, dict[str, Any]]
+
+
+def with_digests(write: Callable[..., None] | None, directory: Path) -> Callable[..., None] | None:
+    """A function that writes this rank's files into a directory and then leaves their digests there.
+
+    So the process that writes in the background makes the digests, too, and training does not wait for them.
+
+    Args:
+        write: the writer of megatron-core's asynchronous request; None where this rank writes nothing.
+        directory: where it writes.
+    """
+    rank = torch.distributed.get_rank()
+    return None if write is None else functools.partial(_write_then_digest, write, directory, rank)
+
+
+def gather_digests(directory: Path) -> _Digests:
+    """The digests of what all ranks wrote into a directory, by file name; collective over all ranks."""
+    rank = torch.distributed.get_rank()
+    left = _left_by_writer(directory, rank)
+    with together():
+        if left.is_file():
+            mine = read_json(left)
+            left.unlink()
+        else:
+            mine = _digests(directory, rank)
+    return {name: entry for share in _all_gathered(mine) for name, entry in share.items()}
+
+
+def verify_digests(checkpoint: Path) -> None:
+    """Compares a checkpoint with its digests; collective over all ranks, and raises on all of them alike.
+
+    Raises:
+        CheckpointError: there are no digests.
+        DigestError: files are damaged, naming them.
+    """
+    recorded = read_digests(checkpoint)
+    if recorded is None:
+        raise CheckpointError(f"{checkpoint} has no {DIGESTS} to compare with: leave out --verify-digests")
+    # The largest first, so that the shares are alike.
+    names = sorted(recorded, key=lambda name: (-recorded[name]["bytes"], name))
+    share = names[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    try:
+        damage = find_damage(checkpoint, share) or []
+    except OSError as error:  # the others wait for an answer
+        damage = [str(error)]
+    lines = [line for part in _all_gathered(damage) for line in part]
+    if lines:
+        raise DigestError("\n  ".join(lines))
+
+
+def _write_then_digest(write: Callable[..., None], directory: Path, rank: int, *args: Any, **options: Any) -> None:
+    write(*args, **options)
+    # On a full disk the writer has said so already; where it has not, gather_digests makes up for what is not here.
+    with contextlib.suppress(OSError):
+        write_text(_left_by_writer(directory, rank), json.dumps(_digests(directory, rank)))
+
+
+def _digests(directory: Path, rank: int) -> _Digests:
+    return {path.name: digest(path) for path in directory.glob(f"__{rank}_*.distcp")}
+
+
+def _left_by_writer(directory: Path, rank: int) -> Path:
+    return directory / f"digests_of_rank_{rank}.json"
+
+
+def _all_gathered(mine: Any) -> list[Any]:
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizers that data preparation, training and generation share.
+
+Both classes have the attributes that megatron-core's ``GPTDataset`` and ``MockGPTDataset`` read from
+``GPTDatasetConfig.tokenizer`` (``vocab_size``, ``eod``, ``eos``, ``pad``, ``unique_identifiers``) and need nothing but
+sentencepiece. megatron-core 0.16 has such a wrapper too (``megatron.core.tokenizers``), but that one is identified by
+its path, so that a model retrained in place would silently get the sample indices cached for the old one, and importing
+it imports transformers wherever that is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from ..cli import FailedError
+
+_WITHOUT_TEXT = 3 + 256
+LARGEST_VOCABULARY = 1_000_000
+"""Pieces that are trained at most: far above any, and what SentencePiece still answers within seconds."""
+# The trainer silently drops sentences above its own limit, so longer lines are cut into chunks of this many characters.
+_MAX_LINE_CHARACTERS = 2000
+_MAX_SENTENCE_BYTES = 4 * _MAX_LINE_CHARACTERS
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model as megatron-core's datasets and our generation use it.
+
+    Documents end with the model's end-of-sentence piece (``eod``), as in Megatron-LM's
+    ``GPTSentencePieceTokenizer``; no beginning-of-sentence piece is added.
+
+    Args:
+        model_path: a ``.model`` file written by SentencePiece.
+        model: what that file holds, where it is known already.
+
+    Raises:
+        ValueError: the file is missing, is no SentencePiece model or has no end-of-sentence piece.
+    """
+
+    def __init__(self, model_path: str | os.PathLike[str], model: bytes | None = None) -> None:
+        path = Path(model_path)
+        if model is None:
+            model = self._read(path)
+        self._processor = _load(model)
+        if self._processor is None:
+            raise ValueError(f"{path}: not a SentencePiece model; give the .model file that SentencePiece wrote")
+        if self._processor.eos_id() < 0:
+            raise ValueError(f"{path}: the model has no end-of-sentence piece to end documents with; train it with one")
+        self._digest = hashlib.sha256(model).hexdigest()
+
+    @staticmethod
+    def _read(path: Path) -> bytes:
+        try:
+            if not path.is_file():
+                raise ValueError(f"{path}: no such tokenizer model; give the path of a SentencePiece .model file")
+            return path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}; give the path of a SentencePiece .model file") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces of the model, special ones included, padding for tensor parallelism excluded."""
+        return self._processor.get_piece_size()
+
+    @property
+    def eod(self) -> int:
+        """Id of the token that ends a document: the model's end-of-sentence piece."""
+        return self._processor.eos_id()
+
+    @property
+    def eos(self) -> int:
+        """Id of the end-of-sentence piece, the same as `eod`."""
+        return self._processor.eos_id()
+
+    @property
+    def bos(self) -> int:
+        """Id of the beginning-of-sentence piece, -1 if the model has none."""
+        return self._processor.bos_id()
+
+    @property
+    def pad(self) -> int:
+        """Id of the padding piece, -1 if the model has none (then ``GPTDataset`` masks padding by -1, too)."""
+        return self._processor.pad_id()
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, str]:
+        """What megatron-core hashes into the name of its index cache: the content of the model, not its path."""
+        return _identifiers(self, sha256=self._digest)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of `text`, without ``eod``. Special pieces written out in the text stay plain text.
+
+        Raises:
+            ValueError: the text holds lone surrogates, which have no UTF-8 form.
+        """
+        return self.tokenize_batch([text])[0]
+
+    def tokenize_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Return the ids of each text, in order, computed by `threads` native threads.
+
+        Raises:
+            ValueError: a text holds lone surrogates, which have no UTF-8 form.
+        """
+        for text in texts:
+            _require_utf8(text)
+        return self._processor.encode(list(texts), num_threads=threads)
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids` (a list, an array or a 1-D tensor); special pieces such as ``eod`` vanish.
+
+        For models of `train_sentencepiece` this inverts `tokenize`, except that U+2581, the character by which
+        SentencePiece writes a space, comes back as a space.
+
+        Raises:
+            ValueError: an id is outside of the vocabulary.
+        """
+        values = [int(token) for token in ids]
+        outside = [token for token in values if not 0 <= token < self.vocab_size]
+        if outside:
+            raise ValueError(
+                f"token id {outside[0]} is outside of the vocabulary of {self.vocab_size} pieces; cut the logits "
+                "of a padded vocabulary to tokenizer.vocab_size before choosing a token"
+            )
+        return self._processor.decode(values)
+
+
+class NullTokenizer:
+    """A tokenizer for ``--mock-data``: its "text" is numbers separated by spaces.
+
+    As with Megatron-LM's ``NullTokenizer``, `vocab_size` counts the ordinary ids; the end-of-document token comes on
+    top, so that the attribute ``vocab_size`` is one larger.
+
+    Args:
+        vocab_size: number of ordinary ids, at least 1.
+
+    Raises:
+        ValueError: `vocab_size` is not positive.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size is {vocab_size}; the null tokenizer needs at least 1 (--vocab-size)")
+        self._ordinary_ids = int(vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids including ``eod``."""
+        return self._ordinary_ids + 1
+
+    @property
+    def eod(self) -> int:
+        """Id of the token that ends a document: the last one."""
+        return self._ordinary_ids
+
+    @property
+    def eos(self) -> int:
+        """The same as `eod`."""
+        return self._ordinary_ids
+
+    @property
+    def pad(self) -> int:
+        """-1: there is no padding token."""
+        return -1
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, str]:
+        """What megatron-core hashes into the name of its index cache."""
+        return _identifiers(self, vocab_size=str(self._ordinary_ids))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the numbers in `text`.
+
+        Raises:
+            ValueError: a word is no id of the vocabulary.
+        """
+        words = text.split()
+        wrong = [word for word in words if not (word.isdecimal() and int(word) < self.vocab_size)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no id below {self.vocab_size}; the null tokenizer reads numbers only")
+        return [int(word) for word in words]
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """Return `ids` as numbers separated by spaces."""
+        return " ".join(str(int(token)) for token in ids)
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, *, character_coverage: float = 0.9995, max_lines: int = 2_000_000
+) -> bytes:
+    """Train a byte-fallback BPE model on `texts` and return what its ``.model`` file holds.
+
+    The model keeps text exactly: no normalization, no dummy prefix, runs of spaces survive, and what the vocabulary
+    lacks, newlines among it, is spelled in bytes. Digits are single pieces. Ids: 0 unknown, 1 ``<s>``, 2 ``</s>``
+    (``eod``), no padding piece. The same texts give the same model, byte for byte, under one version of SentencePiece.
+    A request to stop (SIGINT, SIGTERM) is answered at once.
+
+    Args:
+        texts: documents; they are streamed, at most `max_lines` lines (a fixed random sample) are held in memory.
+        vocab_size: number of pieces, including 3 special ones and 256 bytes.
+        character_coverage: share of all characters that get a piece of their own; the rest is spelled in bytes.
+        max_lines: size of the sample of lines to train on, above 100.
+
+    Raises:
+        ValueError: the texts are too few for the vocabulary, or the vocabulary cannot hold bytes and characters.
+        Exception: whatever iterating `texts` raises, unchanged.
+    """
+    if max_lines <= 100:
+        raise ValueError(f"a sample of {max_lines} lines is too small to train on; take more than 100")
+    if not 1 <= vocab_size <= LARGEST_VOCABULARY:
+        raise ValueError(f"a vocabulary of {vocab_size} pieces: give a --vocab-size from 1 to {LARGEST_VOCABULARY}")
+    lines = _TrainingLines(texts)
+    model = io.BytesIO()
+    options = {
+        "sentence_iterator": iter(lines),
+        "model_writer": model,
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        "byte_fallback": True,
+        "character_coverage": character_coverage,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "input_sentence_size": max_lines,
+        "shuffle_input_sentence": True,
+        "max_sentence_length": _MAX_SENTENCE_BYTES,
+        "minloglevel": 2,
+    }
+    try:
+        _interruptible(lambda: sentencepiece.SentencePieceTrainer.train(**options))
+    except RuntimeError as error:
+        # The trainer turns an exception of the iterator into its own RuntimeError, and we want the original.
+        if lines.error is not None:
+            raise lines.error from None
+        raise _explained(error, vocab_size, lines.count) from error
+    finally:
+        lines.stopped = True
+    return model.getvalue()
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Runs native code, which Python's signal handlers wait for, so that they need not: in a thread of its own."""
+    errors: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _load(model: bytes) -> sentencepiece.SentencePieceProcessor | None:
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:
+        return None
+    return processor if processor.get_piece_size() else None  # an empty file loads as a model without pieces
+
+
+def _identifiers(tokenizer: object, **values: str) -> OrderedDict[str, str]:
+    kind = type(tokenizer)
+    return OrderedDict({"class": f"{kind.__module__}.{kind.__qualname__}", **values})
+
+
+def _require_utf8(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has a lone surrogate at character {error.start}, which UTF-8 cannot express; repair the text at "
+            'its source, or pass it through text.encode("utf-8", "replace").decode()'
+        ) from error
+
+
+class _TrainingLines:
+    """The lines of texts as the trainer takes them, until `stopped`; remembers their number and what went wrong."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self.count = 0
+        self.error: Exception | None = None
+        self.stopped = False
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self._texts:
+                _require_utf8(text)
+                for line in text.split("\n"):
+                    for start in range(0, 0 if self.stopped else len(line), _MAX_LINE_CHARACTERS):
+                        self.count += 1
+                        yield line[start : start + _MAX_LINE_CHARACTERS]
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _explained(error: RuntimeError, vocab_size: int, lines: int) -> Exception:
+    """Return a `ValueError` with a cure where the trainer's message is a known one, else one that quotes it."""
+    message = str(error)
+    if lines == 0 or "sentences_.empty()" in message:
+        return ValueError("no text to train a tokenizer on; give input that is not empty")
+    if match := re.search(r"set it to a value <= (\d+)", message):
+        return ValueError(
+            f"the text ({lines} lines) is too small for a vocabulary of {vocab_size} pieces: it supports at most "
+            f"{match[1]}; lower the vocabulary size (--vocab-size {match[1]}) or give more text"
+        )
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return ValueError(
+            f"a vocabulary of {vocab_size} pieces cannot hold 256 bytes, the special pieces and the characters of the "
+            f"text; give at least {match[1]} (--vocab-size)"
+        )
+    if vocab_size < _WITHOUT_TEXT:
+        # Below its own special pieces the trainer says nothing of characters.
+        return ValueError(
+            f"a vocabulary of {vocab_size} pieces cannot hold 256 bytes, the special pieces and the characters of the "
+            f"text; give more than {_WITHOUT_TEXT} (--vocab-size)"
+        )
+    return FailedError(f"SentencePiece could not train the tokenizer: {message}")

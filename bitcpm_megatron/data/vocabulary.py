@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The size of a vocabulary as the embedding holds it."""
+
+from __future__ import annotations
+
+
+def padded_vocab_size(vocab_size: int, make_divisible_by: int = 128, tensor_parallel: int = 1) -> int:
+    """Return `vocab_size` rounded up to a multiple of ``make_divisible_by * tensor_parallel`` (Megatron-LM's rule).
+
+    Raises:
+        ValueError: an argument is not positive.
+    """
+    if min(vocab_size, make_divisible_by, tensor_parallel) < 1:
+        raise ValueError(
+            "vocabulary size, --make-vocab-size-divisible-by and the tensor parallel size must be positive, got "
+            f"{vocab_size}, {make_divisible_by} and {tensor_parallel}"
+        )
+    multiple = make_divisible_by * tensor_parallel
+    return -(-vocab_size // multiple) * multiple

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are there whole or not at all: written under a temporary name, synced to disk, then renamed."""
+
+import errno
+import os
+import stat
+from pathlib import Path, PurePosixPath
+
+_MAX_TEXT_BYTES = 64 * 2**20
+
+
+class FileError(ValueError):
+    """A file that is not there, damaged or not understood; the message names it and the cure."""
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Gives a complete file or directory its final name; after a crash the name holds all of it or nothing of it.
+
+    Args:
+        temporary: what was written, on the same file system.
+        final: its name from now on; a file of that name is replaced, a directory must not exist.
+    """
+    if temporary.is_dir():
+        for path in temporary.rglob("*"):
+            fsync(path)
+    fsync(temporary)
+    os.replace(temporary, final)
+    fsync(final.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file, replacing what stood there."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def directory_mistake(path: str | Path) -> str | None:
+    """Why nothing can be written below a directory that may have to be made yet, or None; nothing is changed."""
+    for place in (Path(path), *Path(path).absolute().parents):
+        try:
+            mode = place.stat().st_mode
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            return f"{place}: {getattr(error, 'strerror', None) or error}"
+        if not stat.S_ISDIR(mode):
+            return f"{place} is no directory"
+        return None if os.access(place, os.W_OK | os.X_OK) else f"{place} may not be written to"
+    return None
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether an error says that the file system, or the user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative name that a file holds stays below the directory that it is relative to."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def require_file(path: Path) -> os.stat_result:
+    """Makes sure that a path leads to a regular file: a directory, pipe or socket is read by nobody here.
+
+    Raises:
+        FileError: it does not, in words that tell what is there from what is missing.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise FileError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise FileError(f"{path}: this is no regular file")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file.
+
+    Raises:
+        FileError: not a regular file, not readable, too large for a text that people write, or not UTF-8.
+    """
+    try:
+        size = require_file(path).st_size
+        if size > _MAX_TEXT_BYTES:
+            raise FileError(f"{path}: {size:,} bytes are too many for such a file")
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: not UTF-8 ({error.reason} at byte {error.start:,})") from None
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{str(path)!r} is no path: {error}") from None

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a trained model: plain sampling, one full forward per token. For looking at a model, not for serving it."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from ..checkpoints.compatibility import recorded
+from ..checkpoints.directory import saved_arguments
+from ..data.vocabulary import padded_vocab_size
+from ..models.architecture import uneven
+from ..nn.recorded import recipe_of
+from ..quantization.record import QuantizerRecord
+from ..training import checkpoint
+from ..training.initialize import device, initialize, world_size
+from ..training.mistakes import ffn_channels
+from ..training.model import Model, build_model
+
+
+def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespace, Model]:
+    """The model of a checkpoint, over all processes of this job as tensor-parallel ranks, ternary where it was.
+
+    Args:
+        path: an iteration directory, or a release.
+        fp32: compute in fp32, with the same weights, also where the run did not.
+
+    Returns:
+        The arguments of the run that wrote it, and the model.
+
+    Raises:
+        ValueError: this number of processes does not fit the model or its row-parallel shards, or what the checkpoint
+            says of its run cannot be.
+    """
+    args = recorded(saved_arguments(path), str(path))
+    args.tensor_model_parallel_size = world_size()
+    args.pipeline_model_parallel_size = args.data_parallel_size = 1
+    args.num_virtual_stages_per_pipeline_rank = None
+    args.sequence_parallel = False
+    args.gradient_accumulation_fusion = False
+    args.bf16 = args.bf16 and not fp32
+    record = QuantizerRecord.read(path)
+    # Fused weights are ternary already.
+    args.ternary = record is not None and record.state == "latent"
+    if args.ternary:
+        args.ternary_recipe = recipe_of(record)
+        args.ternary_row_parallel_shards = record.row_parallel_shards
+        args.ternary_activation_bits = record.activation_bits
+    channels = (args.num_experts and args.moe_ffn_hidden_size) or ffn_channels(args)
+    if (
+        found := uneven(
+            {"query groups": args.num_query_groups, "ffn channels": channels}, args.tensor_model_parallel_size
+        )
+    ) is not None:
+        raise ValueError(f"{world_size()} processes do not divide the model's {found}")
+    if args.vocab_size is None:
+        raise ValueError(f"{path} does not say how large its vocabulary is")
+    initialize(args)
+    vocabulary = padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
+    model = build_model(args, vocabulary, with_ddp=False)
+    checkpoint.load_weights(path, model)
+    for chunk in model.chunks:
+        chunk.eval()
+    return args, model
+
+
+@torch.inference_mode()
+def generate(
+    model: Model,
+    prompt: list[int],
+    count: int,
+    context: int,
+    vocab_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_token: Callable[[int], None] = lambda token: None,
+) -> list[int]:
+    """Continues a prompt; every tensor-parallel rank must call this alike, and gets the same tokens.
+
+    Args:
+        model: from :func:`load_for_inference`.
+        prompt: token ids, at least one.
+        count: tokens to add.
+        context: longest input of the model; earlier tokens are dropped.
+        vocab_size: without padding; padded entries are never drawn.
+        temperature: 0 takes the likeliest token.
+        seed: of the draws.
+        on_token: called with each new token.
+
+    Returns:
+        The new tokens.
+
+    Raises:
+        ValueError: a prompt without tokens, or with one that is none of the vocabulary.
+    """
+    if not prompt or not all(0 <= token < vocab_size for token in prompt):
+        raise ValueError(f"a prompt of {len(prompt)} tokens: give one or more, from 0 to {vocab_size - 1}")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(count):
+        inputs = torch.tensor([tokens[-context:]], device=device())
+        positions = torch.arange(inputs.shape[1], device=device()).unsqueeze(0)
+        logits = model.chunks[0](inputs, positions, None)[:, -1]
+        logits = gather_from_tensor_model_parallel_region(
+            logits, group=parallel_state.get_tensor_model_parallel_group()
+        )
+        logits = logits[0, :vocab_size].double().cpu()
+        if temperature > 0:
+            # Of the differences to the largest: however small the temperature is, that one is no infinity.
+            likelihood = ((logits - logits.max()) / temperature).softmax(-1)
+            token = int(torch.multinomial(likelihood, 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        tokens.append(token)
+        on_token(token)
+    return tokens[len(prompt) :]

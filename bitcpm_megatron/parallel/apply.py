@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to ternary modules: apply all of it, or raise and change nothing."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from ..cli import Whole
+from ..nn.cache import attach_epoch
+from ..nn.coverage import CoverageEntry, CoverageReport
+from ..nn.linear import CacheMode, TernaryState, check_unwrapped, make_ternary
+from ..quantization import QuantizerConfig, check_weight
+from ..quantization.config import check_config
+from ..quantization.recipe import Matcher, Recipe, RecipeError
+from .linears import Candidate, activation_groups, candidates, local_config, whole_shape
+from .sharded_scales import save_scales_with
+
+
+def apply_recipe(
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    recipe: Recipe | str | Path | None = None,
+    *,
+    default: QuantizerConfig,
+    row_parallel_shards: int | None = None,
+    cache: CacheMode = "step",
+    verify_cache: bool = False,
+    activation_bits: int = 16,
+) -> CoverageReport:
+    """Makes the linears of a model ternary.
+
+    Call it on the bare model, before DDP and the optimizer are built, on all ranks at once: they exchange their module
+    names, so that a matcher may name a layer of another pipeline stage, and that all raise where one cannot go on.
+
+    Args:
+        model: a model, or all model chunks of this rank under virtual pipeline parallelism.
+        recipe: a :class:`Recipe`, a YAML file, or None for every linear of the decoder layers.
+        default: quantizer of modules whose recipe entry does not say otherwise.
+        row_parallel_shards: groups per whole row of row-parallel weights under ``group_size=-1``; None for the
+            tensor-parallel size of this run. A later run must use the same number.
+        cache: ``step`` quantizes once per optimizer step, ``none`` in every forward; the results are bit-identical.
+        verify_cache: quantize again at every use of the cache, and raise where it is stale.
+        activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
+
+    Returns:
+        What was quantized and what was not, in the whole model.
+
+    Raises:
+        RecipeError: a matcher fits no module of the whole model, or one that cannot be quantized.
+        ValueError: a weight's dtype or shape does not fit, or fp8 / fp4 is configured.
+        TypeError: no modules, no configuration, or no recipe.
+    """
+    chunks = _chunks(model)
+    check_config(default)
+    if cache not in ("step", "none"):
+        raise ValueError(f"cache={cache!r} is not possible: use step or none")
+    if activation_bits not in (8, 16):
+        raise ValueError(f"activation_bits={activation_bits} is not possible: use 8, or 16 for none")
+    if row_parallel_shards is not None and (mistake := Whole(1, 2**16).mistake(row_parallel_shards)):
+        raise ValueError(f"row_parallel_shards={row_parallel_shards!r} is not possible: {mistake}")
+    unnamed = recipe is None
+    if recipe is None:
+        recipe = Recipe.all_linears(default)
+    elif not isinstance(recipe, Recipe):
+        if not isinstance(recipe, str | Path):
+            raise TypeError(f"a recipe is a Recipe or the path of a file, not a {type(recipe).__name__}")
+        recipe = Recipe.from_yaml(recipe, default)
+
+    found = [[(c, recipe.decide(c.path)) for c in candidates(chunk)] for chunk in chunks]
+    mistakes: list[str] = []
+    entries: list[CoverageEntry] = []
+    shards = row_parallel_shards or _tensor_parallel_size(c for chunk in found for c, _ in chunk)
+    for candidate, matcher in (pair for chunk in found for pair in chunk):
+        try:
+            entries.append(_entry(candidate, matcher, shards))
+            if unnamed:
+                _refuse_unnamed(candidate)
+            if activation_bits == 8 and entries[-1].config is not None:
+                activation_groups(candidate, shards)
+        except ValueError as error:
+            mistakes.append(str(error))
+    entries, mistakes = _whole_model(entries, mistakes)
+    mistakes += _idle_matchers(recipe, entries)
+    if mistakes:
+        raise RecipeError("the recipe cannot be applied:\n  " + "\n  ".join(mistakes))
+
+    report = CoverageReport(tuple(entries), shards)
+    by_path = {e.path: e for e in entries}
+    uneven = report.uneven_layers()
+    for chunk, pairs in zip(chunks, found, strict=True):
+        epoch = attach_epoch(chunk)
+        for candidate, _ in pairs:
+            config = by_path[candidate.path].config
+            if config is not None:
+                state = TernaryState(
+                    name=candidate.path,
+                    config=config,
+                    epoch=epoch,
+                    cache=cache,
+                    verify=verify_cache,
+                    like_all_layers=candidate.path not in uneven,
+                    activation_groups=activation_groups(candidate, shards) if activation_bits == 8 else 0,
+                )
+                make_ternary(candidate.module, state)
+                if candidate.kind != "dense":
+                    save_scales_with(candidate.module)
+    return report
+
+
+def _chunks(model: object) -> list[torch.nn.Module]:
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model) if isinstance(model, Iterable) else []
+    if not chunks or not all(isinstance(chunk, torch.nn.Module) for chunk in chunks):
+        raise TypeError(f"apply_recipe takes a module or a list of modules (all model chunks), not {model!r:.80}")
+    return chunks
+
+
+def _entry(candidate: Candidate, matcher: Matcher | None, shards: int) -> CoverageEntry:
+    weight = getattr(candidate.module, "weight", None)
+    module, kind, path = candidate.module, candidate.kind, candidate.path
+    shape = whole_shape(module)
+    wanted = matcher is not None and matcher.config is not None
+    if kind == "never" or not wanted:
+        reason = "never quantized" if kind == "never" else f"matcher {matcher.name}" if matcher else "no matcher"
+        return CoverageEntry(path, kind, shape, None, 0, reason)
+    if kind == "unsupported" or weight is None:
+        raise ValueError(
+            f"{path}: matcher {matcher.name!r} asks to quantize a {type(module).__module__}.{type(module).__name__}, "
+            "which would bypass the quantizer: use column / row parallel linears of megatron-core (local spec), or "
+            "keep it in full precision"
+        )
+    check_unwrapped(module, path)
+    _refuse_low_precision(candidate)
+    config = local_config(candidate, matcher.config, shards)
+    try:
+        group = check_weight(weight, config.group_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return CoverageEntry(
+        path, kind, shape, config, shape[1] // group, f"matcher {matcher.name}", not weight.requires_grad
+    )
+
+
+def _refuse_unnamed(candidate: Candidate) -> None:
+    """Without a recipe everything in the decoder layers counts as asked for, but the router of experts."""
+    layer, router = ".layers." in f".{candidate.path}.", candidate.path.endswith(".router")
+    if candidate.kind == "unsupported" and layer and not router:
+        raise ValueError(
+            f"{candidate.path}: a {type(candidate.module).__name__} cannot be quantized, and would stay in full "
+            "precision: use column / row parallel linears (for experts SequentialMLP), or name it in a recipe"
+        )
+
+
+def _refuse_low_precision(candidate: Candidate) -> None:
+    config = getattr(candidate.module, "config", None)
+    for name in ("fp8", "fp4", "use_kitchen"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"{candidate.path}: {name}={getattr(config, name)!r} is configured, whose GEMMs would requantize the "
+                "ternary weight: switch it off, or train without --ternary"
+            )
+
+
+def _tensor_parallel_size(found) -> int:  # noqa: ANN001 - an iterator of Candidate
+    return max((c.module.input_size // c.module.weight.shape[1] for c in found if c.kind == "row"), default=1)
+
+
+def _whole_model(entries: list[CoverageEntry], mistakes: list[str]) -> tuple[list[CoverageEntry], list[str]]:
+    """Entries and mistakes of all expert-, pipeline- and tensor-parallel ranks; the same on each."""
+    if not parallel_state.model_parallel_is_initialized():
+        return entries, mistakes
+    for group in (
+        parallel_state.get_expert_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_tensor_model_parallel_group(),
+    ):
+        if group.size() > 1:
+            gathered: list[tuple[list[CoverageEntry], list[str]]] = [([], [])] * group.size()
+            torch.distributed.all_gather_object(gathered, (entries, mistakes), group=group)
+            entries = list({e.path: e for part, _ in gathered for e in part}.values())
+            mistakes = list(dict.fromkeys(m for _, part in gathered for m in part))
+    return entries, mistakes
+
+
+def _idle_matchers(recipe: Recipe, entries: list[CoverageEntry]) -> list[str]:
+    mistakes = []
+    for matcher in recipe.matchers:
+        fitting = [e for e in entries if matcher.fits(e.path)]
+        if not fitting:
+            mistakes.append(
+                f"matcher {matcher.name!r} ({matcher.pattern}) fits no module of the model; its modules with weights "
+                f"are named like {_examples(entries)}"
+            )
+        elif matcher.config is not None and all(e.kind == "never" for e in fitting):
+            mistakes.append(
+                f"matcher {matcher.name!r} ({matcher.pattern}) names {fitting[0].path}: embeddings, the output "
+                "layer and adapters are never quantized; remove it"
+            )
+    return mistakes
+
+
+def _examples(entries: list[CoverageEntry]) -> str:
+    return ", ".join(e.path for e in entries[:6]) or "(none)"

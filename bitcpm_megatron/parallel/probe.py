@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proofs that a host trains ternary: at start-up of every quantized layer, in the first step of its use.
+
+A host may replace a linear's class, its forward or the functions below it, and a quantizer that is bypassed trains in
+full precision with a perfectly good-looking loss. So each layer is run, as it stands, on one-hot inputs: its outputs
+are then columns of the weight that the GEMM really used, exact in every dtype, and compared bit for bit. A norm inside
+the layer is left out meanwhile.
+
+A fused kernel that reads the weights of layers which it never calls passes this. So the first training step must have
+run every quantized layer.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..cli import MismatchError
+from ..nn.cache import find_attached
+from ..nn.linear import TernaryState, ternary_state
+from ..patches.megatron_core import schedules
+from ..quantization import quantize_dequantize
+from .linears import parallel_kind, registered_linear, tensor_parallel_group
+
+_POSITIONS = 16
+_WATCH = "_ternary_watch"
+_NAMED = 32
+
+
+class ProbeError(MismatchError):
+    """A layer that should be ternary computes with another weight, or is not used."""
+
+
+def ternary_modules(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[tuple[TernaryState, torch.nn.Module]]:
+    """The quantized modules of a model or of its chunks, in order."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    return [(s, m) for chunk in chunks for m in chunk.modules() if (s := ternary_state(m)) is not None]
+
+
+@torch.no_grad()
+def probe(model: torch.nn.Module | Sequence[torch.nn.Module]) -> int:
+    """Runs every quantized layer on one-hot inputs and compares with an independent quantization of its weight.
+
+    Layers communicate as in training, so every rank of a tensor-parallel group must call this at once.
+
+    Args:
+        model: a model, or all chunks of this rank, after :func:`apply_recipe`.
+
+    Returns:
+        The number of layers proved.
+
+    Raises:
+        ProbeError: names every layer whose output is not ``x Wq^T``, with the largest difference.
+    """
+    wrong = []
+    modules = ternary_modules(model)
+    for state, module in modules:
+        found, expected = _columns(state, module)
+        if not torch.equal(found, expected):
+            difference = (found.float() - expected.float()).abs().max().item()
+            wrong.append(f"{state.name} ({type(module).__name__}): largest difference {difference:g}")
+    if wrong:
+        raise ProbeError(
+            "these layers do not compute x Wq^T, something bypasses the quantizer:\n  " + "\n  ".join(wrong)
+        )
+    return len(modules)
+
+
+def _columns(state: TernaryState, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of the weight as the layer's forward used them, and as they should be; both ``[positions, out]``."""
+    weight = module.weight
+    group = tensor_parallel_group(module)
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    row_parallel = parallel_kind(module) == "row"
+    local_in = weight.shape[1]
+    whole_in = local_in * size if row_parallel else local_in
+    positions = torch.linspace(0, whole_in - 1, _POSITIONS * size, device=weight.device).long()
+    one_hot = torch.nn.functional.one_hot(positions, whole_in).to(weight.dtype).unsqueeze(1)
+    local = positions
+    if row_parallel:
+        one_hot = one_hot[..., rank * local_in : (rank + 1) * local_in]
+        local = positions - rank * local_in
+    # Experts leave gathering, reducing and scattering to the token dispatcher.
+    communicates = size > 1 and not getattr(module, "explicit_expert_comm", False)
+    sequence_parallel = getattr(module, "sequence_parallel", False) and communicates
+    if sequence_parallel and not row_parallel:
+        one_hot = one_hot.chunk(size)[rank]
+
+    with _without_norm(module):
+        output = module(one_hot.contiguous())
+    found, bias = output if isinstance(output, tuple) else (output, None)
+    found = found.squeeze(1)
+
+    _, scales = state.quantize(weight)
+    quantized, _ = quantize_dequantize(weight, state.config.group_size, state.config.eps, scales)
+    inside = (local >= 0) & (local < local_in)
+    expected = quantized.t()[local.clamp(0, local_in - 1)] * inside.unsqueeze(1)
+    if row_parallel and communicates:
+        torch.distributed.all_reduce(expected, group=group)
+        if sequence_parallel:
+            expected = expected.chunk(size)[rank]
+    if bias is None and getattr(module, "bias", None) is not None:
+        expected = expected + module.bias
+    return found, expected.to(found.dtype)
+
+
+@contextlib.contextmanager
+def _without_norm(module: torch.nn.Module) -> Iterator[None]:
+    """Lets the input of a layer through to its GEMM as it is."""
+    registered = registered_linear(module)
+    names = () if registered is None else registered.norm_methods
+    for name in names:
+        module.__dict__[name] = _unchanged
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
+
+
+def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def watch_use(model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
+    """Lets the first training step prove that the host runs every quantized layer.
+
+    That is the first schedule with gradients. Every layer must have been run there at least once over all micro-batches
+    of its rank, in a forward pass: recompute in the backward pass does not count. Layers of experts that received no
+    token are exempt, and named in a line that rank 0 prints. Where one was not run all ranks raise :class:`ProbeError`
+    from the schedule. Afterwards nothing is watched any more.
+
+    Args:
+        model: a model, or all chunks of this rank, after :func:`apply_recipe`. On every rank alike, for the proof is
+            collective over all of them.
+    """
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    for chunk in chunks:
+        chunk.__dict__[_WATCH] = _Watch(chunk)
+    schedules.announce_training(_start_watching, _prove_use)
+
+
+class _Watch:
+    """Which layers of a model chunk a schedule ran, and how many tokens its experts received meanwhile."""
+
+    def __init__(self, chunk: torch.nn.Module) -> None:
+        self.layers = [state for state, _ in ternary_modules(chunk)]
+        self.tokens: dict[str, int] = {}
+        self.over = False
+        self.hooks = []
+        for module in chunk.modules():
+            experts = getattr(module, "local_experts", None)
+            if isinstance(experts, torch.nn.ModuleList):
+                count = functools.partial(self._count_tokens, [_expert_in(expert) for expert in experts])
+                self.hooks.append(module.register_forward_pre_hook(count, with_kwargs=True))
+
+    def _count_tokens(self, experts: list[str | None], module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before megatron-core's ``experts(hidden_states, tokens_per_expert, probabilities)``."""
+        tokens = kwargs.get("tokens_per_expert", args[1] if len(args) > 1 else None)
+        tokens = [] if tokens is None else torch.as_tensor(tokens).flatten().tolist()
+        if len(tokens) == len(experts):
+            for expert, received in zip(experts, tokens, strict=True):
+                if expert is not None:
+                    self.tokens[expert] = self.tokens.get(expert, 0) + int(received)
+
+    def start(self) -> None:
+        self.tokens.clear()
+        for state in self.layers:
+            state.used = False
+
+    def stop(self) -> tuple[list[str], list[str]]:
+        """The layers that were not run, and the experts without a token among those that were not."""
+        self.over = True
+        for hook in self.hooks:
+            hook.remove()
+        unused, idle = [], []
+        for state in self.layers:
+            if not state.used:
+                expert = _expert_of(state.name)
+                # An expert of which nothing is known may have been bypassed with its tokens.
+                exempt = self.tokens.get(expert) == 0
+                (idle if exempt else unused).append(expert if exempt else state.name)
+        return unused, list(dict.fromkeys(idle))
+
+
+def _expert_of(layer: str) -> str | None:
+    found = re.match(r".*\blocal_experts\.\d+", layer)
+    return None if found is None else found.group()
+
+
+def _expert_in(module: torch.nn.Module) -> str | None:
+    """The global path of an expert, None for one without quantized layers."""
+    return next((_expert_of(state.name) for state, _ in ternary_modules(module)), None)
+
+
+def _pending(chunks: Sequence[torch.nn.Module]) -> list[_Watch]:
+    watches = [find_attached(chunk, _WATCH) for chunk in chunks]
+    return [watch for watch in watches if watch is not None and not watch.over]
+
+
+def _start_watching(chunks: Sequence[torch.nn.Module]) -> None:
+    for watch in _pending(chunks):
+        watch.start()
+
+
+def _prove_use(chunks: Sequence[torch.nn.Module]) -> None:
+    watches = _pending(chunks)
+    if not watches:
+        return
+    found = [watch.stop() for watch in watches]
+    unused, idle = _of_all_ranks(*([name for pair in found for name in pair[i]] for i in (0, 1)))
+    if unused:
+        raise ProbeError(
+            "these layers are quantized, but the first training step never ran them, so that something computes with "
+            "their latent weights (a fused MLP, an op fuser, fused adapters):\n  "
+            + "\n  ".join(unused)
+            + "\nSwitch it off, or keep them in full precision with --ternary-recipe"
+        )
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        layers = sum(len(watch.layers) for watch in watches)
+        exempt = f", but for experts that received no token: {', '.join(idle)}" if idle else ""
+        print(f"use: the first training step ran the {layers} quantized layers of this rank{exempt}", flush=True)
+
+
+def _of_all_ranks(unused: list[str], idle: list[str]) -> tuple[list[str], list[str]]:
+    """Both lists over all ranks, without repetition and cut to a length that can be read; the same on each rank."""
+    gathered = [(unused, idle)]
+    if torch.distributed.is_initialized():
+        gathered = [([], [])] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, (unused[: _NAMED + 1], idle[: _NAMED + 1]))
+    found = [list(dict.fromkeys(name for pair in gathered for name in pair[i])) for i in (0, 1)]
+    unused, idle = ([*names[:_NAMED], "..."] if len(names) > _NAMED else names for names in found)
+    return unused, idle

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scales in the checkpoint: ``<weight key>.ternary_scale`` beside each ternary weight, sharded as it is.
+
+Whoever exports the checkpoint needs the very scales that training uses: summing in another order moves a scale by one
+bf16 step in a few rows of a hundred thousand.
+
+Where all layers (and experts) are quantized alike their scales are stacked into one tensor ``[layers, out, groups]``,
+as upstream stacks the weights; otherwise each has a key of its own that ends in its layer number (and expert number).
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+from ..nn.linear import ternary_state
+from ..quantization.record import SCALE_SUFFIX
+from .linears import parallel_kind, tensor_parallel_group
+
+_left_out = 0
+
+
+def save_scales_with(module: torch.nn.Module) -> None:
+    """Lets a ternary column / row parallel linear add its scales to ``sharded_state_dict``."""
+    module.sharded_state_dict = functools.partial(_sharded_state_dict, module)
+
+
+def without_scales(state: dict[str, Any]) -> dict[str, Any]:
+    """A nested sharded state dict without its scales: what loading asks for, since it derives them from the weights."""
+    return {
+        key: without_scales(value) if isinstance(value, dict) else value
+        for key, value in state.items()
+        if SCALE_SUFFIX not in str(key)
+    }
+
+
+@contextlib.contextmanager
+def scales_left_out() -> Iterator[None]:
+    """Inside, ``sharded_state_dict`` of any model comes without scales: for hosts that build what they ask of a
+    checkpoint where we cannot filter it."""
+    global _left_out
+    _left_out += 1
+    try:
+        yield
+    finally:
+        _left_out -= 1
+
+
+def _sharded_state_dict(
+    self: torch.nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+) -> ShardedStateDict:
+    state = type(self).sharded_state_dict(self, prefix, sharded_offsets, metadata)
+    if _left_out:
+        return state
+    ternary = ternary_state(self)
+    key = f"{prefix}weight{SCALE_SUFFIX}"
+    if not ternary.like_all_layers:
+        key += "".join(f".{n}" for n in re.findall(r"\.(?:layers|local_experts)\.(\d+)\.", ternary.name))
+        sharded_offsets = ()
+    # Of the weight as it is now: an optimizer step lies between it and the scales of the last forward.
+    _, scales = ternary.quantize(self.weight)
+    row_parallel = parallel_kind(self) == "row"
+    tensor_group = tensor_parallel_group(self)
+    data_group = (metadata or {}).get("dp_cp_group") or parallel_state.get_data_parallel_group(
+        with_context_parallel=True
+    )
+    sharded = ShardedTensor.from_rank_offsets(
+        key,
+        scales,
+        *sharded_offsets,
+        (len(sharded_offsets) + (1 if row_parallel else 0), tensor_group.rank(), tensor_group.size()),
+        replica_id=(0, 0, data_group.rank()),
+        prepend_axis_num=len(sharded_offsets),
+    )
+    if self.config.gated_linear_unit and prefix.endswith("linear_fc1."):
+        # MLP.sharded_state_dict splits gate and up of the weight only; the scales must be split alike.
+        sharded = apply_swiglu_sharded_factory(sharded, sharded_offsets)
+    state[key] = sharded
+    return state

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags that are ours, with the same names and meanings on every host.
+
+Importing this imports no Megatron, so that a host's adaptor may do it before Megatron is there.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cli import Whole
+from .models.family_flags import add_model_arguments
+from .models.from_arguments import NAMES
+from .ops import backends, set_backend
+from .quantization import SPACES, QuantizerConfig
+from .quantization.config import GROUP_MULTIPLE, LARGEST_GROUP
+
+if TYPE_CHECKING:
+    from .parallel import CoverageReport
+
+
+@dataclass(frozen=True)
+class GroupSize(Whole):
+    """The type of a flag that is a group size: -1, or a multiple of 32."""
+
+    minimum: int = -1
+    maximum: int = LARGEST_GROUP
+
+    def mistake(self, value: object) -> str | None:
+        """What is wrong with a value, or None."""
+        found = super().mistake(value)
+        return (
+            "must be " + str(self) if found is None and value != -1 and (not value or value % GROUP_MULTIPLE) else found
+        )
+
+    def __str__(self) -> str:
+        return f"-1 (one scale per row) or a multiple of {GROUP_MULTIPLE} up to {self.maximum}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> tuple[str, ...]:
+    """Adds the ``--ternary`` flags and those of the MiniCPM4 family to a host's parser.
+
+    Where the host has a family flag already (MindSpeed-LLM: ``--scale-emb``, ``--rope-scaling-type`` and others) the
+    host's stays, and carries out what it says; a host with a LongRoPE of its own gets none of our details of it.
+
+    Returns:
+        The family arguments that are the host's, by name.
+
+    Raises:
+        ValueError: the host has a ``--ternary`` flag already.
+    """
+    taken = parser._option_string_actions
+    own = add_ternary_arguments(argparse.ArgumentParser(add_help=False))
+    clash = [s for action in own._actions for s in action.option_strings if s in taken]
+    if clash:
+        raise ValueError(f"the parser has {', '.join(clash)} already: add_arguments() once per parser")
+    theirs = {name for name in NAMES if _flag(name) in taken}
+    if "rope_scaling_type" in theirs:
+        theirs.update(name for name in NAMES if name.startswith("rope_scaling_"))
+    family = argparse.ArgumentParser(add_help=False)
+    add_model_arguments(family.add_argument_group("MiniCPM4 family"))
+    group = parser.add_argument_group("MiniCPM4 family")
+    for action in family._actions:
+        if action.dest not in theirs:
+            group._add_action(action)
+    add_ternary_arguments(parser)
+    return tuple(sorted(theirs))
+
+
+def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the ``--ternary`` flags; the same on every host."""
+    group = parser.add_argument_group("ternary")
+    group.add_argument("--ternary", action="store_true", help="quantize the linears of the decoder layers")
+    group.add_argument("--ternary-space", choices=sorted(SPACES), default="ternary")
+    group.add_argument(
+        "--ternary-group-size", type=GroupSize(), default=-1, help="elements per scale, -1 for a whole row"
+    )
+    group.add_argument("--ternary-recipe", metavar="FILE", help="YAML: which module is quantized how")
+    group.add_argument(
+        "--ternary-row-parallel-shards",
+        type=Whole(1, 2**16),
+        metavar="N",
+        help="with group size -1: groups per row of row-parallel weights, fixed when training starts "
+        "(default: what the loaded checkpoint records, else the tensor-parallel size)",
+    )
+    group.add_argument("--ternary-backend", choices=("auto", *(b.name for b in backends())), default="auto")
+    group.add_argument("--ternary-cache", choices=("step", "none"), default="step")
+    group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
+    group.add_argument(
+        "--ternary-activation-bits",
+        type=Whole(8, 16),
+        choices=(16, 8),
+        default=16,
+        help="8: int8 inputs, one scale per token",
+    )
+    group.add_argument(
+        "--ternary-telemetry-interval",
+        type=Whole(1, 10**9),
+        metavar="N",
+        help="every N iterations: zeros, changed codes and scales of every module, into --log-dir",
+    )
+    group.add_argument("--allow-quantizer-change", action="store_true", help="load a checkpoint of another quantizer")
+    return parser
+
+
+def quantizer_config(args: argparse.Namespace) -> QuantizerConfig:
+    """The quantizer that the flags describe.
+
+    Raises:
+        ValueError: an impossible group size.
+    """
+    return QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size)
+
+
+def apply_ternary(
+    args: argparse.Namespace, chunks: Sequence[torch.nn.Module], device_type: str
+) -> tuple["CoverageReport", str]:
+    """Makes bare model chunks ternary as the flags say; see :func:`~bitcpm_megatron.parallel.apply_recipe`.
+
+    Args:
+        args: with the ``--ternary`` flags.
+        chunks: all model chunks of this rank.
+        device_type: that they run on.
+
+    Returns:
+        What was quantized, and for the log which backend quantizes.
+
+    Raises:
+        RecipeError, ValueError, RuntimeError: it cannot be done.
+    """
+    from .parallel import apply_recipe
+
+    choice = set_backend(args.ternary_backend, device_type)
+    coverage = apply_recipe(
+        chunks,
+        args.ternary_recipe,
+        default=quantizer_config(args),
+        row_parallel_shards=args.ternary_row_parallel_shards,
+        cache=args.ternary_cache,
+        verify_cache=args.ternary_verify_cache,
+        activation_bits=args.ternary_activation_bits,
+    )
+    return coverage, f"quantizer backend: {choice.backend.name} ({choice.reason})"
+
+
+def ternary_mistakes(args: argparse.Namespace) -> list[str]:
+    """What cannot go together in the parsed ``--ternary`` flags, one line each."""
+    if args.ternary:
+        try:
+            quantizer_config(args)
+        except ValueError as error:
+            return [f"--ternary-group-size: {error}"]
+        shards = args.ternary_row_parallel_shards
+        grouped = args.ternary_group_size != -1 and args.ternary_recipe is None
+        if shards is not None and grouped and args.ternary_activation_bits == 16:
+            return ["--ternary-row-parallel-shards does nothing with a --ternary-group-size: leave it out"]
+        if args.ternary_verify_cache and args.ternary_cache == "none":
+            return ["--ternary-verify-cache has nothing to verify with --ternary-cache none"]
+        return []
+    parser = add_ternary_arguments(argparse.ArgumentParser())
+    idle = [
+        action.option_strings[0]
+        for action in parser._actions
+        if action.dest.startswith("ternary_") and getattr(args, action.dest) != action.default
+    ]
+    return [f"{', '.join(idle)} without --ternary would do nothing"] if idle else []
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

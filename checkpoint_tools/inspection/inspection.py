@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint holds, whatever it is: its facts, its weights one by one, and where it contradicts itself."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...models.architecture import Architecture
+from ...quantization.record import QuantizerRecord
+from ..storage.reader import TensorInfo, listed
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the model.
+
+    Attributes:
+        name: of its module, with the layer number; by the names of the checkpoint.
+        info: shape and dtype.
+        linear: whether it is one of a layer's linears, which can be ternary.
+        read: rows of it; all of them where it is linear.
+        scales: saved beside it, bf16 ``[out, groups]``, or None.
+        has_scales: whether there are some.
+    """
+
+    name: str
+    info: TensorInfo
+    linear: bool
+    read: Callable[[slice], torch.Tensor]
+    scales: Callable[[], torch.Tensor | None] = lambda: None
+    has_scales: bool = False
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the values of a weight say.
+
+    Attributes:
+        state: ``fused`` (ternary times scale already), ``latent`` (the record says that it is to be quantized),
+            ``full precision`` (the record leaves it out), ``ordinary`` (no record), ``not read``, or "" for what is
+            never quantized.
+        group_size: elements per scale along a row, -1 for the row; of a fused weight as its values show it, else as the
+            record says, else -1; None where that does not apply.
+        zeros: share of zeros in the ternary weight; of a weight that is not fused, in its quantization.
+        scale_min: smallest scale; of a fused weight, of groups that are not all zero.
+        scale_mean: mean of the scales.
+        scale_max: largest scale.
+    """
+
+    state: str
+    group_size: int | None = None
+    zeros: float | None = None
+    scale_min: float | None = None
+    scale_mean: float | None = None
+    scale_max: float | None = None
+
+
+@dataclass
+class Inspection:
+    """What was found.
+
+    Attributes:
+        path: of the checkpoint meant: an iteration directory, a model directory or a file.
+        format: ``torch_dist``, ``legacy``, ``huggingface``, ``safetensors`` or ``bin``.
+        weights: of the model, in its order.
+        iteration: a number, "release", or None.
+        layout: parallel sizes, by name; empty where there are none.
+        architecture: None where it is not known.
+        about_architecture: the model type, or why the architecture is not known.
+        padded_vocabulary: rows of the embedding as stored, or None.
+        optimizer_state: whether it is there.
+        record: the quantizer record, by the module names of the checkpoint, or None.
+        digests: whether the files match their ``DIGESTS.json``; None where there is none.
+        findings: contradictions.
+    """
+
+    path: Path
+    format: str
+    weights: list[Weight] = field(default_factory=list)
+    iteration: int | str | None = None
+    layout: dict[str, int] = field(default_factory=dict)
+    architecture: Architecture | None = None
+    about_architecture: str = ""
+    padded_vocabulary: int | None = None
+    optimizer_state: bool = False
+    record: QuantizerRecord | None = None
+    digests: bool | None = None
+    findings: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the model's tensors as stored, without optimizer state."""
+        return sum(w.info.nbytes for w in self.weights)
+
+    @property
+    def parameters(self) -> int:
+        """Of the model; without padding of the vocabulary where the architecture is known."""
+        if self.architecture is not None:
+            return self.architecture.parameter_count()
+        return sum(w.info.nbytes // w.info.dtype.itemsize for w in self.weights)
+
+    def dtypes(self) -> dict[str, int]:
+        """Bytes of each dtype."""
+        found: Counter[str] = Counter()
+        for weight in self.weights:
+            found[str(weight.info.dtype).removeprefix("torch.")] += weight.info.nbytes
+        return dict(found)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the weights' values, as plain data."""
+        a = self.architecture
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "iteration": self.iteration,
+            "layout": self.layout or None,
+            "architecture": None if a is None else asdict(a),
+            "about_architecture": self.about_architecture,
+            "parameters": self.parameters,
+            "dtypes": self.dtypes(),
+            "bytes": self.nbytes,
+            "tied": None if a is None else a.tied,
+            "padded_vocabulary": self.padded_vocabulary,
+            "optimizer_state": self.optimizer_state,
+            "quantizer": None if self.record is None else asdict(self.record),
+            "digests": self.digests,
+            "saved_scales": sum(w.has_scales for w in self.weights),
+        }
+
+
+def check_record(inspection: Inspection) -> None:
+    """Adds findings about the quantizer record that need no tensor data."""
+    record = inspection.record
+    if record is None:
+        return
+    linears = {w.name: w for w in inspection.weights if w.linear}
+    whole = inspection.format not in ("safetensors", "bin")
+    unknown = sorted(set(record.modules) - set(linears))
+    if unknown and whole:
+        inspection.findings.append(
+            f"the quantizer record names {listed(unknown, 3)}, which {'is' if len(unknown) == 1 else 'are'} no linear "
+            "of this model"
+        )
+    other = [n for n, w in linears.items() if n in record.modules and _dtype(w) != record.latent_dtype]
+    # Hugging Face trainers keep wider masters, and quantize them rounded to the recorded dtype.
+    if other and record.state == "latent" and inspection.format in ("torch_dist", "legacy"):
+        inspection.findings.append(
+            f"the quantizer record says that {record.latent_dtype} weights were quantized, and {listed(other, 3)} "
+            f"{'is' if len(other) == 1 else 'are'} {_dtype(linears[other[0]])}"
+        )
+    bare = [n for n, w in linears.items() if w.has_scales and n not in record.modules]
+    if bare:
+        inspection.findings.append(
+            f"there are saved scales of {listed(bare, 3)}, which the quantizer record leaves out"
+        )
+
+
+def _dtype(weight: Weight) -> str:
+    return str(weight.info.dtype).removeprefix("torch.")

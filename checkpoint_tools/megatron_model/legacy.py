@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron-LM's legacy checkpoints: ``mp_rank_XX[_YYY]/model_optim_rng.pt``, one file for each model-parallel rank."""
+
+import argparse
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checkpoints.safe_load import load_without_code, plain
+from ..storage.mapped_file import contiguous_stride, scratch_memory
+from ..storage.reader import ConversionError, TensorInfo
+from ..storage.torch_file import save_file
+
+_FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_EXPERT_RANK = re.compile(r"mp_rank_\d{2,}_\d{3,}_\d{3,}")
+_MODEL = re.compile(r"model\d*")
+
+
+class LegacyReader:
+    """A legacy iteration directory (``iter_0000100`` or ``release``).
+
+    Attributes:
+        tensor_parallel_size: number of tensor-parallel ranks.
+        pipeline_parallel_size: number of pipeline ranks.
+        args: arguments of the run that saved it, as plain values; empty where there are none.
+        ranks: for each (tensor rank, pipeline rank) the model parts, "model", or "model0", "model1", ... under virtual
+            pipeline parallelism; each a dict of names and tensors that are views of the file. ``_extra_state`` is left
+            out.
+
+    Args:
+        iteration_directory: with the ``mp_rank_*`` directories.
+        allow_pickle: see :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
+
+    Raises:
+        FileError: a rank is missing, damaged or does not fit the others, or the layout is not supported.
+    """
+
+    def __init__(self, iteration_directory: Path, allow_pickle: bool = False) -> None:
+        directory = Path(iteration_directory)
+        paths = _rank_files(directory)
+        self.tensor_parallel_size = 1 + max(tp for tp, _ in paths)
+        self.pipeline_parallel_size = 1 + max(pp for _, pp in paths)
+        self.args: dict[str, Any] = {}
+        self.ranks: dict[tuple[int, int], dict[str, dict[str, torch.Tensor]]] = {}
+        for rank, path in sorted(paths.items()):
+            loaded = load_without_code(path, mmap=True, allow_pickle=allow_pickle)
+            if not isinstance(loaded, dict):
+                raise ConversionError(f"{path}: holds a {type(loaded).__name__} and no dict")
+            if not self.ranks and isinstance(loaded.get("args"), argparse.Namespace):
+                self.args = plain(loaded["args"])
+                self._check_args(directory)
+            self.ranks[rank] = _model_parts(loaded, path)
+        self._check_names(paths)
+
+    def _check_args(self, directory: Path) -> None:
+        experts = self.args.get("expert_model_parallel_size") or 1
+        if experts > 1:
+            raise ConversionError(
+                f"{directory}: expert parallelism ({experts}) is not supported in the legacy format: save with "
+                "--ckpt-format torch_dist"
+            )
+        for name in ("tensor", "pipeline"):
+            saved, found = self.args.get(f"{name}_model_parallel_size"), getattr(self, f"{name}_parallel_size")
+            if saved is not None and saved != found:
+                raise ConversionError(
+                    f"{directory}: saved with --{name}-model-parallel-size {saved}, but {found} "
+                    f"{name}-parallel rank{'s are' if found > 1 else ' is'} here: copy the others, too"
+                )
+
+    def _check_names(self, paths: Mapping[tuple[int, int], Path]) -> None:
+        for (tp, pp), parts in self.ranks.items():
+            first = {(key, name) for key, part in self.ranks[0, pp].items() for name in part}
+            here = {(key, name) for key, part in parts.items() for name in part}
+            if first != here:
+                lacks, other = (paths[tp, pp], paths[0, pp]) if first - here else (paths[0, pp], paths[tp, pp])
+                key, name = min(first - here or here - first)
+                raise ConversionError(f"{lacks}: lacks {name} of {key}, which {other} has: they are not of one save")
+
+
+def write_rank(
+    path: Path,
+    plan: Mapping[str, Mapping[str, TensorInfo]],
+    fill: Callable[[str, str], torch.Tensor | Iterable[torch.Tensor]],
+    other: Mapping[str, Any],
+) -> None:
+    """Writes one rank's file without holding its tensors in memory.
+
+    ``torch.save`` wants all tensors at once, so they are first put into a nameless file on the same disk, which needs
+    as much space again while this runs, and saved as views of it.
+
+    Args:
+        path: the new file, ``.../mp_rank_00/model_optim_rng.pt``; its directory is made.
+        plan: for each model part ("model", or "model0", "model1", ...) names, shapes and dtypes.
+        fill: returns a tensor of the plan, given part and name: whole, or its rows in blocks; called once for each, in
+            order.
+        other: what else goes into the file: ``args``, ``checkpoint_version``, ``iteration`` and so on.
+
+    Raises:
+        ConversionError: ``fill`` gave something else than was planned.
+        OSError: for example a full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {key: filled_on_disk(path.parent, part, functools.partial(fill, key)) for key, part in plan.items()}
+    save_file({**other, **parts}, path)
+
+
+def filled_on_disk(
+    directory: Path, plan: Mapping[str, TensorInfo], fill: Callable[[str], torch.Tensor | Iterable[torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Tensors whose memory is a nameless file in ``directory``, for ``torch.save``; arguments as above."""
+    storage = scratch_memory(directory, sum(_aligned(info.nbytes) for info in plan.values())).untyped_storage()
+    state = {}
+    end = 0
+    for name, info in plan.items():
+        # A storage for each tensor: torch.save writes whole storages.
+        tensor = torch.empty(info.shape if info.nbytes == 0 else 0, dtype=info.dtype)
+        if info.nbytes:
+            tensor.set_(storage[end : end + info.nbytes], 0, info.shape, contiguous_stride(info.shape))
+        _fill(tensor, fill(name), name)
+        state[name] = tensor
+        end += _aligned(info.nbytes)
+    return state
+
+
+def rank_directory(tp: int, pp: int, pipeline_parallel_size: int) -> str:
+    """Megatron-LM's name of a rank's directory: without the pipeline rank where there is no pipeline parallelism."""
+    return f"mp_rank_{tp:02d}" if pipeline_parallel_size == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+
+
+def _rank_files(directory: Path) -> dict[tuple[int, int], Path]:
+    """The file of each (tensor rank, pipeline rank) of a complete grid."""
+    paths: dict[tuple[int, int], Path] = {}
+    flat = False
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if _EXPERT_RANK.fullmatch(entry.name):
+            raise ConversionError(
+                f"{entry}: expert parallelism is not supported in the legacy format: save with --ckpt-format torch_dist"
+            )
+        match = _RANK.fullmatch(entry.name)
+        if match and entry.is_dir():
+            flat = flat or match[2] is None
+            paths[int(match[1]), int(match[2] or 0)] = entry / _FILE
+    if not paths:
+        raise ConversionError(f"{directory}: no legacy checkpoint, there is no mp_rank_00 or mp_rank_00_000")
+    tensor_size, pipeline_size = (1 + max(rank[i] for rank in paths) for i in (0, 1))
+    for tp in range(tensor_size):
+        for pp in range(pipeline_size):
+            name = f"mp_rank_{tp:02d}" if flat else f"mp_rank_{tp:02d}_{pp:03d}"
+            if not (directory / name / _FILE).is_file():
+                raise ConversionError(f"{directory / name / _FILE} is missing: copy every rank's directory")
+    if flat and len(paths) != sum(1 for entry in directory.iterdir() if _RANK.fullmatch(entry.name)):
+        raise ConversionError(f"{directory}: holds ranks with and without a pipeline rank: of two runs? Keep one")
+    return paths
+
+
+def _model_parts(loaded: Mapping[str, Any], path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key in sorted((k for k in loaded if isinstance(k, str) and _MODEL.fullmatch(k)), key=lambda k: (len(k), k)):
+        if not isinstance(loaded[key], dict):
+            raise ConversionError(f"{path}: {key} is a {type(loaded[key]).__name__} and no dict of tensors")
+        parts[key] = {}
+        for name, tensor in loaded[key].items():
+            if name.endswith("_extra_state"):
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise ConversionError(
+                    f"{path}: {key}: {name} is a {type(tensor).__name__} and no tensor: a checkpoint of Megatron-LM "
+                    "before megatron-core's models? Load and save it with --use-mcore-models"
+                )
+            parts[key][name] = tensor.detach()
+    if not parts:
+        raise ConversionError(f"{path}: holds no model, only {', '.join(map(str, loaded)) or 'nothing'}")
+    return parts
+
+
+def _fill(tensor: torch.Tensor, content: torch.Tensor | Iterable[torch.Tensor], name: str) -> None:
+    blocks = [content] if isinstance(content, torch.Tensor) else content
+    rows, planned = 0, tensor.shape[0] if tensor.ndim else 1
+    for block in blocks:
+        if block.dtype != tensor.dtype or block.ndim != tensor.ndim or block.shape[1:] != tensor.shape[1:]:
+            raise ConversionError(
+                f"{name}: a block of {tuple(block.shape)}, {block.dtype} in a tensor of {tuple(tensor.shape)}, "
+                f"{tensor.dtype}"
+            )
+        count = block.shape[0] if block.ndim else 1
+        if rows + count > planned:
+            raise ConversionError(f"{name}: more than the planned {planned} rows")
+        (tensor[rows : rows + count] if tensor.ndim else tensor).copy_(block)
+        rows += count
+    if rows != planned:
+        raise ConversionError(f"{name}: {rows} of {planned} rows")
+
+
+def _aligned(nbytes: int) -> int:
+    return math.ceil(nbytes / 64) * 64

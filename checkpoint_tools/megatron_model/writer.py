@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a model as a Megatron checkpoint: ``torch_dist`` for every parallel layout, or legacy files for one."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ...models.architecture import uneven
+from ..hf_model.model import HfModel
+from ..storage.reader import ConversionError, TensorInfo
+from ..storage.torch_dist_writer import Chunk, TorchDistWriter
+from ..tensor_map import EMBEDDING, OTHER_NAMES, OUTPUT, MegatronTensor
+from .legacy import rank_directory, write_rank
+
+_BLOCK = 2**26  # bytes of the vocabulary at a time
+# What Transformer Engine's modules, and under its name megatron-core's own, ask for beside their weights.
+_WITH_EXTRA_STATE = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parallel layout of a checkpoint.
+
+    Attributes:
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        vp: virtual stages per pipeline rank, or None.
+        transformer_impl: whose names the norms get in legacy files.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vp: int | None = None
+    transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
+
+    def check(self, model: HfModel, legacy: bool) -> None:
+        """Checks that a model can be laid out so; ``torch_dist`` only shows the tensor-parallel size in its chunks.
+
+        Raises:
+            ConversionError: with the sizes that do not divide, and those that do.
+        """
+        a = model.architecture
+        if min(self.tp, self.pp, self.vp or 1) < 1:
+            raise ConversionError("parallel sizes must be 1 or more")
+        heads = ("key/value heads", a.num_query_groups)
+        if not legacy:
+            heads = ("query channels", a.num_attention_heads * a.kv_channels)
+        found = uneven(dict((heads, ("ffn channels", a.ffn_hidden_size))), self.tp)
+        if found is not None:
+            raise ConversionError(f"--target-tensor-parallel-size {self.tp} does not divide the model's {found}")
+        if legacy and a.num_layers % (self.pp * (self.vp or 1)):
+            raise ConversionError(
+                f"the model's {a.num_layers} layers cannot be split over {self.pp} x {self.vp or 1} stages"
+            )
+
+
+def write_torch_dist(
+    model: HfModel, directory: Path, common: Mapping[str, Any], rows: int, tp: int, on_bytes: Callable[[int], Any]
+) -> None:
+    """Writes ``torch_dist``: layers stacked, each a chunk of its stack, row-parallel ones cut as ``tp`` ranks would.
+
+    Args:
+        model: what to write.
+        directory: an empty one.
+        common: of ``common.pt``.
+        rows: of the padded vocabulary.
+        tp: shows in the chunks, for whoever asks which tensor-parallel size a checkpoint comes from; it loads at any.
+        on_bytes: called with the size of what was written.
+    """
+    layers = model.architecture.num_layers
+    extra = {
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}": None
+        for module in _WITH_EXTRA_STATE
+        for layer in range(layers)
+    }
+    TorchDistWriter(directory, common, on_bytes=on_bytes).write(_chunks(model, rows, tp), extra)
+
+
+def write_legacy(
+    model: HfModel,
+    directory: Path,
+    common: Mapping[str, Any],
+    rows: int,
+    layout: Layout,
+    on_bytes: Callable[[int], Any],
+) -> None:
+    """Writes one ``model_optim_rng.pt`` per tensor- and pipeline-parallel rank; arguments as above."""
+    for stage, parts in _stages(model, layout).items():
+        for rank in range(layout.tp):
+            plan = {
+                key: {name: _shard_info(_stored(model, t, rows), t, layout.tp) for name, t in names.items()}
+                for key, names in parts.items()
+            }
+
+            def fill(
+                key: str, name: str, parts: dict = parts, plan: dict = plan, rank: int = rank
+            ) -> torch.Tensor | Iterator[torch.Tensor]:
+                tensor, info = parts[key][name], plan[key][name]
+                on_bytes(info.nbytes)
+                if tensor.kind == "vocab":
+                    return _vocabulary_shard(model, tensor, rank * info.shape[0], info)
+                return model.read(tensor, rank, layout.tp)
+
+            file = directory / rank_directory(rank, stage, layout.pp) / "model_optim_rng.pt"
+            write_rank(file, plan, fill, common)
+
+
+def stored_bytes(model: HfModel, rows: int) -> int:
+    """Bytes of all tensors, with a vocabulary padded to ``rows``."""
+    return sum(_stored(model, tensor, rows).nbytes for tensor in model.tensors)
+
+
+def _chunks(model: HfModel, rows: int, tp: int) -> Iterator[Chunk]:
+    layers = model.architecture.num_layers
+    for tensor in model.tensors:
+        info = _stored(model, tensor, rows)
+        if tensor.kind == "vocab":
+            step = max(1, _BLOCK // (info.nbytes // rows))
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                yield Chunk(
+                    tensor.name,
+                    info.shape,
+                    (start, 0),
+                    (stop - start, info.shape[1]),
+                    info.dtype,
+                    lambda t=tensor, a=start, b=stop: model.read_rows(t, a, b),
+                )
+        elif tensor.layer is None:
+            yield Chunk(tensor.name, info.shape, (0,), info.shape, info.dtype, lambda t=tensor: model.read(t))
+        else:
+            cuts = tp if tensor.kind == "row" else 1
+            width = info.shape[-1] // cuts
+            for part in range(cuts):
+                yield Chunk(
+                    f"decoder.layers.{tensor.suffix}",
+                    (layers, *info.shape),
+                    (tensor.layer, *[0] * (len(info.shape) - 1), part * width),
+                    (1, *info.shape[:-1], width),
+                    info.dtype,
+                    lambda t=tensor, r=part, n=cuts: model.read(t, r, n).unsqueeze(0),
+                )
+
+
+def _stages(model: HfModel, layout: Layout) -> dict[int, dict[str, dict[str, MegatronTensor]]]:
+    """Pipeline rank -> model key (``model``, or ``model0``, ``model1``, ...) -> name there -> tensor."""
+    places = [(v, p) for v in range(layout.vp or 1) for p in range(layout.pp)]
+    per_stage = model.architecture.num_layers // len(places)
+    found: dict[int, dict[str, dict[str, MegatronTensor]]] = {}
+    for place, (v, p) in enumerate(places):
+        last = place == len(places) - 1
+        names: dict[str, MegatronTensor] = {}
+        for tensor in model.tensors:
+            if tensor.layer is None:
+                if place == 0 if tensor.name == EMBEDDING else last:
+                    names[tensor.name] = tensor
+            elif tensor.layer // per_stage == place:
+                local = layout.transformer_impl == "local"
+                suffix = OTHER_NAMES.get(tensor.suffix, tensor.suffix) if local else tensor.suffix
+                names[f"decoder.layers.{tensor.layer - place * per_stage}.{suffix}"] = tensor
+        if model.architecture.tied and layout.pp > 1 and last:
+            # Megatron's last stage holds a copy of the tied embedding.
+            names[OUTPUT] = next(t for t in model.tensors if t.name == EMBEDDING)
+        found.setdefault(p, {})["model" if layout.vp is None else f"model{v}"] = names
+    return found
+
+
+def _stored(model: HfModel, tensor: MegatronTensor, rows: int) -> TensorInfo:
+    shape = (rows, *tensor.shape[1:]) if tensor.kind == "vocab" else tensor.shape
+    return TensorInfo(shape, model.dtype_of(tensor))
+
+
+def _shard_info(info: TensorInfo, tensor: MegatronTensor, tp: int) -> TensorInfo:
+    if tensor.kind == "replicated":
+        return info
+    if tensor.kind == "row":
+        return TensorInfo((info.shape[0], info.shape[1] // tp), info.dtype)
+    return TensorInfo((info.shape[0] // tp, *info.shape[1:]), info.dtype)
+
+
+def _vocabulary_shard(model: HfModel, tensor: MegatronTensor, first: int, info: TensorInfo) -> Iterator[torch.Tensor]:
+    step = max(1, _BLOCK // (info.nbytes // info.shape[0]))
+    for start in range(first, first + info.shape[0], step):
+        yield model.read_rows(tensor, start, min(start + step, first + info.shape[0]))

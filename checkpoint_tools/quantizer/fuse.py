@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fuses the quantizer into weights, block by block: latent rows in, ternary times scale out."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ...quantization import QuantizerConfig, effective_group, fused_group_size, quantize_dequantize
+from ..storage.reader import ConversionError, TensorInfo, TensorReader, check_finite
+
+# Freed blocks of more than 1 MB go back to the system, and would be asked of it anew each time.
+_BLOCK_ELEMENTS = 1 << 18
+
+
+def fuse_blocks(
+    name: str,
+    read_rows: Callable[[slice], torch.Tensor],
+    info: TensorInfo,
+    config: QuantizerConfig,
+    scales: torch.Tensor | None = None,
+    latent_dtype: torch.dtype | None = None,
+) -> Iterator[torch.Tensor]:
+    """The quantized weight of a latent one, in blocks of rows; the blocks do not change a bit of it.
+
+    Args:
+        name: of the tensor, for messages.
+        read_rows: gives rows ``[rows, in]`` of the latent weight.
+        info: its shape ``[out, in]`` and dtype.
+        config: the quantizer, with the group size along the whole row.
+        scales: the bf16 scales ``[out, groups]`` that training used; None for the weight's own.
+        latent_dtype: dtype of the copy that the training forward quantized, where the weight is a wider master.
+
+    Yields:
+        ``[rows, in]`` in the dtype of ``info``, contiguous, zeros +0.0.
+
+    Raises:
+        ConversionError: the weight cannot be quantized so, or it is not finite.
+    """
+    if config.space != "ternary":
+        raise ConversionError(f"{name}: the quantization space {config.space!r} cannot be fused, only ternary can")
+    if len(info.shape) != 2 or 0 in info.shape or not info.dtype.is_floating_point:
+        raise ConversionError(f"{name}: {info.shape}, {info.dtype} is no matrix [out, in] that could be quantized")
+    latent_dtype = latent_dtype or info.dtype
+    largest = min(torch.finfo(info.dtype).max, torch.finfo(latent_dtype).max)
+    rows = max(1, _BLOCK_ELEMENTS // info.shape[1])
+    for start in range(0, info.shape[0], rows):
+        part = slice(start, min(start + rows, info.shape[0]))
+        latent = read_rows(part)
+        check_finite(name, latent)
+        try:
+            quantized, used = quantize_dequantize(
+                latent.to(latent_dtype),
+                config.group_size,
+                config.eps,
+                None if scales is None else scales[part],
+            )
+        except ValueError as error:
+            raise ConversionError(f"{name}: {error}") from None
+        # bf16 scales reach further than fp16, and the sum of a group further than its values.
+        if not used.float().amax() <= largest:
+            raise ConversionError(
+                f"{name}: rows {part.start} to {part.stop - 1} have a scale beyond {largest:.3g}: such a weight is "
+                "damaged, take another checkpoint"
+            )
+        if quantized.dtype != info.dtype:
+            quantized = quantized.to(info.dtype).add_(0.0)  # fp16 may underflow to -0.0
+        yield quantized
+
+
+def detected_group(reader: TensorReader, name: str) -> int | None:
+    """Elements per scale along a row of a weight that is fused already; 0 where all is zero, None for a latent one.
+
+    Raises:
+        ConversionError: it is no matrix, or of a dtype that no quantizer takes.
+    """
+    weight = reader.read(name)
+    try:
+        group = fused_group_size(weight)
+    except ValueError as error:
+        raise ConversionError(f"{name}: {error}") from None
+    if group is None:
+        return None
+    return effective_group(weight.shape[1], group) if any(block.any() for block in weight.split(1024)) else 0

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``qat_convert.py`` does to a model's weights: found out before anything is written."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ...quantization import QuantizerConfig, effective_group
+from ...quantization.record import QuantizerRecord
+from ..storage.reader import ConversionError, TensorReader, check_finite
+from .fuse import detected_group
+
+_PROJECTION = re.compile(r"(.+\.)?(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
+_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_\w+)(\.|$)")
+NO_MERGE = (
+    "they cannot become part of a ternary weight, for the latent weight plus an adapter is quantized to another weight "
+    "than was trained. Fuse the latent export that they were trained on, and load the adapter beside it"
+)
+_ROW_PARALLEL = ("o_proj", "down_proj")
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done to the weights.
+
+    Attributes:
+        quantized: tensor name -> quantizer, of every weight that is ternary afterwards.
+        fused: whether they are ternary already, so that nothing is changed.
+        record: of the output.
+        recorded: whether the input had a record, too.
+    """
+
+    quantized: Mapping[str, QuantizerConfig]
+    fused: bool
+    record: QuantizerRecord
+    recorded: bool
+
+
+def make_plan(
+    reader: TensorReader,
+    record: QuantizerRecord | None,
+    group_size: int | None,
+    whole: bool,
+    each: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Plan:
+    """Decides which weights are quantized, and how; reads them as far as it takes to see whether they are already.
+
+    Args:
+        reader: of the model.
+        record: of the input, by Hugging Face's module names; None where it has none.
+        group_size: from the command line; None where it says nothing.
+        whole: whether the reader holds the whole model, and not one shard of it.
+        each: goes through the names, and may show progress.
+
+    Raises:
+        ConversionError: record, command line and weights contradict each other.
+    """
+    tensors = reader.tensors()
+    adapters = [name for name in tensors if _ADAPTER.search(name)]
+    if adapters:
+        raise ConversionError(f"there are adapters ({_listed(adapters)}): {NO_MERGE}")
+    if record is None:
+        wanted = _by_name(reader, -1 if group_size is None else group_size)
+        dtype = str(tensors[next(iter(wanted))].dtype).removeprefix("torch.")
+        eps = QuantizerConfig().eps
+    else:
+        wanted = _by_record(reader, record, whole)
+        _check_group_size(reader, record, wanted, group_size)
+        dtype, eps = record.latent_dtype, record.eps
+    groups = {name: _effective(reader, name, config) for name, config in wanted.items()}
+    found = {name: detected_group(reader, name) for name in each(groups)}
+
+    latent = [name for name, group in found.items() if group is None]
+    fused = {name: group for name, group in found.items() if group}
+    if latent and fused:
+        for name in latent:
+            check_finite(name, reader.read(name))
+        raise ConversionError(
+            f"{len(fused)} projections are ternary already and {len(latent)} are not: this is no model of one kind. "
+            f"Ternary: {_listed(fused)}. Latent: {_listed(latent)}"
+        )
+    if latent and record is not None and record.state == "fused":
+        raise ConversionError(
+            f"the quantizer record says that the weights are fused, but these are not ternary: {_listed(latent)}. If "
+            "they were trained further, start again from the latent checkpoint: fused weights must not be trained"
+        )
+    other = {name: group for name, group in fused.items() if group % groups[name]}
+    if other and record is not None:
+        lines = (f"{name} is ternary in groups of {group}, not {groups[name]}" for name, group in other.items())
+        raise ConversionError(f"the quantizer record contradicts the weights: {_listed(lines)}")
+    shards = 1 if record is None else record.row_parallel_shards
+    if other:
+        # Without a record the weights themselves say it.
+        wanted = {
+            n: replace(c, group_size=_as_group_size(reader, n, other.get(n, groups[n]))) for n, c in wanted.items()
+        }
+        ratios = {tensors[n].shape[1] // other.get(n, groups[n]) for n in wanted if _is_row_parallel(n)}
+        shards = ratios.pop() if len(ratios) == 1 else 1
+    if record is None:
+        modules = {n.removesuffix(".weight"): {"group_size": c.group_size} for n, c in wanted.items()}
+        output = QuantizerRecord("fused", "ternary", eps, dtype, shards, 16, modules)
+    else:
+        output = replace(record, state="fused")
+    return Plan(wanted, bool(fused), output, record is not None)
+
+
+def _by_name(reader: TensorReader, group_size: int) -> dict[str, QuantizerConfig]:
+    names = [name for name in reader.tensors() if _PROJECTION.fullmatch(name)]
+    if not names:
+        raise ConversionError(
+            "there is no *.self_attn.{q,k,v,o}_proj.weight and no *.mlp.{gate,up,down}_proj.weight to quantize: is "
+            "this a model of the Llama, MiniCPM or Granite family?"
+        )
+    try:
+        return dict.fromkeys(names, QuantizerConfig(group_size=group_size))
+    except ValueError as error:
+        raise ConversionError(f"--group_size: {error}") from None
+
+
+def _by_record(reader: TensorReader, record: QuantizerRecord, whole: bool) -> dict[str, QuantizerConfig]:
+    tensors = reader.tensors()
+    if not record.modules:
+        raise ConversionError("the quantizer record lists no modules: nothing of this model is ternary")
+    missing = [module for module in record.modules if f"{module}.weight" not in tensors]
+    if missing and (whole or len(missing) == len(record.modules)):
+        raise ConversionError(
+            f"the quantizer record lists modules that are not there: {_listed(missing)}. Record and weights are not of "
+            "one model"
+        )
+    try:
+        return {
+            f"{module}.weight": record.config_of(module) for module in record.modules if f"{module}.weight" in tensors
+        }
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"the quantizer record: {error}") from None
+
+
+def _check_group_size(
+    reader: TensorReader, record: QuantizerRecord, wanted: Mapping[str, QuantizerConfig], asked: int | None
+) -> None:
+    """Under -1 a row of a row-parallel weight is as many groups as there are row-parallel shards."""
+    if asked is None:
+        return
+    lines = []
+    for name, config in wanted.items():
+        columns = reader.tensors()[name].shape[-1]
+        group = columns if config.group_size == -1 else config.group_size
+        expected = columns if asked == -1 else asked
+        if asked == -1 and _is_row_parallel(name):
+            expected = columns // record.row_parallel_shards
+        if group != expected:
+            lines.append(f"{name} was trained in groups of {group}, not {expected}")
+    if lines:
+        raise ConversionError(
+            f"--group_size {asked} contradicts the quantizer record: {_listed(lines)}. Leave --group_size out: the "
+            "weights that were trained are those of the record"
+        )
+
+
+def _effective(reader: TensorReader, name: str, config: QuantizerConfig) -> int:
+    try:
+        return effective_group(reader.tensors()[name].shape[-1], config.group_size)
+    except (ValueError, IndexError) as error:
+        raise ConversionError(f"{name}: {error}") from None
+
+
+def _as_group_size(reader: TensorReader, name: str, group: int) -> int:
+    return -1 if group == reader.tensors()[name].shape[1] else group
+
+
+def _is_row_parallel(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in _ROW_PARALLEL
+
+
+def _listed(lines: Iterable[str]) -> str:
+    lines = list(lines)
+    return "; ".join(lines[:_LISTED]) + (f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else "")

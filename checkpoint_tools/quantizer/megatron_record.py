@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the weights of a Megatron checkpoint were quantized: from its record and its scales, which must agree."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ...quantization import effective_group, fused_group_size, quantize
+from ...quantization.record import QuantizerRecord
+from ..megatron_model.checkpoint import MegatronCheckpoint
+from ..storage.reader import ConversionError
+from ..tensor_map import MegatronTensor
+
+_SAMPLE_ROWS = 64
+
+
+def checked_record(
+    checkpoint: MegatronCheckpoint, tensors: Sequence[MegatronTensor], group_size: int | None = None
+) -> QuantizerRecord | None:
+    """The quantizer record of a checkpoint, or what can be known where it has none.
+
+    Args:
+        checkpoint: to look at.
+        tensors: of its model.
+        group_size: what the user says, for checkpoints without record; -1 for whole rows.
+
+    Returns:
+        The record, by Megatron's module names; None for a model that was not quantized.
+
+    Raises:
+        ConversionError: record, scales, weights or ``group_size`` contradict each other.
+    """
+    linears = [t for t in tensors if t.quantizable]
+    record = checkpoint.record
+    if record is None:
+        record = _inferred(checkpoint, linears, group_size)
+        if record is None:
+            return None
+    elif group_size is not None:
+        _check_group_size(record, linears, group_size)
+    _check_record(checkpoint, record, linears)
+    return record
+
+
+def checked_scales(
+    checkpoint: MegatronCheckpoint, record: QuantizerRecord, tensor: MegatronTensor
+) -> torch.Tensor | None:
+    """The saved scales of a quantized tensor, bf16 ``[out, groups]``; None where none were saved.
+
+    Another device may sum in another order, and then a scale here and there is one bf16 step off: more than that, and
+    the scales belong to other weights. A sample of the rows is looked at.
+
+    Raises:
+        ConversionError: they do not fit the weights.
+    """
+    scales = checkpoint.scales(tensor)
+    if scales is None:
+        return None
+    config = record.config_of(tensor.module)
+    rows = torch.linspace(0, tensor.shape[0] - 1, min(_SAMPLE_ROWS, tensor.shape[0])).long().unique()
+    own = quantize(checkpoint.read(tensor)[rows], config)[1]
+    # Neighbouring bf16 values of one sign are neighbouring integers.
+    steps = (scales[rows].view(torch.int16).int() - own.view(torch.int16).int()).abs().amax()
+    if steps > 1:
+        raise ConversionError(
+            f"{checkpoint.path}: the saved scales of {tensor.module} are up to {int(steps)} bf16 steps away from those "
+            "of its weights: they belong to other weights, or to another group size"
+        )
+    return scales
+
+
+def _inferred(
+    checkpoint: MegatronCheckpoint, linears: Sequence[MegatronTensor], group_size: int | None
+) -> QuantizerRecord | None:
+    """A record from saved scales, or from ``group_size`` and the tensor-parallel size that the files show."""
+    dtype = str(checkpoint.info(linears[0]).dtype).removeprefix("torch.")
+    modules: dict[str, dict[str, int]] = {}
+    shards = checkpoint.tensor_parallel_size
+    saved = False
+    for tensor in linears:
+        scales = checkpoint.scales(tensor)
+        columns = tensor.shape[1]
+        if scales is not None:
+            groups = scales.shape[1]
+            saved = True
+        elif group_size is None:
+            continue
+        elif group_size == -1:
+            groups = shards if tensor.kind == "row" else 1
+        else:
+            groups = columns // effective_group(columns, group_size)
+        modules[tensor.module] = {"group_size": columns // groups if groups > 1 else -1}
+    if not modules:
+        return None
+    whole_rows = all(modules[t.module]["group_size"] == -1 for t in linears if t.kind != "row" and t.module in modules)
+    if whole_rows:
+        # Group size -1: then the groups of row-parallel weights are their shards.
+        sizes = {
+            modules[t.module]["group_size"]: t.shape[1] for t in linears if t.kind == "row" and t.module in modules
+        }
+        shards = max((1 if size == -1 else columns // size for size, columns in sizes.items()), default=1)
+    how = "its saved scales" if saved else f"group size {group_size} as given"
+    if group_size == -1 and not saved:
+        how += f" and the tensor-parallel size {shards} of its files"
+    print(
+        f"warning: {checkpoint.path} has no quantizer record: taken from {how}; assumed are eps 1e-5 and activations "
+        f"in full precision. {len(modules)} of {len(linears)} linears are ternary",
+        file=sys.stderr,
+    )
+    record = QuantizerRecord("latent", "ternary", 1e-5, dtype, shards, 16, modules)
+    if saved and group_size is not None:
+        _check_group_size(record, linears, group_size)
+    return record
+
+
+def _check_group_size(record: QuantizerRecord, linears: Sequence[MegatronTensor], group_size: int) -> None:
+    for tensor in linears:
+        if tensor.module not in record.modules:
+            continue
+        recorded = record.config_of(tensor.module).group_size
+        split = group_size == -1 and tensor.kind == "row" and recorded * record.row_parallel_shards == tensor.shape[1]
+        if recorded != group_size and not split:
+            raise ConversionError(
+                f"--ternary-group-size {group_size} contradicts the checkpoint, which says {recorded} for "
+                f"{tensor.module}: leave it out"
+            )
+
+
+def _check_record(checkpoint: MegatronCheckpoint, record: QuantizerRecord, linears: Sequence[MegatronTensor]) -> None:
+    by_module = {tensor.module: tensor for tensor in linears}
+    unknown = sorted(set(record.modules) - set(by_module))
+    if unknown:
+        raise ConversionError(
+            f"{checkpoint.path}: its quantizer record names {unknown[0]}, which the model does not have"
+        )
+    if not record.modules:
+        raise ConversionError(f"{checkpoint.path}: its quantizer record names no module")
+    unrecorded = [t.module for t in linears if t.module not in record.modules and checkpoint.scales(t) is not None]
+    if unrecorded:
+        raise ConversionError(
+            f"{checkpoint.path}: {unrecorded[0]} ({len(unrecorded)} in all) has saved scales, and its quantizer record "
+            "does not name it"
+        )
+    fused = []
+    for module in record.modules:
+        tensor, config = by_module[module], record.config_of(module)
+        columns = tensor.shape[1]
+        try:
+            groups = columns // effective_group(columns, config.group_size)
+        except ValueError as error:
+            raise ConversionError(f"{checkpoint.path}: its quantizer record of {module}: {error}") from None
+        scales = checkpoint.scales(tensor)
+        if scales is not None and tuple(scales.shape) != (tensor.shape[0], groups):
+            raise ConversionError(
+                f"{checkpoint.path}: {module} has scales of shape {list(scales.shape)}, its quantizer record says "
+                f"{[tensor.shape[0], groups]}"
+            )
+        dtype = str(checkpoint.info(tensor).dtype).removeprefix("torch.")
+        if record.state == "latent" and dtype != record.latent_dtype:
+            raise ConversionError(
+                f"{checkpoint.path}: {module} is {dtype}, its quantizer record says that training quantized "
+                f"{record.latent_dtype}"
+            )
+        if _is_fused(checkpoint, tensor):
+            fused.append(module)
+    if record.state == "latent" and fused:
+        raise ConversionError(
+            f"{checkpoint.path}: its quantizer record says latent, and {fused[0]} ({len(fused)} in all) is ternary "
+            "already: quantizing it again would shrink its scales"
+        )
+    if record.state == "fused" and len(fused) < len(record.modules):
+        missing = next(module for module in record.modules if module not in fused)
+        raise ConversionError(f"{checkpoint.path}: its quantizer record says fused, and {missing} is not ternary")
+
+
+def _is_fused(checkpoint: MegatronCheckpoint, tensor: MegatronTensor) -> bool:
+    # A look at some rows settles it for latent weights.
+    some = checkpoint.read(tensor, 0, _SAMPLE_ROWS)
+    if fused_group_size(some) is None:
+        return False
+    weight = checkpoint.read(tensor)
+    return bool(weight.any()) and fused_group_size(weight) is not None

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one view that all checkpoint files are read through: named tensors, whose rows are fetched when they are needed.
+
+So a conversion never holds more than a piece of one layer, whatever the size of the model.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ...cli import MismatchError
+from ...files import FileError
+
+
+class ConversionError(FileError):
+    """A checkpoint that cannot be converted as asked; the message names the file or tensor, and the cure."""
+
+
+class VerificationError(MismatchError):
+    """What was written is not what should have been written."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class TensorReader(Protocol):
+    """Named tensors of a checkpoint."""
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's shape and dtype; reads no data."""
+
+    def read(self, name: str, index: tuple[slice | int, ...] = ()) -> torch.Tensor:
+        """A piece of a tensor, as ``tensor[index]``; an int takes one layer of a stacked tensor. Views of mapped files
+        are welcome: whoever writes into the result clones it first.
+
+        Raises:
+            ConversionError: the file is damaged, naming it and the tensor.
+        """
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Checks a tensor for NaN and infinity.
+
+    Raises:
+        ConversionError: it holds one.
+    """
+    # The sum alone is fast and sees both; only where it overflows without reason every value has to be looked at.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise ConversionError(f"{name} holds NaN or infinity: training has diverged, or the file is damaged")
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, exactly: bool = False) -> torch.Tensor:
+    """A tensor in another dtype.
+
+    Args:
+        name: for the message.
+        tensor: finite.
+        dtype: to write.
+        exactly: whether no value may be rounded, as in weights that are ternary times scale.
+
+    Raises:
+        ConversionError: the dtype cannot hold a value, or not ``exactly``.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if exactly and not torch.equal(result.to(tensor.dtype), tensor):
+        raise ConversionError(f"{name}: {dtype} cannot hold its scales exactly: choose --dtype bf16")
+    if not result.sum().isfinite() and not result.isfinite().all():
+        raise ConversionError(f"{name} holds values that {dtype} cannot: choose another --dtype")
+    return result
+
+
+def listed(names: Iterable[Any], limit: int = 8) -> str:
+    """The first names of a list that may have hundreds, and how many more there are."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

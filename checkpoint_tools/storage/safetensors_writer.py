@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a model directory of safetensors files, block by block."""
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .mapped_file import as_bytes
+from .reader import ConversionError, TensorInfo, listed
+
+SAFETENSORS = "model.safetensors"
+# The names of the format, and PyTorch's where this version has them.
+DTYPES = {
+    name: getattr(torch, attribute)
+    for name, attribute in {
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "I64": "int64",
+        "I32": "int32",
+        "I16": "int16",
+        "I8": "int8",
+        "U64": "uint64",
+        "U32": "uint32",
+        "U16": "uint16",
+        "U8": "uint8",
+        "BOOL": "bool",
+        "C64": "complex64",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "F8_E8M0": "float8_e8m0fnu",
+    }.items()
+    if hasattr(torch, attribute)
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?", re.IGNORECASE)
+
+
+class SafetensorsWriter:
+    """Writes a model directory of safetensors files, block by block.
+
+    The safetensors library writes a file only from tensors that are all in memory; this one holds no more than the
+    block at hand, because shapes and dtypes are known before. Tensors may be written in any order. ``with`` closes it.
+
+    Args:
+        directory: an existing directory without weights.
+        plan: every tensor, in the order in which they are put into shards.
+        max_shard_size: bytes of tensor data per file; a larger tensor gets a file of its own.
+
+    Raises:
+        ConversionError: a dtype that the format does not have.
+    """
+
+    def __init__(self, directory: Path, plan: Mapping[str, TensorInfo], max_shard_size: int = 5 * 10**9) -> None:
+        self._directory = Path(directory)
+        self._plan = dict(plan)
+        self._missing = dict.fromkeys(self._plan)
+        shards: list[list[str]] = [[]]
+        size = 0
+        for name, info in self._plan.items():
+            if info.dtype not in _DTYPE_NAMES:
+                raise ConversionError(f"{name}: safetensors has no dtype {info.dtype}")
+            if shards[-1] and size + info.nbytes > max_shard_size:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += info.nbytes
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._sharded = len(shards) > 1
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if self._sharded else SAFETENSORS
+            self._start_file(self._directory / file, names)
+
+    def write(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
+        """Writes a tensor.
+
+        Args:
+            name: of the plan.
+            blocks: its rows from first to last, contiguous, of the planned dtype; for a scalar one scalar.
+
+        Raises:
+            ConversionError: the blocks do not make up what was planned.
+        """
+        if name not in self._missing:
+            raise ConversionError(f"{name}: {'was written already' if name in self._plan else 'is not in the plan'}")
+        info = self._plan[name]
+        path, offset = self._places[name]
+        rows = 0
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            for block in blocks:
+                shape = tuple(block.shape)
+                if block.dtype != info.dtype or len(shape) != len(info.shape) or shape[1:] != info.shape[1:]:
+                    raise ConversionError(
+                        f"{name}: a block of {shape}, {block.dtype} in a tensor of {info.shape}, {info.dtype}"
+                    )
+                if not block.is_contiguous():
+                    raise ConversionError(f"{name}: a block of {shape} is not contiguous")
+                rows += shape[0] if shape else 1
+                if rows > (info.shape[0] if info.shape else 1):
+                    break  # before it runs over the next tensor
+                if block.numel():
+                    file.write(as_bytes(block.cpu()))
+        if rows != (info.shape[0] if info.shape else 1):
+            raise ConversionError(f"{name}: blocks of {rows} rows or more for a tensor of {info.shape}")
+        del self._missing[name]
+
+    def close(self) -> None:
+        """Completes the directory: writes the index, if there is more than one shard.
+
+        Raises:
+            ConversionError: planned tensors were not written.
+        """
+        if self._missing:
+            raise ConversionError(f"planned but not written: {listed(self._missing)}")
+        if self._sharded:
+            index = {
+                "metadata": {"total_size": sum(info.nbytes for info in self._plan.values())},
+                "weight_map": {name: self._places[name][0].name for name in sorted(self._plan)},
+            }
+            text = json.dumps(index, indent=2) + "\n"
+            (self._directory / f"{SAFETENSORS}.index.json").write_text(text, encoding="utf-8")
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def _start_file(self, path: Path, names: list[str]) -> None:
+        # The format allows no gaps; wide elements first keep every tensor aligned.
+        ordered = sorted(names, key=lambda name: -self._plan[name].dtype.itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in ordered:
+            info = self._plan[name]
+            header[name] = {
+                "dtype": _DTYPE_NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [end, end + info.nbytes],
+            }
+            end += info.nbytes
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        for name in ordered:
+            self._places[name] = path, start + header[name]["data_offsets"][0]
+        with open(path, "xb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(start + end)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as Hugging Face writes it: "5GB", "500MB" (powers of 1000), "2GiB" (of 1024), "1000".
+
+    Raises:
+        ConversionError: it is none.
+    """
+    match = _SIZE.fullmatch(text.strip()) if len(text) < 40 else None
+    size = 0
+    if match:
+        number, unit, binary = match.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
+    if size < 1:
+        raise ConversionError(f"{text!r} is no size: write for example 5GB, 500MB, 2GiB or a number of bytes")
+    return size
+
+
+def row_blocks(tensor: torch.Tensor, nbytes: int = 2**26) -> Iterator[torch.Tensor]:
+    """A tensor as contiguous blocks of rows of about ``nbytes`` each, as :meth:`SafetensorsWriter.write` takes them."""
+    if tensor.ndim == 0 or tensor.shape[0] == 0:
+        yield tensor.contiguous()
+        return
+    rows = max(1, nbytes * tensor.shape[0] // max(1, tensor.nbytes))
+    for start in range(0, tensor.shape[0], rows):
+        yield tensor[start : start + rows].contiguous()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output directories that appear whole or not at all, and the disk space that they need."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...cli import FailedError
+from ...files import disk_is_full, publish
+from .reader import ConversionError
+
+
+@contextlib.contextmanager
+def staged(final: Path, nbytes: int | None = None) -> Iterator[Path]:
+    """Yields a directory beside ``final`` to write into; it gets the name ``final`` when the block ends well.
+
+    What a killed run left of the same name is removed first; on any exception the directory is removed. It is locked
+    meanwhile: of two commands that write to one name the second is refused.
+
+    Args:
+        final: the directory to make; it may exist if it is empty. Its parents are made.
+        nbytes: that the block is going to write, where known; checked at once.
+
+    Raises:
+        ConversionError: ``final`` is there already, or another command is writing it.
+        FailedError: the disk is full.
+    """
+    # Where a symbolic link leads: a rename would replace the link.
+    final = Path(os.path.realpath(final))
+    _check_unused(final)
+    if os.path.ismount(final):
+        raise ConversionError(f"{final} is a mount point, which no directory can replace: give one below it")
+    with _locked(final) as temporary, _full_disk_in_words(final, nbytes):
+        if nbytes is not None:
+            check_free_space(final.parent, nbytes)
+        yield temporary
+        _check_unused(final)
+        publish(temporary, final)
+
+
+@contextlib.contextmanager
+def staged_file(final: Path, nbytes: int) -> Iterator[Path]:
+    """Yields a directory; the one file that is written there becomes ``final``, under the same promises."""
+    final = Path(os.path.realpath(final))
+    with _locked(final) as temporary, _full_disk_in_words(final, nbytes):
+        check_free_space(final.parent, nbytes)
+        yield temporary
+        (file,) = temporary.iterdir()
+        publish(file, final)
+
+
+@contextlib.contextmanager
+def _locked(final: Path) -> Iterator[Path]:
+    """Yields an empty directory beside ``final`` that this process alone writes into; a killed one leaves it free."""
+    temporary = final.with_name(f".{final.name}.incomplete")
+    temporary.mkdir(parents=True, exist_ok=True)
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Meanwhile the other command may have given it its final name.
+            mine = os.path.samestat(os.fstat(lock), os.stat(temporary))
+        except OSError:
+            mine = False
+        if not mine:
+            raise ConversionError(f"another command is writing {final}: wait for it, or give another name")
+        try:
+            for leftover in temporary.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield temporary
+        finally:
+            # Not where it was published meanwhile, and another command has begun one of its own.
+            if temporary.exists() and os.path.samestat(os.fstat(lock), os.stat(temporary)):
+                shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _full_disk_in_words(final: Path, nbytes: int | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        free = _free(final.parent)
+        if disk_is_full(error):
+            needed = "" if nbytes is None else f" {nbytes:,} bytes are needed,"
+            raise FailedError(
+                f"{final.parent}: the disk is full:{needed} {free:,} were free when it failed; nothing was kept. "
+                "Free some space, or give a --save-dir on another disk"
+            ) from error
+        raise
+
+
+def check_free_space(directory: Path, nbytes: int) -> None:
+    """Checks before anything is written that ``nbytes`` fit on the file system of ``directory``, which may not exist.
+
+    Raises:
+        FailedError: they do not.
+    """
+    free = _free(directory)
+    if nbytes > free:
+        raise FailedError(
+            f"{directory}: {nbytes:,} bytes are needed and {free:,} are free: free some space, or give a --save-dir on "
+            "another disk"
+        )
+
+
+def _check_unused(final: Path) -> None:
+    if final.is_file() or (final.is_dir() and any(final.iterdir())):
+        raise ConversionError(f"{final} exists and is not empty: give another --save-dir, or delete it")
+
+
+def _free(directory: Path) -> int:
+    directory = Path(os.path.abspath(directory))
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free

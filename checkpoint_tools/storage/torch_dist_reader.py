@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""megatron-core's ``torch_dist`` checkpoints, read without megatron and without process groups.
+
+Layout of an iteration directory: ``.metadata``, a pickle of what ``torch.distributed.checkpoint`` knows of each tensor
+and where its chunks lie; ``*.distcp``, chunks one behind another, each a small ``torch.save`` file; ``metadata.json``
+and ``common.pt``, megatron's own. A tensor's chunks are what the ranks of the run held of it: of a layer stack
+(L, out, in) at tensor parallelism 2 usually (1, out / 2, in).
+"""
+
+import collections
+import functools
+import io
+import itertools
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checkpoints.safe_load import load_without_code, refuse_compressed, stand_in
+from ...checkpoints.torch_dist import COMMON, COMMON_ENTRY, METADATA, StoredChunk, read_contents
+from .mapped_file import MappedFile
+from .reader import ConversionError, TensorInfo
+
+CONFIG = "metadata.json"
+
+# Typed storages, as files name them; other dtypes come with an UntypedStorage.
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class TorchDistReader:
+    """Tensors of an iteration directory; see :class:`~.reader.TensorReader`.
+
+    Args:
+        iteration_directory: with ``.metadata``.
+
+    Raises:
+        FileError: it is no such checkpoint, its metadata is damaged, or a file is missing or too short.
+    """
+
+    def __init__(self, iteration_directory: Path) -> None:
+        self._directory = Path(iteration_directory)
+        contents = read_contents(self._directory)
+        self._stored = contents.tensors
+        self._objects = list(contents.objects)
+        self._infos = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in contents.tensors.items()}
+        # Bounded, because each mapping holds a file descriptor and a large run leaves thousands of files.
+        self._mapping = functools.lru_cache(maxsize=64)(MappedFile)
+
+    @property
+    def objects(self) -> Sequence[str]:
+        """Names of the entries that are no tensors: ``_extra_state``, random states, parts of the optimizer."""
+        return self._objects
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's shape and dtype; reads no data."""
+        return self._infos
+
+    def chunks(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Offsets and sizes of the pieces in which a tensor was saved, in order of their offsets."""
+        return [(chunk.offsets, chunk.sizes) for chunk in self._chunks_of(name)]
+
+    def read(self, name: str, index: tuple[slice | int, ...] = ()) -> torch.Tensor:
+        """A piece of a tensor, as ``tensor[index]``; only chunks that hold some of it are touched.
+
+        Args:
+            name: of the tensor.
+            index: slices of step 1 and ints.
+
+        Returns:
+            A view of the file where one chunk holds the whole piece, else a new tensor.
+
+        Raises:
+            ConversionError: a file is damaged, or there is no such tensor.
+        """
+        chunks = self._chunks_of(name)
+        info = self._infos[name]
+        starts, sizes, taken = _box(index, info.shape)
+        pieces = []
+        for chunk in chunks:
+            overlap = [
+                (max(a, b), min(a + n, b + m))
+                for a, n, b, m in zip(starts, sizes, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if all(first < behind for first, behind in overlap):
+                pieces.append((chunk, overlap))
+        if 0 in sizes:
+            return torch.empty(sizes, dtype=info.dtype)[taken]
+        if not _make_up(sizes, [overlap for _, overlap in pieces]):
+            raise ConversionError(
+                f"{self._directory}: {name}: its chunks do not make up the tensor of {info.shape}: not every rank's "
+                "part was saved"
+            )
+        if len(pieces) == 1:
+            chunk, overlap = pieces[0]
+            return self._read_chunk(name, chunk, _within(overlap, chunk.offsets))[taken]
+        result = torch.empty(sizes, dtype=info.dtype)
+        for chunk, overlap in pieces:
+            result[_within(overlap, starts)] = self._read_chunk(name, chunk, _within(overlap, chunk.offsets))
+        return result[taken]
+
+    def _chunks_of(self, name: str) -> Sequence[StoredChunk]:
+        if name not in self._stored:
+            raise ConversionError(f"{self._directory}: there is no tensor {name}")
+        return self._stored[name].chunks
+
+    def _read_chunk(self, name: str, chunk: StoredChunk, index: tuple[slice, ...]) -> torch.Tensor:
+        path = self._directory / chunk.place.file
+        dtype = self._infos[name].dtype
+        try:
+            with open(path, "rb") as file:
+                window = _Window(file, chunk.place.start, chunk.place.length)
+                place = _elements(window)
+                if place is None:
+                    window.seek(0)
+                    tensor = torch.load(window, map_location="cpu", weights_only=True)
+                    place = 0, tensor.dtype, tuple(tensor.shape), tensor.stride()
+                else:
+                    tensor = None
+            offset, found, shape, stride = place
+            if shape != chunk.sizes or found != dtype:
+                raise ValueError(f"{shape}, {found} in place of {chunk.sizes}, {dtype}")
+            if tensor is not None:
+                return tensor[index]
+            return self._mapping(path).read(chunk.place.start + offset, dtype, shape, stride, index)
+        except OSError:
+            raise
+        except Exception as error:  # from zip, pickle or torch, for whatever bytes stand there
+            raise ConversionError(
+                f"{path}: {name}: the chunk at byte {chunk.place.start} is damaged ({error}): copy the file again"
+            ) from error
+
+
+def read_common(iteration_directory: Path, allow_pickle: bool = False) -> dict[str, Any]:
+    """Arguments of the run, iteration, checkpoint version and the like: ``common.pt``, or since 0.19 an entry.
+
+    Args:
+        iteration_directory: of a torch_dist checkpoint.
+        allow_pickle: when that cannot be read without running code from the file, run it.
+
+    Returns:
+        The dict. ``args`` is an :class:`argparse.Namespace`; objects of other classes are inert
+        :class:`~bitcpm_megatron.checkpoints.safe_load.StandIn`.
+
+    Raises:
+        FileError: the file is missing or damaged, or needs ``allow_pickle``.
+    """
+    path, place = Path(iteration_directory) / COMMON, None
+    if not path.is_file() and path.with_name(METADATA).is_file():
+        place = read_contents(Path(iteration_directory)).objects.get(COMMON_ENTRY)
+    if place is None:
+        common = load_without_code(path, allow_pickle=allow_pickle)
+    else:
+        path = path.with_name(place.file)
+        common = load_without_code(path, allow_pickle=allow_pickle, entry=(place.start, place.length))
+        # A ShardedObject is saved as a list of one value.
+        common = common[0] if isinstance(common, list) and len(common) == 1 else common
+    if not isinstance(common, dict):
+        raise ConversionError(f"{path}: holds a {type(common).__name__} and no dict")
+    return common
+
+
+class _Window(io.RawIOBase):
+    """Some bytes of a file as a file."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._position)]
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(view)
+        self._position += count
+        return count
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Unpickles the ``data.pkl`` of one plain tensor, as the arguments it is rebuilt from; refuses all else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
+            return lambda *arguments: arguments
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module == "torch" and name in _STORAGES:
+            return stand_in(name)
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return stand_in(name)
+        raise _NotPlainError
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+class _NotPlainError(Exception):
+    pass
+
+
+def _elements(window: _Window) -> tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]] | None:
+    """Where the elements of a tensor lie in its ``torch.save`` file, and dtype, shape and stride.
+
+    Not by torch.load: some versions read the elements even when asked for shapes alone.
+
+    Returns:
+        None where this is no plain tensor, or its elements do not lie there as they are.
+    """
+    with zipfile.ZipFile(window) as archive:
+        refuse_compressed(archive)
+        root = archive.infolist()[0].filename.split("/")[0]
+        try:
+            with archive.open(f"{root}/data.pkl") as file:
+                storage, start, size, stride, *others = _TensorUnpickler(file).load()
+        except _NotPlainError:
+            return None
+        _, kind, key, _, _ = storage
+        dtype = others[2] if kind.path == "UntypedStorage" else _STORAGES[kind.path]
+        record = archive.getinfo(f"{root}/data/{key}")
+        if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
+            return None
+    # The local header's name and extra field (padding to 64 bytes) are its own, not those of the directory.
+    window.seek(record.header_offset + 26)
+    lengths = window.read(4)
+    name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
+    offset = record.header_offset + 30 + name + extra + start * dtype.itemsize
+    return offset, dtype, tuple(size), tuple(stride)
+
+
+def _box(
+    index: tuple[slice | int, ...], shape: tuple[int, ...]
+) -> tuple[list[int], list[int], tuple[slice | int, ...]]:
+    """Begin and size of what an index takes, and the index that then drops the dimensions of ints."""
+    if len(index) > len(shape):
+        raise IndexError(f"{index} for a tensor of {shape}")
+    starts, sizes, taken = [], [], []
+    for part, size in itertools.zip_longest(index, shape, fillvalue=slice(None)):
+        if isinstance(part, slice):
+            first, behind, step = part.indices(size)
+            if step != 1:
+                raise IndexError(f"{index}: a step of {step}")
+            starts.append(first)
+            sizes.append(max(0, behind - first))
+            taken.append(slice(None))
+        else:
+            if not -size <= part < size:
+                raise IndexError(f"{index} for a tensor of {shape}")
+            starts.append(part % size)
+            sizes.append(1)
+            taken.append(0)
+    return starts, sizes, tuple(taken)
+
+
+def _make_up(sizes: Sequence[int], boxes: Sequence[Sequence[tuple[int, int]]]) -> bool:
+    """Whether boxes, sorted by where they begin, fill all of a piece of a tensor, each element once."""
+    if sum(volume_of(behind - first for first, behind in box) for box in boxes) != volume_of(sizes):
+        return False
+    for number, box in enumerate(boxes):
+        for other in boxes[number + 1 :]:
+            if box and other[0][0] >= box[0][1]:
+                break
+            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other, strict=True)):
+                return False
+    return True
+
+
+def _within(overlap: Sequence[tuple[int, int]], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(first - at, behind - at) for (first, behind), at in zip(overlap, origin, strict=True))
+
+
+def volume_of(sizes: Iterable[int]) -> int:
+    volume = 1
+    for size in sizes:
+        volume *= size
+    return volume

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job will quantize, known from its flags alone: the quantizer record that its checkpoints will carry."""
+
+import argparse
+
+from ...quantization import GROUP_MULTIPLE, QuantizerConfig
+from ...quantization.config import effective_group
+from ...quantization.record import QuantizerRecord
+from .shapes import Layout, recipe_of
+
+_NEVER = ("embedding.word_embeddings", "output_layer")
+_EPS = QuantizerConfig().eps
+
+
+def expected_record(layout: Layout, args: argparse.Namespace, shards: int) -> QuantizerRecord:
+    """The record of a run of this job, as ``apply_recipe`` would make it.
+
+    Args:
+        layout: of the job.
+        args: of the job, ternary.
+        shards: row-parallel shards.
+
+    Raises:
+        ValueError: naming every module whose group does not fit; also an impossible group size or recipe.
+    """
+    recipe = recipe_of(args)
+    modules: dict[str, dict[str, object]] = {}
+    mistakes: dict[str, str] = {}
+    for linear in layout.all_linears():
+        matcher = recipe.decide(linear.path)
+        if matcher is None or matcher.config is None:
+            continue
+        config = matcher.config
+        try:
+            group = _group(linear.in_features, config.group_size, layout.tp, shards if linear.row_parallel else None)
+        except ValueError as error:
+            mistakes.setdefault(str(error), linear.path)
+            continue
+        modules[linear.path] = {"group_size": group}
+        if config.space != args.ternary_space:
+            modules[linear.path]["space"] = config.space
+        if config.eps != _EPS:
+            modules[linear.path]["eps"] = config.eps
+    if mistakes:
+        raise ValueError("; ".join(f"{path}: {text}" for text, path in mistakes.items()))
+    return QuantizerRecord(
+        state="latent",
+        space=args.ternary_space,
+        eps=_EPS,
+        latent_dtype="bfloat16" if args.bf16 else "float32",
+        row_parallel_shards=shards,
+        activation_bits=args.ternary_activation_bits,
+        modules=modules,
+    )
+
+
+def idle_matchers(layout: Layout, args: argparse.Namespace) -> list[str]:
+    """Matchers of the job's recipe that fit no module of the model, or only ones that are never quantized.
+
+    Raises:
+        ValueError: an impossible group size, or a recipe that cannot be read.
+    """
+    paths = [linear.path for linear in layout.all_linears()]
+    if layout.experts:
+        paths += [f"decoder.layers.{i}.mlp.router" for i in range(layout.layers)]
+    found = []
+    for matcher in recipe_of(args).matchers:
+        if any(matcher.fits(path) for path in paths):
+            continue
+        never = [path for path in _NEVER if matcher.fits(path)]
+        if not never:
+            found.append(f"{matcher.name} ({matcher.pattern}) fits no module")
+        elif matcher.config is not None:
+            found.append(f"{matcher.name} ({matcher.pattern}) names {never[0]}, which is never quantized")
+    return found
+
+
+def _group(in_features: int, group_size: int, tp: int, shards: int | None) -> int:
+    """Elements per scale along the whole row, -1 for all; ``shards`` of row-parallel weights."""
+    if group_size != -1:
+        effective_group(in_features, group_size)
+        if shards is not None:
+            effective_group(in_features // tp, group_size)
+        return -1 if group_size == in_features else group_size
+    if shards is None or shards == 1:
+        return -1
+    if shards % tp:
+        raise ValueError(f"{shards} row-parallel shards cannot be spread over a tensor-parallel size of {tp}")
+    if in_features % (shards * GROUP_MULTIPLE):
+        raise ValueError(
+            f"{shards} row-parallel shards cut a row of {in_features} into groups of {in_features / shards:g}, which "
+            f"is no multiple of {GROUP_MULTIPLE}"
+        )
+    return in_features // shards

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a job that checks and estimates share: shapes of the model and of its parallel layout."""
+
+import argparse
+from dataclasses import dataclass
+
+from ...quantization import QuantizerConfig
+from ...quantization.recipe import Recipe
+from ...training.mistakes import ffn_channels
+from ..launcher.job import Job
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of a decoder layer, over all tensor-parallel shards.
+
+    Attributes:
+        path: module path with global layer numbers, as recipes and records name it.
+        out_features: rows.
+        in_features: columns.
+        row_parallel: whether tensor parallelism splits the rows of the weight, or (else) keeps them whole.
+    """
+
+    path: str
+    out_features: int
+    in_features: int
+    row_parallel: bool
+
+    @property
+    def weights(self) -> int:
+        """Elements."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes and parallel sizes, all of them 1 or more; ``vocab_size`` is without padding."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocab_size: int | None
+    sequence: int
+    micro_batch: int
+    experts: int
+    topk: int
+    gated: bool
+    tied: bool
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    ep: int
+    world: int
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks, at least 1."""
+        return max(1, self.world // (self.tp * self.pp * self.cp))
+
+    def linears(self, layer: int) -> list[Linear]:
+        """The linears of one layer; of all experts."""
+        prefix = f"decoder.layers.{layer}"
+        up = self.ffn * (2 if self.gated else 1)
+        found = [
+            Linear(
+                f"{prefix}.self_attention.linear_qkv",
+                (self.heads + 2 * self.groups) * self.head_dim,
+                self.hidden,
+                False,
+            ),
+            Linear(f"{prefix}.self_attention.linear_proj", self.hidden, self.heads * self.head_dim, True),
+        ]
+        for place in [f"experts.local_experts.{e}." for e in range(self.experts)] or [""]:
+            found.append(Linear(f"{prefix}.mlp.{place}linear_fc1", up, self.hidden, False))
+            found.append(Linear(f"{prefix}.mlp.{place}linear_fc2", self.hidden, self.ffn, True))
+        return found
+
+    def all_linears(self) -> list[Linear]:
+        """Those of every layer."""
+        return [linear for layer in range(self.layers) for linear in self.linears(layer)]
+
+
+def layout_of(job: Job, args: argparse.Namespace, world: int, vocab_size: int | None) -> Layout:
+    """The numbers of a job.
+
+    Args:
+        job: the job.
+        args: its :meth:`Job.arguments`.
+        world: processes.
+        vocab_size: tokens without padding, None where nothing says.
+    """
+    gated, hidden, heads = args.swiglu, args.hidden_size, args.num_attention_heads
+    ffn = ffn_channels(args)
+    experts = args.num_experts or 0
+    return Layout(
+        layers=args.num_layers,
+        hidden=hidden,
+        ffn=(args.moe_ffn_hidden_size or ffn) if experts else ffn,
+        heads=heads,
+        groups=args.num_query_groups if args.group_query_attention else heads,
+        head_dim=args.kv_channels or hidden // heads,
+        vocab_size=vocab_size,
+        sequence=args.seq_length,
+        micro_batch=args.micro_batch_size,
+        experts=experts,
+        topk=(args.moe_router_topk or 2) if experts else 1,
+        gated=gated,
+        tied=not args.untie_embeddings_and_output_weights,
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        vpp=args.num_virtual_stages_per_pipeline_rank or 1,
+        cp=job.host.flags.get("context-parallel-size", 1),
+        ep=args.expert_model_parallel_size,
+        world=world,
+    )
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that a ternary job asks for.
+
+    Raises:
+        ValueError: an impossible group size, or a recipe file that cannot be read.
+    """
+    default = QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size)
+    if args.ternary_recipe is None:
+        return Recipe.all_linears(default)
+    return Recipe.from_yaml(args.ternary_recipe, default)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network interfaces of this node, and which of them a job shall use."""
+
+import ipaddress
+import socket
+
+from .job import Cluster
+
+
+class NetworkError(ValueError):
+    """The interface that a job asks for is not on this node."""
+
+
+def interfaces() -> dict[str, list[str]]:
+    """Interface -> its IP addresses, in the system's order.
+
+    Raises:
+        NetworkError: psutil is not installed.
+    """
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        raise NetworkError("listing the network interfaces needs psutil: pip install psutil") from None
+    return {
+        name: [a.address.partition("%")[0] for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6)]
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+
+
+def local_addresses() -> set[str]:
+    """Every IP address of this node; only what its name resolves to where psutil is missing."""
+    try:
+        return {address for addresses in interfaces().values() for address in addresses}
+    except NetworkError:
+        try:
+            return {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
+        except OSError:
+            return set()
+
+
+def choose_interface(cluster: Cluster, available: dict[str, list[str]] | None = None) -> str | None:
+    """The interface that the job asks for, by name or by subnet; None where it asks for none.
+
+    Args:
+        cluster: of the job.
+        available: instead of this node's :func:`interfaces`.
+
+    Raises:
+        NetworkError: it is not here, naming those that are.
+    """
+    if cluster.network_interface is None and cluster.subnet is None:
+        return None
+    found = interfaces() if available is None else available
+    here = ", ".join(f"{name} ({' '.join(addresses) or 'no address'})" for name, addresses in found.items())
+    if cluster.network_interface is not None:
+        if cluster.network_interface not in found:
+            raise NetworkError(f"cluster.network-interface {cluster.network_interface} is not on this node: {here}")
+        return cluster.network_interface
+    network = ipaddress.ip_network(cluster.subnet)
+    matches = [name for name, addresses in found.items() if any(ipaddress.ip_address(a) in network for a in addresses)]
+    if len(matches) != 1:
+        said = f"are several: {', '.join(matches)}" if matches else f"is none: {here}"
+        raise NetworkError(
+            f"cluster.subnet {cluster.subnet}: of the interfaces of this node with an address in it there {said}"
+        )
+    return matches[0]

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a job and this node's place to the ``torchrun`` command (of ``launch/agent.py``), as a list of arguments."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...checkpoints.directory import RELEASE, TRACKER, CheckpointError, iteration_of, latest, tracked, tracker_cure
+from . import presets
+from .job import MEGATRON_LM, Job, JobError, as_argv
+from .scheduler import Placement
+
+_COMMANDS = Path(__file__).resolve().parents[1]
+_UPSTREAM_NAMES = {
+    "override-opt-param-scheduler": "override-opt_param-scheduler",
+    "use-checkpoint-opt-param-scheduler": "use-checkpoint-opt_param-scheduler",
+}
+_NOT_UPSTREAM = {
+    "keep-last-n": "Megatron-LM keeps every checkpoint: leave it out",
+    "verify-digests": "Megatron-LM knows no digests: leave it out",
+    "log-dir": "Megatron-LM writes TensorBoard events alone: use host.flags.tensorboard-dir",
+    "ternary-telemetry-interval": "it goes into the log of our own loop: leave it out",
+}
+_SETTLED_HERE = frozenset(
+    "PET_NNODES PET_NPROC_PER_NODE PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT PET_RDZV_BACKEND PET_RDZV_ENDPOINT "
+    "PET_RDZV_ID PET_RDZV_CONF PET_STANDALONE PET_MAX_RESTARTS PET_LOCAL_ADDR".split()
+)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where the job will start.
+
+    Attributes:
+        iteration: of the checkpoint it goes on from; None where it starts anew or from other weights.
+        line: one line for people.
+    """
+
+    iteration: int | None
+    line: str
+
+
+def host_argv(job: Job) -> list[str]:
+    """The script of the job's host and all its arguments.
+
+    ``--load`` is ``--save`` where the job gives none, so that the same job file starts and resumes; and the job saves
+    when it is asked to stop (``--exit-signal-handler``) unless it says ``exit-signal-handler: false``.
+
+    Raises:
+        JobError: the host lacks a flag that the job gives.
+    """
+    flags = dict(job.flags)
+    if "save" in flags and "load" not in flags:
+        flags["load"] = flags["save"]
+    # Jobs are preempted without a word to their owners.
+    flags.setdefault("exit-signal-handler", True)
+    if job.host.kind != MEGATRON_LM:
+        preset = ["--model", job.preset] if job.preset else []
+        return [str(_COMMANDS / "pretrain.py"), *preset, *_argv(flags)]
+    for flag, cure in _NOT_UPSTREAM.items():
+        if flag in flags:
+            raise JobError(f"{flag} with the {MEGATRON_LM} host: {cure}")
+    argv = [str(_COMMANDS / "pretrain_gpt.py"), "--megatron-path", str(job.host.megatron_path)]
+    if job.host.mindspeed_path is not None:
+        argv += ["--mindspeed-path", job.host.mindspeed_path]
+    argv += presets.flags(job.preset) if job.preset else []
+    if job.vocab_size() is not None and job.preset and "vocab-size" not in flags:
+        flags["vocab-size"] = job.vocab_size()
+    return [*argv, *_argv({_UPSTREAM_NAMES.get(k, k): v for k, v in flags.items()}), *_argv(job.host.flags)]
+
+
+def torchrun(job: Job, place: Placement, local_address: str | None = None) -> list[str]:
+    """The whole command of this node.
+
+    Args:
+        job: the job.
+        place: of this node in it.
+        local_address: by which the other nodes reach this one; None for its host name.
+
+    Raises:
+        JobError: see :func:`host_argv`.
+    """
+    cluster = job.cluster
+    command = [sys.executable, str(_COMMANDS / "agent.py")]
+    command += ["--nnodes", str(place.nodes), "--nproc_per_node", str(place.devices_per_node)]
+    command += ["--max_restarts", str(cluster.max_restarts), "--rdzv_backend", cluster.rendezvous]
+    if cluster.rendezvous == "static":
+        command += ["--node_rank", str(place.node_rank), "--rdzv_conf", f"timeout={cluster.rendezvous_timeout}"]
+        command += ["--master_addr", place.master_addr, "--master_port", str(place.master_port)]
+    else:
+        interval = max(1, cluster.keep_alive_seconds // 3)
+        conf = {
+            # By rank and not by name: in containers names may resolve to anything.
+            "is_host": str(place.node_rank == 0).lower(),
+            "join_timeout": cluster.rendezvous_timeout,
+            "keep_alive_interval": interval,
+            "keep_alive_max_attempt": 3,
+        }
+        address = f"[{place.master_addr}]" if ":" in place.master_addr else place.master_addr
+        command += ["--rdzv_endpoint", f"{address}:{place.master_port}"]
+        command += ["--rdzv_id", cluster.rendezvous_id or job.name]
+        command += ["--rdzv_conf", ",".join(f"{k}={v}" for k, v in conf.items())]
+        if local_address is not None:
+            command += ["--local_addr", local_address]
+    if cluster.bind_cores == "numa":
+        command.append(str(_COMMANDS / "launcher" / "bind_cores.py"))
+    return [*command, *host_argv(job)]
+
+
+def environment(environ: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the command: what is exported, without the ``PET_*`` variables through which ``torchrun``
+    would take defaults for what the command settles, and with the job's settings."""
+    return {**{k: v for k, v in environ.items() if k not in _SETTLED_HERE}, **settings}
+
+
+def resume(job: Job) -> Resume:
+    """Where the job will start, as its host will find it.
+
+    Raises:
+        CheckpointError: see :func:`~bitcpm_megatron.checkpoints.directory.latest`.
+    """
+    directory = job.flags.get("load") or job.flags.get("save")
+    if directory is None:
+        return Resume(None, "nothing is saved or loaded: starts at iteration 0")
+    found = latest_of(job, str(directory))
+    if found is None:
+        first = job.flags.get("pretrained-checkpoint")
+        anew = f"starts from the weights in {first}" if first else "starts anew"
+        return Resume(None, f"{directory} holds no checkpoint: {anew}")
+    if found.name == RELEASE:
+        return Resume(None, f"starts from the weights in {found}, at iteration 0")
+    return Resume(iteration_of(found), f"goes on from {found}")
+
+
+def latest_of(job: Job, directory: str) -> Path | None:
+    """The newest checkpoint in a directory as the job's host would find it, or None.
+
+    Raises:
+        CheckpointError: see :func:`~bitcpm_megatron.checkpoints.directory.latest`.
+    """
+    if job.host.kind != MEGATRON_LM:
+        return latest(directory)
+    # Megatron-LM reads its legacy format as well, which our loop's check would refuse.
+    name = tracked(Path(directory))
+    if name is None:
+        return None
+    path = Path(directory) / name
+    if not path.is_dir() or not any(path.iterdir()):
+        raise CheckpointError(
+            f"{Path(directory) / TRACKER} names {path}, which is not there: {tracker_cure(Path(directory))}"
+        )
+    return path
+
+
+def _argv(flags: Mapping[str, object]) -> list[str]:
+    return [part for flag, value in flags.items() for part in as_argv(flag, value)]

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches of megatron-core's checkpoints: newer torch, full disks, processes that die with their rank, and no code."""
+
+import contextlib
+import functools
+import inspect
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.managers import SyncManager
+from typing import Any
+
+import torch
+
+from .. import end_with_parent, replace
+
+
+def write_checkpoints_with_newer_torch() -> None:
+    """Lets megatron-core 0.12.1 write torch_dist checkpoints with torch from 2.8 on.
+
+    Displaces ``_write_item`` in ``megatron.core.dist_checkpointing.strategies.filesystem_async``: torch's function of
+    that name takes the serialization format as one more argument, which 0.12.1 does not hand over. It gets the one that
+    was meant before there was a choice, and every later version's writer passes it itself.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint import filesystem
+
+    parameter = inspect.signature(filesystem._write_item).parameters.get("serialization_format")
+    if parameter is None or parameter.default is not parameter.empty or not hasattr(filesystem_async, "_write_item"):
+        return
+
+    def with_format(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def _write_item(*args, **kwargs):  # noqa: ANN202
+            if len(args) + len(kwargs) == len(inspect.signature(original).parameters) - 1:
+                kwargs["serialization_format"] = filesystem.SerializationFormat.TORCH_SAVE
+            return original(*args, **kwargs)
+
+        return _write_item
+
+    replace(filesystem_async, "_write_item", with_format)
+
+
+def save_asynchronously(state: Any, directory: str, **more: Any) -> Any:
+    """``megatron.core.dist_checkpointing.save`` that leaves the writing to the caller, by megatron-core's own writer.
+
+    From 0.17 on ``save`` hands it to the package ``nvidia-resiliency-ext`` by default, and raises where that is absent;
+    neither :class:`~megatron.core.dist_checkpointing.strategies.async_utils.AsyncCallsQueue` nor
+    :func:`bind_checkpoint_writers` and :func:`hold_write_errors` know its writer.
+
+    Returns:
+        The request to execute or to schedule.
+    """
+    from megatron.core.dist_checkpointing import save
+
+    if "async_strategy" in inspect.signature(save).parameters:
+        more["async_strategy"] = "mcore"
+    return save(state, directory, async_sharded_save=True, **more)
+
+
+_held_write_errors: list[Exception] = []
+# What a scheduler sends to every process of a job, and what is meant for its ranks alone.
+_REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def hold_write_errors() -> None:
+    """Keeps a rank that cannot write its file of a checkpoint from leaving the others in a collective operation.
+
+    Displaces ``save_common`` of ``megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy`` (0.17
+    and 0.18 have it in ``...serialization``; with 0.19 what it wrote is an entry of rank 0's file), ``finish`` of
+    ``...strategies.filesystem_async.FileSystemWriterAsync`` and ``save_config`` in ``...serialization``. Rank 0 alone
+    writes there, and on a full disk raises there, while the other ranks wait for it in the plan or in a barrier until
+    they time out. The error is kept instead, and :func:`raise_held_write_error` brings it up where all ranks are asked.
+    """
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+
+    def holding(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def write(*args, **kwargs) -> None:
+            try:
+                original(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                _held_write_errors.append(error)
+
+        return write
+
+    for owner in (getattr(common, "TorchCommonSaveStrategy", None), serialization):
+        if hasattr(owner, "save_common"):
+            replace(owner, "save_common", holding)
+    replace(filesystem_async.FileSystemWriterAsync, "finish", holding)
+    replace(serialization, "save_config", holding)
+    # Each rank would report the error of its writer; ours says it once.
+    logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
+
+
+def raise_held_write_error() -> None:
+    """Raises the first error that :func:`hold_write_errors` has kept since the last call, if any.
+
+    Raises:
+        OSError: with the system's reason, or torch's words where its serializer does not tell the reason.
+    """
+    if not _held_write_errors:
+        return
+    error = _held_write_errors[0]
+    _held_write_errors.clear()
+    if isinstance(error, OSError):
+        raise error
+    raise OSError(f"torch.save: {error}") from error
+
+
+def bind_checkpoint_writers() -> None:
+    """Lets the processes that write checkpoints die with the rank that started them, and outlive signals to stop.
+
+    Displaces ``_get_write_results_queue`` in ``megatron.core.dist_checkpointing.strategies.filesystem_async`` (from
+    0.17 on ``get_write_results_queue``), whose helper process (it carries the writers' results) lives on when its rank
+    is killed, with 270 MB per restart; and what the forked processes of ``FileSystemWriterAsync`` there run, which
+    would go on writing into a directory that the restarted run has taken over: ``write_preloaded_data_multiproc`` and
+    ``write_preloaded_data``, from 0.17 on ``write_preloaded_data_multithread`` alone, whose threads run the latter.
+    SIGTERM and SIGUSR1, which a scheduler may send to every process of a job, mean that the rank shall save: its
+    helpers are needed for that.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def bound_queue(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def get_write_results_queue(*args, **kwargs):  # noqa: ANN202
+            if filesystem_async._results_queue is None:
+                manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
+                with _without_requests_to_stop():
+                    manager.start(die_with_parent, (os.getpid(),))
+                filesystem_async._results_queue = manager.Queue()
+            return original(*args, **kwargs)
+
+        return get_write_results_queue
+
+    def bound_writer(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def write(*args, **kwargs) -> None:
+            if (parent := multiprocessing.parent_process()) is not None:
+                die_with_parent(parent.pid)
+            original(*args, **kwargs)
+
+        return write
+
+    writer = filesystem_async.FileSystemWriterAsync
+    if hasattr(writer, "write_preloaded_data_multithread"):
+        queue, processes = "get_write_results_queue", ("write_preloaded_data_multithread",)
+    else:
+        queue = "_get_write_results_queue"
+        processes = ("write_preloaded_data_multiproc", "write_preloaded_data")
+    if hasattr(filesystem_async, queue):
+        replace(filesystem_async, queue, bound_queue)
+    for name in processes:
+        if replace(writer, name, bound_writer):
+            setattr(writer, name, staticmethod(getattr(writer, name)))
+
+
+def die_with_parent(parent: int) -> None:
+    """Lets the kernel kill this process when its parent dies, and ignores the signals that ask a job to stop.
+
+    Args:
+        parent: its process id; where that one has died already, this process ends here. Only Linux can do this.
+    """
+    for number in _REQUESTS_TO_STOP:
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent)
+
+
+@contextlib.contextmanager
+def _without_requests_to_stop() -> Iterator[None]:
+    """Holds them back until the block ends. A process that is started in it never gets them, nor while it imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
+    try:
+        # Started with the first such process; in CPython 3.11 that lets SIGTERM through again.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def load_without_code(
+    metadata: Any, screen: Callable[[Any], None], refused: Callable[[str, Exception], Exception]
+) -> Iterator[None]:
+    """While it lasts, ``megatron.core.dist_checkpointing.load`` runs no code that a checkpoint names.
+
+    Displaces ``torch.distributed.checkpoint.FileSystemReader.read_metadata``, which unpickles ``.metadata``: it returns
+    what the caller read safely. Displaces ``torch.load``, which megatron-core (``common.pt`` in 0.12.1 and 0.17.0) and
+    ``DefaultLoadPlanner.load_bytes`` (entries of ``.distcp`` files that are no tensors) call with
+    ``weights_only=False``: only classes that were declared safe are loaded. Displaces
+    ``torch.distributed.checkpoint.utils._ReaderView.seek``, which counts from the end into the wrong direction, so that
+    nobody but torch could read an entry as the archive that it is.
+
+    Args:
+        metadata: ``torch.distributed.checkpoint.metadata.Metadata`` of the checkpoint that is loaded.
+        screen: raises where ``torch.load`` must not read a path or stream.
+        refused: makes the error for an entry, given its name and what ``torch.load`` raised.
+    """
+    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+    from torch.distributed.checkpoint.utils import _ReaderView
+
+    load, load_bytes = torch.load, DefaultLoadPlanner.load_bytes
+
+    def load_declared(source: Any, *args: Any, **options: Any) -> Any:
+        screen(source)
+        return load(source, *args, **{**options, "weights_only": True})
+
+    def seek(self: Any, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence == os.SEEK_CUR:
+            return self.base_stream.seek(offset, whence)
+        return self.base_stream.seek(self.offset + (self.len if whence == os.SEEK_END else 0) + offset)
+
+    def load_named_bytes(self: Any, read_item: Any, value: Any) -> None:
+        try:
+            load_bytes(self, read_item, value)
+        except Exception as error:  # whatever a damaged pickle makes of itself
+            raise refused(read_item.storage_index.fqn, error) from error
+
+    with (
+        _displaced(FileSystemReader, "read_metadata", lambda *_, **__: metadata),
+        _displaced(DefaultLoadPlanner, "load_bytes", load_named_bytes),
+        _displaced(torch, "load", load_declared),
+        _displaced(_ReaderView, "seek", seek),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _displaced(owner: Any, attribute: str, replacement: Any) -> Iterator[None]:
+    original = getattr(owner, attribute)
+    setattr(owner, attribute, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, original)
