@@ -98,7 +98,7 @@ def costs(name: str, flags: list[str], ternary: list[str], micro_batches: int) -
         subject = build(name, flags, ternary)
         for _ in range(COST_STEPS - 1):
             subject.step(micro_batches)
-    states = subject.run.model.ternary
+    states = subject.run.model.states
     with live_copies() as copies:
         subject.step(micro_batches)
     result = {

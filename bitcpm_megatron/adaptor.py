@@ -19,9 +19,8 @@ import os
 import sys
 from types import TracebackType
 
-from . import cli
-from .host import HostError
-from .patches import megatron_lm, mindspeed, upstream_warnings
+from . import cli, host
+from .patches import HostError, megatron_lm, mindspeed, upstream_warnings
 from .patches.megatron_core import checkpointing
 
 HOSTS = ("megatron-lm", "mindspeed", "mindspeed-llm")
@@ -66,7 +65,7 @@ def choose_host() -> str:
     """
     named = os.environ.get(_VARIABLE, "auto")
     if named == "auto":
-        return next((host for host in ("mindspeed-llm", "mindspeed") if mindspeed.available(host)), "megatron-lm")
+        return next((name for name in ("mindspeed-llm", "mindspeed") if mindspeed.available(name)), "megatron-lm")
     if named not in HOSTS:
         raise AdaptorError(f"{_VARIABLE}={named} is unknown: use one of {', '.join(HOSTS)}, or leave it unset")
     if named != "megatron-lm" and not mindspeed.available(named):
@@ -88,16 +87,16 @@ def install() -> str:
     early = megatron_lm.imported_too_early()
     if early is not None:
         raise AdaptorError(f"{early}, with the names that must change: {cure}")
-    host = choose_host()
+    name = choose_host()
     upstream_warnings.silence()
-    if host == "megatron-lm":
-        megatron_lm.install()
+    if name == "megatron-lm":
+        megatron_lm.install(host)
     else:
-        mindspeed.join()
-        mindspeed.start(host)
+        mindspeed.join(host)
+        mindspeed.start(name)
     checkpointing.write_checkpoints_with_newer_torch()
-    logger.info("host: %s", host)
-    return host
+    logger.info("host: %s", name)
+    return name
 
 
 report_refusals()

@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a host's training job does for us, and when; the host itself is known to ``patches/`` alone.
 
-A host (Megatron-LM, with or without MindSpeed) calls :func:`check_arguments` when it has validated its own,
-:func:`prepare` when its bare model chunks stand in the dtype of training, :func:`check_loaded` and
-:func:`write_record` when it loads and saves. Everything asked for happens or raises.
+This module is the plugin (:class:`~bitcpm_megatron.patches.megatron_lm.Plugin`) that the patches of a host
+(Megatron-LM, with or without MindSpeed) call: :func:`check_arguments` when it has validated its own, :func:`prepare`
+when its bare model chunks stand in the dtype of training, :func:`check_loaded` and :func:`write_record` when it loads
+and saves. Everything asked for happens or raises.
 """
 
 import argparse
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from . import ternary_flags
 from .models import family_flags, from_arguments
 from .models.architecture import LongRope, Multipliers
+from .patches import HostError
 from .quantization.record import QuantizerRecord, RecordError, check_change
-from .ternary_flags import apply_ternary, quantizer_config, ternary_mistakes
+from .ternary_flags import take_recorded_shards, ternary_mistakes, ternary_settings
 
 _PREPARED = "_bitcpm_prepared"
-
-
-class HostError(ValueError):
-    """What was asked for cannot be done on this host."""
 
 
 @dataclass
@@ -84,6 +85,11 @@ _UNINITIALISED = (
     "--init-model-with-meta-device without a checkpoint to load leaves the weights uninitialised: give --load"
 )
 _CHECKPOINT_FORMATS = ("torch", "torch_dist")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds our flags to the host's parser, and remembers which are the host's already."""
+    job.theirs = ternary_flags.add_arguments(parser)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -200,7 +206,14 @@ def check_prepared(chunks: Sequence[torch.nn.Module]) -> None:
             )
 
 
-def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Namespace | None) -> str:
+def loading() -> contextlib.AbstractContextManager[None]:
+    """While it lasts, a model asks a checkpoint for no scales: they are derived, and it need not hold any."""
+    from .parallel.sharded_scales import scales_left_out
+
+    return scales_left_out()
+
+
+def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Namespace | None) -> str | None:
     """Compares a checkpoint's quantizer record, multipliers and LongRoPE with the model's, before its weights are used.
 
     Args:
@@ -209,11 +222,13 @@ def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Nam
         saved: of the run that wrote it; None, or without our names, where another job or tool did.
 
     Returns:
-        One line for the log.
+        One line for the log; None before a model was prepared.
 
     Raises:
         HostError: the record contradicts and ``--allow-quantizer-change`` is not given, or the model is another one.
     """
+    if not job.prepared:
+        return None
     before = {} if saved is None else vars(saved)
     if any(name in before for name in from_arguments.NAMES):
         for what, of in (("multipliers", from_arguments.multipliers_of), ("LongRoPE", from_arguments.longrope_of)):
@@ -226,6 +241,20 @@ def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Nam
         raise HostError(str(error)) from None
 
 
+def register_linear(linear: type, kind: Literal["column", "row"], norm_methods: tuple[str, ...]) -> None:
+    """See :func:`bitcpm_megatron.parallel.register_linear`."""
+    from .parallel import register_linear as register
+
+    register(linear, kind, norm_methods)
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a quantized weight, as a linear's forward sees it."""
+    from .nn.straight_through import is_shadow
+
+    return is_shadow(tensor)
+
+
 def write_record(checkpoint: Path) -> None:
     """Writes the quantizer record of the model into a checkpoint's directory; nothing without a quantizer."""
     if job.record is not None:
@@ -236,32 +265,18 @@ def write_record(checkpoint: Path) -> None:
 def _quantize(
     args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None, notes: list[str]
 ) -> QuantizerRecord:
-    from .nn.recorded import record_of
-    from .parallel import probe, ternary_modules, watch_use
+    from .parallel.prepare import prepare_ternary
 
-    device = next(chunks[0].parameters()).device.type
-    shards = []
-    if args.ternary_row_parallel_shards is None and checkpoint is not None:
-        recorded = QuantizerRecord.read(checkpoint)
-        if recorded is not None:
-            args.ternary_row_parallel_shards = recorded.row_parallel_shards
-            shards.append(f"row-parallel shards: {recorded.row_parallel_shards}, as {checkpoint} records")
-    coverage, backend = apply_ternary(args, chunks, device)
-    notes += [backend, *shards]
+    notes += filter(None, [None if checkpoint is None else take_recorded_shards(args, checkpoint)])
+    fill = None
     if getattr(args, "init_model_with_meta_device", False):
-        _fill(args, [m.weight for _, m in ternary_modules(chunks)], checkpoint)
-    notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(chunks)} layers of this rank")
-    watch_use(chunks)
-    dtypes = {str(m.weight.dtype).removeprefix("torch.") for _, m in ternary_modules(chunks)}
-    if len(dtypes) > 1:
-        raise HostError(f"the weights to quantize have several dtypes ({', '.join(sorted(dtypes))}): use one")
-    notes.append(coverage.table())
-    # A stage without a ternary layer has nobody to ask: Megatron-LM gives all stages one dtype.
-    dtype = dtypes.pop() if dtypes else str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
-    return record_of(coverage, quantizer_config(args), dtype, args.ternary_activation_bits)
+        fill = partial(_fill, args, checkpoint)
+    prepared = prepare_ternary(chunks, ternary_settings(args), fill=fill)
+    notes += [*prepared.notes, prepared.coverage.table()]
+    return prepared.record
 
 
-def _fill(args: argparse.Namespace, weights: Sequence[torch.nn.Parameter], checkpoint: Path | None) -> None:
+def _fill(args: argparse.Namespace, checkpoint: Path | None, weights: Sequence[torch.nn.Parameter]) -> None:
     """Weights that came from the meta device hold no values until the checkpoint brings them; the probe needs some."""
     if checkpoint is None:
         raise HostError(_UNINITIALISED)

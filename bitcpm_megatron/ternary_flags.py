@@ -5,21 +5,17 @@ Importing this imports no Megatron, so that a host's adaptor may do it before Me
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
+from pathlib import Path
 
 from .cli import Whole
 from .models.family_flags import add_model_arguments
 from .models.from_arguments import NAMES
-from .ops import backends, set_backend
+from .nn.settings import TernarySettings
+from .ops import backends
 from .quantization import SPACES, QuantizerConfig
 from .quantization.config import GROUP_MULTIPLE, LARGEST_GROUP
-
-if TYPE_CHECKING:
-    from .parallel import CoverageReport
+from .quantization.record import QuantizerRecord
 
 
 @dataclass(frozen=True)
@@ -115,35 +111,34 @@ def quantizer_config(args: argparse.Namespace) -> QuantizerConfig:
     return QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size)
 
 
-def apply_ternary(
-    args: argparse.Namespace, chunks: Sequence[torch.nn.Module], device_type: str
-) -> tuple["CoverageReport", str]:
-    """Makes bare model chunks ternary as the flags say; see :func:`~bitcpm_megatron.parallel.apply_recipe`.
-
-    Args:
-        args: with the ``--ternary`` flags.
-        chunks: all model chunks of this rank.
-        device_type: that they run on.
-
-    Returns:
-        What was quantized, and for the log which backend quantizes.
+def ternary_settings(args: argparse.Namespace) -> TernarySettings:
+    """What the ``--ternary`` flags ask of a model.
 
     Raises:
-        RecipeError, ValueError, RuntimeError: it cannot be done.
+        ValueError: an impossible group size.
     """
-    from .parallel import apply_recipe
-
-    choice = set_backend(args.ternary_backend, device_type)
-    coverage = apply_recipe(
-        chunks,
-        args.ternary_recipe,
+    return TernarySettings(
         default=quantizer_config(args),
+        recipe=args.ternary_recipe,
         row_parallel_shards=args.ternary_row_parallel_shards,
+        backend=args.ternary_backend,
         cache=args.ternary_cache,
         verify_cache=args.ternary_verify_cache,
         activation_bits=args.ternary_activation_bits,
     )
-    return coverage, f"quantizer backend: {choice.backend.name} ({choice.reason})"
+
+
+def take_recorded_shards(args: argparse.Namespace, checkpoint: Path) -> str | None:
+    """Sets ``--ternary-row-parallel-shards`` as a checkpoint that will be loaded records it, unless it is given.
+
+    Returns:
+        A line for the log where it was set, or None.
+    """
+    recorded = QuantizerRecord.read(checkpoint)
+    if not args.ternary or recorded is None or args.ternary_row_parallel_shards is not None:
+        return None
+    args.ternary_row_parallel_shards = recorded.row_parallel_shards
+    return f"row-parallel shards: {recorded.row_parallel_shards}, as {checkpoint} records"
 
 
 def ternary_mistakes(args: argparse.Namespace) -> list[str]:

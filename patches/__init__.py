@@ -18,6 +18,11 @@ logger = logging.getLogger("bitcpm_megatron.patches")
 
 ORIGINAL = "__bitcpm_original__"
 
+
+class HostError(ValueError):
+    """What was asked for cannot be done on this host."""
+
+
 # <linux/prctl.h>
 _PR_SET_PDEATHSIG = 1
 # Loaded here and not where it is used, between fork and exec, where another thread may have held the loader's lock.

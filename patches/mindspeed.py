@@ -11,12 +11,12 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 
-from ..host import HostError
-from . import ORIGINAL, logger, megatron_lm, replace
+from . import ORIGINAL, HostError, logger, replace
+from .megatron_lm import Plugin, Wrappers
 
 _FEATURE = "bitcpm_ternary"
 _LAYER_NORM_LINEAR = "mindspeed.te.pytorch.module.layernorm_column_parallel_linear"
@@ -37,14 +37,24 @@ def imported_too_early() -> str | None:
     return None
 
 
-def join() -> None:
+class LinearsPlugin(Plugin, Protocol):
+    """What joins a job under MindSpeed, whose linears and memory have ways of their own."""
+
+    def register_linear(self, linear: type, kind: Literal["column", "row"], norm_methods: tuple[str, ...]) -> None:
+        """Makes a class of linears known that megatron-core does not have."""
+
+    def is_quantized(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a quantized weight, as a linear's forward sees it."""
+
+
+def join(plugin: LinearsPlugin) -> None:
     """Puts our feature at the end of MindSpeed's list, and keeps it there.
 
     Displaces ``MindSpeedFeaturesManager.set_features_list``, with which MindSpeed-LLM replaces the whole list.
     """
     from mindspeed.features_manager.features_manager import MindSpeedFeaturesManager
 
-    feature = _feature()
+    feature = _feature(plugin)
 
     def with_ours(original: Callable) -> Any:  # noqa: ANN401 - a classmethod
         def set_features_list(cls: type, features_list: Iterable) -> None:
@@ -76,8 +86,10 @@ def start(host: str) -> None:
 _applied: list[str] = []
 
 
-def _feature() -> Any:  # noqa: ANN401 - a MindSpeedFeature
+def _feature(plugin: LinearsPlugin) -> Any:  # noqa: ANN401 - a MindSpeedFeature
     from mindspeed.features_manager.feature import MindSpeedFeature
+
+    wrappers = Wrappers(plugin)
 
     class TernaryFeature(MindSpeedFeature):
         """Our flags and wrappers, as MindSpeed knows features.
@@ -92,45 +104,42 @@ def _feature() -> Any:  # noqa: ANN401 - a MindSpeedFeature
             return True
 
         def register_args(self, parser: argparse.ArgumentParser) -> None:
-            megatron_lm.register_arguments(parser)
+            wrappers.register_arguments(parser)
 
         def register_patches(self, patch_manager: Any, args: argparse.Namespace) -> None:  # noqa: ANN401
-            for symbol, wrapper in megatron_lm.WRAPPERS.items():
+            for symbol, wrapper in wrappers.by_symbol.items():
                 # The parser gets our flags from register_args, as it gets those of all features.
-                if wrapper is not megatron_lm.parse_args_wrapper:
+                if wrapper != wrappers.parse_args_wrapper:
                     patch_manager.register_patch(symbol, wrapper)
-            _register_linears()
+            _register_linears(plugin)
             if getattr(args, "swap_attention", False):
-                leave_quantized_weights_on_device()
+                leave_quantized_weights_on_device(plugin)
             _applied.append(_FEATURE)
 
     return TernaryFeature()
 
 
-def _register_linears() -> None:
+def _register_linears(plugin: LinearsPlugin) -> None:
     """The emulated Transformer Engine's qkv and fc1: a column-parallel linear with the norm inside, no subclass of
     megatron-core's. Its proj and fc2 are megatron-core's own."""
-    from ..parallel import register_linear
-
     module = importlib.import_module(_LAYER_NORM_LINEAR)
     try:
-        register_linear(module.MindSpeedTELayerNormColumnParallelLinear, "column", ("_layernorm", "_rmsnorm"))
+        plugin.register_linear(module.MindSpeedTELayerNormColumnParallelLinear, "column", ("_layernorm", "_rmsnorm"))
     except ValueError as error:
         raise HostError(str(error)) from error
 
 
-def leave_quantized_weights_on_device() -> None:
+def leave_quantized_weights_on_device(plugin: LinearsPlugin) -> None:
     """Keeps ``--swap-attention`` from taking a quantized weight for an activation.
 
     Displaces ``SwapPrefetch.no_swap_tensor``, which knows weights by their lack of a gradient function, and quantized
     ones have one. Without this a weight of 512 KB or more is copied to the host and its memory freed after the forward
     pass, while the layer's next micro-batch uses it: a crash, or garbage.
     """
-    from ..parallel import is_shadow
 
     def make(original: Callable[[torch.Tensor], bool]) -> staticmethod:
         def no_swap_tensor(ori_tensor: torch.Tensor) -> bool:
-            return is_shadow(ori_tensor) or original(ori_tensor)
+            return plugin.is_quantized(ori_tensor) or original(ori_tensor)
 
         # Reading the class gives the function, without the marker of what holds it.
         setattr(no_swap_tensor, ORIGINAL, original)

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli import Number, Whole
 from ..models.from_arguments import longrope_of, multipliers_of
 from ..quantization.record import QuantizerRecord, RecordError, check_change
-from ..training.flags import build_parser, defaults
 from .directory import RELEASE, CheckpointError
 
 _ARCHITECTURE = (
@@ -19,45 +17,10 @@ _ARCHITECTURE = (
 ).split()
 _OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
 _DATA_ORDER = ("seed",)
-_OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 _TOLD = (
     "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
     "weight_decay clip_grad"
 ).split()
-
-
-def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
-    """The arguments of a run as its checkpoint records them; what it does not record is the default.
-
-    Args:
-        saved: by name.
-        where: checkpoint, for the message.
-
-    Raises:
-        ValueError: a value that the command line would refuse, or none where one is required to build the model.
-    """
-    found = argparse.Namespace(**{**defaults(), **saved})
-    for action in build_parser()._actions:
-        value = getattr(found, action.dest, None)
-        mistake = None if value is None or action.dest == "help" else _mistake(action, value)
-        if mistake is None and value is None and action.required and action.dest in _OF_THE_MODEL:
-            mistake = "missing"
-        if mistake is not None:
-            raise ValueError(f"{where} records {action.dest} {value!r}: {mistake}; copy the checkpoint again")
-    return found
-
-
-def _mistake(action: argparse.Action, value: Any) -> str | None:
-    for item in value if action.nargs == "+" and isinstance(value, list) else [value]:
-        if isinstance(action.type, Whole | Number) and (mistake := action.type.mistake(item)):
-            return mistake
-        if action.choices is not None and item not in action.choices:
-            return f"none of {', '.join(map(str, action.choices))}"
-        if action.nargs == 0 and not isinstance(item, bool):
-            return "neither true nor false"
-        if action.nargs != 0 and action.type is None and action.choices is None and not isinstance(item, str):
-            return "no text"
-    return None
 
 
 def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_change: bool) -> str:

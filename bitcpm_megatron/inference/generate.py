@@ -9,13 +9,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from ..checkpoints.compatibility import recorded
 from ..checkpoints.directory import saved_arguments
 from ..data.vocabulary import padded_vocab_size
 from ..models.architecture import uneven
 from ..nn.recorded import recipe_of
 from ..quantization.record import QuantizerRecord
 from ..training import checkpoint
+from ..training.flags import recorded
 from ..training.initialize import device, initialize, world_size
 from ..training.mistakes import ffn_channels
 from ..training.model import Model, build_model

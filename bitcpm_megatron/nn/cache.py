@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from ..patches.megatron_core import schedules
-
 _ATTRIBUTE = "_ternary_epoch"
 
 
@@ -45,11 +43,10 @@ class CacheEpoch:
 
 
 def attach_epoch(chunk: torch.nn.Module) -> CacheEpoch:
-    """Gives a model chunk its epoch and connects it to schedules and to ``load_state_dict``."""
+    """Gives a model chunk its epoch and connects it to ``load_state_dict``; who runs schedules tells of them below."""
     epoch = CacheEpoch()
     chunk.__dict__[_ATTRIBUTE] = epoch
     chunk.register_load_state_dict_post_hook(_invalidate_after_load)
-    schedules.announce_schedules(_start, _begin, _end)
     return epoch
 
 
@@ -70,20 +67,23 @@ def find_attached(model: torch.nn.Module, attribute: str) -> Any:  # noqa: ANN40
     return None
 
 
-def _start(chunks: Sequence[torch.nn.Module]) -> None:
+def schedule_started(chunks: Sequence[torch.nn.Module]) -> None:
+    """The weights of these chunks will not change until the schedule ends."""
     for chunk in chunks:
         epoch = find_epoch(chunk)
         if epoch is not None:
             epoch.start()
 
 
-def _begin(model: torch.nn.Module) -> None:
+def first_micro_batch(model: torch.nn.Module) -> None:
+    """A chunk starts its first micro-batch of a schedule."""
     epoch = find_epoch(model)
     if epoch is not None:
         epoch.begin()
 
 
-def _end(chunks: Sequence[torch.nn.Module]) -> None:
+def schedule_ended(chunks: Sequence[torch.nn.Module]) -> None:
+    """A schedule is over, or has raised."""
     for chunk in chunks:
         epoch = find_epoch(chunk)
         if epoch is not None:

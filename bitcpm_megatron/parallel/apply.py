@@ -8,9 +8,10 @@ import torch
 from megatron.core import parallel_state
 
 from ..cli import Whole
-from ..nn.cache import attach_epoch
+from ..nn.cache import attach_epoch, first_micro_batch, schedule_ended, schedule_started
 from ..nn.coverage import CoverageEntry, CoverageReport
 from ..nn.linear import CacheMode, TernaryState, check_unwrapped, make_ternary
+from ..patches.megatron_core import schedules
 from ..quantization import QuantizerConfig, check_weight
 from ..quantization.config import check_config
 from ..quantization.recipe import Matcher, Recipe, RecipeError
@@ -88,6 +89,7 @@ def apply_recipe(
     report = CoverageReport(tuple(entries), shards)
     by_path = {e.path: e for e in entries}
     uneven = report.uneven_layers()
+    schedules.announce_schedules(schedule_started, first_micro_batch, schedule_ended)
     for chunk, pairs in zip(chunks, found, strict=True):
         epoch = attach_epoch(chunk)
         for candidate, _ in pairs:

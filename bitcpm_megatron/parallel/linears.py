@@ -10,7 +10,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
-from ..quantization import GROUP_MULTIPLE, QuantizerConfig, effective_group
+from ..quantization import QuantizerConfig
+from ..quantization.grouping import row_group, row_parallel_group
 
 Kind = Literal["column", "row", "dense", "never", "unsupported"]
 ParallelKind = Literal["column", "row"]
@@ -169,9 +170,8 @@ def whole_shape(module: torch.nn.Module) -> tuple[int, ...]:
 def local_config(candidate: Candidate, config: QuantizerConfig, row_parallel_shards: int | None) -> QuantizerConfig:
     """The quantizer of a local shard: ``config`` with the group size that fits it.
 
-    Column-parallel shards keep whole rows. Row-parallel shards split them: with ``group_size=-1`` a whole row is
-    ``row_parallel_shards`` groups for ever, so that the weights are the same at every tensor-parallel size that divides
-    this number.
+    Column-parallel shards keep whole rows; row-parallel shards split them, see
+    :func:`~bitcpm_megatron.quantization.grouping.row_parallel_group`.
 
     Args:
         candidate: a column, row or dense linear.
@@ -184,27 +184,14 @@ def local_config(candidate: Candidate, config: QuantizerConfig, row_parallel_sha
     local_in = candidate.module.weight.shape[1]
     try:
         if candidate.kind != "row":
-            return replace(config, group_size=_row_or_group(local_in, config.group_size))
+            return replace(config, group_size=row_group(local_in, config.group_size))
         whole = candidate.module.input_size
         tensor_parallel = whole // local_in
         shards = tensor_parallel if row_parallel_shards is None else row_parallel_shards
-        if config.group_size != -1:
-            effective_group(whole, config.group_size)
-            effective_group(local_in, config.group_size)
+        group = row_parallel_group(whole, config.group_size, tensor_parallel, shards)
+        if config.group_size != -1 or group == -1:
             return config
-        if shards % tensor_parallel:
-            raise ValueError(
-                f"{shards} row-parallel shards cannot be spread over a tensor-parallel size of {tensor_parallel}: "
-                f"use a size that divides {shards} (--ternary-row-parallel-shards is fixed when training starts)"
-            )
-        if shards == 1:
-            return config
-        if whole % (shards * GROUP_MULTIPLE):
-            raise ValueError(
-                f"{shards} row-parallel shards cut a row of {whole} into groups of {whole / shards:g}, which is no "
-                f"multiple of {GROUP_MULTIPLE}: use fewer shards, or a group_size"
-            )
-        return replace(config, group_size=_row_or_group(local_in, whole // shards))
+        return replace(config, group_size=row_group(local_in, group))
     except ValueError as error:
         raise ValueError(f"{candidate.path}: {error}") from None
 
@@ -233,7 +220,3 @@ def activation_groups(candidate: Candidate, row_parallel_shards: int) -> int:
             f"shards at a tensor-parallel size of {tensor_parallel}: use a number of shards that it divides"
         )
     return row_parallel_shards // tensor_parallel
-
-
-def _row_or_group(in_features: int, group_size: int) -> int:
-    return -1 if effective_group(in_features, group_size) == in_features else group_size

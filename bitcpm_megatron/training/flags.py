@@ -5,7 +5,7 @@ An unknown flag is an error (also an abbreviated one), and contradictions are re
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,8 @@ import torch
 from ..cli import Number, Parser, Whole
 from ..models import family_flags
 from ..models.architecture import MAX_LAYERS
-from ..ternary_flags import add_ternary_arguments, quantizer_config
+from ..ternary_flags import add_ternary_arguments
 from .mistakes import ffn_channels, mistakes
-
-__all__ = ["add_ternary_arguments", "build_parser", "defaults", "params_dtype", "parse_args", "quantizer_config"]
 
 _DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
@@ -33,6 +31,7 @@ _PROBABILITY = Number(0, 1, open_maximum=True)
 _EPSILON = Number(1e-30, 1)
 # What Python, NumPy and torch all take.
 _SEED = Whole(0, 2**32 - 1)
+_OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 
 
 def build_parser() -> Parser:
@@ -200,6 +199,40 @@ def defaults() -> dict[str, Any]:
         for action in parser._actions
         if action.dest != "help" and not action.required
     }
+
+
+def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
+    """The arguments of a run as its checkpoint records them; what it does not record is the default.
+
+    Args:
+        saved: by name.
+        where: checkpoint, for the message.
+
+    Raises:
+        ValueError: a value that the command line would refuse, or none where one is required to build the model.
+    """
+    found = argparse.Namespace(**{**defaults(), **saved})
+    for action in build_parser()._actions:
+        value = getattr(found, action.dest, None)
+        mistake = None if value is None or action.dest == "help" else _mistake(action, value)
+        if mistake is None and value is None and action.required and action.dest in _OF_THE_MODEL:
+            mistake = "missing"
+        if mistake is not None:
+            raise ValueError(f"{where} records {action.dest} {value!r}: {mistake}; copy the checkpoint again")
+    return found
+
+
+def _mistake(action: argparse.Action, value: Any) -> str | None:
+    for item in value if action.nargs == "+" and isinstance(value, list) else [value]:
+        if isinstance(action.type, Whole | Number) and (mistake := action.type.mistake(item)):
+            return mistake
+        if action.choices is not None and item not in action.choices:
+            return f"none of {', '.join(map(str, action.choices))}"
+        if action.nargs == 0 and not isinstance(item, bool):
+            return "neither true nor false"
+        if action.nargs != 0 and action.type is None and action.choices is None and not isinstance(item, str):
+            return "no text"
+    return None
 
 
 def params_dtype(args: argparse.Namespace) -> torch.dtype:

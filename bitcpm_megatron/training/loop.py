@@ -22,10 +22,11 @@ from ..checkpoints.digests import verify_digests
 from ..checkpoints.directory import CheckpointError, check_start, latest
 from ..checkpoints.directory_lock import held
 from ..cli import FailedError
-from ..nn.recorded import record_of
+from ..objectives.language_modeling import LossOf, Objective, language_modeling
 from ..parallel import Telemetry
 from ..quantization import scales_are_finite
 from ..quantization.record import QuantizerRecord
+from ..ternary_flags import take_recorded_shards
 from . import checkpoint
 from .checkpoint import Progress
 from .data import (
@@ -40,7 +41,7 @@ from .data import (
     withdraw_unknown_tokens,
 )
 from .exit_signal import ExitSignals
-from .flags import params_dtype, quantizer_config
+from .flags import params_dtype
 from .initialize import device
 from .model import Model, build_model, parameter_count
 from .optimizer import build_optimizer, build_scheduler, learning_rate, step
@@ -55,7 +56,7 @@ class TrainingError(FailedError):
 
 @dataclass
 class Run:
-    """Everything that a training run moves, and what it trains on."""
+    """Everything that a training run moves, what it trains on, and what for."""
 
     model: Model
     optimizer: MegatronOptimizer
@@ -63,6 +64,7 @@ class Run:
     progress: Progress
     record: QuantizerRecord | None
     data: Data
+    objective: Objective = language_modeling
     signals: ExitSignals = field(default_factory=ExitSignals)
 
 
@@ -101,7 +103,7 @@ def _prepare(args: argparse.Namespace, note: str | None) -> Run:
     tokenizer, vocabulary = build_tokenizer(args)
     files = find_files(args)
     model = build_model(args, vocabulary)
-    record = _record(args, model)
+    record = None if model.ternary is None else model.ternary.record
     optimizer = build_optimizer(args, model)
     scheduler = build_scheduler(args, optimizer)
     progress, notes = Progress(), [*model.notes, *filter(None, [note])]
@@ -172,7 +174,7 @@ def train_step(
     for chunk in run.model.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    loss = _forward_backward(args, run.model, data, run.signals)
+    loss = _forward_backward(args, run, data)
     codes = None if telemetry is None else telemetry.record()
     taken, grad_norm = step(run.optimizer)
     if grad_norm is not None and not math.isfinite(grad_norm):
@@ -189,18 +191,19 @@ def evaluate(args: argparse.Namespace, model: Model, data: Iterator[Batch]) -> f
         chunk.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for _ in range(args.eval_iters):
-        total += _run_schedule(args, model, data, ExitSignals(), forward_only=True)[:2]
+        total += _run_schedule(args, language_modeling, model, data, ExitSignals(), forward_only=True)[:2]
     for chunk in model.chunks:
         chunk.train()
     return float(total[0] / total[1])
 
 
-def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Batch], signals: ExitSignals) -> float:
+def _forward_backward(args: argparse.Namespace, run: Run, data: Iterator[Batch]) -> float:
     """Gradients of one global batch; returns its loss, and raises on every rank alike where it is not finite."""
-    loss_sum, tokens, broken, asked = _run_schedule(args, model, data, signals, forward_only=False).tolist()
-    signals.agreed = asked > 0
+    counted = _run_schedule(args, run.objective, run.model, data, run.signals, forward_only=False)
+    loss_sum, tokens, broken, asked = counted.tolist()
+    run.signals.agreed = asked > 0
     if broken:
-        for state in model.ternary:
+        for state in run.model.states:
             if state.scales is not None and not state.scales.isfinite().all():
                 print(f"{state.name}: its weight has no finite scale", file=sys.stderr)
         raise TrainingError(
@@ -213,7 +216,12 @@ def _forward_backward(args: argparse.Namespace, model: Model, data: Iterator[Bat
 
 
 def _run_schedule(
-    args: argparse.Namespace, model: Model, data: Iterator[Batch], signals: ExitSignals, forward_only: bool
+    args: argparse.Namespace,
+    objective: Objective,
+    model: Model,
+    data: Iterator[Batch],
+    signals: ExitSignals,
+    forward_only: bool,
 ) -> torch.Tensor:
     """Runs megatron-core's schedule over the micro-batches of one global batch.
 
@@ -230,7 +238,7 @@ def _run_schedule(
     unknown = withdraw_unknown_tokens(shared, args.vocab_size)
     iterators = [iter(shared) for _ in model.chunks]
     results = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, objective),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=model.chunks,
         num_microbatches=args.num_microbatches,
@@ -241,7 +249,7 @@ def _run_schedule(
     total = torch.zeros(5, dtype=torch.float64, device=device())
     for result in results:
         total[:2] += result["lm_loss"].to(total.dtype)
-    scales = [state.scales for state in model.ternary if state.scales is not None]
+    scales = [state.scales for state in model.states if state.scales is not None]
     if scales:
         total[2] = (~scales_are_finite(scales)).to(total.dtype)
     total[3] = float(signals.received)
@@ -253,19 +261,8 @@ def _run_schedule(
     return counted[:4]
 
 
-def _forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
-    batch = {name: value.to(device(), non_blocking=True) for name, value in next(data).items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(_loss, batch["loss_mask"])
-
-
-def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the token losses, number of tokens, and both again for the report."""
-    mask = mask.reshape(-1).float()
-    total = (losses.reshape(-1).float() * mask).sum()
-    tokens = mask.sum()
-    # Schedules divide the loss in place: the report needs a copy.
-    return total.clone(), tokens.int(), {"lm_loss": torch.stack((total.detach(), tokens))}
+def _forward_step(objective: Objective, data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
+    return objective({name: value.to(device(), non_blocking=True) for name, value in next(data).items()}, model)
 
 
 def _find_checkpoint(args: argparse.Namespace) -> Path | None:
@@ -282,17 +279,8 @@ def _find_checkpoint(args: argparse.Namespace) -> Path | None:
         return None
     if args.verify_digests:
         verify_digests(found)
-    recorded = QuantizerRecord.read(found)
-    if args.ternary and recorded is not None and args.ternary_row_parallel_shards is None:
-        args.ternary_row_parallel_shards = recorded.row_parallel_shards
+    take_recorded_shards(args, found)
     return found
-
-
-def _record(args: argparse.Namespace, model: Model) -> QuantizerRecord | None:
-    if model.coverage is None:
-        return None
-    dtype = str(params_dtype(args)).removeprefix("torch.")
-    return record_of(model.coverage, quantizer_config(args), dtype, args.ternary_activation_bits)
 
 
 def _introduce(args: argparse.Namespace, model: Model, vocabulary: int, notes: list[str]) -> None:
@@ -308,8 +296,8 @@ def _introduce(args: argparse.Namespace, model: Model, vocabulary: int, notes: l
     )
     for note in notes:
         print(note)
-    if model.coverage is not None:
-        print(model.coverage.table())
+    if model.ternary is not None:
+        print(model.ternary.coverage.table())
     sys.stdout.flush()
 
 

@@ -16,8 +16,9 @@ from megatron.core.transformer.module import Float16Module
 
 from ..models.customize import customize, softmax_scale
 from ..models.from_arguments import longrope_of, multipliers_of
-from ..parallel import CoverageReport, TernaryState, probe, ternary_modules, watch_use
-from ..ternary_flags import apply_ternary
+from ..nn.linear import TernaryState
+from ..parallel.prepare import Prepared, prepare_ternary
+from ..ternary_flags import ternary_settings
 from .flags import params_dtype
 from .initialize import device
 
@@ -30,17 +31,20 @@ class Model:
         chunks: wrapped in DDP, as the schedules take them; more than one with virtual pipeline stages.
         bare: the same chunks without wrappers.
         config: shared by all.
-        coverage: what was quantized, None for a BF16 / FP32 run.
-        ternary: states of the quantized modules of this rank, found once and not at every step.
+        ternary: what was quantized, None for a BF16 / FP32 run.
         notes: what was decided at start-up, for the log.
     """
 
     chunks: list[torch.nn.Module]
     bare: list[GPTModel]
     config: TransformerConfig
-    coverage: CoverageReport | None
-    ternary: list[TernaryState]
+    ternary: Prepared | None
     notes: list[str]
+
+    @property
+    def states(self) -> list[TernaryState]:
+        """Of the quantized modules of this rank."""
+        return [] if self.ternary is None else self.ternary.states
 
 
 def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool = True) -> Model:
@@ -67,18 +71,14 @@ def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool
     else:
         chunks = list(bare)
 
-    coverage = None
+    ternary = None
     if args.ternary:
-        coverage, backend = apply_ternary(args, bare, device().type)
-        notes.append(backend)
-        notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(bare)} layers of this rank")
+        ternary = prepare_ternary(bare, ternary_settings(args), will_train=with_ddp)
+        notes += ternary.notes
     if with_ddp:
-        if coverage is not None:
-            watch_use(bare)
         chunks = [_wrap(args, config, chunk, i) for i, chunk in enumerate(chunks)]
         _connect_schedule(config, chunks, args)
-    ternary = [state for state, _ in ternary_modules(bare)]
-    return Model(chunks, bare, config, coverage, ternary, notes)
+    return Model(chunks, bare, config, ternary, notes)
 
 
 def transformer_config(args: argparse.Namespace) -> TransformerConfig:

@@ -2,12 +2,12 @@
 """Preflight: is the training plan sane, and does the quantizer fit the layout?"""
 
 import contextlib
-import io
 from collections.abc import Iterator
 
 from ...checkpoints.directory import CheckpointError
 from ...quantization.record import QuantizerRecord
-from ...training.flags import parse_args
+from ...training.flags import build_parser
+from ...training.mistakes import mistakes
 from ..estimates.quantizer import expected_record, idle_matchers
 from ..launcher import presets
 from ..launcher.job import BUILT_IN
@@ -135,13 +135,7 @@ def _recipe(subject: Subject) -> list[Finding]:
 
 
 def _arguments(subject: Subject) -> list[Finding]:
-    """What our loop's own parser says about all of it together."""
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output):
-            parse_args(presets.expand(host_argv(subject.job)[1:]), subject.layout.world)
-    except SystemExit:
-        text = output.getvalue().partition("error: ")[2]
-        lines = [line.strip() for line in text.splitlines() if line.strip() and "cannot go together" not in line]
-        return [failed("arguments", line, "launch/pretrain.py refuses it") for line in lines]
-    return [passed("arguments", "launch/pretrain.py takes them")]
+    """What our loop will say about all of it together."""
+    args = build_parser().parse_args(presets.expand(host_argv(subject.job)[1:]))
+    found = [(line, "launch/pretrain.py refuses it") for line in mistakes(args, subject.layout.world)]
+    return judged("arguments", "launch/pretrain.py takes them", found)

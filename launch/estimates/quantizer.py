@@ -3,8 +3,8 @@
 
 import argparse
 
-from ...quantization import GROUP_MULTIPLE, QuantizerConfig
-from ...quantization.config import effective_group
+from ...quantization import QuantizerConfig
+from ...quantization.grouping import row_group, row_parallel_group
 from ...quantization.record import QuantizerRecord
 from .shapes import Layout, recipe_of
 
@@ -32,7 +32,10 @@ def expected_record(layout: Layout, args: argparse.Namespace, shards: int) -> Qu
             continue
         config = matcher.config
         try:
-            group = _group(linear.in_features, config.group_size, layout.tp, shards if linear.row_parallel else None)
+            if linear.row_parallel:
+                group = row_parallel_group(linear.in_features, config.group_size, layout.tp, shards)
+            else:
+                group = row_group(linear.in_features, config.group_size)
         except ValueError as error:
             mistakes.setdefault(str(error), linear.path)
             continue
@@ -73,22 +76,3 @@ def idle_matchers(layout: Layout, args: argparse.Namespace) -> list[str]:
         elif matcher.config is not None:
             found.append(f"{matcher.name} ({matcher.pattern}) names {never[0]}, which is never quantized")
     return found
-
-
-def _group(in_features: int, group_size: int, tp: int, shards: int | None) -> int:
-    """Elements per scale along the whole row, -1 for all; ``shards`` of row-parallel weights."""
-    if group_size != -1:
-        effective_group(in_features, group_size)
-        if shards is not None:
-            effective_group(in_features // tp, group_size)
-        return -1 if group_size == in_features else group_size
-    if shards is None or shards == 1:
-        return -1
-    if shards % tp:
-        raise ValueError(f"{shards} row-parallel shards cannot be spread over a tensor-parallel size of {tp}")
-    if in_features % (shards * GROUP_MULTIPLE):
-        raise ValueError(
-            f"{shards} row-parallel shards cut a row of {in_features} into groups of {in_features / shards:g}, which "
-            f"is no multiple of {GROUP_MULTIPLE}"
-        )
-    return in_features // shards

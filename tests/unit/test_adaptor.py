@@ -384,8 +384,8 @@ class TestMindSpeed:
         monkeypatch.setattr(swap, "no_swap_tensor", staticmethod(swap.no_swap_tensor))
         job = mindspeed_host(LayerNormLinear)
         adapt()
-        mindspeed.leave_quantized_weights_on_device()
-        mindspeed.leave_quantized_weights_on_device()
+        mindspeed.leave_quantized_weights_on_device(host)
+        mindspeed.leave_quantized_weights_on_device(host)
         (chunk,) = job.run(["--ternary"])
         linear = chunk.decoder["linear_fc1"]
         find_epoch(chunk).open = True
@@ -399,8 +399,8 @@ class TestMindSpeed:
 
     def test_our_feature_survives_another_list(self, mindspeed_host) -> None:
         mindspeed_host(LayerNormLinear)
-        mindspeed.join()
-        mindspeed.join()
+        mindspeed.join(host)
+        mindspeed.join(host)
         manager = self.double.manager
         assert [f.feature_name for f in manager.FEATURES_LIST] == ["first", "bitcpm_ternary"]
         manager.set_features_list([self.double.feature("llm")])
@@ -490,7 +490,7 @@ def test_flags_that_the_host_has_are_the_hosts(megatron) -> None:
 def test_a_mistake_on_the_hosts_command_line_is_one_line(monkeypatch, capsys) -> None:
     monkeypatch.delenv("RANK", raising=False)
     parser = argparse.ArgumentParser()
-    megatron_lm.register_arguments(parser)
+    megatron_lm.Wrappers(host).register_arguments(parser)
     for flags in (["--ternary-group-size", "48"], ["--no-such-flag"]):
         with pytest.raises(SystemExit) as leaving:
             parser.parse_args(flags)

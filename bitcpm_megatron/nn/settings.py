@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of a model that becomes ternary, by flags or by code."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..quantization import QuantizerConfig
+from ..quantization.recipe import Recipe
+from .linear import CacheMode
+
+
+@dataclass(frozen=True)
+class TernarySettings:
+    """How a model is quantized; see ``--ternary`` and its companions.
+
+    Attributes:
+        default: quantizer of modules whose recipe entry does not say otherwise.
+        recipe: a recipe, its YAML file, or None for every linear of the decoder layers.
+        row_parallel_shards: groups per whole row of row-parallel weights under ``group_size=-1``; None for the
+            tensor-parallel size of the run.
+        backend: that quantizes, by name; ``auto`` for the best one of the device.
+        cache: ``step`` quantizes once per optimizer step, ``none`` in every forward.
+        verify_cache: quantize again at every use of the cache, and raise where it is stale.
+        activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
+    """
+
+    default: QuantizerConfig = field(default_factory=QuantizerConfig)
+    recipe: Recipe | str | Path | None = None
+    row_parallel_shards: int | None = None
+    backend: str = "auto"
+    cache: CacheMode = "step"
+    verify_cache: bool = False
+    activation_bits: int = 16

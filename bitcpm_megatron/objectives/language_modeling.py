@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predict the next token: what pretraining minimises, and the form that every other objective has."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Protocol
+
+import torch
+
+Batch = Mapping[str, torch.Tensor]
+"""``tokens``, ``labels`` and ``position_ids`` int64, ``loss_mask`` float; all ``[micro_batch_size, seq_length]``."""
+
+LossOf = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+"""From a model's output to the loss sum, the tokens it is over, and by name what is reported: ``[sum, tokens]``."""
+
+
+class Objective(Protocol):
+    """What a micro-batch is trained for: runs the model, and says how its output becomes a loss.
+
+    Megatron's schedules call the second part on the last pipeline stage alone.
+    """
+
+    def __call__(self, batch: Batch, model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
+        """One forward pass; the batch lies on the model's device."""
+
+
+def language_modeling(batch: Batch, model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
+    """Cross entropy of the next token, over the tokens that ``loss_mask`` counts.
+
+    Args:
+        batch: a micro-batch.
+        model: megatron-core's GPTModel, or a pipeline stage of one, in its wrappers.
+    """
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_masked_sum, batch["loss_mask"])
+
+
+def _masked_sum(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    mask = mask.reshape(-1).float()
+    total = (losses.reshape(-1).float() * mask).sum()
+    tokens = mask.sum()
+    # Schedules divide the loss in place: the report needs a copy.
+    return total.clone(), tokens.int(), {"lm_loss": torch.stack((total.detach(), tokens))}

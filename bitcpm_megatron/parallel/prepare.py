@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From bare model chunks to ternary ones that were proved to be: the same for our loop and for every host."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..nn.coverage import CoverageReport
+from ..nn.linear import TernaryState
+from ..nn.recorded import record_of
+from ..nn.settings import TernarySettings
+from ..ops import set_backend
+from ..quantization.record import QuantizerRecord
+from .apply import apply_recipe
+from .probe import probe, ternary_modules, watch_use
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A ternary model.
+
+    Attributes:
+        coverage: what was quantized and what was not, in the whole model.
+        record: that goes into every checkpoint.
+        states: of the quantized modules of this rank.
+        notes: what was decided, a line each.
+    """
+
+    coverage: CoverageReport
+    record: QuantizerRecord
+    states: list[TernaryState]
+    notes: list[str]
+
+
+def prepare_ternary(
+    chunks: Sequence[torch.nn.Module],
+    settings: TernarySettings,
+    *,
+    will_train: bool = True,
+    fill: Callable[[Sequence[torch.nn.Parameter]], None] | None = None,
+) -> Prepared:
+    """Quantizes, and proves that every quantized layer computes ``y = x Wq^T``.
+
+    Collective over all ranks. To be called before DDP and the optimizer are built, when the weights have the dtype
+    that the forward sees.
+
+    Args:
+        chunks: all model chunks of this rank, without wrappers.
+        settings: how.
+        will_train: whether the first training step has to prove that every quantized layer is used.
+        fill: gives the latent weights values for the proof, where they have none yet.
+
+    Raises:
+        RecipeError, ValueError, TypeError: see :func:`~.apply.apply_recipe`; also weights of several dtypes.
+        RuntimeError: the backend cannot be used on this device.
+        ProbeError: a layer is not ternary.
+    """
+    choice = set_backend(settings.backend, next(chunks[0].parameters()).device.type)
+    coverage = apply_recipe(
+        chunks,
+        settings.recipe,
+        default=settings.default,
+        row_parallel_shards=settings.row_parallel_shards,
+        cache=settings.cache,
+        verify_cache=settings.verify_cache,
+        activation_bits=settings.activation_bits,
+    )
+    modules = ternary_modules(chunks)
+    if fill is not None:
+        fill([module.weight for _, module in modules])
+    notes = [f"quantizer backend: {choice.backend.name} ({choice.reason})"]
+    notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(chunks)} layers of this rank")
+    if will_train:
+        watch_use(chunks)
+    dtypes = {module.weight.dtype for _, module in modules}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(map(_name, dtypes)))
+        raise ValueError(f"the weights to quantize have several dtypes ({names}): use one")
+    # A stage without a ternary layer has nobody to ask: all stages have one dtype.
+    dtype = dtypes.pop() if dtypes else next(chunks[0].parameters()).dtype
+    record = record_of(coverage, settings.default, _name(dtype), settings.activation_bits)
+    return Prepared(coverage, record, [state for state, _ in modules], notes)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
