@@ -17,7 +17,6 @@ Exit status: 0 done, 1 a conversion failed, was not exact or took more memory th
 
 import argparse
 import csv
-import json
 import os
 import platform
 import re
@@ -27,77 +26,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 import torch
 from hardware import check_outputs, processor
+from random_models import CONFIG, Model, shape, write_model, write_ternary
 from safetensors import safe_open
 from tqdm import tqdm
 
-from bitcpm_megatron import QuantizerConfig, checkpoint_tools, cli, dequantize, quantize
-from bitcpm_megatron.checkpoint_tools.hf_model.config import LLAMA, config_for
-from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError, TensorInfo
-from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size
-from bitcpm_megatron.checkpoint_tools.storage.torch_dist_reader import TorchDistReader, read_common
-from bitcpm_megatron.checkpoint_tools.storage.torch_dist_writer import Chunk, TorchDistWriter
-from bitcpm_megatron.checkpoint_tools.tensor_map import MegatronTensor, megatron_tensors
-from bitcpm_megatron.checkpoints.directory import RELEASE, TRACKER
-from bitcpm_megatron.files import DIGESTS, fsync, publish, write_digests, write_text
-from bitcpm_megatron.models.architecture import MAX_LAYERS, Architecture
-from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
+from bitcpm_megatron import checkpoint_tools, cli, dequantize, quantize
+from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
+from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import parse_size
+from bitcpm_megatron.files import publish
+from bitcpm_megatron.models.architecture import MAX_LAYERS
 
 TOOLS = Path(checkpoint_tools.__file__).parent
-CONFIG = QuantizerConfig()
-HEAD = 128
+_BLOCK = 2**24
 GOAL = 0.5
 """Of the copy's speed."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-_BLOCK = 2**24
 _LARGEST = 2**44
-_OVERHEAD = 2**30
 _POLL_SECONDS = 0.01
 
 
 class BenchmarkError(cli.FailedError):
     """A conversion that failed or was wrong."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """The synthetic model.
-
-    Attributes:
-        architecture: of it.
-        dtype: of its weights.
-        directory: where it lies.
-    """
-
-    architecture: Architecture
-    dtype: torch.dtype
-    directory: Path
-
-    @property
-    def tensors(self) -> list[MegatronTensor]:
-        """What it is in Megatron."""
-        return megatron_tensors(self.architecture)
-
-    @property
-    def plan(self) -> dict[str, TensorInfo]:
-        """Its tensors."""
-        return {
-            name: TensorInfo((rows, *t.shape[1:]), self.dtype)
-            for t in self.tensors
-            for name, rows in zip(t.parts, t.rows, strict=True)
-        }
-
-    @property
-    def memory_bound(self) -> int:
-        """Bytes of anonymous memory that a conversion may take."""
-        largest = max(info.nbytes for name, info in self.plan.items() if ".layers." in name)
-        return 2 * largest + _OVERHEAD
 
 
 @dataclass(frozen=True)
@@ -171,30 +127,6 @@ def _measure(args: argparse.Namespace, command: str) -> int:
     return 0 if all(r.rss_anon <= r.memory_bound for r in results) else 1
 
 
-def shape(nbytes: int, layers: int, vocab_size: int, itemsize: int) -> Architecture:
-    """A Llama of about as many bytes: heads of 128, about four query heads per key/value head, ffn 2.75 x hidden.
-
-    Raises:
-        ConversionError: too small for that.
-    """
-
-    def of(hidden: int, ffn: int) -> Architecture:
-        heads = hidden // HEAD
-        groups = next(n for n in range(max(1, heads // 4), 0, -1) if heads % n == 0)
-        return Architecture(layers, hidden, ffn, heads, groups, HEAD, vocab_size, 4096, 1e-5, 10000.0, False)
-
-    wanted = nbytes // itemsize
-    hidden = HEAD
-    while of(hidden + HEAD, (hidden + HEAD) * 11 // 4).parameter_count() <= wanted:
-        hidden += HEAD
-    ffn = hidden * 11 // 4
-    spare = wanted - of(hidden, ffn).parameter_count()
-    ffn += max(0, spare // (3 * hidden * layers)) // HEAD * HEAD
-    if of(hidden, ffn).parameter_count() > wanted:
-        raise ConversionError(f"a Llama of {layers} layers and {vocab_size} tokens has more than {nbytes} bytes")
-    return of(hidden, ffn)
-
-
 def measure(model: Model, work: Path, repeats: int, pause: float = 0.0) -> tuple[list[Result], float]:
     """Runs everything.
 
@@ -247,60 +179,6 @@ def measure(model: Model, work: Path, repeats: int, pause: float = 0.0) -> tuple
                     shutil.rmtree(case.target)
                 bar.update()
     return results, start_up
-
-
-def write_model(model: Model) -> None:
-    """Random weights, block by block."""
-    model.directory.mkdir()
-    generator = torch.Generator().manual_seed(1)
-    with SafetensorsWriter(model.directory, model.plan) as writer:
-        for name, info in model.plan.items():
-            writer.write(name, _random_rows(info, generator))
-    config = config_for(LLAMA, model.architecture, {}, str(model.dtype).removeprefix("torch."))
-    write_text(model.directory / "config.json", json.dumps(config))
-    for path in model.directory.iterdir():
-        fsync(path)
-
-
-def write_ternary(model: Model, plain: Path, target: Path) -> None:
-    """The checkpoint that a ternary run of one tensor-parallel rank would leave of these weights: with the quantizer
-    record and the scales beside the weights."""
-    source, release = plain / RELEASE, target / RELEASE
-    rewritten = shutil.ignore_patterns("*.distcp", ".metadata", "common.pt", "metadata.json", DIGESTS)
-    shutil.copytree(plain, target, ignore=rewritten)
-    reader = TorchDistReader(source)
-    linears = [t for t in model.tensors if t.quantizable]
-
-    def chunks() -> Iterator[Chunk]:
-        for name, info in reader.tensors().items():
-            for offsets, sizes in reader.chunks(name):
-                piece = tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))
-                yield Chunk(
-                    name,
-                    info.shape,
-                    offsets,
-                    sizes,
-                    info.dtype,
-                    lambda name=name, piece=piece: reader.read(name, piece),
-                )
-        for t in linears:
-            key = f"decoder.layers.{t.suffix}"
-            rows = t.shape[0]
-            yield Chunk(
-                f"{key}{SCALE_SUFFIX}",
-                (model.architecture.num_layers, rows, 1),
-                (t.layer, 0, 0),
-                (1, rows, 1),
-                torch.bfloat16,
-                lambda key=key, layer=t.layer: quantize(reader.read(key, (layer,)), CONFIG)[1].unsqueeze(0),
-            )
-
-    TorchDistWriter(release, read_common(source)).write(chunks(), dict.fromkeys(reader.objects))
-    modules = {t.module: {"group_size": CONFIG.group_size} for t in linears}
-    dtype = str(model.dtype).removeprefix("torch.")
-    QuantizerRecord("latent", CONFIG.space, CONFIG.eps, dtype, 1, 16, modules).write(release)
-    write_digests(release)
-    write_text(target / TRACKER, RELEASE)
 
 
 def timed_copy(source: Path, target: Path) -> dict[str, float]:
@@ -456,13 +334,6 @@ class _Opened:
 
     def slice(self, name: str) -> "safetensors.PySafeSlice":
         return self.files[name].get_slice(name)
-
-
-def _random_rows(info: TensorInfo, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    rows = max(1, _BLOCK * info.shape[0] // info.nbytes)
-    for start in range(0, info.shape[0], rows):
-        size = (min(rows, info.shape[0] - start), *info.shape[1:])
-        yield torch.empty(size).normal_(0, 0.02, generator=generator).to(info.dtype)
 
 
 def _memory(pid: int) -> tuple[int, int]:

@@ -20,8 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cost.calibration import calibrate
-from cost.model import MACHINES, PRESETS, QUANTIZER_BYTES, Machine, Workload, predict, preset
+from cost.model import predict
 from cost.validation import Calibrate, validate, validation_table
+from cost.workload import MACHINES, PRESETS, QUANTIZER_BYTES, Machine, Workload, preset
 from hardware import check_outputs
 
 from bitcpm_megatron import cli

@@ -49,6 +49,18 @@ Corpus = Callable[[str], Iterator[dict[str, str]]]
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; a bad one ends the process with code 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    problem = _problem(args)
+    if problem:
+        parser.error(problem)
+    args.document_separator = FORM_FEED if args.document_separator is None else args.document_separator
+    args.json_keys = args.json_keys or [TEXT_KEY]
+    args.valid_fraction = 0.05 if args.valid_fraction is None else args.valid_fraction
+    return args
+
+
+def _parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("input").add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", type=Path, metavar="FILE", help="text or JSON Lines files, plain or .gz")
@@ -101,14 +113,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output.add_argument(
         "--workers", type=cli.Whole(1, 1024), default=1, metavar="N", help="tokenizer threads (default: 1)"
     )
-    args = parser.parse_args(argv)
-    problem = _problem(args)
-    if problem:
-        parser.error(problem)
-    args.document_separator = FORM_FEED if args.document_separator is None else args.document_separator
-    args.json_keys = args.json_keys or [TEXT_KEY]
-    args.valid_fraction = 0.05 if args.valid_fraction is None else args.valid_fraction
-    return args
+    return parser
 
 
 def _problem(args: argparse.Namespace) -> str | None:

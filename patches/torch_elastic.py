@@ -54,17 +54,13 @@ def pass_signals_on() -> None:
     from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 
-    def alive() -> list[Any]:
-        handlers = getattr(_Asked.context, "subprocess_handlers", {})
-        return [handler.proc for handler in handlers.values() if handler.proc.poll() is None]
-
     def stopped(number: int) -> SignalException:
         name = signal.Signals(number)
         return SignalException(f"{name.name} arrived", sigval=name)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         _Asked.number = number
-        workers = alive()
+        workers = _workers_alive()
         if not workers:
             raise stopped(number)
         for worker in workers:
@@ -99,3 +95,8 @@ def pass_signals_on() -> None:
     replace(PContext, "start", listening)
     replace(PContext, "close", killing)
     replace(SimpleElasticAgent, "_restart_workers", unless_asked)
+
+
+def _workers_alive() -> list[Any]:
+    handlers = getattr(_Asked.context, "subprocess_handlers", {})
+    return [handler.proc for handler in handlers.values() if handler.proc.poll() is None]

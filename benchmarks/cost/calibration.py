@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
-from cost.model import ADAM_BYTES, BYTES, Collective, Machine, Workload
 from hardware import machine
 
 from bitcpm_megatron.cli import FailedError
 from bitcpm_megatron.launch.estimates.shapes import Linear
 from bitcpm_megatron.ops import active_backend
 from bitcpm_megatron.quantization import QuantizerConfig
+from cost.model import Collective
+from cost.workload import ADAM_BYTES, BYTES, Machine, Workload
 
 # A layer of a large model would take seconds on a CPU: beyond this many FLOP it gets fewer tokens.
 _FLOP_LIMIT = 1.5e11

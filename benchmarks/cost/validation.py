@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cost.calibration import calibrate
-from cost.model import MACHINES, BadInput, Machine, Prediction, Workload, layout_of, predict
 from hardware import best_device, machine
 from steps.plan import model_flags
 
 from bitcpm_megatron.launch.launcher.presets import PresetError
 from bitcpm_megatron.ops import active_backend
+from cost.calibration import calibrate
+from cost.model import Prediction, predict
+from cost.workload import MACHINES, BadInput, Machine, Workload, layout_of
 
 _VARIANTS = {"bf16": "step", "ternary": "step", "ternary-no-cache": "none"}
 _SIZES = ("tp", "pp", "dp", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import processes
 from hardware import best_device, machine
-from steps.layouts import Layout
-from steps.plan import BASELINE, OURS, Job, Session
-from steps.report import Row, rows_of
 from tqdm import tqdm
 
 from bitcpm_megatron.cli import FailedError
+from steps.layouts import Layout
+from steps.plan import BASELINE, OURS, Job, Session
+from steps.report import Row, rows_of
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "pretrain_gpt.py"
 ITERATIONS, WARM_UP = 15, 5

@@ -3,10 +3,9 @@
 
 from dataclasses import dataclass, replace
 
+from bitcpm_megatron.launch.launcher import presets
 from steps.layouts import Layout
 from steps.variants import VARIANTS
-
-from bitcpm_megatron.launch.launcher import presets
 
 BASELINE, OURS = "bf16", "ternary"
 WARM_UP = 3

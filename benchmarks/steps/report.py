@@ -12,10 +12,10 @@ import megatron.core
 import torch
 from hardware import machine
 from report.intervals import median_interval
-from steps.plan import BASELINE, OURS, Job
-from steps.variants import PEERS, VARIANTS
 
 from bitcpm_megatron.training.flags import parse_args
+from steps.plan import BASELINE, OURS, Job
+from steps.variants import PEERS, VARIANTS
 
 MIB = 2**20
 # Dense bf16, as NVIDIA's data sheets give it.

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..agreement import together
 from ..files import DIGESTS, DigestError, digest, find_damage, read_digests, read_json, write_text
-from .agreement import together
 from .directory import CheckpointError
 
 _Digests = dict[str, dict[str, Any]]

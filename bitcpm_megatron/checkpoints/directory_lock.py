@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ..agreement import together
 from ..cli import FailedError
 from ..files import disk_is_full
 from ..files.lock import FileLock, LockedError
-from .agreement import together
 from .directory import CheckpointError, recover
 
 LOCK = ".lock"

@@ -17,6 +17,31 @@ NAMES = (
 ).split()
 """The arguments of the MiniCPM4 family, by the names that a checkpoint records."""
 
+# What a model of this family says of itself; None is what a version without the argument says.
+_NEEDED: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("rope",),
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "add_bias_linear": (False,),
+    "add_qkv_bias": (False, None),
+    "qk_layernorm": (False, None),
+    "num_experts": (None,),
+    "multi_latent_attention": (False, None),
+    "rotary_percent": (1.0, None),
+    "rotary_interleaved": (False, None),
+    "rotary_seq_len_interpolation_factor": (None,),
+    "use_rope_scaling": (False, None),
+    "apply_layernorm_1p": (False, None),
+    "mtp_num_layers": (None, 0),
+    "window_size": (None,),
+    "softmax_type": ("vanilla", None),
+    "no_rope_freq": (None,),
+    "squared_relu": (False, None),
+    "quick_geglu": (False, None),
+    "attention_output_gate": (False, None),
+    "apply_residual_connection_post_layernorm": (False, None),
+}
+
 
 def multipliers_of(args: Mapping[str, Any]) -> Multipliers:
     """The multipliers that arguments describe; absent ones are those of a Llama."""
@@ -55,30 +80,7 @@ def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
     Raises:
         ArchitectureError: the model is not of this family (no RoPE, LayerNorm, biases, experts ...), naming the flags.
     """
-    needed = {
-        "position_embedding_type": ("rope",),
-        "normalization": ("RMSNorm",),
-        "swiglu": (True,),
-        "add_bias_linear": (False,),
-        "add_qkv_bias": (False, None),
-        "qk_layernorm": (False, None),
-        "num_experts": (None,),
-        "multi_latent_attention": (False, None),
-        "rotary_percent": (1.0, None),
-        "rotary_interleaved": (False, None),
-        "rotary_seq_len_interpolation_factor": (None,),
-        "use_rope_scaling": (False, None),
-        "apply_layernorm_1p": (False, None),
-        "mtp_num_layers": (None, 0),
-        "window_size": (None,),
-        "softmax_type": ("vanilla", None),
-        "no_rope_freq": (None,),
-        "squared_relu": (False, None),
-        "quick_geglu": (False, None),
-        "attention_output_gate": (False, None),
-        "apply_residual_connection_post_layernorm": (False, None),
-    }
-    foreign = [f"{name}={args.get(name)!r}" for name, accepted in needed.items() if args.get(name) not in accepted]
+    foreign = [f"{name}={args.get(name)!r}" for name, accepted in _NEEDED.items() if args.get(name) not in accepted]
     if foreign:
         raise ArchitectureError(
             f"the model is no Llama, MiniCPM or Granite: its arguments say {', '.join(foreign)} "

@@ -53,41 +53,12 @@ def apply_recipe(
         TypeError: no modules, no configuration, or no recipe.
     """
     chunks = _chunks(model)
-    check_config(default)
-    if cache not in ("step", "none"):
-        raise ValueError(f"cache={cache!r} is not possible: use step or none")
-    if activation_bits not in (8, 16):
-        raise ValueError(f"activation_bits={activation_bits} is not possible: use 8, or 16 for none")
-    if row_parallel_shards is not None and (mistake := Whole(1, 2**16).mistake(row_parallel_shards)):
-        raise ValueError(f"row_parallel_shards={row_parallel_shards!r} is not possible: {mistake}")
-    unnamed = recipe is None
-    if recipe is None:
-        recipe = Recipe.all_linears(default)
-    elif not isinstance(recipe, Recipe):
-        if not isinstance(recipe, str | Path):
-            raise TypeError(f"a recipe is a Recipe or the path of a file, not a {type(recipe).__name__}")
-        recipe = Recipe.from_yaml(recipe, default)
-
-    found = [[(c, recipe.decide(c.path)) for c in candidates(chunk)] for chunk in chunks]
-    mistakes: list[str] = []
-    entries: list[CoverageEntry] = []
+    _check_options(default, row_parallel_shards, cache, activation_bits)
+    chosen = _recipe(recipe, default)
+    found = [[(c, chosen.decide(c.path)) for c in candidates(chunk)] for chunk in chunks]
     shards = row_parallel_shards or _tensor_parallel_size(c for chunk in found for c, _ in chunk)
-    for candidate, matcher in (pair for chunk in found for pair in chunk):
-        try:
-            entries.append(_entry(candidate, matcher, shards))
-            if unnamed:
-                _refuse_unnamed(candidate)
-            if activation_bits == 8 and entries[-1].config is not None:
-                activation_groups(candidate, shards)
-        except ValueError as error:
-            mistakes.append(str(error))
-    entries, mistakes = _whole_model(entries, mistakes)
-    mistakes += _idle_matchers(recipe, entries)
-    if mistakes:
-        raise RecipeError("the recipe cannot be applied:\n  " + "\n  ".join(mistakes))
-
-    report = CoverageReport(tuple(entries), shards)
-    by_path = {e.path: e for e in entries}
+    report = _plan([pair for chunk in found for pair in chunk], chosen, shards, activation_bits, recipe is None)
+    by_path = {e.path: e for e in report.entries}
     uneven = report.uneven_layers()
     schedules.announce_schedules(schedule_started, first_micro_batch, schedule_ended)
     for chunk, pairs in zip(chunks, found, strict=True):
@@ -108,6 +79,50 @@ def apply_recipe(
                 if candidate.kind != "dense":
                     save_scales_with(candidate.module)
     return report
+
+
+def _plan(
+    found: Sequence[tuple[Candidate, Matcher | None]], recipe: Recipe, shards: int, activation_bits: int, unnamed: bool
+) -> CoverageReport:
+    """What becomes of every candidate of the whole model; raises on all ranks where one of them cannot go on."""
+    mistakes: list[str] = []
+    entries: list[CoverageEntry] = []
+    for candidate, matcher in found:
+        try:
+            entries.append(_entry(candidate, matcher, shards))
+            if unnamed:
+                _refuse_unnamed(candidate)
+            if activation_bits == 8 and entries[-1].config is not None:
+                activation_groups(candidate, shards)
+        except ValueError as error:
+            mistakes.append(str(error))
+    entries, mistakes = _whole_model(entries, mistakes)
+    mistakes += _idle_matchers(recipe, entries)
+    if mistakes:
+        raise RecipeError("the recipe cannot be applied:\n  " + "\n  ".join(mistakes))
+    return CoverageReport(tuple(entries), shards)
+
+
+def _check_options(
+    default: QuantizerConfig, row_parallel_shards: int | None, cache: CacheMode, activation_bits: int
+) -> None:
+    check_config(default)
+    if cache not in ("step", "none"):
+        raise ValueError(f"cache={cache!r} is not possible: use step or none")
+    if activation_bits not in (8, 16):
+        raise ValueError(f"activation_bits={activation_bits} is not possible: use 8, or 16 for none")
+    if row_parallel_shards is not None and (mistake := Whole(1, 2**16).mistake(row_parallel_shards)):
+        raise ValueError(f"row_parallel_shards={row_parallel_shards!r} is not possible: {mistake}")
+
+
+def _recipe(recipe: Recipe | str | Path | None, default: QuantizerConfig) -> Recipe:
+    if recipe is None:
+        return Recipe.all_linears(default)
+    if isinstance(recipe, str | Path):
+        return Recipe.from_yaml(recipe, default)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"a recipe is a Recipe or the path of a file, not a {type(recipe).__name__}")
+    return recipe
 
 
 def _chunks(model: object) -> list[torch.nn.Module]:

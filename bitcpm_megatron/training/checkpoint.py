@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..checkpoints.agreement import together
+from ..agreement import together
 from ..checkpoints.compatibility import changes, check_arguments, check_data
 from ..checkpoints.digests import gather_digests, with_digests
 from ..checkpoints.directory import (
@@ -50,6 +50,12 @@ from .initialize import device
 from .model import Model
 
 _RESHARDABLE = "fully_reshardable"
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "data_parallel_size",
+)
 
 
 @dataclass
@@ -234,23 +240,10 @@ def load(
     notes += changes(args, saved)
     if not weights_alone:
         notes += check_data(args, saved, checkpoint)
-    expert_ranks = saved.get("expert_model_parallel_size", 1), args.expert_model_parallel_size
-    if with_optimizer and min(expert_ranks) == 1 < max(expert_ranks):
-        raise CheckpointError(
-            f"{checkpoint}: megatron-core cannot carry optimizer state from --expert-model-parallel-size "
-            f"{expert_ranks[0]} to {expert_ranks[1]}: add --no-load-optim, or keep the size"
-        )
-    same_layout = all(
-        saved.get(name) == getattr(args, name)
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "expert_model_parallel_size",
-            "data_parallel_size",
-        )
-    )
+    if with_optimizer:
+        _check_expert_ranks(args, saved, checkpoint)
     with_rng = not (weights_alone or args.no_load_rng)
-    if with_rng and not same_layout:
+    if with_rng and any(saved.get(name) != getattr(args, name) for name in _LAYOUT):
         with_rng = False
         notes.append("random states: seeded anew, the parallel layout differs from the checkpoint's")
     state = without_scales(_model_state(model))
@@ -268,8 +261,30 @@ def load(
         optimizer.reload_model_params()
     if weights_alone:
         return Progress(), notes
+    _load_schedule(args, checkpoint, optimizer, scheduler, loaded["scheduler"])
+    if with_rng:
+        _set_rng_state(loaded["rng"])
+    return Progress(**loaded["progress"]), notes
+
+
+def _check_expert_ranks(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> None:
+    expert_ranks = saved.get("expert_model_parallel_size", 1), args.expert_model_parallel_size
+    if min(expert_ranks) == 1 < max(expert_ranks):
+        raise CheckpointError(
+            f"{checkpoint}: megatron-core cannot carry optimizer state from --expert-model-parallel-size "
+            f"{expert_ranks[0]} to {expert_ranks[1]}: add --no-load-optim, or keep the size"
+        )
+
+
+def _load_schedule(
+    args: argparse.Namespace,
+    checkpoint: Path,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: dict[str, Any],
+) -> None:
     try:
-        scheduler.load_state_dict(loaded["scheduler"])
+        scheduler.load_state_dict(state)
     except AssertionError as error:
         raise CheckpointError(
             f"{checkpoint} was trained with another learning-rate schedule ({error}): give the same --lr, --min-lr, "
@@ -281,9 +296,6 @@ def load(
         for group in optimizer.param_groups:
             group["max_lr"], group["min_lr"] = args.lr, args.min_lr
         scheduler.step(0)
-    if with_rng:
-        _set_rng_state(loaded["rng"])
-    return Progress(**loaded["progress"]), notes
 
 
 def load_weights(checkpoint: Path, model: Model) -> None:

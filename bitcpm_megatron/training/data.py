@@ -13,11 +13,11 @@ from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
-from ..checkpoints.agreement import together
+from ..agreement import together
+from ..data.sample_cache import key_of, sample_cache
 from ..data.token_headers import TokenFile, TokenFileError, blend_of, read_token_file, split_mistake
 from ..data.tokenizer import NullTokenizer, SentencePieceTokenizer
 from ..data.vocabulary import padded_vocab_size
-from .sample_cache import key_of, sample_cache
 
 Batch = dict[str, torch.Tensor]
 Tokenizer = SentencePieceTokenizer | NullTokenizer

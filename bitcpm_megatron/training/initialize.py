@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Process groups, host patches and random seeds."""
+"""A process of the job: its groups, patches and seeds, and the signals that ask it to stop."""
 
 import argparse
 import datetime
 import os
 import random
+import signal
+from types import FrameType, TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +16,9 @@ from megatron.core import parallel_state, tensor_parallel
 from ..cli import Whole, from_environment
 from ..patches import cpu
 from ..patches.megatron_core import optimizer, without_te
+
+# SIGTERM is how schedulers preempt and end a job; SIGUSR1 what people have SLURM send before (--signal=USR1@600).
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def world_size() -> int:
@@ -79,3 +85,35 @@ def shutdown() -> None:
     """Leaves the process groups."""
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+
+
+class ExitSignals:
+    """``--exit-signal-handler``: remembers, while its block runs, that this process was asked to stop.
+
+    Args:
+        enabled: whether signals are handled at all.
+
+    Attributes:
+        received: whether one has reached this process.
+        agreed: whether one has reached any process of the job, as all of them learned in the same step.
+    """
+
+    def __init__(self, enabled: bool = False) -> None:
+        self._enabled = enabled
+        self._before: dict[signal.Signals, Any] = {}
+        self.received = False
+        self.agreed = False
+
+    def __enter__(self) -> "ExitSignals":
+        if self._enabled:
+            self._before = {name: signal.signal(name, self._remember) for name in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = True

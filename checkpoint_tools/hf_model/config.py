@@ -157,18 +157,7 @@ def config_for(kind: str, architecture: Architecture, template: Mapping[str, Any
         torch_dtype=dtype,
     )
     if a.longrope is not None:
-        rope = {
-            "rope_type": "longrope",
-            "short_factor": list(a.longrope.short_factor),
-            "long_factor": list(a.longrope.long_factor),
-            "original_max_position_embeddings": a.longrope.original_max_position_embeddings,
-        }
-        for name in ("attention_factor", "factor"):
-            if getattr(a.longrope, name) is not None:
-                rope[name] = getattr(a.longrope, name)
-        config["rope_scaling"] = rope
-        # Transformers 4 looks for it here only, and fails without.
-        config["original_max_position_embeddings"] = a.longrope.original_max_position_embeddings
+        config.update(_longrope(a.longrope))
     if kind == LLAMA:
         if not a.is_llama:
             raise ConversionError("a plain Llama cannot hold this model's multipliers: use granite or minicpm")
@@ -188,6 +177,20 @@ def config_for(kind: str, architecture: Architecture, template: Mapping[str, Any
             attention_multiplier=a.softmax_scale,
         )
     return config
+
+
+def _longrope(longrope: LongRope) -> dict[str, Any]:
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": list(longrope.short_factor),
+        "long_factor": list(longrope.long_factor),
+        "original_max_position_embeddings": longrope.original_max_position_embeddings,
+    }
+    for name in ("attention_factor", "factor"):
+        if getattr(longrope, name) is not None:
+            rope[name] = getattr(longrope, name)
+    # Transformers 4 looks for it outside alone, and fails without.
+    return {"rope_scaling": rope, "original_max_position_embeddings": longrope.original_max_position_embeddings}
 
 
 def _value(config: Mapping[str, Any], key: str, bound: Whole | Number, default: Any = None) -> Any:

@@ -2,7 +2,7 @@
 """What ``qat_convert.py`` does to a model's weights: found out before anything is written."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...quantization import QuantizerConfig, effective_group
@@ -71,20 +71,8 @@ def make_plan(
     groups = {name: _effective(reader, name, config) for name, config in wanted.items()}
     found = {name: detected_group(reader, name) for name in each(groups)}
 
-    latent = [name for name, group in found.items() if group is None]
     fused = {name: group for name, group in found.items() if group}
-    if latent and fused:
-        for name in latent:
-            check_finite(name, reader.read(name))
-        raise ConversionError(
-            f"{len(fused)} projections are ternary already and {len(latent)} are not: this is no model of one kind. "
-            f"Ternary: {_listed(fused)}. Latent: {_listed(latent)}"
-        )
-    if latent and record is not None and record.state == "fused":
-        raise ConversionError(
-            f"the quantizer record says that the weights are fused, but these are not ternary: {_listed(latent)}. If "
-            "they were trained further, start again from the latent checkpoint: fused weights must not be trained"
-        )
+    _check_kind(reader, record, fused, [name for name, group in found.items() if group is None])
     other = {name: group for name, group in fused.items() if group % groups[name]}
     if other and record is not None:
         lines = (f"{name} is ternary in groups of {group}, not {groups[name]}" for name, group in other.items())
@@ -103,6 +91,24 @@ def make_plan(
     else:
         output = replace(record, state="fused")
     return Plan(wanted, bool(fused), output, record is not None)
+
+
+def _check_kind(
+    reader: TensorReader, record: QuantizerRecord | None, fused: Mapping[str, int], latent: Sequence[str]
+) -> None:
+    """A model is ternary already or is not, and its record knows."""
+    if latent and fused:
+        for name in latent:
+            check_finite(name, reader.read(name))
+        raise ConversionError(
+            f"{len(fused)} projections are ternary already and {len(latent)} are not: this is no model of one kind. "
+            f"Ternary: {_listed(fused)}. Latent: {_listed(latent)}"
+        )
+    if latent and record is not None and record.state == "fused":
+        raise ConversionError(
+            f"the quantizer record says that the weights are fused, but these are not ternary: {_listed(latent)}. If "
+            "they were trained further, start again from the latent checkpoint: fused weights must not be trained"
+        )
 
 
 def _by_name(reader: TensorReader, group_size: int) -> dict[str, QuantizerConfig]:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import roofline
 from cost import calibration, validation
 from cost import model as cost_model
+from cost.workload import MACHINES, PRESETS, BadInput, Machine, Workload, preset
 
 from bitcpm_megatron.launch.estimates.shapes import Layout
 
@@ -26,14 +27,14 @@ TINY = Layout(
     experts=0, topk=1, gated=True, tied=True, tp=1, pp=1, vpp=1, cp=1, ep=1, world=1,
 )  # fmt: skip
 # 1 TFLOP/s, 1 GB/s everywhere, launches free.
-ROUND = cost_model.Machine("round", 2e12, 1e12, 1e9, 1e9)
-NO_LAUNCH = replace(cost_model.MACHINES["910B"], launch_us=0.0)
+ROUND = Machine("round", 2e12, 1e12, 1e9, 1e9)
+NO_LAUNCH = replace(MACHINES["910B"], launch_us=0.0)
 
 
 def tiny(micro_batches: int = 4, tp: int = 1, pp: int = 1, dp: int = 1, **changes):
     layout = replace(TINY, tp=tp, pp=pp, world=tp * pp * dp)
     options = {"group_size": 32, "sequence_parallel": False, "distributed_optimizer": False, **changes}
-    return cost_model.Workload("tiny", layout, micro_batches, **options)
+    return Workload("tiny", layout, micro_batches, **options)
 
 
 def test_a_step_worked_out_by_hand() -> None:
@@ -188,9 +189,9 @@ def test_rates_of_a_calibrated_machine() -> None:
     assert more == pytest.approx(4 * 1310.72e-6)
 
 
-@pytest.mark.parametrize("model", cost_model.PRESETS)
+@pytest.mark.parametrize("model", PRESETS)
 def test_published_estimates(model: str) -> None:
-    once = replace(cost_model.preset(model, 4096, 1), group_size=128)
+    once = replace(preset(model, 4096, 1), group_size=128)
     # 4 + 2/128 bytes: 4.015625 x 155e12 / (6 x 4096 x 1.6e12) = 1.583 %, of any model.
     assert cost_model.predict(NO_LAUNCH, once).of_gemms == pytest.approx(0.015829, rel=1e-3)
     # Half the peak in place of 155: 190e12 gives 1.940 %, docs/kernels.md's number.
@@ -207,7 +208,7 @@ def test_published_estimates(model: str) -> None:
     )
     assert cost_model.predict(NO_LAUNCH, replace(once, quantizer="torch")).of_gemms == pytest.approx(0.27599, rel=1e-3)
     # H100: 4.015625 x 405.49e12 / (6 x 4096 x 3.35e12) = 1.978 %.
-    h100 = replace(cost_model.MACHINES["H100"], launch_us=0.0)
+    h100 = replace(MACHINES["H100"], launch_us=0.0)
     assert cost_model.predict(h100, once).of_gemms == pytest.approx(0.019778, rel=1e-3)
     # Of the whole step it is less, and not by much.
     assert 0.3 < cost_model.predict(NO_LAUNCH, once).overhead / 0.015829 < 1
@@ -216,17 +217,17 @@ def test_published_estimates(model: str) -> None:
 def test_launches_show_in_the_smallest_model() -> None:
     # Of 24 layers, in groups of 128: qkv 1280 x 1024 and proj 1024 x 1024 end before the next launch, 10 us; fc1
     # 8192 x 1024 x 4.015625 bytes at 1.6 TB/s 21.05 us, fc2 10.53 us: 51.58 us per layer in place of 37.5 us.
-    workload = replace(cost_model.preset("minicpm4-0.5b", 4096, 1), group_size=128)
-    found = cost_model.predict(cost_model.MACHINES["910B"], workload)
+    workload = replace(preset("minicpm4-0.5b", 4096, 1), group_size=128)
+    found = cost_model.predict(MACHINES["910B"], workload)
     assert found.quantizer_seconds == pytest.approx(24 * 51.58e-6, rel=1e-3)
 
 
 sizes = st.builds(
-    lambda model, tokens, n, tp, pp: cost_model.preset(model, tokens * 128, n, tp=tp, pp=pp, sequence=128),
-    st.sampled_from(cost_model.PRESETS), st.integers(1, 64), st.integers(1, 64),
+    lambda model, tokens, n, tp, pp: preset(model, tokens * 128, n, tp=tp, pp=pp, sequence=128),
+    st.sampled_from(PRESETS), st.integers(1, 64), st.integers(1, 64),
     st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]),
 )  # fmt: skip
-machines = st.sampled_from(list(cost_model.MACHINES.values()))
+machines = st.sampled_from(list(MACHINES.values()))
 
 
 @settings(max_examples=25, deadline=None)
@@ -347,7 +348,7 @@ def test_the_layouts_name_is_understood(tmp_path: Path) -> None:
 def test_a_published_machine_stands_in_for_a_device_that_is_not_here(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", {**BF16, "device": "NVIDIA H100 80GB HBM3"})
     _, _, (machine,) = validation.validate(path, machine_for_tests)
-    assert machine == cost_model.MACHINES["H100"]
+    assert machine == MACHINES["H100"]
 
 
 def test_validation_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -437,7 +438,7 @@ def test_a_calibration_measures_something(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_layouts_that_the_model_cannot_be_cut_into() -> None:
-    with pytest.raises(cost_model.BadInput, match="TP 7 does not divide 2 query groups: use one of 1, 2"):
-        cost_model.preset("minicpm4-0.5b", 4096, 1, tp=7)
-    with pytest.raises(cost_model.BadInput, match="24 layers do not make up 25 pipeline stages"):
-        cost_model.preset("minicpm4-0.5b", 4096, 1, pp=25)
+    with pytest.raises(BadInput, match="TP 7 does not divide 2 query groups: use one of 1, 2"):
+        preset("minicpm4-0.5b", 4096, 1, tp=7)
+    with pytest.raises(BadInput, match="24 layers do not make up 25 pipeline stages"):
+        preset("minicpm4-0.5b", 4096, 1, pp=25)

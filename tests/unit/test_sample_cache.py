@@ -14,13 +14,13 @@ from test_token_headers import write
 
 from bitcpm_megatron.checkpoints.compatibility import check_data
 from bitcpm_megatron.checkpoints.directory import CheckpointError
+from bitcpm_megatron.data import sample_cache as module
+from bitcpm_megatron.data.sample_cache import key_of, sample_cache
 from bitcpm_megatron.data.token_headers import TokenFile
 from bitcpm_megatron.data.tokenizer import train_sentencepiece
 from bitcpm_megatron.training import data
-from bitcpm_megatron.training import sample_cache as module
 from bitcpm_megatron.training.data import DataError, batches, build_data, build_tokenizer, find_files
 from bitcpm_megatron.training.flags import parse_args
-from bitcpm_megatron.training.sample_cache import key_of, sample_cache
 
 VOCAB = 290  # of the tokenizer
 

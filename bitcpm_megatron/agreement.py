@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..cli import FailedError
+from .cli import FailedError
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import xxhash
 
-from ..checkpoints.agreement import together
+from ..agreement import together
 from ..cli import FailedError
 from ..files import DIGESTS, FileError, disk_is_full, find_damage, publish, read_digests, write_digests
 from ..files.lock import FileLock, LockedError

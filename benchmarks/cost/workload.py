@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is predicted: a machine's rates, and a training job's shapes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bitcpm_megatron.data.vocabulary import padded_vocab_size
+from bitcpm_megatron.launch.estimates.shapes import Layout, Linear
+from bitcpm_megatron.launch.launcher import presets
+from bitcpm_megatron.models.architecture import divisors
+
+PRESETS = ("minicpm4-0.5b", "bitcpm-cann-1b", "bitcpm-cann-3b", "minicpm4-8b")
+
+
+# Megatron's default: the vocabulary is padded to a multiple of this times TP.
+PAD_TO = 128
+
+
+BYTES = 2  # of bf16: weights, activations, scales
+
+
+# Per weight and quantization, without the scales. "fused" reads a weight once and writes it once. "torch" is the
+# fallback backend on a device (docs/kernels.md). "residual" is W + stopgrad(Wq - W) operation by operation: 28 to 68
+# bytes counted by hand, depending on what a compiler fuses and in which dtype; the worst is taken.
+QUANTIZER_BYTES = {"fused": 4.0, "torch": 70.0, "residual": 68.0}
+
+
+# Adam on fp32 master weights, per parameter: gradient read for the norm (4), read again (4) and cleared (4), master
+# weight and both moments read and written (24), bf16 parameter written (2).
+ADAM_BYTES = 38.0
+
+
+class BadInput(ValueError):
+    """A file or an argument that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does per second.
+
+    Attributes:
+        name: in tables.
+        peak_flops: bf16, dense, FLOP/s, for the utilization alone. Of a calibrated machine its GEMM rate.
+        achieved_flops: FLOP/s that training reaches; of a calibrated machine, its GEMMs at these shapes.
+        memory_bandwidth: bytes/s, reads and writes together.
+        link_bandwidth: bytes/s that a rank sends, and at the same time receives.
+        launch_us: least microseconds from one quantization to the next.
+        quantizer_copies: time of a fused quantization in units of a copy of the same bytes.
+        optimizer_bandwidth: bytes/s of the optimizer at :data:`ADAM_BYTES` per parameter; None: the memory's.
+        saved_bandwidth: bytes/s at which all that is neither GEMM nor quantizer (norms, SwiGLU, softmax, loss) makes,
+            by the bytes that it saves for the backward, forward and backward together. None where ``achieved_flops``
+            is of whole steps and has it in it.
+    """
+
+    name: str
+    peak_flops: float
+    achieved_flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    launch_us: float = 0.0
+    quantizer_copies: float = 1.0
+    optimizer_bandwidth: float | None = None
+    saved_bandwidth: float | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.achieved_flops / 1e12:.3g} TFLOP/s",
+            f"memory {self.memory_bandwidth / 1e9:.4g} GB/s",
+            f"links {self.link_bandwidth / 1e9:.4g} GB/s",
+            f"quantizer {self.quantizer_copies:.2f} copies, at least {self.launch_us:.3g} us",
+        ]
+        if self.optimizer_bandwidth:
+            parts.append(f"optimizer {self.optimizer_bandwidth / 1e9:.4g} GB/s")
+        if self.saved_bandwidth:
+            parts.append(f"elementwise {self.saved_bandwidth / 1e9:.4g} GB/s of what is saved")
+        return f"{self.name}: {', '.join(parts)}"
+
+
+# The achieved rates are taken to count FLOPs as Megatron-LM does; the BitCPM-CANN report's count is an assumption.
+MACHINES = {
+    # Measured by others: achieved, the BitCPM-CANN report's BF16 baseline, 155 TFLOP/s per NPU (148 with its
+    # quantization). Assumptions, for no data sheet was at hand: the peak (313 TFLOP/s, said of a 910B3), HBM
+    # (1.6 TB/s), HCCS (392 GB/s, taken as both directions together) and the launch.
+    "910B": Machine("910B", 313e12, 155e12, 1.6e12, 196e9, launch_us=10),
+    # NVIDIA's data sheet of the SXM module: 989 TFLOP/s dense bf16, 3.35 TB/s, NVLink 900 GB/s for both directions.
+    # Measured by others: achieved, 41 % of the peak, the smallest model of the scaling study in Megatron-LM's README.
+    # Assumption: the launch.
+    "H100": Machine("H100", 989e12, 0.41 * 989e12, 3.35e12, 450e9, launch_us=4),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training job.
+
+    Attributes:
+        model: name, in tables.
+        layout: shapes and parallel sizes; a micro-batch has ``layout.sequence * layout.micro_batch`` tokens on each
+            data-parallel rank.
+        micro_batches: per optimizer step.
+        cache: ``step`` quantizes once per optimizer step, ``none`` in every forward.
+        group_size: weights per scale, -1 for a row.
+        quantizer: of :data:`QUANTIZER_BYTES`.
+        sequence_parallel: only with TP.
+        recompute: None, ``selective`` or ``full``.
+        distributed_optimizer: optimizer states divided over the data-parallel ranks.
+        fused_kernels: flash attention, norms and SwiGLU as single kernels; our own loop on a CPU has none of them.
+
+    Raises:
+        BadInput: a size that is not positive, or a word that is none of the above.
+    """
+
+    model: str
+    layout: Layout
+    micro_batches: int = 1
+    cache: str = "step"
+    group_size: int = -1
+    quantizer: str = "fused"
+    sequence_parallel: bool = True
+    recompute: str | None = None
+    distributed_optimizer: bool = True
+    fused_kernels: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "ffn", "heads", "groups", "head_dim", "vocab_size", "sequence", "micro_batch"):
+            if not (getattr(self.layout, name) or 0) > 0:
+                raise BadInput(f"{self.model}: {name} has to be positive, not {getattr(self.layout, name)}")
+        if min(self.micro_batches, self.layout.tp, self.layout.pp, self.layout.dp) < 1:
+            raise BadInput(f"{self.model}: micro-batches, TP, PP and DP have to be 1 or more")
+        known = {"cache": ("step", "none"), "quantizer": QUANTIZER_BYTES, "recompute": (None, "selective", "full")}
+        for name, words in known.items():
+            if getattr(self, name) not in words:
+                raise BadInput(f"{name} {getattr(self, name)!r} is none of {', '.join(map(str, words))}")
+
+    @property
+    def tokens(self) -> int:
+        """T: per micro-batch and data-parallel rank."""
+        return self.layout.sequence * self.layout.micro_batch
+
+    @property
+    def layers(self) -> int:
+        """Of the largest pipeline stage."""
+        return -(-self.layout.layers // self.layout.pp)
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Ternary linears of the largest stage, over all tensor-parallel shards."""
+        return [linear for layer in range(self.layers) for linear in self.layout.linears(layer)]
+
+    @property
+    def quantized_weights(self) -> float:
+        """Elements that a rank of the largest stage holds."""
+        return sum(linear.weights for linear in self.linears) / self.layout.tp
+
+    @property
+    def vocabulary(self) -> int:
+        """Padded, all shards."""
+        return padded_vocab_size(self.layout.vocab_size, PAD_TO, self.layout.tp)
+
+    @property
+    def quantizations(self) -> int:
+        """How often a rank quantizes each of its weights in a step. Full recomputation runs every forward twice."""
+        if self.cache == "step":
+            return 1
+        return self.micro_batches * (2 if self.recompute == "full" else 1)
+
+
+def preset(
+    model: str, tokens: int, micro_batches: int, tp: int = 1, pp: int = 1, dp: int = 1, sequence: int = 4096
+) -> Workload:
+    """A workload from a preset of ``launch/models``, fused and cached.
+
+    Args:
+        model: the preset's name.
+        tokens: of a micro-batch on one data-parallel rank.
+        micro_batches: per optimizer step.
+        tp: tensor-parallel ranks.
+        pp: pipeline stages.
+        dp: data-parallel ranks.
+        sequence: tokens of a sequence; where a micro-batch has fewer, all of them are one.
+
+    Raises:
+        BadInput: sizes that the model cannot be cut into.
+    """
+    presets.architecture(model)  # refuses flags that are none
+    flags, sequence = presets.read(model).flags, min(tokens, sequence)
+    if sequence < 1 or tokens % sequence:
+        raise BadInput(f"{tokens} tokens are no whole number of sequences of {sequence}")
+    sizes = {name.replace("-", "_"): value for name, value in flags.items()}
+    sizes |= {"vocab_size": presets.vocab_size(model), "seq_length": sequence, "micro_batch_size": tokens // sequence}
+    tied = not flags.get("untie-embeddings-and-output-weights", False)
+    layout = layout_of({**sizes, "tp": tp, "pp": pp, "dp": dp}, tied)
+    if layout.groups % tp:
+        fitting = ", ".join(map(str, divisors(layout.groups)))
+        raise BadInput(f"{model}: TP {tp} does not divide {layout.groups} query groups: use one of {fitting}")
+    if pp > layout.layers:
+        raise BadInput(f"{model}: {layout.layers} layers do not make up {pp} pipeline stages")
+    return Workload(model, layout, micro_batches)
+
+
+def layout_of(sizes: Mapping[str, int], tied: bool) -> Layout:
+    """A dense model with SwiGLU, neither virtual stages nor context parallelism; sizes in the words of Megatron-LM."""
+    return Layout(
+        layers=sizes["num_layers"],
+        hidden=sizes["hidden_size"],
+        ffn=sizes["ffn_hidden_size"],
+        heads=sizes["num_attention_heads"],
+        groups=sizes["num_query_groups"],
+        head_dim=sizes["kv_channels"],
+        vocab_size=sizes["vocab_size"],
+        sequence=sizes["seq_length"],
+        micro_batch=sizes["micro_batch_size"],
+        tied=tied,
+        gated=True,
+        **{"tp": sizes["tp"], "pp": sizes["pp"], "world": sizes["tp"] * sizes["pp"] * sizes["dp"]},
+        **{"vpp": 1, "cp": 1, "ep": 1, "experts": 0, "topk": 1},
+    )
