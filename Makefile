@@ -38,7 +38,7 @@ setup: $(READY)
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt $(TORCH)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,plot,triton,test]' '$(TRITON)'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,plot,triton,test,lint]' '$(TRITON)'
 	touch $@
 
 demo: $(READY)
@@ -118,9 +118,25 @@ bench-conversion: $(READY)
 bench-kernel: $(READY)
 	$(PY) benchmarks/kernel.py $(BENCH)
 
-lint: $(READY)
+lint: contracts types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) scripts/check_shape.py
+
+# The package as an installed copy has it, for tools that find modules on the disk.
+INSTALLED := $(VENV)/installed
+
+.PHONY: contracts types installed
+installed: $(READY)
+	rm -rf $(INSTALLED)
+	mkdir -p $(INSTALLED)/bitcpm_megatron
+	ln -s $(CURDIR)/bitcpm_megatron/* $(addprefix $(CURDIR)/,patches launch checkpoint_tools) $(INSTALLED)/bitcpm_megatron
+
+contracts: installed
+	cd $(INSTALLED) && $(CURDIR)/$(VENV)/bin/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
+
+types: installed
+	MYPYPATH=$(CURDIR)/$(INSTALLED) $(PY) -m mypy
 
 format: $(READY)
 	$(PY) -m ruff check --fix .

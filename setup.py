@@ -22,6 +22,7 @@ setup(
         *(f"bitcpm_megatron.{room}" for room in find_packages(include=[f"{name}*" for name in INSIDE])),
     ],
     package_data={
+        "bitcpm_megatron": ["py.typed"],
         "bitcpm_megatron.ops.cpu": ["fake_quantize.c"],
         "bitcpm_megatron.launch": ["models/*.yaml", "jobs/*.yaml", "environments/*.yaml", "support.yaml"],
     },

@@ -26,6 +26,6 @@ def together() -> Iterator[None]:
     torch.distributed.all_gather_object(met, told)
     if mine is not None:
         raise mine
-    for error in met:
-        if error is not None:
-            raise error
+    for other in met:
+        if other is not None:
+            raise other

@@ -155,7 +155,9 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("allow_abbrev", False)
         super().__init__(**options)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # one signature in the place of overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """As argparse's; an unknown flag is answered with the nearest known one."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:

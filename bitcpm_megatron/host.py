@@ -9,7 +9,7 @@ and saves. Everything asked for happens or raises.
 
 import argparse
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from . import ternary_flags
 from .models import family_flags, from_arguments
 from .models.architecture import LongRope, Multipliers
+from .nn.linear import HostModule
 from .patches import HostError
 from .quantization.record import QuantizerRecord, RecordError, check_change
 from .ternary_flags import take_recorded_shards, ternary_mistakes, ternary_settings
@@ -294,7 +295,7 @@ def _ours(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **dict.fromkeys(job.theirs)})
 
 
-def _check_attention(chunk: torch.nn.Module) -> None:
+def _check_attention(chunk: HostModule) -> None:
     """An attention that a host replaced may not ask the configuration for its scale."""
     wanted = chunk.config.softmax_scale
     if wanted is None:
@@ -303,7 +304,8 @@ def _check_attention(chunk: torch.nn.Module) -> None:
         if not name.endswith("attention.core_attention") or name.endswith("core_attention.core_attention"):
             continue
         # MindSpeed's emulated Transformer Engine keeps it one level deeper.
-        found = {m.softmax_scale for m in module.modules() if hasattr(m, "softmax_scale")}
+        inside: Iterable[Any] = module.modules()
+        found = {m.softmax_scale for m in inside if hasattr(m, "softmax_scale")}
         if found != {wanted}:
             raise HostError(
                 f"{name}: {type(module).__name__} has softmax_scale {', '.join(map(str, found)) or 'nowhere'}, the "

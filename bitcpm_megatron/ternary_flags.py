@@ -7,6 +7,7 @@ Importing this imports no Megatron, so that a host's adaptor may do it before Me
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .cli import Whole
 from .models.family_flags import add_model_arguments
@@ -25,12 +26,12 @@ class GroupSize(Whole):
     minimum: int = -1
     maximum: int = LARGEST_GROUP
 
-    def mistake(self, value: object) -> str | None:
+    def mistake(self, value: Any) -> str | None:
         """What is wrong with a value, or None."""
         found = super().mistake(value)
-        return (
-            "must be " + str(self) if found is None and value != -1 and (not value or value % GROUP_MULTIPLE) else found
-        )
+        if found is None and value != -1 and (not value or value % GROUP_MULTIPLE):
+            return f"must be {self}"
+        return found
 
     def __str__(self) -> str:
         return f"-1 (one scale per row) or a multiple of {GROUP_MULTIPLE} up to {self.maximum}"

@@ -105,19 +105,19 @@ class Export:
             return
         channels = self.architecture.kv_channels
         whole = self.checkpoint.read(tensor)
-        ternary = self.record is not None and tensor.module in self.record.modules
-        quantized = ternary and self.fuse
-        # Of latent exports, too: scales that contradict the record mean that it is not this model's.
-        latent = ternary and self.record.state == "latent"
-        scales = checked_scales(self.checkpoint, self.record, tensor) if latent else None
-        scales = scales if quantized else None
+        record = self.record if self.record is not None and tensor.module in self.record.modules else None
+        scales = None
+        if record is not None and record.state == "latent":
+            # Of latent exports, too: scales that contradict the record mean that it is not this model's.
+            checked = checked_scales(self.checkpoint, record, tensor)
+            scales = checked if self.fuse else None
         part_scales = [None] * len(tensor.parts) if scales is None else split(tensor, scales, channels)
         for name, part, own in zip(tensor.parts, split(tensor, whole, channels), part_scales, strict=True):
-            if quantized:
-                yield name, self._fused(name, part, self.record.config_of(tensor.module), own)
+            if record is not None and self.fuse:
+                yield name, self._fused(name, part, record.config_of(tensor.module), own)
             else:
                 check_finite(name, part)
-                yield name, iter([cast(name, part, self.dtype or part.dtype, exactly=ternary).contiguous()])
+                yield name, iter([cast(name, part, self.dtype or part.dtype, exactly=record is not None).contiguous()])
 
     def _fused(self, name: str, part: torch.Tensor, config: Any, scales: torch.Tensor | None) -> Iterator[torch.Tensor]:
         info = TensorInfo(tuple(part.shape), part.dtype)
@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         state = "fused" if export.fuse else export.record.state if export.record else "unquantized"
         print(f"{args.save_dir}: {export.architecture.parameter_count():,} parameters, {kind}, {state} weights")
-        if export.fuse and export.record.activation_bits != 16:
+        if export.fuse and export.record is not None and export.record.activation_bits != 16:
             print(
                 f"training also quantized activations to {export.record.activation_bits} bits, which stock clients do "
                 "not: their logits will differ from training's"

@@ -182,7 +182,9 @@ def _table(weights: Sequence[Weight], statistics: Sequence[Statistics]) -> list[
     for (name, shape, dtype, state, group), members in alike.items():
         values = [s for _, s in members]
         zeros = [s.zeros for s in values if s.zeros is not None]
-        scales = [s for s in values if s.scale_mean is not None]
+        least = [s.scale_min for s in values if s.scale_min is not None]
+        means = [s.scale_mean for s in values if s.scale_mean is not None]
+        largest = [s.scale_max for s in values if s.scale_max is not None]
         rows.append(
             (
                 _span(name, [n for n, _ in members]),
@@ -191,9 +193,9 @@ def _table(weights: Sequence[Weight], statistics: Sequence[Statistics]) -> list[
                 state,
                 "" if group is None else str(group),
                 f"{100 * sum(zeros) / len(zeros):.2f} %" if zeros else "",
-                f"{min(s.scale_min for s in scales):.3g}" if scales else "",
-                f"{sum(s.scale_mean for s in scales) / len(scales):.3g}" if scales else "",
-                f"{max(s.scale_max for s in scales):.3g}" if scales else "",
+                f"{min(least):.3g}" if least else "",
+                f"{sum(means) / len(means):.3g}" if means else "",
+                f"{max(largest):.3g}" if largest else "",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
@@ -208,7 +210,7 @@ def _span(alike: str, names: Sequence[str]) -> str:
     """``layers.*.`` with the numbers of all that are alike."""
     if "layers.*." not in alike:
         return alike
-    numbers = (int(re.search(r"(?:^|\.)layers\.(\d+)\.", name)[1]) for name in names)
+    numbers = (int(n) for name in names for n in re.findall(r"(?:^|\.)layers\.(\d+)\.", name)[:1])
     return alike.replace("layers.*.", f"layers.{ranges(numbers)}.")
 
 

@@ -40,14 +40,14 @@ def to_megatron(record: QuantizerRecord, tensors: Sequence[MegatronTensor]) -> Q
         parts = [part.removesuffix(".weight") for part in tensor.parts]
         known.update(parts if tensor.quantizable else ())
         entries = [record.modules.get(part) for part in parts]
-        if entries[0] is None and not any(entries):
-            continue
-        if any(entry != entries[0] for entry in entries):
+        first = entries[0]
+        if any(entry != first for entry in entries):
             raise ConversionError(
                 f"{', '.join(parts)} are one matrix in Megatron and must be quantized alike: the quantizer record says "
                 f"{entries}"
             )
-        modules[tensor.module] = entries[0]
+        if first is not None:
+            modules[tensor.module] = first
     unknown = sorted(set(record.modules) - known)
     if unknown:
         raise ConversionError(f"the quantizer record names modules that the model does not have: {', '.join(unknown)}")

@@ -59,7 +59,7 @@ def run(title: str, command: list[str], log: Path, show: bool = True) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     with subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         lines = []
-        for line in process.stdout:
+        for line in process.stdout or ():
             lines.append(line)
             if show:
                 print(line, end="", flush=True)
@@ -151,7 +151,8 @@ def _demo(args: argparse.Namespace) -> None:
         ],
         out / "sample.txt",
     )
-    record = QuantizerRecord.read(latest(out / "ternary" / "checkpoint"))
+    newest = latest(out / "ternary" / "checkpoint")
+    record = None if newest is None else QuantizerRecord.read(newest)
     if record is None or not record.modules or not sample.strip():
         raise DemoError("demo: FAILED: the ternary checkpoint holds no quantizer record, or no text came of it")
     entropy = unigram_entropy(out / "data" / "valid_text_document")

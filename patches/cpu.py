@@ -205,7 +205,7 @@ def batch_invariant_kernels() -> None:
     name = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
     if importlib.util.find_spec("triton") is not None or name in sys.modules:
         return
-    module = types.ModuleType(name)
+    module: Any = types.ModuleType(name)
 
     def enable_batch_invariant_mode(*args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("--batch-invariant-mode needs triton, which is not installed")

@@ -45,7 +45,7 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     Raises:
         CheckpointError: the model, the optimizer or the order of samples is another one, with the flags by name.
     """
-    checks = [(_ARCHITECTURE, "the model is another one: give the same flags")]
+    checks: list[tuple[Sequence[str], str]] = [(_ARCHITECTURE, "the model is another one: give the same flags")]
     # A shorter embedding would be cut silently; a longer one would hold rows that were never trained.
     checks.append((("vocab_size",), "the vocabulary is another one: give its tokenizer, or --vocab-size"))
     if with_optimizer:

@@ -35,7 +35,7 @@ def held(directory: str | None) -> Iterator[str | None]:
             lock = lock_directory(directory)
     try:
         with together():
-            if lock is not None:
+            if lock is not None and directory is not None:
                 recover(directory)
         yield None if lock is None else lock.note
     finally:

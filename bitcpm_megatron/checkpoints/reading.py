@@ -29,7 +29,7 @@ from .safe_load import load_declared, refusal, screen
 from .torch_dist import COMMON, COMMON_ENTRY, Contents, Place, read_contents
 
 # What the random states and Megatron-LM's arguments are made of. megatron-core declares it, too, but not every version.
-_HARMLESS = [
+_HARMLESS: list[Any] = [
     argparse.Namespace,
     io.BytesIO,
     np.ndarray,
@@ -85,8 +85,8 @@ def _as_torch(contents: Contents) -> Metadata:
     for name, place in contents.objects.items():
         entries[name] = BytesStorageMetadata()
         places[MetadataIndex(name)] = _storage(place)
-    metadata = Metadata(entries, storage_data=places, storage_meta=StorageMeta())
-    metadata.mcore_data = contents.megatron
+    metadata: Any = Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+    metadata.mcore_data = contents.megatron  # as megatron-core sets it
     return metadata
 
 

@@ -29,6 +29,8 @@ class StandIn:
     """What stands for an object whose class is not run: its name, constructor arguments and state."""
 
     path = ""
+    arguments: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *arguments: Any, **_: Any) -> "StandIn":
         self = super().__new__(cls)
@@ -148,7 +150,7 @@ def screen(source: Any) -> None:
             stream.seek(position)
 
 
-def refusal(error: Exception) -> str:
+def refusal(error: BaseException) -> str:
     """What ``torch.load(weights_only=True)`` raised, in words that begin after the name of the file or entry."""
     if isinstance(error, pickle.UnpicklingError):
         return (
@@ -195,7 +197,7 @@ def _no_other_globals() -> Iterator[None]:
         torch.serialization.add_safe_globals(declared)
 
 
-def _opener(path: Path, entry: tuple[int, int] | None) -> Callable[[], BinaryIO]:
+def _opener(path: Path, entry: tuple[int, int] | None) -> Callable[[], Any]:
     if entry is None:
         return functools.partial(open, path, "rb")
     with open(path, "rb") as file:

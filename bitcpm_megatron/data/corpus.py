@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from gzip import GzipFile
 from pathlib import Path
+from typing import Any
 
 FORM_FEED = "\f"
 TEXT_KEY = "text"
@@ -32,7 +33,7 @@ def read_documents(
     keys: Sequence[str] = (TEXT_KEY,),
     input_format: str = "auto",
     separator: str = FORM_FEED,
-    on_read: Callable[[int], None] | None = None,
+    on_read: Callable[[int], object] | None = None,
 ) -> Iterator[dict[str, str]]:
     """Yield the documents of files, in order, holding one document in memory at a time.
 
@@ -79,7 +80,7 @@ def detect_format(path: Path, input_format: str = "auto") -> str:
 
 
 def _read_json_lines(
-    path: Path, keys: Sequence[str], on_read: Callable[[int], None] | None
+    path: Path, keys: Sequence[str], on_read: Callable[[int], object] | None
 ) -> Iterator[dict[str, str]]:
     for number, line in _lines(path, on_read):
         if line.strip():
@@ -120,7 +121,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _read_text(path: Path, separator: str, on_read: Callable[[int], None] | None) -> Iterator[dict[str, str]]:
+def _read_text(path: Path, separator: str, on_read: Callable[[int], object] | None) -> Iterator[dict[str, str]]:
     separator = separator.strip(" \t")
     lines: list[str] = []
     size = first = 0
@@ -146,7 +147,7 @@ def _joined(lines: list[str]) -> str:
     return "".join(lines).strip("\n")
 
 
-def _lines(path: Path, on_read: Callable[[int], None] | None) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, on_read: Callable[[int], object] | None) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line with its newline); ``\\r\\n`` becomes ``\\n``, a byte order mark goes."""
     number = 0
     with _opened(path, on_read) as stream:
@@ -166,7 +167,7 @@ def _lines(path: Path, on_read: Callable[[int], None] | None) -> Iterator[tuple[
 
 
 @contextmanager
-def _opened(path: Path, on_read: Callable[[int], None] | None) -> Iterator[io.BufferedIOBase]:
+def _opened(path: Path, on_read: Callable[[int], object] | None) -> Iterator[io.BufferedIOBase]:
     if path.is_dir():
         raise ValueError(f"{path}: a directory; name the files in it")
     if path.exists() and not path.is_file():
@@ -182,11 +183,11 @@ def _opened(path: Path, on_read: Callable[[int], None] | None) -> Iterator[io.Bu
 class _CountedFile(io.FileIO):
     """A file that tells how many bytes were read from it; compressed ones count as stored, so that an ETA is right."""
 
-    def __init__(self, path: Path, on_read: Callable[[int], None] | None) -> None:
+    def __init__(self, path: Path, on_read: Callable[[int], object] | None) -> None:
         super().__init__(path, "r")
         self._on_read = on_read
 
-    def readinto(self, buffer: memoryview) -> int | None:
+    def readinto(self, buffer: Any) -> int | None:
         count = super().readinto(buffer)
         if self._on_read is not None and count:
             self._on_read(count)

@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -49,11 +50,12 @@ class SentencePieceTokenizer:
         path = Path(model_path)
         if model is None:
             model = self._read(path)
-        self._processor = _load(model)
-        if self._processor is None:
+        processor = _load(model)
+        if processor is None:
             raise ValueError(f"{path}: not a SentencePiece model; give the .model file that SentencePiece wrote")
-        if self._processor.eos_id() < 0:
+        if processor.eos_id() < 0:
             raise ValueError(f"{path}: the model has no end-of-sentence piece to end documents with; train it with one")
+        self._processor = processor
         self._digest = hashlib.sha256(model).hexdigest()
 
     @staticmethod
@@ -218,7 +220,7 @@ def train_sentencepiece(
         raise ValueError(f"a vocabulary of {vocab_size} pieces: give a --vocab-size from 1 to {LARGEST_VOCABULARY}")
     lines = _TrainingLines(texts)
     model = io.BytesIO()
-    options = {
+    options: dict[str, Any] = {
         "sentence_iterator": iter(lines),
         "model_writer": model,
         "model_type": "bpe",

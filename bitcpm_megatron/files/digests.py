@@ -41,7 +41,7 @@ class _Digests(Strict):
         return files
 
 
-def digest(path: Path, on_read: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+def digest(path: Path, on_read: Callable[[int], object] = lambda count: None) -> dict[str, Any]:
     """Size and XXH3-128 of a file, as an entry of ``DIGESTS.json``.
 
     Args:
@@ -87,7 +87,7 @@ def add_digest(path: Path, final: Path) -> None:
 
 
 def check_digests(
-    directory: Path, names: Iterable[str] | None = None, on_read: Callable[[int], None] = lambda count: None
+    directory: Path, names: Iterable[str] | None = None, on_read: Callable[[int], object] = lambda count: None
 ) -> bool:
     """Compares files with their digests; see :func:`find_damage`.
 
@@ -107,7 +107,7 @@ def find_damage(
     directory: Path,
     names: Iterable[str] | None = None,
     contents: bool = True,
-    on_read: Callable[[int], None] = lambda count: None,
+    on_read: Callable[[int], object] = lambda count: None,
 ) -> list[str] | None:
     """Compares the files of a directory with its ``DIGESTS.json``; files that it does not name are not looked at.
 
@@ -133,7 +133,7 @@ def find_damage(
     return [line for line in lines if line is not None]
 
 
-def _damage(path: Path, expected: Mapping[str, Any], contents: bool, on_read: Callable[[int], None]) -> str | None:
+def _damage(path: Path, expected: Mapping[str, Any], contents: bool, on_read: Callable[[int], object]) -> str | None:
     if not path.is_file():
         return f"{path} is missing, and {DIGESTS} names it: copy the directory again"
     # The size first: it needs no reading.

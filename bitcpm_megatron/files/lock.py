@@ -284,5 +284,5 @@ def _undisturbed() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        for number in arrived:
-            signal.raise_signal(number)
+        for missed in arrived:
+            signal.raise_signal(missed)

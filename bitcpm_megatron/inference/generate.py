@@ -44,8 +44,9 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
     args.bf16 = args.bf16 and not fp32
     record = QuantizerRecord.read(path)
     # Fused weights are ternary already.
-    args.ternary = record is not None and record.state == "latent"
-    if args.ternary:
+    args.ternary = False
+    if record is not None and record.state == "latent":
+        args.ternary = True
         args.ternary_recipe = recipe_of(record)
         args.ternary_row_parallel_shards = record.row_parallel_shards
         args.ternary_activation_bits = record.activation_bits

@@ -16,6 +16,7 @@ The names are those of Transformers' ``GraniteConfig``. MiniCPM writes the same 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..cli import Number, Whole
 
@@ -176,7 +177,8 @@ class Architecture:
         """Whether two descriptions mean the same, up to the rounding of the multipliers in fp64."""
         names = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "softmax_scale")
         close = all(math.isclose(getattr(self, n), getattr(other, n), rel_tol=1e-12) for n in names)
-        ours, theirs = (replace(a, attention_multiplier=None, **dict.fromkeys(names[:3], 1.0)) for a in (self, other))
+        ones: dict[str, Any] = dict.fromkeys(names[:3], 1.0)
+        ours, theirs = (replace(a, attention_multiplier=None, **ones) for a in (self, other))
         return close and ours == theirs
 
     def parameter_count(self) -> int:

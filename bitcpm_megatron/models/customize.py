@@ -111,7 +111,7 @@ class LongRotaryEmbedding(RotaryEmbedding):
 
 
 def _plain_rope(model: GPTModel) -> RotaryEmbedding:
-    rope = getattr(model, "rotary_pos_emb", None)
+    rope: Any = getattr(model, "rotary_pos_emb", None)
     if type(rope) is not RotaryEmbedding:
         raise ValueError(f"LongRoPE takes the place of plain RoPE, the model has {type(rope).__name__}")
     if rope.seq_len_interpolation_factor is not None:

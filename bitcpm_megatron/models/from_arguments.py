@@ -46,7 +46,7 @@ _NEEDED: dict[str, tuple[Any, ...]] = {
 def multipliers_of(args: Mapping[str, Any]) -> Multipliers:
     """The multipliers that arguments describe; absent ones are those of a Llama."""
 
-    def given(name: str, default: float | None = 1.0) -> float | None:
+    def given(name: str, default: Any = 1.0) -> Any:
         return default if args.get(name) is None else args[name]
 
     residual, scaling = given("residual_multiplier"), given("logits_scaling")

@@ -108,5 +108,5 @@ def _any_layer(path: str) -> str:
 def _span(alike: str, entries: list[CoverageEntry]) -> str:
     if ".layers.*." not in alike:
         return alike
-    numbers = (int(re.search(r"\.layers\.(\d+)\.", e.path).group(1)) for e in entries)
+    numbers = (int(n) for e in entries for n in re.findall(r"\.layers\.(\d+)\.", e.path)[:1])
     return alike.replace(".layers.*.", f".layers.{ranges(numbers)}.")

@@ -8,7 +8,7 @@ function or ``_forward_impl`` (megatron-core 0.12.1 assigns the last one on the 
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -19,6 +19,9 @@ from .straight_through import shadow
 
 CacheMode = Literal["step", "none"]
 _ATTRIBUTE = "_ternary"
+
+HostModule: TypeAlias = Any
+"""A module of a host: its attributes (``weight``, ``input_size``, ...) are known to no type checker."""
 
 
 class StaleCacheError(RuntimeError):
@@ -71,7 +74,7 @@ class TernaryState:
         now = (self.epoch.number, training)
         if self.quantized is not None and self.epoch.open and self.made_in == now:
             if self.verify:
-                self._compare(latent)
+                self._compare(latent, self.quantized)
             return self.quantized
         # The old one first, so that there are never two.
         self.quantized = None
@@ -81,10 +84,10 @@ class TernaryState:
             self.quantized, self.made_in = quantized, now
         return quantized
 
-    def _compare(self, latent: torch.Tensor) -> None:
+    def _compare(self, latent: torch.Tensor, cached: torch.Tensor) -> None:
         fresh, _ = self.quantize(latent)
-        if not torch.equal(fresh, self.quantized):
-            changed = (fresh != self.quantized).sum().item()
+        if not torch.equal(fresh, cached):
+            changed = torch.ne(fresh, cached).sum().item()
             raise StaleCacheError(
                 f"{self.name}: {changed} of {fresh.numel()} cached quantized weights no longer fit the latent weight. "
                 "It was written during the optimizer step, probably through `.data`. Write weights only between "
@@ -126,10 +129,10 @@ def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
     module.__dict__[_ATTRIBUTE] = state
     # A partial of a module-level function, not a bound method, which pickle cannot find again on the class. Copies get
     # one of their own, and a later change of the class is followed.
-    module.forward = functools.partial(_ternary_forward, module)
+    module.__dict__["forward"] = functools.partial(_ternary_forward, module)
 
 
-def _ternary_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
     state: TernaryState = self.__dict__[_ATTRIBUTE]
     if kwargs.get("weight") is not None or any(isinstance(a, torch.Tensor) for a in args[1:]):
         raise RuntimeError(f"{state.name}: a weight handed to forward() would bypass the quantizer")

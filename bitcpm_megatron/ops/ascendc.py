@@ -125,7 +125,7 @@ def quantize_weights(
         ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
         RuntimeError: a launch failed, or a graph is being captured whose table is not on the device yet.
     """
-    given = list(scales) or [None] * len(weights)
+    given: Sequence[torch.Tensor | None] = list(scales) or [None] * len(weights)
     groups = [check_weight(w, g, s) for w, g, s in zip(weights, group_sizes, given, strict=True)]
     load()
     latent = [w.detach().contiguous() for w in weights]

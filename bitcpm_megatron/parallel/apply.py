@@ -136,8 +136,8 @@ def _entry(candidate: Candidate, matcher: Matcher | None, shards: int) -> Covera
     weight = getattr(candidate.module, "weight", None)
     module, kind, path = candidate.module, candidate.kind, candidate.path
     shape = whole_shape(module)
-    wanted = matcher is not None and matcher.config is not None
-    if kind == "never" or not wanted:
+    wanted = None if matcher is None else matcher.config
+    if kind == "never" or matcher is None or wanted is None:
         reason = "never quantized" if kind == "never" else f"matcher {matcher.name}" if matcher else "no matcher"
         return CoverageEntry(path, kind, shape, None, 0, reason)
     if kind == "unsupported" or weight is None:
@@ -148,7 +148,7 @@ def _entry(candidate: Candidate, matcher: Matcher | None, shards: int) -> Covera
         )
     check_unwrapped(module, path)
     _refuse_low_precision(candidate)
-    config = local_config(candidate, matcher.config, shards)
+    config = local_config(candidate, wanted, shards)
     try:
         group = check_weight(weight, config.group_size)
     except ValueError as error:

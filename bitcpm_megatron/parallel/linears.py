@@ -4,12 +4,13 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
+from ..nn.linear import HostModule
 from ..quantization import QuantizerConfig
 from ..quantization.grouping import row_group, row_parallel_group
 
@@ -94,7 +95,7 @@ class Candidate:
     """
 
     path: str
-    module: torch.nn.Module
+    module: HostModule
     kind: Kind
 
 
@@ -128,7 +129,8 @@ def _globally_named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
     renamed: dict[str, str] = {"": ""}
     first_expert: dict[str, int] = {}
     # PEFT puts the model two levels deeper.
-    base = chunk.get_base_model() if hasattr(chunk, "get_base_model") else chunk
+    adapted: Any = chunk
+    base = adapted.get_base_model() if hasattr(chunk, "get_base_model") else chunk
     for local, module in base.named_modules():
         parent, _, leaf = local.rpartition(".")
         if isinstance(module, torch.nn.ModuleList) and leaf == "local_experts":
@@ -154,7 +156,7 @@ def tensor_parallel_group(module: torch.nn.Module) -> torch.distributed.ProcessG
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def whole_shape(module: torch.nn.Module) -> tuple[int, ...]:
+def whole_shape(module: HostModule) -> tuple[int, ...]:
     """Shape of a module's weight over all tensor-parallel shards; of several matrices, or none, just their number of
     elements."""
     weight = getattr(module, "weight", None)

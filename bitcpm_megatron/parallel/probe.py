@@ -19,7 +19,7 @@ import torch
 
 from ..cli import MismatchError
 from ..nn.cache import find_attached
-from ..nn.linear import TernaryState, ternary_state
+from ..nn.linear import HostModule, TernaryState, ternary_state
 from ..patches.megatron_core import schedules
 from ..quantization import quantize_dequantize
 from .linears import parallel_kind, registered_linear, tensor_parallel_group
@@ -33,7 +33,7 @@ class ProbeError(MismatchError):
     """A layer that should be ternary computes with another weight, or is not used."""
 
 
-def ternary_modules(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[tuple[TernaryState, torch.nn.Module]]:
+def ternary_modules(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[tuple[TernaryState, HostModule]]:
     """The quantized modules of a model or of its chunks, in order."""
     chunks = [model] if isinstance(model, torch.nn.Module) else model
     return [(s, m) for chunk in chunks for m in chunk.modules() if (s := ternary_state(m)) is not None]
@@ -68,7 +68,7 @@ def probe(model: torch.nn.Module | Sequence[torch.nn.Module]) -> int:
     return len(modules)
 
 
-def _columns(state: TernaryState, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _columns(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns of the weight as the layer's forward used them, and as they should be; both ``[positions, out]``."""
     weight = module.weight
     group = tensor_parallel_group(module)
@@ -175,13 +175,16 @@ class _Watch:
         self.over = True
         for hook in self.hooks:
             hook.remove()
-        unused, idle = [], []
+        unused: list[str] = []
+        idle: list[str] = []
         for state in self.layers:
             if not state.used:
                 expert = _expert_of(state.name)
                 # An expert of which nothing is known may have been bypassed with its tokens.
-                exempt = self.tokens.get(expert) == 0
-                (idle if exempt else unused).append(expert if exempt else state.name)
+                if expert is not None and self.tokens.get(expert) == 0:
+                    idle.append(expert)
+                else:
+                    unused.append(state.name)
         return unused, list(dict.fromkeys(idle))
 
 

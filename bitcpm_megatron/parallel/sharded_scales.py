@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-from ..nn.linear import ternary_state
+from ..nn.linear import HostModule, ternary_state
 from ..quantization.record import SCALE_SUFFIX
 from .linears import parallel_kind, tensor_parallel_group
 
@@ -28,7 +28,7 @@ _left_out = 0
 
 def save_scales_with(module: torch.nn.Module) -> None:
     """Lets a ternary column / row parallel linear add its scales to ``sharded_state_dict``."""
-    module.sharded_state_dict = functools.partial(_sharded_state_dict, module)
+    module.__dict__["sharded_state_dict"] = functools.partial(_sharded_state_dict, module)
 
 
 def without_scales(state: dict[str, Any]) -> dict[str, Any]:
@@ -53,12 +53,13 @@ def scales_left_out() -> Iterator[None]:
 
 
 def _sharded_state_dict(
-    self: torch.nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    self: HostModule, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
 ) -> ShardedStateDict:
     state = type(self).sharded_state_dict(self, prefix, sharded_offsets, metadata)
-    if _left_out:
-        return state
     ternary = ternary_state(self)
+    tensor_group = tensor_parallel_group(self)
+    if _left_out or ternary is None or tensor_group is None:
+        return state
     key = f"{prefix}weight{SCALE_SUFFIX}"
     if not ternary.like_all_layers:
         key += "".join(f".{n}" for n in re.findall(r"\.(?:layers|local_experts)\.(\d+)\.", ternary.name))
@@ -66,7 +67,6 @@ def _sharded_state_dict(
     # Of the weight as it is now: an optimizer step lies between it and the scales of the last forward.
     _, scales = ternary.quantize(self.weight)
     row_parallel = parallel_kind(self) == "row"
-    tensor_group = tensor_parallel_group(self)
     data_group = (metadata or {}).get("dp_cp_group") or parallel_state.get_data_parallel_group(
         with_context_parallel=True
     )

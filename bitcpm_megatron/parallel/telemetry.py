@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 
-from ..nn.linear import TernaryState
+from ..nn.linear import HostModule, TernaryState
 from .probe import ternary_modules
 
 # Codes are made, counted and compared block by block, so that the weights are read once.
@@ -101,14 +101,14 @@ class Telemetry:
             total = total.merged(statistics)
         return {name: s.as_record() for name, s in {**merged, "total": total}.items()}
 
-    def _measure(self, state: TernaryState, module: torch.nn.Module) -> CodeStatistics:
-        if state.quantized is not None:
-            quantized, scales = state.quantized, state.scales
-        else:
+    def _measure(self, state: TernaryState, module: HostModule) -> CodeStatistics:
+        quantized, scales = state.quantized, state.scales
+        if quantized is None or scales is None:
             quantized, scales = state.quantize(module.weight)
         last = self._codes.get(state.name)
         codes = torch.empty(quantized.shape, dtype=torch.int8, device=quantized.device) if last is None else last
-        zeros, changed = 0, 0
+        zeros: torch.Tensor | int = 0
+        changed: torch.Tensor | int = 0
         for block, kept in zip(quantized.split(_BLOCK_ROWS), codes.split(_BLOCK_ROWS), strict=True):
             new = block.sign().to(torch.int8)
             zeros += new.numel() - torch.count_nonzero(new)

@@ -195,11 +195,16 @@ class _Builder(BlendedMegatronDatasetBuilder):
         return [list(part) for part in zip(*built, strict=True)]
 
 
-def batches(args: argparse.Namespace, dataset: torch.utils.data.Dataset, consumed: int) -> Iterator[Batch]:
+def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[Batch]:
     """Micro-batches of this data-parallel rank, from sample number ``consumed`` on, around for ever.
 
     Every global batch is the next ``global_batch_size`` samples of the dataset, so that the order depends neither on
     where a run was stopped nor on the number of ranks.
+
+    Args:
+        args: of the run.
+        dataset: a torch Dataset with a length.
+        consumed: samples that were trained on before.
     """
     loader = torch.utils.data.DataLoader(
         dataset,

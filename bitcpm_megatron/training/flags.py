@@ -46,7 +46,8 @@ def build_parser() -> Parser:
     _data(parser.add_argument_group("data"))
     _checkpoint(parser.add_argument_group("checkpoint"))
     _logging(parser.add_argument_group("logging"))
-    return add_ternary_arguments(parser)
+    add_ternary_arguments(parser)
+    return parser
 
 
 def _model(group: argparse._ArgumentGroup) -> None:

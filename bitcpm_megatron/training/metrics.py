@@ -53,13 +53,13 @@ class MetricsLog:
 
     def __init__(self, directory: str | Path | None, resumed_from: int = 0) -> None:
         self._directory = None if directory is None else Path(directory)
-        self._events = None
+        self._events: Any = None
         if self._directory is None:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._truncate(resumed_from)
+        _truncate(self._directory, resumed_from)
         self._events = SummaryWriter(str(self._directory), purge_step=resumed_from + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -82,12 +82,13 @@ class MetricsLog:
             if any(r["kind"] == "ternary" for r in read_metrics(self._directory)):
                 plot_telemetry(self._directory, self._directory / "ternary.png")
 
-    def _truncate(self, resumed_from: int) -> None:
-        path = self._directory / METRICS
-        if not path.exists() and not path.is_symlink():
-            return
-        kept = [r for r in read_metrics(self._directory) if r["iteration"] <= resumed_from]
-        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+
+def _truncate(directory: Path, resumed_from: int) -> None:
+    path = directory / METRICS
+    if not path.exists() and not path.is_symlink():
+        return
+    kept = [r for r in read_metrics(directory) if r["iteration"] <= resumed_from]
+    write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
 def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Mapping[str, float] | None = None) -> None:

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import Float16Module
 
 from ..models.customize import customize, softmax_scale
 from ..models.from_arguments import longrope_of, multipliers_of
-from ..nn.linear import TernaryState
+from ..nn.linear import HostModule, TernaryState
 from ..parallel.prepare import Prepared, prepare_ternary
 from ..ternary_flags import ternary_settings
 from .flags import params_dtype
@@ -35,7 +35,7 @@ class Model:
         notes: what was decided at start-up, for the log.
     """
 
-    chunks: list[torch.nn.Module]
+    chunks: list[HostModule]
     bare: list[GPTModel]
     config: TransformerConfig
     ternary: Prepared | None

@@ -211,7 +211,7 @@ def _value(config: Mapping[str, Any], key: str, bound: Whole | Number, default: 
     return float(value) if isinstance(bound, Number) else value
 
 
-def _multipliers(kind: str, config: Mapping[str, Any], hidden: int, layers: int) -> dict[str, float | None]:
+def _multipliers(kind: str, config: Mapping[str, Any], hidden: int, layers: int) -> dict[str, Any]:
     if kind == LLAMA:
         return {}
     if kind == MINICPM:

@@ -187,15 +187,14 @@ def checked_record(model: HfModel) -> QuantizerRecord | None:
 
 def _fused_group(model: HfModel, tensor: MegatronTensor) -> int | None:
     """The group size of weights that are ternary already, None for others; the smallest of the parts."""
-    sizes = [_group_of(name, model.reader.read(name)) for name in tensor.parts]
-    if not any(sizes):
+    found = {name: size for name in tensor.parts if (size := _group_of(name, model.reader.read(name))) is not None}
+    if not found:
         return None
-    if not all(sizes):
-        ternary = [name for name, size in zip(tensor.parts, sizes, strict=True) if size]
+    if len(found) < len(tensor.parts):
         raise ConversionError(
-            f"{', '.join(ternary)} is ternary already and the rest of {tensor.module} is not: is this a damaged export?"
+            f"{', '.join(found)} is ternary already and the rest of {tensor.module} is not: is this a damaged export?"
         )
-    return min(sizes, key=lambda size: tensor.shape[1] if size == -1 else size)
+    return min(found.values(), key=lambda size: tensor.shape[1] if size == -1 else size)
 
 
 def _group_of(name: str, weight: torch.Tensor) -> int | None:

@@ -121,6 +121,9 @@ def quantize_activations(x: torch.Tensor, groups: int) -> torch.Tensor:
 class TernaryLinear(nn.Linear):
     """A linear layer that computes with its quantized weight. ``weight`` is the latent one, under its usual name."""
 
+    ternary: tuple[int, float, torch.dtype]
+    activation_groups: int
+
     @classmethod
     def convert(
         cls, linear: nn.Linear, group: int, eps: float, latent_dtype: torch.dtype, activation_groups: int
@@ -136,8 +139,7 @@ class TernaryLinear(nn.Linear):
             activation_groups: scales per token of the layer's input; 0 leaves the input alone.
         """
         linear.__class__ = cls
-        linear.ternary = (group, eps, latent_dtype)
-        linear.activation_groups = activation_groups
+        linear.__dict__.update(ternary=(group, eps, latent_dtype), activation_groups=activation_groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` is ``[..., in_features]``; the result ``[..., out_features]``."""
@@ -169,7 +171,7 @@ def _refuse_merge_into(layer: nn.Module, name: str, base: nn.Module | None) -> N
     """PEFT asks no layer whether an adapter may be merged into it, but each of its adapters (LoRA, IA3, OFT, ...) has
     the layer as ``base_layer``, and is merged by its method ``merge``."""
     if name == "base_layer" and isinstance(base, TernaryLinear) and hasattr(layer, "merge"):
-        layer.merge = _refuse_merge
+        layer.__dict__["merge"] = _refuse_merge
 
 
 register_module_module_registration_hook(_refuse_merge_into)
@@ -192,7 +194,7 @@ class MiniCPMForCausalLM(GraniteForCausalLM):
     config_class = MiniCPMConfig
 
 
-def make_ternary(model: nn.Module, record: dict) -> None:
+def make_ternary(model: nn.Module, record: dict | None) -> None:
     """Makes the linears of a model ternary that a quantizer record lists; all others stay as they are.
 
     Args:

@@ -48,7 +48,7 @@ def write_remote_code(directory: str | Path, config: Mapping[str, Any], record: 
         },
     }
     directory = Path(directory)
-    if kind == BITCPM:
+    if kind == BITCPM and record is not None:
         # Not `quantization_config`: Transformers would look for a quantizer of its own.
         written[CONFIG_KEY] = asdict(record)
     if record is not None:

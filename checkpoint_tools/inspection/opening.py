@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,16 +191,16 @@ def _open_hugging_face(directory: Path, allow_pickle: bool) -> Inspection:
     except (FileError, ArchitectureError) as error:
         found.about_architecture = f"unknown: {error}"
         return found
-    _compare(found, reader)
+    _compare(found, found.architecture, reader)
     return found
 
 
-def _compare(found: Inspection, reader: TensorReader) -> None:
+def _compare(found: Inspection, architecture: Architecture, reader: TensorReader) -> None:
     """Adds findings where the files do not hold what ``config.json`` describes."""
     infos = reader.tensors()
     expected = {
         name: (rows, *tensor.shape[1:])
-        for tensor in megatron_tensors(found.architecture)
+        for tensor in megatron_tensors(architecture)
         for name, rows in zip(tensor.parts, tensor.rows, strict=True)
     }
     found.findings += [f"{name}: missing" for name in expected if name not in infos]
@@ -211,7 +212,7 @@ def _compare(found: Inspection, reader: TensorReader) -> None:
     for name in infos:
         if name in expected or name.endswith(_COMPUTED):
             continue
-        if found.architecture.tied and name == _TIED[1]:
+        if architecture.tied and name == _TIED[1]:
             if not _same(reader, *_TIED):
                 found.findings.append("config.json ties the embeddings, and lm_head.weight differs from embed_tokens")
             continue
@@ -234,10 +235,14 @@ def _weights_of(reader: TensorReader) -> list[Weight]:
             name.removesuffix(".weight"),
             info,
             _LINEAR.fullmatch(name) is not None and len(info.shape) == 2,
-            lambda rows, name=name: reader.read(name, (rows,)),
+            partial(_rows_of, reader, name),
         )
         for name, info in reader.tensors().items()
     ]
+
+
+def _rows_of(reader: TensorReader, name: str, rows: slice) -> torch.Tensor:
+    return reader.read(name, (rows,))
 
 
 def _same(reader: TensorReader, one: str, other: str) -> bool:

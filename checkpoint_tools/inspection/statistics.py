@@ -63,11 +63,12 @@ def _of_linear(weight: Weight, record: QuantizerRecord | None, findings: list[st
     # Once: of several tensor-parallel ranks this is a copy, of at most one tensor of one layer.
     whole = weight.read(slice(None))
     recorded = None if record is None or name not in record.modules else record.config_of(name)
+    said = None if record is None else record.state
     if recorded is not None:
         effective_group(columns, recorded.group_size)  # raises
     found = fused_group_size(whole)
     if found is not None:
-        if recorded is not None and record.state == "latent":
+        if recorded is not None and said == "latent":
             if whole.any():
                 findings.append(f"{name} is ternary already (fused), and the quantizer record says latent")
         elif recorded is not None and effective_group(columns, found) % effective_group(columns, recorded.group_size):
@@ -76,7 +77,7 @@ def _of_linear(weight: Weight, record: QuantizerRecord | None, findings: list[st
                 f"{effective_group(columns, recorded.group_size)}"
             )
         return _of_fused(whole, found)
-    if recorded is not None and record.state == "fused":
+    if recorded is not None and said == "fused":
         findings.append(f"{name} is not ternary, and the quantizer record says fused")
     config = recorded or QuantizerConfig()
     scales = weight.scales()
@@ -139,7 +140,7 @@ def _of_latent(
             "to other weights, or to another group size"
         )
     spread = _spread(used)
-    if not all(map(math.isfinite, spread)):
+    if not all(value is None or math.isfinite(value) for value in spread):
         findings.append(f"{weight.name} holds NaN or infinity")
         return Statistics(state, config.group_size)
     return Statistics(state, config.group_size, zeros / whole.numel(), *spread)

@@ -145,7 +145,7 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         if key is None:
             return None
         stacked = len(self._infos[key].shape) == 3
-        return self._reader.read(key, (tensor.layer,) if stacked else ())
+        return self._reader.read(key, (tensor.layer,) if stacked and tensor.layer is not None else ())
 
     def names(self) -> set[str]:
         return {name for name in self._infos if not _NOT_WEIGHTS.search(name)}
@@ -172,10 +172,10 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         Raises:
             KeyError: nowhere.
         """
+        candidates: list[tuple[str, tuple[int, ...]]] = []
         if tensor.layer is None:
-            candidates = [(tensor.name, ())]
+            candidates.append((tensor.name, ()))
         else:
-            candidates = []
             for suffix in (tensor.suffix, OTHER_NAMES.get(tensor.suffix)):
                 if suffix is not None:
                     candidates.append((f"decoder.layers.{suffix}", (tensor.layer,)))

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,10 +134,10 @@ def _chunks(model: HfModel, rows: int, tp: int) -> Iterator[Chunk]:
                     (start, 0),
                     (stop - start, info.shape[1]),
                     info.dtype,
-                    lambda t=tensor, a=start, b=stop: model.read_rows(t, a, b),
+                    partial(model.read_rows, tensor, start, stop),
                 )
         elif tensor.layer is None:
-            yield Chunk(tensor.name, info.shape, (0,), info.shape, info.dtype, lambda t=tensor: model.read(t))
+            yield Chunk(tensor.name, info.shape, (0,), info.shape, info.dtype, partial(model.read, tensor))
         else:
             cuts = tp if tensor.kind == "row" else 1
             width = info.shape[-1] // cuts
@@ -147,8 +148,12 @@ def _chunks(model: HfModel, rows: int, tp: int) -> Iterator[Chunk]:
                     (tensor.layer, *[0] * (len(info.shape) - 1), part * width),
                     (1, *info.shape[:-1], width),
                     info.dtype,
-                    lambda t=tensor, r=part, n=cuts: model.read(t, r, n).unsqueeze(0),
+                    partial(_in_one_layer, model, tensor, part, cuts),
                 )
+
+
+def _in_one_layer(model: HfModel, tensor: MegatronTensor, rank: int, ranks: int) -> torch.Tensor:
+    return model.read(tensor, rank, ranks).unsqueeze(0)
 
 
 def _stages(model: HfModel, layout: Layout) -> dict[int, dict[str, dict[str, MegatronTensor]]]:

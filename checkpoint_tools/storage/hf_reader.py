@@ -222,7 +222,8 @@ def _header(path: Path) -> dict[str, _Entry]:
 def _entry(path: Path, name: str, described: Any, start: int) -> _Entry:
     """One line of a header; the data begin at byte ``start``."""
     keys = ("dtype", "shape", "data_offsets")
-    dtype, shape, offsets = (described.get(key) if isinstance(described, dict) else None for key in keys)
+    values: list[Any] = [described.get(key) if isinstance(described, dict) else None for key in keys]
+    dtype, shape, offsets = values
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConversionError(f"{path}: {name} has dtype {dtype!r}, which cannot be read")
     for what, numbers, count in (("shape", shape, _MAX_DIMENSIONS), ("data_offsets", offsets, 2)):

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,9 +113,10 @@ def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     storage = tensor.untyped_storage()
     if start == 0 and storage.nbytes() == tensor.nbytes:
         return tensor
-    return torch.empty(0, dtype=tensor.dtype).set_(storage[start : start + tensor.nbytes], 0, tensor.shape)
+    own: Any = torch.empty(0, dtype=tensor.dtype)
+    return own.set_(storage[start : start + tensor.nbytes], 0, tensor.shape)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any dtype, not copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -10,7 +10,6 @@ and ``common.pt``, megatron's own. A tensor's chunks are what the ranks of the r
 import collections
 import functools
 import io
-import itertools
 import os
 import pickle
 import zipfile
@@ -123,7 +122,7 @@ class TorchDistReader:
         dtype = self._infos[name].dtype
         try:
             with open(path, "rb") as file:
-                window = _Window(file, chunk.place.start, chunk.place.length)
+                window: Any = _Window(file, chunk.place.start, chunk.place.length)
                 place = _elements(window)
                 if place is None:
                     window.seek(0)
@@ -261,8 +260,10 @@ def _box(
     """Begin and size of what an index takes, and the index that then drops the dimensions of ints."""
     if len(index) > len(shape):
         raise IndexError(f"{index} for a tensor of {shape}")
-    starts, sizes, taken = [], [], []
-    for part, size in itertools.zip_longest(index, shape, fillvalue=slice(None)):
+    starts: list[int] = []
+    sizes: list[int] = []
+    taken: list[slice | int] = []
+    for part, size in zip((*index, *[slice(None)] * (len(shape) - len(index))), shape, strict=True):
         if isinstance(part, slice):
             first, behind, step = part.indices(size)
             if step != 1:

@@ -161,7 +161,7 @@ class _Planner(DefaultSavePlanner):
         """A tensor, or the list of one value as which megatron-core saves an object."""
         if write_item.type == WriteItemType.BYTE_IO:
             return [self._objects[write_item.index.fqn]]
-        chunk = self._by_place[write_item.index.fqn, tuple(write_item.index.offset)]
+        chunk = self._by_place[write_item.index.fqn, tuple(write_item.index.offset or ())]
         tensor = chunk.produce()
         if tuple(tensor.shape) != chunk.sizes or tensor.dtype != chunk.dtype:
             raise ConversionError(

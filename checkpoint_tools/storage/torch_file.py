@@ -39,8 +39,9 @@ def save_file(value: Any, file: Path | BinaryIO) -> None:
             save_file(value, opened)
         return
     remembering = _Remembering(file)
+    stream: Any = remembering
     try:
-        torch.save(value, remembering)
+        torch.save(value, stream)
     except Exception:
         if remembering.error is not None:
             raise remembering.error from None

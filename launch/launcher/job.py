@@ -31,7 +31,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -41,7 +41,8 @@ from ...training.flags import build_parser
 from . import presets
 
 DIRECTORY = Path(__file__).parents[1] / "jobs"
-BUILT_IN, MEGATRON_LM = "built-in", "megatron-lm"
+BUILT_IN: Final = "built-in"
+MEGATRON_LM: Final = "megatron-lm"
 _SECTIONS = ("model", "parallelism", "training", "data", "checkpoint", "logging", "ternary")
 _FLAG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

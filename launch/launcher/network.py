@@ -56,7 +56,7 @@ def choose_interface(cluster: Cluster, available: dict[str, list[str]] | None = 
         if cluster.network_interface not in found:
             raise NetworkError(f"cluster.network-interface {cluster.network_interface} is not on this node: {here}")
         return cluster.network_interface
-    network = ipaddress.ip_network(cluster.subnet)
+    network = ipaddress.ip_network(str(cluster.subnet))
     matches = [name for name, addresses in found.items() if any(ipaddress.ip_address(a) in network for a in addresses)]
     if len(matches) != 1:
         said = f"are several: {', '.join(matches)}" if matches else f"is none: {here}"

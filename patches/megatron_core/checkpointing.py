@@ -140,7 +140,7 @@ def bind_checkpoint_writers() -> None:
     def bound_writer(original: Callable) -> Callable:
         @functools.wraps(original)
         def write(*args, **kwargs) -> None:
-            if (parent := multiprocessing.parent_process()) is not None:
+            if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
                 die_with_parent(parent.pid)
             original(*args, **kwargs)
 
@@ -148,10 +148,9 @@ def bind_checkpoint_writers() -> None:
 
     writer = filesystem_async.FileSystemWriterAsync
     if hasattr(writer, "write_preloaded_data_multithread"):
-        queue, processes = "get_write_results_queue", ("write_preloaded_data_multithread",)
+        queue, processes = "get_write_results_queue", ["write_preloaded_data_multithread"]
     else:
-        queue = "_get_write_results_queue"
-        processes = ("write_preloaded_data_multiproc", "write_preloaded_data")
+        queue, processes = "_get_write_results_queue", ["write_preloaded_data_multiproc", "write_preloaded_data"]
     if hasattr(filesystem_async, queue):
         replace(filesystem_async, queue, bound_queue)
     for name in processes:

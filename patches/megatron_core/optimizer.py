@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.optim.adam import adam
@@ -49,7 +50,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # returns no loss, for it takes no closure
         """One update of every parameter that has a gradient."""
         if closure is not None:
             raise ValueError("FusedAdam takes no closure: compute the gradients before step()")

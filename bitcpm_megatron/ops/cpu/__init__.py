@@ -27,7 +27,7 @@ MARCH_VARIABLE = "BITCPM_MARCH"
 """Names another value of the compiler's ``-march`` than ``native``, such as ``x86-64-v2``; the bits are the same."""
 SOURCE = Path(__file__).with_name("fake_quantize.c")
 # Bits must not depend on the compiler: no contraction into fused multiply-adds, no reordering.
-_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_FLAGS: tuple[str, ...] = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS += ("-mprefer-vector-width=512",)
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -47,8 +47,8 @@ def unavailable(device_type: str) -> str | None:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
     named = shlex.split(os.environ.get("CC", ""))
-    compiler = named or next(([name] for name in _COMPILERS if shutil.which(name)), None)
-    if compiler is None or shutil.which(compiler[0]) is None:
+    compiler = named or [name for name in _COMPILERS if shutil.which(name)][:1]
+    if not compiler or shutil.which(compiler[0]) is None:
         return None, f"no C compiler: CC={compiler[0]} is not there" if named else "no C compiler (cc) on the PATH"
     try:
         library = _open(compiler)

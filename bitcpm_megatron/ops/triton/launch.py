@@ -90,7 +90,7 @@ def fake_quantize(
         own = torch.empty(weight.shape[0], weight.shape[1] // group, dtype=torch.bfloat16, device=weight.device)
     arguments = (_stored(weight), _stored(quantized), _stored(own), units, group, eps)
     kind = weight.device.type
-    constants = {"GIVEN": scales is not None, "BF16": weight.dtype == torch.bfloat16}
+    constants: dict[str, Any] = {"GIVEN": scales is not None, "BF16": weight.dtype == torch.bfloat16}
     if resident is None:
         resident = RESIDENT_ELEMENTS.get(kind, RESIDENT_ELEMENTS_ELSEWHERE)
     size = triton.next_power_of_2(group)
@@ -239,5 +239,5 @@ def _programs(steps: int, device: torch.device) -> int:
     """Programs for so many steps: on an NPU one per vector core, for there more programs than cores run in turn."""
     if device.type != "npu" or INTERPRETED:
         return steps
-    properties = triton.runtime.driver.active.utils.get_device_properties(torch.npu.current_device())
+    properties = triton.runtime.driver.active.utils.get_device_properties(torch.npu.current_device())  # type: ignore[attr-defined]
     return min(steps, properties["num_vectorcore"])
