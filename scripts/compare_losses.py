@@ -98,14 +98,14 @@ def _compare_all(trees: Mapping[str, Path], out: Path, iterations: int, toleranc
             else:
                 found[side] = {name: _layout(name, tree, place, iterations)}
         for run, expected in found["base"].items():
-            problem = _difference(expected, found["here"][run], tolerance)
+            problem = difference(expected, found["here"][run], tolerance)
             print(f"{run:<14} {problem or f'{len(expected)} records equal'}", flush=True)
             if problem:
                 different.append(f"{run}: {problem}")
     return different
 
 
-def _difference(expected: list[dict[str, Any]], found: list[dict[str, Any]], tolerance: float) -> str | None:
+def difference(expected: list[dict[str, Any]], found: list[dict[str, Any]], tolerance: float) -> str | None:
     """Where two logs part, or None."""
     if tolerance:
         expected, found = ([r for r in records if r["iteration"] == 1][:1] for records in (expected, found))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from process_groups import leave_model_parallel
+from support.process_groups import leave_model_parallel
 
 # Transformers copies modeling files that it is told to trust into its cache: not into the user's.
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf-"))

@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "distributed")]
 
 from bitcpm_megatron import cli
 
@@ -324,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--observe", choices=("test", "rank"), help="say what this process uses, and nothing else")
     args = parser.parse_args(argv)
     if args.observe == "rank":
-        from launcher import environment as of_ranks
+        from support.launcher import environment as of_ranks
 
         os.execve(sys.executable, [sys.executable, __file__, "--observe", "test"], of_ranks())
     if args.observe:

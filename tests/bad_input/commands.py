@@ -14,6 +14,8 @@ from pathlib import Path
 from .world import DATA, MODEL
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+# Where the interpreter would look for what these scripts import.
+sys.path += [str(CHECKOUT / room) for room in ("benchmarks", "examples/hf")]
 _WRAPPERS = ("bind_cores", "pretrain_gpt")
 _HUGGING_FACE = tuple("--model_name_or_path latent --train_files corpus.txt --output_dir out --report_to none".split())
 _TRAIN = [*MODEL, *DATA, "--train-iters", "2", "--eval-iters", "1"]
@@ -41,9 +43,6 @@ class Command:
             return importlib.import_module(f"bitcpm_megatron.{self.room.replace('/', '.')}.{self.name}").main
         if self.room == "bitcpm_megatron":
             return importlib.import_module(f"bitcpm_megatron.{self.name}").main
-        folder = CHECKOUT / self.room
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
         spec = importlib.util.spec_from_file_location(f"{self.room}_{self.name}".replace("/", "_"), self.path)
         module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
         if not hasattr(module, "main"):

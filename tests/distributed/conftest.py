@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from launcher import torchrun
+from support.launcher import torchrun
 
 
 @pytest.fixture(scope="session")

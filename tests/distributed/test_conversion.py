@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import torchrun
 from safetensors.torch import load_file
-from small_model import quantized_weights, succeeded
+from support.launcher import torchrun
+from support.small_model import quantized_weights, succeeded
 from transformers import (
     AutoModelForCausalLM,
     GraniteConfig,

@@ -2,7 +2,7 @@
 """Gradients of a ternary column-row pair against a plain PyTorch straight-through reference, and planted bugs."""
 
 import pytest
-from launcher import torchrun
+from support.launcher import torchrun
 
 CASES = [
     f"{layout} fusion={fusion} sp={sp} overlap={overlap} do={do}"

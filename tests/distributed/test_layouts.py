@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from small_model import MODEL, losses, quantized_weights, succeeded
+from support.small_model import MODEL, losses, quantized_weights, succeeded
 
 from bitcpm_megatron import QuantizerConfig, quantize
 from bitcpm_megatron.checkpoints.directory import latest

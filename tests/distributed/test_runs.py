@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_model import MODEL, losses, quantized_weights, succeeded
+from support.small_model import MODEL, losses, quantized_weights, succeeded
 
 from bitcpm_megatron.files import DIGESTS, check_digests, read_digests
 from bitcpm_megatron.training.metrics import read_metrics

@@ -11,14 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-
 from kills.processes import kill
-from launcher import CHECKOUT, WORKERS, environment
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from small_model import losses
+from support.launcher import CHECKOUT, WORKERS, environment
+from support.small_model import losses
 
 from bitcpm_megatron.checkpoints.directory import iterations, latest
 from bitcpm_megatron.launch.launcher.job import read_job

@@ -10,13 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-
 from kills.processes import kill
-from launcher import CHECKOUT, environment
-from small_model import losses
+from support.launcher import CHECKOUT, environment
+from support.small_model import losses
 
 from bitcpm_megatron.checkpoints.directory import latest
 from bitcpm_megatron.launch.checks.subject import prepare

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import tiny_hf
 import torch
 from safetensors.torch import load_file
+from support import tiny_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bitcpm_megatron.checkpoint_tools import qat_convert

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from host_runs import (
     CHECKOUT,
     HOSTS,
@@ -32,6 +28,7 @@ from host_runs import (
     run_ours,
     samples,
 )
+from safetensors.torch import load_file
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize
 

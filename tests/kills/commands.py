@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import environment
+from support.launcher import environment
 
 from bitcpm_megatron.files import digest
 
@@ -242,9 +242,9 @@ def _bytes_on_disk(place: Path) -> int:
 
 def make_model(directory: Path) -> None:
     """A latent model of 92 MB, so that writing it takes a while, and the checkpoint of it."""
-    import tiny_hf
     import torch
     from safetensors.torch import load_file
+    from support import tiny_hf
 
     layers = 6
     architecture = tiny_hf.llama(

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from launcher import environment
-from small_model import MODEL, losses
+from support.launcher import environment
+from support.small_model import MODEL, losses
 
 from bitcpm_megatron.checkpoints.directory import iteration_of, iterations, latest
 from bitcpm_megatron.files import find_damage

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from bitcpm_megatron.data.vocabulary import padded_vocab_size
 from bitcpm_megatron.launch.estimates.memory import estimate, options_of
 from bitcpm_megatron.launch.estimates.shapes import layout_of, recipe_of

@@ -5,8 +5,8 @@ import importlib.util
 import shutil
 
 import pytest
-import tiny_gpt
 import torch
+from support import tiny_gpt
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
 from safetensors.torch import load_file
+from support import tiny_hf
 
 from bitcpm_megatron.checkpoint_tools import (
     convert_hf_to_megatron,

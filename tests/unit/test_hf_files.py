@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peak_memory import MB, is_view_of, peak_growth
+from support.peak_memory import MB, is_view_of, peak_growth
 
 from bitcpm_megatron.checkpoint_tools.storage.hf_reader import HfReader, open_tensors
 from bitcpm_megatron.checkpoint_tools.storage.reader import TensorInfo

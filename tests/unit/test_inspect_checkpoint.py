@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
 from safetensors.torch import load_file, save_file
+from support import tiny_hf
 
 from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, inspect_checkpoint, qat_convert
 from bitcpm_megatron.checkpoint_tools.inspection import statistics

@@ -14,8 +14,6 @@ from unittest import mock
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from bitcpm_megatron.launch import run
 from bitcpm_megatron.launch.checks import layout as checks_layout
 from bitcpm_megatron.launch.checks import training as checks_training

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peak_memory import MB, is_view_of, peak_growth
+from support.peak_memory import MB, is_view_of, peak_growth
 from test_torch_dist import Color, FullDisk, Payload
 
 from bitcpm_megatron.checkpoint_tools.megatron_model.legacy import LegacyReader, rank_directory, write_rank

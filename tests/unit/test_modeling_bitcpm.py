@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
+from support import tiny_hf
 from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from bitcpm_megatron.checkpoint_tools.hf_model.config import GRANITE, MINICPM, config_for

@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The campaign over settings of the processor notices a setting that is not in force, and tells what fails in it."""
 
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import portable_campaign
+import pytest
 from portable_campaign import SETTINGS, Setting, campaign, observed
 
 ONE_OF_EACH = ("ATEN_CPU_CAPABILITY=default", "ONEDNN_MAX_CPU_ISA=AVX2", "2 threads", "-march=x86-64-v2")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_hf
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from support import tiny_hf
 from transformers import AutoModelForCausalLM
 
 from bitcpm_megatron.checkpoint_tools import qat_convert

@@ -2,22 +2,18 @@
 """The model of cost against numbers worked out by hand, and what has to hold whatever the numbers."""
 
 import csv
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import roofline
+import torch
 from cost import calibration, validation
 from cost import model as cost_model
 from cost.workload import MACHINES, PRESETS, BadInput, Machine, Workload, preset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bitcpm_megatron.launch.estimates.shapes import Layout
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 CHECKOUT = Path(__file__).parents[2]
-sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 
 import processes
 import throughput
@@ -289,9 +288,8 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
 
 
 def test_a_peer_that_is_not_in_the_forward_is_found(tmp_path: Path) -> None:
-    program = f"""
+    program = """
 import sys
-sys.path.insert(0, {str(CHECKOUT / "benchmarks")!r})
 import throughput_job
 from steps import variants
 variants.VARIANTS["idle"] = variants.Variant("idle", (), lambda: (lambda weight: weight))
@@ -302,7 +300,8 @@ throughput_job.build("idle", sys.argv[1:], [])
         --num-layers 1 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
         --micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --vocab-size 128 --disable-bias-linear --bf16
     """.split()
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *line], capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", "-c", program, *line]
+    done = subprocess.run(command, cwd=CHECKOUT / "benchmarks", capture_output=True, text=True)
     assert done.returncode == 1 and "computes with its latent weight" in done.stderr
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peak_memory import MB, is_view_of, peak_growth
+from support.peak_memory import MB, is_view_of, peak_growth
 
 from bitcpm_megatron.checkpoint_tools.storage import torch_dist_writer
 from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError, TensorInfo

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_gpt
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import tiny_gpt
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize
 from bitcpm_megatron.ops import backends, registry, set_backend

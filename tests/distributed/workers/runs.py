@@ -105,9 +105,7 @@ def replace(owner, name: str, function) -> None:
 def main(directory: Path) -> None:
     import torch
     from megatron.core import parallel_state
-
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    from process_groups import leave_model_parallel
+    from support.process_groups import leave_model_parallel
 
     from bitcpm_megatron.launch import pretrain as command
     from bitcpm_megatron.training import initialize, loop

@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-WORKERS = Path(__file__).parent / "workers"
+WORKERS = CHECKOUT / "tests" / "distributed" / "workers"
 
 
 @functools.cache
 def environment() -> dict[str, str]:
     """For processes under test: one thread each, unless the environment says otherwise; a megatron-core that PYTHONPATH
     puts in front stays in front."""
-    paths = [p for p in (os.environ.get("PYTHONPATH"), str(CHECKOUT)) if p]
+    paths = [p for p in (os.environ.get("PYTHONPATH"), str(CHECKOUT), str(CHECKOUT / "tests")) if p]
     return {
         "OMP_NUM_THREADS": "1",
         **os.environ,

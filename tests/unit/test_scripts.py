@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``make lint`` and the proof of loss find, with mistakes planted."""
+
+from pathlib import Path
+
+import check_shape
+import compare_losses
+import pytest
+
+RECORD = {"kind": "train", "iteration": 1, "lm_loss": 5.5, "grad_norm": 2.0}
+
+
+def test_a_folder_with_too_many_modules_is_found(tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.py" for i in range(check_shape.MODULES)]
+    assert not list(check_shape.crowded([*files, tmp_path / "__init__.py"]))
+    (line,) = check_shape.crowded([*files, tmp_path / "more.py"])
+    assert line.startswith(f"{tmp_path}: 11 modules")
+
+
+def test_long_files_and_functions_are_found() -> None:
+    body = "\n".join(f"    x = {i}" for i in range(check_shape.FUNCTION_LINES - 1))
+    assert not list(check_shape.long(Path("a.py"), f"def f():\n{body}\n"))
+    assert "f has 61 lines" in next(check_shape.long(Path("a.py"), f"def f():\n{body}\n    y = 1\n"))
+    assert "401 lines" in next(check_shape.long(Path("a.py"), "x = 1\n" * 401))
+
+
+def test_what_is_written_twice_is_found() -> None:
+    lines = [f"x{i} = {i}" for i in range(check_shape.EQUAL_LINES)]
+    # Imports, comments, blank lines and indentation are no difference.
+    texts = {Path("a.py"): "\n".join(lines), Path("b.py"): "# a\n\n" + "\n\n".join(f"  {x}" for x in lines)}
+    (line,) = check_shape.written_twice(texts)
+    assert line.startswith("a.py:1 and b.py:3")
+    assert not list(check_shape.written_twice({**texts, Path("b.py"): "\n".join(lines[1:])}))
+    assert not list(check_shape.written_twice({Path("a.py"): "\n".join(lines * 2)}))
+
+
+@pytest.mark.parametrize(
+    ("found", "tolerance", "said"),
+    [
+        ([RECORD], 0.0, None),
+        ([{**RECORD, "lm_loss": 5.500000000000001}], 0.0, "lm_loss is 5.500000000000001, was 5.5"),
+        ([{**RECORD, "grad_norm": None}], 0.0, "grad_norm is None, was 2.0"),
+        ([], 0.0, "0 records instead of 1"),
+        ([{**RECORD, "lm_loss": 5.500001}], 1e-6, None),
+        ([{**RECORD, "lm_loss": 5.50001}], 1e-6, "lm_loss is 5.50001"),
+    ],
+)
+def test_losses_that_differ_are_found(found: list, tolerance: float, said: str | None) -> None:
+    problem = compare_losses.difference([RECORD], found, tolerance)
+    assert problem is None if said is None else said in problem
+
+
+def test_nan_is_no_difference() -> None:
+    record = {"kind": "valid", "iteration": 2, "lm_loss": float("nan")}
+    assert compare_losses.difference([record], [dict(record)], 0.0) is None
