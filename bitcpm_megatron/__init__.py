@@ -4,10 +4,15 @@
 The names below need torch alone; :func:`apply_recipe` needs megatron-core beside it and is loaded at first use.
 """
 
+import importlib.util
 from pathlib import Path
 
-from .ops import fake_quantize
-from .quantization import QuantizerConfig, dequantize, quantize
+from .quantization import QuantizerConfig
+
+# A login node, where jobs are checked and printed, may have none.
+if importlib.util.find_spec("torch") is not None:
+    from .ops import fake_quantize
+    from .quantization import dequantize, quantize
 
 __version__ = "0.1.0"
 __all__ = ["QuantizerConfig", "__version__", "apply_recipe", "dequantize", "fake_quantize", "quantize"]

@@ -5,6 +5,8 @@ Importing this imports no Megatron, so that a host's adaptor may do it before Me
 """
 
 import argparse
+import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from .cli import Whole
 from .models.family_flags import add_model_arguments
 from .models.from_arguments import NAMES
 from .nn.settings import TernarySettings
-from .ops import backends
 from .quantization import SPACES, QuantizerConfig
 from .quantization.config import GROUP_MULTIPLE, LARGEST_GROUP
 from .quantization.record import QuantizerRecord
@@ -83,7 +84,7 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="with group size -1: groups per row of row-parallel weights, fixed when training starts "
         "(default: what the loaded checkpoint records, else the tensor-parallel size)",
     )
-    group.add_argument("--ternary-backend", choices=("auto", *(b.name for b in backends())), default="auto")
+    group.add_argument("--ternary-backend", choices=("auto", *_backends()), default="auto")
     group.add_argument("--ternary-cache", choices=("step", "none"), default="step")
     group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
     group.add_argument(
@@ -110,6 +111,15 @@ def quantizer_config(args: argparse.Namespace) -> QuantizerConfig:
         ValueError: an impossible group size.
     """
     return QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size)
+
+
+def _backends() -> Iterable[str]:
+    """The names of the registered backends; where there is no torch, of those that come with the package."""
+    if importlib.util.find_spec("torch") is None:
+        return "ascendc", "triton", "cpu", "torch"
+    from .ops import backends
+
+    return (backend.name for backend in backends())
 
 
 def ternary_settings(args: argparse.Namespace) -> TernarySettings:

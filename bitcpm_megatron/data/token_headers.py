@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a ``.bin`` / ``.idx`` pair says about itself, checked before megatron-core believes it, and without it."""
 
-import math
 import os
 import struct
 from collections.abc import Collection, Iterator, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+
+from .blends import split_bounds
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
@@ -77,46 +78,6 @@ class TokenFile:
                 "tokenizer wrote this data; give that one, or tokenize the text again"
             )
         return None
-
-
-def blend_of(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights of ``--data-path``: one prefix, several, or weights and prefixes in turn.
-
-    The rule is that of ``get_blend_from_list`` in ``megatron.core.datasets.utils``.
-
-    Raises:
-        ValueError: some weights are missing, or one is no positive number.
-    """
-    numbers = [_number(path) for path in paths[::2]]
-    if len(paths) % 2 or all(number is None for number in numbers):
-        return list(paths), None
-    if None in numbers:
-        raise ValueError(f"data path {' '.join(paths)}: give every prefix a weight, or none")
-    weights = [number for number in numbers if number is not None]
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ValueError(f"data path {' '.join(paths)}: weights must be positive numbers")
-    return list(paths[1::2]), weights
-
-
-def split_bounds(split: str) -> list[tuple[float, float] | None]:
-    """The parts of the data for training, validation and test that ``--split`` means, each from 0 to 1; None is empty.
-
-    The arithmetic is that of ``megatron.core.datasets.blended_megatron_dataset_config``.
-
-    Raises:
-        ValueError: it is not one to three shares, or the first is nothing.
-    """
-    shares = [_number(part) for part in split.replace("/", ",").split(",")]
-    known = [share for share in shares if share is not None and math.isfinite(share) and share >= 0]
-    if not 1 <= len(shares) <= 3 or len(known) != len(shares) or not known[0] > 0 or not math.isfinite(sum(known)):
-        raise ValueError(f"--split {split}: write train,validation,test shares, such as 969,30,1")
-    total = np.sum([*known, *[0.0] * (3 - len(known))])
-    bounds, begin = [], 0.0
-    for share in [*known, *[0.0] * (3 - len(known))]:
-        end = begin + float(share / total)
-        bounds.append((begin, end) if end > begin else None)
-        begin = end
-    return bounds
 
 
 def split_mistake(
@@ -254,10 +215,3 @@ def _blocks(path: Path) -> Iterator[bytes]:
             stream.seek(number * (size - _BLOCK_BYTES) // (_BLOCKS - 1) // 8 * 8)
             # The last reaches to the end, whatever was rounded off.
             yield stream.read(_BLOCK_BYTES if number < _BLOCKS - 1 else -1)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

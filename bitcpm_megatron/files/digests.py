@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from pydantic import field_validator
 
 from .atomic import FileError, is_inside, write_text
@@ -48,6 +47,8 @@ def digest(path: Path, on_read: Callable[[int], object] = lambda count: None) ->
         path: the file.
         on_read: called with the number of bytes that were just read.
     """
+    import xxhash
+
     state, size = xxhash.xxh3_128(), 0
     with path.open("rb") as stream:
         while block := stream.read(_DIGEST_BLOCK):

@@ -8,16 +8,16 @@ function or ``_forward_impl`` (megatron-core 0.12.1 assigns the last one on the 
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from ..ops import fake_quantize, fake_quantize_activations
 from ..quantization import QuantizerConfig
 from .cache import CacheEpoch
+from .settings import CacheMode
 from .straight_through import shadow
 
-CacheMode = Literal["step", "none"]
 _ATTRIBUTE = "_ternary"
 
 HostModule: TypeAlias = Any

@@ -3,10 +3,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..quantization import QuantizerConfig
 from ..quantization.recipe import Recipe
-from .linear import CacheMode
+
+CacheMode = Literal["step", "none"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from megatron.core import parallel_state
 from ..cli import Whole
 from ..nn.cache import attach_epoch, first_micro_batch, schedule_ended, schedule_started
 from ..nn.coverage import CoverageEntry, CoverageReport
-from ..nn.linear import CacheMode, TernaryState, check_unwrapped, make_ternary
+from ..nn.linear import TernaryState, check_unwrapped, make_ternary
+from ..nn.settings import CacheMode
 from ..patches.megatron_core import schedules
 from ..quantization import QuantizerConfig, check_weight
 from ..quantization.config import check_config

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 2: the mathematics of the quantizer, on torch alone."""
+"""Floor 2: the mathematics of the quantizer, on torch alone; its configuration, recipe and record need nothing."""
 
-from .activations import quantize_activations
-from .config import GROUP_MULTIPLE, WEIGHT_DTYPES, QuantizerConfig, check_weight, effective_group
-from .fused import fused_group_size
-from .packing import pack, packed_size, unpack
-from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite
+import importlib.util
+
+from .config import GROUP_MULTIPLE, QuantizerConfig, effective_group
 from .spaces import SPACES, Space
+
+# A login node, where jobs are checked and printed, may have none.
+if importlib.util.find_spec("torch") is not None:
+    from .activations import quantize_activations
+    from .fused import fused_group_size
+    from .packing import pack, packed_size, unpack
+    from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite
+    from .weights import WEIGHT_DTYPES, check_weight
 
 __all__ = [
     "GROUP_MULTIPLE",

@@ -3,12 +3,9 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from ..cli import Number
 from .spaces import SPACES
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_MULTIPLE = 32
 """Group sizes are multiples of this: the kernels move 32-byte blocks and the packed formats count in 32s."""
 LARGEST_GROUP = 2**24
@@ -79,39 +76,3 @@ def effective_group(in_features: int, group_size: int) -> int:
             f"group_size={group_size} does not divide a row of {in_features} elements: use -1 or one of {divisors}"
         )
     return group_size
-
-
-def check_weight(weight: torch.Tensor, group_size: int, scales: torch.Tensor | None = None) -> int:
-    """Checks shape, dtype and group of a weight without reading its values (so without a device sync).
-
-    Args:
-        weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
-        group_size: as in :class:`QuantizerConfig`.
-        scales: given scales, ``[out_features, groups]`` bfloat16, or None.
-
-    Returns:
-        The number of elements per scale.
-
-    Raises:
-        ValueError: with the offending shape or dtype, and the cure.
-        TypeError: the weight is no tensor.
-    """
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"a weight is a tensor [out_features, in_features], not a {type(weight).__name__}")
-    shape = tuple(weight.shape)
-    if weight.dim() != 2:
-        raise ValueError(f"a weight of shape {shape} cannot be quantized: pass a matrix [out_features, in_features]")
-    if weight.numel() == 0:
-        raise ValueError(f"a weight of shape {shape} is empty: there is nothing to quantize")
-    if weight.dtype not in WEIGHT_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in WEIGHT_DTYPES)
-        raise ValueError(f"a weight of dtype {weight.dtype} (shape {shape}) cannot be quantized: cast it to {names}")
-    group = effective_group(shape[1], group_size)
-    if scales is not None:
-        expected = (shape[0], shape[1] // group)
-        if tuple(scales.shape) != expected or scales.dtype != torch.bfloat16:
-            raise ValueError(
-                f"scales of shape {tuple(scales.shape)} and dtype {scales.dtype} do not fit a weight of shape {shape} "
-                f"with groups of {group}: pass bfloat16 of shape {expected}"
-            )
-    return group

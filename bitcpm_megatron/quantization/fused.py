@@ -8,7 +8,8 @@ in a latent one 32 neighbours that agree in magnitude do not occur.
 
 import torch
 
-from .config import GROUP_MULTIPLE, check_weight
+from .config import GROUP_MULTIPLE
+from .weights import check_weight
 
 _SAMPLE_ROWS = 4
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}

@@ -19,8 +19,9 @@ from collections.abc import Iterable
 
 import torch
 
-from .config import QuantizerConfig, check_config, check_weight, effective_group
+from .config import QuantizerConfig, check_config, effective_group
 from .spaces import SPACES
+from .weights import check_weight
 
 # On a CPU the fp32 scratch should stay in the L2 cache; on a device one launch per operation is cheaper.
 _CPU_BLOCK_ELEMENTS = 1 << 17

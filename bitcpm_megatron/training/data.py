@@ -14,8 +14,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
 from ..agreement import together
+from ..data.blends import blend_of
 from ..data.sample_cache import key_of, sample_cache
-from ..data.token_headers import TokenFile, TokenFileError, blend_of, read_token_file, split_mistake
+from ..data.token_headers import TokenFile, TokenFileError, read_token_file, split_mistake
 from ..data.tokenizer import NullTokenizer, SentencePieceTokenizer
 from ..data.vocabulary import padded_vocab_size
 

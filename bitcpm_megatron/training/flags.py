@@ -8,13 +8,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..cli import Number, Parser, Whole
 from ..models import family_flags
 from ..models.architecture import MAX_LAYERS
 from ..ternary_flags import add_ternary_arguments
-from .mistakes import ffn_channels, mistakes
+from .mistakes import ffn_channels, has_cuda, mistakes
 
 _DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
@@ -236,11 +234,6 @@ def _mistake(action: argparse.Action, value: Any) -> str | None:
     return None
 
 
-def params_dtype(args: argparse.Namespace) -> torch.dtype:
-    """Dtype of the weights that the forward sees."""
-    return torch.bfloat16 if args.bf16 else torch.float32
-
-
 def _fill_in(args: argparse.Namespace) -> None:
     args.ffn_hidden_size = ffn_channels(args)
     args.rotary_base = 10000 if args.rotary_base is None else args.rotary_base
@@ -248,4 +241,4 @@ def _fill_in(args: argparse.Namespace) -> None:
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     args.num_query_groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters
-    args.distributed_backend = args.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    args.distributed_backend = args.distributed_backend or ("nccl" if has_cuda() else "gloo")

@@ -40,9 +40,8 @@ from .data import (
     refuse_unknown_tokens,
     withdraw_unknown_tokens,
 )
-from .flags import params_dtype
 from .initialize import ExitSignals, device
-from .model import Model, build_model, parameter_count
+from .model import Model, build_model, parameter_count, params_dtype
 from .optimizer import build_optimizer, build_scheduler, learning_rate, step
 from .report import RunReport, StepResult
 

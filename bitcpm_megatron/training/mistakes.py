@@ -2,10 +2,9 @@
 """Contradictions among the flags, found together before anything starts."""
 
 import argparse
+import importlib.util
 
-import torch
-
-from ..data.token_headers import blend_of, split_bounds
+from ..data.blends import blend_of, split_bounds
 from ..files import directory_mistake
 from ..models import family_flags
 from ..models.architecture import uneven
@@ -111,8 +110,7 @@ def _parallel_mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
 
 def _other_mistakes(args: argparse.Namespace) -> list[str]:
     found = []
-    cuda = torch.cuda.is_available()
-    if args.distributed_backend == "nccl" and not cuda:
+    if args.distributed_backend == "nccl" and not has_cuda():
         found.append("--distributed-backend nccl needs CUDA: use gloo")
     if (args.recompute_granularity == "full") != (args.recompute_method is not None):
         found.append("--recompute-granularity full and --recompute-method go together")
@@ -191,3 +189,12 @@ def _data_mistakes(args: argparse.Namespace) -> list[str]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def has_cuda() -> bool:
+    """Whether this machine can train on CUDA; one without torch cannot train at all."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

@@ -19,7 +19,6 @@ from ..models.from_arguments import longrope_of, multipliers_of
 from ..nn.linear import HostModule, TernaryState
 from ..parallel.prepare import Prepared, prepare_ternary
 from ..ternary_flags import ternary_settings
-from .flags import params_dtype
 from .initialize import device
 
 
@@ -127,6 +126,11 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def params_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Dtype of the weights that the forward sees."""
+    return torch.bfloat16 if args.bf16 else torch.float32
 
 
 def parameter_count(model: Model) -> int:

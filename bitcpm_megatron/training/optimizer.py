@@ -6,8 +6,7 @@ import argparse
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from .flags import params_dtype
-from .model import Model
+from .model import Model, params_dtype
 
 
 def build_optimizer(args: argparse.Namespace, model: Model) -> MegatronOptimizer:

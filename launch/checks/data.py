@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preflight: are the token files and the tokenizer there, whole, and of the vocabulary that the model has?"""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ...data.token_headers import TokenFile, TokenFileError, blend_of, read_token_file, split_bounds, split_mistake
-from ...data.tokenizer import SentencePieceTokenizer
+from ...data.blends import blend_of, split_bounds
 from ..launcher.job import BUILT_IN
 from .finding import Finding, failed, judged, passed, warned
 from .subject import Subject
 
+if TYPE_CHECKING:
+    from ...data.token_headers import TokenFile
+
+# Of the files' readers. A login node may have none of them.
+_READ_BY = ("numpy", "xxhash", "sentencepiece")
 _KEYS = ("data-path", "train-data-path", "valid-data-path")
 _EPOCHS = 4
 
@@ -31,6 +37,11 @@ def check(subject: Subject) -> Iterator[Finding]:
         else:
             yield passed("data-source", what)
         return
+    missing = [name for name in _READ_BY if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"without {', '.join(missing)} neither token files nor tokenizer can be read here"
+        yield warned("data-files", what, "run the preflight on a node of the job, too")
+        return
     files: list[TokenFile] = []
     for key in _KEYS:
         if key in flags:
@@ -40,7 +51,9 @@ def check(subject: Subject) -> Iterator[Finding]:
     yield from _amount(subject, files)
 
 
-def _files(key: str, paths: list[str], files: list[TokenFile]) -> Iterator[Finding]:
+def _files(key: str, paths: list[str], files: "list[TokenFile]") -> Iterator[Finding]:
+    from ...data.token_headers import TokenFileError, read_token_file
+
     try:
         prefixes = blend_of(paths)[0]
     except ValueError as error:
@@ -59,7 +72,9 @@ def _files(key: str, paths: list[str], files: list[TokenFile]) -> Iterator[Findi
         yield passed(key, f"{prefix}: {found.tokens:,} tokens ({found.dtype}) in {found.documents:,} documents")
 
 
-def _split(subject: Subject, files: list[TokenFile]) -> list[Finding]:
+def _split(subject: Subject, files: "list[TokenFile]") -> list[Finding]:
+    from ...data.token_headers import split_mistake
+
     flags, text = subject.job.flags, str(subject.args.split)
     if "data-path" not in flags:
         return []
@@ -78,7 +93,9 @@ def _split(subject: Subject, files: list[TokenFile]) -> list[Finding]:
     return [passed("split", text)] if mistake is None else [failed("split", *mistake.rsplit(": ", 1))]
 
 
-def _vocabulary(subject: Subject, files: list[TokenFile]) -> Iterator[Finding]:
+def _vocabulary(subject: Subject, files: "list[TokenFile]") -> Iterator[Finding]:
+    from ...data.tokenizer import SentencePieceTokenizer
+
     size = subject.layout.vocab_size
     model = subject.job.flags.get("tokenizer-model")
     kind = str(subject.job.host.flags.get("tokenizer-type", ""))
@@ -119,7 +136,7 @@ def _vocabulary(subject: Subject, files: list[TokenFile]) -> Iterator[Finding]:
     yield from judged("token-range", f"the largest of {looked:,} tokens is {max(f.largest for f in files)}", found)
 
 
-def _amount(subject: Subject, files: list[TokenFile]) -> list[Finding]:
+def _amount(subject: Subject, files: "list[TokenFile]") -> list[Finding]:
     x, args = subject.layout, subject.args
     batch = args.global_batch_size or x.micro_batch * x.dp
     wanted = args.train_iters * batch * x.sequence

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The preflight: a sane job passes, and every planted mistake is found by the check that is there for it."""
 
+import importlib.util
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -115,25 +117,32 @@ def test_a_sane_job_passes(place: Place, capsys: pytest.CaptureFixture[str]) -> 
     assert {"check", "status", "found", "cure"} == set(report["findings"][0])
 
 
-# What a login node has not.
-WITHOUT_MEGATRON = """
-import runpy, sys
+# What a login node has beside Python: PyYAML and pydantic, and what these bring along.
+ON_A_LOGIN_NODE = ("yaml", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection")
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("megatron", "mindspeed", "torch_npu"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-sys.meta_path.insert(0, Absent())
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+@pytest.fixture(scope="module")
+def login_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a script of ``launch`` with these packages and no other."""
+    packages = tmp_path_factory.mktemp("packages")
+    for name in ON_A_LOGIN_NODE:
+        found = Path(importlib.util.find_spec(name).origin)
+        found = found.parent if found.name == "__init__.py" else found
+        (packages / found.name).symlink_to(found)
+    environment = {**os.environ, "PYTHONPATH": str(packages)}
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+
+    def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        # -S: nothing of the environment that the tests run in.
+        command = [sys.executable, "-S", str(Path(preflight.__file__).with_name(script)), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, env=environment, timeout=120)
+
+    return run
 
 
 @pytest.mark.parametrize("job", ["tiny-cpu", "8b-64npu"])
-def test_a_login_node_needs_no_megatron(job: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_MEGATRON, str(Path(preflight.__file__)), job, "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+def test_a_login_node_needs_neither_megatron_nor_torch(job: str, login_node) -> None:
+    run = login_node("preflight.py", job, "--json")
     assert run.stderr == ""
     found = json.loads(run.stdout)["findings"]
     assert {"world-size", "heads-and-ffn", "device-memory", "quantizer", "resume"} <= {f["check"] for f in found}
@@ -141,6 +150,16 @@ def test_a_login_node_needs_no_megatron(job: str, tmp_path: Path) -> None:
     host = next(f for f in found if f["check"] == "host")
     assert ("needs megatron-core" if job == "tiny-cpu" else "/opt/Megatron-LM") in host["found"]
     assert host["cure"]
+    unread = [f["status"] for f in found if "numpy" in f["found"]]
+    assert unread == ([] if job == "tiny-cpu" else ["warn"])
+
+
+def test_a_login_node_prints_what_would_run(login_node) -> None:
+    run = login_node(
+        "run.py", "8b-64npu", "--print", "--node-rank", "1", "--set", "cluster.hosts=[a, b, c, d, e, f, g, h]"
+    )
+    assert run.returncode == 0 and run.stderr == ""
+    assert "--rdzv_endpoint a:29500" in run.stdout and "--ternary " in run.stdout
 
 
 Plant = Callable[[Place], None]

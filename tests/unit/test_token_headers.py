@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from bitcpm_megatron.data import token_headers
-from bitcpm_megatron.data.token_headers import TokenFileError, blend_of, read_token_file, split_bounds, split_mistake
+from bitcpm_megatron.data.blends import blend_of, split_bounds
+from bitcpm_megatron.data.token_headers import TokenFileError, read_token_file, split_mistake
 
 HEAD = 34
 DOCUMENTS = 26

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``--data-path`` and ``--split`` mean."""
+
+import math
+from collections.abc import Sequence
+
+
+def blend_of(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of ``--data-path``: one prefix, several, or weights and prefixes in turn.
+
+    The rule is that of ``get_blend_from_list`` in ``megatron.core.datasets.utils``.
+
+    Raises:
+        ValueError: some weights are missing, or one is no positive number.
+    """
+    numbers = [_number(path) for path in paths[::2]]
+    if len(paths) % 2 or all(number is None for number in numbers):
+        return list(paths), None
+    if None in numbers:
+        raise ValueError(f"data path {' '.join(paths)}: give every prefix a weight, or none")
+    weights = [number for number in numbers if number is not None]
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ValueError(f"data path {' '.join(paths)}: weights must be positive numbers")
+    return list(paths[1::2]), weights
+
+
+def split_bounds(split: str) -> list[tuple[float, float] | None]:
+    """The parts of the data for training, validation and test that ``--split`` means, each from 0 to 1; None is empty.
+
+    The arithmetic is that of ``megatron.core.datasets.blended_megatron_dataset_config``.
+
+    Raises:
+        ValueError: it is not one to three shares, or the first is nothing.
+    """
+    shares = [_number(part) for part in split.replace("/", ",").split(",")]
+    known = [share for share in shares if share is not None and math.isfinite(share) and share >= 0]
+    if not 1 <= len(shares) <= 3 or len(known) != len(shares) or not known[0] > 0 or not math.isfinite(sum(known)):
+        raise ValueError(f"--split {split}: write train,validation,test shares, such as 969,30,1")
+    first, second, third = (*known, *[0.0] * (3 - len(known)))
+    bounds: list[tuple[float, float] | None] = []
+    total, begin = first + second + third, 0.0
+    for share in (first, second, third):
+        end = begin + share / total
+        bounds.append((begin, end) if end > begin else None)
+        begin = end
+    return bounds
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
