@@ -25,7 +25,8 @@ from pydantic import BeforeValidator, Field
 
 from ...cli import Number, Whole, bounded
 from ...files import FileError, Strict, read_yaml, validated
-from .job import Cluster, JobError
+from .job import Cluster
+from .job_flags import JobError
 
 DIRECTORY = Path(__file__).parents[1] / "environments"
 # torch (seen in 2.13) publishes the address of the store it shares in the first round alone; a node that joins a later

@@ -17,6 +17,8 @@
     checkpoint: {save: /checkpoints/8b, save-interval: 500}
     logging: {log-interval: 10}
     cluster: {profile: ascend910b, nodes: 2, devices-per-node: 8, hosts: [node-a, node-b], subnet: 10.0.0.0/16}
+    sizes:                                    # one file for several jobs; each changes what it names, by section
+      16npu: {cluster: {nodes: 2}}            # started as FILE:16npu
 
 The keys of ``model`` to ``logging`` are the flags of ``launch/pretrain.py --help`` without their dashes, under the
 heading that the help gives them; ``preset`` is ``--model``. A switch takes ``true`` (``false`` leaves it out). The keys
@@ -39,18 +41,14 @@ from ...cli import Number, Whole, bounded
 from ...files import FileError, Strict, nearest, parse_yaml, read_yaml, validated
 from ...training.flags import build_parser
 from . import presets
+from .job_flags import SECTIONS, JobError, flag_value, refuse_flags_in, section_of
 
 DIRECTORY = Path(__file__).parents[1] / "jobs"
 BUILT_IN: Final = "built-in"
 MEGATRON_LM: Final = "megatron-lm"
-_SECTIONS = ("model", "parallelism", "training", "data", "checkpoint", "logging", "ternary")
 _FLAG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
-
-
-class JobError(FileError):
-    """A job file, or an override of it, that is not there or not understood."""
 
 
 def is_host_name(text: str) -> bool:
@@ -124,7 +122,7 @@ class Host(_Section):
             if not items or any(isinstance(item, dict | list) or item is None for item in items):
                 raise ValueError(f"{key}: expected true, a value or a list of values, got {value!r}")
             for item in items:
-                _plain_text(key, item)
+                refuse_flags_in(key, item)
         mistake = Whole(1, 2**16).mistake(flags.get("context-parallel-size", 1))
         if mistake is not None:
             raise ValueError(f"context-parallel-size: {flags['context-parallel-size']!r}: {mistake}")
@@ -209,7 +207,7 @@ class Job:
     """A job file, understood.
 
     Attributes:
-        name: stem of the file.
+        name: stem of the file, with the size where it has several.
         path: the file.
         description: one line.
         host: the training loop.
@@ -254,30 +252,43 @@ class Job:
 
 
 def names() -> list[str]:
-    """The job files that come with the package."""
-    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+    """The jobs that come with the package: every file, or each size of one that has several."""
+    return sorted(_packaged())
+
+
+@functools.cache
+def _packaged() -> dict[str, tuple[Path, str | None]]:
+    found: dict[str, tuple[Path, str | None]] = {}
+    for path in DIRECTORY.glob("*.yaml"):
+        sizes: list[str | None] = list(read_yaml(path).get("sizes", ())) or [None]
+        found |= {path.stem if size is None else f"{path.stem}-{size}": (path, size) for size in sizes}
+    return found
 
 
 def read_job(name: str, overrides: Sequence[str] = ()) -> Job:
     """Reads a job by file, or by the name of one that comes with the package.
 
     Args:
-        name: file or name.
+        name: file, ``FILE:SIZE`` where the file has sizes, or name.
         overrides: ``section.key=value`` (``cluster.nodes=2``, ``host.flags.use-flash-attn=true``), values in YAML; an
             empty value takes the key out, or a whole section.
 
     Raises:
         JobError: naming the file, the key and what is expected.
     """
-    path = DIRECTORY / f"{name}.yaml" if name in names() else Path(name)
+    path, size = _packaged().get(name, (Path(name), None))
+    if not path.exists() and ":" in path.name:
+        path, size = Path(name.rpartition(":")[0]), name.rpartition(":")[2]
     if not path.is_file():
         raise JobError(f"{name}: no such job file, and no job of that name: choose one of {', '.join(names())}")
     try:
         content = read_yaml(path)
         if isinstance(content, dict):
+            _choose_size(content, size)
             for override in overrides:
                 _override(content, override)
-        return _job(path, validated(_File, content, "the job"))
+        job_name = path.stem if size is None else f"{path.stem}-{size}"
+        return _job(job_name, path, validated(_File, content, "the job"))
     except JobError as error:
         raise JobError(f"{path}: {error}") from None
     except FileError as error:
@@ -291,67 +302,30 @@ def as_argv(flag: str, value: Any) -> list[str]:
     return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def _job(path: Path, content: _File) -> Job:
+def _job(name: str, path: Path, content: _File) -> Job:
     flags: dict[str, Any] = {}
     preset = content.model.get("preset")
     if preset is not None and not isinstance(preset, str):
         raise JobError("model.preset: expected the name of a preset, or a file")
-    for section in _SECTIONS:
+    for section in SECTIONS:
         for key, value in getattr(content, section).items():
             if (section, key) != ("model", "preset"):
-                flags[key] = _flag_value(section, key, value)
-    return Job(path.stem, path, content.description, content.host, preset, flags, content.cluster)
+                flags[key] = flag_value(section, key, value)
+    return Job(name, path, content.description, content.host, preset, flags, content.cluster)
 
 
-@functools.cache
-def _actions() -> dict[str, dict[str, argparse.Action]]:
-    """Section -> key -> the argument of our parser."""
-    groups = {group.title: group for group in build_parser()._action_groups}
-    return {
-        section: {a.option_strings[0].removeprefix("--"): a for a in groups[section]._group_actions}
-        for section in _SECTIONS
-    }
-
-
-def section_of(flag: str) -> str | None:
-    """The section that a flag of our loop belongs to; None for a flag it does not have."""
-    return next((section for section, actions in _actions().items() if flag in actions), None)
-
-
-def _flag_value(section: str, key: Any, value: Any) -> Any:
-    known = _actions()[section]
-    where = f"{section}.{key}"
-    if key not in known:
-        elsewhere = section_of(str(key))
-        hint = f": it belongs to section {elsewhere}" if elsewhere else nearest(str(key), sorted(known))
-        raise JobError(f"unknown key {where}{hint}")
-    action = known[key]
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise JobError(f"{where}: expected true or false, got {value!r}")
-        return value
-    if action.nargs == "+":
-        return [_scalar(where, action, item) for item in (value if isinstance(value, list) else [value])]
-    return _scalar(where, action, value)
-
-
-def _scalar(where: str, action: argparse.Action, value: Any) -> Any:
-    if isinstance(action.type, Whole | Number):
-        mistake = action.type.mistake(value)
-        if mistake is not None:
-            raise JobError(f"{where}: {value!r}: {mistake}")
-    elif isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise JobError(f"{where}: expected text, got {value!r}")
-    if action.choices is not None and value not in action.choices:
-        raise JobError(f"{where}: {value!r} is none of {', '.join(map(str, action.choices))}")
-    _plain_text(where, value)
-    return value
-
-
-def _plain_text(where: str, value: Any) -> None:
-    """A value must not turn into a flag on the command line, nor end it."""
-    if isinstance(value, str) and (value.startswith("-") or "\0" in value):
-        raise JobError(f"{where}: {value!r} would be taken for a flag")
+def _choose_size(content: dict[Any, Any], size: str | None) -> None:
+    """Takes what a size says in the place of what stands outside of ``sizes``."""
+    sizes = content.pop("sizes", {})
+    if not isinstance(sizes, dict) or not all(isinstance(changes, dict) for changes in sizes.values()):
+        raise JobError("sizes: expected names of sizes, and for each the entries that it changes, by section")
+    if size is None and sizes:
+        raise JobError(f"it has sizes ({', '.join(map(str, sizes))}): name one, as FILE:{next(iter(sizes))}")
+    if size is not None and size not in sizes:
+        raise JobError(f"it has no size {size!r}{nearest(size, list(map(str, sizes)))}")
+    for section, changes in sizes.get(size, {}).items():
+        both = isinstance(changes, dict) and isinstance(content.get(section), dict)
+        content[section] = {**content[section], **changes} if both else changes
 
 
 def _override(content: dict[Any, Any], override: str) -> None:

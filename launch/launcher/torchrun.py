@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ...checkpoints.directory import RELEASE, TRACKER, CheckpointError, iteration_of, latest, tracked, tracker_cure
 from . import presets
-from .job import MEGATRON_LM, Job, JobError, as_argv
+from .job import MEGATRON_LM, Job, as_argv
+from .job_flags import JobError
 from .scheduler import Placement
 
 _COMMANDS = Path(__file__).resolve().parents[1]

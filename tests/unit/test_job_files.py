@@ -19,6 +19,7 @@ from bitcpm_megatron.launch.checks import layout as checks_layout
 from bitcpm_megatron.launch.checks import training as checks_training
 from bitcpm_megatron.launch.checks.subject import prepare
 from bitcpm_megatron.launch.launcher.job import names, read_job
+from bitcpm_megatron.launch.launcher.job_flags import JobError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,6 +77,42 @@ def test_the_jobs_of_a_model_train_the_same() -> None:
         layout = ("parallel-size", "sequence-parallel", "micro-batch-size")
         plans = [{k: v for k, v in j.flags.items() if not any(part in k for part in layout)} for j in jobs]
         assert plans[0] == plans[1] == plans[2], model
+
+
+SIZES = """
+sizes:
+  small: {cluster: {nodes: 1}}
+  large: {description: all of it, cluster: {nodes: 4}, training: {lr: 1.0e-4}}
+description: a part
+training: {lr: 1.0e-3, train-iters: 10}
+cluster: {devices-per-node: 2}
+"""
+
+
+def test_a_file_holds_a_job_of_every_size(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(SIZES)
+    small, large = (read_job(f"{tmp_path / 'mine.yaml'}:{size}", ["training.min-lr=0"]) for size in ("small", "large"))
+    assert (small.name, small.description, small.cluster.nodes) == ("mine-small", "a part", 1)
+    assert (large.name, large.description, large.cluster.nodes) == ("mine-large", "all of it", 4)
+    assert large.cluster.devices_per_node == 2 and small.path == large.path == tmp_path / "mine.yaml"
+    assert small.flags == {"lr": 1e-3, "train-iters": 10, "min-lr": 0} and large.flags == {**small.flags, "lr": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("mine.yaml", SIZES, "has sizes .small, large.: name one, as FILE:small"),
+        ("mine.yaml:smal", SIZES, "no size 'smal': did you mean small"),
+        ("mine.yaml:small", "description: one", "no size 'small'"),
+        ("mine.yaml:small", "sizes: [small]", "sizes: expected names"),
+        ("mine.yaml:small", SIZES.replace("nodes: 1", "node: 1"), "unknown key cluster.node: did you mean nodes"),
+        ("other.yaml:small", SIZES, "no such job file"),
+    ],
+)
+def test_a_size_that_is_not_there(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(JobError, match=said):
+        read_job(str(tmp_path / name))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import pytest
 from bitcpm_megatron.launch import run
 from bitcpm_megatron.launch.launcher import bind_cores
 from bitcpm_megatron.launch.launcher.environment import read_profile, resolve
-from bitcpm_megatron.launch.launcher.job import Cluster, Job, JobError, read_job
+from bitcpm_megatron.launch.launcher.job import Cluster, Job, read_job
+from bitcpm_megatron.launch.launcher.job_flags import JobError
 from bitcpm_megatron.launch.launcher.network import NetworkError, choose_interface
 from bitcpm_megatron.launch.launcher.presets import PresetError
 from bitcpm_megatron.launch.launcher.scheduler import ClusterError, Placement, detect, expand_nodelist
