@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from ascendc import emulator
-from ascendc.emulator import CACHE, SOURCES
+from ascendc.emulator import CACHE, EMULATION, SOURCES
 from torch.utils import cpp_extension
 
 from bitcpm_megatron.ops import ascendc
@@ -94,7 +94,7 @@ def build() -> Path:
     work.mkdir(parents=True, exist_ok=True)
     for kernel in KERNELS:
         (work / f"aclrtlaunch_{kernel}.h").write_text(LAUNCH_HEADER.replace("{kernel}", kernel))
-    folders = [STANDIN, work, SOURCES, *cpp_extension.include_paths()]
+    folders = [STANDIN, work, EMULATION, SOURCES, *cpp_extension.include_paths()]
     include = [flag for folder in folders for flag in ("-isystem" if "torch" in str(folder) else "-I", str(folder))]
 
     def compile_unit(unit: Path) -> str:

@@ -26,7 +26,7 @@ from ascendc.mutants import Mutant, generate
 SURVIVORS = Path(__file__).parent / "survivors.txt"
 ENOUGH = 0.95
 CPU_SECONDS = 15
-MUTANT_FLAGS = "-std=c++17 -O2 -fPIC -ffp-contract=off -fvisibility=default -w".split()
+MUTANT_FLAGS = "-std=c++17 -O2 -fPIC -ffp-contract=off -fvisibility=default -w -DTERNARY_MUTANTS".split()
 KINDS = "planted barrier queue call constant arithmetic comparison condition rounding operands".split()
 
 

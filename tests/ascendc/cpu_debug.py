@@ -16,7 +16,7 @@ from ascendc.emulator import DTYPES, LANES, SOURCES, Weight
 
 BUILD = SOURCES.parents[1] / "build" / "ascendc-cpu"
 WEIGHT, SCALES, PACKED, PREVIOUS, STATISTICS = 1, 2, 4, 8, 16
-"""Tensors, as in csrc/ascendc/emulation/cpu_debug.cpp."""
+"""Tensors, as in tests/ascendc/emulation/cpu_debug.cpp."""
 
 
 def missing() -> str | None:

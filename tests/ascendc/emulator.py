@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AscendC kernels on a CPU: builds csrc/ascendc against its emulation header, and calls it."""
+"""The AscendC kernels on a CPU: builds csrc/ascendc against the header of the emulation, and calls it."""
 
 import ctypes
 import hashlib
@@ -17,16 +17,11 @@ from bitcpm_megatron.quantization import packed_size
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "ascendc"
+EMULATION = Path(__file__).parent / "emulation"
 CACHE = Path(sys.prefix) / "ascendc-emulation"
 FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -Wall -Wextra".split()
-UNITS = {
-    "emulation/machine.cpp": ["-O3"],
-    "emulation/tile_entries.cpp": [],
-    "emulation/rows_entries.cpp": [],
-    "emulation/library.cpp": [],
-    "op_host/tiling.cpp": [],
-}
-"""What is compiled, with flags of its own."""
+UNITS = {"machine.cpp": ["-O3"], "tile_entries.cpp": [], "rows_entries.cpp": [], "library.cpp": []}
+"""What is compiled of the emulation, with flags of its own; and the tiling of the sources."""
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 LANES = 64
 """int32 partial counts per core and kind, as kStatisticsLanes in op_host/table.h."""
@@ -109,8 +104,9 @@ class Weight:
 def library_name(sources: Path, flags: list[str]) -> str:
     """Changes with every change of what is compiled."""
     digest = hashlib.sha256(f"{flags} {UNITS}".encode())
-    for path in sorted(p for p in sources.rglob("*") if p.suffix in (".h", ".cpp") and "binding" not in p.parts):
-        digest.update(path.read_bytes())
+    for folder in (sources, EMULATION):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cpp") and "binding" not in p.parts):
+            digest.update(path.read_bytes())
     return f"libternary-{digest.hexdigest()[:16]}.so"
 
 
@@ -127,15 +123,15 @@ def build(sources: Path = SOURCES, flags: list[str] | None = None, cache: Path =
     work = cache / f"build-{os.getpid()}"
     work.mkdir(parents=True, exist_ok=True)
 
-    def compile_unit(unit: str) -> Path:
-        result = work / (Path(unit).stem + ".o")
-        command = ["g++", *flags, *UNITS[unit], "-I", str(sources / "emulation"), "-c", str(sources / unit)]
-        command += ["-o", str(result)]
+    def compile_unit(unit: Path) -> Path:
+        result = work / f"{unit.stem}.o"
+        command = ["g++", *flags, *UNITS.get(unit.name, []), "-I", str(EMULATION), "-I", str(sources)]
+        command += ["-c", str(unit), "-o", str(result)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         return result
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        objects = list(pool.map(compile_unit, UNITS))
+        objects = list(pool.map(compile_unit, [*(EMULATION / unit for unit in UNITS), sources / "op_host/tiling.cpp"]))
     made = work / "libternary.so"
     subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(made)], check=True, capture_output=True, text=True)
     made.replace(library)

@@ -106,8 +106,6 @@ def generate(sources: Path, target: Path) -> tuple[list[Mutant], int]:
         path.write_text(maker.rewrite())
         mutants += maker.mutants
         fixed += maker.fixed
-    header = target / "emulation" / "kernel_operator.h"
-    header.write_text(header.read_text() + '\nextern "C" { inline int32_t ternary_mutant = -1; }\n')
     planted = sum(m.kind == "planted" for m in mutants)
     if planted != len(PLANTED):
         raise ValueError(f"{planted} of {len(PLANTED)} planted bugs fit the kernel sources: adapt PLANTED to them")

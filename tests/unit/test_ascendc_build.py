@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ascendc.emulator import FLAGS, SOURCES
+from ascendc.emulator import EMULATION, FLAGS, SOURCES
 
 HEADER = "NPU ID                         Chip ID                        Chip Logic ID                  Chip Name"
 CMAKE = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake: pip install cmake, then this test again")
@@ -138,7 +138,7 @@ void Kernel(AscendC::LocalTensor<uint8_t> bits, AscendC::LocalTensor<float> valu
     (void)bits;
     AscendC::{call};
 }}"""
-    code, said = run("g++", *FLAGS, "-I", str(SOURCES / "emulation"), "-fsyntax-only", "-x", "c++", "-", text=source)
+    code, said = run("g++", *FLAGS, "-I", str(EMULATION), "-fsyntax-only", "-x", "c++", "-", text=source)
     if missing is None:
         assert code == 0, said
     else:

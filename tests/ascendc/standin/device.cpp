@@ -22,7 +22,7 @@
 #include <set>
 #include <utility>
 
-#include "emulation/library.h"
+#include "library.h"
 
 namespace {
 

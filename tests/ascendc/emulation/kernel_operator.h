@@ -840,3 +840,8 @@ inline void Brcb(const LocalTensor<T>& dst, const LocalTensor<T>& src, Field<255
 }
 
 }  // namespace AscendC
+
+#ifdef TERNARY_MUTANTS
+// Which of the bugs that tests/ascendc/mutants.py writes into the sources is on; -1 for none.
+extern "C" { inline int32_t ternary_mutant = -1; }
+#endif

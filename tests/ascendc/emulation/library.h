@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../op_host/tiling.h"
+#include "op_host/tiling.h"
 
 extern "C" {
 

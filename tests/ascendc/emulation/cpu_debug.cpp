@@ -11,7 +11,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../op_host/tiling.h"
+#include "op_host/tiling.h"
 
 #define DECLARE_KERNEL(name) extern "C" __global__ __aicore__ void name(GM_ADDR table)
 DECLARE_KERNEL(ternary_tile_bf16);
