@@ -348,7 +348,7 @@ def test_cores_come_from_sysfs_where_npu_smi_is_silent(tmp_path: Path) -> None:
 
 def test_binding_changes_nothing_without_an_npu() -> None:
     script = "import os; print(sorted(os.sched_getaffinity(0)))"
-    wrapper = str(CHECKOUT / "launch" / "bind_cores.py")
+    wrapper = str(CHECKOUT / "launch" / "launcher" / "bind_cores.py")
     environ = {**os.environ, "PATH": "/nonexistent"}
     done = subprocess.run([sys.executable, wrapper, "-c", script], capture_output=True, text=True, env=environ)
     first, second = done.stdout.splitlines()
