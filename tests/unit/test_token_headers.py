@@ -102,10 +102,16 @@ def test_other_tokens_and_other_documents_have_another_digest(prefix: str, tmp_p
     for name, changed in {"other": (tokens + 1) % 290, "last": np.append(tokens[:-1], 5).astype(np.uint16)}.items():
         assert read_token_file(write(tmp_path / name, changed)).digest != first.digest
     assert read_token_file(write(tmp_path / "longer", tokens, documents=13)).digest != first.digest
-    index = bytearray(Path(f"{prefix}.idx").read_bytes())
-    struct.pack_into("<ii", index, HEAD + 4 * 3, 50, 150)  # they overlap: the pointers stay
-    Path(f"{prefix}.idx").write_bytes(index)
-    assert read_token_file(prefix).digest != first.digest
+    whole, pointers, ends = Path(f"{prefix}.idx").read_bytes(), HEAD + 4 * DOCUMENTS, HEAD + 12 * DOCUMENTS
+    for offset, values in (
+        (HEAD + 4 * 3, struct.pack("<ii", 50, 150)),  # lengths alone: they overlap
+        (pointers + 8 * 3, struct.pack("<qq", 800, 600)),  # pointers alone: two sequences change places
+        (ends + 8 * 3, struct.pack("<q", 4)),  # boundaries alone: a document goes to the one before
+    ):
+        index = bytearray(whole)
+        index[offset : offset + len(values)] = values
+        Path(f"{prefix}.idx").write_bytes(index)
+        assert read_token_file(prefix).digest != first.digest
     monkeypatch.setattr(token_headers, "_BLOCKS", 10**6)
     assert read_token_file(prefix).looked_at == 2600
 
