@@ -109,6 +109,8 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
         sequence_parallel=args.sequence_parallel,
+        # One mean over all tokens of the global batch, however it is cut into micro-batches and ranks.
+        calculate_per_token_loss=True,
         params_dtype=params_dtype(args),
         pipeline_dtype=params_dtype(args),
         bf16=args.bf16,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ def launch_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
         ranks: int,
         resave: dict[str, Path] | None = None,
         fused_mlp_on: dict[str, int] | None = None,
+        masked: Collection[str] = (),
     ) -> tuple[dict, Path]:
         directory = tmp_path_factory.mktemp("runs")
         content = {name: {"argv": [*argv, *cache]} for name, argv in runs.items()}
@@ -24,6 +25,8 @@ def launch_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
             content[name]["resave"] = str(where)
         for name, rank in (fused_mlp_on or {}).items():
             content[name]["fused_mlp_on"] = rank
+        for name in masked:
+            content[name]["masked"] = True
         (directory / "runs.json").write_text(json.dumps(content))
         return torchrun("runs", ranks, directory)[0], directory
 

@@ -5,6 +5,7 @@
         "argv": [...],
         "resave": "DIR or absent: save here at once what was loaded",
         "fused_mlp_on": rank or absent: whose MLPs compute with their weights and never call their linears
+        "masked": whether samples count for the loss with numbers of tokens that differ
     }
 
 Reports each run's exit status and standard error, and writes the quantized weights that its first training forward
@@ -44,13 +45,21 @@ def gathered_weights(model) -> dict:
     return whole
 
 
-def hook(loop, name: str, rank: int, directory: Path, resave: str | None) -> None:
-    """Makes the next run of the loop report its first quantized weights, and save again what it loads."""
+def unevenly_masked(tokens):
+    """A loss mask ``[samples, sequence]`` that counts from one token of a sample to all, as its first token says."""
+    import torch
+
+    return (torch.arange(tokens.shape[1]) <= tokens[:, :1] % tokens.shape[1]).float()
+
+
+def hook(loop, name: str, rank: int, directory: Path, resave: str | None, masked: bool) -> None:
+    """Makes the loop's next run report its first quantized weights, save its checkpoint again, and mask tokens."""
     import argparse
 
     import torch
 
     build, forward_backward = loop.build_model.__wrapped__, loop._forward_backward.__wrapped__
+    batches = loop.batches.__wrapped__
     load, built, steps = loop.checkpoint.load.__wrapped__, [], []
 
     def build_and_keep(*args):
@@ -71,6 +80,11 @@ def hook(loop, name: str, rank: int, directory: Path, resave: str | None) -> Non
             loop.checkpoint.Saver(again, None).save(model, optimizer, scheduler, result[0])
         return result
 
+    def batches_to_train_on(*args):
+        for batch in batches(*args):
+            yield {**batch, "loss_mask": unevenly_masked(batch["tokens"])} if masked else batch
+
+    replace(loop, "batches", batches_to_train_on)
     replace(loop, "build_model", build_and_keep)
     replace(loop, "_forward_backward", forward_backward_and_report)
     replace(loop.checkpoint, "load", load_and_save)
@@ -113,11 +127,12 @@ def main(directory: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     initialize.shutdown = lambda: None
-    for owner, name in ((loop, "build_model"), (loop, "_forward_backward"), (loop.checkpoint, "load")):
+    replaced = ((loop, "batches"), (loop, "build_model"), (loop, "_forward_backward"), (loop.checkpoint, "load"))
+    for owner, name in replaced:
         replace(owner, name, lambda *args: None)
     report = {}
     for name, run in json.loads((directory / "runs.json").read_text()).items():
-        hook(loop, name, rank, directory, run.get("resave"))
+        hook(loop, name, rank, directory, run.get("resave"), run.get("masked", False))
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors), fused_mlp(run.get("fused_mlp_on") == rank):
