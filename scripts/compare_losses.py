@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Compares; returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="commit to compare with")
-    parser.add_argument("--iterations", type=Whole(1, 10**5), default=20, help="steps of every layout (default: 20)")
+    parser.add_argument("--iterations", type=Whole(3, 10**5), default=20, help="of every layout (default: 20)")
     parser.add_argument("--tolerance", type=Number(0, 1), default=0.0, help="of the first step alone (default: 0)")
     parser.add_argument("--no-demo", action="store_true", help="leave the demo's two runs out")
     args = parser.parse_args(argv)
