@@ -55,12 +55,18 @@ VARIANTS = {
     "int8": ([*TERNARY, "--ternary-activation-bits", "8"], {"TP1": 1, "TP2+SP": 2}),
     "experts": (EXPERTS, {"TP1": 1, "EP2": 2, "TP2+SP": 2}),
     "untied": ([*TERNARY, "--untie-embeddings-and-output-weights"], {"TP1": 1, "PP2": 2}),
-    # Samples with numbers of tokens that differ: a mean of the means of micro-batches or ranks is another loss.
-    "masked": (TERNARY, {"TP1": 1, "one micro-batch": 1, "DP2": 2, "TP2xPP2": 4}),
+    # One batch of samples with numbers of tokens that differ: a mean of the means of its parts is another loss.
+    "masked": (
+        [*TERNARY, "--micro-batch-size", "4"],
+        {"TP1": 1, "in parts": 1, "DP2 in parts": 2, "TP2xPP2 in parts": 4},
+    ),
 }
 VARIANT_LAYOUTS = {name: flags for name, (_, flags) in LAYOUTS.items()}
 VARIANT_LAYOUTS["EP2"] = ["--expert-model-parallel-size", "2"]
-VARIANT_LAYOUTS["one micro-batch"] = ["--micro-batch-size", "4"]
+VARIANT_LAYOUTS |= {
+    f"{layout} in parts".strip(): [*LAYOUTS.get(layout, (1, []))[1], "--micro-batch-size", "1"]
+    for layout in ("", "DP2", "TP2xPP2")
+}
 TELEMETRY = ["--ternary-telemetry-interval", "1"]
 RESHARDINGS = [
     ("TP2", "PP2"),
