@@ -99,7 +99,8 @@ def _compare_all(trees: Mapping[str, Path], out: Path, iterations: int, toleranc
                 found[side] = {name: _layout(name, tree, place, iterations)}
         for run, expected in found["base"].items():
             problem = difference(expected, found["here"][run], tolerance)
-            print(f"{run:<14} {problem or f'{len(expected)} records equal'}", flush=True)
+            good = f"first step within {tolerance:g}" if tolerance else f"{len(expected)} records equal"
+            print(f"{run:<14} {problem or good}", flush=True)
             if problem:
                 different.append(f"{run}: {problem}")
     return different
