@@ -39,5 +39,4 @@ def _masked_sum(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor,
     mask = mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
     tokens = mask.sum()
-    # Schedules divide the loss in place: the report needs a copy.
-    return total.clone(), tokens.int(), {"lm_loss": torch.stack((total.detach(), tokens))}
+    return total, tokens.int(), {"lm_loss": torch.stack((total.detach(), tokens))}
