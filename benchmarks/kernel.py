@@ -36,7 +36,6 @@ from bitcpm_megatron.ops import Backend, backends
 from bitcpm_megatron.quantization import QuantizerConfig, check_weight, effective_group, quantize_dequantize
 from bitcpm_megatron.ternary_flags import GroupSize
 
-EPS = QuantizerConfig.eps
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _CPU_MODELS = ("minicpm4-0.5b",)
 _DEVICE_MODELS = ("minicpm4-0.5b", "bitcpm-cann-1b", "bitcpm-cann-3b", "minicpm4-8b")
@@ -64,6 +63,11 @@ class Case:
     columns: int
     dtype: str
     group: int
+
+    @property
+    def config(self) -> QuantizerConfig:
+        """The quantizer."""
+        return QuantizerConfig(group_size=self.group)
 
     @property
     def nbytes(self) -> int:
@@ -213,7 +217,7 @@ def measure(case: Case, chosen: Sequence[Backend], device: str, rounds: int, rin
     # The copy allocates its result as the backends do: on a CPU fresh memory costs page faults.
     functions: dict[str, Callable[[torch.Tensor], object]] = {"copy": torch.clone}
     for backend in chosen:
-        functions[backend.name] = lambda w, kernel=backend.kernel: kernel(w, case.group, EPS, None)
+        functions[backend.name] = lambda w, kernel=backend.kernel: kernel(w, case.config, None)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
@@ -267,9 +271,9 @@ def _timed(
 
 
 def _check(backend: Backend, case: Case, weight: torch.Tensor) -> None:
-    quantized, scales = backend.kernel(weight, case.group, EPS, None)
+    quantized, scales = backend.kernel(weight, case.config, None)
     rows = slice(0, 512)
-    expected, _ = quantize_dequantize(weight[rows].cpu(), case.group, EPS, scales[rows].cpu())
+    expected, _ = quantize_dequantize(weight[rows].cpu(), case.config, scales[rows].cpu())
     if not torch.equal(quantized[rows].cpu(), expected):
         raise BenchmarkError(f"{backend.name} is wrong on {case}")
 

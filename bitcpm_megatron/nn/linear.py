@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..ops import fake_quantize, fake_quantize_activations
+from ..ops import fake_quantize, fake_quantize_activations, quantize_weight
 from ..quantization import QuantizerConfig
 from .cache import CacheEpoch
 from .settings import CacheMode
@@ -63,7 +63,7 @@ class TernaryState:
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantized weight and scales of a latent weight, from the op, outside any graph."""
         with torch.inference_mode(False), torch.no_grad():
-            return torch.ops.bitcpm.fake_quantize(weight.detach(), self.config.group_size, self.config.eps, None)
+            return quantize_weight(weight.detach(), self.config)
 
     def weight(self, latent: torch.Tensor, training: bool) -> torch.Tensor:
         """The quantized weight to use now: the cached one where it is valid, else a new one.

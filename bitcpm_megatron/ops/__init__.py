@@ -5,7 +5,7 @@
 """
 
 from . import ascendc, cpu, triton
-from .fake_quantize import fake_quantize
+from .fake_quantize import fake_quantize, quantize_weight
 from .fake_quantize_activations import fake_quantize_activations
 from .registry import Backend, Choice, active_backend, backends, register_backend, set_backend
 
@@ -18,6 +18,7 @@ __all__ = [
     "cpu",
     "fake_quantize",
     "fake_quantize_activations",
+    "quantize_weight",
     "register_backend",
     "set_backend",
     "triton",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..quantization import check_weight, effective_group, packed_size
+from ..quantization import QuantizerConfig, check_weight, effective_group, packed_size
 from .registry import Backend, register_backend
 
 LIBRARY_VARIABLE = "BITCPM_ASCENDC_LIBRARY"
@@ -152,9 +152,9 @@ def unpack_weight(
 
 
 def _kernel(
-    weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None
+    weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    result = quantize_weights([weight], [group_size], eps, [] if scales is None else [scales])
+    result = quantize_weights([weight], [config.group_size], config.eps, [] if scales is None else [scales])
     return result.quantized[0], result.scales[0]
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-Kernel = Callable[[torch.Tensor, int, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
-"""``(weight, group_size, eps, scales or None) -> (quantized, scales)``, as
+from ..quantization import QuantizerConfig
+
+Kernel = Callable[[torch.Tensor, QuantizerConfig, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+"""``(weight, config, scales or None) -> (quantized, scales)``, as
 :func:`bitcpm_megatron.quantization.quantize_dequantize`."""
 
 
@@ -22,12 +24,14 @@ class Backend:
         unavailable: returns why it cannot run on a device type (``"cpu"``, ``"cuda"``, ``"npu"``), or None if it can.
         priority: ``auto`` takes the available backend with the highest one; None for a backend that only runs when it
             is asked for by name.
+        spaces: the quantization spaces that it knows.
     """
 
     name: str
     kernel: Kernel
     unavailable: Callable[[str], str | None]
     priority: int | None = 0
+    spaces: tuple[str, ...] = ("ternary",)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..quantization import WEIGHT_DTYPES, quantize_dequantize
+from ..quantization import WEIGHT_DTYPES, QuantizerConfig, quantize_dequantize
 from .registry import Backend
-
-EPS = 1e-5
 
 
 def self_test(backend: Backend, device: torch.device | str) -> str | None:
@@ -25,22 +23,22 @@ def self_test(backend: Backend, device: torch.device | str) -> str | None:
         None, or what is wrong.
     """
     for weight, group in _weights():
-        ours = weight.to(device)
+        ours, config = weight.to(device), QuantizerConfig(group_size=group)
         what = f"{weight.dtype} {tuple(weight.shape)}, group size {group}"
         try:
-            quantized, scales = backend.kernel(ours, group, EPS, None)
+            quantized, scales = backend.kernel(ours, config, None)
             given = scales * 2
-            doubled, returned = backend.kernel(ours, group, EPS, given)
+            doubled, returned = backend.kernel(ours, config, given)
         except Exception as error:  # whatever a device, a driver or a compiler throws belongs into the report
             return f"{what}: {type(error).__name__}: {error}"
-        expected_scales = quantize_dequantize(weight, group, EPS)[1]
+        expected_scales = quantize_dequantize(weight, config)[1]
         if scales.dtype != torch.bfloat16 or scales.shape != expected_scales.shape:
             return f"{what}: scales of shape {tuple(scales.shape)}, {scales.dtype}"
         steps = (scales.cpu().view(torch.int16).int() - expected_scales.view(torch.int16).int()).abs().max().item()
         if steps > 1:
             return f"{what}: a scale is {steps} bf16 steps beside the reference's"
         for name, found, under in (("its own scale", quantized, scales), ("a given scale", doubled, given)):
-            expected = quantize_dequantize(weight, group, EPS, under.cpu())[0]
+            expected = quantize_dequantize(weight, config, under.cpu())[0]
             wrong = _different(found.cpu(), expected)
             if wrong:
                 return f"{what}, {name}: {wrong} of {weight.numel()} weights differ from the reference"

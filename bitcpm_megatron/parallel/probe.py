@@ -94,7 +94,7 @@ def _columns(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, tor
     found = found.squeeze(1)
 
     _, scales = state.quantize(weight)
-    quantized, _ = quantize_dequantize(weight, state.config.group_size, state.config.eps, scales)
+    quantized, _ = quantize_dequantize(weight, state.config, scales)
     inside = (local >= 0) & (local < local_in)
     expected = quantized.t()[local.clamp(0, local_in - 1)] * inside.unsqueeze(1)
     if row_parallel and communicates:

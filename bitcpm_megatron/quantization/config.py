@@ -25,14 +25,18 @@ class QuantizerConfig:
         group_size: elements along ``in_features`` that share one scale: -1 for the whole row, or a multiple of 32
             that divides the row.
         eps: lower bound of a scale, so that an all-zero group stays finite.
+        statistic: what a scale is made of; ``"absmean"`` is ``mean(|w|)`` over the group.
+        scale_multiplier: of the statistic; 1.0 is the only one.
 
     Raises:
-        ValueError: unknown space, group size or eps, with the cure.
+        ValueError: unknown space, group size, eps, statistic or multiplier, with the cure.
     """
 
     space: str = "ternary"
     group_size: int = -1
     eps: float = 1e-5
+    statistic: str = "absmean"
+    scale_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.space, str) or self.space not in SPACES:
@@ -47,6 +51,11 @@ class QuantizerConfig:
         if Number(SMALLEST_EPS, LARGEST_EPS).mistake(self.eps) is not None:
             raise ValueError(
                 f"eps={self.eps!r} is not possible: use a finite number from 2**-100 to 2**100 (default 1e-5)"
+            )
+        if self.statistic != "absmean" or self.scale_multiplier != 1.0:
+            raise ValueError(
+                f"statistic={self.statistic!r} with scale_multiplier={self.scale_multiplier!r} is not possible: a "
+                "scale is the absmean of its group, times 1.0"
             )
 
 

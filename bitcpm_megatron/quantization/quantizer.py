@@ -105,7 +105,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, config: QuantizerConfi
 
 
 def quantize_dequantize(
-    weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None = None
+    weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ternary ``dequantize(*quantize(weight))`` in one go: what every fused kernel computes, and the torch backend.
 
@@ -113,8 +113,7 @@ def quantize_dequantize(
 
     Args:
         weight: latent weight ``[out, in]``; it is not differentiated here.
-        group_size: elements per scale, -1 for the row.
-        eps: lower bound of the scales.
+        config: the quantizer, of the ternary space.
         scales: given bf16 scales ``[out, groups]``, or None for the weight's own.
 
     Returns:
@@ -123,7 +122,7 @@ def quantize_dequantize(
     Raises:
         ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
     """
-    group = check_weight(weight, group_size, scales)
+    group = check_weight(weight, config.group_size, scales)
     w = weight.detach().reshape(-1, group)
     quantized = torch.empty_like(w, memory_format=torch.contiguous_format)
     own = torch.empty(w.shape[0], 1, dtype=torch.bfloat16, device=w.device)
@@ -137,7 +136,7 @@ def quantize_dequantize(
         s = own[start : start + rows]
         x = scratch[: block.shape[0]]
         if scales is None:
-            s.copy_(_absmean_into(x.copy_(block), eps))
+            s.copy_(_absmean_into(x.copy_(block), config.eps))
         sf = s.float()
         x.copy_(block).div_(sf).round_().clamp_(-1.0, 1.0).mul_(sf).add_(0.0)
         quantized[start : start + rows].copy_(x)

@@ -15,14 +15,12 @@ class Space:
         thresholds: one between each two neighbouring levels, ascending. A weight w takes the level whose index is
             the number of thresholds it lies beyond.
         ties: for each threshold, the neighbouring level a weight exactly on it takes.
-        statistic: what the scale is made of; ``absmean`` is ``mean(|w|)`` over the group.
     """
 
     name: str
     levels: tuple[float, ...]
     thresholds: tuple[float, ...]
     ties: tuple[Literal["lower", "upper"], ...]
-    statistic: Literal["absmean"]
 
     @property
     def lowest_code(self) -> int:
@@ -31,6 +29,6 @@ class Space:
 
 
 # round_half_even sends both ties of the ternary space (+-s/2) to the level 0.
-TERNARY = Space("ternary", (-1.0, 0.0, 1.0), (-0.5, 0.5), ("upper", "lower"), "absmean")
+TERNARY = Space("ternary", (-1.0, 0.0, 1.0), (-0.5, 0.5), ("upper", "lower"))
 
 SPACES: dict[str, Space] = {TERNARY.name: TERNARY}

@@ -48,12 +48,8 @@ def fuse_blocks(
         latent = read_rows(part)
         check_finite(name, latent)
         try:
-            quantized, used = quantize_dequantize(
-                latent.to(latent_dtype),
-                config.group_size,
-                config.eps,
-                None if scales is None else scales[part],
-            )
+            given = None if scales is None else scales[part]
+            quantized, used = quantize_dequantize(latent.to(latent_dtype), config, given)
         except ValueError as error:
             raise ConversionError(f"{name}: {error}") from None
         # bf16 scales reach further than fp16, and the sum of a group further than its values.

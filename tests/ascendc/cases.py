@@ -9,7 +9,7 @@ import torch
 from ascendc import golden
 from ascendc.emulator import Counters, Emulator, Weight
 
-from bitcpm_megatron.quantization import pack, packed_size, quantize_dequantize, unpack
+from bitcpm_megatron.quantization import QuantizerConfig, pack, packed_size, quantize_dequantize, unpack
 
 EPS = 1e-5
 OTHER_EPS = 3e-3
@@ -221,7 +221,7 @@ def check(case: Case, weight: Weight) -> None:
     assert golden.same_bits(weight.quantized, golden.quantized(weight.latent, weight.scales)), "quantized weight"
     assert not torch.signbit(weight.quantized[weight.quantized == 0]).any(), "-0.0"
     reference = -1 if case.group == columns else case.group
-    expected = quantize_dequantize(weight.latent, reference, case.eps, weight.scales)[0]
+    expected = quantize_dequantize(weight.latent, QuantizerConfig(group_size=reference, eps=case.eps), weight.scales)[0]
     assert golden.same_bits(weight.quantized, expected), "the reference quantizer with these scales"
 
     if weight.packed is not None:
@@ -267,7 +267,7 @@ def check_scales(weight: Weight, case: Case) -> None:
     """The kernel's scales are the reference quantizer's, its means those of torch's own order of addition, nearly."""
     rows, columns = case.shape
     reference = -1 if case.group == columns else case.group
-    expected = quantize_dequantize(weight.latent, reference, case.eps)[1]
+    expected = quantize_dequantize(weight.latent, QuantizerConfig(group_size=reference, eps=case.eps))[1]
     assert golden.same_bits(weight.scales, expected), "the reference quantizer's scales"
     finite = expected.isfinite()
     mean = golden.means(weight.latent, case.group)[finite]

@@ -7,7 +7,7 @@ import torch
 from ascendc.emulator import Emulator, Weight
 
 from bitcpm_megatron.ops import Backend, register_backend
-from bitcpm_megatron.quantization import check_weight
+from bitcpm_megatron.quantization import QuantizerConfig, check_weight
 
 NAME = "ascendc-emulated"
 CORES = 4
@@ -19,12 +19,12 @@ def _emulator() -> Emulator:
 
 
 def kernel(
-    weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None
+    weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`bitcpm_megatron.quantization.quantize_dequantize`."""
-    group = check_weight(weight, group_size, scales)
+    group = check_weight(weight, config.group_size, scales)
     given = None if scales is None else scales.contiguous().clone()
-    item = Weight(weight.detach().contiguous(), group, given, eps)
+    item = Weight(weight.detach().contiguous(), group, given, config.eps)
     _emulator().run([item], CORES, late=True)
     return item.quantized, item.scales
 

@@ -3,6 +3,7 @@
 
 import importlib.util
 import shutil
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -95,7 +96,9 @@ def test_the_emulated_backend_serves_the_op_by_name_only() -> None:
     assert torch.equal(quantized, expected)
     quantized.sum().backward()
     assert torch.equal(leaf.grad, torch.ones_like(leaf))
-    torch.library.opcheck(torch.ops.bitcpm.fake_quantize.default, (leaf, 32, 1e-5, None))
+    torch.library.opcheck(
+        torch.ops.bitcpm.fake_quantize.default, (leaf, *astuple(QuantizerConfig(group_size=32)), None)
+    )
 
 
 @EMULATED

@@ -15,7 +15,7 @@ from ascendc import campaign, cases, golden, mutants
 from ascendc.emulator import FLAGS, LANES, SOURCES, Counters, EmulationError, Emulator, Weight, library_name
 from ascendc.mutants import PLANTED
 
-from bitcpm_megatron.quantization import pack, packed_size, quantize_dequantize
+from bitcpm_megatron.quantization import QuantizerConfig, pack, packed_size, quantize_dequantize
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 
@@ -129,7 +129,7 @@ def test_against_the_reference_quantizer_over_many_groups(emulator: Emulator) ->
     for group in (32, 128, 4096):
         w = Weight(latent, group)
         emulator.run([w], 40)
-        quantized, scales = quantize_dequantize(latent, group, EPS)
+        quantized, scales = quantize_dequantize(latent, QuantizerConfig(group_size=group))
         steps = (w.scales.view(torch.int16) - scales.view(torch.int16)).abs()
         assert steps.max() <= 1 and (steps == 0).float().mean() > 0.999
         same = (steps == 0).repeat_interleave(group, 1)

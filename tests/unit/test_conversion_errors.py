@@ -156,7 +156,7 @@ FROM_HF = {
     "fewer layers": (lambda d: change_config(d, num_hidden_layers=1), "layers.1.*: not part of the model"),
     "head size": (lambda d: change_config(d, head_dim=32), "config.json says"),
     "half fused": (
-        lambda d: change(d, Q, lambda w: quantize_dequantize(w, -1, 1e-5)[0]),
+        lambda d: change(d, Q, lambda w: quantize_dequantize(w, QuantizerConfig())[0]),
         "q_proj.weight is ternary already and the rest of decoder.layers.1.self_attention.linear_qkv is not",
     ),
     "tied and not equal": (
@@ -169,7 +169,7 @@ FROM_HF = {
     ),
     "fused, recorded as latent": (
         lambda d: (
-            change(d, f"{O_NAME}.weight", lambda w: quantize_dequantize(w, -1, 1e-5)[0]),
+            change(d, f"{O_NAME}.weight", lambda w: quantize_dequantize(w, QuantizerConfig())[0]),
             QuantizerRecord("latent", "ternary", 1e-5, "bfloat16", 1, 16, O_PROJ).write(d),
         ),
         "says latent, and decoder.layers.0.self_attention.linear_proj .* is ternary already",
@@ -376,7 +376,7 @@ FROM_MEGATRON = {
     ),
     "arguments without layers": (lambda d: edit_arguments(d, num_layers=None), "do not say num_layers"),
     "fused, recorded as latent": (
-        edited(FC1, lambda t: torch.stack([quantize_dequantize(w, -1, 1e-5)[0] for w in t])),
+        edited(FC1, lambda t: torch.stack([quantize_dequantize(w, QuantizerConfig())[0] for w in t])),
         "says latent, and decoder.layers.0.mlp.linear_fc1 .* is ternary already",
     ),
 }
@@ -488,7 +488,7 @@ def test_the_saved_scales_are_used_and_not_new_ones(megatron: Path, tmp_path: Pa
     saved = reader.read(f"{FC1}.ternary_scale", (1, slice(0, 128)))
     assert torch.equal(gate.abs().amax(1, keepdim=True), saved)
     latent = reader.read(FC1, (1, slice(0, 128)))
-    assert torch.equal(gate, quantize_dequantize(latent, -1, 1e-5, saved)[0])
+    assert torch.equal(gate, quantize_dequantize(latent, QuantizerConfig(), saved)[0])
 
 
 @pytest.mark.parametrize("direction", ["to megatron", "to hugging face"])
@@ -572,7 +572,7 @@ def test_a_dtype_that_cannot_hold_a_value(direction: str, source: Path, tmp_path
 
 def test_scales_are_cast_exactly_or_not_at_all(source: Path, tmp_path: Path, capsys) -> None:
     def ternary(tensor: torch.Tensor) -> torch.Tensor:
-        return quantize_dequantize(tensor * 1e6, -1, 1e-5)[0]
+        return quantize_dequantize(tensor * 1e6, QuantizerConfig())[0]
 
     change(source, f"{O_NAME}.weight", ternary)
     message = "cannot hold its scales exactly"
@@ -583,7 +583,7 @@ def test_scales_are_cast_exactly_or_not_at_all(source: Path, tmp_path: Path, cap
 
 
 def test_partly_fused_models_are_recorded_so(source: Path, tmp_path: Path) -> None:
-    change(source, f"{O_NAME}.weight", lambda w: quantize_dequantize(w, 32, 1e-5)[0])
+    change(source, f"{O_NAME}.weight", lambda w: quantize_dequantize(w, QuantizerConfig(group_size=32))[0])
     assert convert_hf_to_megatron.main(["--load-dir", str(source), "--save-dir", str(tmp_path / "m")]) == 0
     record = record_of(tmp_path / "m")
     assert record.state == "fused"

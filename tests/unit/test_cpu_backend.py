@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitcpm_megatron.ops import active_backend, cpu
+from bitcpm_megatron.ops import active_backend, cpu, quantize_weight
 from bitcpm_megatron.quantization import WEIGHT_DTYPES, QuantizerConfig, dequantize, quantize, quantize_dequantize
 
 EPS = QuantizerConfig.eps
@@ -23,7 +23,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def kernel(weight, group, eps=EPS, scales=None):
-    return cpu._kernel(weight, group, eps, scales)
+    return cpu._kernel(weight, QuantizerConfig(group_size=group, eps=eps), scales)
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -36,7 +36,9 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def assert_like_reference(weight, group, eps=EPS, scales=None) -> None:
     for ours, theirs in zip(
-        kernel(weight, group, eps, scales), quantize_dequantize(weight, group, eps, scales), strict=True
+        kernel(weight, group, eps, scales),
+        quantize_dequantize(weight, QuantizerConfig(group_size=group, eps=eps), scales),
+        strict=True,
     ):
         assert_same(ours, theirs)
 
@@ -104,7 +106,7 @@ def test_auto_takes_it_and_the_op_agrees_with_quantize_and_dequantize() -> None:
         weight = (torch.randn(64, 1024) * 0.02).to(dtype)
         for group in (-1, 128):
             config = QuantizerConfig(group_size=group)
-            found, scales = torch.ops.bitcpm.fake_quantize(weight, group, EPS, None)
+            found, scales = quantize_weight(weight, config)
             codes, expected = quantize(weight, config)
             assert torch.equal(scales, expected)
             assert torch.equal(found, dequantize(codes, expected, config, dtype))
@@ -175,7 +177,7 @@ def test_a_library_that_was_cut_short_is_built_anew_and_a_compiler_may_have_argu
 def test_tensors_elsewhere_never_reach_the_kernel() -> None:
     weight = torch.randn(4, 64)
     with torch.device("meta"):
-        assert torch.equal(kernel(weight, -1)[0], quantize_dequantize(weight, -1, EPS)[0])
+        assert torch.equal(kernel(weight, -1)[0], quantize_dequantize(weight, QuantizerConfig())[0])
     with pytest.raises(RuntimeError, match="on a weight on meta"):
         kernel(weight.to("meta"), -1)
     with pytest.raises((RuntimeError, NotImplementedError)):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitcpm_megatron.quantization import fused_group_size, quantize_dequantize
+from bitcpm_megatron.quantization import QuantizerConfig, fused_group_size, quantize_dequantize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGER_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -38,7 +38,7 @@ def test_every_group_size_is_found(dtype, rows, columns, pick, seed) -> None:
     groups = [-1, *(g for g in range(32, columns, 32) if columns % g == 0)]
     group = groups[pick % len(groups)]
     w = latent(rows, columns, dtype, seed)
-    fused = quantize_dequantize(w, group, 1e-5)[0]
+    fused = quantize_dequantize(w, QuantizerConfig(group_size=group))[0]
     found = fused_group_size(fused)
     assert found == oracle(fused)
     # Neighbouring groups may share a scale, and then a larger group fits, too.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bitcpm_megatron.ops import Backend, register_backend, registry
-from bitcpm_megatron.quantization import quantize_dequantize
+from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def test_it_measures_every_backend_and_writes_a_table(
 def test_a_backend_that_is_wrong_is_not_timed(
     benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    def wrong(weight: torch.Tensor, group: int, eps: float, scales: torch.Tensor | None) -> tuple:
-        quantized, scales = quantize_dequantize(weight, group, eps, scales)
+    def wrong(weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None) -> tuple:
+        quantized, scales = quantize_dequantize(weight, config, scales)
         return quantized.neg(), scales
 
     register_backend(Backend("wrong", wrong, lambda device: None, 1))

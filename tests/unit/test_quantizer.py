@@ -76,7 +76,7 @@ def check(weight: torch.Tensor, config: QuantizerConfig, given_scales: torch.Ten
     before = weight.detach().clone()
     group = weight.shape[1] if config.group_size == -1 else config.group_size
     codes, scales = quantize(weight, config, given_scales)
-    fused, fused_scales = quantize_dequantize(weight, config.group_size, config.eps, given_scales)
+    fused, fused_scales = quantize_dequantize(weight, config, given_scales)
     decoded = dequantize(codes, scales, config, weight.dtype)
 
     assert codes.shape == fused.shape == weight.shape
@@ -243,7 +243,7 @@ def test_sum_is_not_accumulated_in_16_bits() -> None:
     for dtype, value in ((torch.bfloat16, 1.0), (torch.float16, 60.0)):
         weight = torch.full((2, 4096), value, dtype=dtype)
         assert (quantize(weight, QuantizerConfig())[1] == value).all()
-        assert (quantize_dequantize(weight, -1, EPS)[1] == value).all()
+        assert (quantize_dequantize(weight, QuantizerConfig())[1] == value).all()
 
 
 def test_the_rounded_scale_is_the_threshold() -> None:
@@ -253,7 +253,7 @@ def test_the_rounded_scale_is_the_threshold() -> None:
     codes, scales = quantize(weight, QuantizerConfig())
     assert scales.item() == 1.0 and 1.002 < weight.mean().item() < 1.0035
     assert codes[0, 0] == 1
-    assert quantize_dequantize(weight, -1, EPS)[0][0, 0] == 1.0
+    assert quantize_dequantize(weight, QuantizerConfig())[0][0, 0] == 1.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -335,7 +335,7 @@ def test_overflow_of_the_fp32_sum_poisons_its_group(dtype: torch.dtype) -> None:
     codes, scales = quantize(weight, config)
     assert scales.isinf().tolist() == [[False, True], [False, False]]
     assert not codes[0, 32:].any() and (codes[1] == 1).all() and (codes[0, :32] == 1).all()
-    for q in (quantize_dequantize(weight, 32, EPS)[0], dequantize(codes, scales, config, dtype)):
+    for q in (quantize_dequantize(weight, QuantizerConfig(group_size=32))[0], dequantize(codes, scales, config, dtype)):
         assert q[0, 32:].isnan().all() and q[0, :32].isfinite().all() and q[1].isfinite().all()
     assert not scales_are_finite([scales])
 
@@ -347,14 +347,14 @@ def test_a_non_finite_weight_poisons_its_own_group(dtype: torch.dtype, bad: floa
     clean = gaussian((5, 96), dtype, 3)
     config = QuantizerConfig(group_size=group)
     codes, scales = quantize(clean, config)
-    q = quantize_dequantize(clean, group, EPS)[0]
+    q = quantize_dequantize(clean, QuantizerConfig(group_size=group))[0]
     weight = clean.clone()
     weight[2, 40] = bad
     poisoned = torch.zeros(5, 96, dtype=torch.bool)
     poisoned[2, slice(None) if group == -1 else slice(32, 64)] = True
 
     bad_codes, bad_scales = quantize(weight, config)
-    bad_q, fused_scales = quantize_dequantize(weight, group, EPS)
+    bad_q, fused_scales = quantize_dequantize(weight, QuantizerConfig(group_size=group))
     decoded = dequantize(bad_codes, bad_scales, config, dtype)
     for found in (bad_scales, fused_scales):
         assert torch.equal(~found.isfinite(), poisoned.reshape(5, scales.shape[1], -1).all(-1))
@@ -383,8 +383,8 @@ def test_nothing_waits_for_the_device() -> None:
     weight = torch.empty(6, 64, device="meta")
     # Given scales, and codes, are checked, which waits; training does neither.
     _, scales = quantize(weight, QuantizerConfig(group_size=32))
-    quantize_dequantize(weight, 32, EPS)
-    quantize_dequantize(weight, 32, EPS, scales)
+    quantize_dequantize(weight, QuantizerConfig(group_size=32))
+    quantize_dequantize(weight, QuantizerConfig(group_size=32), scales)
     assert scales_are_finite([scales, scales]).device.type == "meta"
 
 
@@ -451,7 +451,7 @@ def test_fp16_overflow_of_the_value() -> None:
     codes, scales = quantize(weight, config)
     assert scales[:, 0].tolist() == [65280.0, 65536.0, 65536.0]
     assert (codes[:, 0::2] == 1).all() and (codes[:, 1::2] == -1).all()
-    for q in (quantize_dequantize(weight, -1, EPS)[0], dequantize(codes, scales, config, torch.float16)):
+    for q in (quantize_dequantize(weight, QuantizerConfig())[0], dequantize(codes, scales, config, torch.float16)):
         assert q[0, :2].tolist() == [65280.0, -65280.0]
         assert q[1, :2].tolist() == [math.inf, -math.inf] and q[2].isinf().all()
     assert dequantize(codes, scales, config, torch.float32)[1, 0] == 65536.0
@@ -498,11 +498,11 @@ def test_layout_and_autograd_state_do_not_matter(group: int, dtype: torch.dtype)
         "parameter": torch.nn.Parameter(plain.clone()),
     }
     codes, scales = quantize(plain, config)
-    q = quantize_dequantize(plain, group, EPS)[0]
+    q = quantize_dequantize(plain, QuantizerConfig(group_size=group))[0]
     for name, weight in layouts.items():
         check(weight, config)
         found_codes, found_scales = quantize(weight, config)
-        found_q, fused_scales = quantize_dequantize(weight, group, EPS)
+        found_q, fused_scales = quantize_dequantize(weight, QuantizerConfig(group_size=group))
         assert torch.equal(found_scales, scales) and torch.equal(fused_scales, scales), name
         assert torch.equal(found_codes, codes) and torch.equal(found_q, q), name
         assert not (found_codes.requires_grad or found_scales.requires_grad or found_q.requires_grad), name
@@ -518,7 +518,7 @@ def test_scales_do_not_depend_on_layout_where_the_sum_decides(columns: int) -> N
     transposed = weight.t().contiguous().t()
     for w in (weight, transposed):
         assert torch.equal(quantize(w, QuantizerConfig())[1], scales)
-        q, fused_scales = quantize_dequantize(w, -1, EPS)
+        q, fused_scales = quantize_dequantize(w, QuantizerConfig())
         assert torch.equal(fused_scales, scales)
         assert torch.equal(q, dequantize(codes, scales, QuantizerConfig(), torch.float32))
 
@@ -531,9 +531,9 @@ def test_matrices_of_several_blocks_with_a_ragged_tail(rows: int, columns: int, 
     # As a whole against the oracle, and rows of the first and last blocks against the same rows alone.
     weight = gaussian((rows, columns), dtype, 7)
     check(weight, QuantizerConfig(group_size=group))
-    q, scales = quantize_dequantize(weight, group, EPS)
+    q, scales = quantize_dequantize(weight, QuantizerConfig(group_size=group))
     for row in (0, 1, rows // 2, rows - 2, rows - 1):
-        alone, alone_scales = quantize_dequantize(weight[row : row + 1], group, EPS)
+        alone, alone_scales = quantize_dequantize(weight[row : row + 1], QuantizerConfig(group_size=group))
         assert torch.equal(alone, q[row : row + 1]) and torch.equal(alone_scales, scales[row : row + 1])
     check(weight, QuantizerConfig(group_size=group), scales * 2)
 
@@ -549,12 +549,12 @@ def test_column_parallel_shards_are_slices_of_the_whole(rows: int, columns: int,
     size = columns if group == -1 else group
     weight = on_boundary((rows * columns // size, size), 8).reshape(rows, columns)
     codes, scales = quantize(weight, config)
-    q = quantize_dequantize(weight, config.group_size, EPS)[0]
+    q = quantize_dequantize(weight, config)[0]
     for size in (1, 3, rows // 4):
         for start in range(0, rows, size):
             part = slice(start, start + size)
             found_codes, found_scales = quantize(weight[part], config)
-            found_q, fused_scales = quantize_dequantize(weight[part], config.group_size, EPS)
+            found_q, fused_scales = quantize_dequantize(weight[part], config)
             assert torch.equal(found_scales, scales[part]) and torch.equal(fused_scales, scales[part])
             assert torch.equal(found_codes, codes[part]) and torch.equal(found_q, q[part])
 
@@ -564,12 +564,12 @@ def test_row_parallel_shards_are_groups_of_the_whole(rows: int, columns: int, sh
     group = columns // shards
     weight = on_boundary((rows * shards, group), 9).reshape(rows, columns)
     codes, scales = quantize(weight, QuantizerConfig(group_size=group))
-    q, fused_scales = quantize_dequantize(weight, group, EPS)
+    q, fused_scales = quantize_dequantize(weight, QuantizerConfig(group_size=group))
     assert torch.equal(scales, fused_scales)
     for i in range(shards):
         shard = weight[:, i * group : (i + 1) * group]
         found_codes, found_scales = quantize(shard, QuantizerConfig())
-        found_q, shard_scales = quantize_dequantize(shard.contiguous(), -1, EPS)
+        found_q, shard_scales = quantize_dequantize(shard.contiguous(), QuantizerConfig())
         assert torch.equal(found_scales, scales[:, i : i + 1]) and torch.equal(shard_scales, found_scales)
         assert torch.equal(found_codes, codes[:, i * group : (i + 1) * group])
         assert torch.equal(found_q, q[:, i * group : (i + 1) * group])
@@ -582,7 +582,7 @@ def test_threads_do_not_matter(shape: tuple[int, int], threads: None) -> None:
     weights = [on_boundary(shape, seed) for seed in range(12 if shape[0] < 10 else 2)]
     for count in (1, 2, 4):
         torch.set_num_threads(count)
-        results = [(*quantize(w, config), *quantize_dequantize(w, -1, EPS)) for w in weights]
+        results = [(*quantize(w, config), *quantize_dequantize(w, QuantizerConfig())) for w in weights]
         assert all(torch.equal(scales, fused_scales) for _, scales, _, fused_scales in results)
         found.append([torch.cat([t.double().flatten() for t in r]) for r in results])
     for one, two, four in zip(*found, strict=True):
@@ -604,7 +604,7 @@ def test_given_scales_are_used_and_copied(group: int, dtype: torch.dtype) -> Non
         check(weight, config, given_scales)
         for scales in (
             quantize(weight, config, given_scales)[1],
-            quantize_dequantize(weight, group, EPS, given_scales)[1],
+            quantize_dequantize(weight, QuantizerConfig(group_size=group), given_scales)[1],
         ):
             assert scales.untyped_storage().data_ptr() != given_scales.untyped_storage().data_ptr()
             scales.zero_()
@@ -615,7 +615,7 @@ def test_given_scales_are_used_and_copied(group: int, dtype: torch.dtype) -> Non
 
 def test_results_do_not_alias_the_weight() -> None:
     weight = torch.ones(2, 32)  # codes, scale and quantized weight all have the weight's own values
-    outputs = (*quantize(weight, QuantizerConfig()), *quantize_dequantize(weight, -1, EPS))
+    outputs = (*quantize(weight, QuantizerConfig()), *quantize_dequantize(weight, QuantizerConfig()))
     for out in outputs:
         assert out.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
         out.zero_()
@@ -640,7 +640,7 @@ def rint_space(lowest: int, highest: int) -> Space:
     """The integers from ``lowest`` to ``highest`` with the ties of round_half_even."""
     thresholds = [level + 0.5 for level in range(lowest, highest)]
     ties = tuple("upper" if np.rint(t) > t else "lower" for t in thresholds)
-    return Space("hidden", tuple(map(float, range(lowest, highest + 1))), tuple(thresholds), ties, "absmean")
+    return Space("hidden", tuple(map(float, range(lowest, highest + 1))), tuple(thresholds), ties)
 
 
 @pytest.mark.parametrize(("lowest", "highest"), [(-1, 1), (-2, 2), (-1, 2), (0, 1), (-7, 7)])
@@ -666,7 +666,7 @@ def test_spaces_are_tables(lowest: int, highest: int, dtype: torch.dtype, monkey
 
 
 def test_dequantize_rounds_once_whatever_the_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    third = Space("hidden", (-1 / 3, 0.0, 1 / 3), (-0.25, 0.25), ("upper", "lower"), "absmean")
+    third = Space("hidden", (-1 / 3, 0.0, 1 / 3), (-0.25, 0.25), ("upper", "lower"))
     monkeypatch.setitem(SPACES, "hidden", third)
     config = QuantizerConfig(space="hidden")
     codes, scales = quantize(gaussian((4, 64), torch.float32, 13), config)
@@ -703,6 +703,8 @@ def test_dequantize_rounds_once_whatever_the_default_dtype(monkeypatch: pytest.M
         ({"eps": "1e-5"}, "eps='1e-5'.*number"),
         ({"eps": None}, "eps=None.*number"),
         ({"eps": True}, "eps=True.*number"),
+        ({"statistic": "absmax"}, "statistic='absmax'.*absmean of its group"),
+        ({"scale_multiplier": 0.5}, "scale_multiplier=0.5.*times 1.0"),
     ],
 )
 def test_bad_configs(arguments: dict, cure: str) -> None:
@@ -712,7 +714,7 @@ def test_bad_configs(arguments: dict, cure: str) -> None:
 
 def test_config_is_frozen_and_has_the_documented_defaults() -> None:
     config = QuantizerConfig()
-    assert (config.space, config.group_size, config.eps) == ("ternary", -1, 1e-5)
+    assert dataclasses.astuple(config) == ("ternary", -1, 1e-5, "absmean", 1.0)
     assert config == QuantizerConfig("ternary", -1, 1e-5) and len({config, QuantizerConfig()}) == 1
     assert QuantizerConfig(eps=2.0**-100).eps == 2.0**-100 and QuantizerConfig(eps=1).eps == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -739,7 +741,7 @@ def test_bad_weights(weight: torch.Tensor, group: int, cure: str) -> None:
     with pytest.raises(ValueError, match=cure):
         quantize(weight, QuantizerConfig(group_size=group))
     with pytest.raises(ValueError, match=cure):
-        quantize_dequantize(weight, group, EPS)
+        quantize_dequantize(weight, QuantizerConfig(group_size=group))
 
 
 @pytest.mark.parametrize(
@@ -759,7 +761,7 @@ def test_bad_scales(scales: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(torch.ones(2, 64), config, scales)
     with pytest.raises(ValueError, match=message):
-        quantize_dequantize(torch.ones(2, 64), 32, EPS, scales)
+        quantize_dequantize(torch.ones(2, 64), QuantizerConfig(group_size=32), scales)
     with pytest.raises(ValueError, match=message):
         dequantize(torch.ones(2, 64, dtype=torch.int8), scales, config, torch.float32)
 

@@ -11,7 +11,7 @@ import torch
 from bitcpm_megatron import __main__ as report
 from bitcpm_megatron.ops import Backend, register_backend, registry
 from bitcpm_megatron.ops.self_test import self_test
-from bitcpm_megatron.quantization import quantize_dequantize
+from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize
 
 Results = tuple[torch.Tensor, torch.Tensor]
 GOOD = Backend("good", quantize_dequantize, lambda device: None, 5)
@@ -29,8 +29,8 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def changed(change: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Results]) -> Backend:
     """The reference, with something done to its results (weight, scales, given scales)."""
 
-    def kernel(weight: torch.Tensor, group: int, eps: float, scales: torch.Tensor | None) -> Results:
-        return change(*quantize_dequantize(weight, group, eps, scales), scales)
+    def kernel(weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None) -> Results:
+        return change(*quantize_dequantize(weight, config, scales), scales)
 
     return dataclasses.replace(GOOD, kernel=kernel)
 
@@ -45,10 +45,10 @@ def test_the_reference_passes() -> None:
 
 @pytest.mark.parametrize(("n", "fails"), [(1, False), (-1, False), (2, True)])
 def test_a_scale_may_lie_one_step_aside(n: int, fails: bool) -> None:
-    def kernel(weight: torch.Tensor, group: int, eps: float, scales: torch.Tensor | None) -> Results:
+    def kernel(weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None) -> Results:
         if scales is None:
-            scales = steps(quantize_dequantize(weight, group, eps)[1], n)
-        return quantize_dequantize(weight, group, eps, scales)
+            scales = steps(quantize_dequantize(weight, config)[1], n)
+        return quantize_dequantize(weight, config, scales)
 
     wrong = self_test(dataclasses.replace(GOOD, kernel=kernel), "cpu")
     assert (wrong is not None) == fails
@@ -108,9 +108,9 @@ def test_a_wrong_backend_is_found_and_decides_the_status(
     wrong = self_test(changed(change), "cpu")
     assert wrong is not None and re.search(message, wrong)
     register_backend(GOOD)
-    assert report.main() == 0
+    assert report.main([]) == 0
     register_backend(changed(change))
-    assert report.main() == 3
+    assert report.main([]) == 3
     printed = capsys.readouterr().out
     assert f"cpu: backend good: available; self-test: FAILED: {wrong}" in printed
 
@@ -118,7 +118,7 @@ def test_a_wrong_backend_is_found_and_decides_the_status(
 def test_the_report(capsys: pytest.CaptureFixture) -> None:
     register_backend(dataclasses.replace(GOOD, name="emulated", priority=None))
     register_backend(Backend("chip", crash, lambda device: "needs the chip", 20))
-    assert report.main() == 0
+    assert report.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("bitcpm_megatron ") and lines[1].startswith("packages: torch ")
     assert "cpu: backend chip: not available: needs the chip" in lines

@@ -11,6 +11,7 @@ the kernels' order of summation, for the scale itself, bit for bit.
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -101,14 +102,14 @@ def check(weight: torch.Tensor, group: int, eps: float = EPS, **options) -> None
     assert torch.equal(s, mean.clamp(min=eps).to(torch.bfloat16)), "a scale is not that of the documented order"
     theirs = weight.float().abs().reshape(-1, size).mean(-1).reshape(mean.shape)
     assert ((mean - theirs).abs() <= 4 * (torch.nextafter(theirs, theirs.new_tensor(torch.inf)) - theirs)).all()
-    assert torch.equal(s, quantize_dequantize(weight, group, eps)[1])
+    assert torch.equal(s, quantize_dequantize(weight, QuantizerConfig(group_size=group, eps=eps))[1])
 
     w, s64 = weight.double().numpy().reshape(-1, size), s.double().numpy().reshape(-1, 1)
     codes = np.sign(w) * (np.abs(w) > s64 / 2)
     expected = torch.from_numpy(codes * s64).reshape(weight.shape).to(weight.dtype) + 0.0
     assert bits_equal(q, expected)
 
-    reference, _ = quantize_dequantize(weight, group, eps, s)
+    reference, _ = quantize_dequantize(weight, QuantizerConfig(group_size=group, eps=eps), s)
     q, copied = run(weight, group, eps, s, **options)
     assert bits_equal(q, reference) and torch.equal(copied, s)
 
@@ -237,7 +238,7 @@ def test_every_16_bit_weight_under_a_given_scale(dtype: torch.dtype, scale: floa
     weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(64, 1024)
     scales = torch.full((64, 1), scale, dtype=torch.float64).to(torch.bfloat16)
     q, s = run(weight, -1, EPS, scales)
-    assert bits_equal(q, quantize_dequantize(weight, -1, EPS, scales)[0]) and torch.equal(s, scales)
+    assert bits_equal(q, quantize_dequantize(weight, QuantizerConfig(), scales)[0]) and torch.equal(s, scales)
     assert bits_equal(run(weight.reshape(1, -1), -1, EPS, scales[:1])[0].reshape(64, -1), q)
 
 
@@ -253,10 +254,10 @@ def test_a_non_finite_weight_poisons_its_own_group(dtype: torch.dtype, bad: floa
     poisoned[2, slice(None) if group == -1 else slice(32, 64)] = True
     assert torch.equal(q.isnan(), poisoned)
     assert torch.equal(~s.isfinite(), poisoned.reshape(3, s.shape[1], -1).all(-1))
-    assert bits_equal(q, quantize_dequantize(weight, group, EPS, s)[0])
+    assert bits_equal(q, quantize_dequantize(weight, QuantizerConfig(group_size=group), s)[0])
     finite = torch.ones_like(s)
     q, _ = run(weight, group, EPS, finite, resident=resident)
-    assert bits_equal(q, quantize_dequantize(weight, group, EPS, finite)[0])
+    assert bits_equal(q, quantize_dequantize(weight, QuantizerConfig(group_size=group), finite)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -302,7 +303,9 @@ def test_the_layout_in_memory_does_not_matter() -> None:
         expected = run(view.contiguous(), -1)
         assert bits_equal(q, expected[0]) and torch.equal(s, expected[1])
     scales = torch.ones(64, 6, dtype=torch.bfloat16)[:, ::2]
-    assert bits_equal(run(weight, 32, EPS, scales)[0], quantize_dequantize(weight, 32, EPS, scales)[0])
+    assert bits_equal(
+        run(weight, 32, EPS, scales)[0], quantize_dequantize(weight, QuantizerConfig(group_size=32), scales)[0]
+    )
     # An address that 16 does not divide.
     odd = torch.cat([torch.zeros(1), weight.flatten()])[1:].reshape(64, 96)
     assert torch.equal(run(odd, -1)[1], run(weight, -1)[1])
@@ -396,7 +399,9 @@ def active() -> Iterator[None]:
 def test_opcheck(dtype: torch.dtype, with_scale: bool, group: int, active: None) -> None:
     weight = gaussian(6, 64, dtype).to(DEVICE).requires_grad_()
     scale = torch.ones(6, 1 if group == -1 else 2, dtype=torch.bfloat16, device=DEVICE) if with_scale else None
-    torch.library.opcheck(torch.ops.bitcpm.fake_quantize.default, (weight, group, EPS, scale))
+    torch.library.opcheck(
+        torch.ops.bitcpm.fake_quantize.default, (weight, *astuple(QuantizerConfig(group_size=group)), scale)
+    )
 
 
 def test_the_gradient_passes_unchanged(active: None) -> None:

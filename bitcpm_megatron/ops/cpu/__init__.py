@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ...quantization import check_weight
+from ...quantization import QuantizerConfig, check_weight
 from ..registry import Backend, register_backend
 
 CACHE_VARIABLE = "BITCPM_CACHE_DIR"
@@ -130,9 +130,9 @@ def _machine() -> bytes:
 
 
 def _kernel(
-    weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None
+    weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    group = check_weight(weight, group_size, scales)
+    group = check_weight(weight, config.group_size, scales)
     library, why = _load()
     if library is None:
         raise RuntimeError(f"the CPU kernel cannot run: {why}")
@@ -155,7 +155,7 @@ def _kernel(
         group,
         _DTYPES[w.dtype],
         scales is not None,
-        eps,
+        config.eps,
         threads,
     )
     return quantized, own

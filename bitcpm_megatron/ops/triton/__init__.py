@@ -20,6 +20,7 @@ import os
 
 import torch
 
+from ...quantization import QuantizerConfig
 from ..registry import Backend, register_backend
 
 _VARIABLE = "TRITON_INTERPRET"
@@ -44,11 +45,11 @@ def unavailable(device_type: str) -> str | None:
 
 
 def _kernel(
-    weight: torch.Tensor, group_size: int, eps: float, scales: torch.Tensor | None
+    weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .launch import fake_quantize
 
-    return fake_quantize(weight, group_size, eps, scales)
+    return fake_quantize(weight, config.group_size, config.eps, scales)
 
 
 # The interpreter is for finding out what a kernel does, not for training: never chosen by itself.
