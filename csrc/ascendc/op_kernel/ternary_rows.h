@@ -3,7 +3,7 @@
 // stays in UB between summing and quantizing; else it is read twice.
 #pragma once
 
-#include "ternary_kernel.h"
+#include "ternary_core.h"
 
 namespace ternary {
 

@@ -2,7 +2,7 @@
 // Many segments per tile: groups and rows of up to 4096 elements, in multiples of 32.
 #pragma once
 
-#include "ternary_kernel.h"
+#include "ternary_core.h"
 
 namespace ternary {
 
