@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-KERNEL_FILES = ("vector_ops.h", "ternary_core.h", "ternary_tile.h", "ternary_rows.h")
+KERNEL_FILES = ("vector_ops.h", "ternary_core.h", "scales.h", "codes.h", "ternary_tile.h", "ternary_rows.h")
 TOKEN = re.compile(
     r"(?P<number>\b(?:0x[0-9A-Fa-f]+u?|\d+\.\d+f|\d+u?)\b)|(?P<word>[A-Za-z_]\w*)"
     r"|(?P<operator>==|!=|<=|>=|&&|\|\||<<|::|->|\+\+|\+=|-=|\*=|[-+*/%<>=!&|(){}\[\];,.?:~])|(?P<space>\s+)"

@@ -3,7 +3,8 @@
 // stays in UB between summing and quantizing; else it is read twice.
 #pragma once
 
-#include "ternary_core.h"
+#include "codes.h"
+#include "scales.h"
 
 namespace ternary {
 

@@ -2,7 +2,8 @@
 // Many segments per tile: groups and rows of up to 4096 elements, in multiples of 32.
 #pragma once
 
-#include "ternary_core.h"
+#include "codes.h"
+#include "scales.h"
 
 namespace ternary {
 
