@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks that the product keeps the shape in which a reader finds things: ``python scripts/check_shape.py``.
 
-No file of it has more than 400 lines and no function more than 60, no folder more than 10 modules (``launch`` itself:
-14, all of them commands), and no two files share 15 lines on end (imports, comments and blank lines aside). Exit
-status: 0 good, 1 not, with a line for everything that is not.
+No file of it, in Python or C++, has more than 400 lines and no function more than 60, no folder more than 10 modules
+(``launch`` itself: 14, all of them commands), and no two files share 15 lines on end (imports, comments and blank lines
+aside). Functions and modules are Python's alone. Exit status: 0 good, 1 not, with a line for everything that is not.
 """
 
 import ast
@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-ROOMS = ("bitcpm_megatron", "patches", "launch", "checkpoint_tools", "benchmarks", "scripts", "examples")
+ROOMS = ("bitcpm_megatron", "patches", "launch", "checkpoint_tools", "benchmarks", "scripts", "examples", "csrc")
+SOURCES = (".py", ".c", ".h", ".cpp")
 FILE_LINES, FUNCTION_LINES, MODULES, COMMANDS, EQUAL_LINES = 400, 60, 10, 14, 15
 
 
 def crowded(files: Sequence[Path]) -> Iterator[str]:
     """Folders with too many modules."""
-    for folder, count in Counter(file.parent for file in files if file.name != "__init__.py").items():
+    modules = (file for file in files if file.suffix == ".py" and file.name != "__init__.py")
+    for folder, count in Counter(file.parent for file in modules).items():
         allowed = COMMANDS if folder == CHECKOUT / "launch" else MODULES
         if count > allowed:
             yield f"{folder}: {count} modules, {allowed} are allowed: make a room for those that belong together"
@@ -30,6 +32,8 @@ def long(file: Path, text: str) -> Iterator[str]:
     lines = len(text.splitlines())
     if lines > FILE_LINES:
         yield f"{file}: {lines} lines, {FILE_LINES} are allowed"
+    if file.suffix != ".py":
+        return
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
             length = node.end_lineno - node.lineno + 1
@@ -42,7 +46,7 @@ def written_twice(texts: dict[Path, str]) -> Iterator[str]:
     places: dict[tuple[str, ...], list[tuple[Path, int]]] = defaultdict(list)
     for file, text in texts.items():
         lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-        lines = [(n, line) for n, line in lines if line and not line.startswith(("import ", "from ", "#"))]
+        lines = [(n, line) for n, line in lines if line and not line.startswith(("import ", "from ", "#", "//"))]
         for first in range(len(lines) - EQUAL_LINES + 1):
             piece = lines[first : first + EQUAL_LINES]
             places[tuple(line for _, line in piece)].append((file, piece[0][0]))
@@ -57,7 +61,7 @@ def written_twice(texts: dict[Path, str]) -> Iterator[str]:
 
 def main() -> int:
     """Checks; returns the exit status."""
-    files = sorted(file for room in ROOMS for file in (CHECKOUT / room).rglob("*.py"))
+    files = sorted(file for room in ROOMS for file in (CHECKOUT / room).rglob("*") if file.suffix in SOURCES)
     texts = {file: file.read_text(encoding="utf-8") for file in files}
     found = [*crowded(files), *(line for file, text in texts.items() for line in long(file, text))]
     found += written_twice(texts)

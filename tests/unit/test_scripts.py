@@ -22,6 +22,17 @@ def test_long_files_and_functions_are_found() -> None:
     assert not list(check_shape.long(Path("a.py"), f"def f():\n{body}\n"))
     assert "f has 61 lines" in next(check_shape.long(Path("a.py"), f"def f():\n{body}\n    y = 1\n"))
     assert "401 lines" in next(check_shape.long(Path("a.py"), "x = 1\n" * 401))
+    (line,) = check_shape.long(Path("a.h"), "int x{};\n" * 401)
+    assert "401 lines" in line
+
+
+def test_kernels_are_held_to_the_length_of_files(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(check_shape, "CHECKOUT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    assert check_shape.main() == 0
+    (tmp_path / "csrc" / "a.cpp").write_text("int x;\n" * 401)
+    assert check_shape.main() == 1
+    assert "csrc/a.cpp: 401 lines, 400 are allowed" in capsys.readouterr().out
 
 
 def test_what_is_written_twice_is_found() -> None:
