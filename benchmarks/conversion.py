@@ -16,9 +16,7 @@ Exit status: 0 done, 1 a conversion failed, was not exact or took more memory th
 """
 
 import argparse
-import csv
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -27,13 +25,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import safetensors
 import torch
-from hardware import check_outputs, processor
+from hardware import check_outputs, command_line, linux, machine, versions
 from random_models import CONFIG, Model, shape, write_model, write_ternary
+from report.pictures import bars, level, picture
+from report.tables import markdown, write_csv
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -45,15 +45,12 @@ from bitcpm_megatron.models.architecture import MAX_LAYERS
 
 TOOLS = Path(checkpoint_tools.__file__).parent
 _BLOCK = 2**24
+MIB = 2**20
 GOAL = 0.5
 """Of the copy's speed."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _LARGEST = 2**44
 _POLL_SECONDS = 0.01
-
-
-class BenchmarkError(cli.FailedError):
-    """A conversion that failed or was wrong."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
     args = parser.parse_args(argv)
-    command = "python benchmarks/conversion.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    return cli.run(lambda: _measure(args, command.strip()))
+    return cli.run(lambda: _measure(args, command_line("conversion", argv)))
 
 
 def _measure(args: argparse.Namespace, command: str) -> int:
@@ -117,11 +113,10 @@ def _measure(args: argparse.Namespace, command: str) -> int:
     if nbytes > _LARGEST:
         raise ConversionError(f"--size {args.size}: at most {_LARGEST // 2**40} TiB")
     architecture = shape(nbytes, args.layers, args.vocab_size, _DTYPES[args.dtype].itemsize)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-conversion-", dir=args.work_dir) as work:
         model = Model(architecture, _DTYPES[args.dtype], Path(work) / "model")
         results, start_up = measure(model, Path(work), args.repeats, args.pause)
-    write_csv(results, args.output_dir / "conversion.csv")
+    write_csv([asdict(result) for result in results], args.output_dir / "conversion.csv", ".3f")
     draw(results, args.output_dir / "conversion.png")
     print(table(results, start_up, model, command))
     return 0 if all(r.rss_anon <= r.memory_bound for r in results) else 1
@@ -140,7 +135,7 @@ def measure(model: Model, work: Path, repeats: int, pause: float = 0.0) -> tuple
         All runs, and the seconds that a tool takes to start.
 
     Raises:
-        BenchmarkError: a conversion failed or is not exact.
+        FailedError: a conversion failed or is not exact.
     """
     to_megatron, to_hf = "convert_hf_to_megatron.py", "convert_megatron_to_hf.py"
     dist, legacy, ternary = work / "torch_dist", work / "legacy", work / "ternary"
@@ -205,7 +200,7 @@ def run_tool(case: Case, command: Sequence[str] | None = None) -> dict[str, floa
         ``vm_hwm`` (which counts the mapped pages of the files, too), in bytes.
 
     Raises:
-        BenchmarkError: it ended with another status than 0.
+        FailedError: it ended with another status than 0.
     """
     tool, *options = case.command
     if command is None:
@@ -225,7 +220,7 @@ def run_tool(case: Case, command: Sequence[str] | None = None) -> dict[str, floa
         after = os.times()
         if process.returncode:
             output.seek(0)
-            raise BenchmarkError(f"{case.name} ended with status {process.returncode}:\n{output.read()[-2000:]}")
+            raise cli.FailedError(f"{case.name} ended with status {process.returncode}:\n{output.read()[-2000:]}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return {"seconds": seconds, "cpu_seconds": cpu, "rss_anon": rss_anon, "vm_hwm": vm_hwm}
 
@@ -234,93 +229,66 @@ def check(model: Model, directory: Path, ternary: bool) -> None:
     """Compares a model directory with the synthetic model, by the safetensors library and not by the tools' own reader.
 
     Raises:
-        BenchmarkError: names a tensor that differs.
+        FailedError: names a tensor that differs.
     """
     quantized = {part for t in model.tensors if t.quantizable for part in t.parts} if ternary else set()
     expected, found = _Opened(model.directory), _Opened(directory)
     if found.files.keys() != expected.files.keys():
-        raise BenchmarkError(f"other tensors came back: {sorted(found.files.keys() ^ expected.files.keys())[:5]}")
+        raise cli.FailedError(f"other tensors came back: {sorted(found.files.keys() ^ expected.files.keys())[:5]}")
     for name, info in model.plan.items():
         rows = max(1, _BLOCK * info.shape[0] // info.nbytes)
         if found.slice(name).get_shape() != list(info.shape):
-            raise BenchmarkError(f"{name} came back as {found.slice(name).get_shape()}")
+            raise cli.FailedError(f"{name} came back as {found.slice(name).get_shape()}")
         for start in range(0, info.shape[0], rows):
             ours = expected.slice(name)[start : start + rows]
             if name in quantized:
                 ours = dequantize(*quantize(ours, CONFIG), CONFIG, ours.dtype)
             if not torch.equal(found.slice(name)[start : start + rows], ours):
-                raise BenchmarkError(f"{name} came back with other values in the rows from {start}")
-
-
-def write_csv(results: Sequence[Result], path: Path) -> None:
-    """Every run, one line each."""
-    names = list(Result.__dataclass_fields__)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for result in results:
-            values = [getattr(result, name) for name in names]
-            writer.writerow(f"{value:.3f}" if isinstance(value, float) else value for value in values)
+                raise cli.FailedError(f"{name} came back with other values in the rows from {start}")
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Seconds relative to the copy, and memory against its bound."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    medians = _medians(results)
-    names = [name.replace(" → ", "\n→ ") for name in medians]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    bars = left.bar(names, [m.seconds / m.copy_seconds for m in medians.values()], color="#4878a8")
-    left.bar_label(bars, [f"{m.seconds:.1f} s" for m in medians.values()])
-    left.axhline(1, color="black", linewidth=1, label="plain copy of the same bytes")
-    left.axhline(1 / GOAL, color="#c44e52", linestyle="--", linewidth=1, label="half of the copy's speed")
-    left.set_title("time, relative to the copy")
-    memory = [max(r.rss_anon for r in results if r.conversion == name) / 2**20 for name in medians]
-    right.bar_label(right.bar(names, memory, color="#6aa56a"), fmt="%.0f")
-    bound = results[0].memory_bound / 2**20
-    right.axhline(bound, color="#c44e52", linestyle="--", linewidth=1, label="2 x largest tensor of a layer + 1 GiB")
-    right.set_title("peak anonymous memory, MiB")
-    for axes in (left, right):
-        axes.tick_params(axis="x", labelsize=7)
-        axes.margins(y=0.15)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    medians = {r.conversion.replace(" → ", "\n→ "): r for r in _medians(results)}
+    with picture(path, 12, 4.2, panels=2) as (left, right):
+        times = {name: r.seconds / r.copy_seconds for name, r in medians.items()}
+        bars(left, {"": times}, [f"{r.seconds:.1f} s" for r in medians.values()], color="#4878a8", size=7)
+        level(left, 1, "plain copy of the same bytes")
+        level(left, 1 / GOAL, "half of the copy's speed", is_limit=True)
+        left.set_title("time, relative to the copy")
+        memory = {name: _largest(results, r) / MIB for name, r in medians.items()}
+        bars(right, {"": memory}, "%.0f", color="#6aa56a", size=7)
+        level(right, results[0].memory_bound / MIB, "2 x largest tensor of a layer + 1 GiB", is_limit=True)
+        right.set_title("peak anonymous memory, MiB")
+        for axes in (left, right):
+            axes.margins(y=0.15)
+            axes.legend(fontsize=8)
 
 
 def table(results: Sequence[Result], start_up: float, model: Model, command: str) -> str:
     """The medians as Markdown, with what they were measured on."""
     a = model.architecture
-    lines = [
-        "| conversion | GB | copy + fsync: s (CPU s) | conversion: s (CPU s) | of the copy's speed | "
-        "peak RssAnon, MiB | VmHWM, MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, m in _medians(results).items():
-        anonymous = max(r.rss_anon for r in results if r.conversion == name)
-        lines.append(
-            f"| {name} | {m.source_bytes / 1e9:.2f} | {m.copy_seconds:.1f} ({m.copy_cpu_seconds:.1f}) | "
-            f"{m.seconds:.1f} ({m.cpu_seconds:.1f}) | {m.copy_seconds / m.seconds:.2f} | {anonymous / 2**20:.0f} | "
-            f"{m.vm_hwm / 2**20:.0f} |"
-        )
+    head = (
+        "conversion | GB | copy + fsync: s (CPU s) | conversion: s (CPU s) | of the copy's speed | peak RssAnon, MiB | "
+        "VmHWM, MiB"
+    )
+    rows = (
+        f"{m.conversion} | {m.source_bytes / 1e9:.2f} | {m.copy_seconds:.1f} ({m.copy_cpu_seconds:.1f}) | "
+        f"{m.seconds:.1f} ({m.cpu_seconds:.1f}) | {m.copy_seconds / m.seconds:.2f} | "
+        f"{_largest(results, m) / MIB:.0f} | {m.vm_hwm / MIB:.0f}"
+        for m in _medians(results)
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    lines += [
-        "",
-        f"Medians of {max(r.repeat for r in results)} interleaved runs. Model: {a.parameter_count():,} parameters, "
-        f"{str(model.dtype).removeprefix('torch.')}, {a.num_layers} layers, hidden {a.hidden_size}, ffn "
-        f"{a.ffn_hidden_size}, vocabulary {a.vocab_size}. Seconds include the start of the process ({start_up:.2f} s "
-        f"with `--help`). Memory bound: {model.memory_bound / 2**20:.0f} MiB of RssAnon (largest of all runs).",
-        f"Hardware: {processor()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory, "
-        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}, load average at the end "
-        f"{os.getloadavg()[1]:.1f}. Versions: Python "
-        f"{platform.python_version()}, torch {torch.__version__}, safetensors {safetensors.__version__}, Linux "
-        f"{platform.release().split('-')[0]}.",
-        f"Command: `{command}`",
-    ]
-    return "\n".join(lines)
+    return f"""{markdown(head, rows)}
+
+Medians of {max(r.repeat for r in results)} interleaved runs. Model: {a.parameter_count():,} parameters, \
+{str(model.dtype).removeprefix("torch.")}, {a.num_layers} layers, hidden {a.hidden_size}, ffn {a.ffn_hidden_size}, \
+vocabulary {a.vocab_size}. Seconds include the start of the process ({start_up:.2f} s with `--help`). \
+Memory bound: {model.memory_bound / MIB:.0f} MiB of RssAnon (largest of all runs).
+Hardware: {machine("cpu")}, {memory:.0f} GiB of memory, \
+OMP_NUM_THREADS={os.environ.get("OMP_NUM_THREADS", "not set")}, load average at the end {os.getloadavg()[1]:.1f}. \
+Versions: {versions(safetensors)}, {linux()}.
+Command: `{command}`"""
 
 
 class _Opened:
@@ -345,19 +313,19 @@ def _memory(pid: int) -> tuple[int, int]:
     return int(found.get("RssAnon", 0)) * 1024, int(found.get("VmHWM", 0)) * 1024
 
 
-def _medians(results: Sequence[Result]) -> dict[str, Result]:
-    """By conversion, in their order."""
-    return {
-        name: Result(
-            0,
-            name,
-            *(
-                statistics.median(getattr(r, field) for r in results if r.conversion == name)
-                for field in list(Result.__dataclass_fields__)[2:]
-            ),
-        )
-        for name in dict.fromkeys(r.conversion for r in results)
-    }
+def _medians(results: Sequence[Result]) -> list[Result]:
+    """One row per conversion, in their order."""
+    medians = []
+    for name in dict.fromkeys(r.conversion for r in results):
+        runs = [r for r in results if r.conversion == name]
+        values = (statistics.median(getattr(r, field.name) for r in runs) for field in fields(Result)[2:])
+        medians.append(Result(0, name, *values))
+    return medians
+
+
+def _largest(results: Sequence[Result], of: Result) -> int:
+    """Anonymous memory of all runs of a conversion."""
+    return max(r.rss_anon for r in results if r.conversion == of.conversion)
 
 
 def _settle(pause: float) -> None:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark runs on, for its tables."""
+"""What a benchmark runs on and how it was started, for its tables."""
 
 import importlib.util
 import os
 import platform
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -44,3 +47,24 @@ def processor() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.machine()
+
+
+def versions(*modules: ModuleType) -> str:
+    """Of Python, torch and more packages."""
+    found = [f"{module.__name__.replace('.', '-')} {module.__version__}" for module in (torch, *modules)]
+    return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def linux() -> str:
+    """The release of the running kernel."""
+    return f"Linux {platform.release().split('-')[0]}"
+
+
+def command_line(name: str, argv: Sequence[str] | None) -> str:
+    """What a user would type to have the same measured again.
+
+    Args:
+        name: of the benchmark.
+        argv: its arguments; None for those of this process.
+    """
+    return " ".join([f"python benchmarks/{name}.py", *(sys.argv[1:] if argv is None else argv)])

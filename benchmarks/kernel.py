@@ -17,8 +17,6 @@ Exit status: 0 done, 1 a backend was wrong, 2 bad arguments.
 """
 
 import argparse
-import csv
-import platform
 import statistics
 import sys
 import time
@@ -27,7 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from hardware import best_device, check_outputs, machine
+from cost.workload import preset
+from hardware import best_device, check_outputs, command_line, linux, machine, versions
+from report.pictures import bars, level, picture
+from report.tables import markdown, write_csv
 from tqdm import tqdm
 
 from bitcpm_megatron import cli
@@ -39,11 +40,8 @@ from bitcpm_megatron.ternary_flags import GroupSize
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _CPU_MODELS = ("minicpm4-0.5b",)
 _DEVICE_MODELS = ("minicpm4-0.5b", "bitcpm-cann-1b", "bitcpm-cann-3b", "minicpm4-8b")
+_LAYERS = ("qkv", "proj", "fc1", "fc2")
 _CPU_RING = 2**29
-
-
-class BenchmarkError(cli.FailedError):
-    """A backend that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -106,27 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default=best_device())
     parser.add_argument("--models", nargs="+", choices=presets.names(), metavar="MODEL")
-    parser.add_argument("--layers", nargs="+", choices=_LAYERS, default=list(_LAYERS))
+    parser.add_argument("--layers", nargs="+", choices=_LAYERS, default=_LAYERS)
     parser.add_argument("--dtypes", nargs="+", choices=sorted(_DTYPES))
     parser.add_argument("--groups", nargs="+", type=GroupSize(), default=[-1, 128], metavar="G")
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        metavar="NAME",
-        help="default: all that are available; one that runs by name only has to be named",
-    )
+    help_text = "default: all that are available; one that runs by name only has to be named"
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help=help_text)
     parser.add_argument("--rounds", type=cli.Whole(1, 10**6), default=9)
-    parser.add_argument(
-        "--ring",
-        type=cli.Whole(1, 2**20),
-        metavar="MIB",
-        help="of weights and of results each; default 512, on a GPU four times its L2 cache",
-    )
+    help_text = "of weights and of results each; default 512, on a GPU four times its L2 cache"
+    parser.add_argument("--ring", type=cli.Whole(1, 2**20), metavar="MIB", help=help_text)
     parser.add_argument("--threads", type=cli.Whole(1, 1024), help="of the CPU")
     parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
     args = parser.parse_args(argv)
-    command = "python benchmarks/kernel.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    return cli.run(lambda: _measure(args, command.strip()))
+    return cli.run(lambda: _measure(args, command_line("kernel", argv)))
 
 
 def _measure(args: argparse.Namespace, command: str) -> None:
@@ -142,18 +131,10 @@ def _measure(args: argparse.Namespace, command: str) -> None:
     chosen = choose(args.backends, args.device)
     ring = args.ring * 2**20 if args.ring else _ring(args.device)
     results = [r for case in tqdm(cases) for r in measure(case, chosen, args.device, args.rounds, ring)]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_csv(results, args.output_dir / f"kernel-{args.device}.csv")
+    rows = [{**asdict(result), "copies": result.copies} for result in results]
+    write_csv(rows, args.output_dir / f"kernel-{args.device}.csv", ".3f")
     draw(results, args.output_dir / f"kernel-{args.device}.png")
     print(table(results, command))
-
-
-_LAYERS: dict[str, Callable[[dict], tuple[int, int]]] = {
-    "qkv": lambda m: (m["kv-channels"] * (m["num-attention-heads"] + 2 * m["num-query-groups"]), m["hidden-size"]),
-    "proj": lambda m: (m["hidden-size"], m["kv-channels"] * m["num-attention-heads"]),
-    "fc1": lambda m: (2 * m["ffn-hidden-size"], m["hidden-size"]),
-    "fc2": lambda m: (m["hidden-size"], m["ffn-hidden-size"]),
-}
 
 
 def cases_of(models: Sequence[str], layers: Sequence[str], dtypes: Sequence[str], groups: Sequence[int]) -> list[Case]:
@@ -164,14 +145,13 @@ def cases_of(models: Sequence[str], layers: Sequence[str], dtypes: Sequence[str]
     """
     cases = []
     for model in models:
-        presets.architecture(model)  # refuses flags that are none
-        flags = presets.read(model).flags
+        linears = {x.path.rpartition("linear_")[2]: x for x in preset(model, 1, 1).layout.linears(0)}
         for layer in layers:
-            rows, columns = _LAYERS[layer](flags)
+            shape = linears[layer].out_features, linears[layer].in_features
             for group in groups:
                 QuantizerConfig(group_size=group)
-                check_weight(torch.empty(rows, columns, device="meta"), group)
-                cases += [Case(f"{model} {layer}", rows, columns, dtype, group) for dtype in dtypes]
+                check_weight(torch.empty(shape, device="meta"), group)
+                cases += [Case(f"{model} {layer}", *shape, dtype, group) for dtype in dtypes]
     return cases
 
 
@@ -204,7 +184,7 @@ def measure(case: Case, chosen: Sequence[Backend], device: str, rounds: int, rin
         ring: bytes of different weights.
 
     Raises:
-        BenchmarkError: a backend's result is not what its scales say.
+        FailedError: a backend's result is not what its scales say.
     """
     dtype = _DTYPES[case.dtype]
     count = max(2, -(-ring // (case.rows * case.columns * dtype.itemsize)))
@@ -224,28 +204,13 @@ def measure(case: Case, chosen: Sequence[Backend], device: str, rounds: int, rin
             taken = _timed(function, weights, kept, device)
             if turn:  # the first round fills the ring
                 seconds[name].append(taken / count)
-    copy = sorted(s * 1e6 for s in seconds["copy"])
+    copy = sorted(s * 1e6 for s in seconds.pop("copy"))
+    copies = {"copy_microseconds": statistics.median(copy), "copy_fastest": copy[0], "copy_slowest": copy[-1]}
     results = []
-    for backend in chosen:
-        median = statistics.median(seconds[backend.name])
-        results.append(
-            Result(
-                device,
-                backend.name,
-                case.name,
-                case.rows,
-                case.columns,
-                case.dtype,
-                case.group,
-                rounds,
-                count,
-                median * 1e6,
-                statistics.median(copy),
-                copy[0],
-                copy[-1],
-                case.nbytes / median / 1e9,
-            )
-        )
+    for name, taken in seconds.items():
+        median = statistics.median(taken)
+        speed = {"microseconds": median * 1e6, "gigabytes_per_second": case.nbytes / median / 1e9}
+        results.append(Result(device, name, **vars(case), rounds=rounds, ring=count, **copies, **speed))
     return results
 
 
@@ -275,73 +240,42 @@ def _check(backend: Backend, case: Case, weight: torch.Tensor) -> None:
     rows = slice(0, 512)
     expected, _ = quantize_dequantize(weight[rows].cpu(), case.config, scales[rows].cpu())
     if not torch.equal(quantized[rows].cpu(), expected):
-        raise BenchmarkError(f"{backend.name} is wrong on {case}")
-
-
-def write_csv(results: Sequence[Result], path: Path) -> None:
-    """One line per backend and weight."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*Result.__dataclass_fields__, "copies"])
-        writer.writeheader()
-        for result in results:
-            row = {**asdict(result), "copies": result.copies}
-            writer.writerow({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()})
+        raise cli.FailedError(f"{backend.name} is wrong on {case}")
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Time in units of the copy's, per weight."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    labels = list(dict.fromkeys(_label(r) for r in results))
-    names = list(dict.fromkeys(r.backend for r in results))
-    figure, axes = plt.subplots(figsize=(max(6.0, 0.42 * len(labels) * len(names)), 4.5), layout="constrained")
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        copies = {_label(r): r.copies for r in results if r.backend == name}
-        places = [labels.index(label) + (i - (len(names) - 1) / 2) * width for label in copies]
-        axes.bar_label(axes.bar(places, list(copies.values()), width, label=name), fmt="%.1f", fontsize=6)
-    axes.axhline(1, color="black", linewidth=1, label="copy of the same bytes")
-    axes.set_xticks(range(len(labels)), labels, fontsize=6, rotation=60, ha="right")
-    axes.set_ylabel("time, in units of the copy's")
-    axes.set_title(f"quantizing a weight, {machine(results[0].device)}", fontsize=9)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    copies: dict[str, dict[str, float]] = {}
+    for result in results:
+        copies.setdefault(result.backend, {})[f"{result.name}\n{result.dtype} g={result.group}"] = result.copies
+    with picture(path, max(6.0, 0.42 * sum(map(len, copies.values()))), 4.5) as (axes,):
+        bars(axes, copies, "%.1f", 6, size=6, rotation=60, ha="right")
+        level(axes, 1, "copy of the same bytes")
+        axes.set_ylabel("time, in units of the copy's")
+        axes.set_title(f"quantizing a weight, {machine(results[0].device)}", fontsize=9)
+        axes.legend(fontsize=8)
 
 
 def table(results: Sequence[Result], command: str) -> str:
     """The medians as Markdown, with what they were measured on."""
-    lines = [
-        "| weight | shape | dtype | group | copy, us (fastest - slowest round) | backend | us | of the copy's speed | "
-        "GB/s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r.name} | {r.rows} x {r.columns} | {r.dtype} | {r.group} | {r.copy_microseconds:.0f} "
+    head = (
+        "weight | shape | dtype | group | copy, us (fastest - slowest round) | backend | us | of the copy's speed | "
+        "GB/s"
+    )
+    rows = (
+        f"{r.name} | {r.rows} x {r.columns} | {r.dtype} | {r.group} | {r.copy_microseconds:.0f} "
         f"({r.copy_fastest:.0f} - {r.copy_slowest:.0f}) | {r.backend} | {r.microseconds:.0f} | {1 / r.copies:.2f} | "
-        f"{r.gigabytes_per_second:.1f} |"
+        f"{r.gigabytes_per_second:.1f}"
         for r in results
-    ]
+    )
     ring = max(r.ring * r.rows * r.columns * _DTYPES[r.dtype].itemsize for r in results) / 2**20
-    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    if "triton" in sys.modules:
-        versions.append(f"triton {sys.modules['triton'].__version__}")
-    lines += [
-        "",
-        f"Medians of {results[0].rounds} interleaved rounds over {ring:.0f} MiB of weights. GB/s counts the weight "
-        "read once and written once, and its scales.",
-        f"Hardware: {machine(results[0].device)}, {_threads(results[0].device)}. Versions: "
-        f"{', '.join(versions)}, Linux {platform.release().split('-')[0]}.",
-        f"Command: `{command}`",
-    ]
-    return "\n".join(lines)
+    packages = versions(*(sys.modules[name] for name in ("triton",) if name in sys.modules))
+    return f"""{markdown(head, rows)}
 
-
-def _label(result: Result) -> str:
-    return f"{result.name}\n{result.dtype} g={result.group}"
+Medians of {results[0].rounds} interleaved rounds over {ring:.0f} MiB of weights. GB/s counts the weight \
+read once and written once, and its scales.
+Hardware: {machine(results[0].device)}, {_threads(results[0].device)}. Versions: {packages}, {linux()}.
+Command: `{command}`"""
 
 
 def _threads(device: str) -> str:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,6 @@ from bitcpm_megatron.quantization.record import SCALE_SUFFIX, QuantizerRecord
 CONFIG = QuantizerConfig()
 HEAD = 128
 _BLOCK = 2**24
-
-
 _OVERHEAD = 2**30
 
 
@@ -110,29 +109,20 @@ def write_ternary(model: Model, plain: Path, target: Path) -> None:
     reader = TorchDistReader(source)
     linears = [t for t in model.tensors if t.quantizable]
 
+    def scales(key: str, layer: int) -> torch.Tensor:
+        return quantize(reader.read(key, (layer,)), CONFIG)[1].unsqueeze(0)
+
     def chunks() -> Iterator[Chunk]:
         for name, info in reader.tensors().items():
             for offsets, sizes in reader.chunks(name):
                 piece = tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))
-                yield Chunk(
-                    name,
-                    info.shape,
-                    offsets,
-                    sizes,
-                    info.dtype,
-                    lambda name=name, piece=piece: reader.read(name, piece),
-                )
+                read = partial(reader.read, name, piece)
+                yield Chunk(name, info.shape, offsets, sizes, info.dtype, read)
         for t in linears:
-            key = f"decoder.layers.{t.suffix}"
-            rows = t.shape[0]
-            yield Chunk(
-                f"{key}{SCALE_SUFFIX}",
-                (model.architecture.num_layers, rows, 1),
-                (t.layer, 0, 0),
-                (1, rows, 1),
-                torch.bfloat16,
-                lambda key=key, layer=t.layer: quantize(reader.read(key, (layer,)), CONFIG)[1].unsqueeze(0),
-            )
+            key, rows = f"decoder.layers.{t.suffix}", t.shape[0]
+            shape = (model.architecture.num_layers, rows, 1)
+            read = partial(scales, key, t.layer)
+            yield Chunk(f"{key}{SCALE_SUFFIX}", shape, (t.layer, 0, 0), (1, rows, 1), torch.bfloat16, read)
 
     TorchDistWriter(release, read_common(source)).write(chunks(), dict.fromkeys(reader.objects))
     modules = {t.module: {"group_size": CONFIG.group_size} for t in linears}

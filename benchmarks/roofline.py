@@ -13,9 +13,8 @@ Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
 
 import argparse
-import csv
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from cost.model import predict
 from cost.validation import Calibrate, validate, validation_table
 from cost.workload import MACHINES, PRESETS, QUANTIZER_BYTES, Machine, Workload, preset
 from hardware import check_outputs
+from report.pictures import picture
+from report.tables import markdown, write_csv
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.launch.estimates.memory import GIB
@@ -63,35 +64,15 @@ def line(machine: Machine, workload: Workload) -> Line:
     }
 
 
-# Of the table: column, its heading, decimals.
-_SHOWN = (
-    ("model", "model", 0), ("machine", "machine", 0), ("tokens", "T", 0), ("micro_batches", "n", 0),
-    ("bf16_ms", "BF16 step, ms", 1), ("ternary_ms", "ternary step, ms", 1), ("overhead_percent", "overhead, %", 2),
-    ("of_gemms_percent", "of the GEMMs, %", 2), ("once_per_micro_batch_percent", "uncached, %", 2),
-    ("utilization_percent", "MFU, %", 1), ("weights_gib", "GiB: weights", 2), ("quantized_gib", "Wq", 2),
-    ("gradients_gib", "gradients", 2), ("optimizer_gib", "optimizer", 2), ("scales_mib", "scales, MiB", 1),
-    ("sent_mib", "sent, MiB", 0),
-)  # fmt: skip
-
-
-def table(lines: Iterable[Line]) -> str:
-    """As Markdown."""
-    rows = ["| " + " | ".join(heading for _, heading, _ in _SHOWN) + " |", "|" + "---|" * len(_SHOWN)]
-    for x in lines:
-        cells = [f"{x[k]:.{digits}f}" if isinstance(x[k], float) else str(x[k]) for k, _, digits in _SHOWN]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
-def write_csv(lines: Sequence[Line], path: Path) -> None:
-    """One line per model, machine, T and n."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        for x in lines:
-            writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in x.items()})
-
-
+_HEAD = (
+    "model | machine | T | n | BF16 step, ms | ternary step, ms | overhead, % | of the GEMMs, % | uncached, % | MFU, % "
+    "| GiB: weights | Wq | gradients | optimizer | scales, MiB | sent, MiB"
+)
+_ROW = (
+    "{model} | {machine} | {tokens} | {micro_batches} | {bf16_ms:.1f} | {ternary_ms:.1f} | {overhead_percent:.2f} | "
+    "{of_gemms_percent:.2f} | {once_per_micro_batch_percent:.2f} | {utilization_percent:.1f} | {weights_gib:.2f} | "
+    "{quantized_gib:.2f} | {gradients_gib:.2f} | {optimizer_gib:.2f} | {scales_mib:.1f} | {sent_mib:.0f}"
+)
 _DRAWN_TOKENS = tuple(2**i for i in range(9, 17))
 
 
@@ -106,27 +87,20 @@ def draw(
         micro_batches: one line style each.
         path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, machine in enumerate(machines):
-        for n, style in zip(micro_batches, ("-", "--", ":", "-.") * len(micro_batches), strict=False):
-            overheads = [1e2 * predict(machine, make(tokens, n)).overhead for tokens in _DRAWN_TOKENS]
-            axes.plot(_DRAWN_TOKENS, overheads, style, color=f"C{i}", marker=".", label=f"{machine.name}, n = {n}")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens per micro-batch and data-parallel rank")
-    axes.set_ylabel("overhead of ternary over BF16, % of a step")
-    drawn = make(_DRAWN_TOKENS[0], 1)
-    often = "once per optimizer step of n micro-batches"
-    axes.set_title(f"predicted: {drawn.model}, {drawn.quantizer} quantizer, {often}", fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with picture(path, 7, 4.5) as (axes,):
+        for i, machine in enumerate(machines):
+            for n, style in zip(micro_batches, ("-", "--", ":", "-.") * len(micro_batches), strict=False):
+                overheads = [1e2 * predict(machine, make(tokens, n)).overhead for tokens in _DRAWN_TOKENS]
+                axes.plot(_DRAWN_TOKENS, overheads, style, color=f"C{i}", marker=".", label=f"{machine.name}, n = {n}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens per micro-batch and data-parallel rank")
+        axes.set_ylabel("overhead of ternary over BF16, % of a step")
+        drawn = make(_DRAWN_TOKENS[0], 1)
+        often = "once per optimizer step of n micro-batches"
+        axes.set_title(f"predicted: {drawn.model}, {drawn.quantizer} quantizer, {often}", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
 
 
 def main(argv: Sequence[str] | None = None, calibrator: Calibrate = calibrate) -> int:
@@ -170,11 +144,10 @@ def _predict(args: argparse.Namespace, calibrator: Calibrate) -> int:
         for tokens in args.tokens
         for n in args.micro_batches
     ]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_csv(lines, args.output_dir / "roofline.csv")
+    write_csv(lines, args.output_dir / "roofline.csv", ".4f")
     smallest = args.models[0]
     draw(machines, lambda tokens, n: make(smallest, tokens, n), args.micro_batches, args.output_dir / "roofline.png")
-    print(table(lines))
+    print(markdown(_HEAD, (_ROW.format(**x) for x in lines)))
     print(
         f"\nPredicted, not measured: {args.quantizer} quantizer, a scale per row, once per optimizer step; "
         f"TP {args.tp}, PP {args.pp}, DP {args.dp}, sequences of up to 4096 tokens. Ternary sends no more than BF16."

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import processes
 import torch
-from hardware import best_device, check_outputs
+from hardware import best_device, check_outputs, command_line
 from steps import host_jobs, report
 from steps.layouts import Layout
-from steps.plan import BASELINE, OURS, PROGRESS, RECOMPUTE, Job, Session, model_flags, standard
+from steps.plan import BASELINE, OURS, PROGRESS, RECOMPUTE, Job, asked, model_flags, standard, ternary_flags
 from steps.variants import PEERS, VARIANTS
 from tqdm import tqdm
 
@@ -49,22 +49,17 @@ JOB = Path(__file__).with_name("throughput_job.py")
 _PER_CORE = 16
 
 
-class BenchmarkError(cli.FailedError):
-    """A job that failed."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures as the command line says; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    command = "python benchmarks/throughput.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    return cli.run(lambda: _measure(args, command.strip()))
+    return cli.run(lambda: _measure(args, command_line("throughput", argv)))
 
 
 def _measure(args: argparse.Namespace, command: str) -> None:
     check_outputs(args.output_dir)
     if args.host is not None:
-        rows = host_jobs.measure(args, *_host_model(args), ternary_flags(args))
+        rows = host_jobs.measure(args)
     else:
         jobs = jobs_of(args)
         for job in jobs:
@@ -106,11 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host-flags", default="", metavar="TEXT", help="of pretrain_gpt.py, more: --host-flags='--use-flash-attn ...'"
     )
-    parser.add_argument(
-        "--peak-tflops",
-        type=cli.Number(0, 1e9, open_minimum=True),
-        help="of one device, for the MFU; known for A100, H100, H200",
-    )
+    positive = cli.Number(0, 1e9, open_minimum=True)
+    parser.add_argument("--peak-tflops", type=positive, help="of one device, for the MFU; known for A100, H100, H200")
     parser.add_argument("--output-dir", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--name", type=_name, default="throughput", help="of the files that are written")
     return parser
@@ -131,49 +123,30 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     on_cpu = not torch.cuda.is_available()
     if on_cpu and not args.peers and all(getattr(args, name) is None for name in shaping):
         return [replace(job, ternary=ternary_flags(args)) for job in standard(_peers(1))]
-    variants = tuple(args.variants or (BASELINE, OURS, "ternary-no-cache"))
-    if BASELINE not in variants:
-        raise ValueError(f"--variants {' '.join(variants)}: name {BASELINE} too, to which all are compared")
-    model = args.model or ("0.5b-layers" if on_cpu else "minicpm4-0.5b")
-    jobs = []
-    for text in args.layouts or ["TP1"]:
-        layout = Layout.parse(text)
+    variants = tuple(dict.fromkeys((BASELINE, *(args.variants or (OURS, "ternary-no-cache")))))
+    if args.variants and BASELINE not in args.variants:
+        raise ValueError(f"--variants {' '.join(args.variants)}: name {BASELINE} too, to which all are compared")
+
+    def compared(layout: Layout) -> tuple[str, ...]:
         if not on_cpu and layout.processes > torch.cuda.device_count():
-            raise ValueError(f"--layouts {text} needs {layout.processes} GPUs, here are {torch.cuda.device_count()}")
+            raise ValueError(f"--layouts {layout} needs {layout.processes} GPUs, here are {torch.cuda.device_count()}")
         if on_cpu and layout.processes > _PER_CORE * os.cpu_count():
-            raise ValueError(f"--layouts {text} needs {layout.processes} processes, here are {os.cpu_count()} cores")
-        chosen = (BASELINE, OURS, *_peers(layout.tensor)) if args.peers else tuple(dict.fromkeys((BASELINE, *variants)))
+            raise ValueError(f"--layouts {layout} needs {layout.processes} processes, here are {os.cpu_count()} cores")
+        chosen = (BASELINE, OURS, *_peers(layout.tensor)) if args.peers else variants
         for name in chosen:
             reason = VARIANTS[name].unavailable(layout.tensor)
             if reason is not None:
                 raise ValueError(f"--variants {name} at {layout}: {reason}")
-        for size in args.micro_batch_size or [1]:
-            for recompute in args.recompute or ["none"]:
-                jobs.append(
-                    Job(
-                        model,
-                        model_flags(model, args.num_layers, args.vocab_size),
-                        layout,
-                        args.seq_length or (256 if on_cpu else 4096),
-                        size,
-                        recompute,
-                        tuple(Session(chosen, n, args.pairs or 40) for n in args.micro_batches or (1, 8)),
-                        tuple(v for v in chosen if v not in PEERS),
-                        ternary_flags(args),
-                    )
-                )
-    return jobs
+        return chosen
+
+    args.model = args.model or ("0.5b-layers" if on_cpu else "minicpm4-0.5b")
+    return asked(args, model_flags(args.model, args.num_layers, args.vocab_size), compared, rounds=40)
 
 
 def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected letters, digits, . _ -")
     return text
-
-
-def ternary_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """What the command line says of the quantizer."""
-    return ("--ternary-group-size", str(args.group_size), "--ternary-backend", args.backend)
 
 
 def _peers(tensor_parallel: int) -> tuple[str, ...]:
@@ -187,20 +160,11 @@ def _peers(tensor_parallel: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _host_model(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
-    model = args.model or ("0.5b-layers" if best_device() == "cpu" else "minicpm4-0.5b")
-    # Megatron-LM's mock data counts up to 4,096, whatever the vocabulary.
-    vocabulary = args.vocab_size or (8192 if model == "0.5b-layers" else None)
-    if vocabulary is not None and vocabulary <= 4096:
-        raise ValueError(f"--vocab-size {vocabulary}: the hosts' mock data needs more than 4096")
-    return model, model_flags(model, args.num_layers, vocabulary)
-
-
 def measure(jobs: Sequence[Job], peak_tflops: float | None = None) -> list[report.Row]:
     """Runs the jobs one after the other.
 
     Raises:
-        BenchmarkError: one failed.
+        FailedError: one failed.
     """
     rows = []
     # In tokens, of which all layouts take about equally long on one machine.
@@ -221,7 +185,7 @@ def run(job: Job, on_step: Callable[[int], object] = lambda micro_batches: None)
         on_step: called with the micro-batches of every step when it is over; those of all are ``job.micro_batches``.
 
     Raises:
-        BenchmarkError: with the end of what they printed.
+        FailedError: with the end of what they printed.
     """
     plan = {
         "flags": job.arguments(),
@@ -241,7 +205,7 @@ def run(job: Job, on_step: Callable[[int], object] = lambda micro_batches: None)
         done = processes.run(job.layout.processes, JOB, [str(written), str(results)], STEADY_HEAP, heard)
         if done.returncode != 0 or not results.is_file():
             said = "".join(line for line in done.stdout.splitlines(True) if not line.startswith(PROGRESS))
-            raise BenchmarkError(f"{job.layout} failed with status {done.returncode}:\n{said[-4000:]}")
+            raise cli.FailedError(f"{job.layout} failed with status {done.returncode}:\n{said[-4000:]}")
         return json.loads(results.read_text(encoding="utf-8"))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from bitcpm_megatron.launch.estimates.memory import Estimate, Options, estimate, layer_activations
 from bitcpm_megatron.launch.estimates.shapes import Linear
-from cost.workload import ADAM_BYTES, BYTES, PAD_TO, QUANTIZER_BYTES, Machine, Workload
+from cost.workload import ADAM_BYTES, BYTES, PAD_TO, QUANTIZER_BYTES, Machine, Workload, flops_per_token
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def predict(machine: Machine, workload: Workload) -> Prediction:
         scale_bytes=_scale_bytes(workload),
         communication_bytes=sum(c.bytes for c in exchanges),
         wire_bytes=wire,
-        model_flops=_model_flops(workload),
+        model_flops=flops_per_token(workload.layout) * workload.tokens * n / (workload.layout.tp * pp),
     )
 
 
@@ -201,14 +201,6 @@ def _flops(workload: Workload) -> tuple[float, float]:
     again = attention / 3 if workload.recompute else 0.0
     again += linear / 3 if workload.recompute == "full" else 0.0
     return linear, attention + head + again
-
-
-def _model_flops(workload: Workload) -> float:
-    """As ``throughput_report.flops_per_token``: causal attention counts half, padding and recomputation do not."""
-    shape = workload.layout
-    layer = sum(x.weights for x in shape.linears(0)) + shape.heads * shape.head_dim * shape.sequence
-    per_token = 6.0 * (shape.layers * layer + shape.hidden * shape.vocab_size)
-    return per_token * workload.tokens * workload.micro_batches / (shape.tp * shape.pp)
 
 
 def _quantization_seconds(machine: Machine, workload: Workload) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hardware import best_device, machine
+from report.tables import markdown, number
 from steps.plan import model_flags
 
 from bitcpm_megatron.launch.launcher.presets import PresetError
@@ -207,28 +208,27 @@ def _label(row: Row) -> str:
 
 def validation_table(comparisons: Sequence[Comparison]) -> str:
     """Predicted / measured, as Markdown."""
-    lines = [
-        "| model | layout | device | T | n | variant | step, ms: predicted / measured "
+    head = (
+        "model | layout | device | T | n | variant | step, ms: predicted / measured "
         "| overhead, %: predicted / measured (interval) | more memory, MB: predicted / measured at peak / staying "
-        "| collectives, MB: predicted / measured |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| collectives, MB: predicted / measured"
+    )
+    lines = []
     for c in comparisons:
-        ternary, p, m = c.row["variant"] != "bf16", c.prediction, c.measured
-        ratios = [None if m[k] is None else m[k] - 1 for k in ("ratio", "ratio_low", "ratio_high")]
-        ratio, low, high = (_show(r, 1e2) for r in ratios)
-        overhead = f"{_show(p.overhead, 1e2)} / {ratio}" + (
-            f" ({low} ... {high})" if m["ratio_low"] is not None else ""
-        )
-        memory = [_show(b, 1e-6) for b in (p.extra_bytes, m["more_peak_bytes"], m["more_resident_bytes"])]
-        traffic = [_show(b, 1e-6) for b in (p.communication_bytes, m["collective_bytes"])]
+        overhead, memory, p, m = "-", "-", c.prediction, c.measured
+        if c.row["variant"] != "bf16":
+            ratio, low, high = (None if m[k] is None else m[k] - 1 for k in ("ratio", "ratio_low", "ratio_high"))
+            interval = "" if low is None else f" ({1e2 * low:.2f} ... {1e2 * high:.2f})"
+            overhead = _show(1e2, p.overhead, ratio) + interval
+            memory = _show(1e-6, p.extra_bytes, m["more_peak_bytes"], m["more_resident_bytes"])
+        measured = number(m["step_ms"], missing="-")
         lines.append(
-            f"| {c.row['model']} | {c.row['layout']} | {c.row['device']} | {c.workload.tokens} "
-            f"| {c.workload.micro_batches} | {c.row['variant']} | {c.step_ms:.1f} / {_show(m['step_ms'], 1, 1)} "
-            f"| {overhead if ternary else '-'} | {' / '.join(memory) if ternary else '-'} | {' / '.join(traffic)} |"
+            f"{c.row['model']} | {c.row['layout']} | {c.row['device']} | {c.workload.tokens} "
+            f"| {c.workload.micro_batches} | {c.row['variant']} | {c.step_ms:.1f} / {measured} "
+            f"| {overhead} | {memory} | {_show(1e-6, p.communication_bytes, m['collective_bytes'])}"
         )
-    return "\n".join(lines)
+    return markdown(head, lines)
 
 
-def _show(value: float | None, scale: float, digits: int = 2) -> str:
-    return "-" if value is None else f"{value * scale:.{digits}f}"
+def _show(scale: float, *values: float | None) -> str:
+    return " / ".join(number(value, 2, scale=scale, missing="-") for value in values)

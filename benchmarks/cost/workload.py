@@ -215,3 +215,13 @@ def layout_of(sizes: Mapping[str, int], tied: bool) -> Layout:
         **{"tp": sizes["tp"], "pp": sizes["pp"], "world": sizes["tp"] * sizes["pp"] * sizes["dp"]},
         **{"vpp": 1, "cp": 1, "ep": 1, "experts": 0, "topk": 1},
     )
+
+
+def flops_per_token(layout: Layout) -> float:
+    """Of the whole model, forward and backward: Megatron-LM's ``num_floating_point_operations`` (core_v0.16.1).
+
+    GEMMs three times (forward, dgrad, wgrad), two operations per multiply-add; causal attention counts half, the
+    vocabulary without padding. For SwiGLU models.
+    """
+    layer = sum(x.weights for x in layout.linears(0)) + layout.heads * layout.head_dim * layout.sequence
+    return 6.0 * (layout.layers * layer + layout.hidden * layout.vocab_size)

@@ -8,6 +8,7 @@ iterations after the first few. A ratio needs two jobs next to each other in tim
 import argparse
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import processes
@@ -15,8 +16,7 @@ from hardware import best_device, machine
 from tqdm import tqdm
 
 from bitcpm_megatron.cli import FailedError
-from steps.layouts import Layout
-from steps.plan import BASELINE, OURS, Job, Session
+from steps.plan import BASELINE, OURS, Job, asked, model_flags
 from steps.report import Row, rows_of
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "pretrain_gpt.py"
@@ -33,23 +33,20 @@ _LOGGING = f"""
 """.split()
 
 
-class HostError(FailedError):
-    """A job that failed, or that logged no times."""
-
-
-def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...], ternary: tuple[str, ...]) -> list[Row]:
-    """Runs the jobs that the command line asks for.
-
-    Args:
-        args: of ``throughput.py``.
-        model: name in the table.
-        flags: of the model.
-        ternary: flags of the ternary jobs alone, beside ``--ternary``.
+def measure(args: argparse.Namespace) -> list[Row]:
+    """Runs the jobs that the command line of ``throughput.py`` asks for.
 
     Raises:
-        HostError: a job failed.
+        FailedError: a job failed.
         ValueError: something that hosts are not measured with.
     """
+    accelerator = best_device() != "cpu"
+    args.model = args.model or ("minicpm4-0.5b" if accelerator else "0.5b-layers")
+    # Megatron-LM's mock data counts up to 4,096, whatever the vocabulary.
+    vocabulary = args.vocab_size or (8192 if args.model == "0.5b-layers" else None)
+    if vocabulary is not None and vocabulary <= 4096:
+        raise ValueError(f"--vocab-size {vocabulary}: the hosts' mock data needs more than 4096")
+    flags = model_flags(args.model, args.num_layers, vocabulary)
     if args.peers or args.variants:
         raise ValueError("--host compares bf16 and ternary: leave --peers and --variants out")
     if args.megatron_path is None:
@@ -60,30 +57,13 @@ def measure(args: argparse.Namespace, model: str, flags: tuple[str, ...], ternar
     ):
         if path is not None and not (Path(path) / package).is_dir():
             raise ValueError(f"{flag} {path}: holds no directory {package}/")
-    accelerator = best_device() != "cpu"
-    rounds = args.pairs or 6
-    jobs = [
-        Job(
-            model,
-            flags,
-            Layout.parse(layout),
-            args.seq_length or (4096 if accelerator else 256),
-            size,
-            recompute,
-            (Session((BASELINE, OURS), n, rounds),),
-            (),
-            ternary,
-        )
-        for layout in args.layouts or ["TP1"]
-        for size in args.micro_batch_size or [1]
-        for recompute in args.recompute or ["none"]
-        for n in args.micro_batches or (1, 8)
-    ]
+    jobs = asked(args, flags, lambda layout: (BASELINE, OURS), rounds=6)
+    jobs = [replace(job, sessions=(session,)) for job in jobs for session in job.sessions]
     rows = []
-    with tqdm(total=2 * rounds * len(jobs), unit="job") as progress:
+    with tqdm(total=sum(2 * job.sessions[0].rounds for job in jobs), unit="job") as progress:
         for job in jobs:
             seconds: dict[str, list[float]] = {BASELINE: [], OURS: []}
-            for turn in range(rounds):
+            for turn in range(job.sessions[0].rounds):
                 for variant in (BASELINE, OURS) if turn % 2 == 0 else (OURS, BASELINE):
                     progress.set_description(f"{job.layout} {variant}")
                     seconds[variant].append(_median_seconds(args, job, variant, accelerator))
@@ -119,5 +99,5 @@ def _median_seconds(args: argparse.Namespace, job: Job, variant: str, accelerato
     done = processes.run(job.layout.processes, _SCRIPT, _arguments(args, job, variant, accelerator), {})
     times = [float(found) / 1e3 for found in _PATTERN.findall(done.stdout)]
     if done.returncode != 0 or len(times) != ITERATIONS:
-        raise HostError(f"{job.layout} {variant} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
+        raise FailedError(f"{job.layout} {variant} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
     return statistics.median(times[WARM_UP:])

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the throughput benchmark runs: models, layouts, and which steps are interleaved."""
 
+import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+from hardware import best_device
 
 from bitcpm_megatron.launch.launcher import presets
 from steps.layouts import Layout
-from steps.variants import VARIANTS
+from steps.variants import PEERS, VARIANTS
 
 BASELINE, OURS = "bf16", "ternary"
 WARM_UP = 3
@@ -140,6 +144,38 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
         # Only for what is alive at once; four processes share two cores.
         replace(job, flags=model_flags("0.5b-layers", 4, None), layout=Layout(pipeline=4), seq_length=32),
     ]
+
+
+def asked(
+    args: argparse.Namespace, flags: tuple[str, ...], variants: Callable[[Layout], tuple[str, ...]], rounds: int
+) -> list[Job]:
+    """A job for every layout, micro-batch size and recomputation of the command line of ``throughput.py``.
+
+    Args:
+        args: of it, with a model.
+        flags: of the model.
+        variants: of a layout, BF16 first.
+        rounds: unless the command line says how many.
+
+    Raises:
+        ValueError: no layout.
+    """
+    jobs = []
+    for layout in map(Layout.parse, args.layouts or ["TP1"]):
+        chosen = variants(layout)
+        sessions = tuple(Session(chosen, n, args.pairs or rounds) for n in args.micro_batches or (1, 8))
+        costs = tuple(name for name in chosen if name not in PEERS)
+        length = args.seq_length or (256 if best_device() == "cpu" else 4096)
+        for size in args.micro_batch_size or [1]:
+            for recompute in args.recompute or ["none"]:
+                shape = (length, size, recompute)
+                jobs.append(Job(args.model, flags, layout, *shape, sessions, costs, ternary_flags(args)))
+    return jobs
+
+
+def ternary_flags(args: argparse.Namespace) -> tuple[str, ...]:
+    """What the command line says of the quantizer."""
+    return ("--ternary-group-size", str(args.group_size), "--ternary-backend", args.backend)
 
 
 def model_flags(model: str, num_layers: int | None, vocab_size: int | None) -> tuple[str, ...]:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """From measured steps to rows, and from rows to a CSV file, a picture and Markdown tables."""
 
-import csv
-import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import megatron.core
-import torch
-from hardware import machine
+from cost.workload import flops_per_token, layout_of
+from hardware import machine, versions
 from report.intervals import median_interval
+from report.pictures import picture
+from report.tables import markdown, number, write_csv
 
 from bitcpm_megatron.training.flags import parse_args
 from steps.plan import BASELINE, OURS, Job
@@ -77,19 +77,6 @@ class Row:
     live_copies: int | None = None
 
 
-def flops_per_token(row: Row) -> float:
-    """Of the whole model, forward and backward: Megatron-LM's ``num_floating_point_operations`` (core_v0.16.1).
-
-    GEMMs three times (forward, dgrad, wgrad), two operations per multiply-add; causal attention counts half, the
-    vocabulary without padding. For SwiGLU models.
-    """
-    queries = row.kv_channels * row.num_attention_heads
-    keys_and_values = 2 * row.kv_channels * row.num_query_groups
-    attention = row.hidden_size * (queries + keys_and_values) + queries * row.seq_length + queries * row.hidden_size
-    layer = attention + 3 * row.hidden_size * row.ffn_hidden_size
-    return 3 * 2 * (row.num_layers * layer + row.hidden_size * row.vocab_size)
-
-
 def rows_of(job: Job, results: dict, peak_tflops: float | None = None) -> list[Row]:
     """The rows of one job.
 
@@ -147,7 +134,8 @@ def _timed(row: Row, baseline: Sequence[float], seconds: Sequence[float], peak_t
         row.ratio, row.ratio_low, row.ratio_high = median_interval(ratios)
     devices = row.tp * row.pp * row.dp
     row.tokens_per_second_per_device = row.tokens * row.micro_batches * row.dp / (row.step_ms / 1e3) / devices
-    row.tflops_per_device = row.tokens_per_second_per_device * flops_per_token(row) / 1e12
+    flops = flops_per_token(layout_of(vars(row), tied=True))
+    row.tflops_per_device = row.tokens_per_second_per_device * flops / 1e12
     peak = peak_tflops or next((peak for name, peak in PEAK_TFLOPS.items() if name in row.device), None)
     row.mfu = None if peak is None else row.tflops_per_device / peak
 
@@ -162,13 +150,7 @@ def last_line(rows: Sequence[Row]) -> str | None:
 
 def write(rows: Sequence[Row], directory: Path, name: str, command: str) -> None:
     """Writes ``name.csv``, ``name.png`` and ``name.md``, and prints the last."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        for row in rows:
-            cells = asdict(row).items()
-            writer.writerow({k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else v for k, v in cells})
+    write_csv([asdict(row) for row in rows], directory / f"{name}.csv", ".6g")
     draw(rows, directory / f"{name}.png")
     text = tables(rows, command)
     (directory / f"{name}.md").write_text(text, encoding="utf-8")
@@ -180,32 +162,32 @@ def tables(rows: Sequence[Row], command: str) -> str:
     parts = [_step_table([r for r in rows if r.step_ms is not None and r.variant not in PEERS])]
     peers = _sessions_with_peers(rows)
     if peers:
-        parts += [
-            "",
-            "Peers, quantizing inside the same linear layers, all interleaved in one job:",
-            "",
-            _peer_table(peers),
-        ]
+        parts += ["Peers, quantizing inside the same linear layers, all interleaved in one job:", _peer_table(peers)]
     if any(r.peak_bytes for r in rows):
-        parts += ["", "Memory of one rank, of a model that is alone in the job:", "", _memory_table(rows)]
-    parts += ["", *_provenance(rows, command)]
-    return "\n".join(parts) + "\n"
+        parts += ["Memory of one rank, of a model that is alone in the job:", _memory_table(rows)]
+    return "\n\n".join([*parts, _provenance(rows, command)]) + "\n"
 
 
 def _step_table(rows: Sequence[Row]) -> str:
     head = (
-        "| layout | tokens per micro-batch | micro-batches | recompute | variant | step, ms | of BF16's (95 %) | pairs "
-        "| tokens/s per device | TFLOP/s per device | MFU | quantizer, ms per step | quantizations per step | "
-        "collectives, MiB per step |"
+        "layout | tokens per micro-batch | micro-batches | recompute | variant | step, ms | of BF16's (95 %) | pairs | "
+        "tokens/s per device | TFLOP/s per device | MFU | quantizer, ms per step | quantizations per step | "
+        "collectives, MiB per step"
     )
-    lines = [head, "|" + "---|" * head.count(" | ") + "---|"]
-    for r in rows:
-        ratio = "1" if r.ratio is None else f"**{r.ratio:.3f}** ({r.ratio_low:.3f} - {r.ratio_high:.3f})"
-        cells = [r.layout, r.tokens, r.micro_batches, r.recompute, r.variant, f"{r.step_ms:.1f}", ratio, r.pairs]
-        cells += [f"{r.tokens_per_second_per_device:.0f}", f"{r.tflops_per_device:.3g}", _percent(r.mfu)]
-        cells += [_number(r.quantizer_ms), _number(r.quantizations), _number(_mib(r.collective_bytes))]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    lines = (
+        f"{r.layout} | {r.tokens} | {r.micro_batches} | {r.recompute} | {r.variant} | {r.step_ms:.1f} | "
+        f"{_ratio(r, '**')} | {r.pairs} | {r.tokens_per_second_per_device:.0f} | {r.tflops_per_device:.3g} | "
+        f"{number(r.mfu, unit=' %', scale=100)} | {number(r.quantizer_ms)} | {number(r.quantizations, 0)} | "
+        f"{number(r.collective_bytes, scale=1 / MIB)}"
+        for r in rows
+    )
+    return markdown(head, lines)
+
+
+def _ratio(row: Row, emphasis: str = "") -> str:
+    if row.ratio is None:
+        return "1"
+    return f"{emphasis}{row.ratio:.3f}{emphasis} ({row.ratio_low:.3f} - {row.ratio_high:.3f})"
 
 
 def _sessions_with_peers(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -224,120 +206,75 @@ def _session_name(row: Row) -> str:
 
 
 def _peer_table(sessions: dict[str, list[Row]]) -> str:
-    keys = list(sessions)
-    lines = ["| variant | " + " | ".join(keys) + " | |", "|---|" + "---|" * len(keys) + "---|"]
-    for name in dict.fromkeys(r.variant for s in sessions.values() for r in s):
-        cells = []
-        for key in keys:
-            row = next((r for r in sessions[key] if r.variant == name), None)
-            cells.append("" if row is None else "1" if row.ratio is None else _ratio(row))
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {VARIANTS[name].note} |")
-    return "\n".join(lines)
-
-
-def _ratio(row: Row) -> str:
-    return f"{row.ratio:.3f} ({row.ratio_low:.3f} - {row.ratio_high:.3f})"
+    ratios = [{r.variant: _ratio(r) for r in session} for session in sessions.values()]
+    lines = (
+        " | ".join([variant, *(found.get(variant, "") for found in ratios), VARIANTS[variant].note])
+        for variant in {variant: None for found in ratios for variant in found}
+    )
+    return markdown(" | ".join(["variant", *sessions]) + " |", lines)
 
 
 def _memory_table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| layout | tokens per micro-batch | recompute | variant | peak, MiB | more than BF16 | in copies of the "
-        "quantized weights (bf16) | copies of a quantized weight alive at once |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    baseline: Row | None = None
-    for row in {(r.layout, r.tokens, r.seq_length, r.recompute, r.variant): r for r in rows if r.peak_bytes}.values():
-        if row.variant == BASELINE:
-            baseline = row
-        more = None if baseline is None or row is baseline else row.peak_bytes - baseline.peak_bytes
-        copies = None if more is None or not row.quantized_weights else more / (2 * row.quantized_weights)
-        cells = [row.layout, str(row.tokens), row.recompute, row.variant, f"{_mib(row.peak_bytes):.1f}"]
-        cells += ["" if more is None else f"{more / MIB:.1f} MiB", "" if copies is None else f"{copies:.2f}"]
-        lines.append("| " + " | ".join([*cells, _number(row.live_copies)]) + " |")
-    return "\n".join(lines)
+    head = (
+        "layout | tokens per micro-batch | recompute | variant | peak, MiB | more than BF16 | in copies of the "
+        "quantized weights (bf16) | copies of a quantized weight alive at once"
+    )
+    lines, baseline = [], None
+    for r in {(r.layout, r.tokens, r.seq_length, r.recompute, r.variant): r for r in rows if r.peak_bytes}.values():
+        if r.variant == BASELINE:
+            baseline = r
+        more = None if baseline is None or r is baseline else r.peak_bytes - baseline.peak_bytes
+        copies = None if more is None or not r.quantized_weights else more / (2 * r.quantized_weights)
+        lines.append(
+            f"{r.layout} | {r.tokens} | {r.recompute} | {r.variant} | {r.peak_bytes / MIB:.1f} | "
+            f"{number(more, unit=' MiB', scale=1 / MIB)} | {number(copies, 2)} | {number(r.live_copies, 0)}"
+        )
+    return markdown(head, lines)
 
 
-def _provenance(rows: Sequence[Row], command: str) -> list[str]:
-    first = rows[0]
+def _provenance(rows: Sequence[Row], command: str) -> str:
     shapes = {
         f"{r.model}: {r.num_layers} layers, hidden {r.hidden_size}, ffn {r.ffn_hidden_size}, {r.num_attention_heads} "
         f"heads in {r.num_query_groups} groups of {r.kv_channels}, vocabulary {r.vocab_size}"
         for r in rows
     }
-    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    versions.append(f"megatron-core {megatron.core.__version__}")
-    backends = sorted({r.backend for r in rows if r.backend})
-    return [
-        f"Hardware: {_device(first)}. Versions: {', '.join(versions)}."
-        + (f" Quantizer backend: {', '.join(backends)}." if backends else ""),
+    backends = ", ".join(sorted({r.backend for r in rows if r.backend}))
+    lines = [
+        f"Hardware: {_device(rows[0])}. Versions: {versions(megatron.core)}."
+        + (f" Quantizer backend: {backends}." if backends else ""),
         *sorted(shapes),
         "Collectives: what a rank hands to them, in groups of one rank, too.",
         f"Command: `{command}`",
     ]
+    return "\n".join(lines)
 
 
 def _device(row: Row) -> str:
     return machine("cpu") if row.device == "cpu" else row.device
 
 
-def _mib(value: int | None) -> float | None:
-    return None if value is None else value / MIB
-
-
-def _number(value: float | int | None) -> str:
-    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.1f}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Step times in units of BF16's: ours by layout and micro-batches, and the peers beside ours."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     peers = _sessions_with_peers(rows)
     beside = {id(r) for session in peers.values() for r in session}
     ours = [r for r in rows if r.ratio is not None and id(r) not in beside]
-    parts = [_own_bars(ours)] if ours else []
-    parts += [_peer_bars(session) for session in peers.values()]
-    figure, axes = plt.subplots(1, len(parts), figsize=(5.5 * len(parts), 5), layout="constrained", squeeze=False)
-    for axis, (title, labels, values, errors) in zip(axes[0], parts, strict=True):
-        bars = axis.barh(range(len(values)), [v - 1 for v in values], left=1, xerr=errors, capsize=2)
-        axis.bar_label(bars, [f" {v:.3f}" for v in values], fontsize=7, padding=8)
-        axis.axvline(1, color="black", linewidth=1)
-        axis.set_yticks(range(len(labels)), labels, fontsize=7)
-        axis.invert_yaxis()
-        axis.margins(x=0.2)
-        axis.set_xlabel("step time, in units of BF16's")
-        axis.set_title(title, fontsize=9)
-    figure.suptitle(f"{rows[0].model}, {_device(rows[0])}", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-Bars = tuple[str, list[str], list[float], list[list[float]]]
-
-
-def _own_bars(rows: Sequence[Row]) -> Bars:
-    labels = []
-    for r in rows:
-        recompute = "" if r.recompute == "none" else f", recompute {r.recompute}"
-        labels.append(f"{r.variant}\n{r.layout}, {r.micro_batches} x {r.tokens} tokens{recompute}")
-    return "median and 95 % interval", labels, [r.ratio for r in rows], _errors(rows)
-
-
-def _peer_bars(session: Sequence[Row]) -> Bars:
-    rows = [r for r in session if r.ratio is not None]
-    title = f"beside its peers: {_session_name(rows[0])}"
-    return title, [r.variant for r in rows], [r.ratio for r in rows], _errors(rows)
-
-
-def _errors(rows: Sequence[Row]) -> list[list[float]]:
-    # With too few pairs there is no interval.
-    finite = [r.ratio_high < float("inf") for r in rows]
-    low = [r.ratio - r.ratio_low if ok else 0.0 for r, ok in zip(rows, finite, strict=True)]
-    return [low, [r.ratio_high - r.ratio if ok else 0.0 for r, ok in zip(rows, finite, strict=True)]]
+    labels = [f"{r.variant}\n{_session_name(r)}" for r in ours]
+    panels = [("median and 95 % interval", labels, ours)] if ours else []
+    for name, session in peers.items():
+        compared = [r for r in session if r.ratio is not None]
+        panels.append((f"beside its peers: {name}", [r.variant for r in compared], compared))
+    title = f"{rows[0].model}, {_device(rows[0])}"
+    with picture(path, 5.5 * len(panels), 5, len(panels), title) as all_axes:
+        for axes, (heading, labels, shown) in zip(all_axes, panels, strict=True):
+            # With too few pairs there is no interval.
+            finite = [r.ratio_high < float("inf") for r in shown]
+            low = [r.ratio - r.ratio_low if ok else 0.0 for r, ok in zip(shown, finite, strict=True)]
+            high = [r.ratio_high - r.ratio if ok else 0.0 for r, ok in zip(shown, finite, strict=True)]
+            drawn = axes.barh(range(len(shown)), [r.ratio - 1 for r in shown], left=1, xerr=[low, high], capsize=2)
+            axes.bar_label(drawn, [f" {r.ratio:.3f}" for r in shown], fontsize=7, padding=8)
+            axes.axvline(1, color="black", linewidth=1)
+            axes.set_yticks(range(len(labels)), labels, fontsize=7)
+            axes.invert_yaxis()
+            axes.margins(x=0.2)
+            axes.set_xlabel("step time, in units of BF16's")
+            axes.set_title(heading, fontsize=9)

@@ -51,7 +51,7 @@ def test_a_step_worked_out_by_hand() -> None:
 
 
 def test_model_flops_are_megatrons() -> None:
-    # throughput_report.flops_per_token: 6 x (2 x (36,864 + 64 x 128) + 64 x 256) = 638,976; 256 tokens, 4 times.
+    # flops_per_token: 6 x (2 x (36,864 + 64 x 128) + 64 x 256) = 638,976; 256 tokens, 4 times.
     assert cost_model.predict(ROUND, tiny()).model_flops == 4 * 256 * 638_976
     # Of each of four ranks a quarter; neither what is computed twice or beyond the diagonal, nor the padding of a
     # vocabulary, 128 to 200: 6 x (2 x 45,056 + 64 x 200) = 617,472.

@@ -16,6 +16,7 @@ CHECKOUT = Path(__file__).parents[2]
 import processes
 import throughput
 import throughput_job
+from cost.workload import flops_per_token, layout_of
 from report.intervals import median_interval
 from steps import host_jobs, meters, plan
 from steps import report as throughput_report
@@ -185,7 +186,7 @@ def test_the_flops_are_megatrons() -> None:
     row = _row("bf16", num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)
     row.num_query_groups, row.kv_channels, row.vocab_size, row.seq_length = 32, 128, 32000, 4096
     per_layer = 67_108_864 + 16_777_216 + 135_266_304
-    assert throughput_report.flops_per_token(row) == 6 * (32 * per_layer + 131_072_000)
+    assert flops_per_token(layout_of(vars(row), tied=True)) == 6 * (32 * per_layer + 131_072_000)
 
 
 def _row(variant: str, **changes) -> throughput_report.Row:
@@ -205,7 +206,7 @@ def test_host_commands_differ_in_the_ternary_flags_alone() -> None:
     )
     flags = plan.model_flags("0.5b-layers", None, None)
     session = plan.Session(("bf16", "ternary"), 8, 2)
-    ternary_flags = throughput.ternary_flags(args)
+    ternary_flags = plan.ternary_flags(args)
     job = plan.Job("0.5b-layers", flags, Layout(tensor=2, data=2), 256, 2, "full", (session,), (), ternary_flags)
     bf16, ternary = (host_jobs.command(args, job, name, accelerator=False) for name in session.variants)
     ours = "--ternary --ternary-group-size -1 --ternary-backend auto".split()
