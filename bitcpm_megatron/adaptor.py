@@ -29,10 +29,6 @@ _VARIABLE = "BITCPM_HOST"
 logger = logging.getLogger(__name__)
 
 
-class AdaptorError(ValueError):
-    """The adaptor cannot take hold of the host."""
-
-
 def report_refusals() -> None:
     """Makes one line and an exit code of ours out of a refusal that ends the process.
 
@@ -42,7 +38,7 @@ def report_refusals() -> None:
     before = sys.excepthook
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not isinstance(error, AdaptorError | HostError | cli.MismatchError):
+        if not isinstance(error, HostError | cli.MismatchError):
             return before(kind, error, trace)
 
         def again() -> None:
@@ -61,15 +57,15 @@ def choose_host() -> str:
     """The host to adapt: one of :data:`HOSTS`.
 
     Raises:
-        AdaptorError: ``BITCPM_HOST`` names an unknown one, or one that cannot be imported.
+        HostError: ``BITCPM_HOST`` names an unknown one, or one that cannot be imported.
     """
     named = os.environ.get(_VARIABLE, "auto")
     if named == "auto":
         return next((name for name in ("mindspeed-llm", "mindspeed") if mindspeed.available(name)), "megatron-lm")
     if named not in HOSTS:
-        raise AdaptorError(f"{_VARIABLE}={named} is unknown: use one of {', '.join(HOSTS)}, or leave it unset")
+        raise HostError(f"{_VARIABLE}={named} is unknown: use one of {', '.join(HOSTS)}, or leave it unset")
     if named != "megatron-lm" and not mindspeed.available(named):
-        raise AdaptorError(f"{_VARIABLE}={named}, and {named.replace('-', '_')} cannot be imported: check PYTHONPATH")
+        raise HostError(f"{_VARIABLE}={named}, and {named.replace('-', '_')} cannot be imported: check PYTHONPATH")
     return named
 
 
@@ -77,16 +73,13 @@ def install() -> str:
     """Takes hold of the host; returns its name. Called by the import.
 
     Raises:
-        AdaptorError, HostError: the import comes too late, or the host is not there or not one that is known; with the
-            cure.
+        HostError: the import comes too late, or the host is not there or not one that is known; with the cure.
     """
     cure = "put `import bitcpm_megatron.adaptor` first, before every megatron and mindspeed import"
-    early = mindspeed.imported_too_early()
-    if early is not None:
-        raise AdaptorError(f"{early} was imported before this, and has applied its features without ours: {cure}")
-    early = megatron_lm.imported_too_early()
-    if early is not None:
-        raise AdaptorError(f"{early}, with the names that must change: {cure}")
+    if early := mindspeed.imported_too_early():
+        raise HostError(f"{early} was imported before this, and has applied its features without ours: {cure}")
+    if early := megatron_lm.imported_too_early():
+        raise HostError(f"{early}, with the names that must change: {cure}")
     name = choose_host()
     upstream_warnings.silence()
     if name == "megatron-lm":

@@ -9,9 +9,8 @@ and saves. Everything asked for happens or raises.
 
 import argparse
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from . import ternary_flags
 from .models import family_flags, from_arguments
 from .models.architecture import LongRope, Multipliers
 from .nn.linear import HostModule
+from .nn.straight_through import is_shadow
 from .patches import HostError
 from .quantization.record import QuantizerRecord, RecordError, check_change
 from .ternary_flags import take_recorded_shards, ternary_mistakes, ternary_settings
@@ -48,44 +48,39 @@ class Job:
 job = Job()
 """There is one per process, as there is one set of Megatron's arguments."""
 
-_REQUANTIZES = "its GEMMs would quantize the ternary weight once more: leave it out"
-_REPOINTS = "it re-points weights in ways that were not proved to reach the quantizer: use --use-distributed-optimizer"
-_REPLAYS = "a captured graph would replay the first quantized weight: leave it out"
 _READS_WEIGHTS = "its kernels read the latent weights and never call the linears, which would train in full precision"
-_MOVES = "it may take quantized weights for activations, and free them while they are used: use --swap-attention"
 
-# Argument of a host -> why it does not go with --ternary, and the cure. Hosts that do not have it leave it unset.
+# Why arguments of hosts do not go with --ternary, and the cure -> their names. Hosts without them leave them unset.
 _CANNOT = {
-    "fp8": _REQUANTIZES,
-    "fp8_format": _REQUANTIZES,
-    "fp8_param_gather": "fp8 parameters hold no latent weight to quantize: leave it out",
-    "fp4": _REQUANTIZES,
-    "fp4_format": _REQUANTIZES,
-    "qat_scheme": _REQUANTIZES,
-    "use_ascend_mc2": "its GEMMs were not proved to take the quantized weight: use --use-ascend-coc, or neither",
-    "use_legacy_models": "legacy models have other linears: leave it out",
-    "tp_2d": "its linears are no row or column parallel ones: leave it out",
-    "use_torch_fsdp2": _REPOINTS,
-    "use_custom_fsdp": _REPOINTS,
-    "use_megatron_fsdp": _REPOINTS,
-    "layerzero": _REPOINTS,
-    "enable_cuda_graph": _REPLAYS,
-    "external_cuda_graph": _REPLAYS,
-    "cuda_graph_impl": _REPLAYS,
-    "lora_fusion": f"{_READS_WEIGHTS}: leave it out, adapters train beside ternary layers without it",
-    "lu_lora_final_layer_index": f"{_READS_WEIGHTS}: leave it out, adapters train beside ternary layers without it",
-    "adaptive_memory_optimization": _MOVES,
-    "smart_swap": _MOVES,
-    "compress_activation": _MOVES,
-    "use_fused_mlp": f"{_READS_WEIGHTS}: leave it out",
-    "use_transformer_engine_op_fuser": f"{_READS_WEIGHTS}: leave it out",
-    "delay_wgrad_compute": "delayed weight gradients were not proved to reach the latent weight: leave it out",
-    "ternary_telemetry_interval": "it goes into the log of launch/pretrain.py, which hosts do not have: leave it out",
+    "its GEMMs would quantize the ternary weight once more: leave it out": "fp8 fp8_format fp4 fp4_format qat_scheme",
+    "fp8 parameters hold no latent weight to quantize: leave it out": "fp8_param_gather",
+    "its GEMMs were not proved to take the quantized weight: use --use-ascend-coc, or neither": "use_ascend_mc2",
+    "legacy models have other linears: leave it out": "use_legacy_models",
+    "its linears are no row or column parallel ones: leave it out": "tp_2d",
+    "it re-points weights in ways that were not proved to reach the quantizer: use --use-distributed-optimizer": (
+        "use_torch_fsdp2 use_custom_fsdp use_megatron_fsdp layerzero"
+    ),
+    "a captured graph would replay the first quantized weight: leave it out": (
+        "enable_cuda_graph external_cuda_graph cuda_graph_impl"
+    ),
+    f"{_READS_WEIGHTS}: leave it out, adapters train beside ternary layers without it": (
+        "lora_fusion lu_lora_final_layer_index"
+    ),
+    f"{_READS_WEIGHTS}: leave it out": "use_fused_mlp use_transformer_engine_op_fuser",
+    "it may take quantized weights for activations, and free them while they are used: use --swap-attention": (
+        "adaptive_memory_optimization smart_swap compress_activation"
+    ),
+    "delayed weight gradients were not proved to reach the latent weight: leave it out": "delay_wgrad_compute",
+    "it goes into the log of launch/pretrain.py, which hosts do not have: leave it out": "ternary_telemetry_interval",
+}
+# Flag -> what Megatron-LM derives from it and from the parallel sizes: it sets both, also where no flag is given.
+_WEIGHT_SHARDS = {
+    "tensor_parallel_num_weight_shards": "gtp_weight_remat_size",
+    "expert_tensor_parallel_num_weight_shards": "expert_gtp_weight_remat_size",
 }
 _UNINITIALISED = (
     "--init-model-with-meta-device without a checkpoint to load leaves the weights uninitialised: give --load"
 )
-_CHECKPOINT_FORMATS = ("torch", "torch_dist")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,40 +96,30 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     found = family_flags.mistakes(_ours(args))
     if args.ternary:
-        found += [
-            f"--{name.replace('_', '-')} {getattr(args, name)}: {why}"
-            for name, why in _CANNOT.items()
-            if not _off(getattr(args, name, None))
-        ]
-        found += _weight_shards(args)
-        if getattr(args, "ckpt_format", "torch_dist") not in _CHECKPOINT_FORMATS:
-            found.append(f"--ckpt-format {args.ckpt_format}: use one of {', '.join(_CHECKPOINT_FORMATS)}")
+        found += [f"--{name.replace('_', '-')} {getattr(args, name)}: {why}" for name, why in _refused(args)]
         if getattr(args, "init_model_with_meta_device", False) and not (args.load or args.pretrained_checkpoint):
             found.append(_UNINITIALISED)
-        if getattr(args, "non_persistent_ckpt_type", None) == "local":
-            found.append("--non-persistent-ckpt-type local: such checkpoints carry no quantizer record; use global")
     found += ternary_mistakes(args)
     if found:
         raise HostError("these arguments cannot go together:\n  " + "\n  ".join(dict.fromkeys(found)))
     job.allow_change = args.allow_quantizer_change
 
 
-def _off(value: object) -> bool:
-    # By identity: a layer index of 0 is no False.
-    return value is None or value is False or value in ("none", "")
-
-
-def _weight_shards(args: argparse.Namespace) -> list[str]:
-    """Megatron-LM derives both names from the flags and the parallel sizes, also where no flag is given."""
-    return [
-        f"--{flag.replace('_', '-')} {getattr(args, flag)}: a rank would hold a part of its rows only until they are "
-        "gathered, past the quantizer: leave it out"
-        for flag, derived in (
-            ("tensor_parallel_num_weight_shards", "gtp_weight_remat_size"),
-            ("expert_tensor_parallel_num_weight_shards", "expert_gtp_weight_remat_size"),
-        )
-        if getattr(args, derived, 1) > 1
-    ]
+def _refused(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    for why, names in _CANNOT.items():
+        for name in names.split():
+            value = getattr(args, name, None)
+            # By identity: a layer index of 0 is no False.
+            if not (value is None or value is False or value in ("none", "")):
+                yield name, why
+    for flag, derived in _WEIGHT_SHARDS.items():
+        if getattr(args, derived, 1) > 1:
+            why = "a rank would hold a part of its rows only until they are gathered, past the quantizer: leave it out"
+            yield flag, why
+    if getattr(args, "ckpt_format", "torch_dist") not in ("torch", "torch_dist"):
+        yield "ckpt_format", "use one of torch, torch_dist"
+    if getattr(args, "non_persistent_ckpt_type", None) == "local":
+        yield "non_persistent_ckpt_type", "such checkpoints carry no quantizer record; use global"
 
 
 def softmax_scale(args: argparse.Namespace, kv_channels: int) -> float | None:
@@ -164,29 +149,25 @@ def prepare(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpo
         HostError: it cannot be done.
         ProbeError: a layer is not ternary.
     """
+    notes: list[str] = []
     try:
-        return _prepare(args, chunks, checkpoint)
+        multipliers, longrope = _multipliers(args)
+        if multipliers != Multipliers() or longrope is not None:
+            from .models.customize import customize
+
+            for chunk in chunks:
+                customize(chunk, multipliers, longrope)
+                _check_attention(chunk)
+            notes.append(f"{multipliers}" + ("" if longrope is None else ", LongRoPE"))
+        job.record = _quantize(args, chunks, checkpoint, notes) if args.ternary else None
+    except HostError:
+        raise
     except ValueError as error:
         # A recipe, a shape, a backend: the host's script has no handler that knows our errors apart.
-        raise error if isinstance(error, HostError) else HostError(str(error)) from error
-
-
-def _prepare(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None) -> list[str]:
-    notes = []
-    multipliers, longrope = _multipliers(args)
-    if multipliers != Multipliers() or longrope is not None:
-        from .models.customize import customize
-
-        for chunk in chunks:
-            customize(chunk, multipliers, longrope)
-            _check_attention(chunk)
-        notes.append(f"{multipliers}" + ("" if longrope is None else ", LongRoPE"))
-    record = None
-    if args.ternary:
-        record = _quantize(args, chunks, checkpoint, notes)
+        raise HostError(str(error)) from error
     for chunk in chunks:
         setattr(chunk, _PREPARED, True)
-    job.record, job.prepared = record, True
+    job.prepared = True
     return notes
 
 
@@ -230,10 +211,10 @@ def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Nam
     """
     if not job.prepared:
         return None
-    before = {} if saved is None else vars(saved)
-    if any(name in before for name in from_arguments.NAMES):
-        for what, of in (("multipliers", from_arguments.multipliers_of), ("LongRoPE", from_arguments.longrope_of)):
-            theirs, ours = of({**before, **dict.fromkeys(job.theirs)}), of(vars(_ours(args)))
+    if saved is not None and any(hasattr(saved, name) for name in from_arguments.NAMES):
+        for what, theirs, ours in zip(
+            ("multipliers", "LongRoPE"), _multipliers(saved), _multipliers(args), strict=True
+        ):
             if theirs != ours:
                 raise HostError(f"{checkpoint} was saved with {what} {theirs} (now {ours}): give the same flags")
     try:
@@ -249,11 +230,7 @@ def register_linear(linear: type, kind: Literal["column", "row"], norm_methods: 
     register(linear, kind, norm_methods)
 
 
-def is_quantized(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a quantized weight, as a linear's forward sees it."""
-    from .nn.straight_through import is_shadow
-
-    return is_shadow(tensor)
+is_quantized = is_shadow  # as a linear's forward sees it
 
 
 def write_record(checkpoint: Path) -> None:
@@ -268,26 +245,23 @@ def _quantize(
 ) -> QuantizerRecord:
     from .parallel.prepare import prepare_ternary
 
+    def fill(weights: Sequence[torch.nn.Parameter]) -> None:
+        """Out of the meta device they hold no values until the checkpoint brings them; the probe needs some."""
+        if checkpoint is None:
+            raise HostError(_UNINITIALISED)
+        for weight in weights:
+            torch.nn.init.normal_(weight, std=args.init_method_std)
+
     notes += filter(None, [None if checkpoint is None else take_recorded_shards(args, checkpoint)])
-    fill = None
-    if getattr(args, "init_model_with_meta_device", False):
-        fill = partial(_fill, args, checkpoint)
-    prepared = prepare_ternary(chunks, ternary_settings(args), fill=fill)
+    meta = getattr(args, "init_model_with_meta_device", False)
+    prepared = prepare_ternary(chunks, ternary_settings(args), fill=fill if meta else None)
     notes += [*prepared.notes, prepared.coverage.table()]
     return prepared.record
 
 
-def _fill(args: argparse.Namespace, checkpoint: Path | None, weights: Sequence[torch.nn.Parameter]) -> None:
-    """Weights that came from the meta device hold no values until the checkpoint brings them; the probe needs some."""
-    if checkpoint is None:
-        raise HostError(_UNINITIALISED)
-    for weight in weights:
-        torch.nn.init.normal_(weight, std=args.init_method_std)
-
-
 def _multipliers(args: argparse.Namespace) -> tuple[Multipliers, LongRope | None]:
     """What is ours to apply; what the host defines flags for, it carries out itself."""
-    ours: Mapping[str, Any] = vars(_ours(args))
+    ours = vars(_ours(args))
     return from_arguments.multipliers_of(ours), from_arguments.longrope_of(ours)
 
 

@@ -51,11 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> tuple[str, ...]:
         ValueError: the host has a ``--ternary`` flag already.
     """
     taken = parser._option_string_actions
-    own = add_ternary_arguments(argparse.ArgumentParser(add_help=False))
-    clash = [s for action in own._actions for s in action.option_strings if s in taken]
-    if clash:
+    # MindSpeed's parser would let a second flag of the same name win.
+    if clash := [flag for flag in taken if flag.startswith("--ternary") or flag == "--allow-quantizer-change"]:
         raise ValueError(f"the parser has {', '.join(clash)} already: add_arguments() once per parser")
-    theirs = {name for name in NAMES if _flag(name) in taken}
+    theirs = {name for name in NAMES if f"--{name.replace('_', '-')}" in taken}
     if "rope_scaling_type" in theirs:
         theirs.update(name for name in NAMES if name.startswith("rope_scaling_"))
     family = argparse.ArgumentParser(add_help=False)
@@ -104,15 +103,6 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     return parser
 
 
-def quantizer_config(args: argparse.Namespace) -> QuantizerConfig:
-    """The quantizer that the flags describe.
-
-    Raises:
-        ValueError: an impossible group size.
-    """
-    return QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size)
-
-
 def _backends() -> Iterable[str]:
     """The names of the registered backends; where there is no torch, of those that come with the package."""
     if importlib.util.find_spec("torch") is None:
@@ -123,13 +113,9 @@ def _backends() -> Iterable[str]:
 
 
 def ternary_settings(args: argparse.Namespace) -> TernarySettings:
-    """What the ``--ternary`` flags ask of a model.
-
-    Raises:
-        ValueError: an impossible group size.
-    """
+    """What the ``--ternary`` flags ask of a model."""
     return TernarySettings(
-        default=quantizer_config(args),
+        default=QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size),
         recipe=args.ternary_recipe,
         row_parallel_shards=args.ternary_row_parallel_shards,
         backend=args.ternary_backend,
@@ -155,10 +141,6 @@ def take_recorded_shards(args: argparse.Namespace, checkpoint: Path) -> str | No
 def ternary_mistakes(args: argparse.Namespace) -> list[str]:
     """What cannot go together in the parsed ``--ternary`` flags, one line each."""
     if args.ternary:
-        try:
-            quantizer_config(args)
-        except ValueError as error:
-            return [f"--ternary-group-size: {error}"]
         shards = args.ternary_row_parallel_shards
         grouped = args.ternary_group_size != -1 and args.ternary_recipe is None
         if shards is not None and grouped and args.ternary_activation_bits == 16:
@@ -173,7 +155,3 @@ def ternary_mistakes(args: argparse.Namespace) -> list[str]:
         if action.dest.startswith("ternary_") and getattr(args, action.dest) != action.default
     ]
     return [f"{', '.join(idle)} without --ternary would do nothing"] if idle else []
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

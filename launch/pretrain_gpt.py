@@ -68,7 +68,6 @@ def prepare(args: argparse.Namespace, script: Path) -> None:
     import bitcpm_megatron.adaptor  # noqa: F401
 
     if on_cpu:
-        cpu.random_state()
         megatron_lm.run_on_cpu()
 
 

@@ -6,9 +6,11 @@ do.
 """
 
 import ctypes
-import importlib
+import functools
+import inspect
 import logging
 import os
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +19,12 @@ from typing import Any
 logger = logging.getLogger("bitcpm_megatron.patches")
 
 ORIGINAL = "__bitcpm_original__"
+
+Replacement = Callable[..., Any]
+"""What stands in the place of an upstream function: called as that one is, with the original in front."""
+
+REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends to the processes of a job that shall save and end."""
 
 
 class HostError(ValueError):
@@ -41,48 +49,59 @@ def end_with_parent(parent: int) -> None:
             os._exit(1)
 
 
-def replace(owner: Any, attribute: str, make: Callable[[Any], Any]) -> bool:
-    """Puts ``make(original)`` in the place of ``owner.attribute``, once.
-
-    Args:
-        owner: module or class that holds the symbol.
-        attribute: its name there.
-        make: builds the replacement from the original. A fresh function each time: torch's compiler keeps a table of
-            ``torch.*`` functions by identity, and one function under two names breaks it.
+def around(replacement: Replacement) -> Callable[[Callable], Callable]:
+    """Makes a replacement known before its original is.
 
     Returns:
-        Whether anything was changed (False when the patch was already in place).
+        From an original, what takes its place: a fresh function each time, for torch's compiler keeps a table of
+        ``torch.*`` functions by identity, and one function under two names breaks it. Its own name ends as MindSpeed's
+        patcher wants it.
     """
-    original = getattr(owner, attribute)
-    if hasattr(original, ORIGINAL):
-        return False
-    replacement = make(original)
-    setattr(replacement, ORIGINAL, original)
-    setattr(owner, attribute, replacement)
-    logger.info("patched %s.%s", getattr(owner, "__name__", owner), attribute)
-    return True
+
+    def around_wrapper(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def replaced(*args, **kwargs):  # noqa: ANN202
+            return replacement(original, *args, **kwargs)
+
+        setattr(replaced, ORIGINAL, original)
+        return replaced
+
+    return around_wrapper
 
 
-def replace_everywhere(symbol: str, make: Callable[[Any], Any]) -> bool:
-    """Like :func:`replace`, also where Megatron's other modules and the main script imported the symbol by name.
+def replace(symbol: str, replacement: Replacement, everywhere: bool = False, missing_ok: bool = False) -> None:
+    """Puts a replacement in the place of an upstream symbol, once.
 
     Args:
-        symbol: dotted path of a module's function.
-        make: builds the replacement from the original.
-
-    Returns:
-        Whether anything was changed.
+        symbol: dotted path of a module's function or class, or of a class's method of any kind.
+        replacement: a class takes the place of a class as it is, without the original in front.
+        everywhere: also where Megatron's other modules and the main script imported the symbol by name.
+        missing_ok: some of the supported versions lack it; there nothing is done.
 
     Raises:
-        AttributeError: the module has no such symbol, so that the host is another version than the patch knows.
+        AttributeError: there is no such symbol, so that the host is another version than the patch knows.
     """
     path, _, attribute = symbol.rpartition(".")
-    owner = importlib.import_module(path)
-    original = getattr(owner, attribute)
-    if not replace(owner, attribute, make):
-        return False
-    for name, module in list(sys.modules.items()):
+    try:
+        owner = pkgutil.resolve_name(path)
+        held = inspect.getattr_static(owner, attribute)
+    except (AttributeError, ModuleNotFoundError):
+        if missing_ok:
+            return
+        raise
+    # Of a class method and a static method, the function inside.
+    original = getattr(held, "__func__", held)
+    if hasattr(original, ORIGINAL):
+        return
+    if isinstance(replacement, type):
+        put: Any = type(replacement.__name__, (replacement,), {ORIGINAL: original})
+    else:
+        put = around(replacement)(original)
+    if isinstance(held, classmethod | staticmethod):
+        put = type(held)(put)
+    setattr(owner, attribute, put)
+    logger.info("patched %s", symbol)
+    for name, module in list(sys.modules.items()) if everywhere else ():
         known = name == "__main__" or name.partition(".")[0] in ("megatron", "gpt_builders", "model_provider")
         if known and getattr(module, "__dict__", {}).get(attribute) is original:
-            setattr(module, attribute, getattr(owner, attribute))
-    return True
+            setattr(module, attribute, put)

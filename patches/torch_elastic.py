@@ -8,9 +8,11 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from . import end_with_parent, replace
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+from . import REQUESTS_TO_STOP, end_with_parent, replace
+
+_PROCESSES = "torch.distributed.elastic.multiprocessing"
 
 
 class _Asked:
@@ -27,13 +29,12 @@ def bind_workers() -> None:
     which the agent starts its workers. They would train on, hold the lock of ``--save``, and so keep out the job that
     is started in the place of theirs.
     """
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-
-    def bound(original: Callable) -> Callable:
-        # Not in the worker itself: that may be any script.
-        return functools.partial(original, preexec_fn=functools.partial(end_with_parent, os.getpid()))
-
-    replace(subprocess_handler, "Popen", bound)
+    # Not in the worker itself: that may be any script.
+    bound = functools.partial(end_with_parent, os.getpid())
+    replace(
+        f"{_PROCESSES}.subprocess_handler.subprocess_handler.Popen",
+        lambda original, *args, **kwargs: original(*args, preexec_fn=bound, **kwargs),
+    )
 
 
 def pass_signals_on() -> None:
@@ -51,52 +52,38 @@ def pass_signals_on() -> None:
     Where the agent itself ends workers, one of them has failed and the others cannot save any more: they take SIGTERM
     for a request to do so, and get SIGKILL instead.
     """
-    from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
-    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
-
-    def stopped(number: int) -> SignalException:
-        name = signal.Signals(number)
-        return SignalException(f"{name.name} arrived", sigval=name)
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        _Asked.number = number
-        workers = _workers_alive()
-        if not workers:
-            raise stopped(number)
-        for worker in workers:
-            worker.send_signal(signal.SIGTERM)
-
-    def listening(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def start(self: PContext) -> None:
-            original(self)
-            _Asked.context = self
-            for number in _PASSED_ON:
-                signal.signal(number, pass_on)
-
-        return start
-
-    def killing(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def close(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-            original(self, signal.SIGKILL if death_sig in (None, signal.SIGTERM) else death_sig, timeout)
-
-        return close
-
-    def unless_asked(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def _restart_workers(self: SimpleElasticAgent, *args) -> None:
-            if _Asked.number is not None:
-                raise stopped(_Asked.number)
-            original(self, *args)
-
-        return _restart_workers
-
-    replace(PContext, "start", listening)
-    replace(PContext, "close", killing)
-    replace(SimpleElasticAgent, "_restart_workers", unless_asked)
+    replace(f"{_PROCESSES}.api.PContext.start", _start)
+    replace(f"{_PROCESSES}.api.PContext.close", _close)
+    replace("torch.distributed.elastic.agent.server.api.SimpleElasticAgent._restart_workers", _restart_workers)
 
 
-def _workers_alive() -> list[Any]:
-    handlers = getattr(_Asked.context, "subprocess_handlers", {})
-    return [handler.proc for handler in handlers.values() if handler.proc.poll() is None]
+def _start(original: Callable, self: Any) -> None:
+    original(self)
+    _Asked.context = self
+    for number in REQUESTS_TO_STOP:
+        signal.signal(number, _pass_on)
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    _Asked.number = number
+    processes = [handler.proc for handler in getattr(_Asked.context, "subprocess_handlers", {}).values()]
+    workers = [process for process in processes if process.poll() is None]
+    if not workers:
+        raise _stopped(number)
+    for worker in workers:
+        worker.send_signal(signal.SIGTERM)
+
+
+def _stopped(number: int) -> SignalException:
+    name = signal.Signals(number)
+    return SignalException(f"{name.name} arrived", sigval=name)
+
+
+def _close(original: Callable, self: Any, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+    original(self, signal.SIGKILL if death_sig in (None, signal.SIGTERM) else death_sig, timeout)
+
+
+def _restart_workers(original: Callable, *args) -> None:
+    if _Asked.number is not None:
+        raise _stopped(_Asked.number)
+    original(*args)

@@ -4,9 +4,11 @@
 Every other warning stays. Importing this imports no upstream package, for most of these come of such an import.
 """
 
+import functools
 import logging
 import re
 import warnings
+from collections.abc import Callable
 
 _NOT_INSTALLED = "Transformer Engine and Apex are not installed. Falling back to "
 _CONNECTIONS = "it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS to 1 for maximum speedup"
@@ -22,7 +24,7 @@ _RENAMED = (
 
 WARNINGS = (
     # megatron-core's optimizer, clip_grads, megatron_fsdp and layer specs. What it falls back to, and
-    # megatron_core.optimizer.provide_fused_adam, are what this package runs on.
+    # megatron_core.without_te.FusedAdam, are what this package runs on.
     _NOT_INSTALLED + "Torch optimizers.",
     _NOT_INSTALLED + "local implementations of multi_tensor_applier and multi_tensor_scale",
     _NOT_INSTALLED + "local implementations of multi_tensor_applier, multi_tensor_l2norm, and multi_tensor_scale",
@@ -80,22 +82,9 @@ def silence() -> None:
 
 def drop_records(logger: str, *messages: str) -> None:
     """Drops what a logger says in exactly these words, once however often it is called."""
-    wanted = _Drop(frozenset(messages))
-    found = logging.getLogger(logger)
-    if wanted not in found.filters:
-        found.addFilter(wanted)
+    logging.getLogger(logger).addFilter(_others_than(*messages))
 
 
-class _Drop(logging.Filter):
-    def __init__(self, messages: frozenset[str]) -> None:
-        super().__init__()
-        self.messages = messages
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Drop) and self.messages == other.messages
-
-    def __hash__(self) -> int:
-        return hash(self.messages)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.getMessage() not in self.messages
+@functools.cache
+def _others_than(*messages: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: record.getMessage() not in messages

@@ -36,12 +36,11 @@ def single_rank(_process_group: None) -> Iterator[None]:
     from megatron.core import parallel_state, tensor_parallel
 
     from bitcpm_megatron.patches import cpu
-    from bitcpm_megatron.patches.megatron_core import optimizer, without_te
+    from bitcpm_megatron.patches.megatron_core import without_te
 
     if not torch.cuda.is_available():
         cpu.install()
-    without_te.allow_sequence_parallel_torch_norm()
-    optimizer.provide_fused_adam()
+    without_te.install()
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     yield

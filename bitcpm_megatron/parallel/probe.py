@@ -139,7 +139,7 @@ def watch_use(model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
     chunks = [model] if isinstance(model, torch.nn.Module) else model
     for chunk in chunks:
         chunk.__dict__[_WATCH] = _Watch(chunk)
-    schedules.announce_training(_start_watching, _prove_use)
+    schedules.announce_schedules(on_start=_start_watching, on_trained=_prove_use)
 
 
 class _Watch:

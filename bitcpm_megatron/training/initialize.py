@@ -15,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from ..cli import Whole, from_environment
 from ..patches import cpu
-from ..patches.megatron_core import optimizer, without_te
+from ..patches.megatron_core import checkpointing, without_te
 
 # SIGTERM is how schedulers preempt and end a job; SIGUSR1 what people have SLURM send before (--signal=USR1@600).
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -46,10 +46,8 @@ def initialize(args: argparse.Namespace) -> None:
         torch.cuda.set_device(from_environment("LOCAL_RANK", Whole(0), 0))
     else:
         cpu.install()
-    without_te.allow_sequence_parallel_torch_norm()
-    optimizer.provide_fused_adam()
-    optimizer.load_optimizer_under_other_rates()
-    without_te.allow_moe_router_without_te()
+    without_te.install()
+    checkpointing.load_optimizer_under_other_rates()
 
     if not torch.distributed.is_initialized():
         _join(args)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of megatron-core's checkpoints: newer torch, full disks, processes that die with their rank, and no code."""
+"""Patches of megatron-core's checkpoints: newer torch, full disks, processes that die with their rank, no code."""
 
 import contextlib
-import functools
 import inspect
 import logging
 import multiprocessing
@@ -15,7 +14,9 @@ from typing import Any
 
 import torch
 
-from .. import end_with_parent, replace
+from .. import REQUESTS_TO_STOP, end_with_parent, logger, replace
+
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 
 
 def write_checkpoints_with_newer_torch() -> None:
@@ -25,23 +26,16 @@ def write_checkpoints_with_newer_torch() -> None:
     that name takes the serialization format as one more argument, which 0.12.1 does not hand over. It gets the one that
     was meant before there was a choice, and every later version's writer passes it itself.
     """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from torch.distributed.checkpoint import filesystem
 
-    parameter = inspect.signature(filesystem._write_item).parameters.get("serialization_format")
-    if parameter is None or parameter.default is not parameter.empty or not hasattr(filesystem_async, "_write_item"):
-        return
+    def with_format(original: Callable, *args, **kwargs) -> Any:
+        parameters = inspect.signature(original).parameters
+        if "serialization_format" in parameters and len(args) + len(kwargs) == len(parameters) - 1:
+            from torch.distributed.checkpoint.filesystem import SerializationFormat
 
-    def with_format(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def _write_item(*args, **kwargs):  # noqa: ANN202
-            if len(args) + len(kwargs) == len(inspect.signature(original).parameters) - 1:
-                kwargs["serialization_format"] = filesystem.SerializationFormat.TORCH_SAVE
-            return original(*args, **kwargs)
+            kwargs["serialization_format"] = SerializationFormat.TORCH_SAVE
+        return original(*args, **kwargs)
 
-        return _write_item
-
-    replace(filesystem_async, "_write_item", with_format)
+    replace(f"{_STRATEGIES}.filesystem_async._write_item", with_format, missing_ok=True)
 
 
 def save_asynchronously(state: Any, directory: str, **more: Any) -> Any:
@@ -62,8 +56,6 @@ def save_asynchronously(state: Any, directory: str, **more: Any) -> Any:
 
 
 _held_write_errors: list[Exception] = []
-# What a scheduler sends to every process of a job, and what is meant for its ranks alone.
-_REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def hold_write_errors() -> None:
@@ -75,26 +67,20 @@ def hold_write_errors() -> None:
     writes there, and on a full disk raises there, while the other ranks wait for it in the plan or in a barrier until
     they time out. The error is kept instead, and :func:`raise_held_write_error` brings it up where all ranks are asked.
     """
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 
-    def holding(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def write(*args, **kwargs) -> None:
-            try:
-                original(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                _held_write_errors.append(error)
+    def hold(original: Callable, *args, **kwargs) -> None:
+        try:
+            original(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            _held_write_errors.append(error)
 
-        return write
-
-    for owner in (getattr(common, "TorchCommonSaveStrategy", None), serialization):
-        if hasattr(owner, "save_common"):
-            replace(owner, "save_common", holding)
-    replace(filesystem_async.FileSystemWriterAsync, "finish", holding)
-    replace(serialization, "save_config", holding)
+    serialization = "megatron.core.dist_checkpointing.serialization"
+    replace(f"{_STRATEGIES}.common.TorchCommonSaveStrategy.save_common", hold, missing_ok=True)
+    replace(f"{serialization}.save_common", hold, missing_ok=True)
+    replace(f"{serialization}.save_config", hold)
+    replace(f"{_STRATEGIES}.filesystem_async.FileSystemWriterAsync.finish", hold)
     # Each rank would report the error of its writer; ours says it once.
-    logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
+    logging.getLogger(f"{_STRATEGIES}.filesystem_async").setLevel(logging.CRITICAL)
 
 
 def raise_held_write_error() -> None:
@@ -123,48 +109,35 @@ def bind_checkpoint_writers() -> None:
     SIGTERM and SIGUSR1, which a scheduler may send to every process of a job, mean that the rank shall save: its
     helpers are needed for that.
     """
+    for name in ("_get_write_results_queue", "get_write_results_queue"):
+        replace(f"{_STRATEGIES}.filesystem_async.{name}", _bound_queue, missing_ok=True)
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    threaded = hasattr(FileSystemWriterAsync, "write_preloaded_data_multithread")
+    for kind in ("_multithread",) if threaded else ("_multiproc", ""):
+        replace(f"{_STRATEGIES}.filesystem_async.FileSystemWriterAsync.write_preloaded_data{kind}", _bound_writer)
+
+
+def _bound_queue(original: Callable, *args, **kwargs) -> Any:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def bound_queue(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def get_write_results_queue(*args, **kwargs):  # noqa: ANN202
-            if filesystem_async._results_queue is None:
-                manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
-                with _without_requests_to_stop():
-                    manager.start(die_with_parent, (os.getpid(),))
-                filesystem_async._results_queue = manager.Queue()
-            return original(*args, **kwargs)
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=torch.multiprocessing.get_context("spawn"))
+        with _without_requests_to_stop():
+            manager.start(die_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
+    return original(*args, **kwargs)
 
-        return get_write_results_queue
 
-    def bound_writer(original: Callable) -> Callable:
-        @functools.wraps(original)
-        def write(*args, **kwargs) -> None:
-            if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
-                die_with_parent(parent.pid)
-            original(*args, **kwargs)
-
-        return write
-
-    writer = filesystem_async.FileSystemWriterAsync
-    if hasattr(writer, "write_preloaded_data_multithread"):
-        queue, processes = "get_write_results_queue", ["write_preloaded_data_multithread"]
-    else:
-        queue, processes = "_get_write_results_queue", ["write_preloaded_data_multiproc", "write_preloaded_data"]
-    if hasattr(filesystem_async, queue):
-        replace(filesystem_async, queue, bound_queue)
-    for name in processes:
-        if replace(writer, name, bound_writer):
-            setattr(writer, name, staticmethod(getattr(writer, name)))
+def _bound_writer(original: Callable, *args, **kwargs) -> None:
+    if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
+        die_with_parent(parent.pid)
+    original(*args, **kwargs)
 
 
 def die_with_parent(parent: int) -> None:
-    """Lets the kernel kill this process when its parent dies, and ignores the signals that ask a job to stop.
-
-    Args:
-        parent: its process id; where that one has died already, this process ends here. Only Linux can do this.
-    """
-    for number in _REQUESTS_TO_STOP:
+    """See :func:`~bitcpm_megatron.patches.end_with_parent`; also ignores the signals that ask a job to stop."""
+    for number in REQUESTS_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
 
@@ -172,14 +145,33 @@ def die_with_parent(parent: int) -> None:
 @contextlib.contextmanager
 def _without_requests_to_stop() -> Iterator[None]:
     """Holds them back until the block ends. A process that is started in it never gets them, nor while it imports."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS_TO_STOP)
     try:
         # Started with the first such process; in CPython 3.11 that lets SIGTERM through again.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS_TO_STOP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS_TO_STOP)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def load_optimizer_under_other_rates() -> None:
+    """Lets optimizer state be loaded by a run with another learning rate, as before megatron-core 0.19.
+
+    Takes ``max_lr`` and ``min_lr`` out of ``param_group_identifier_keys`` in ``megatron.core.optimizer.optimizer`` and
+    ``megatron.core.optimizer.distrib_optimizer``, by which a parameter group finds its saved one. With them a changed
+    ``--lr`` ends in a KeyError before the scheduler is asked: neither ``--override-opt-param-scheduler`` nor
+    ``--use-checkpoint-opt-param-scheduler`` can work, nor can a message name them. For our own loop alone, whose groups
+    never differ by their rates. 0.12.1 has no such name: it takes the saved groups in their order.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    for module in (optimizer, distrib_optimizer):
+        keys = getattr(module, "param_group_identifier_keys", ())
+        structural = tuple(key for key in keys if key not in ("max_lr", "min_lr"))
+        if structural != keys:
+            module.param_group_identifier_keys = structural
+            logger.info("patched %s.param_group_identifier_keys", module.__name__)
 
 
 @contextlib.contextmanager

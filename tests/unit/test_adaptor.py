@@ -490,7 +490,7 @@ def test_flags_that_the_host_has_are_the_hosts(megatron) -> None:
 def test_a_mistake_on_the_hosts_command_line_is_one_line(monkeypatch, capsys) -> None:
     monkeypatch.delenv("RANK", raising=False)
     parser = argparse.ArgumentParser()
-    megatron_lm.Wrappers(host).register_arguments(parser)
+    megatron_lm.Replacements(host).register_arguments(parser)
     for flags in (["--ternary-group-size", "48"], ["--no-such-flag"]):
         with pytest.raises(SystemExit) as leaving:
             parser.parse_args(flags)

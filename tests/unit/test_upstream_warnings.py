@@ -64,4 +64,4 @@ def test_a_record_goes_by_its_exact_words_and_its_logger(caplog: pytest.LogCaptu
     for speaker, words in ((logger, message), (logger, f"{message}!"), (logging.getLogger("another"), message)):
         speaker.warning(words)
     assert [r.getMessage() for r in caplog.records] == [f"{message}!", message]
-    assert sum(isinstance(f, upstream_warnings._Drop) for f in logger.filters) == 1
+    assert len(logger.filters) == 1

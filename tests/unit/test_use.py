@@ -15,7 +15,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe
 from bitcpm_megatron.parallel import ProbeError, probe, watch_use
-from bitcpm_megatron.patches.megatron_core import without_te
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -24,7 +23,6 @@ LAYERS = [f"decoder.layers.{layer}.mlp.linear_fc{i}" for layer in (0, 1) for i i
 
 def watched(experts: int | None = None, **changes) -> GPTModel:
     """A ternary model whose probe is content and whose first step is to be watched."""
-    without_te.allow_moe_router_without_te()
     config = TransformerConfig(
         num_layers=2,
         hidden_size=64,

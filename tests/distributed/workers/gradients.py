@@ -45,7 +45,7 @@ from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
 from bitcpm_megatron.nn import cache, linear  # noqa: E402
 from bitcpm_megatron.parallel import ProbeError, apply_recipe, probe, ternary_modules  # noqa: E402
 from bitcpm_megatron.patches import cpu  # noqa: E402
-from bitcpm_megatron.patches.megatron_core import optimizer as optimizer_patches  # noqa: E402
+from bitcpm_megatron.patches.megatron_core import without_te  # noqa: E402
 
 HIDDEN, INNER, SEQUENCE, BATCH = 64, 128, 8, 2
 MICRO_BATCHES, STEPS, SHARDS = 3, 3, 2
@@ -308,8 +308,7 @@ PLANTED = {
 
 def main(directory: Path) -> None:
     cpu.install()
-    optimizer_patches.provide_fused_adam()
-    optimizer_patches.allow_distributed_optimizer_without_te()
+    without_te.install()
     torch.distributed.init_process_group("gloo")
     # Also fills what torch.empty() returns with NaN: the dummy gradients of fusion must never reach a real one.
     torch.use_deterministic_algorithms(True, warn_only=True)
