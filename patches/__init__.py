@@ -89,17 +89,15 @@ def replace(symbol: str, replacement: Replacement, everywhere: bool = False, mis
         if missing_ok:
             return
         raise
-    # Of a class method and a static method, the function inside.
-    original = getattr(held, "__func__", held)
+    bound = isinstance(held, classmethod | staticmethod)
+    original = held.__func__ if bound else held
     if hasattr(original, ORIGINAL):
         return
     if isinstance(replacement, type):
         put: Any = type(replacement.__name__, (replacement,), {ORIGINAL: original})
     else:
         put = around(replacement)(original)
-    if isinstance(held, classmethod | staticmethod):
-        put = type(held)(put)
-    setattr(owner, attribute, put)
+    setattr(owner, attribute, type(held)(put) if bound else put)
     logger.info("patched %s", symbol)
     for name, module in list(sys.modules.items()) if everywhere else ():
         known = name == "__main__" or name.partition(".")[0] in ("megatron", "gpt_builders", "model_provider")
