@@ -19,16 +19,7 @@ from . import __version__, cli
 from .ops import active_backend, backends
 from .ops.self_test import self_test
 
-_PACKAGES = (
-    "torch",
-    "megatron-core",
-    "mindspeed",
-    "torch_npu",
-    "triton",
-    "transformer_engine",
-    "apex",
-    "sentencepiece",
-)
+_PACKAGES = "torch megatron-core mindspeed torch_npu triton transformer_engine apex sentencepiece".split()
 
 
 def _version(package: str) -> str:

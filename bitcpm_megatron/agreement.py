@@ -3,6 +3,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -22,10 +23,15 @@ def together() -> Iterator[None]:
         mine = error
     # Other exceptions may not survive the journey.
     told = mine if mine is None or isinstance(mine, OSError | ValueError | FailedError) else FailedError(repr(mine))
-    met: list[Exception | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(met, told)
+    met = all_gathered(told)
     if mine is not None:
         raise mine
-    for other in met:
-        if other is not None:
-            raise other
+    for other in filter(None, met):
+        raise other
+
+
+def all_gathered(mine: Any) -> list[Any]:
+    """The value of every rank, in their order; collective over all ranks."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found

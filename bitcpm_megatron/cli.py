@@ -58,14 +58,13 @@ def interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # the one that may have handlers
+    before = signal.signal(signal.SIGTERM, interrupt) if in_main_thread else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def run(work: Callable[[], int | None]) -> int:
@@ -73,35 +72,48 @@ def run(work: Callable[[], int | None]) -> int:
 
     ValueError (all our errors about input derive from it) and paths that are not usable are bad input (2),
     :class:`MismatchError` is 3, :class:`FailedError`, other errors of the operating system, exhausted memory and an
-    interruption are 1. Anything else is a fault of the program and keeps its traceback.
-
-    Args:
-        work: the command; what it returns is the exit code, None stands for 0.
+    interruption are 1. Anything else is a fault of the program and keeps its traceback. What `work` returns is the exit
+    code, None stands for 0.
     """
     try:
         return work() or DONE
-    except MismatchError as error:
-        return _failed(error, str(error), MISMATCH)
-    except ValueError as error:
-        return _failed(error, str(error), BAD_INPUT)
-    except BrokenPipeError as error:
-        # The reader of our output has left, such as ``head``: there is nobody to tell.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _failed(error, None, FAILED)
-    except OSError as error:
-        return _failed(error, _words(error), BAD_INPUT if error.errno in _BAD_PATH else FAILED)
-    except FailedError as error:
-        return _failed(error, str(error), FAILED)
-    except RuntimeError as error:
-        # What pathlib makes of a link that leads to itself, before Python 3.13.
-        if not str(error).startswith("Symlink loop"):
+    except (Exception, KeyboardInterrupt) as error:
+        status, message = _verdict(error)
+        if status is None:
             raise
-        return _failed(error, str(error), BAD_INPUT)
-    except MemoryError as error:
-        return _failed(error, "the memory of this machine is exhausted", FAILED)
-    except KeyboardInterrupt as error:
-        return _failed(error, "interrupted", FAILED)
+        if os.environ.get(TRACEBACK) == "1":
+            traceback.print_exception(error)
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has left, such as ``head``: there is nobody to tell.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            complain(message)
+        return status
+
+
+def _verdict(error: BaseException) -> tuple[int | None, str]:
+    """The exit code and the words for what a command raised; no code for a fault of the program."""
+    said = str(error)
+    match error:
+        case MismatchError():
+            return MISMATCH, said
+        case ValueError():
+            return BAD_INPUT, said
+        case OSError():
+            names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+            if error.strerror is not None:
+                said = f"{names}: {error.strerror}" if names else error.strerror
+            return BAD_INPUT if error.errno in _BAD_PATH else FAILED, said
+        case FailedError():
+            return FAILED, said
+        case RuntimeError() if said.startswith("Symlink loop"):  # of pathlib, before Python 3.13
+            return BAD_INPUT, said
+        case MemoryError():
+            return FAILED, "the memory of this machine is exhausted"
+        case KeyboardInterrupt():
+            return FAILED, "interrupted"
+    return None, said
 
 
 def complain(message: str) -> None:
@@ -116,30 +128,11 @@ def complain(message: str) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SECONDS_FOR_RANK_0)
         message = f"rank {rank}: {message}"
-    _close_bars()
-    print(f"error: {message}", file=sys.stderr, flush=True)
-
-
-def _close_bars() -> None:
-    """Progress bars that the error left open: the message must not stand at the end of one."""
+    # Progress bars that the error left open: the message must not stand at the end of one.
     tqdm = sys.modules.get("tqdm")
     for bar in list(tqdm.tqdm._instances) if tqdm is not None else ():
         bar.close()
-
-
-def _failed(error: BaseException, message: str | None, status: int) -> int:
-    if os.environ.get(TRACEBACK) == "1":
-        traceback.print_exception(error)
-    if message is not None:
-        complain(message)
-    return status
-
-
-def _words(error: OSError) -> str:
-    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    if error.strerror is None:
-        return str(error)
-    return f"{' -> '.join(names)}: {error.strerror}" if names else error.strerror
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def refuse_arguments(message: str) -> NoReturn:
@@ -152,8 +145,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that takes no abbreviations and answers a mistake with one line instead of the usage text."""
 
     def __init__(self, **options: Any) -> None:
-        options.setdefault("allow_abbrev", False)
-        super().__init__(**options)
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def parse_args(  # type: ignore[override]  # one signature in the place of overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -172,6 +164,24 @@ class Parser(argparse.ArgumentParser):
         refuse_arguments(message)
 
 
+def _read(kind: "Whole | Number", text: str) -> Any:
+    """Reads a number from a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none of that kind, is NaN or infinite, or out of bounds.
+    """
+    value: float | None = None
+    if isinstance(kind, Whole):
+        value = int(text) if _WHOLE.fullmatch(text.strip()) else None
+    elif "_" not in text:
+        with contextlib.suppress(ValueError):
+            value = float(text)
+    if mistake := kind.mistake(value):
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise argparse.ArgumentTypeError(f"{shown!r}: {mistake}")
+    return value
+
+
 @dataclass(frozen=True)
 class Whole:
     """The type of a flag that is a whole number within bounds, both included."""
@@ -179,16 +189,10 @@ class Whole:
     minimum: int = 1
     maximum: int = 2**31 - 1
 
-    def __call__(self, text: str) -> int:
-        """Reads the number.
-
-        Raises:
-            argparse.ArgumentTypeError: it is none, or out of bounds.
-        """
-        return _read(text, int(text) if _WHOLE.fullmatch(text.strip()) else None, self)
+    __call__ = _read
 
     def mistake(self, value: object) -> str | None:
-        """What is wrong with a value from elsewhere than a command line, or None."""
+        """What is wrong with a value, also one from elsewhere than a command line, or None."""
         if isinstance(value, bool) or not isinstance(value, int):
             return "expected a whole number"
         return None if self.minimum <= value <= self.maximum else f"must be {self}"
@@ -206,26 +210,13 @@ class Number:
     open_minimum: bool = False
     open_maximum: bool = False
 
-    def __call__(self, text: str) -> float:
-        """Reads the number.
-
-        Raises:
-            argparse.ArgumentTypeError: it is none, is NaN or infinite, or out of bounds.
-        """
-        value = None
-        with contextlib.suppress(ValueError):
-            value = float(text) if "_" not in text else None
-        return _read(text, value, self)
+    __call__ = _read
 
     def mistake(self, value: object) -> str | None:
-        """What is wrong with a value from elsewhere than a command line, or None."""
+        """What is wrong with a value, also one from elsewhere than a command line, or None."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "expected a number"
-        try:
-            finite = math.isfinite(value)
-        except OverflowError:  # a whole number that no float holds
-            finite = False
-        if not finite:
+        if not abs(value) <= sys.float_info.max:  # also a whole number that no float holds
             return "expected a finite number"
         below = value <= self.minimum if self.open_minimum else value < self.minimum
         above = value >= self.maximum if self.open_maximum else value > self.maximum
@@ -238,15 +229,6 @@ class Number:
         if self.maximum < math.inf:
             parts.append(f"{'below' if self.open_maximum else 'at most'} {self.maximum:g}")
         return " and ".join(parts) or "a finite number"
-
-
-def _read(text: str, value: Any, kind: Whole | Number) -> Any:
-    mistake = ("expected a whole number" if isinstance(kind, Whole) else "expected a number") if value is None else None
-    mistake = mistake or kind.mistake(value)
-    if mistake is not None:
-        shown = text if len(text) <= 40 else f"{text[:40]}..."
-        raise argparse.ArgumentTypeError(f"{shown!r}: {mistake}")
-    return value
 
 
 def bounded(kind: Whole | Number) -> BeforeValidator:
@@ -262,13 +244,7 @@ def bounded(kind: Whole | Number) -> BeforeValidator:
 
 
 def from_environment(name: str, kind: Whole | Number, default: Any, environ: Mapping[str, str] = os.environ) -> Any:
-    """A number that a variable of the environment holds.
-
-    Args:
-        name: of the variable.
-        kind: of number.
-        default: where it is not set, or empty.
-        environ: instead of this process's.
+    """A number that a variable of the environment holds, or the default where it is not set or empty.
 
     Raises:
         ValueError: it holds something else, naming the variable.

@@ -144,10 +144,10 @@ def prepare(args: argparse.Namespace) -> None:
             corpus("tokenizing"),
             args.output_prefix,
             tokenizer,
+            pending,
             keys=args.json_keys,
             append_eod=args.append_eod,
             threads=args.workers,
-            pending=pending,
         )
     for summary in summaries.values():
         print(summary, flush=True)

@@ -16,7 +16,6 @@ _ARCHITECTURE = (
     "moe_router_topk moe_ffn_hidden_size"
 ).split()
 _OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
-_DATA_ORDER = ("seed",)
 _TOLD = (
     "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
     "weight_decay clip_grad"
@@ -24,10 +23,7 @@ _TOLD = (
 
 
 def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_change: bool) -> str:
-    """Compares a checkpoint's quantizer record with what this run wants.
-
-    Returns:
-        One line for the log.
+    """Compares a checkpoint's quantizer record with what this run wants, and returns a line for the log.
 
     Raises:
         CheckpointError: they contradict each other and ``allow_change`` is false.
@@ -45,21 +41,22 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     Raises:
         CheckpointError: the model, the optimizer or the order of samples is another one, with the flags by name.
     """
-    checks: list[tuple[Sequence[str], str]] = [(_ARCHITECTURE, "the model is another one: give the same flags")]
+    model = _differences(args, saved, _ARCHITECTURE)
+    # By meaning: MiniCPM and Granite have different flags for the same numbers.
+    for what, of in (("multipliers", multipliers_of), ("LongRoPE", longrope_of)):
+        if (before := of(saved)) != (now := of(vars(args))):
+            model.append(f"{what} {before} (now {now})")
+    checks = [(model, "the model is another one: give the same flags")]
     # A shorter embedding would be cut silently; a longer one would hold rows that were never trained.
-    checks.append((("vocab_size",), "the vocabulary is another one: give its tokenizer, or --vocab-size"))
+    vocabulary = _differences(args, saved, ["vocab_size"])
+    checks.append((vocabulary, "the vocabulary is another one: give its tokenizer, or --vocab-size"))
     if with_optimizer:
-        checks.append((_OPTIMIZER, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
+        optimizer = _differences(args, saved, _OPTIMIZER)
+        checks.append((optimizer, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
     if not args.finetune and checkpoint.name != RELEASE:
-        checks.append((_DATA_ORDER, "the order of the samples would change: give the same, or --finetune"))
-    for names, cure in checks:
-        different = _differences(args, saved, names)
-        if names is _ARCHITECTURE:
-            # By meaning: MiniCPM and Granite have different flags for the same numbers.
-            for what, of in (("multipliers", multipliers_of), ("LongRoPE", longrope_of)):
-                before, now = of(saved), of(vars(args))
-                if before != now:
-                    different.append(f"{what} {before} (now {now})")
+        seed = _differences(args, saved, ["seed"])
+        checks.append((seed, "the order of the samples would change: give the same, or --finetune"))
+    for different, cure in checks:
         if different:
             raise CheckpointError(f"{checkpoint} was saved with {', '.join(different)}: {cure}")
 
@@ -67,8 +64,7 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
 def check_data(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> list[str]:
     """Compares the training data with what a checkpoint was trained on: where it stopped means nothing in others.
 
-    Returns:
-        One line for the log where they differ and ``--allow-data-change`` allows it, or none.
+    Returns a line for the log where they differ and ``--allow-data-change`` allows it.
 
     Raises:
         CheckpointError: they differ.

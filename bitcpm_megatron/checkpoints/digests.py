@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..agreement import together
+from ..agreement import all_gathered, together
 from ..files import DIGESTS, DigestError, digest, find_damage, read_digests, read_json, write_text
 from .directory import CheckpointError
 
@@ -20,27 +20,22 @@ _Digests = dict[str, dict[str, Any]]
 def with_digests(write: Callable[..., None] | None, directory: Path) -> Callable[..., None] | None:
     """A function that writes this rank's files into a directory and then leaves their digests there.
 
-    So the process that writes in the background makes the digests, too, and training does not wait for them.
-
-    Args:
-        write: the writer of megatron-core's asynchronous request; None where this rank writes nothing.
-        directory: where it writes.
+    So the process that writes in the background makes the digests, too, and training does not wait for them. `write` is
+    that of megatron-core's asynchronous request, None where this rank writes nothing.
     """
-    rank = torch.distributed.get_rank()
-    return None if write is None else functools.partial(_write_then_digest, write, directory, rank)
+    if write is None:
+        return None
+    return functools.partial(_write_then_digest, write, directory, torch.distributed.get_rank())
 
 
 def gather_digests(directory: Path) -> _Digests:
     """The digests of what all ranks wrote into a directory, by file name; collective over all ranks."""
     rank = torch.distributed.get_rank()
-    left = _left_by_writer(directory, rank)
     with together():
-        if left.is_file():
-            mine = read_json(left)
-            left.unlink()
-        else:
-            mine = _digests(directory, rank)
-    return {name: entry for share in _all_gathered(mine) for name, entry in share.items()}
+        left = _left_by_writer(directory, rank)
+        mine = read_json(left) if left.is_file() else _digests(directory, rank)
+        left.unlink(missing_ok=True)
+    return {name: entry for share in all_gathered(mine) for name, entry in share.items()}
 
 
 def verify_digests(checkpoint: Path) -> None:
@@ -60,7 +55,7 @@ def verify_digests(checkpoint: Path) -> None:
         damage = find_damage(checkpoint, share) or []
     except OSError as error:  # the others wait for an answer
         damage = [str(error)]
-    lines = [line for part in _all_gathered(damage) for line in part]
+    lines = [line for part in all_gathered(damage) for line in part]
     if lines:
         raise DigestError("\n  ".join(lines))
 
@@ -78,9 +73,3 @@ def _digests(directory: Path, rank: int) -> _Digests:
 
 def _left_by_writer(directory: Path, rank: int) -> Path:
     return directory / f"digests_of_rank_{rank}.json"
-
-
-def _all_gathered(mine: Any) -> list[Any]:
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found

@@ -11,7 +11,6 @@ A tracker that says ``release`` names the directory ``release/``: weights alone,
 which training starts at iteration 0 (Megatron-LM's convention).
 """
 
-import contextlib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, fsync, publish, read_json, read_text, write_text
+from ..files import FileError, fsync, incomplete, publish, read_json, read_text, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -29,6 +28,8 @@ _ARGUMENTS = "arguments.json"
 _METADATA = "metadata.json"
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _ITERATION = re.compile(r"iter_([0-9]{7,18})")
+# Where a checkpoint is written before it is published under its final name.
+incomplete_directory = incomplete
 
 
 class CheckpointError(FileError):
@@ -45,13 +46,23 @@ def latest(directory: str | Path) -> Path | None:
     directory = Path(directory)
     name = tracked(directory)
     while name is not None:
-        path = _where(directory / name)
-        if (path / _METADATA).is_file():
-            return path
+        path = directory / name
+        # A run may have been killed while it replaced it.
+        place = path if path.exists() else _aside(path)
+        if (place / _METADATA).is_file():
+            return place
         # A run that goes on meanwhile may have published a newer one and deleted this.
         before, name = name, tracked(directory)
-        if name == before:
-            _refuse_incomplete(directory, path)
+        if name != before:
+            continue
+        if any(path.glob("mp_rank_*")):
+            raise CheckpointError(
+                f"{path} is in Megatron-LM's legacy format: this loop reads torch_dist, which checkpoint_tools/ can "
+                "write (to Hugging Face and back)"
+            )
+        raise CheckpointError(
+            f"{directory / TRACKER} names {path}, which is not a complete checkpoint: {tracker_cure(directory)}"
+        )
     return None
 
 
@@ -62,9 +73,19 @@ def tracked(directory: Path) -> str | None:
         CheckpointError: see :func:`latest`; whether the checkpoint is complete is not looked at.
     """
     _check_directory(directory)
-    tracker = directory / TRACKER
+    tracker, pending = directory / TRACKER, incomplete(directory / TRACKER)
     if not os.path.lexists(tracker):
-        return _without_tracker(directory)
+        text = read_text(pending).strip() if pending.is_file() else ""
+        standing = _standing(directory)
+        if os.path.lexists(tracker):
+            # The first checkpoint was published in this moment.
+            return tracked(directory)
+        if _NUMBER.fullmatch(text) and int(text) in iterations(directory):
+            # A run was killed between the two renames of its first checkpoint.
+            return f"iter_{int(text):07d}"
+        if standing:
+            raise CheckpointError(f"{directory} holds checkpoints and {TRACKER} is missing: {tracker_cure(directory)}")
+        return None
     try:
         text = read_text(tracker).strip()
     except FileError as error:
@@ -109,19 +130,15 @@ def iterations(directory: str | Path) -> list[int]:
 def check_start(save: str | Path, loaded: Path | None, iteration: int) -> None:
     """Refuses a start that would write over checkpoints of which this run is no continuation.
 
-    Args:
-        save: where the run will save.
-        loaded: the checkpoint it starts from, or None.
-        iteration: at which it starts.
-
     Raises:
         CheckpointError: ``save`` holds checkpoints, and the run starts at iteration 0 or from elsewhere before them. A
             step back, to an earlier checkpoint of the same directory by its tracker, is allowed.
     """
     save = Path(save)
     standing = _standing(save)
-    steps_back = iteration > 0 and loaded is not None and _same(loaded.parent, save)
-    if steps_back or not standing or standing[-1] <= iteration:
+    if not standing or standing[-1] <= iteration:
+        return
+    if iteration > 0 and loaded is not None and os.path.samefile(loaded.parent, save):
         return
     start = f"starts at iteration {iteration}" + ("" if loaded is None else f" from {loaded}")
     raise CheckpointError(
@@ -139,15 +156,13 @@ def saved_arguments(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / _ARGUMENTS
     try:
         content = read_json(path)
+        if not isinstance(content, dict):
+            raise FileError(f"{path} holds no arguments of a run")
     except FileError as error:
         raise CheckpointError(
             f"{error}: without the arguments of the run that wrote it {checkpoint} cannot be loaded; copy it again, or "
             "take another checkpoint"
         ) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds no arguments of a run: copy {checkpoint} again, or take another checkpoint"
-        )
     return content
 
 
@@ -156,22 +171,14 @@ def write_arguments(checkpoint: Path, arguments: Mapping[str, Any]) -> None:
     write_text(checkpoint / _ARGUMENTS, json.dumps(dict(arguments), indent=1, default=str))
 
 
-def incomplete_directory(final: Path) -> Path:
-    """Where a checkpoint is written before it is published under its final name."""
-    return final.with_name(f".{final.name}.incomplete")
-
-
 def publish_checkpoint(temporary: Path, final: Path, keep_last_n: int | None) -> None:
-    """Makes a complete checkpoint the latest one.
+    """Makes a complete checkpoint the latest one; one that stands at `final` is replaced.
 
-    Args:
-        temporary: where it was written.
-        final: its :func:`iteration_directory`; one that stands there is replaced.
-        keep_last_n: delete older checkpoints, so that this many are left with this one; None keeps all.
+    Older ones are deleted, so that `keep_last_n` are left with this one; None keeps all.
     """
     # Written before anything is renamed: from then on no disk can be too full. If this process is killed between the
     # two renames, a first checkpoint stands there without a tracker, and this file says that none was lost.
-    pending = _pending(final.parent)
+    pending = incomplete(final.parent / TRACKER)
     try:
         pending.write_text(str(iteration_of(final)), encoding="utf-8")
         fsync(pending)
@@ -205,19 +212,19 @@ def recover(directory: str | Path) -> None:
     if found is not None:
         if found.name.endswith(".aside"):
             # Killed while a checkpoint of this iteration was replaced by another.
-            os.replace(found, _final(found))
+            os.replace(found, directory / found.name.removeprefix(".").removesuffix(".aside"))
         if not (directory / TRACKER).exists():
             write_text(directory / TRACKER, str(iteration_of(found)))
     for pattern in (".iter_*.incomplete", ".iter_*.aside"):
         for leftover in directory.glob(pattern):
             shutil.rmtree(leftover)
-    _pending(directory).unlink(missing_ok=True)
+    incomplete(directory / TRACKER).unlink(missing_ok=True)
 
 
 def _check_directory(directory: Path) -> None:
     """Raises where something is there that is no directory of checkpoints; what is not there at all is none, too."""
     try:
-        mode = directory.stat().st_mode
+        is_directory = stat.S_ISDIR(directory.stat().st_mode)
     except FileNotFoundError:
         if directory.is_symlink():
             raise CheckpointError(f"{directory} is a link to nothing: is something not mounted?") from None
@@ -225,32 +232,16 @@ def _check_directory(directory: Path) -> None:
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{directory}: {said}: name the directory that holds the checkpoints") from None
-    if not stat.S_ISDIR(mode):
+    if not is_directory:
         raise CheckpointError(f"{directory} is a file: name the directory that holds the checkpoints")
     if not os.access(directory, os.R_OK | os.X_OK):
         raise CheckpointError(f"{directory} cannot be read: choose another, or ask its owner")
     if (directory / _METADATA).exists() or (directory / ".metadata").exists():
-        parent = directory.absolute().parent
-        said = f"{directory} is a checkpoint itself and not the directory that holds it: name {parent}"
-        match = _ITERATION.fullmatch(directory.absolute().name)
-        if match is not None:
+        itself = directory.absolute()
+        said = f"{directory} is a checkpoint itself and not the directory that holds it: name {itself.parent}"
+        if match := _ITERATION.fullmatch(itself.name):
             said += f", and write {int(match[1])} into {TRACKER} there to load this one"
         raise CheckpointError(said)
-
-
-def _without_tracker(directory: Path) -> str | None:
-    pending = _pending(directory)
-    text = read_text(pending).strip() if pending.is_file() else ""
-    standing = _standing(directory)
-    if os.path.lexists(directory / TRACKER):
-        # The first checkpoint was published in this moment.
-        return tracked(directory)
-    if _NUMBER.fullmatch(text) and int(text) in iterations(directory):
-        # A run was killed between the two renames of its first checkpoint.
-        return f"iter_{int(text):07d}"
-    if standing:
-        raise CheckpointError(f"{directory} holds checkpoints and {TRACKER} is missing: {tracker_cure(directory)}")
-    return None
 
 
 def _standing(directory: Path) -> list[int]:
@@ -259,36 +250,6 @@ def _standing(directory: Path) -> list[int]:
     return sorted(int(match[1]) for path, match in found if match is not None and any(path.glob("*")))
 
 
-def _refuse_incomplete(directory: Path, path: Path) -> None:
-    if any(path.glob("mp_rank_*")):
-        raise CheckpointError(
-            f"{path} is in Megatron-LM's legacy format: this loop reads torch_dist, which checkpoint_tools/ can write "
-            "(to Hugging Face and back)"
-        )
-    raise CheckpointError(
-        f"{directory / TRACKER} names {path}, which is not a complete checkpoint: {tracker_cure(directory)}"
-    )
-
-
-def _where(path: Path) -> Path:
-    """Where a checkpoint stands now: aside, if a run was killed while it replaced it."""
-    return path if path.exists() or not (_aside(path) / _METADATA).is_file() else _aside(path)
-
-
 def _aside(path: Path) -> Path:
+    """Where a checkpoint stands while it is replaced or deleted."""
     return path.with_name(f".{path.name}.aside")
-
-
-def _final(aside: Path) -> Path:
-    return aside.with_name(aside.name.removeprefix(".").removesuffix(".aside"))
-
-
-def _pending(directory: Path) -> Path:
-    """The tracker before it has its name."""
-    return directory / f".{TRACKER}.incomplete"
-
-
-def _same(one: Path, other: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samefile(one, other)
-    return False

@@ -20,9 +20,6 @@ LOCK = ".lock"
 def held(directory: str | None) -> Iterator[str | None]:
     """Holds a ``--save`` directory on rank 0, brought into order, for as long as the block runs; collective.
 
-    Args:
-        directory: is made if it is not there; None holds nothing.
-
     Yields:
         :attr:`FileLock.note`.
 
@@ -30,12 +27,10 @@ def held(directory: str | None) -> Iterator[str | None]:
         CheckpointError: on every rank alike; see :func:`lock_directory`.
     """
     lock = None
-    with together():
-        if directory is not None and torch.distributed.get_rank() == 0:
-            lock = lock_directory(directory)
     try:
         with together():
-            if lock is not None and directory is not None:
+            if directory is not None and torch.distributed.get_rank() == 0:
+                lock = lock_directory(directory)
                 recover(directory)
         yield None if lock is None else lock.note
     finally:
@@ -44,10 +39,7 @@ def held(directory: str | None) -> Iterator[str | None]:
 
 
 def lock_directory(directory: str | Path) -> FileLock:
-    """Takes the lock ``DIR/.lock`` of a ``--save`` directory.
-
-    Args:
-        directory: is made if it is not there.
+    """Takes the lock ``DIR/.lock`` of a ``--save`` directory, which is made if it is not there.
 
     Raises:
         CheckpointError: another process holds it, naming it, or nothing can be written there.

@@ -22,7 +22,7 @@ import torch
 
 from ..files import FileError, require_file
 
-_NAMESPACE = "argparse.Namespace"
+_TRUST = ". If you trust its author, add --allow-pickle: the file can then run any code, with your rights"
 
 
 class StandIn:
@@ -30,12 +30,11 @@ class StandIn:
 
     path = ""
     arguments: tuple[Any, ...]
-    state: Any
+    state: Any = None
 
     def __new__(cls, *arguments: Any, **_: Any) -> "StandIn":
         self = super().__new__(cls)
         self.arguments = arguments
-        self.state = None
         return self
 
     def __setstate__(self, state: Any) -> None:
@@ -45,6 +44,7 @@ class StandIn:
         return f"<{self.path}{self.arguments}>"
 
 
+@functools.cache
 def stand_in(path: str) -> type[StandIn]:
     """A class of stand-ins for ``path``, the full name of a class or function."""
     return type(path.rpartition(".")[2], (StandIn,), {"path": path})
@@ -70,69 +70,59 @@ def load_without_code(
         FileError: the file is missing or damaged, or cannot be read without running code.
     """
     require_file(path)
-    open_source = _opener(path, entry)
-    with open_source() as source:
-        is_zip = zipfile.is_zipfile(source)
-        source.seek(0)
-        begins_as_zip = source.read(4) == b"PK\x03\x04"
-    if not is_zip and begins_as_zip:
-        raise FileError(f"{path}: the file is truncated or damaged (its end is missing): copy it again")
-    mmap = mmap and is_zip
-    if is_zip:
-        _check_zip(path, open_source)
-    # Only a name can be mapped.
-    load = functools.partial(torch.load, path if entry is None else open_source(), map_location="cpu", mmap=mmap)
-    try:
-        with _no_other_globals():
-            replacements = _replacements(open_source) if stand_ins and is_zip else []
-            with torch.serialization.safe_globals(replacements):
-                return load(weights_only=True)
-    except pickle.UnpicklingError as error:
-        refusal = str(error)
-    except Exception as error:  # whatever a damaged pickle makes of itself: KeyError, struct.error, EOFError, ...
-        if isinstance(error, OSError):
-            raise
-        raise FileError(f"{path}: the file is damaged ({_first_line(error)}): copy it again") from error
-    if not allow_pickle:
-        raise FileError(
-            f"{path}: the file is damaged, or holds objects that cannot be read without running code that it names "
-            f"({_reason(refusal)}). If you trust its author, add --allow-pickle: the file can then run any code, with "
-            "your rights"
+    with open(path, "rb") as file:
+        source: BinaryIO = file
+        if entry is not None:
+            file.seek(entry[0])
+            source = io.BytesIO(file.read(entry[1]))
+        is_zip = _screened(source, path)
+        # Only a name can be mapped.
+        load = functools.partial(
+            torch.load, path if entry is None else source, map_location="cpu", mmap=mmap and is_zip
         )
-    print(
-        f"warning: {path} is unpickled with weights_only=False (--allow-pickle): it can run any code, with your rights",
-        file=sys.stderr,
-        flush=True,
-    )
-    try:
-        return load(weights_only=False)
-    except Exception as error:
-        if isinstance(error, OSError):
+        try:
+            with _no_other_globals():
+                if stand_ins and is_zip:
+                    torch.serialization.add_safe_globals(_replacements(source))
+                source.seek(0)
+                return load(weights_only=True)
+        except OSError:
             raise
-        raise FileError(f"{path}: cannot be unpickled either ({_first_line(error)})") from error
+        except pickle.UnpicklingError as error:
+            if not allow_pickle:
+                raise FileError(f"{path}: {refusal(error, _TRUST)}") from None
+        except Exception as error:  # whatever a damaged pickle makes of itself: KeyError, struct.error, EOFError, ...
+            raise FileError(f"{path}: {refusal(error)}") from error
+        print(
+            f"warning: {path} is unpickled with weights_only=False (--allow-pickle): it can run any code, with your "
+            "rights",
+            file=sys.stderr,
+            flush=True,
+        )
+        source.seek(0)
+        try:
+            return load(weights_only=False)
+        except OSError:
+            raise
+        except Exception as error:
+            raise FileError(f"{path}: cannot be unpickled either ({_first_line(error)})") from error
 
 
-def load_declared(path: Path) -> Any:
-    """Loads a ``torch.save`` file whose classes this process has declared safe; no other runs.
-
-    Raises:
-        FileError: the file is missing or damaged, or names something else.
-    """
-    require_file(path)
+def _screened(source: BinaryIO, path: Path) -> bool:
+    """Whether this is an archive, which :func:`screen` lets through; a file of before PyTorch 1.6 is none."""
+    is_zip = zipfile.is_zipfile(source)
+    source.seek(0)
+    if not is_zip and source.read(4) == b"PK\x03\x04":
+        raise FileError(f"{path}: the file is truncated or damaged (its end is missing): copy it again")
     try:
-        screen(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged pickle makes of itself
-        raise FileError(f"{path}: {refusal(error)}") from error
+        screen(source)
+    except ValueError as error:
+        raise FileError(f"{path}: the file is damaged or made to harm ({error}): copy it again") from None
+    return is_zip
 
 
 def screen(source: Any) -> None:
-    """Refuses what ``torch.load`` would unfold to more than lies on the disk, before it does.
-
-    Args:
-        source: path or binary stream that ``torch.load`` is going to read; a stream keeps its position.
+    """Refuses a path or stream that ``torch.load`` would unfold to more than lies on the disk, before it does.
 
     Raises:
         ValueError: an entry is compressed, or the archive is damaged.
@@ -150,14 +140,15 @@ def screen(source: Any) -> None:
             stream.seek(position)
 
 
-def refusal(error: BaseException) -> str:
+def refusal(error: BaseException, cure: str = ": copy it again, or ask its author for one without them") -> str:
     """What ``torch.load(weights_only=True)`` raised, in words that begin after the name of the file or entry."""
-    if isinstance(error, pickle.UnpicklingError):
-        return (
-            "the file is damaged, or holds objects that cannot be read without running code that it names "
-            f"({_reason(str(error))}): copy it again, or ask its author for one without them"
-        )
-    return f"the file is damaged ({_first_line(error)}): copy it again"
+    if not isinstance(error, pickle.UnpicklingError):
+        return f"the file is damaged ({_first_line(error)}): copy it again"
+    # What the long message of weights_only is about.
+    found = re.search(r"(?:WeightsUnpickler error:|unsupported GLOBAL)\s*(.+?)(?:\. |\n|$)", str(error))
+    reason = found[1].strip(" .") if found else str(error).split("\n")[0]
+    said = "the file is damaged, or holds objects that cannot be read without running code that it names"
+    return f"{said} ({reason}){cure}"
 
 
 def refuse_compressed(archive: zipfile.ZipFile) -> None:
@@ -189,66 +180,38 @@ def plain(value: Any) -> Any:
 @contextlib.contextmanager
 def _no_other_globals() -> Iterator[None]:
     """What other libraries of this process declared safe (megatron does, when imported) is not run either."""
-    declared = torch.serialization.get_safe_globals()
+    others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
         yield
     finally:
-        torch.serialization.add_safe_globals(declared)
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
 
 
-def _opener(path: Path, entry: tuple[int, int] | None) -> Callable[[], Any]:
-    if entry is None:
-        return functools.partial(open, path, "rb")
-    with open(path, "rb") as file:
-        file.seek(entry[0])
-        return functools.partial(io.BytesIO, file.read(entry[1]))
-
-
-def _replacements(open_source: Callable[[], BinaryIO]) -> list[Any]:
+def _replacements(source: BinaryIO) -> list[Any]:
+    source.seek(0)
     try:
-        with open_source() as source:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
     except Exception:  # a damaged file, or not a plain pickle: torch.load says more
         return []
-    replacements: list[Any] = [(stand_in(name), name) for name in names if name != _NAMESPACE]
-    known = {
-        _NAMESPACE: argparse.Namespace,
-        # The loader fills nothing but plain dicts and lists.
-        "collections.defaultdict": _plain_dict,
-        "collections.deque": _plain_list,
-        # Tensors that were saved by older torch_npu; the last argument is the format in the NPU's memory.
-        "torch_npu.utils.storage._rebuild_npu_tensor": _rebuild_npu_tensor,
-    }
-    replacements = [pair for pair in replacements if pair[1] not in known]
-    return replacements + [(function, name) for name, function in known.items() if name in names]
-
-
-def _plain_dict(*_: Any) -> dict:
-    return {}
-
-
-def _plain_list(*_: Any) -> list:
-    return []
+    return [(_KNOWN.get(name) or stand_in(name), name) for name in names]
 
 
 def _rebuild_npu_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> torch.Tensor:
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
-def _check_zip(path: Path, open_source: Callable[[], BinaryIO]) -> None:
-    try:
-        with open_source() as source:
-            screen(source)
-    except ValueError as error:
-        raise FileError(f"{path}: the file is damaged or made to harm ({error}): copy it again") from None
+# What is put in the place of a name, where it is no stand-in.
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "argparse.Namespace": argparse.Namespace,
+    # The loader fills nothing but plain dicts and lists.
+    "collections.defaultdict": lambda *_: {},
+    "collections.deque": lambda *_: [],
+    # Tensors that were saved by older torch_npu; the last argument is the format in the NPU's memory.
+    "torch_npu.utils.storage._rebuild_npu_tensor": _rebuild_npu_tensor,
+}
 
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _reason(refusal: str) -> str:
-    """What the long message of weights_only is about."""
-    found = re.search(r"(?:WeightsUnpickler error:|unsupported GLOBAL)\s*(.+?)(?:\. |\n|$)", refusal)
-    return found[1].strip(" .") if found else refusal.split("\n")[0]

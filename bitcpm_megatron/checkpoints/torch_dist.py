@@ -6,13 +6,11 @@ the ``*.distcp`` files. Here it becomes plain values that were checked; of the c
 """
 
 import collections
-import functools
 import pathlib
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,54 +22,27 @@ COMMON = "common.pt"
 COMMON_ENTRY = "common_state/shard_0_1"
 """Where megatron-core 0.19 keeps what it kept in :data:`COMMON` before."""
 
-# Every class that a .metadata of torch 2.1 to 2.13 or of megatron-core may name. None of them is run: all but sizes,
-# dtypes and dicts become stand-ins.
-_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "torch.serialization": {"_get_layout"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    # Enum members, as Python 3.11 pickles them.
-    "builtins": {"getattr", "set"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+# Where the classes come from that a .metadata of torch 2.1 to 2.13 or of megatron-core names. None of them is run: all
+# but sizes, dtypes and dicts become stand-ins.
+_MODULES = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing.")
+# Enum members, as Python 3.11 pickles them, and a memory layout.
+_FUNCTIONS = ("builtins.getattr", "builtins.set", "torch.serialization._get_layout")
+_PLAIN = {
+    "torch.Size": torch.Size,
+    "collections.OrderedDict": collections.OrderedDict,
+    "collections.defaultdict": lambda *_: {},
 }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where an entry lies.
-
-    Attributes:
-        file: name within the checkpoint.
-        start: its first byte there.
-        length: in bytes.
-    """
+class Place(NamedTuple):
+    """Where an entry lies: a file within the checkpoint, the first byte there, and how many they are."""
 
     file: str
     start: int
     length: int
 
 
-@dataclass(frozen=True)
-class StoredChunk:
+class StoredChunk(NamedTuple):
     """A piece of a tensor, ``sizes`` elements from ``offsets`` on, and where it lies."""
 
     offsets: tuple[int, ...]
@@ -79,8 +50,7 @@ class StoredChunk:
     place: Place
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor, and its chunks in the order of their offsets."""
 
     shape: tuple[int, ...]
@@ -88,14 +58,11 @@ class StoredTensor:
     chunks: tuple[StoredChunk, ...]
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a checkpoint holds.
+class Contents(NamedTuple):
+    """What a checkpoint holds, by name.
 
-    Attributes:
-        tensors: by name.
-        objects: entries that are no tensors, by name: ``_extra_state``, random states, parts of the optimizer.
-        megatron: megatron-core's own notes about tensors (``mcore_data``); inert, and not checked.
+    ``objects`` are no tensors: ``_extra_state``, random states, parts of the optimizer. ``megatron`` is megatron-core's
+    own ``mcore_data`` about tensors; inert, and not checked.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -126,30 +93,21 @@ def read_contents(directory: Path) -> Contents:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles names of :data:`_CLASSES` as stand-ins, and no others."""
+    """Unpickles names of :data:`_MODULES` and :data:`_FUNCTIONS` as stand-ins, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("collections", "defaultdict"):
-            return lambda *_: {}
-        if name not in _CLASSES.get(module, ()):
-            raise FileError(
-                f"names {module}.{name}, which no checkpoint needs: the file is damaged, or made to "
-                "harm: do not load it"
-            )
-        if module.startswith("pathlib"):
+        path = f"{module}.{name}"
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if path in _PLAIN:
+            return _PLAIN[path]
+        if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
             return pathlib.PurePosixPath
-        return _stand_in(f"{module}.{name}")
-
-
-@functools.cache
-def _stand_in(path: str) -> type[StandIn]:
-    return stand_in(path)
+        if not path.startswith(_MODULES) and path not in _FUNCTIONS:
+            raise FileError(
+                f"names {path}, which no checkpoint needs: the file is damaged, or made to harm: do not load it"
+            )
+        return stand_in(path)
 
 
 def _understand(metadata: StandIn) -> Contents:

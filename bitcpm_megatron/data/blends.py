@@ -14,11 +14,11 @@ def blend_of(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
         ValueError: some weights are missing, or one is no positive number.
     """
     numbers = [_number(path) for path in paths[::2]]
-    if len(paths) % 2 or all(number is None for number in numbers):
+    weights = [number for number in numbers if number is not None]
+    if len(paths) % 2 or not weights:
         return list(paths), None
     if None in numbers:
         raise ValueError(f"data path {' '.join(paths)}: give every prefix a weight, or none")
-    weights = [number for number in numbers if number is not None]
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ValueError(f"data path {' '.join(paths)}: weights must be positive numbers")
     return list(paths[1::2]), weights
@@ -36,11 +36,10 @@ def split_bounds(split: str) -> list[tuple[float, float] | None]:
     known = [share for share in shares if share is not None and math.isfinite(share) and share >= 0]
     if not 1 <= len(shares) <= 3 or len(known) != len(shares) or not known[0] > 0 or not math.isfinite(sum(known)):
         raise ValueError(f"--split {split}: write train,validation,test shares, such as 969,30,1")
-    first, second, third = (*known, *[0.0] * (3 - len(known)))
     bounds: list[tuple[float, float] | None] = []
-    total, begin = first + second + third, 0.0
-    for share in (first, second, third):
-        end = begin + share / total
+    begin = 0.0
+    for share in (*known, *[0.0] * (3 - len(known))):
+        end = begin + share / sum(known)
         bounds.append((begin, end) if end > begin else None)
         begin = end
     return bounds

@@ -6,18 +6,14 @@ the key ``text``, as a book or an article would be, unless lines that hold nothi
 feed) split it. Blank lines do not split: they separate paragraphs, and a model should see paragraphs in their context.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from gzip import GzipFile
 from pathlib import Path
-from typing import Any
 
 FORM_FEED = "\f"
 TEXT_KEY = "text"
@@ -25,6 +21,7 @@ _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst"}
 # SentencePiece needs about 50 bytes of memory per character of a document; a longer one has an unknown separator.
 _MAX_TEXT_CHARACTERS = 64_000_000
+_BUFFER_BYTES = 2**18
 
 
 def read_documents(
@@ -33,7 +30,7 @@ def read_documents(
     keys: Sequence[str] = (TEXT_KEY,),
     input_format: str = "auto",
     separator: str = FORM_FEED,
-    on_read: Callable[[int], object] | None = None,
+    on_read: Callable[[int], object] = lambda count: None,
 ) -> Iterator[dict[str, str]]:
     """Yield the documents of files, in order, holding one document in memory at a time.
 
@@ -50,7 +47,9 @@ def read_documents(
     """
     for path in map(Path, paths):
         if detect_format(path, input_format) == "jsonl":
-            yield from _read_json_lines(path, keys, on_read)
+            for number, line in _lines(path, on_read):
+                if line.strip():
+                    yield _select(line, keys, f"{path}:{number}")
         elif list(keys) == [TEXT_KEY]:
             yield from _read_text(path, separator, on_read)
         else:
@@ -61,30 +60,19 @@ def read_documents(
 
 
 def detect_format(path: Path, input_format: str = "auto") -> str:
-    """Return ``jsonl`` or ``text`` for a file by its suffix (``.gz`` aside), or `input_format` if that says so.
+    """Return ``jsonl`` or ``text`` for a file by its suffix (``.gz`` aside), or `input_format` unless that is ``auto``.
 
     Raises:
-        ValueError: the suffix says nothing, or the format is none of the three.
+        ValueError: the suffix says nothing.
     """
-    if input_format in ("jsonl", "text"):
-        return input_format
     if input_format != "auto":
-        raise ValueError(f"unknown input format {input_format!r}; choose auto, jsonl or text")
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    suffix = suffixes[-1] if suffixes else ""
+        return input_format
+    suffix = next((suffix for suffix in map(str.lower, reversed(path.suffixes)) if suffix != ".gz"), "")
     if suffix in _JSON_SUFFIXES:
         return "jsonl"
     if suffix in _TEXT_SUFFIXES:
         return "text"
     raise ValueError(f"{path}: the suffix {suffix!r} does not tell the format; pass --input-format jsonl or text")
-
-
-def _read_json_lines(
-    path: Path, keys: Sequence[str], on_read: Callable[[int], object] | None
-) -> Iterator[dict[str, str]]:
-    for number, line in _lines(path, on_read):
-        if line.strip():
-            yield _select(line, keys, f"{path}:{number}")
 
 
 def _select(line: str, keys: Sequence[str], place: str) -> dict[str, str]:
@@ -107,28 +95,24 @@ def _select(line: str, keys: Sequence[str], place: str) -> dict[str, str]:
         text = record[key]
         if not isinstance(text, str):
             raise ValueError(f"{place}: {key!r} holds a {type(text).__name__}, not a string; name another --json-keys")
-        if not _is_utf8(text):
-            raise ValueError(f"{place}: {key!r} holds half of a surrogate pair (\\ud800 to \\udfff); repair the escape")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{place}: {key!r} holds half of a surrogate pair (\\ud800 to \\udfff); repair the escape"
+            ) from None
         texts[key] = text
     return texts
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_text(path: Path, separator: str, on_read: Callable[[int], object] | None) -> Iterator[dict[str, str]]:
+def _read_text(path: Path, separator: str, on_read: Callable[[int], object]) -> Iterator[dict[str, str]]:
     separator = separator.strip(" \t")
     lines: list[str] = []
     size = first = 0
     for number, line in _lines(path, on_read):
         if line.strip(" \t\n") == separator:
             if lines:
-                yield {TEXT_KEY: _joined(lines)}
+                yield {TEXT_KEY: "".join(lines).strip("\n")}
             lines, size = [], 0
             continue
         first = first if lines else number
@@ -140,21 +124,29 @@ def _read_text(path: Path, separator: str, on_read: Callable[[int], object] | No
                 "say what separates documents with --document-separator ('' for blank lines)"
             )
     if lines:
-        yield {TEXT_KEY: _joined(lines)}
+        yield {TEXT_KEY: "".join(lines).strip("\n")}
 
 
-def _joined(lines: list[str]) -> str:
-    return "".join(lines).strip("\n")
-
-
-def _lines(path: Path, on_read: Callable[[int], object] | None) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, on_read: Callable[[int], object]) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line with its newline); ``\\r\\n`` becomes ``\\n``, a byte order mark goes."""
-    number = 0
-    with _opened(path, on_read) as stream:
+    if path.is_dir():
+        raise ValueError(f"{path}: a directory; name the files in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: no regular file, and a file may be read twice; write it to a disk first")
+    try:
+        file = io.BufferedReader(io.FileIO(path), _BUFFER_BYTES)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; check the path and the permissions") from error
+    number = told = 0
+    with file:
         try:
-            for number, raw in enumerate(stream, start=1):
+            for number, raw in enumerate(GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, line[:-2] + "\n" if line.endswith("\r\n") else line
+                # Compressed bytes count as they are stored, so that an ETA is right.
+                if (read := file.raw.tell()) != told:
+                    on_read(read - told)
+                    told = read
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}:{number}: not UTF-8 ({error.reason}); convert the file, for instance with iconv -t utf-8"
@@ -166,45 +158,12 @@ def _lines(path: Path, on_read: Callable[[int], object] | None) -> Iterator[tupl
             ) from error
 
 
-@contextmanager
-def _opened(path: Path, on_read: Callable[[int], object] | None) -> Iterator[io.BufferedIOBase]:
-    if path.is_dir():
-        raise ValueError(f"{path}: a directory; name the files in it")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: no regular file, and a file may be read twice; write it to a disk first")
-    try:
-        raw = _CountedFile(path, on_read)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; check the path and the permissions") from error
-    with raw, io.BufferedReader(raw, 1 << 18) as stream:
-        yield GzipFile(fileobj=stream) if path.suffix.lower() == ".gz" else stream
-
-
-class _CountedFile(io.FileIO):
-    """A file that tells how many bytes were read from it; compressed ones count as stored, so that an ETA is right."""
-
-    def __init__(self, path: Path, on_read: Callable[[int], object] | None) -> None:
-        super().__init__(path, "r")
-        self._on_read = on_read
-
-    def readinto(self, buffer: Any) -> int | None:
-        count = super().readinto(buffer)
-        if self._on_read is not None and count:
-            self._on_read(count)
-        return count
-
-
 def document_split(text: str, valid_fraction: float = 0.05) -> str:
     """Return ``train`` or ``valid`` for a document, by a hash of its words.
 
     It depends on the text alone (not on its place in a file, its line breaks or the Python version), so that a
     document, and every copy of it, stays on one side for good. About `valid_fraction` of all documents are ``valid``.
-
-    Raises:
-        ValueError: `valid_fraction` is not between 0 and 1.
     """
-    if not 0.0 <= valid_fraction <= 1.0:
-        raise ValueError(f"the validation fraction is {valid_fraction}; give one between 0 and 1 (--valid-fraction)")
     digest = hashlib.blake2b(normalized(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "valid" if int.from_bytes(digest, "big") < valid_fraction * 2**64 else "train"
 

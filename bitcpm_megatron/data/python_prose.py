@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A corpus without a download: the English prose in the documentation that every CPython carries, about 2 MB."""
 
-from __future__ import annotations
-
 import ast
 import os
 import sysconfig
@@ -27,21 +25,20 @@ def python_prose(stdlib: str | os.PathLike[str] | None = None) -> Iterator[str]:
 
     The modules are parsed, not imported. Test packages and site-packages are left out, interpreter sessions, grammar
     rules and diagrams are cut, and a paragraph of 60 characters or more is yielded only the first time it occurs, so
-    that none stands on both sides of `document_split`. The order is the same on every run of one Python version.
-
-    Args:
-        stdlib: folder of the standard library's sources, default that of the running Python.
-
-    Yields:
-        Documents of at least 200 characters, dedented, paragraphs separated by blank lines.
+    that none stands on both sides of `document_split`. The order is the same on every run of one Python version. The
+    documents have at least 200 characters and are dedented, their paragraphs separated by blank lines. `stdlib` is the
+    folder of the library's sources, by default that of the running Python.
 
     Raises:
         ValueError: this Python has no ``pydoc_data.topics`` or no sources of its library.
     """
-    root = Path(stdlib if stdlib is not None else sysconfig.get_path("stdlib"))
     seen: set[str] = set()
-    for text in _raw_prose(root):
-        paragraphs = _new_paragraphs(text, seen)
+    for text in _raw_prose(Path(stdlib or sysconfig.get_path("stdlib"))):
+        paragraphs = [
+            paragraph
+            for paragraph in map(_prose_of, cleandoc(text).split("\n\n"))
+            if (words := normalized(paragraph)) and (len(words) < _LONG_PARAGRAPH or words not in seen)
+        ]
         document = "\n\n".join(paragraphs)
         if len(document) >= _MIN_DOCUMENT_CHARACTERS:
             seen.update(map(normalized, paragraphs))
@@ -52,12 +49,15 @@ def _raw_prose(root: Path) -> Iterator[str]:
     topics = _pydoc_topics()
     for name in sorted(topics):
         yield topics[name]
-    sources = _source_files(root)
+    sources = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = set(subfolders) - _SKIPPED_FOLDERS
+        sources += [Path(folder, name) for name in names if name.endswith(".py")]
     if not sources:
         raise ValueError(
             f"{root}: no Python sources of the standard library; use a CPython that carries them as .py files"
         )
-    for path in sources:
+    for path in sorted(sources, key=lambda path: path.relative_to(root).as_posix()):
         try:
             with tokenize.open(path) as stream:
                 source = stream.read()
@@ -81,20 +81,10 @@ def _pydoc_topics() -> dict[str, str]:
     return topics
 
 
-def _source_files(root: Path) -> list[Path]:
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED_FOLDERS)
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
-
-
 def _docstrings(node: ast.AST) -> Iterator[str]:
     """Yield docstrings in the order of the source."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = ast.get_docstring(node, clean=False)
-        if text:
-            yield text
+        yield ast.get_docstring(node, clean=False) or ""
     for child in ast.iter_child_nodes(node):
         yield from _docstrings(child)
 
@@ -109,17 +99,6 @@ def _block_comments(source: str) -> Iterator[str]:
         elif block:
             yield "\n".join(["", *block])  # cleandoc leaves the first line out when it looks for the common indent
             block = []
-
-
-def _new_paragraphs(text: str, seen: set[str]) -> list[str]:
-    """Return the prose paragraphs of `text`, dedented, without long ones that `seen` has."""
-    paragraphs = []
-    for block in cleandoc(text).split("\n\n"):
-        paragraph = _prose_of(block)
-        words = normalized(paragraph)
-        if words and (len(words) < _LONG_PARAGRAPH or words not in seen):
-            paragraphs.append(paragraph)
-    return paragraphs
 
 
 def _prose_of(paragraph: str) -> str:

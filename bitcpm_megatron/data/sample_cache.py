@@ -6,10 +6,9 @@ Upstream names them by the path of the data, takes whatever file has the name, a
 It is built under another name, gets its own when it is complete, and is checked before upstream reads it.
 """
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import xxhash
 
 from ..agreement import together
 from ..cli import FailedError
-from ..files import DIGESTS, FileError, disk_is_full, find_damage, publish, read_digests, write_digests
+from ..files import DIGESTS, FileError, disk_is_full, find_damage, incomplete, publish, read_digests, write_digests
 from ..files.lock import FileLock, LockedError
 
 # Another job may be building the same indices.
@@ -34,10 +33,7 @@ def key_of(parts: Mapping[str, Any]) -> str:
 def sample_cache(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, str | None]:
     """The directory ``root/key`` with the indices, built where they are not there or damaged; collective.
 
-    Args:
-        root: of all caches; is made if it is not there.
-        key: of these indices.
-        build: writes them into the directory that it is given; called on rank 0 alone.
+    `build` writes them into the directory that it is given; it is called on rank 0 alone.
 
     Returns:
         The directory, and a line for the log where one was damaged (on rank 0).
@@ -48,8 +44,15 @@ def sample_cache(root: Path, key: str, build: Callable[[Path], None]) -> tuple[P
     note = None
     with together():
         if torch.distributed.get_rank() == 0:
-            with _explained(root):
+            try:
                 note = _ensure(root, key, build)
+            except LockedError as error:
+                raise LockedError(f"{root}: another job is building the same sample indices ({error.holder})") from None
+            except OSError as error:
+                said = f"the sample indices cannot be written to {root} ({error.strerror or error})"
+                if disk_is_full(error):
+                    raise FailedError(f"{said}: free some space, or choose another --data-cache-path") from None
+                raise FileError(f"{said}: choose another --data-cache-path") from None
     with together():
         if torch.distributed.get_rank() != 0 and (mistake := _mistake(root / key, contents=False)):
             raise FileError(
@@ -60,7 +63,7 @@ def sample_cache(root: Path, key: str, build: Callable[[Path], None]) -> tuple[P
 
 
 def _ensure(root: Path, key: str, build: Callable[[Path], None]) -> str | None:
-    final, temporary = root / key, root / f".{key}.incomplete"
+    final, temporary = root / key, incomplete(root / key)
     if _mistake(final) is None:
         return None
     lock = FileLock(root / f".{key}.lock", _PATIENCE_SECONDS)
@@ -86,9 +89,7 @@ def _ensure(root: Path, key: str, build: Callable[[Path], None]) -> str | None:
 def _mistake(directory: Path, contents: bool = True) -> str | None:
     """Why indices cannot be used, or None; nothing in them is executed.
 
-    Args:
-        directory: theirs.
-        contents: whether their digests are compared; else only what would be dangerous is looked for.
+    Their digests are compared where `contents` says so; else only what would be dangerous is looked for.
     """
     if not directory.is_dir():
         return f"{directory} is not there"
@@ -99,22 +100,17 @@ def _mistake(directory: Path, contents: bool = True) -> str | None:
         for path in sorted(directory.iterdir()):
             if path.name != DIGESTS and path.name not in recorded:
                 return f"{path} does not belong there"
-            if path.suffix == ".npy" and (mistake := _array_mistake(path)):
-                return mistake
+            if path.suffix == ".npy":
+                try:
+                    array = np.load(path, mmap_mode="r", allow_pickle=False)
+                except (OSError, ValueError, EOFError, SyntaxError) as error:
+                    return f"{path} is no whole array of numbers ({error})"
+                if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+                    return f"{path} is no array of whole numbers"
         damage = find_damage(directory, contents=contents)
     except (OSError, FileError) as error:
         return str(error)
     return damage[0] if damage else None
-
-
-def _array_mistake(path: Path) -> str | None:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        return f"{path} is no whole array of numbers ({error})"
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
-        return f"{path} is no array of whole numbers"
-    return None
 
 
 def _remove(path: Path) -> None:
@@ -122,16 +118,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _explained(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except LockedError as error:
-        raise LockedError(f"{root}: another job is building the same sample indices ({error.holder})") from None
-    except OSError as error:
-        said = f"the sample indices cannot be written to {root} ({error.strerror or error})"
-        if disk_is_full(error):
-            raise FailedError(f"{said}: free some space, or choose another --data-cache-path") from None
-        raise FileError(f"{said}: choose another --data-cache-path") from None

@@ -4,8 +4,6 @@
 The files get their names when all of them are on disk, and existing ones are replaced only on demand.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -13,27 +11,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol
+from typing import Any
 
 from ..files.lock import PendingFiles
 from .corpus import TEXT_KEY
+from .tokenizer import SentencePieceTokenizer
 
 # Enough documents per call that native threads have work, few enough that memory stays flat.
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 4_000_000
-
-
-class Tokenizer(Protocol):
-    """What the writer needs; `bitcpm_megatron.data.tokenizer.SentencePieceTokenizer` has it."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eod(self) -> int: ...
-
-    def tokenize_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]: ...
 
 
 @dataclass
@@ -57,68 +43,57 @@ class CorpusSummary:
 def write_corpus(
     documents: Iterable[Mapping[str, str]],
     output_prefix: str | os.PathLike[str],
-    tokenizer: Tokenizer,
+    tokenizer: SentencePieceTokenizer,
+    pending: PendingFiles,
     *,
     keys: Sequence[str] = (TEXT_KEY,),
     append_eod: bool = True,
     threads: int = 1,
-    pending: PendingFiles | None = None,
 ) -> dict[str, CorpusSummary]:
-    """Tokenize documents into ``<output_prefix>_<key>_document.bin`` and ``.idx``, one pair per key.
+    """Tokenize documents into ``<output_prefix>_<key>_document.bin`` and ``.idx``, one pair and summary per key.
 
     Tokens are uint16 for vocabularies below 65500, else int32 (megatron-core's ``DType.optimal_dtype``); each document
-    is one sequence. After an error or a kill there is no output, at most (after SIGKILL) hidden files that the next run
-    removes; see :class:`~bitcpm_megatron.files.lock.PendingFiles`.
+    is one sequence, and ends with ``tokenizer.eod`` if `append_eod` says so. A text of white space only is skipped and
+    counted. The output does not depend on the number of native `threads`. After an error or a kill there is none, at
+    most (after SIGKILL) hidden files that the next run removes.
 
     Args:
-        documents: mappings that have all `keys`; a text of white space only is skipped and counted.
-        output_prefix: leading part of the file names; missing directories are created.
+        documents: mappings that have all `keys`.
+        output_prefix: leading part of the file names.
         tokenizer: gives ids, ``eod`` and ``vocab_size``.
-        keys: which texts to write.
-        append_eod: end every document with ``tokenizer.eod``.
-        threads: native tokenizer threads; the output does not depend on their number.
-        pending: what :func:`outputs` names, and more files that are ready by then; None refuses to overwrite.
-
-    Returns:
-        A summary per key.
+        pending: what :func:`outputs` names, and more files that are ready by then.
 
     Raises:
-        ValueError: an output exists, or there was not one document to write for a key.
+        ValueError: there was not one document to write for a key.
         ModuleNotFoundError: megatron-core is not installed.
     """
-    if pending is None:
-        with PendingFiles(outputs(output_prefix, keys), command="write_corpus") as own:
-            return write_corpus(
-                documents, output_prefix, tokenizer, keys=keys, append_eod=append_eod, threads=threads, pending=own
-            )
-    dtype = _token_dtype(tokenizer.vocab_size)
+    summaries = {key: CorpusSummary(prefix) for key, prefix in _prefixes(output_prefix, keys).items()}
     with contextlib.ExitStack() as stack:
-        datasets = {
-            key: stack.enter_context(_PendingDataset(prefix, dtype))
-            for key, prefix in _prefixes(output_prefix, keys).items()
-        }
+        builders = {}
+        for key, summary in summaries.items():
+            builders[key] = _builder(PendingFiles.temporary(Path(f"{summary.prefix}.bin")), tokenizer.vocab_size)
+            stack.callback(builders[key].data_file.close)
         for batch in _batches(documents):
-            for key, dataset in datasets.items():
-                _add(dataset, [document[key] for document in batch], tokenizer, append_eod, threads)
-        for key, dataset in datasets.items():
-            _require_documents(key, dataset.summary)
-        for dataset in datasets.values():
-            dataset.finish()
+            for key, summary in summaries.items():
+                filled = [document[key] for document in batch if document[key].strip()]
+                for text, ids in zip(filled, tokenizer.tokenize_batch(filled, threads), strict=True):
+                    ids = [*ids, tokenizer.eod] if append_eod else ids
+                    builders[key].add_document(ids, [len(ids)])
+                    summary.tokens += len(ids)
+                    summary.text_bytes += len(text.encode("utf-8"))
+                summary.documents += len(filled)
+                summary.empty_documents += len(batch) - len(filled)
+        for key, summary in summaries.items():
+            _require_documents(key, summary)
+            builders[key].finalize(str(PendingFiles.temporary(Path(f"{summary.prefix}.idx"))))
 
     def drop_indices() -> None:
         # megatron-core names its cached sample indices by the path of the dataset and would reuse those of the old one.
-        for dataset in datasets.values():
-            shutil.rmtree(dataset.summary.prefix / "cache" / "GPTDataset_indices", ignore_errors=True)
+        for summary in summaries.values():
+            shutil.rmtree(summary.prefix / "cache" / "GPTDataset_indices", ignore_errors=True)
 
     pending.publish(drop_indices)
-    return {key: dataset.summary for key, dataset in datasets.items()}
-
-
-def _add(dataset: _PendingDataset, texts: list[str], tokenizer: Tokenizer, append_eod: bool, threads: int) -> None:
-    filled = [text for text in texts if text.strip()]
-    for text, ids in zip(filled, tokenizer.tokenize_batch(filled, threads), strict=True):
-        dataset.add(ids + [tokenizer.eod] if append_eod else ids, len(text.encode("utf-8")))
-    dataset.summary.empty_documents += len(texts) - len(filled)
+    return summaries
 
 
 def _require_documents(key: str, summary: CorpusSummary) -> None:
@@ -144,61 +119,27 @@ def _batches(documents: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[st
 
 def outputs(output_prefix: str | os.PathLike[str], keys: Sequence[str] = (TEXT_KEY,)) -> list[tuple[Path, str]]:
     """The files that `write_corpus` writes, and what to say where one exists: for `PendingFiles`."""
+    refusal = "choose another --output-prefix, or pass --overwrite to replace it"
+    prefixes = _prefixes(output_prefix, keys).values()
     # The index makes a dataset: it must not meet the tokens of another.
-    paths = [
-        _with_suffix(prefix, end) for prefix in _prefixes(output_prefix, keys).values() for end in (".bin", ".idx")
-    ]
-    return [(path, "choose another --output-prefix, or pass --overwrite to replace it") for path in paths]
+    return [(Path(f"{prefix}{suffix}"), refusal) for prefix in prefixes for suffix in (".bin", ".idx")]
 
 
 def _prefixes(output_prefix: str | os.PathLike[str], keys: Sequence[str]) -> dict[str, Path]:
     return {key: Path(f"{os.fspath(output_prefix)}_{key}_document") for key in keys}
 
 
-def _with_suffix(prefix: Path, suffix: str) -> Path:
-    # Path.with_suffix would cut a prefix such as "corpus.v2".
-    return prefix.with_name(prefix.name + suffix)
-
-
-def _token_dtype(vocab_size: int) -> type:
-    return _indexed_dataset().DType.optimal_dtype(vocab_size)
-
-
-def _indexed_dataset() -> ModuleType:
+def _builder(path: Path, vocab_size: int) -> Any:
+    """megatron-core's writer of a ``.bin`` file, under the name `path`; its ``finalize`` writes the index."""
     # Imported on use: reading a corpus needs no Megatron, and the import takes seconds. Its warnings about absent
     # accelerator packages do not concern a tool that writes files.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from megatron.core.datasets import indexed_dataset
+            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "writing .bin/.idx needs megatron-core: pip install 'bitcpm-megatron[standalone]', or put your Megatron-LM "
             "checkout on PYTHONPATH"
         ) from error
-    return indexed_dataset
-
-
-class _PendingDataset:
-    """One .bin/.idx pair under temporary names; a context manager, which closes the first."""
-
-    def __init__(self, prefix: Path, dtype: type) -> None:
-        self.summary = CorpusSummary(prefix)
-        self._index = PendingFiles.temporary(_with_suffix(prefix, ".idx"))
-        tokens = PendingFiles.temporary(_with_suffix(prefix, ".bin"))
-        self._builder = _indexed_dataset().IndexedDatasetBuilder(str(tokens), dtype=dtype)
-
-    def __enter__(self) -> _PendingDataset:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._builder.data_file.close()
-
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        self._builder.add_document(ids, [len(ids)])
-        self.summary.documents += 1
-        self.summary.tokens += len(ids)
-        self.summary.text_bytes += text_bytes
-
-    def finish(self) -> None:
-        self._builder.finalize(str(self._index))
+    return IndexedDatasetBuilder(str(path), dtype=DType.optimal_dtype(vocab_size))

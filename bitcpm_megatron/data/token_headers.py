@@ -37,11 +37,8 @@ class TokenFile:
     Attributes:
         prefix: without ``.bin`` and ``.idx``.
         dtype: of the tokens.
-        sequences: entries of the index.
-        documents: documents.
-        tokens: tokens in all.
-        smallest: the smallest token of those that were looked at.
-        largest: the largest of them.
+        sequences: entries of the index, ``documents`` and ``tokens`` what they make up.
+        smallest: the smallest token of those that were looked at, ``largest`` the largest.
         looked_at: how many those are: all of a file up to 256 MiB, else 256 blocks of 1 MiB, evenly over the file.
         digest: XXH3-128 of the whole index, the size of the ``.bin`` file and the tokens that were looked at: other
             documents, other lengths and another tokenizer change it, a few tokens between the blocks do not.
@@ -59,14 +56,11 @@ class TokenFile:
 
     def tokens_between(self, begin: int, end: int) -> int:
         """Tokens of the sequences ``begin`` to ``end``."""
-        return int(np.sum(_lengths(Path(f"{self.prefix}.idx"), self.sequences)[begin:end], dtype=np.int64))
+        lengths = _mapped(Path(f"{self.prefix}.idx"), "<i4", _HEADER_BYTES, self.sequences)
+        return int(np.sum(lengths[begin:end], dtype=np.int64))
 
     def mistake(self, vocab_size: int | None = None) -> str | None:
-        """Why nothing can be trained on it, or None.
-
-        Args:
-            vocab_size: of the model, or None where it is not known.
-        """
+        """Why nothing can be trained on it, or None; the vocabulary is that of the model, where it is known."""
         if self.dtype.startswith("float"):
             return f"{self.prefix}.bin holds {self.dtype}, which are no tokens: write it again"
         if self.tokens == 0:
@@ -83,14 +77,9 @@ class TokenFile:
 def split_mistake(
     files: Sequence[TokenFile], split: str, needed: Collection[str], sequence: int, weighted: bool
 ) -> str | None:
-    """Why ``--split`` leaves a part without data that the run needs, or None.
+    """Why ``--split`` leaves a needed part (``training``, ``validation``, ``test``) without data, or None.
 
-    Args:
-        files: of ``--data-path``.
-        split: the shares.
-        needed: of ``training``, ``validation`` and ``test``.
-        sequence: tokens per sample.
-        weighted: whether the files have weights; without, each of several gives the samples that it has.
+    Samples have ``sequence`` tokens; without weights each of several files gives the samples that it has.
 
     Raises:
         ValueError: the shares are none.
@@ -141,24 +130,22 @@ def read_token_file(prefix: str) -> TokenFile:
         raise TokenFileError(f"{index} has {size} bytes, its header promises {expected}: one of them is damaged")
     dtype = np.dtype(_DTYPES[code])
     state = xxhash.xxh3_128(head)
-    total = _check_entries(index, tokens, sequences, dtype.itemsize, state)
-    _check_documents(index, sequences, documents, state)
+    total = _check_index(index, tokens, sequences, documents, dtype.itemsize, state)
     looked_at = _look(tokens, dtype, state)
     return TokenFile(prefix, dtype.name, sequences, max(0, documents - 1), total, *looked_at, digest=state.hexdigest())
-
-
-def _lengths(index: Path, sequences: int) -> np.ndarray:
-    return _mapped(index, "<i4", _HEADER_BYTES, sequences)
 
 
 def _mapped(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:
     return np.memmap(path, dtype, "r", offset, (count,)) if count else np.zeros(0, dtype)
 
 
-def _check_entries(index: Path, tokens: Path, sequences: int, itemsize: int, state: xxhash.xxh3_128) -> int:
-    """Lengths and pointers: each sequence lies within the tokens, and together they are all of them."""
-    lengths = _lengths(index, sequences)
+def _check_index(
+    index: Path, tokens: Path, sequences: int, documents: int, itemsize: int, state: xxhash.xxh3_128
+) -> int:
+    """Each sequence lies within the tokens, all together are as many as are returned, and documents are in order."""
+    lengths = _mapped(index, "<i4", _HEADER_BYTES, sequences)
     pointers = _mapped(index, "<i8", _HEADER_BYTES + 4 * sequences, sequences)
+    ends = _mapped(index, "<i8", _HEADER_BYTES + 12 * sequences, documents)
     size, total = tokens.stat().st_size, int(np.sum(lengths, dtype=np.int64))
     if size != total * itemsize:
         raise TokenFileError(f"{tokens} holds {size} bytes, its index counts {total} tokens of {itemsize} bytes")
@@ -175,11 +162,6 @@ def _check_entries(index: Path, tokens: Path, sequences: int, itemsize: int, sta
                 f"{index}: sequence {start + n} has {length[n]} tokens from byte {pointer[n]}, and {tokens} has {size} "
                 "bytes: the index is damaged, or of other tokens"
             )
-    return total
-
-
-def _check_documents(index: Path, sequences: int, documents: int, state: xxhash.xxh3_128) -> None:
-    ends = _mapped(index, "<i8", _HEADER_BYTES + 12 * sequences, documents)
     before = 0
     for start in range(0, documents, _ENTRIES):
         end = np.array(ends[start : start + _ENTRIES])
@@ -187,31 +169,31 @@ def _check_documents(index: Path, sequences: int, documents: int, state: xxhash.
         if end[0] < before or end[-1] > sequences or (np.diff(end) < 0).any():
             raise TokenFileError(f"{index}: its documents are not in order, or end beyond its {sequences} sequences")
         before = int(end[-1])
+    return total
 
 
 def _look(path: Path, dtype: np.dtype, state: xxhash.xxh3_128) -> tuple[int, int, int]:
     """Smallest and largest token, and the number of those that were looked at."""
-    smallest, largest, looked_at = 0, -1, 0
+    extremes: list[int] = []
+    looked_at = 0
     state.update(str(path.stat().st_size).encode())
     for block in _blocks(path):
         state.update(block)
         data = np.frombuffer(block, dtype)
         if data.size and dtype.kind in "iu":
-            low, high = int(data.min()), int(data.max())
-            smallest, largest = (min(smallest, low), max(largest, high)) if looked_at else (low, high)
+            extremes += [int(data.min()), int(data.max())]
             looked_at += data.size
-    return smallest, largest, looked_at
+    return min(extremes, default=0), max(extremes, default=-1), looked_at
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
     """The whole of a file, or blocks of it from its beginning to its end; none cuts a token."""
     size = path.stat().st_size
+    starts: Sequence[int] = range(0, size, _BLOCK_BYTES)
+    if len(starts) > _BLOCKS:
+        starts = [number * (size - _BLOCK_BYTES) // (_BLOCKS - 1) // 8 * 8 for number in range(_BLOCKS)]
     with path.open("rb") as stream:
-        if size <= _BLOCKS * _BLOCK_BYTES:
-            while block := stream.read(_BLOCK_BYTES):
-                yield block
-            return
-        for number in range(_BLOCKS):
-            stream.seek(number * (size - _BLOCK_BYTES) // (_BLOCKS - 1) // 8 * 8)
+        for start in starts:
+            stream.seek(start)
             # The last reaches to the end, whatever was rounded off.
-            yield stream.read(_BLOCK_BYTES if number < _BLOCKS - 1 else -1)
+            yield stream.read(-1 if start == starts[-1] else _BLOCK_BYTES)

@@ -8,17 +8,15 @@ its path, so that a model retrained in place would silently get the sample indic
 it imports transformers wherever that is installed.
 """
 
-from __future__ import annotations
-
+import errno
 import hashlib
 import io
 import os
 import re
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
@@ -29,18 +27,26 @@ LARGEST_VOCABULARY = 1_000_000
 """Pieces that are trained at most: far above any, and what SentencePiece still answers within seconds."""
 # The trainer silently drops sentences above its own limit, so longer lines are cut into chunks of this many characters.
 _MAX_LINE_CHARACTERS = 2000
-_MAX_SENTENCE_BYTES = 4 * _MAX_LINE_CHARACTERS
+# That are held in memory to train on.
+_MAX_LINES = 2_000_000
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model as megatron-core's datasets and our generation use it.
 
-    Documents end with the model's end-of-sentence piece (``eod``), as in Megatron-LM's
-    ``GPTSentencePieceTokenizer``; no beginning-of-sentence piece is added.
+    Documents end with the model's end-of-sentence piece, as in Megatron-LM's ``GPTSentencePieceTokenizer``; no
+    beginning-of-sentence piece is added.
 
     Args:
         model_path: a ``.model`` file written by SentencePiece.
         model: what that file holds, where it is known already.
+
+    Attributes:
+        vocab_size: pieces of the model, special ones included, padding for tensor parallelism excluded.
+        eod: id of the token that ends a document, the end-of-sentence piece; the same as ``eos``.
+        pad: id of the padding piece, -1 if the model has none (then ``GPTDataset`` masks padding by -1, too).
+        unique_identifiers: what megatron-core hashes into the name of its index cache: the content of the model, not
+            its path.
 
     Raises:
         ValueError: the file is missing, is no SentencePiece model or has no end-of-sentence piece.
@@ -49,60 +55,27 @@ class SentencePieceTokenizer:
     def __init__(self, model_path: str | os.PathLike[str], model: bytes | None = None) -> None:
         path = Path(model_path)
         if model is None:
-            model = self._read(path)
-        processor = _load(model)
-        if processor is None:
-            raise ValueError(f"{path}: not a SentencePiece model; give the .model file that SentencePiece wrote")
-        if processor.eos_id() < 0:
-            raise ValueError(f"{path}: the model has no end-of-sentence piece to end documents with; train it with one")
-        self._processor = processor
-        self._digest = hashlib.sha256(model).hexdigest()
-
-    @staticmethod
-    def _read(path: Path) -> bytes:
+            try:
+                if not path.is_file():
+                    raise FileNotFoundError(errno.ENOENT, "no such tokenizer model")
+                model = path.read_bytes()
+            except OSError as error:
+                raise ValueError(f"{path}: {error.strerror}; give the path of a SentencePiece .model file") from None
         try:
-            if not path.is_file():
-                raise ValueError(f"{path}: no such tokenizer model; give the path of a SentencePiece .model file")
-            return path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}; give the path of a SentencePiece .model file") from None
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces of the model, special ones included, padding for tensor parallelism excluded."""
-        return self._processor.get_piece_size()
-
-    @property
-    def eod(self) -> int:
-        """Id of the token that ends a document: the model's end-of-sentence piece."""
-        return self._processor.eos_id()
-
-    @property
-    def eos(self) -> int:
-        """Id of the end-of-sentence piece, the same as `eod`."""
-        return self._processor.eos_id()
-
-    @property
-    def bos(self) -> int:
-        """Id of the beginning-of-sentence piece, -1 if the model has none."""
-        return self._processor.bos_id()
-
-    @property
-    def pad(self) -> int:
-        """Id of the padding piece, -1 if the model has none (then ``GPTDataset`` masks padding by -1, too)."""
-        return self._processor.pad_id()
-
-    @property
-    def unique_identifiers(self) -> OrderedDict[str, str]:
-        """What megatron-core hashes into the name of its index cache: the content of the model, not its path."""
-        return _identifiers(self, sha256=self._digest)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = self._processor.get_piece_size()
+        except RuntimeError:
+            self.vocab_size = 0
+        if not self.vocab_size:  # an empty file loads as a model without pieces
+            raise ValueError(f"{path}: not a SentencePiece model; give the .model file that SentencePiece wrote")
+        self.eod = self.eos = self._processor.eos_id()
+        if self.eod < 0:
+            raise ValueError(f"{path}: the model has no end-of-sentence piece to end documents with; train it with one")
+        self.pad = self._processor.pad_id()
+        self.unique_identifiers = _identifiers(self, sha256=hashlib.sha256(model).hexdigest())
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text`, without ``eod``. Special pieces written out in the text stay plain text.
-
-        Raises:
-            ValueError: the text holds lone surrogates, which have no UTF-8 form.
-        """
+        """Return the ids of `text`, without ``eod``. Special pieces written out in the text stay plain text."""
         return self.tokenize_batch([text])[0]
 
     def tokenize_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
@@ -137,45 +110,21 @@ class SentencePieceTokenizer:
 class NullTokenizer:
     """A tokenizer for ``--mock-data``: its "text" is numbers separated by spaces.
 
-    As with Megatron-LM's ``NullTokenizer``, `vocab_size` counts the ordinary ids; the end-of-document token comes on
-    top, so that the attribute ``vocab_size`` is one larger.
-
-    Args:
-        vocab_size: number of ordinary ids, at least 1.
+    As with Megatron-LM's ``NullTokenizer``, the argument `vocab_size` counts the ordinary ids; the end-of-document
+    token comes on top, so that the attribute is one larger. There is no padding token.
 
     Raises:
         ValueError: `vocab_size` is not positive.
     """
 
+    pad = -1
+
     def __init__(self, vocab_size: int) -> None:
         if vocab_size < 1:
             raise ValueError(f"vocab_size is {vocab_size}; the null tokenizer needs at least 1 (--vocab-size)")
-        self._ordinary_ids = int(vocab_size)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids including ``eod``."""
-        return self._ordinary_ids + 1
-
-    @property
-    def eod(self) -> int:
-        """Id of the token that ends a document: the last one."""
-        return self._ordinary_ids
-
-    @property
-    def eos(self) -> int:
-        """The same as `eod`."""
-        return self._ordinary_ids
-
-    @property
-    def pad(self) -> int:
-        """-1: there is no padding token."""
-        return -1
-
-    @property
-    def unique_identifiers(self) -> OrderedDict[str, str]:
-        """What megatron-core hashes into the name of its index cache."""
-        return _identifiers(self, vocab_size=str(self._ordinary_ids))
+        self.eod = self.eos = vocab_size
+        self.vocab_size = vocab_size + 1
+        self.unique_identifiers = _identifiers(self, vocab_size=str(vocab_size))
 
     def tokenize(self, text: str) -> list[int]:
         """Return the numbers in `text`.
@@ -194,51 +143,46 @@ class NullTokenizer:
         return " ".join(str(int(token)) for token in ids)
 
 
-def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, *, character_coverage: float = 0.9995, max_lines: int = 2_000_000
-) -> bytes:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a byte-fallback BPE model on `texts` and return what its ``.model`` file holds.
 
     The model keeps text exactly: no normalization, no dummy prefix, runs of spaces survive, and what the vocabulary
     lacks, newlines among it, is spelled in bytes. Digits are single pieces. Ids: 0 unknown, 1 ``<s>``, 2 ``</s>``
-    (``eod``), no padding piece. The same texts give the same model, byte for byte, under one version of SentencePiece.
-    A request to stop (SIGINT, SIGTERM) is answered at once.
-
-    Args:
-        texts: documents; they are streamed, at most `max_lines` lines (a fixed random sample) are held in memory.
-        vocab_size: number of pieces, including 3 special ones and 256 bytes.
-        character_coverage: share of all characters that get a piece of their own; the rest is spelled in bytes.
-        max_lines: size of the sample of lines to train on, above 100.
+    (``eod``), no padding piece; `vocab_size` counts the 3 special ones and 256 bytes, too. The texts are streamed, and
+    a fixed random sample of their lines is held in memory: the same texts give the same model, byte for byte, under one
+    version of SentencePiece. A request to stop (SIGINT, SIGTERM) is answered at once.
 
     Raises:
         ValueError: the texts are too few for the vocabulary, or the vocabulary cannot hold bytes and characters.
         Exception: whatever iterating `texts` raises, unchanged.
     """
-    if max_lines <= 100:
-        raise ValueError(f"a sample of {max_lines} lines is too small to train on; take more than 100")
     if not 1 <= vocab_size <= LARGEST_VOCABULARY:
         raise ValueError(f"a vocabulary of {vocab_size} pieces: give a --vocab-size from 1 to {LARGEST_VOCABULARY}")
     lines = _TrainingLines(texts)
     model = io.BytesIO()
-    options: dict[str, Any] = {
-        "sentence_iterator": iter(lines),
-        "model_writer": model,
-        "model_type": "bpe",
-        "vocab_size": vocab_size,
-        "byte_fallback": True,
-        "character_coverage": character_coverage,
-        "normalization_rule_name": "identity",
-        "add_dummy_prefix": False,
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "split_digits": True,
-        "input_sentence_size": max_lines,
-        "shuffle_input_sentence": True,
-        "max_sentence_length": _MAX_SENTENCE_BYTES,
-        "minloglevel": 2,
-    }
+    # In a thread of its own: Python's signal handlers wait for native code in theirs.
+    thread = ThreadPoolExecutor(max_workers=1)
+    training = thread.submit(
+        sentencepiece.SentencePieceTrainer.train,
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=0.9995,  # of all characters; the rest is spelled in bytes
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        input_sentence_size=_MAX_LINES,
+        shuffle_input_sentence=True,
+        max_sentence_length=4 * _MAX_LINE_CHARACTERS,
+        minloglevel=2,
+    )
+    thread.shutdown(wait=False)
     try:
-        _interruptible(lambda: sentencepiece.SentencePieceTrainer.train(**options))
+        training.result()
     except RuntimeError as error:
         # The trainer turns an exception of the iterator into its own RuntimeError, and we want the original.
         if lines.error is not None:
@@ -247,31 +191,6 @@ def train_sentencepiece(
     finally:
         lines.stopped = True
     return model.getvalue()
-
-
-def _interruptible(work: Callable[[], object]) -> None:
-    """Runs native code, which Python's signal handlers wait for, so that they need not: in a thread of its own."""
-    errors: list[BaseException] = []
-
-    def attempt() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-
-
-def _load(model: bytes) -> sentencepiece.SentencePieceProcessor | None:
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
-        return None
-    return processor if processor.get_piece_size() else None  # an empty file loads as a model without pieces
 
 
 def _identifiers(tokenizer: object, **values: str) -> OrderedDict[str, str]:
@@ -321,15 +240,11 @@ def _explained(error: RuntimeError, vocab_size: int, lines: int) -> Exception:
             f"the text ({lines} lines) is too small for a vocabulary of {vocab_size} pieces: it supports at most "
             f"{match[1]}; lower the vocabulary size (--vocab-size {match[1]}) or give more text"
         )
-    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+    match = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    # Below its own special pieces the trainer says nothing of characters.
+    if match or vocab_size < _WITHOUT_TEXT:
         return ValueError(
             f"a vocabulary of {vocab_size} pieces cannot hold 256 bytes, the special pieces and the characters of the "
-            f"text; give at least {match[1]} (--vocab-size)"
-        )
-    if vocab_size < _WITHOUT_TEXT:
-        # Below its own special pieces the trainer says nothing of characters.
-        return ValueError(
-            f"a vocabulary of {vocab_size} pieces cannot hold 256 bytes, the special pieces and the characters of the "
-            f"text; give more than {_WITHOUT_TEXT} (--vocab-size)"
+            f"text; give {f'at least {match[1]}' if match else f'more than {_WITHOUT_TEXT}'} (--vocab-size)"
         )
     return FailedError(f"SentencePiece could not train the tokenizer: {message}")

@@ -16,9 +16,7 @@ class FileError(ValueError):
 def publish(temporary: Path, final: Path) -> None:
     """Gives a complete file or directory its final name; after a crash the name holds all of it or nothing of it.
 
-    Args:
-        temporary: what was written, on the same file system.
-        final: its name from now on; a file of that name is replaced, a directory must not exist.
+    Both lie on one file system. A file of the final name is replaced, a directory must not exist.
     """
     if temporary.is_dir():
         for path in temporary.rglob("*"):
@@ -28,9 +26,14 @@ def publish(temporary: Path, final: Path) -> None:
     fsync(final.parent)
 
 
+def incomplete(final: Path) -> Path:
+    """Where a file or directory is written before it gets its final name."""
+    return final.with_name(f".{final.name}.incomplete")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file, replacing what stood there."""
-    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary = incomplete(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         publish(temporary, path)
@@ -102,11 +105,11 @@ def read_text(path: Path) -> str:
         if size > _MAX_TEXT_BYTES:
             raise FileError(f"{path}: {size:,} bytes are too many for such a file")
         return path.read_bytes().decode("utf-8-sig")
+    except FileError:
+        raise
     except UnicodeDecodeError as error:
         raise FileError(f"{path}: not UTF-8 ({error.reason} at byte {error.start:,})") from None
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"{str(path)!r} is no path: {error}") from None

@@ -15,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .atomic import FileError, read_text
 
 _MAX_DEPTH = 100
-
-
 # With its aliases written out; the files that people write have some hundred.
 _MAX_YAML_NODES = 1_000_000
 
@@ -27,15 +25,10 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, where: str, allow_nan: bool = False) -> Any:
-    """The value of a JSON text.
-
-    Args:
-        text: to parse.
-        where: file or place, for the message.
-        allow_nan: whether NaN and infinities are numbers, as Python writes them.
+    """The value of a JSON text; `allow_nan` takes NaN and infinities for numbers, as Python writes them.
 
     Raises:
-        FileError: not JSON, a key twice, NaN or infinity, or nested beyond reason.
+        FileError: not JSON, a key twice, NaN or infinity, or nested beyond reason; it begins with `where`.
     """
     try:
         constant = float if allow_nan else _refuse_constant
@@ -68,12 +61,9 @@ def parse_yaml(text: str, where: str) -> Any:
 
     So ``1e-4`` is a number, ``on`` and ``no`` are text, and dates are text.
 
-    Args:
-        text: to parse.
-        where: file or place, for the message.
-
     Raises:
-        FileError: not YAML, a key twice, an alias that contains itself, or nested or large beyond reason.
+        FileError: not YAML, a key twice, an alias that contains itself, or nested or large beyond reason; it begins
+            with `where`.
     """
     try:
         value = yaml.load(text, Loader=_Loader)  # a SafeLoader
@@ -98,68 +88,61 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
         if self.depth > _MAX_DEPTH:
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="nested too deeply to be meant", problem_mark=mark)
+            raise _yaml_mistake("nested too deeply to be meant", self.peek_event())
         try:
             return super().compose_node(parent, index)
         finally:
             self.depth -= 1
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        if isinstance(node, yaml.MappingNode):
-            seen: set[Any] = set()
-            for key_node, _ in node.value:
-                if key_node.tag == "tag:yaml.org,2002:merge":
-                    continue
-                key = self.construct_object(key_node, deep=True)
-                if not isinstance(key, str | int | float | bool | None):
-                    raise yaml.MarkedYAMLError(problem="this cannot be a key", problem_mark=key_node.start_mark)
-                if key in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key!r} stands there twice", problem_mark=key_node.start_mark
-                    )
-                seen.add(key)
+        seen: set[Any] = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise _yaml_mistake("this cannot be a key", key_node)
+            if key in seen:
+                raise _yaml_mistake(f"the key {key!r} stands there twice", key_node)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: Any) -> int | float:
         text = self.construct_scalar(node)
         if len(text) > 40:
-            raise yaml.MarkedYAMLError(problem="a number of so many digits", problem_mark=node.start_mark)
+            raise _yaml_mistake("a number of so many digits", node)
         if node.tag.endswith("float"):
             return float(re.sub(r"\.(inf|nan)$", r"\1", text.lower()))
         return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
 
 
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    ("merge", r"<<", "<"),
-):
-    _letters = [letter if letter != "\0" else "" for letter in _first]
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _letters)
-for _tag in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
+def _yaml_mistake(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
+for _kind, _pattern in {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "null": r"~|null|Null|NULL|",
+    "int": r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "merge": r"<<",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z"), None)
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 def _count(value: Any, known: dict[int, int]) -> int:
     """Nodes of a value with its aliases written out; raises where they are too many or contain themselves."""
     if not isinstance(value, dict | list):
         return 1
-    if id(value) in known:
-        if known[id(value)] == 0:
-            raise ValueError("an alias contains itself")
-        return known[id(value)]
-    known[id(value)] = 0
-    children = value.values() if isinstance(value, dict) else value
-    known[id(value)] = total = 1 + sum(_count(child, known) for child in children)
-    if total > _MAX_YAML_NODES:
-        raise ValueError("its aliases stand for more values than can be meant")
+    total = known.get(id(value))
+    if total is None:
+        known[id(value)] = 0
+        children = value.values() if isinstance(value, dict) else value
+        known[id(value)] = total = 1 + sum(_count(child, known) for child in children)
+    if not 0 < total <= _MAX_YAML_NODES:
+        raise ValueError("its aliases stand for more values than can be meant" if total else "an alias contains itself")
     return total
 
 
@@ -173,12 +156,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validated(kind: type[Model], content: Any, where: str) -> Model:
-    """Content of a file as the model that describes it.
-
-    Args:
-        kind: the model.
-        content: as a reader returned it.
-        where: file, for the message.
+    """Content of a file, as a reader returned it, as the model that describes it.
 
     Raises:
         FileError: the first mistakes, a line each, with the path of its key; an unknown key with the nearest known one.
@@ -203,7 +181,8 @@ def _mistake(kind: type[BaseModel], entry: Any) -> str:
     if entry["type"] == "value_error":
         return f"{path}: {entry['ctx']['error']}"
     expected = _EXPECTED.get(entry["type"]) or entry["msg"].replace("Input should be", "expected")
-    return f"{path}: {expected}, got {_short(entry['input'])}"
+    got = repr(entry["input"])
+    return f"{path}: {expected}, got {got if len(got) <= 80 else f'{got[:80]}...'}"
 
 
 # pydantic's types of mistakes -> our words; the others are told in its own.
@@ -219,34 +198,23 @@ _EXPECTED = {
 }
 
 
-def _keys(kind: Any, location: Sequence[Any]) -> list[str]:
+def _keys(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """The keys that a model knows at a place inside of it."""
     for part in location:
-        fields = getattr(kind, "model_fields", {})
-        annotation = next((f.annotation for n, f in fields.items() if part in (n, f.alias)), None)
-        kind = next(iter(_models(annotation)), kind) if annotation is not None else kind
-    return [field.alias or name for name, field in getattr(kind, "model_fields", {}).items()]
+        annotation = next((f.annotation for n, f in kind.model_fields.items() if part in (n, f.alias)), None)
+        kind = next(iter(_models(annotation)), kind)
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a type is made of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in typing.get_args(annotation) for model in _models(argument)]
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def nearest(key: str, known: Sequence[str], otherwise: str | None = None) -> str:
-    """``: did you mean ...?``, or the list of what is known where nothing is near.
-
-    Args:
-        key: that is not known.
-        known: what there is.
-        otherwise: instead of that list.
-    """
+    """``: did you mean ...?`` for an unknown key; where nothing is near `otherwise`, or the list of what is known."""
     close = difflib.get_close_matches(key.replace("_", "-"), known, n=1) or difflib.get_close_matches(key, known, n=1)
     if close:
         return f": did you mean {close[0]}?"

@@ -4,20 +4,17 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
-from .atomic import FileError, fsync, publish
+from .atomic import FileError, fsync, incomplete, publish
 
 # A process that was killed with much memory takes a moment to go, and its lock goes last.
 _PATIENCE_SECONDS = 5.0
@@ -38,15 +35,12 @@ class FileLock:
     """Holds a lock file until :meth:`release` or the end of this process, also by SIGKILL.
 
     A POSIX record lock: it is the one kind that NFS carries from node to node, and that processes which this one forks
-    do not inherit (an orphaned one would keep its restart out). Making one takes the lock.
-
-    Args:
-        path: of the lock file; its directory is made if it is not there.
-        patience: seconds to wait for another holder; None for a few.
+    do not inherit (an orphaned one would keep its restart out). Making one makes the directory and takes the lock, and
+    waits for another holder for `patience` seconds; None for a few.
 
     Attributes:
         note: a line for the log where the file system has no locks, else None.
-        left: what a holder that was killed had added to the description.
+        left: what a holder that was killed had left unfinished, in its words, or nothing.
 
     Raises:
         LockedError: another process holds it, naming it.
@@ -56,75 +50,60 @@ class FileLock:
     def __init__(self, path: Path, patience: float | None = None) -> None:
         self._path = path
         self.note: str | None = None
-        self.left: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._take(_PATIENCE_SECONDS if patience is None else patience)
+        deadline = time.monotonic() + (_PATIENCE_SECONDS if patience is None else patience)
+        while not self._try():
+            _, holder = self._read()
+            os.close(self._file)
+            if time.monotonic() > deadline:
+                raise LockedError(f"{path}: held by another job ({holder})", holder)
+            time.sleep(0.1)
+        self.left, _ = self._read()
         try:
-            self.left = {key: value for key, value in _described(self._file).items() if key.startswith("+")}
             self.describe(self.left)
         except BaseException:
             self.release(keep=bool(self.left))
             raise
 
-    def describe(self, more: Mapping[str, Any] | None = None) -> None:
-        """Writes into the lock file who holds it.
+    def describe(self, unfinished: str = "") -> None:
+        """Writes into the lock file who holds it, and what is unfinished where this process is killed."""
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        holder = f"{_job()}, process {os.getpid()} on {socket.gethostname()}, since {since}"
+        os.pwrite(self._file, f"{unfinished}\n{holder}\n".encode(errors="replace").ljust(_DESCRIPTION_BYTES), 0)
 
-        Args:
-            more: keys that begin with ``+``; they are kept for the next holder where this one is killed.
-        """
-        content = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "job": _job(),
-            **(more or {}),
-        }
-        os.pwrite(self._file, json.dumps(content).ljust(_DESCRIPTION_BYTES).encode(), 0)
+    def _read(self) -> tuple[str, str]:
+        """What is unfinished, and who holds the lock, as far as the file says."""
+        text = ""
+        with contextlib.suppress(OSError):
+            text = os.pread(self._file, _DESCRIPTION_BYTES, 0).decode(errors="replace")
+        unfinished, _, holder = text.partition("\n")
+        return unfinished, holder.strip() or "it does not say which"
 
     def release(self, keep: bool = False) -> None:
-        """Gives the file free.
-
-        Args:
-            keep: leaves it there with its description, as a kill does; else nothing is left.
-        """
+        """Gives the file free; `keep` leaves it there with its description, as a kill does."""
         if not keep:
             with contextlib.suppress(OSError):
                 self._path.unlink()
         os.close(self._file)
 
-    def _take(self, patience: float) -> int:
-        deadline = time.monotonic() + patience
-        while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
-            try:
-                if self._try(descriptor):
-                    return descriptor
-                holder = _holder(descriptor)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
-            if time.monotonic() > deadline:
-                raise LockedError(f"{self._path}: held by another job ({holder})", holder)
-            time.sleep(0.1)
-
-    def _try(self, descriptor: int) -> bool:
+    def _try(self) -> bool:
+        """Opens the file and takes the lock, unless another process has it."""
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before may have removed the file between our opening and our locking it.
+            return os.path.samestat(os.fstat(self._file), os.stat(self._path))
         except OSError as error:
-            if error.errno in _UNSUPPORTED:
-                self.note = (
-                    f"the file system of {self._path.parent} has no locks ({error.strerror}; Lustre has them with the "
-                    "mount option flock): nothing keeps a second job from writing there"
-                )
-                return True
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
                 return False
-            raise
-        # The holder before may have removed the file between our opening and our locking it.
-        with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
-        return False
+            if error.errno not in _UNSUPPORTED:
+                os.close(self._file)
+                raise
+            self.note = (
+                f"the file system of {self._path.parent} has no locks ({error.strerror}; Lustre has them with the "
+                "mount option flock): nothing keeps a second job from writing there"
+            )
+            return True
 
 
 def _job() -> str:
@@ -133,20 +112,6 @@ def _job() -> str:
         if value != "none":
             return prefix + value[:200]
     return os.path.basename(sys.argv[0])[:200]
-
-
-def _described(descriptor: int) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(os.pread(descriptor, 4 * _DESCRIPTION_BYTES, 0))
-        return content if isinstance(content, dict) else {}
-    return {}
-
-
-def _holder(descriptor: int) -> str:
-    """Who holds a lock, as far as the file says."""
-    with contextlib.suppress(KeyError):
-        return "{job}, process {pid} on {host}, since {since}".format(**_described(descriptor))
-    return "it does not say which"
 
 
 class PendingFiles:
@@ -159,7 +124,7 @@ class PendingFiles:
     Args:
         finals: the files, and for each what to say where it exists. The last one is what makes the others valid: it
             is removed first and published last.
-        command: what the caller does, in words; the same words mean the same command.
+        command: what the caller does, in words of one line; the same words mean the same command.
         inputs: files that the command reads.
         overwrite: whether files that exist are replaced.
 
@@ -181,7 +146,7 @@ class PendingFiles:
         try:
             for final in sorted(self._finals):
                 self._locks.append(_lock(final))
-            unfinished = all(lock.left.get("+unfinished") == command for lock in self._locks)
+            unfinished = all(lock.left == command for lock in self._locks)
             for final, refusal in finals:
                 if os.path.lexists(final) and not overwrite and not unfinished:
                     raise FileError(f"{final} exists; {refusal}")
@@ -193,27 +158,21 @@ class PendingFiles:
     def __enter__(self) -> "PendingFiles":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    @staticmethod
-    def temporary(final: Path) -> Path:
-        """Where to write a file."""
-        return final.with_name(f".{final.name}.incomplete")
+    temporary = staticmethod(incomplete)
 
     def publish(self, first: Callable[[], None] = lambda: None) -> None:
         """Gives all files their names; each must lie at its temporary one.
 
-        Args:
-            first: called when everything is on disk and nothing has been replaced yet.
+        `first` is called when everything is on disk and nothing has been replaced yet.
         """
         for final in self._finals:
             fsync(self.temporary(final))
         with _undisturbed() as requests:
             for lock in self._locks:
-                lock.describe({"+unfinished": self._command})
+                lock.describe(self._command)
             first()
             for final in reversed(self._finals):
                 final.unlink(missing_ok=True)
@@ -275,10 +234,9 @@ def _undisturbed() -> Iterator[list[int]]:
     By Python's handlers and not by a mask: a signal may reach any thread, and its handler runs in this one.
     """
     arrived: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # which handlers never interrupt
-        yield arrived
-        return
-    before = {n: signal.signal(n, lambda number, _: arrived.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    # In other threads they never interrupt.
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in numbers}
     try:
         yield arrived
     finally:

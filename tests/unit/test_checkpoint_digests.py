@@ -59,7 +59,7 @@ def test_the_ranks_share_out_all_files(single_rank: None, tmp_path: Path, monkey
     write_digests(tmp_path)
     looked_at: list[str] = []
     monkeypatch.setattr(checkpoint_digests, "find_damage", lambda directory, names: looked_at.extend(names))
-    monkeypatch.setattr(checkpoint_digests, "_all_gathered", lambda mine: [mine])
+    monkeypatch.setattr(checkpoint_digests, "all_gathered", lambda mine: [mine])
     for rank in range(3):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
@@ -73,6 +73,6 @@ def test_damage_that_another_rank_found_is_raised_here(
     (tmp_path / "a.bin").write_bytes(b"a")
     write_digests(tmp_path)
     verify_digests(tmp_path)
-    monkeypatch.setattr(checkpoint_digests, "_all_gathered", lambda mine: [mine, ["b.bin is damaged"]])
+    monkeypatch.setattr(checkpoint_digests, "all_gathered", lambda mine: [mine, ["b.bin is damaged"]])
     with pytest.raises(DigestError, match="b.bin is damaged"):
         verify_digests(tmp_path)

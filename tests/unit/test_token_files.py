@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bitcpm_megatron.data.token_files import outputs, write_corpus
+from bitcpm_megatron.data.token_files import CorpusSummary, outputs, write_corpus
 from bitcpm_megatron.data.tokenizer import NullTokenizer, SentencePieceTokenizer, train_sentencepiece
 from bitcpm_megatron.files.lock import FileLock, PendingFiles
 from bitcpm_megatron.launch.preprocess_data import main
@@ -44,13 +44,21 @@ def stored(prefix: Path) -> list[list[int]]:
     return [dataset[n].tolist() for n in range(len(dataset))]
 
 
+def write(
+    documents: Iterable[dict[str, str]], prefix: Path, tokenizer: object, overwrite: bool = False, **options: object
+) -> dict[str, CorpusSummary]:
+    finals = outputs(prefix, options.get("keys", ("text",)))
+    with PendingFiles(finals, command="write", overwrite=overwrite) as pending:
+        return write_corpus(documents, prefix, tokenizer, pending, **options)
+
+
 # ----------------------------------------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_text_survives_the_way_to_disk(tmp_path: Path, tokenizer: SentencePieceTokenizer, append_eod: bool) -> None:
     prefix = tmp_path / "new folder" / "corpus.v2"
-    summary = write_corpus(({"text": text} for text in TEXTS), prefix, tokenizer, append_eod=append_eod)["text"]
+    summary = write(({"text": text} for text in TEXTS), prefix, tokenizer, append_eod=append_eod)["text"]
     assert summary.prefix == tmp_path / "new folder" / "corpus.v2_text_document"
     documents = stored(summary.prefix)
     assert [tokenizer.detokenize(ids) for ids in documents] == TEXTS
@@ -64,7 +72,7 @@ def test_text_survives_the_way_to_disk(tmp_path: Path, tokenizer: SentencePieceT
 def test_each_document_is_one_sequence_and_the_dtype_fits_the_vocabulary(
     tmp_path: Path, tokenizer: SentencePieceTokenizer
 ) -> None:
-    write_corpus([{"text": TEXTS[0]}, {"text": TEXTS[1]}], tmp_path / "small", tokenizer)
+    write([{"text": TEXTS[0]}, {"text": TEXTS[1]}], tmp_path / "small", tokenizer)
     small = IndexedDataset(str(tmp_path / "small_text_document"))
     assert small.document_indices.tolist() == [0, 1, 2]
     assert small.index.dtype == np.uint16
@@ -75,7 +83,7 @@ def test_each_document_is_one_sequence_and_the_dtype_fits_the_vocabulary(
         def tokenize_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
             return [[69_998]] * len(texts)
 
-    write_corpus([{"text": "x"}], tmp_path / "wide", Wide())
+    write([{"text": "x"}], tmp_path / "wide", Wide())
     assert stored(tmp_path / "wide_text_document") == [[69_998, 69_999]]
 
 
@@ -83,7 +91,7 @@ def test_every_key_gets_its_own_files_and_empty_texts_are_skipped(
     tmp_path: Path, tokenizer: SentencePieceTokenizer
 ) -> None:
     documents = [{"q": "Document 1", "a": " \n"}, {"q": "Document 2", "a": "weights"}]
-    summaries = write_corpus(documents, tmp_path / "qa", tokenizer, keys=["q", "a"], append_eod=False)
+    summaries = write(documents, tmp_path / "qa", tokenizer, keys=["q", "a"], append_eod=False)
     assert [tokenizer.detokenize(ids) for ids in stored(tmp_path / "qa_q_document")] == ["Document 1", "Document 2"]
     assert [tokenizer.detokenize(ids) for ids in stored(tmp_path / "qa_a_document")] == ["weights"]
     assert (summaries["q"].empty_documents, summaries["a"].empty_documents) == (0, 1)
@@ -94,7 +102,7 @@ def test_batches_keep_order_and_threads_do_not_matter(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bitcpm_megatron.data.token_files._BATCH_DOCUMENTS", 7)
-    write_corpus(({"text": text} for text in TEXTS), tmp_path / "corpus", tokenizer, append_eod=False, threads=2)
+    write(({"text": text} for text in TEXTS), tmp_path / "corpus", tokenizer, append_eod=False, threads=2)
     assert [tokenizer.detokenize(ids) for ids in stored(tmp_path / "corpus_text_document")] == TEXTS
 
 
@@ -103,7 +111,7 @@ def test_nothing_to_write_is_an_error_without_output(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, texts: list[str]
 ) -> None:
     with pytest.raises(ValueError, match="nothing was written"):
-        write_corpus([{"text": text} for text in texts], tmp_path / "corpus", tokenizer)
+        write([{"text": text} for text in texts], tmp_path / "corpus", tokenizer)
     assert not list(tmp_path.iterdir())
 
 
@@ -113,7 +121,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path: Path, tokenizer: SentencePie
         raise ValueError("corpus.jsonl:1201: not valid JSON")
 
     with pytest.raises(ValueError, match="1201"):
-        write_corpus(documents(), tmp_path / "corpus", tokenizer)
+        write(documents(), tmp_path / "corpus", tokenizer)
     assert not list(tmp_path.iterdir())
 
 
@@ -126,7 +134,7 @@ def test_a_kill_half_way_leaves_no_output(tmp_path: Path, tokenizer: SentencePie
     output = tmp_path / "output"
     # A fork has megatron-core imported, which takes a new interpreter seconds; it needs none of torch's threads.
     process = multiprocessing.get_context("fork").Process(
-        target=write_corpus, args=(documents(), output / "corpus", tokenizer), daemon=True
+        target=write, args=(documents(), output / "corpus", tokenizer), daemon=True
     )
     process.start()
     process.join(timeout=60)
@@ -134,18 +142,17 @@ def test_a_kill_half_way_leaves_no_output(tmp_path: Path, tokenizer: SentencePie
     names = sorted(path.name for path in output.iterdir())
     assert any(name.endswith(".incomplete") for name in names), "the kill must come while files are open"
     assert all(name.startswith(".") for name in names)
-    write_corpus([{"text": "document"}], output / "corpus", tokenizer)
+    write([{"text": "document"}], output / "corpus", tokenizer)
     assert sorted(path.name for path in output.iterdir()) == ["corpus_text_document.bin", "corpus_text_document.idx"]
 
 
 def test_existing_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     prefix = tmp_path / "corpus_text_document"
-    write_corpus([{"text": "Document 1"}], tmp_path / "corpus", tokenizer, append_eod=False)
+    write([{"text": "Document 1"}], tmp_path / "corpus", tokenizer, append_eod=False)
     with pytest.raises(ValueError, match="corpus_text_document.bin exists.*--overwrite"):
-        write_corpus([{"text": "Document 2"}], tmp_path / "corpus", tokenizer, append_eod=False)
+        write([{"text": "Document 2"}], tmp_path / "corpus", tokenizer, append_eod=False)
     assert tokenizer.detokenize(stored(prefix)[0]) == "Document 1"
-    with PendingFiles(outputs(tmp_path / "corpus"), command="again", overwrite=True) as pending:
-        write_corpus([{"text": "Document 2"}], tmp_path / "corpus", tokenizer, append_eod=False, pending=pending)
+    write([{"text": "Document 2"}], tmp_path / "corpus", tokenizer, overwrite=True, append_eod=False)
     assert tokenizer.detokenize(stored(prefix)[0]) == "Document 2"
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -169,7 +176,7 @@ def build(kind: type[GPTDataset], tokenizer: object, prefix: Path | None) -> GPT
 
 
 def test_gpt_dataset_samples_are_our_tokens(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
-    write_corpus(({"text": text} for text in TEXTS), tmp_path / "corpus", tokenizer)
+    write(({"text": text} for text in TEXTS), tmp_path / "corpus", tokenizer)
     prefix = tmp_path / "corpus_text_document"
     dataset = build(GPTDataset, tokenizer, prefix)
     documents = stored(prefix)
@@ -190,7 +197,7 @@ def test_megatron_core_finds_its_index_cache_by_the_tokenizer_and_overwriting_dr
     tmp_path: Path, tokenizer: SentencePieceTokenizer
 ) -> None:
     prefix = tmp_path / "corpus_text_document"
-    write_corpus([{"text": text} for text in TEXTS], tmp_path / "corpus", tokenizer)
+    write([{"text": text} for text in TEXTS], tmp_path / "corpus", tokenizer)
     build(GPTDataset, tokenizer, prefix)
     cache = prefix / "cache" / "GPTDataset_indices"
     first = set(cache.iterdir())
@@ -198,8 +205,7 @@ def test_megatron_core_finds_its_index_cache_by_the_tokenizer_and_overwriting_dr
     assert set(cache.iterdir()) == first
     build(GPTDataset, SentencePieceTokenizer("other.model", train_sentencepiece(TEXTS, 310)), prefix)
     assert set(cache.iterdir()) > first
-    with PendingFiles(outputs(tmp_path / "corpus"), command="again", overwrite=True) as pending:
-        write_corpus([{"text": text} for text in TEXTS[:50]], tmp_path / "corpus", tokenizer, pending=pending)
+    write([{"text": text} for text in TEXTS[:50]], tmp_path / "corpus", tokenizer, overwrite=True)
     assert set(build(GPTDataset, tokenizer, prefix).document_index) == set(range(50))
 
 

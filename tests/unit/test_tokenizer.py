@@ -21,6 +21,7 @@ TEXTS = [
     f"Section {n}.\n\n    The weights of layer {n} take the values -1, 0 and 1.  Done in 2024.\n" for n in range(200)
 ]
 VOCAB = 340
+UNKNOWN, BEGIN = 0, 1
 
 
 def trained(texts: list[str], vocab_size: int) -> SentencePieceTokenizer:
@@ -46,7 +47,7 @@ def tokenizer(model_path: Path) -> SentencePieceTokenizer:
 def test_every_text_survives_the_round_trip(tokenizer: SentencePieceTokenizer, text: str) -> None:
     ids = tokenizer.tokenize(text)
     assert tokenizer.detokenize(ids) == text
-    assert not {tokenizer.eod, tokenizer.bos, 0} & set(ids), "text must not produce special or unknown pieces"
+    assert not {UNKNOWN, BEGIN, tokenizer.eod} & set(ids), "text must not produce special or unknown pieces"
 
 
 def test_the_trained_vocabulary_compresses(tokenizer: SentencePieceTokenizer) -> None:
@@ -65,9 +66,9 @@ def test_pieces_can_be_written_one_by_one(tokenizer: SentencePieceTokenizer) -> 
 
 
 def test_special_pieces_vanish_in_text(tokenizer: SentencePieceTokenizer) -> None:
-    ids = [tokenizer.bos, *tokenizer.tokenize("weights"), tokenizer.eod]
+    ids = [BEGIN, *tokenizer.tokenize("weights"), tokenizer.eod]
     assert tokenizer.detokenize(ids) == "weights"
-    assert (tokenizer.bos, tokenizer.eod, tokenizer.eos, tokenizer.pad) == (1, 2, 2, -1)
+    assert (tokenizer.eod, tokenizer.eos, tokenizer.pad) == (2, 2, -1)
 
 
 def test_a_batch_equals_single_calls_for_any_number_of_threads(tokenizer: SentencePieceTokenizer) -> None:
@@ -105,14 +106,15 @@ def test_identity_is_the_content_of_the_model(
     assert SentencePieceTokenizer(moved).unique_identifiers != tokenizer.unique_identifiers
 
 
-def test_training_is_deterministic_also_when_it_samples() -> None:
+def test_training_is_deterministic_also_when_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which lines are sampled must not depend on a global seed that a caller may have moved."""
+    monkeypatch.setattr("bitcpm_megatron.data.tokenizer._MAX_LINES", 101)
     generator = random.Random(0)
     texts = [" ".join(generator.choices("abcdefgh", k=30)).replace(" ", "", 20) for _ in range(1000)]
     models = []
     for seed in (1, 2):
         sentencepiece.set_random_generator_seed(seed)
-        models.append(train_sentencepiece(texts, VOCAB, max_lines=101))
+        models.append(train_sentencepiece(texts, VOCAB))
     assert models[0] == models[1]
 
 
@@ -151,8 +153,6 @@ def test_a_vocabulary_below_the_bytes_is_an_error_whose_cure_works() -> None:
 def test_training_refuses(texts: list[str], vocab_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train_sentencepiece(texts, vocab_size)
-    with pytest.raises(ValueError, match="more than 100"):
-        train_sentencepiece(TEXTS, VOCAB, max_lines=100)
 
 
 def test_an_error_of_the_reader_comes_through() -> None:
