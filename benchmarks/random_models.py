@@ -73,7 +73,19 @@ def shape(nbytes: int, layers: int, vocab_size: int, itemsize: int) -> Architect
     def of(hidden: int, ffn: int) -> Architecture:
         heads = hidden // HEAD
         groups = next(n for n in range(max(1, heads // 4), 0, -1) if heads % n == 0)
-        return Architecture(layers, hidden, ffn, heads, groups, HEAD, vocab_size, 4096, 1e-5, 10000.0, False)
+        return Architecture(
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=ffn,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=HEAD,
+            vocab_size=vocab_size,
+            max_position_embeddings=4096,
+            norm_epsilon=1e-5,
+            rotary_base=10000.0,
+            tied=False,
+        )
 
     wanted = nbytes // itemsize
     hidden = HEAD

@@ -26,13 +26,12 @@ from steps.variants import VARIANTS, Variant, check_peers_use_their_weight, inst
 from bitcpm_megatron import cli
 from bitcpm_megatron.files import read_json
 from bitcpm_megatron.parallel import ternary_modules
-from bitcpm_megatron.training.checkpoint import Progress
-from bitcpm_megatron.training.data import Batch, Data, build_tokenizer
+from bitcpm_megatron.training.data import Batch, build_tokenizer
 from bitcpm_megatron.training.flags import parse_args
 from bitcpm_megatron.training.initialize import device, initialize, shutdown, world_size
-from bitcpm_megatron.training.loop import Run, train_step
+from bitcpm_megatron.training.loop import train_step
 from bitcpm_megatron.training.model import build_model
-from bitcpm_megatron.training.optimizer import build_optimizer, build_scheduler
+from bitcpm_megatron.training.run import Run, build_run
 
 _QUANTIZER_ROUNDS = 7
 
@@ -55,7 +54,7 @@ class Subject:
         """One optimizer step."""
         self.args.num_microbatches = micro_batches
         self.args.global_batch_size = micro_batches * self.args.micro_batch_size * self.args.data_parallel_size
-        train_step(self.args, self.run, self.data)
+        train_step(self.run, self.data)
 
 
 def build(name: str, flags: list[str], ternary: list[str]) -> Subject:
@@ -74,9 +73,7 @@ def build(name: str, flags: list[str], ternary: list[str]) -> Subject:
             check_peers_use_their_weight(chunk)
     elif not variant.ternary and any("forward" in m.__dict__ for c in model.bare for m in c.modules()):
         raise RuntimeError("the BF16 model has a wrapped forward: it would be no baseline")
-    optimizer = build_optimizer(args, model)
-    run = Run(model, optimizer, build_scheduler(args, optimizer), Progress(), None, Data(None, None))
-    return Subject(variant, args, run, _batches(args, vocabulary))
+    return Subject(variant, args, build_run(args, model), _batches(args, vocabulary))
 
 
 def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[Batch]:

@@ -94,7 +94,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         HostError: naming every flag and its cure.
     """
-    found = family_flags.mistakes(_ours(args))
+    found = list(family_flags.mistakes(_ours(args)))
     if args.ternary:
         found += [f"--{name.replace('_', '-')} {getattr(args, name)}: {why}" for name, why in _refused(args)]
         if getattr(args, "init_model_with_meta_device", False) and not (args.load or args.pretrained_checkpoint):

@@ -2,7 +2,6 @@
 """Text from a trained model: plain sampling, one full forward per token. For looking at a model, not for serving it."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,14 +21,12 @@ from ..training.model import Model, build_model
 
 
 def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespace, Model]:
-    """The model of a checkpoint, over all processes of this job as tensor-parallel ranks, ternary where it was.
+    """The arguments of the run that wrote a checkpoint, and its model: ternary where it was, over all processes of this
+    job as tensor-parallel ranks.
 
     Args:
         path: an iteration directory, or a release.
         fp32: compute in fp32, with the same weights, also where the run did not.
-
-    Returns:
-        The arguments of the run that wrote it, and the model.
 
     Raises:
         ValueError: this number of processes does not fit the model or its row-parallel shards, or what the checkpoint
@@ -51,11 +48,8 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
         args.ternary_row_parallel_shards = record.row_parallel_shards
         args.ternary_activation_bits = record.activation_bits
     channels = (args.num_experts and args.moe_ffn_hidden_size) or ffn_channels(args)
-    if (
-        found := uneven(
-            {"query groups": args.num_query_groups, "ffn channels": channels}, args.tensor_model_parallel_size
-        )
-    ) is not None:
+    found = uneven({"query groups": args.num_query_groups, "ffn channels": channels}, world_size())
+    if found is not None:
         raise ValueError(f"{world_size()} processes do not divide the model's {found}")
     if args.vocab_size is None:
         raise ValueError(f"{path} does not say how large its vocabulary is")
@@ -63,36 +57,23 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
     vocabulary = padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     model = build_model(args, vocabulary, with_ddp=False)
     checkpoint.load_weights(path, model)
-    for chunk in model.chunks:
-        chunk.eval()
+    model.chunks[0].eval()
     return args, model
 
 
 @torch.inference_mode()
 def generate(
-    model: Model,
-    prompt: list[int],
-    count: int,
-    context: int,
-    vocab_size: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    on_token: Callable[[int], None] = lambda token: None,
+    model: Model, prompt: list[int], count: int, context: int, vocab_size: int, temperature: float = 0.0, seed: int = 0
 ) -> list[int]:
-    """Continues a prompt; every tensor-parallel rank must call this alike, and gets the same tokens.
+    """The next ``count`` tokens of a prompt; every tensor-parallel rank must call this alike, and gets the same.
 
     Args:
         model: from :func:`load_for_inference`.
         prompt: token ids, at least one.
-        count: tokens to add.
         context: longest input of the model; earlier tokens are dropped.
         vocab_size: without padding; padded entries are never drawn.
         temperature: 0 takes the likeliest token.
         seed: of the draws.
-        on_token: called with each new token.
-
-    Returns:
-        The new tokens.
 
     Raises:
         ValueError: a prompt without tokens, or with one that is none of the vocabulary.
@@ -116,5 +97,4 @@ def generate(
         else:
             token = int(logits.argmax())
         tokens.append(token)
-        on_token(token)
     return tokens[len(prompt) :]

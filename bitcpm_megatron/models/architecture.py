@@ -22,6 +22,13 @@ from ..cli import Number, Whole
 
 # Beyond what anybody trains; whoever loops over layers must come to an end.
 MAX_LAYERS = 10_000
+_BOUNDS: dict[str, Whole | Number] = {
+    "num_layers": Whole(maximum=MAX_LAYERS),
+    "hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size": Whole(),
+    "max_position_embeddings": Whole(),
+    "norm_epsilon rotary_base logits_scaling": Number(0, open_minimum=True),
+    "embedding_multiplier residual_multiplier": Number(),
+}
 
 
 class ArchitectureError(ValueError):
@@ -64,52 +71,34 @@ class LongRope:
         """``sqrt(1 + ln(factor) / ln(original length))``, and 1 where nothing is stretched."""
         if self.attention_factor is not None:
             return self.attention_factor
-        factor = self.factor
-        if factor is None:
-            factor = max_position_embeddings / self.original_max_position_embeddings
-        if factor <= 1.0:
-            return 1.0
-        return math.sqrt(1 + math.log(factor) / math.log(self.original_max_position_embeddings))
+        factor = self.factor or max_position_embeddings / self.original_max_position_embeddings
+        return math.sqrt(1 + max(0.0, math.log(factor)) / math.log(self.original_max_position_embeddings))
 
 
 @dataclass(frozen=True)
 class Multipliers:
-    """The four numbers in which MiniCPM and Granite differ from a Llama; see the module.
+    """The four numbers in which MiniCPM and Granite differ from a Llama (see the module); an attention multiplier of
+    None stands for ``kv_channels ** -0.5``."""
 
-    Attributes:
-        embedding: of the embeddings.
-        residual: of both branches of every layer.
-        logits_scaling: divides the logits.
-        attention: of ``q k^T``; None for ``kv_channels ** -0.5``.
-    """
-
-    embedding: float = 1.0
-    residual: float = 1.0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
-    attention: float | None = None
+    attention_multiplier: float | None = None
 
 
-@dataclass(frozen=True)
-class Architecture:
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Multipliers):
     """Shapes and constants of a model.
 
     Attributes:
-        num_layers: decoder layers.
-        hidden_size: width of the residual stream.
         ffn_hidden_size: rows of the gate and of the up projection.
-        num_attention_heads: query heads.
         num_query_groups: key / value heads.
         kv_channels: size of one head; ``heads * kv_channels`` need not be ``hidden_size``.
         vocab_size: tokens, without padding.
         max_position_embeddings: longest sequence, in tokens.
         norm_epsilon: of every RMSNorm.
-        rotary_base: RoPE's theta.
         tied: whether the embedding is the output layer, too.
         longrope: None for plain RoPE.
-        embedding_multiplier: see the module.
-        residual_multiplier: see the module.
-        logits_scaling: divides the logits.
-        attention_multiplier: of the attention scores; None for ``kv_channels ** -0.5``.
 
     Raises:
         ArchitectureError: naming the numbers that do not go together.
@@ -127,21 +116,13 @@ class Architecture:
     rotary_base: float
     tied: bool
     longrope: LongRope | None = None
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logits_scaling: float = 1.0
-    attention_multiplier: float | None = None
 
     def __post_init__(self) -> None:
-        counts = "hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size"
-        bounds: dict[str, Whole | Number] = {"num_layers": Whole(maximum=MAX_LAYERS)}
-        bounds |= dict.fromkeys([*counts.split(), "max_position_embeddings"], Whole())
-        bounds |= dict.fromkeys(["norm_epsilon", "rotary_base", "logits_scaling"], Number(0, open_minimum=True))
-        bounds |= dict.fromkeys(["embedding_multiplier", "residual_multiplier"], Number())
-        for name, bound in bounds.items():
-            mistake = bound.mistake(getattr(self, name))
-            if mistake is not None:
-                raise ArchitectureError(f"{name} {getattr(self, name)!r}: {mistake}")
+        for names, bound in _BOUNDS.items():
+            for name in names.split():
+                mistake = bound.mistake(getattr(self, name))
+                if mistake is not None:
+                    raise ArchitectureError(f"{name} {getattr(self, name)!r}: {mistake}")
         if self.num_attention_heads % self.num_query_groups:
             raise ArchitectureError(
                 f"{self.num_query_groups} key/value heads do not divide {self.num_attention_heads} query heads"
@@ -160,13 +141,6 @@ class Architecture:
         """Whether a plain Llama computes the same."""
         ones = (self.embedding_multiplier, self.residual_multiplier, self.logits_scaling)
         return ones == (1.0, 1.0, 1.0) and self.attention_multiplier in (None, self.kv_channels**-0.5)
-
-    @property
-    def multipliers(self) -> Multipliers:
-        """The four multipliers together."""
-        return Multipliers(
-            self.embedding_multiplier, self.residual_multiplier, self.logits_scaling, self.attention_multiplier
-        )
 
     @property
     def softmax_scale(self) -> float:
@@ -191,12 +165,8 @@ class Architecture:
 
 
 def uneven(parts: Mapping[str, int], size: int) -> str | None:
-    """What a tensor-parallel size does not divide, and which sizes divide everything; None where this one does.
-
-    Args:
-        parts: what is split evenly, by name: how many of it there are.
-        size: tensor-parallel ranks.
-    """
+    """What of the parts (name -> how many of it there are) a tensor-parallel size does not divide, and which sizes
+    divide everything; None where this one does."""
     wrong = [f"{count} {what}" for what, count in parts.items() if count % size]
     fitting = ", ".join(map(str, divisors(math.gcd(*parts.values()))))
     return f"{' and '.join(wrong)}; these sizes do: {fitting}" if wrong else None

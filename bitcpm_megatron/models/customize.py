@@ -34,18 +34,14 @@ def softmax_scale(
 ) -> float | None:
     """What ``TransformerConfig.softmax_scale`` must be; None for megatron-core's own ``kv_channels ** -0.5``."""
     factor = 1.0 if longrope is None else longrope.effective_attention_factor(max_position_embeddings)
-    if multipliers.attention is None and factor == 1.0:
+    scale = multipliers.attention_multiplier
+    if scale is None and factor == 1.0:
         return None
-    return (kv_channels**-0.5 if multipliers.attention is None else multipliers.attention) * factor * factor
+    return (kv_channels**-0.5 if scale is None else scale) * factor * factor
 
 
 def customize(model: GPTModel, multipliers: Multipliers, longrope: LongRope | None) -> None:
-    """Gives a model chunk its multipliers and LongRoPE; before DDP and before :func:`apply_recipe`.
-
-    Args:
-        model: built with the ``softmax_scale`` that :func:`softmax_scale` says.
-        multipliers: what to multiply where.
-        longrope: the factors, or None for the RoPE that the model was built with.
+    """Gives a model chunk its multipliers and LongRoPE (or leaves its RoPE); before DDP and :func:`apply_recipe`.
 
     Raises:
         ValueError: the model was customized before, has no plain RoPE to replace, or was built with another softmax
@@ -61,14 +57,15 @@ def customize(model: GPTModel, multipliers: Multipliers, longrope: LongRope | No
             f"need {wanted}: set TransformerConfig.softmax_scale before it is built"
         )
     if longrope is not None:
-        model.rotary_pos_emb = LongRotaryEmbedding.in_place_of(_plain_rope(model), longrope, model.rotary_base, config)
-    if multipliers.embedding != 1.0 and hasattr(model, "embedding"):
-        model.embedding.register_forward_hook(functools.partial(_scale_output, multipliers.embedding))
-    if multipliers.residual != 1.0:
+        _give_longrope(model, longrope)
+    embedding, residual = multipliers.embedding_multiplier, multipliers.residual_multiplier
+    if embedding != 1.0 and hasattr(model, "embedding"):
+        model.embedding.register_forward_hook(functools.partial(_scale_output, embedding))
+    if residual != 1.0:
         for layer in model.modules():
             if isinstance(layer, TransformerLayer):
-                layer.self_attn_bda = functools.partial(_scaled_branch, layer.self_attn_bda, multipliers.residual)
-                layer.mlp_bda = functools.partial(_scaled_branch, layer.mlp_bda, multipliers.residual)
+                layer.self_attn_bda = functools.partial(_scaled_branch, layer.self_attn_bda, residual)
+                layer.mlp_bda = functools.partial(_scaled_branch, layer.mlp_bda, residual)
     if multipliers.logits_scaling != 1.0 and model.post_process:
         model.output_layer.register_forward_pre_hook(functools.partial(_divide_input, multipliers.logits_scaling))
     setattr(model, _DONE, True)
@@ -81,27 +78,6 @@ class LongRotaryEmbedding(RotaryEmbedding):
     long factors, also the early ones.
     """
 
-    @classmethod
-    def in_place_of(
-        cls,
-        plain: RotaryEmbedding,
-        longrope: LongRope,
-        base: float,
-        config: Any,  # noqa: ANN401 - TransformerConfig
-    ) -> "LongRotaryEmbedding":
-        """The same for LongRoPE, on the same device and context-parallel group as a plain one."""
-        rope = cls.__new__(cls)
-        torch.nn.Module.__init__(rope)
-        rope.__dict__.update({k: v for k, v in plain.__dict__.items() if k not in rope.__dict__})
-        channels = config.kv_channels
-        exponents = torch.arange(0, channels, 2, dtype=torch.int64).float() / channels
-        rope.original_length = longrope.original_max_position_embeddings
-        rope.short_inv_freq, rope.long_inv_freq = (
-            1.0 / (torch.tensor(factors, dtype=torch.float32) * base**exponents)
-            for factors in (longrope.short_factor, longrope.long_factor)
-        )
-        return rope
-
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
         """Angles ``[max_seq_len, kv_channels / 2]`` in fp32."""
         inv_freq = self.long_inv_freq if max_seq_len + offset > self.original_length else self.short_inv_freq
@@ -110,17 +86,25 @@ class LongRotaryEmbedding(RotaryEmbedding):
         return torch.outer(positions, inv_freq)
 
 
-def _plain_rope(model: GPTModel) -> RotaryEmbedding:
+def _give_longrope(model: GPTModel, longrope: LongRope) -> None:
+    """Makes the model's plain rotary embedding, which keeps its device and context-parallel group, a LongRoPE."""
     rope: Any = getattr(model, "rotary_pos_emb", None)
+    channels = model.config.kv_channels
     if type(rope) is not RotaryEmbedding:
         raise ValueError(f"LongRoPE takes the place of plain RoPE, the model has {type(rope).__name__}")
     if rope.seq_len_interpolation_factor is not None:
         raise ValueError("LongRoPE does not go with --rotary-seq-len-interpolation-factor")
-    if rope.inv_freq.numel() * 2 != model.config.kv_channels or rope.rotary_interleaved:
+    if rope.inv_freq.numel() * 2 != channels or rope.rotary_interleaved:
         raise ValueError("LongRoPE needs --rotary-percent 1.0 and no --rotary-interleaved")
     if model.config.multi_latent_attention:
         raise ValueError("LongRoPE does not go with multi-latent attention")
-    return rope
+    exponents = torch.arange(0, channels, 2, dtype=torch.int64).float() / channels
+    rope.__class__ = LongRotaryEmbedding
+    rope.original_length = longrope.original_max_position_embeddings
+    rope.short_inv_freq, rope.long_inv_freq = (
+        1.0 / (torch.tensor(factors, dtype=torch.float32) * model.rotary_base**exponents)
+        for factors in (longrope.short_factor, longrope.long_factor)
+    )
 
 
 def _scale_output(factor: float, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -132,15 +116,10 @@ def _divide_input(divisor: float, module: torch.nn.Module, inputs: tuple) -> tup
 
 
 def _scaled_branch(bias_dropout_add: Callable, factor: float, training: bool, fused: bool) -> Callable:
-    return functools.partial(_scale_and_add, bias_dropout_add(training, fused), factor)
+    add = bias_dropout_add(training, fused)
 
+    def scale_and_add(branch_and_bias: tuple, residual: torch.Tensor, dropout: float) -> torch.Tensor:
+        branch, bias = branch_and_bias
+        return add((branch * factor, None if bias is None else bias * factor), residual, dropout)
 
-def _scale_and_add(
-    add: Callable,
-    factor: float,
-    branch_and_bias: tuple[torch.Tensor, torch.Tensor | None],
-    residual: torch.Tensor,
-    dropout: float,
-) -> torch.Tensor:
-    branch, bias = branch_and_bias
-    return add((branch * factor, None if bias is None else bias * factor), residual, dropout)
+    return scale_and_add

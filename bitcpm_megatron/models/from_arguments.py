@@ -17,29 +17,25 @@ NAMES = (
 ).split()
 """The arguments of the MiniCPM4 family, by the names that a checkpoint records."""
 
+_NUMBERS = "num_layers hidden_size ffn_hidden_size num_attention_heads max_position_embeddings".split()
+_OFF = (
+    "add_qkv_bias qk_layernorm multi_latent_attention rotary_interleaved use_rope_scaling apply_layernorm_1p "
+    "squared_relu quick_geglu attention_output_gate apply_residual_connection_post_layernorm"
+).split()
 # What a model of this family says of itself; None is what a version without the argument says.
 _NEEDED: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("rope",),
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
     "add_bias_linear": (False,),
-    "add_qkv_bias": (False, None),
-    "qk_layernorm": (False, None),
     "num_experts": (None,),
-    "multi_latent_attention": (False, None),
     "rotary_percent": (1.0, None),
-    "rotary_interleaved": (False, None),
     "rotary_seq_len_interpolation_factor": (None,),
-    "use_rope_scaling": (False, None),
-    "apply_layernorm_1p": (False, None),
     "mtp_num_layers": (None, 0),
     "window_size": (None,),
     "softmax_type": ("vanilla", None),
     "no_rope_freq": (None,),
-    "squared_relu": (False, None),
-    "quick_geglu": (False, None),
-    "attention_output_gate": (False, None),
-    "apply_residual_connection_post_layernorm": (False, None),
+    **dict.fromkeys(_OFF, (False, None)),
 }
 
 
@@ -71,11 +67,7 @@ def longrope_of(args: Mapping[str, Any]) -> LongRope | None:
 
 
 def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
-    """The model that a run's arguments describe.
-
-    Args:
-        args: Megatron-LM's arguments by name, with dependent defaults filled in.
-        vocab_size: tokens, without padding.
+    """The model that a run's arguments (with dependent defaults filled in) describe; ``vocab_size`` is unpadded.
 
     Raises:
         ArchitectureError: the model is not of this family (no RoPE, LayerNorm, biases, experts ...), naming the flags.
@@ -86,36 +78,24 @@ def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
             f"the model is no Llama, MiniCPM or Granite: its arguments say {', '.join(foreign)} "
             "(needed: RoPE over whole heads, RMSNorm, SwiGLU, no biases, no experts)"
         )
-    missing = [
-        name
-        for name in "num_layers hidden_size ffn_hidden_size num_attention_heads max_position_embeddings".split()
-        if not isinstance(args.get(name), int)
-    ]
+    missing = [name for name in _NUMBERS if not isinstance(args.get(name), int)]
     if args.get("norm_epsilon") is None and args.get("layernorm_epsilon") is None:
         missing.append("norm_epsilon")
     if missing:
         raise ArchitectureError(f"the run's arguments do not say {', '.join(missing)}")
     heads = args["num_attention_heads"]
     grouped = args.get("group_query_attention") and args.get("num_query_groups")
-    multipliers = multipliers_of(args)
     return Architecture(
-        num_layers=args["num_layers"],
-        hidden_size=args["hidden_size"],
-        ffn_hidden_size=args["ffn_hidden_size"],
-        num_attention_heads=heads,
+        **{name: args[name] for name in _NUMBERS},
         num_query_groups=args["num_query_groups"] if grouped else heads,
         kv_channels=args.get("kv_channels") or args["hidden_size"] // heads,
         vocab_size=vocab_size,
-        max_position_embeddings=args["max_position_embeddings"],
         # Megatron-LM's --norm-epsilon, under the configuration's name from 0.16 on.
         norm_epsilon=args["layernorm_epsilon"] if args.get("norm_epsilon") is None else args["norm_epsilon"],
         rotary_base=float(args.get("rotary_base") or 10000),
         tied=not args.get("untie_embeddings_and_output_weights", False),
         longrope=longrope_of(args),
-        embedding_multiplier=multipliers.embedding,
-        residual_multiplier=multipliers.residual,
-        logits_scaling=multipliers.logits_scaling,
-        attention_multiplier=multipliers.attention,
+        **vars(multipliers_of(args)),
     )
 
 
@@ -148,13 +128,9 @@ def arguments_of(architecture: Architecture) -> dict[str, Any]:
         "num_experts": None,
         **dict.fromkeys(NAMES),
     }
-    for name, value in (
-        ("scale_emb", a.embedding_multiplier),
-        ("residual_multiplier", a.residual_multiplier),
-        ("logits_scaling", a.logits_scaling),
-    ):
-        if value != 1.0:
-            found[name] = value
+    multipliers = {"scale_emb": a.embedding_multiplier, "residual_multiplier": a.residual_multiplier}
+    multipliers["logits_scaling"] = a.logits_scaling
+    found.update({name: value for name, value in multipliers.items() if value != 1.0})
     if a.attention_multiplier not in (None, a.kv_channels**-0.5):
         found["attention_multiplier"] = a.attention_multiplier
     if a.longrope is not None:
@@ -170,11 +146,7 @@ def arguments_of(architecture: Architecture) -> dict[str, Any]:
 
 
 def flags_of(architecture: Architecture) -> dict[str, Any]:
-    """The flags of a preset file (``launch/models``) that describe an architecture.
-
-    Raises:
-        ArchitectureError: see :func:`arguments_of`.
-    """
+    """The flags of a preset file (``launch/models``) that describe an architecture; see :func:`arguments_of`."""
     found: dict[str, Any] = {}
     for name, value in arguments_of(architecture).items():
         if name == "add_bias_linear":

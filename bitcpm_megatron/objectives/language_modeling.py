@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -14,23 +13,13 @@ LossOf = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, to
 """From a model's output to the loss sum, the tokens it is over, and by name what is reported: ``[sum, tokens]``."""
 
 
-class Objective(Protocol):
-    """What a micro-batch is trained for: runs the model, and says how its output becomes a loss.
-
-    Megatron's schedules call the second part on the last pipeline stage alone.
-    """
-
-    def __call__(self, batch: Batch, model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
-        """One forward pass; the batch lies on the model's device."""
+Objective = Callable[[Batch, torch.nn.Module], tuple[torch.Tensor, LossOf]]
+"""What a micro-batch, on the model's device, is trained for: runs the model, and says how its output becomes a loss.
+Megatron's schedules call the second part on the last pipeline stage alone."""
 
 
 def language_modeling(batch: Batch, model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
-    """Cross entropy of the next token, over the tokens that ``loss_mask`` counts.
-
-    Args:
-        batch: a micro-batch.
-        model: megatron-core's GPTModel, or a pipeline stage of one, in its wrappers.
-    """
+    """Cross entropy of the next token, over the tokens that ``loss_mask`` counts; of a GPTModel or a stage of one."""
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(_masked_sum, batch["loss_mask"])
 

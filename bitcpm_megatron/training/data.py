@@ -2,6 +2,7 @@
 """From arguments to micro-batches: megatron-core's GPTDataset, and an order that resumes at the very next sample."""
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,7 @@ def find_files(args: argparse.Namespace) -> dict[str, list[TokenFile]]:
     told: list[dict[str, list[TokenFile]]] = [{}]
     with together():
         if torch.distributed.get_rank() == 0:
-            told = [{name: _read(args, name) for name in _SOURCES if getattr(args, name) is not None}]
-            _check_split(args, told[0].get("data_path"))
+            told = [_read_files(args)]
     torch.distributed.broadcast_object_list(told)
     files = told[0]
     training = files.get("data_path") or files.get("train_data_path") or []
@@ -83,32 +83,24 @@ def find_files(args: argparse.Namespace) -> dict[str, list[TokenFile]]:
     return files
 
 
-def _read(args: argparse.Namespace, name: str) -> list[TokenFile]:
-    files = [read_token_file(prefix) for prefix in blend_of(getattr(args, name))[0]]
-    for file in files:
-        if mistake := file.mistake(args.vocab_size):
-            raise TokenFileError(mistake)
-    return files
-
-
-def _check_split(args: argparse.Namespace, files: list[TokenFile] | None) -> None:
-    if files is not None:
+def _read_files(args: argparse.Namespace) -> dict[str, list[TokenFile]]:
+    blends = {name: blend_of(getattr(args, name)) for name in _SOURCES if getattr(args, name) is not None}
+    files = {name: [read_token_file(prefix) for prefix in prefixes] for name, (prefixes, _) in blends.items()}
+    found = [file.mistake(args.vocab_size) for some in files.values() for file in some]
+    if args.data_path is not None:
         needed = ("training", "validation") if args.eval_iters else ("training",)
-        weighted = blend_of(args.data_path)[1] is not None
-        mistake = split_mistake(files, args.split, needed, args.seq_length, weighted)
-        if mistake is not None:
-            raise TokenFileError(mistake)
+        weighted = blends["data_path"][1] is not None
+        found.append(split_mistake(files["data_path"], args.split, needed, args.seq_length, weighted))
+    for mistake in filter(None, found):
+        raise TokenFileError(mistake)
+    return files
 
 
 def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[str, Sequence[TokenFile]]) -> Data:
     """Builds (or finds in the cache) the sample indices, for as many samples as the run will ask for; collective.
 
-    megatron-core shuffles exactly so many: the order of the training samples depends on ``--train-iters``.
-
-    Args:
-        args: of the run.
-        tokenizer: that wrote the data.
-        files: what :func:`find_files` found.
+    megatron-core shuffles exactly so many: the order of the training samples depends on ``--train-iters``. The files
+    are those that :func:`find_files` found.
 
     Raises:
         ValueError: no training samples, or too few for evaluation; on every rank alike.
@@ -120,7 +112,12 @@ def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[st
     def build(directory: Path | None) -> Any:
         return _Builder(kind, sizes, lambda: True, _config(args, tokenizer, directory)).build()
 
-    root, note = _cache_root(args), None
+    paths, root, note = args.data_path or args.train_data_path, None, None
+    if args.data_cache_path is not None:
+        root = Path(args.data_cache_path)
+    elif paths is not None:
+        # Where megatron-core keeps them, too. The indices of synthetic data need not be kept.
+        root = Path(blend_of(paths)[0][0]) / "cache" / "GPTDataset_indices"
     if root is not None:
         parts = {
             "versions": [_INDICES, megatron.core.__version__],
@@ -141,15 +138,6 @@ def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[st
                 "the data holds no validation sample: change --split, give --valid-data-path or --eval-iters 0"
             )
     return Data(train, valid, note)
-
-
-def _cache_root(args: argparse.Namespace) -> Path | None:
-    """Where the indices of a run lie; None where they are not kept, which synthetic data does not need."""
-    if args.data_cache_path is not None:
-        return Path(args.data_cache_path)
-    paths = args.data_path or args.train_data_path
-    # Where megatron-core keeps them, too.
-    return None if paths is None else Path(blend_of(paths)[0][0]) / "cache" / "GPTDataset_indices"
 
 
 def _config(args: argparse.Namespace, tokenizer: Tokenizer, directory: Path | None) -> GPTDatasetConfig:
@@ -201,15 +189,12 @@ def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[B
 
     Every global batch is the next ``global_batch_size`` samples of the dataset, so that the order depends neither on
     where a run was stopped nor on the number of ranks.
-
-    Args:
-        args: of the run.
-        dataset: a torch Dataset with a length.
-        consumed: samples that were trained on before.
     """
+    size = args.micro_batch_size
+    starts = itertools.count(consumed + parallel_state.get_data_parallel_rank() * size, size * args.data_parallel_size)
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=_indices(args, len(dataset), consumed),
+        batch_sampler=([i % len(dataset) for i in range(start, start + size)] for start in starts),
         num_workers=args.num_workers,
         # Of its own: from the global one each loader would draw, and a resumed run go on with other random numbers.
         generator=torch.Generator(),
@@ -218,21 +203,8 @@ def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[B
     return iter(loader)
 
 
-def _indices(args: argparse.Namespace, length: int, consumed: int) -> Iterator[list[int]]:
-    rank, ranks = parallel_state.get_data_parallel_rank(), args.data_parallel_size
-    per_rank = args.micro_batch_size
-    while True:
-        start = consumed + rank * per_rank
-        yield [i % length for i in range(start, start + per_rank)]
-        consumed += per_rank * ranks
-
-
 def withdraw_unknown_tokens(batches: Sequence[Batch], vocab_size: int) -> list[str]:
-    """Replaces token ids that the vocabulary lacks by 0, for the moment until every rank can be told.
-
-    Returns:
-        What was found, in words: nothing where all is well.
-    """
+    """Replaces token ids that the vocabulary lacks by 0, until every rank can be told; says which were found."""
     found = []
     for batch in batches:
         for name in ("tokens", "labels"):
@@ -245,11 +217,7 @@ def withdraw_unknown_tokens(batches: Sequence[Batch], vocab_size: int) -> list[s
 
 
 def refuse_unknown_tokens(args: argparse.Namespace, found: Sequence[str], training: bool) -> None:
-    """Raises on every rank what :func:`withdraw_unknown_tokens` has found on some; collective.
-
-    Raises:
-        DataError: naming the data, the token and the size of the vocabulary.
-    """
+    """Raises a DataError on every rank for what :func:`withdraw_unknown_tokens` has found on some; collective."""
     paths = (args.data_path or args.train_data_path) if training else (args.data_path or args.valid_data_path)
     with together():
         if found:

@@ -5,7 +5,7 @@ An unknown flag is an error (also an abbreviated one), and contradictions are re
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..cli import Number, Parser, Whole
@@ -29,6 +29,7 @@ _PROBABILITY = Number(0, 1, open_maximum=True)
 _EPSILON = Number(1e-30, 1)
 # What Python, NumPy and torch all take.
 _SEED = Whole(0, 2**32 - 1)
+_Add = Callable[..., argparse.Action]
 _OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 
 
@@ -38,134 +39,123 @@ def build_parser() -> Parser:
         description=__doc__,
         epilog="--model NAME stands for the flags of launch/models/NAME.yaml (or of a file); other flags override them",
     )
-    _model(parser.add_argument_group("model"))
-    _parallel(parser.add_argument_group("parallelism"))
-    _training(parser.add_argument_group("training"))
-    _data(parser.add_argument_group("data"))
-    _checkpoint(parser.add_argument_group("checkpoint"))
-    _logging(parser.add_argument_group("logging"))
+    model = parser.add_argument_group("model")
+    _model(model.add_argument)
+    family_flags.add_model_arguments(model)
+    _parallel(parser.add_argument_group("parallelism").add_argument)
+    _training(parser.add_argument_group("training").add_argument)
+    _data(parser.add_argument_group("data").add_argument)
+    _checkpoint(parser.add_argument_group("checkpoint").add_argument)
+    _logging(parser.add_argument_group("logging").add_argument)
     add_ternary_arguments(parser)
     return parser
 
 
-def _model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--num-layers", type=_LAYERS, required=True)
-    group.add_argument("--hidden-size", type=_WIDTH, required=True)
-    group.add_argument("--ffn-hidden-size", type=_WIDTH, help="default 4 x hidden size, or 8/3 of it with --swiglu")
-    group.add_argument("--num-attention-heads", type=_WIDTH, required=True)
-    group.add_argument("--group-query-attention", action="store_true")
-    group.add_argument("--num-query-groups", type=_WIDTH, default=1)
-    group.add_argument("--kv-channels", type=_WIDTH, help="size of one head, default hidden size / heads")
-    group.add_argument("--seq-length", type=_LENGTH, required=True)
-    group.add_argument("--max-position-embeddings", type=_LENGTH, required=True)
-    group.add_argument("--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute")
-    group.add_argument("--rotary-base", type=Whole(1, 10**12), help="of rope, default 10000")
-    group.add_argument("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
-    group.add_argument("--norm-epsilon", type=_EPSILON, default=1e-5)
-    group.add_argument("--swiglu", action="store_true")
-    group.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
-    group.add_argument("--untie-embeddings-and-output-weights", action="store_true")
-    group.add_argument("--num-experts", type=_WIDTH, help="mixture of experts in every layer")
-    group.add_argument("--moe-router-topk", type=_WIDTH, help="experts per token, default 2")
-    group.add_argument("--moe-ffn-hidden-size", type=_WIDTH, help="of one expert, default --ffn-hidden-size")
-    group.add_argument("--attention-dropout", type=_PROBABILITY, default=0.1)
-    group.add_argument("--hidden-dropout", type=_PROBABILITY, default=0.1)
-    group.add_argument("--init-method-std", type=Number(0, 10, open_minimum=True), default=0.02)
-    group.add_argument("--make-vocab-size-divisible-by", type=Whole(1, 2**20), default=128)
-    family_flags.add_model_arguments(group)
+def _model(add: _Add) -> None:
+    add("--num-layers", type=_LAYERS, required=True)
+    add("--hidden-size", type=_WIDTH, required=True)
+    add("--ffn-hidden-size", type=_WIDTH, help="default 4 x hidden size, or 8/3 of it with --swiglu")
+    add("--num-attention-heads", type=_WIDTH, required=True)
+    add("--group-query-attention", action="store_true")
+    add("--num-query-groups", type=_WIDTH, default=1)
+    add("--kv-channels", type=_WIDTH, help="size of one head, default hidden size / heads")
+    add("--seq-length", type=_LENGTH, required=True)
+    add("--max-position-embeddings", type=_LENGTH, required=True)
+    add("--position-embedding-type", choices=("learned_absolute", "rope"), default="learned_absolute")
+    add("--rotary-base", type=Whole(1, 10**12), help="of rope, default 10000")
+    add("--normalization", choices=("LayerNorm", "RMSNorm"), default="LayerNorm")
+    add("--norm-epsilon", type=_EPSILON, default=1e-5)
+    add("--swiglu", action="store_true")
+    add("--disable-bias-linear", action="store_false", dest="add_bias_linear")
+    add("--untie-embeddings-and-output-weights", action="store_true")
+    add("--num-experts", type=_WIDTH, help="mixture of experts in every layer")
+    add("--moe-router-topk", type=_WIDTH, help="experts per token, default 2")
+    add("--moe-ffn-hidden-size", type=_WIDTH, help="of one expert, default --ffn-hidden-size")
+    add("--attention-dropout", type=_PROBABILITY, default=0.1)
+    add("--hidden-dropout", type=_PROBABILITY, default=0.1)
+    add("--init-method-std", type=Number(0, 10, open_minimum=True), default=0.02)
+    add("--make-vocab-size-divisible-by", type=Whole(1, 2**20), default=128)
 
 
-def _parallel(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--tensor-model-parallel-size", type=_RANKS, default=1)
-    group.add_argument("--pipeline-model-parallel-size", type=_RANKS, default=1)
-    group.add_argument("--num-virtual-stages-per-pipeline-rank", type=_LAYERS)
-    group.add_argument("--expert-model-parallel-size", type=_RANKS, default=1)
-    group.add_argument("--sequence-parallel", action="store_true")
-    group.add_argument("--use-distributed-optimizer", action="store_true")
-    group.add_argument("--overlap-grad-reduce", action="store_true")
-    group.add_argument("--overlap-param-gather", action="store_true")
-    group.add_argument("--no-gradient-accumulation-fusion", action="store_false", dest="gradient_accumulation_fusion")
-    group.add_argument("--distributed-backend", choices=("nccl", "gloo"), help="default nccl with CUDA, else gloo")
-    group.add_argument("--distributed-timeout-minutes", type=Whole(1, 60 * 24 * 365), default=10)
+def _parallel(add: _Add) -> None:
+    add("--tensor-model-parallel-size", type=_RANKS, default=1)
+    add("--pipeline-model-parallel-size", type=_RANKS, default=1)
+    add("--num-virtual-stages-per-pipeline-rank", type=_LAYERS)
+    add("--expert-model-parallel-size", type=_RANKS, default=1)
+    add("--sequence-parallel", action="store_true")
+    add("--use-distributed-optimizer", action="store_true")
+    add("--overlap-grad-reduce", action="store_true")
+    add("--overlap-param-gather", action="store_true")
+    add("--no-gradient-accumulation-fusion", action="store_false", dest="gradient_accumulation_fusion")
+    add("--distributed-backend", choices=("nccl", "gloo"), help="default nccl with CUDA, else gloo")
+    add("--distributed-timeout-minutes", type=Whole(1, 60 * 24 * 365), default=10)
 
 
-def _training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--micro-batch-size", type=_WIDTH, required=True)
-    group.add_argument("--global-batch-size", type=_LENGTH, help="default: one micro-batch per data-parallel rank")
-    group.add_argument("--train-iters", type=_ITERATIONS, required=True)
-    group.add_argument(
-        "--exit-interval", type=_ITERATIONS, help="stop, with a checkpoint, when the iteration divides by this"
-    )
-    group.add_argument(
+def _training(add: _Add) -> None:
+    add("--micro-batch-size", type=_WIDTH, required=True)
+    add("--global-batch-size", type=_LENGTH, help="default: one micro-batch per data-parallel rank")
+    add("--train-iters", type=_ITERATIONS, required=True)
+    add("--exit-interval", type=_ITERATIONS, help="stop, with a checkpoint, when the iteration divides by this")
+    add(
         "--exit-signal-handler",
         action="store_true",
         help="on SIGTERM or SIGUSR1 save at the end of the step and leave with status 0",
     )
-    group.add_argument("--bf16", action="store_true", help="bf16 weights and GEMMs with fp32 master weights")
-    group.add_argument("--lr", type=Number(0, 100, open_minimum=True), required=True)
-    group.add_argument("--min-lr", type=Number(0, 100), default=0.0)
-    group.add_argument("--lr-decay-style", choices=_DECAY_STYLES, default="linear")
-    group.add_argument("--lr-decay-iters", type=_ITERATIONS, help="default --train-iters")
-    group.add_argument("--lr-warmup-iters", type=Whole(0, 10**9), default=0)
-    group.add_argument("--lr-wsd-decay-iters", type=_ITERATIONS)
-    group.add_argument("--lr-wsd-decay-style", choices=_WSD_STYLES, default="exponential")
-    group.add_argument(
-        "--override-opt-param-scheduler", action="store_true", help="the schedule of these flags, not the checkpoint's"
-    )
-    group.add_argument(
-        "--use-checkpoint-opt-param-scheduler", action="store_true", help="the checkpoint's schedule, not these flags'"
-    )
-    group.add_argument("--weight-decay", type=Number(0, 100), default=0.01)
-    group.add_argument("--adam-beta1", type=_PROBABILITY, default=0.9)
-    group.add_argument("--adam-beta2", type=_PROBABILITY, default=0.999)
-    group.add_argument("--adam-eps", type=_EPSILON, default=1e-8)
-    group.add_argument("--clip-grad", type=Number(0), default=1.0, help="0 for none")
-    group.add_argument("--seed", type=_SEED, default=1234)
-    group.add_argument("--use-cpu-initialization", action="store_true", help="the same weights at every TP size")
-    group.add_argument("--recompute-granularity", choices=("full", "selective"))
-    group.add_argument("--recompute-method", choices=("uniform", "block"))
-    group.add_argument("--recompute-num-layers", type=_LAYERS)
+    add("--bf16", action="store_true", help="bf16 weights and GEMMs with fp32 master weights")
+    add("--lr", type=Number(0, 100, open_minimum=True), required=True)
+    add("--min-lr", type=Number(0, 100), default=0.0)
+    add("--lr-decay-style", choices=_DECAY_STYLES, default="linear")
+    add("--lr-decay-iters", type=_ITERATIONS, help="default --train-iters")
+    add("--lr-warmup-iters", type=Whole(0, 10**9), default=0)
+    add("--lr-wsd-decay-iters", type=_ITERATIONS)
+    add("--lr-wsd-decay-style", choices=_WSD_STYLES, default="exponential")
+    add("--override-opt-param-scheduler", action="store_true", help="the schedule of these flags, not the checkpoint's")
+    add("--use-checkpoint-opt-param-scheduler", action="store_true", help="the checkpoint's schedule, not these flags'")
+    add("--weight-decay", type=Number(0, 100), default=0.01)
+    add("--adam-beta1", type=_PROBABILITY, default=0.9)
+    add("--adam-beta2", type=_PROBABILITY, default=0.999)
+    add("--adam-eps", type=_EPSILON, default=1e-8)
+    add("--clip-grad", type=Number(0), default=1.0, help="0 for none")
+    add("--seed", type=_SEED, default=1234)
+    add("--use-cpu-initialization", action="store_true", help="the same weights at every TP size")
+    add("--recompute-granularity", choices=("full", "selective"))
+    add("--recompute-method", choices=("uniform", "block"))
+    add("--recompute-num-layers", type=_LAYERS)
 
 
-def _data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data-path", nargs="+", help="PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...; cut by --split")
-    group.add_argument("--split", default="969,30,1", help="train, validation and test shares of --data-path")
-    group.add_argument("--train-data-path", nargs="+", help="instead of --data-path and --split")
-    group.add_argument("--valid-data-path", nargs="+")
-    group.add_argument("--mock-data", action="store_true", help="synthetic tokens; needs --vocab-size")
-    group.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model")
-    group.add_argument(
-        "--vocab-size", type=_VOCABULARY, help="rows of the embedding before padding, default the tokenizer's"
-    )
-    group.add_argument("--data-cache-path", metavar="DIR", help="of the sample indices, default beside the data")
-    group.add_argument("--num-workers", type=Whole(0, 1024), default=0, help="data loading processes per rank")
-    group.add_argument("--eval-iters", type=Whole(0, 10**9), default=100)
-    group.add_argument("--eval-interval", type=_ITERATIONS, default=1000)
+def _data(add: _Add) -> None:
+    add("--data-path", nargs="+", help="PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...; cut by --split")
+    add("--split", default="969,30,1", help="train, validation and test shares of --data-path")
+    add("--train-data-path", nargs="+", help="instead of --data-path and --split")
+    add("--valid-data-path", nargs="+")
+    add("--mock-data", action="store_true", help="synthetic tokens; needs --vocab-size")
+    add("--tokenizer-model", metavar="FILE", help="SentencePiece model")
+    add("--vocab-size", type=_VOCABULARY, help="rows of the embedding before padding, default the tokenizer's")
+    add("--data-cache-path", metavar="DIR", help="of the sample indices, default beside the data")
+    add("--num-workers", type=Whole(0, 1024), default=0, help="data loading processes per rank")
+    add("--eval-iters", type=Whole(0, 10**9), default=100)
+    add("--eval-interval", type=_ITERATIONS, default=1000)
 
 
-def _checkpoint(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--save", metavar="DIR")
-    group.add_argument("--save-interval", type=_ITERATIONS)
-    group.add_argument("--async-save", action="store_true", help="write checkpoints while training goes on")
-    group.add_argument("--keep-last-n", type=Whole(), metavar="N", help="delete all checkpoints but the newest N")
-    group.add_argument("--load", metavar="DIR", help="resume from here; starts anew where it holds no checkpoint")
-    group.add_argument(
-        "--pretrained-checkpoint", metavar="DIR", help="weights to start from where --load holds no checkpoint"
-    )
-    group.add_argument("--exit-on-missing-checkpoint", action="store_true")
-    group.add_argument(
-        "--verify-digests", action="store_true", help="compare the checkpoint that is loaded with its DIGESTS.json"
-    )
-    group.add_argument("--allow-data-change", action="store_true", help="go on with other training data")
-    group.add_argument("--finetune", action="store_true", help="load the weights alone, start at iteration 0")
-    group.add_argument("--no-load-optim", action="store_true")
-    group.add_argument("--no-load-rng", action="store_true")
-    group.add_argument("--no-save-optim", action="store_true")
+def _checkpoint(add: _Add) -> None:
+    add("--save", metavar="DIR")
+    add("--save-interval", type=_ITERATIONS)
+    add("--async-save", action="store_true", help="write checkpoints while training goes on")
+    add("--keep-last-n", type=Whole(), metavar="N", help="delete all checkpoints but the newest N")
+    add("--load", metavar="DIR", help="resume from here; starts anew where it holds no checkpoint")
+    add("--pretrained-checkpoint", metavar="DIR", help="weights to start from where --load holds no checkpoint")
+    add("--exit-on-missing-checkpoint", action="store_true")
+    add("--verify-digests", action="store_true", help="compare the checkpoint that is loaded with its DIGESTS.json")
+    add("--allow-data-change", action="store_true", help="go on with other training data")
+    add("--finetune", action="store_true", help="load the weights alone, start at iteration 0")
+    add("--no-load-optim", action="store_true")
+    add("--no-load-rng", action="store_true")
+    add("--no-save-optim", action="store_true")
 
 
-def _logging(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--log-interval", type=_ITERATIONS, default=100)
-    group.add_argument("--log-dir", metavar="DIR", help="metrics.jsonl, TensorBoard events, loss.png")
+def _logging(add: _Add) -> None:
+    add("--log-interval", type=_ITERATIONS, default=100)
+    add("--log-dir", metavar="DIR", help="metrics.jsonl, TensorBoard events, loss.png")
 
 
 def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespace:
@@ -186,7 +176,13 @@ def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespac
     found = mistakes(args, world_size)
     if found:
         parser.error("these arguments cannot go together:\n  " + "\n  ".join(found))
-    _fill_in(args)
+    args.ffn_hidden_size = ffn_channels(args)
+    args.rotary_base = 10000 if args.rotary_base is None else args.rotary_base
+    args.moe_router_topk = 2 if args.moe_router_topk is None else args.moe_router_topk
+    args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+    args.num_query_groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    args.lr_decay_iters = args.lr_decay_iters or args.train_iters
+    args.distributed_backend = args.distributed_backend or ("nccl" if has_cuda() else "gloo")
     return args
 
 
@@ -201,11 +197,7 @@ def defaults() -> dict[str, Any]:
 
 
 def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
-    """The arguments of a run as its checkpoint records them; what it does not record is the default.
-
-    Args:
-        saved: by name.
-        where: checkpoint, for the message.
+    """The arguments of a run as its checkpoint (``where``) records them; what it does not record is the default.
 
     Raises:
         ValueError: a value that the command line would refuse, or none where one is required to build the model.
@@ -232,13 +224,3 @@ def _mistake(action: argparse.Action, value: Any) -> str | None:
         if action.nargs != 0 and action.type is None and action.choices is None and not isinstance(item, str):
             return "no text"
     return None
-
-
-def _fill_in(args: argparse.Namespace) -> None:
-    args.ffn_hidden_size = ffn_channels(args)
-    args.rotary_base = 10000 if args.rotary_base is None else args.rotary_base
-    args.moe_router_topk = 2 if args.moe_router_topk is None else args.moe_router_topk
-    args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
-    args.num_query_groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    args.lr_decay_iters = args.lr_decay_iters or args.train_iters
-    args.distributed_backend = args.distributed_backend or ("nccl" if has_cuda() else "gloo")

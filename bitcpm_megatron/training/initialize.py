@@ -2,11 +2,12 @@
 """A process of the job: its groups, patches and seeds, and the signals that ask it to stop."""
 
 import argparse
+import contextlib
 import datetime
 import os
 import random
 import signal
-from types import FrameType, TracebackType
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def sum_over_ranks(number: int, group: torch.distributed.ProcessGroup | None = None) -> int:
+    """The sum over the ranks of a group, or of the whole job; collective."""
+    total = torch.tensor([number], dtype=torch.int64, device=device())
+    torch.distributed.all_reduce(total, group=group)
+    return int(total)
+
+
 def initialize(args: argparse.Namespace) -> None:
     """Patches the host, joins the process group, builds the parallel groups and seeds every generator."""
     if torch.cuda.is_available():
@@ -50,7 +58,11 @@ def initialize(args: argparse.Namespace) -> None:
     checkpointing.load_optimizer_under_other_rates()
 
     if not torch.distributed.is_initialized():
-        _join(args)
+        timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
+        # Without torchrun there is no store to meet at, and nobody to meet.
+        alone: dict[str, Any] = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        alone = {} if os.environ.get("RANK") else alone
+        torch.distributed.init_process_group(args.distributed_backend, timeout=timeout, **alone)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -58,25 +70,12 @@ def initialize(args: argparse.Namespace) -> None:
         expert_model_parallel_size=args.expert_model_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
-    seed(args.seed)
-
-
-def _join(args: argparse.Namespace) -> None:
-    timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
-    if os.environ.get("RANK"):
-        torch.distributed.init_process_group(args.distributed_backend, timeout=timeout)
-    else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(args.distributed_backend, store=store, rank=0, world_size=1)
-
-
-def seed(value: int) -> None:
-    """Seeds Python, numpy, torch and megatron-core's tracker; pipeline stages differ, as in Megatron-LM."""
-    value += 100 * parallel_state.get_pipeline_model_parallel_rank()
-    random.seed(value)
-    np.random.seed(value % 2**32)
-    torch.manual_seed(value)
-    tensor_parallel.model_parallel_cuda_manual_seed(value)
+    # Pipeline stages differ, as in Megatron-LM.
+    seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def shutdown() -> None:
@@ -85,33 +84,13 @@ def shutdown() -> None:
     torch.distributed.destroy_process_group()
 
 
-class ExitSignals:
-    """``--exit-signal-handler``: remembers, while its block runs, that this process was asked to stop.
-
-    Args:
-        enabled: whether signals are handled at all.
-
-    Attributes:
-        received: whether one has reached this process.
-        agreed: whether one has reached any process of the job, as all of them learned in the same step.
-    """
-
-    def __init__(self, enabled: bool = False) -> None:
-        self._enabled = enabled
-        self._before: dict[signal.Signals, Any] = {}
-        self.received = False
-        self.agreed = False
-
-    def __enter__(self) -> "ExitSignals":
-        if self._enabled:
-            self._before = {name: signal.signal(name, self._remember) for name in _SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for name, handler in self._before.items():
+@contextlib.contextmanager
+def exit_signals(enabled: bool) -> Iterator[list[int]]:
+    """``--exit-signal-handler``: while the block runs, requests to stop do no more than to get into the list."""
+    received: list[int] = []
+    before = {name: signal.signal(name, lambda number, _: received.append(number)) for name in _SIGNALS if enabled}
+    try:
+        yield received
+    finally:
+        for name, handler in before.items():
             signal.signal(name, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = True

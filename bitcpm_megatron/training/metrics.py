@@ -59,7 +59,10 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._directory.mkdir(parents=True, exist_ok=True)
-        _truncate(self._directory, resumed_from)
+        path = self._directory / METRICS
+        if path.exists() or path.is_symlink():
+            kept = [r for r in read_metrics(self._directory) if r["iteration"] <= resumed_from]
+            write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._events = SummaryWriter(str(self._directory), purge_step=resumed_from + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -83,14 +86,6 @@ class MetricsLog:
                 plot_telemetry(self._directory, self._directory / "ternary.png")
 
 
-def _truncate(directory: Path, resumed_from: int) -> None:
-    path = directory / METRICS
-    if not path.exists() and not path.is_symlink():
-        return
-    kept = [r for r in read_metrics(directory) if r["iteration"] <= resumed_from]
-    write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-
-
 def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Mapping[str, float] | None = None) -> None:
     """Draws training (line) and validation (dots) losses of one or more runs.
 
@@ -99,12 +94,10 @@ def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Map
         picture: the PNG to write.
         levels: horizontal lines to compare with, name -> loss in nats per token.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for index, (name, directory) in enumerate(runs.items()):
         records = read_metrics(directory)
         for kind, style in (("train", {"linewidth": 1, "alpha": 0.6}), ("valid", {"marker": "o", "linewidth": 2})):
@@ -117,44 +110,31 @@ def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Map
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
 
 
 def plot_telemetry(directory: str | Path, picture: str | Path) -> None:
-    """Draws zeros, changed codes and mean scales over the iterations, a line per kind of module and one for all.
-
-    Args:
-        directory: with a ``metrics.jsonl`` that holds records of kind ``ternary``.
-        picture: the PNG to write.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Draws a run's zeros, changed codes and mean scales as a PNG, a line per kind of module and one for all."""
+    from matplotlib.figure import Figure
 
     records = [r for r in read_metrics(directory) if r["kind"] == "ternary"]
     kinds = sorted({name.rpartition(".")[2] for r in records for name in r["modules"]})
     panels = {"zeros": "fraction of zeros", "changed": "fraction of codes changed", "scale_mean": "mean scale"}
-    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    all_axes = figure.subplots(1, len(panels))
     for axes, (field, title) in zip(all_axes, panels.items(), strict=True):
         for kind in (*kinds, "total"):
-            points = [(r["iteration"], _mean_of(r, kind, field)) for r in records]
-            points = [(x, y) for x, y in points if y is not None]
+            points = []
+            for r in records:
+                each = {**r["modules"], "total": r["total"]}.items()
+                values = [m[field] for name, m in each if name.rpartition(".")[2] == kind and m[field] is not None]
+                if values:
+                    points.append((r["iteration"], sum(values) / len(values)))
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=kind, linewidth=2 if kind == "total" else 1)
         axes.set(xlabel="iteration", title=title)
         axes.grid(alpha=0.3)
     all_axes[0].legend(fontsize="small")
     figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
-
-
-def _mean_of(record: Mapping[str, Any], kind: str, field: str) -> float | None:
-    if kind == "total":
-        return record["total"][field]
-    values = [m[field] for name, m in record["modules"].items() if name.endswith(f".{kind}")]
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else None
 
 
 def _scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

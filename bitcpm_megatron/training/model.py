@@ -3,6 +3,7 @@
 
 import argparse
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,18 @@ from ..models.customize import customize, softmax_scale
 from ..models.from_arguments import longrope_of, multipliers_of
 from ..nn.linear import HostModule, TernaryState
 from ..parallel.prepare import Prepared, prepare_ternary
+from ..quantization.record import QuantizerRecord
 from ..ternary_flags import ternary_settings
-from .initialize import device
+from .initialize import device, sum_over_ranks
+
+_FUSED_GEMM = "fused_weight_gradient_mlp_cuda"
+# Arguments that are fields of TransformerConfig under the same name.
+_SAME_NAMES = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
+    "add_bias_linear moe_router_topk attention_dropout hidden_dropout init_method_std tensor_model_parallel_size "
+    "pipeline_model_parallel_size expert_model_parallel_size sequence_parallel bf16 use_cpu_initialization "
+    "recompute_granularity recompute_method recompute_num_layers"
+).split()
 
 
 @dataclass
@@ -45,80 +56,60 @@ class Model:
         """Of the quantized modules of this rank."""
         return [] if self.ternary is None else self.ternary.states
 
+    @property
+    def record(self) -> QuantizerRecord | None:
+        """What its checkpoints say of the quantizer; None for a run without one."""
+        return None if self.ternary is None else self.ternary.record
+
 
 def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool = True) -> Model:
-    """Builds, quantizes, probes and wraps the model.
-
-    Args:
-        args: from :func:`~bitcpm_megatron.training.flags.parse_args`.
-        padded_vocab_size: rows of the embedding.
-        with_ddp: wrap for training.
+    """Builds, quantizes and probes the model, and wraps it for training where ``with_ddp`` says so.
 
     Raises:
         RecipeError, ProbeError, ValueError, RuntimeError: the ternary request cannot be carried out.
     """
-    config = transformer_config(args)
-    notes = [] if config.gradient_accumulation_fusion else [_fusion_note(args)]
-    bare = [_chunk(args, config, padded_vocab_size, stage) for stage in _stages(args)]
+    config = _transformer_config(args)
+    notes = []
+    if not config.gradient_accumulation_fusion:
+        why = f"{_FUSED_GEMM} is not installed" if args.gradient_accumulation_fusion else "switched off"
+        notes.append(f"gradient-accumulation fusion: off ({why})")
+    stages = args.num_virtual_stages_per_pipeline_rank
+    bare = [_chunk(args, config, padded_vocab_size, i) for i in ([None] if stages is None else range(stages))]
     for chunk in bare:
         chunk.to(device())
         for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    if args.bf16:
-        # Before the quantizer: it must see the dtype that the forward sees.
-        chunks: list[torch.nn.Module] = [Float16Module(config, chunk) for chunk in bare]
-    else:
-        chunks = list(bare)
-
+    # Before the quantizer: it must see the dtype that the forward sees.
+    chunks: list[HostModule] = [Float16Module(config, chunk) if args.bf16 else chunk for chunk in bare]
     ternary = None
     if args.ternary:
         ternary = prepare_ternary(bare, ternary_settings(args), will_train=with_ddp)
         notes += ternary.notes
     if with_ddp:
-        chunks = [_wrap(args, config, chunk, i) for i, chunk in enumerate(chunks)]
-        _connect_schedule(config, chunks, args)
+        chunks = _wrap(args, config, chunks)
     return Model(chunks, bare, config, ternary, notes)
 
 
-def transformer_config(args: argparse.Namespace) -> TransformerConfig:
+def _transformer_config(args: argparse.Namespace) -> TransformerConfig:
     """megatron-core's configuration for these arguments (local spec, unfused element-wise operations)."""
+    fusion = args.gradient_accumulation_fusion and importlib.util.find_spec(_FUSED_GEMM) is not None
     return TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups,
-        kv_channels=args.kv_channels,
+        **{name: getattr(args, name) for name in _SAME_NAMES},
         softmax_scale=softmax_scale(
             multipliers_of(vars(args)), longrope_of(vars(args)), args.kv_channels, args.max_position_embeddings
         ),
-        normalization=args.normalization,
         layernorm_epsilon=args.norm_epsilon,
         gated_linear_unit=args.swiglu,
         activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
-        add_bias_linear=args.add_bias_linear,
         num_moe_experts=args.num_experts,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        moe_router_topk=args.moe_router_topk,
         moe_ffn_hidden_size=(args.moe_ffn_hidden_size or args.ffn_hidden_size) if args.num_experts else None,
         moe_token_dispatcher_type="allgather",
-        attention_dropout=args.attention_dropout,
-        hidden_dropout=args.hidden_dropout,
-        init_method_std=args.init_method_std,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
-        sequence_parallel=args.sequence_parallel,
         # One mean over all tokens of the global batch, however it is cut into micro-batches and ranks.
         calculate_per_token_loss=True,
         params_dtype=params_dtype(args),
         pipeline_dtype=params_dtype(args),
-        bf16=args.bf16,
-        use_cpu_initialization=args.use_cpu_initialization,
-        gradient_accumulation_fusion=args.gradient_accumulation_fusion and _fusion_available(),
-        recompute_granularity=args.recompute_granularity,
-        recompute_method=args.recompute_method,
-        recompute_num_layers=args.recompute_num_layers,
+        gradient_accumulation_fusion=fusion,
         # Interleaved stages with batched exchanges run over gloo and do not learn; overlapped ones do.
         overlap_p2p_comm=args.num_virtual_stages_per_pipeline_rank is not None,
         batch_p2p_comm=args.num_virtual_stages_per_pipeline_rank is None,
@@ -146,23 +137,7 @@ def parameter_count(model: Model) -> int:
                 continue
             if tensor_parallel.param_is_not_tensor_parallel_duplicate(p):
                 local += p.numel() * (1 if getattr(p, "allreduce", True) else expert_ranks)
-    total = torch.tensor([local], dtype=torch.int64, device=device())
-    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return int(total.item())
-
-
-def _fusion_available() -> bool:
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-
-
-def _fusion_note(args: argparse.Namespace) -> str:
-    why = "fused_weight_gradient_mlp_cuda is not installed" if args.gradient_accumulation_fusion else "switched off"
-    return f"gradient-accumulation fusion: off ({why})"
-
-
-def _stages(args: argparse.Namespace) -> list[int | None]:
-    virtual = args.num_virtual_stages_per_pipeline_rank
-    return [None] if virtual is None else list(range(virtual))
+    return sum_over_ranks(local, parallel_state.get_model_parallel_group())
 
 
 def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_stage: int | None) -> GPTModel:
@@ -187,7 +162,8 @@ def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_s
     return model
 
 
-def _wrap(args: argparse.Namespace, config: TransformerConfig, chunk: torch.nn.Module, index: int) -> torch.nn.Module:
+def _wrap(args: argparse.Namespace, config: TransformerConfig, chunks: Sequence[HostModule]) -> list[HostModule]:
+    """Wraps all chunks in DDP, and hands the schedule the hooks that Megatron-LM's ``train()`` hands it."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.use_distributed_optimizer,
@@ -195,16 +171,13 @@ def _wrap(args: argparse.Namespace, config: TransformerConfig, chunk: torch.nn.M
         overlap_param_gather=args.overlap_param_gather,
         bucket_size=40_000_000 if args.overlap_grad_reduce else None,
     )
-    return DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
-
-
-def _connect_schedule(config: TransformerConfig, chunks: list[torch.nn.Module], args: argparse.Namespace) -> None:
-    """Hands the schedule the hooks that Megatron-LM's ``train()`` hands it."""
+    wrapped = [DistributedDataParallel(config, ddp, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
     config.finalize_model_grads_func = finalize_model_grads
-    one = len(chunks) == 1
+    one = len(wrapped) == 1
     if args.overlap_grad_reduce:
-        config.no_sync_func = chunks[0].no_sync if one else [c.no_sync for c in chunks]
-        if not one:
-            config.grad_sync_func = [c.start_grad_sync for c in chunks]
+        config.no_sync_func = wrapped[0].no_sync if one else [c.no_sync for c in wrapped]
+    if args.overlap_grad_reduce and not one:
+        config.grad_sync_func = [c.start_grad_sync for c in wrapped]
     if args.overlap_param_gather and not one:
-        config.param_sync_func = [c.start_param_sync for c in chunks]
+        config.param_sync_func = [c.start_param_sync for c in wrapped]
+    return wrapped

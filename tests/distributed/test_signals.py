@@ -79,10 +79,10 @@ def free_port() -> int:
 
 def test_a_job_that_is_asked_to_stop_saves_however_long_that_takes_and_goes_on_bit_identically(tmp_path: Path) -> None:
     stopped, whole = Job(tmp_path / "stopped"), Job(tmp_path / "whole")
-    agent = stopped.start(step={"2": LONG}, save={"1": LONG})
+    agent = stopped.start(step={"1": LONG}, save={"1": LONG})
     others = []
     try:
-        stopped.wait_for("step 2", agent)
+        stopped.wait_for("step 1", agent)
         agent.send_signal(signal.SIGTERM)
         # While that one waits: the run that nobody disturbs, and a second one that wants the same directory.
         others = [whole.start(), second_job(stopped)]
@@ -100,7 +100,7 @@ def test_a_job_that_is_asked_to_stop_saves_however_long_that_takes_and_goes_on_b
         stopped.wait_for("step 1", agent)
         agent.send_signal(signal.SIGUSR1)
         assert agent.wait(240) == 0, stopped.output()[-8000:]
-        assert latest(stopped.directory / "save").name == "iter_0000003"
+        assert latest(stopped.directory / "save").name == "iter_0000004"
         agent = stopped.start()
         assert agent.wait(240) == 0, stopped.output()[-8000:]
     finally:

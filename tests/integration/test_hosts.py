@@ -98,7 +98,7 @@ def test_a_minicpm_computes_as_in_our_loop(name: str, material: Material, ours) 
     assert found == pytest.approx(ours(tuple(material.minicpm), *TERNARY), rel=2e-4)
     assert abs(found - ours(tuple(material.start), *TERNARY)) > 1e-3
     refused = run(host, 1, [*common, *material.minicpm, "--scale-emb", "10"])
-    assert refused.status != 0 and "embedding=12.0" in refused.output, refused.output[-3000:]
+    assert refused.status != 0 and "embedding_multiplier=12.0" in refused.output, refused.output[-3000:]
 
 
 @pytest.mark.parametrize("form", ["torch_dist", "torch"])

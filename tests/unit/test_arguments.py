@@ -112,7 +112,7 @@ def test_defaults_that_depend_on_others() -> None:
         (["--num-experts", "3", "--expert-model-parallel-size", "2"], 2, "--num-experts 3 does not go with"),
         (["--rotary-base", "500"], 1, "--rotary-base needs --position-embedding-type rope"),
         (["--no-load-optim"], 1, "--no-load-optim needs --load"),
-        (["--keep-last-n", "2"], 1, "--async-save and --keep-last-n need --save"),
+        (["--keep-last-n", "2"], 1, "--keep-last-n needs --save"),
         ("--ternary --ternary-group-size 32 --ternary-row-parallel-shards 2".split(), 1, "does nothing"),
         (["--ternary", "--ternary-telemetry-interval", "5"], 1, "needs --log-dir"),
         (["--train-iters", "0"], 1, "--train-iters: '0': must be 1 to"),

@@ -145,7 +145,7 @@ def test_the_attention_factor_of_longrope() -> None:
     assert LongRope((), (), 32, attention_factor=1.25).effective_attention_factor(1024) == 1.25
     assert softmax_scale(Multipliers(), LONG, 16, 32) is None
     assert softmax_scale(Multipliers(), LONG, 16, 1024) == pytest.approx(16**-0.5 * 2)
-    assert softmax_scale(Multipliers(attention=0.5), LONG, 16, 1024) == pytest.approx(1.0)
+    assert softmax_scale(Multipliers(attention_multiplier=0.5), LONG, 16, 1024) == pytest.approx(1.0)
 
 
 def gpt(softmax: float | None = None, **changes) -> GPTModel:
@@ -169,7 +169,7 @@ def gpt(softmax: float | None = None, **changes) -> GPTModel:
 
 def test_customizing_is_refused_where_it_would_not_hold(single_rank: None) -> None:
     with pytest.raises(ValueError, match="set TransformerConfig.softmax_scale before"):
-        customize(gpt(), Multipliers(attention=0.5), None)
+        customize(gpt(), Multipliers(attention_multiplier=0.5), None)
     with pytest.raises(ValueError, match="set TransformerConfig.softmax_scale before"):
         customize(gpt(), Multipliers(), LONG)
     scale = softmax_scale(Multipliers(), LONG, 16, 64)
@@ -178,9 +178,9 @@ def test_customizing_is_refused_where_it_would_not_hold(single_rank: None) -> No
     with pytest.raises(ValueError, match="rotary-percent"):
         customize(gpt(scale, rotary_percent=0.5), Multipliers(), LONG)
     model = gpt()
-    customize(model, Multipliers(embedding=2.0), None)
+    customize(model, Multipliers(embedding_multiplier=2.0), None)
     with pytest.raises(ValueError, match="once per model"):
-        customize(model, Multipliers(embedding=2.0), None)
+        customize(model, Multipliers(embedding_multiplier=2.0), None)
 
 
 def test_what_customizing_installs_can_be_pickled(single_rank: None) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs ``launch/pretrain.py`` several times in one set of processes, as the dictionary in ``runs.json`` says:
+"""Runs the training loop several times in one set of processes, as the dictionary in ``runs.json`` says:
 
     name: {
-        "argv": [...],
+        "argv": [...], of launch/pretrain.py
         "resave": "DIR or absent: save here at once what was loaded",
         "fused_mlp_on": rank or absent: whose MLPs compute with their weights and never call their linears
         "masked": whether samples count for the loss with numbers of tokens that differ
@@ -17,6 +17,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 # Imports stand where they are used: the checkpoint writer's helper process imports this file at each save.
 
@@ -52,42 +53,58 @@ def unevenly_masked(tokens):
     return (torch.arange(tokens.shape[1]) <= tokens[:, :1] % tokens.shape[1]).float()
 
 
-def hook(loop, name: str, rank: int, directory: Path, resave: str | None, masked: bool) -> None:
-    """Makes the loop's next run report its first quantized weights, save its checkpoint again, and mask tokens."""
-    import argparse
-
+def train(argv: list[str], weights: Path) -> None:
+    """What ``launch/pretrain.py`` does, but for leaving the process groups, and reports the first quantized weights."""
     import torch
 
-    build, forward_backward = loop.build_model.__wrapped__, loop._forward_backward.__wrapped__
-    batches = loop.batches.__wrapped__
-    load, built, steps = loop.checkpoint.load.__wrapped__, [], []
+    from bitcpm_megatron.launch.launcher import presets
+    from bitcpm_megatron.training.flags import parse_args
+    from bitcpm_megatron.training.initialize import initialize, world_size
+    from bitcpm_megatron.training.loop import pretrain
 
-    def build_and_keep(*args):
-        built.append(build(*args))
-        return built[0]
+    def report_the_first(step):
+        # They stay where the forward left them until the next one.
+        if not weights.exists():
+            torch.save(gathered_weights(step.run.model), weights)
 
-    def forward_backward_and_report(*args):
-        loss = forward_backward(*args)
-        if not steps:
-            torch.save(gathered_weights(built[0]), directory / f"{name}.rank{rank}.pt")
-        steps.append(loss)
-        return loss
+    args = parse_args(presets.expand(argv), world_size())
+    initialize(args)
+    pretrain(args, on_step=report_the_first)
 
-    def load_and_save(args, path, model, optimizer, scheduler):
-        result = load(args, path, model, optimizer, scheduler)
-        if resave is not None:
-            again = argparse.Namespace(**{**vars(args), "save": resave})
-            loop.checkpoint.Saver(again, None).save(model, optimizer, scheduler, result[0])
-        return result
 
-    def batches_to_train_on(*args):
+@contextlib.contextmanager
+def resaving(directory: str | None):
+    """Whatever is loaded is saved again at once."""
+    import argparse
+    import dataclasses
+
+    from bitcpm_megatron.training import checkpoint
+
+    load = checkpoint.load
+
+    def load_and_save(run, path):
+        notes = load(run, path)
+        again = argparse.Namespace(**{**vars(run.args), "save": directory})
+        checkpoint.Saver(dataclasses.replace(run, args=again)).save()
+        return notes
+
+    with mock.patch.object(checkpoint, "load", load_and_save if directory else load):
+        yield
+
+
+@contextlib.contextmanager
+def masking(here: bool):
+    """Samples count with numbers of tokens that differ."""
+    from bitcpm_megatron.training import data
+
+    batches = data.batches
+
+    def masked(*args):
         for batch in batches(*args):
-            yield {**batch, "loss_mask": unevenly_masked(batch["tokens"])} if masked else batch
+            yield {**batch, "loss_mask": unevenly_masked(batch["tokens"])}
 
-    replace(loop, "batches", batches_to_train_on)
-    replace(loop, "build_model", build_and_keep)
-    replace(loop, "_forward_backward", forward_backward_and_report)
-    replace(loop.checkpoint, "load", load_and_save)
+    with mock.patch.object(data, "batches", masked if here else batches):
+        yield
 
 
 @contextlib.contextmanager
@@ -96,24 +113,13 @@ def fused_mlp(here: bool):
     import torch
     from megatron.core.transformer.mlp import MLP
 
-    original = MLP.forward
-
     def forward(self, hidden, *args, **kwargs):
         # The linears' forms at these sizes, as far as shapes and collectives go.
         up = torch.nn.functional.linear(hidden, self.linear_fc1.weight).chunk(2, -1)[0]
         return torch.nn.functional.linear(up, self.linear_fc2.weight), None
 
-    MLP.forward = forward if here else original
-    try:
+    with mock.patch.object(MLP, "forward", forward if here else MLP.forward):
         yield
-    finally:
-        MLP.forward = original
-
-
-def replace(owner, name: str, function) -> None:
-    original = getattr(owner, name)
-    function.__wrapped__ = getattr(original, "__wrapped__", original)
-    setattr(owner, name, function)
 
 
 def main(directory: Path) -> None:
@@ -121,24 +127,22 @@ def main(directory: Path) -> None:
     from megatron.core import parallel_state
     from support.process_groups import leave_model_parallel
 
-    from bitcpm_megatron.launch import pretrain as command
-    from bitcpm_megatron.training import initialize, loop
+    from bitcpm_megatron import cli
 
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    initialize.shutdown = lambda: None
-    replaced = ((loop, "batches"), (loop, "build_model"), (loop, "_forward_backward"), (loop.checkpoint, "load"))
-    for owner, name in replaced:
-        replace(owner, name, lambda *args: None)
     report = {}
     for name, run in json.loads((directory / "runs.json").read_text()).items():
-        hook(loop, name, rank, directory, run.get("resave"), run.get("masked", False))
         errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors), fused_mlp(run.get("fused_mlp_on") == rank):
-                status = command.main(run["argv"])
-        except SystemExit as leaving:
-            status = leaving.code
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stderr(errors))
+            stack.enter_context(fused_mlp(run.get("fused_mlp_on") == rank))
+            stack.enter_context(resaving(run.get("resave")))
+            stack.enter_context(masking(run.get("masked", False)))
+            try:
+                status = cli.run(lambda run=run, name=name: train(run["argv"], directory / f"{name}.rank{rank}.pt"))
+            except SystemExit as leaving:
+                status = leaving.code
         report[name] = {"status": status, "stderr": errors.getvalue()}
         if parallel_state.model_parallel_is_initialized():
             leave_model_parallel()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``launch/pretrain.py`` with chosen moments that take long: ``slow.py DIRECTORY FLAGS...``.
+"""The training loop with chosen moments that take long: ``slow.py DIRECTORY FLAGS OF launch/pretrain.py...``.
 
-``DIRECTORY/plan.json`` names them by their number in this process, from 1, with seconds: ``step``, ``save`` (rank 0
-publishes a checkpoint), and ``write`` (a process writes its file of it), such as ``{"step": {"2": 31}}``. Moments that
-have begun are in ``DIRECTORY/moments``.
+``DIRECTORY/plan.json`` names them by their number in this process, from 1, with seconds: ``step`` (an optimizer step is
+done), ``save`` (rank 0 publishes a checkpoint), and ``write`` (a process writes its file of it), such as
+``{"step": {"2": 31}}``. Moments that have begun are in ``DIRECTORY/moments``.
 """
 
 import json
@@ -30,18 +30,30 @@ def slowed(function: Callable, name: str, directory: Path) -> Callable:
     return call
 
 
+def train(argv: list[str], directory: Path) -> None:
+    """What ``launch/pretrain.py`` does."""
+    from bitcpm_megatron.launch.launcher import presets
+    from bitcpm_megatron.training.flags import parse_args
+    from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
+    from bitcpm_megatron.training.loop import pretrain
+
+    args = parse_args(presets.expand(argv), world_size())
+    initialize(args)
+    pretrain(args, on_step=slowed(lambda step: None, "step", directory))
+    shutdown()
+
+
 def main() -> int:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from bitcpm_megatron.launch import pretrain
-    from bitcpm_megatron.training import checkpoint, loop
+    from bitcpm_megatron import cli
+    from bitcpm_megatron.training import checkpoint
 
     directory = Path(sys.argv[1])
-    loop.train_step = slowed(loop.train_step, "step", directory)
     checkpoint.publish_checkpoint = slowed(checkpoint.publish_checkpoint, "save", directory)
     write = slowed(FileSystemWriterAsync.write_preloaded_data, "write", directory)
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
-    return pretrain.main(sys.argv[2:])
+    return cli.run(lambda: train(sys.argv[2:], directory))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run moves: a model with megatron-core's optimizer and learning-rate schedule; and each step of it."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from ..objectives.language_modeling import Objective, language_modeling
+from .model import Model, params_dtype
+
+_SAME_NAMES = (
+    "lr min_lr weight_decay bf16 adam_beta1 adam_beta2 adam_eps clip_grad use_distributed_optimizer "
+    "overlap_param_gather"
+).split()
+
+
+@dataclass
+class Run:
+    """Everything that a training run moves, and what for.
+
+    Attributes:
+        optimizer: Adam with fp32 master weights, gradient clipping, and the distributed optimizer where asked for.
+        scheduler: learning rate over samples, as in Megatron-LM: warm-up, then constant / linear / cosine / WSD.
+        objective: what a micro-batch is trained for.
+        signals: that asked this process to stop.
+        stopping: whether one has reached any process of the job, as all of them learned in the same step.
+        iteration: optimizer steps taken.
+        consumed_samples: training samples used.
+    """
+
+    args: argparse.Namespace
+    model: Model
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    objective: Objective = language_modeling
+    signals: list[int] = field(default_factory=list)
+    stopping: bool = False
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, as those are told who watch a run.
+
+    Attributes:
+        iteration: its number, from 1 for the first of a model's training.
+        loss: mean over the tokens of the global batch, in nats.
+        grad_norm: before clipping; None without clipping.
+        learning_rate: that the step used.
+        seconds: it took.
+        codes: telemetry, on rank 0 and where it was due (see :class:`~bitcpm_megatron.parallel.Telemetry`).
+        run: after the step: its ``model.chunks``, ``optimizer``, ``scheduler`` and ``consumed_samples``.
+    """
+
+    iteration: int
+    loss: float
+    grad_norm: float | None
+    learning_rate: float
+    seconds: float
+    codes: Mapping[str, Mapping[str, float | None]] | None
+    run: Run
+
+
+def build_run(args: argparse.Namespace, model: Model) -> Run:
+    """Optimizer and schedule for a model that was built for training."""
+    same = {name: getattr(args, name) for name in _SAME_NAMES}
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", params_dtype=params_dtype(args), **same), model.chunks
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    samples, wsd = args.global_batch_size, args.lr_wsd_decay_iters
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.lr_warmup_iters * samples,
+        lr_decay_steps=args.lr_decay_iters * samples,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=args.train_iters * samples,
+        wd_incr_style="constant",
+        override_opt_param_scheduler=args.override_opt_param_scheduler,
+        use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
+        wsd_decay_steps=None if wsd is None else wsd * samples,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )
+    return Run(args, model, optimizer, scheduler)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is told of each optimizer step to those who watch a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitcpm_megatron.checkpoints.directory import latest
+from bitcpm_megatron.training.flags import parse_args
+from bitcpm_megatron.training.loop import pretrain
+from bitcpm_megatron.training.metrics import read_metrics
+from bitcpm_megatron.training.run import Step
+
+RUN = """
+    --num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
+    --micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 1e-3 --eval-iters 0 --mock-data --vocab-size 100
+    --ternary --log-interval 1
+""".split()
+
+
+def test_every_step_is_told_after_it_was_taken(single_rank: None, tmp_path: Path) -> None:
+    steps: list[Step] = []
+    weights: list[torch.Tensor] = []
+
+    def watch(step: Step) -> None:
+        steps.append(step)
+        assert step.iteration == step.run.iteration == len(steps)
+        assert step.run.consumed_samples == 4 * step.iteration
+        weights.append(step.run.model.bare[0].decoder.final_layernorm.weight.detach().clone())
+
+    run = pretrain(parse_args([*RUN, "--log-dir", str(tmp_path)], 1), on_step=watch)
+    assert run.iteration == len(steps) == 3 and steps[0].run is run
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert torch.equal(weights[2], run.model.bare[0].decoder.final_layernorm.weight)
+    logged = [(r["iteration"], r["lm_loss"], r["grad_norm"], r["learning_rate"]) for r in read_metrics(tmp_path)]
+    assert logged == [(s.iteration, s.loss, s.grad_norm, s.learning_rate) for s in steps]
+
+
+def test_what_a_watcher_raises_ends_the_run_before_anything_of_the_step_is_saved(
+    single_rank: None, tmp_path: Path
+) -> None:
+    def stop(step: Step) -> None:
+        if step.iteration == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pretrain(parse_args([*RUN, "--save", str(tmp_path), "--save-interval", "1"], 1), on_step=stop)
+    assert latest(tmp_path).name == "iter_0000001"
