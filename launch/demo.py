@@ -45,44 +45,36 @@ MODEL = """
 """.split()
 
 
-class DemoError(FailedError):
-    """A part of the demo failed."""
-
-
-def run(title: str, command: list[str], log: Path, show: bool = True) -> str:
+def run(title: str, command: list[str], log: Path) -> str:
     """Runs one part, shows and keeps its standard output, and returns it.
 
     Raises:
-        DemoError: it did not exit with 0.
+        FailedError: it did not exit with 0.
     """
     print(f"\n== {title}\n$ {' '.join(command)}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    text = ""
     with subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        lines = []
         for line in process.stdout or ():
-            lines.append(line)
-            if show:
-                print(line, end="", flush=True)
-    log.write_text("".join(lines), encoding="utf-8")
+            text += line
+            print(line, end="", flush=True)
+    log.write_text(text, encoding="utf-8")
     if process.returncode:
-        raise DemoError(f"demo: FAILED: {title}: exit status {process.returncode}; its output is in {log}")
-    return "".join(lines)
+        raise FailedError(f"demo: FAILED: {title}: exit status {process.returncode}; its output is in {log}")
+    return text
 
 
 def prepare(out: Path) -> None:
     """Corpus to tokenizer to token files, for training and for validation."""
-    tool = [sys.executable, "launch/preprocess_data.py", "--builtin-corpus", "python-prose", "--append-eod"]
+    (out / "data").mkdir()
     model = str(out / "tokenizer.model")
-    data = out / "data"
-    data.mkdir(exist_ok=True)
-    train = [*tool, "--split", "train", "--output-prefix", str(data / "train")]
-    run(
-        "tokenizer and training data",
-        [*train, "--train-tokenizer", model, "--vocab-size", str(VOCABULARY)],
-        out / "prepare-train.log",
-    )
-    valid = [*tool, "--split", "valid", "--output-prefix", str(data / "valid")]
-    run("validation data", [*valid, "--tokenizer-model", model], out / "prepare-valid.log")
+    for title, part, tokenizer in (
+        ("tokenizer and training data", "train", ["--train-tokenizer", model, "--vocab-size", str(VOCABULARY)]),
+        ("validation data", "valid", ["--tokenizer-model", model]),
+    ):
+        tool = [sys.executable, "launch/preprocess_data.py", "--builtin-corpus", "python-prose", "--append-eod"]
+        output = ["--split", part, "--output-prefix", str(out / "data" / part)]
+        run(title, [*tool, *output, *tokenizer], out / f"prepare-{part}.log")
 
 
 def train(out: Path, name: str, iterations: int, flags: list[str]) -> float:
@@ -101,8 +93,7 @@ def train(out: Path, name: str, iterations: int, flags: list[str]) -> float:
 
 def torchrun(script: str) -> list[str]:
     """The launch of one process per tensor-parallel rank."""
-    launcher = [sys.executable, "launch/agent.py", "--standalone"]
-    return [*launcher, "--nproc_per_node", str(TENSOR_PARALLEL), script]
+    return [sys.executable, "launch/agent.py", "--standalone", "--nproc_per_node", str(TENSOR_PARALLEL), script]
 
 
 def unigram_entropy(prefix: Path) -> float:
@@ -132,36 +123,22 @@ def _demo(args: argparse.Namespace) -> None:
     out = args.output.resolve() / time.strftime("%Y%m%d-%H%M%S")
     out.mkdir(parents=True)
     prepare(out)
-    losses = {
-        "BF16": train(out, "bf16", args.train_iters, []),
-        "ternary": train(out, "ternary", args.train_iters, ["--ternary", "--ternary-telemetry-interval", "20"]),
-    }
-    sample = run(
-        "sample from the ternary weights",
-        [
-            *torchrun("launch/generate.py"),
-            "--load",
-            str(out / "ternary" / "checkpoint"),
-            "--num-tokens",
-            "40",
-            "--temperature",
-            "0.7",
-            "--prompt",
-            *PROMPTS,
-        ],
-        out / "sample.txt",
-    )
-    newest = latest(out / "ternary" / "checkpoint")
+    runs = {"BF16": [], "ternary": ["--ternary", "--ternary-telemetry-interval", "20"]}
+    losses = {name: train(out, name.lower(), args.train_iters, flags) for name, flags in runs.items()}
+    saved = out / "ternary" / "checkpoint"
+    command = [*torchrun("launch/generate.py"), "--load", str(saved), "--num-tokens", "40", "--temperature", "0.7"]
+    sample = run("sample from the ternary weights", [*command, "--prompt", *PROMPTS], out / "sample.txt")
+    newest = latest(saved)
     record = None if newest is None else QuantizerRecord.read(newest)
     if record is None or not record.modules or not sample.strip():
-        raise DemoError("demo: FAILED: the ternary checkpoint holds no quantizer record, or no text came of it")
+        raise FailedError("demo: FAILED: the ternary checkpoint holds no quantizer record, or no text came of it")
     entropy = unigram_entropy(out / "data" / "valid_text_document")
     plot_losses({"BF16": out / "bf16", "ternary": out / "ternary"}, out / "loss.png", {"unigram entropy": entropy})
     ratio = losses["ternary"] / losses["BF16"]
     print(f"\n{'run':<22}{'validation loss':>16}{'tokens/s (median)':>20}")
-    for name, directory in (("BF16", "bf16"), ("ternary", "ternary")):
-        speed = np.median([r["tokens_per_second"] for r in read_metrics(out / directory) if r["kind"] == "train"])
-        print(f"{name:<22}{losses[name]:>16.4f}{speed:>20.0f}")
+    for name, loss in losses.items():
+        speed = np.median([r["tokens_per_second"] for r in read_metrics(out / name.lower()) if r["kind"] == "train"])
+        print(f"{name:<22}{loss:>16.4f}{speed:>20.0f}")
     print(f"{'unigram entropy':<22}{entropy:>16.4f}")
     print(f"ternary / BF16 {ratio:.4f}; {len(record.modules)} ternary modules; {time.perf_counter() - started:.0f} s")
     print(f"curves: {out / 'loss.png'}; what the quantizer did: {out / 'ternary' / 'ternary.png'}")

@@ -22,8 +22,8 @@ from bitcpm_megatron.training.data import Tokenizer, build_tokenizer
 from bitcpm_megatron.training.initialize import shutdown, world_size
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; a bad one ends the process with status 2."""
+def main(argv: list[str] | None = None) -> int:
+    """Prints one continuation per prompt on rank 0; returns the exit status."""
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="DIR", help="the --save directory of a run")
     parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT")
@@ -31,12 +31,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-tokens", type=cli.Whole(1, 2**20), default=64)
     parser.add_argument("--temperature", type=cli.Number(0, 1000), default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=cli.Whole(0, 2**32 - 1), default=0)
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Prints one continuation per prompt on rank 0; returns the exit status."""
-    args = parse_arguments(argv)
+    args = parser.parse_args(argv)
     return cli.run(lambda: _generate(args))
 
 

@@ -21,7 +21,6 @@ Exit codes: 0 done, 1 failed, 2 bad input or arguments.
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import os
@@ -43,21 +42,7 @@ from bitcpm_megatron.data.token_files import outputs, write_corpus
 from bitcpm_megatron.data.tokenizer import LARGEST_VOCABULARY, SentencePieceTokenizer, train_sentencepiece
 from bitcpm_megatron.files.lock import PendingFiles
 
-# A pass over the corpus: the argument names it in the progress bar.
-Corpus = Callable[[str], Iterator[dict[str, str]]]
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the command line; a bad one ends the process with code 2."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    problem = _problem(args)
-    if problem:
-        parser.error(problem)
-    args.document_separator = FORM_FEED if args.document_separator is None else args.document_separator
-    args.json_keys = args.json_keys or [TEXT_KEY]
-    args.valid_fraction = 0.05 if args.valid_fraction is None else args.valid_fraction
-    return args
+Document = dict[str, str]
 
 
 def _parser() -> cli.Parser:
@@ -116,32 +101,31 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def _problem(args: argparse.Namespace) -> str | None:
-    """Return what is wrong with the combination of arguments: whatever would have no effect is an error."""
-    if (args.train_tokenizer is None) != (args.vocab_size is None):
-        return "--train-tokenizer and --vocab-size go together; a given --tokenizer-model has its own size"
-    if args.valid_fraction is not None and args.split == "all":
-        return "--valid-fraction needs --split train or --split valid"
-    if args.builtin_corpus and (args.json_keys or args.document_separator is not None or args.input_format != "auto"):
-        return "--json-keys, --document-separator and --input-format are for --input, not for --builtin-corpus"
-    return None
-
-
 def prepare(args: argparse.Namespace) -> None:
     """Do what the command line asks for and print one line per output.
 
     Raises:
         ValueError: bad input; the message says where and what to do.
     """
-    corpus = _builtin_corpus(args) if args.builtin_corpus else _file_corpus(args)
-    given = SentencePieceTokenizer(args.tokenizer_model) if args.tokenizer_model else None
+    documents = _documents(args)
+    tokenizer = SentencePieceTokenizer(args.tokenizer_model) if args.tokenizer_model else None
+    refusal = "what was tokenized with it needs it; pass it as --tokenizer-model, or --overwrite to replace it"
+    written = [(args.train_tokenizer, refusal)] if args.train_tokenizer else []
+    written += outputs(args.output_prefix, args.json_keys)
     inputs = [*(args.input or []), *([args.tokenizer_model] if args.tokenizer_model else [])]
-    with PendingFiles(_outputs(args), command=_words(args), inputs=inputs, overwrite=args.overwrite) as pending:
-        tokenizer = given or _train_tokenizer(corpus, args)
+    # What makes this the same command as one that was killed.
+    words = json.dumps({k: v for k, v in sorted(vars(args).items()) if k not in ("workers", "overwrite")}, default=str)
+    command = hashlib.sha256(words.encode()).hexdigest()
+    with PendingFiles(written, command=command, inputs=inputs, overwrite=args.overwrite) as pending:
+        if tokenizer is None:
+            texts = (text for document in documents("reading for the tokenizer") for text in document.values())
+            model = train_sentencepiece(texts, args.vocab_size)
+            PendingFiles.temporary(args.train_tokenizer).write_bytes(model)
+            tokenizer = SentencePieceTokenizer(args.train_tokenizer, model)
         if not args.append_eod:
             print("note: documents run into one another without --append-eod", file=sys.stderr)
         summaries = write_corpus(
-            corpus("tokenizing"),
+            documents("tokenizing"),
             args.output_prefix,
             tokenizer,
             pending,
@@ -153,66 +137,58 @@ def prepare(args: argparse.Namespace) -> None:
         print(summary, flush=True)
 
 
-def _outputs(args: argparse.Namespace) -> list[tuple[Path, str]]:
-    refusal = "what was tokenized with it needs it; pass it as --tokenizer-model, or --overwrite to replace it"
-    tokenizer = [(args.train_tokenizer, refusal)] if args.train_tokenizer else []
-    return [*tokenizer, *outputs(args.output_prefix, args.json_keys)]
+def _documents(args: argparse.Namespace) -> Callable[[str], Iterator[Document]]:
+    """A pass over the documents that are asked for; its argument names it in the progress bar."""
 
+    def chosen(document: Document) -> bool:
+        return document_split("\n".join(document.values()), args.valid_fraction) == args.split
 
-def _words(args: argparse.Namespace) -> str:
-    """What makes this the same command as one that was killed."""
-    words = json.dumps({k: v for k, v in sorted(vars(args).items()) if k not in ("workers", "overwrite")}, default=str)
-    return hashlib.sha256(words.encode()).hexdigest()
-
-
-def _builtin_corpus(args: argparse.Namespace) -> Corpus:
-    # Two megabytes that take seconds to collect: held in memory for both passes.
-    documents = [{TEXT_KEY: text} for text in python_prose()]
-    return lambda _: _chosen(iter(documents), args)
-
-
-def _file_corpus(args: argparse.Namespace) -> Corpus:
-    formats = {detect_format(path, args.input_format) for path in args.input}
-    if args.document_separator != FORM_FEED and "text" not in formats:
+    if args.builtin_corpus:
+        # Two megabytes that take seconds to collect: held in memory for both passes.
+        prose = [{TEXT_KEY: text} for text in python_prose()]
+    elif args.document_separator != FORM_FEED and "text" not in {
+        detect_format(p, args.input_format) for p in args.input
+    }:
         raise ValueError("--document-separator is for plain text, and no --input is; leave it out")
-    for path in args.input:
+    for path in args.input or ():
         if not path.exists():
             raise ValueError(f"{path}: no such file; check --input")
-    return functools.partial(_read_with_progress, args)
+
+    def corpus(title: str) -> Iterator[Document]:
+        documents = iter(prose) if args.builtin_corpus else _read_with_progress(args, title)
+        return documents if args.split == "all" else filter(chosen, documents)
+
+    return corpus
 
 
-def _read_with_progress(args: argparse.Namespace, title: str) -> Iterator[dict[str, str]]:
+def _read_with_progress(args: argparse.Namespace, title: str) -> Iterator[Document]:
     total = sum(path.stat().st_size for path in args.input)
     # A terminal gets a live bar, a log file a line every half minute.
     interval = 0.1 if sys.stderr.isatty() else 30.0
     with tqdm(total=total, unit="B", unit_scale=True, desc=title, mininterval=interval, file=sys.stderr) as bar:
-        documents = read_documents(
+        yield from read_documents(
             args.input,
             keys=args.json_keys,
             input_format=args.input_format,
             separator=args.document_separator,
             on_read=bar.update,
         )
-        yield from _chosen(documents, args)
-
-
-def _chosen(documents: Iterator[dict[str, str]], args: argparse.Namespace) -> Iterator[dict[str, str]]:
-    for document in documents:
-        words = "\n".join(document.values())
-        if args.split == "all" or document_split(words, args.valid_fraction) == args.split:
-            yield document
-
-
-def _train_tokenizer(corpus: Corpus, args: argparse.Namespace) -> SentencePieceTokenizer:
-    texts = (text for document in corpus("reading for the tokenizer") for text in document.values())
-    model = train_sentencepiece(texts, args.vocab_size)
-    PendingFiles.temporary(args.train_tokenizer).write_bytes(model)
-    return SentencePieceTokenizer(args.train_tokenizer, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 failed, 2 bad input (bad arguments exit with 2, too)."""
-    args = parse_arguments(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    # Whatever would have no effect is an error.
+    if (args.train_tokenizer is None) != (args.vocab_size is None):
+        parser.error("--train-tokenizer and --vocab-size go together; a given --tokenizer-model has its own size")
+    if args.valid_fraction is not None and args.split == "all":
+        parser.error("--valid-fraction needs --split train or --split valid")
+    if args.builtin_corpus and (args.json_keys or args.document_separator is not None or args.input_format != "auto"):
+        parser.error("--json-keys, --document-separator and --input-format are for --input, not for --builtin-corpus")
+    args.document_separator = FORM_FEED if args.document_separator is None else args.document_separator
+    args.json_keys = args.json_keys or [TEXT_KEY]
+    args.valid_fraction = 0.05 if args.valid_fraction is None else args.valid_fraction
     with cli.interrupted_by_sigterm():
         return cli.run(lambda: prepare(args))
 

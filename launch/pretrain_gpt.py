@@ -38,14 +38,11 @@ def find_script(args: argparse.Namespace) -> Path:
     Raises:
         FileNotFoundError: a checkout is none, or holds no such script.
     """
-    for flag, package in (
-        ("megatron_path", "megatron"),
-        ("mindspeed_path", "mindspeed"),
-        ("mindspeed_llm_path", "mindspeed_llm"),
-    ):
-        directory = getattr(args, flag)
+    for package in ("megatron", "mindspeed", "mindspeed_llm"):
+        directory = getattr(args, f"{package}_path")
         if directory is not None and not (Path(directory) / package).is_dir():
-            raise FileNotFoundError(f"--{flag.replace('_', '-')} {directory}: holds no directory {package}/")
+            flag = f"--{package.replace('_', '-')}-path"
+            raise FileNotFoundError(f"{flag} {directory}: holds no directory {package}/")
     roots = [Path(d) for d in (args.mindspeed_llm_path, args.megatron_path, ".") if d is not None]
     for root in roots:
         if (root / args.script).is_file():
