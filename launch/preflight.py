@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -21,50 +20,39 @@ if __package__ in (None, ""):
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.launch.checks import checkpoint, cluster, data, layout, software, training
-from bitcpm_megatron.launch.checks.finding import Finding
-from bitcpm_megatron.launch.checks.subject import Subject, prepare
+from bitcpm_megatron.launch.checks.subject import Finding, Subject, in_turn
 from bitcpm_megatron.launch.launcher.job import Job, read_job
 from bitcpm_megatron.launch.launcher.scheduler import Placement
 from bitcpm_megatron.launch.launcher.torchrun import host_argv
 
-_CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
-    cluster.check,
-    layout.check,
-    training.check,
-    data.check,
-    checkpoint.check,
-    software.check,
-)
 _WIDTH = 116
+# Everything that the checks say of a subject.
+findings = in_turn(cluster.check, layout.check, training.check, data.check, checkpoint.check, software.check)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Checks one job; returns the exit status."""
-    args = _parser().parse_args(argv)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", metavar="JOB.yaml")
+    parser.add_argument("--json", action="store_true", help="for machines: every finding as an object")
+    parser.add_argument("--node-rank", type=cli.Whole(0, 2**16), metavar="N", help="number of this node, from 0")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change the job file")
+    args = parser.parse_args(argv)
     return cli.run(lambda: _check(args))
 
 
 def _check(args: argparse.Namespace) -> int:
     job = read_job(args.job, args.set)
     host_argv(job)
-    found = findings(prepare(job, node_rank=args.node_rank))
-    if args.json:
-        print(json.dumps({"job": str(job.path), "findings": [vars(f) for f in found]}, indent=1))
-    else:
-        print(table(job, found))
+    return report(job, None, args.node_rank, args.json)
+
+
+def report(job: Job, place: Placement | None, node_rank: int | None = None, as_json: bool = False) -> int:
+    """Checks a job on this node, whose place may be known, prints the table, and returns the exit status."""
+    found = findings(Subject(job, place, node_rank=node_rank))
+    listed = {"job": str(job.path), "findings": [vars(f) for f in found]}
+    print(json.dumps(listed, indent=1) if as_json else table(job, found), flush=True)
     return status(found)
-
-
-def report(job: Job, place: Placement) -> int:
-    """Checks a job that is about to start on this node, prints the table, and returns the exit status."""
-    found = findings(prepare(job, place))
-    print(table(job, found), flush=True)
-    return status(found)
-
-
-def findings(subject: Subject) -> list[Finding]:
-    """Everything that the checks say, in their order."""
-    return [finding for check in _CHECKS for finding in check(subject)]
 
 
 def status(found: list[Finding]) -> int:
@@ -79,22 +67,11 @@ def table(job: Job, found: list[Finding]) -> str:
     for f in found:
         head = f"{f.status.upper():4}  {f.check.ljust(width)}  "
         lines += textwrap.wrap(f.found, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
-        if f.cure:
-            lines += textwrap.wrap(
-                f.cure, _WIDTH, initial_indent=" " * len(head) + "-> ", subsequent_indent=" " * (len(head) + 3)
-            )
+        margin = " " * len(head)
+        lines += textwrap.wrap(f.cure, _WIDTH, initial_indent=f"{margin}-> ", subsequent_indent=f"{margin}   ")
     counts = {s: sum(f.status == s for f in found) for s in ("pass", "warn", "fail")}
     lines.append(f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failures")
     return "\n".join(lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", metavar="JOB.yaml")
-    parser.add_argument("--json", action="store_true", help="for machines: every finding as an object")
-    parser.add_argument("--node-rank", type=cli.Whole(0, 2**16), metavar="N", help="number of this node, from 0")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change the job file")
-    return parser
 
 
 if __name__ == "__main__":

@@ -246,23 +246,17 @@ def _options(workload: Workload) -> Options:
     return Options(
         bf16=True,
         sequence_parallel=workload.sequence_parallel and workload.layout.tp > 1,
-        distributed_optimizer=workload.distributed_optimizer,
+        use_distributed_optimizer=workload.distributed_optimizer,
+        make_vocab_size_divisible_by=PAD_TO,
+        recompute_granularity=workload.recompute,
+        recompute_method="uniform" if workload.recompute == "full" else None,
         flash_attention=workload.fused_kernels,
         fused=workload.fused_kernels,
-        dropout=False,
-        recompute=workload.recompute,
-        recompute_method="uniform" if workload.recompute == "full" else None,
-        recompute_layers=1,
-        pad_to=PAD_TO,
-        recipe=None,
-        keep_quantized=True,
-        communicator_mib=0,
-        runtime_gib=0,
     )
 
 
 def _saved_bytes(workload: Workload) -> float:
     """Bytes that a micro-batch saves for its backward, which is what elementwise work is measured by."""
-    options = replace(_options(workload), recompute=None)
+    options = replace(_options(workload), recompute_granularity=None)
     _, found = estimate(workload.layout, options)
     return workload.layers * layer_activations(workload.layout, options) + found.logits

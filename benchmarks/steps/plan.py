@@ -190,4 +190,4 @@ def model_flags(model: str, num_layers: int | None, vocab_size: int | None) -> t
     if num_layers is not None:
         flags = {**flags, "num-layers": num_layers}
     # The sequence's own length follows in Job.arguments(), and counts.
-    return ("--vocab-size", str(vocab_size or vocabulary), *presets.arguments(flags, model))
+    return ("--vocab-size", str(vocab_size or vocabulary), *presets.arguments(flags))

@@ -1,76 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preflight: nodes, names, ports, interfaces, variables, and this machine's limits."""
 
-import ipaddress
 import os
 import platform
 import resource
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..launcher.scheduler import ClusterError, detect
-from .finding import Finding, failed, judged, passed, warned
-from .subject import Subject
+from ..estimates.memory import GIB
+from ..launcher.network import addresses_of
+from .subject import Finding, Subject, failed, in_turn, judged, passed, warned
 
 _HCCL_PORTS = 16
 _OPEN_FILES = 65536
 _SHARED_MEMORY_GIB = 8
-_GIB = 2**30
-
-
-def check(subject: Subject) -> Iterator[Finding]:
-    """All checks of this module."""
-    yield from _place(subject)
-    yield from _hosts(subject)
-    yield from _port(subject)
-    yield from _interface(subject)
-    yield from _variables(subject)
-    yield from _timeouts(subject)
-    yield from _restarts(subject)
-    yield from _devices(subject)
-    yield from _limits(subject)
-    yield from _rdma(subject)
 
 
 def _place(subject: Subject) -> list[Finding]:
-    cluster = subject.job.cluster
-    if subject.place is not None:
-        place = subject.place
-        said = f"{place.source}: node {place.node_rank} of {place.nodes}, master {place.master_addr}"
-        return [passed("node", said)] + [warned("node", note, "see docs/cluster.md") for note in place.notes]
-    mistake = str(subject.place_mistake)
-    try:
-        place = detect(cluster, subject.environ, node_rank=0)
-    except ClusterError:
+    place, mistake = subject.place, subject.place_mistake
+    if place is None:
         return [failed("node", mistake, "repair the cluster section; docs/cluster.md has one per scheduler")]
-    subject.place = place
-    return [warned("node", mistake, "on a login node this is expected; what follows holds for this machine alone")]
+    if mistake:
+        cure = "on a login node this is expected; what follows holds for this machine alone"
+        return [warned("node", mistake, cure)]
+    said = f"{place.source}: node {place.node_rank} of {place.nodes}, master {place.master_addr}"
+    return [passed("node", said)] + [warned("node", note, "see docs/cluster.md") for note in place.notes]
 
 
 def _hosts(subject: Subject) -> list[Finding]:
     hosts = subject.job.cluster.hosts or (subject.place.hosts if subject.place else ())
-    if not hosts:
-        return []
-    found = [
-        (f"{h} is listed {hosts.count(h)} times", "a node is one host")
-        for h in dict.fromkeys(hosts)
-        if hosts.count(h) > 1
-    ]
-    addresses: dict[str, str] = {}
-    for host in dict.fromkeys(hosts):
-        try:
-            address = str(socket.getaddrinfo(host, None)[0][4][0])
-        except OSError:
+    counts = Counter(hosts)
+    found = [(f"{h} is listed {n} times", "a node is one host") for h, n in counts.items() if n > 1]
+    known: dict[str, str] = {}
+    for host in counts:
+        address = next(iter(addresses_of(host)), None)
+        if address is None:
             found.append((f"{host} cannot be resolved", "use an address, or add the name to DNS or /etc/hosts"))
             continue
-        if address in addresses:
-            found.append((f"{host} and {addresses[address]} are both {address}", "a node is one host"))
+        if address in known:
+            found.append((f"{host} and {known[address]} are both {address}", "a node is one host"))
         elif len(hosts) > 1 and _is_loopback(address) and not all(_is_loopback(h) for h in hosts):
             found.append((f"{host} resolves to {address} here, which other nodes cannot reach", "use its address"))
-        addresses[address] = host
-    return judged("hosts", f"{len(hosts)} hosts, all of them resolve", found)
+        known[address] = host
+    return judged("hosts", f"{len(hosts)} hosts, all of them resolve", found) if hosts else []
 
 
 def _port(subject: Subject) -> list[Finding]:
@@ -78,11 +53,12 @@ def _port(subject: Subject) -> list[Finding]:
     port = place.master_port if place else cluster.master_port
     if port < 1024:
         return [failed("master-port", f"{port} is reserved for the system", "choose one from 1024 to 65535")]
-    hccl = _hccl_ports(subject)
+    base = subject.number("HCCL_IF_BASE_PORT") if subject.profile.device == "npu" else None
+    hccl = range(0) if base is None else range(base, base + _HCCL_PORTS)
     if port in hccl:
         what = f"{port} is one of HCCL's ports, {hccl[0]} to {hccl[-1]}"
         return [failed("master-port", what, "choose another master-port, or HCCL_IF_BASE_PORT")]
-    here = place is None or place.node_rank == 0 and subject.place_mistake is None
+    here = place is None or place.node_rank == 0 and not subject.place_mistake
     if here and not _is_free(port):
         return [failed("master-port", f"{port} is in use on this node", "choose another, or end what listens there")]
     low, high = _ephemeral_ports()
@@ -96,49 +72,39 @@ def _port(subject: Subject) -> list[Finding]:
     return [passed("master-port", f"{port}" + (" is free" if here else ""))]
 
 
-def _hccl_ports(subject: Subject) -> range:
-    base = subject.number("HCCL_IF_BASE_PORT")
-    if subject.profile.device != "npu" or base is None:
-        return range(0)
-    return range(base, base + _HCCL_PORTS)
-
-
 def _interface(subject: Subject) -> list[Finding]:
     if subject.interface_mistake is not None:
         return [failed("network-interface", subject.interface_mistake, "name one of those, or a subnet they are in")]
-    found = []
-    for setting in subject.settings:
-        name = setting.value.lstrip("=")
-        exact = setting.name.endswith("_SOCKET_IFNAME") and (
-            setting.name.startswith("GLOO") or "=" in setting.value[:1]
-        )
-        if exact and subject.interfaces is not None and not set(name.split(",")) & set(subject.interfaces):
-            what = f"{setting.name}={setting.value} ({setting.origin}), which is not on this node"
-            found.append((what, f"one of {', '.join(subject.interfaces)}"))
-    findings = judged("network-interface", subject.interface or "none is chosen", found)
-    if subject.nodes > 1 and subject.interface is None and not found:
-        chosen = [s for s in subject.settings if s.name.endswith("_SOCKET_IFNAME")]
-        if not chosen and subject.profile.device != "cpu":
-            what = f"none is chosen, on {subject.nodes} nodes"
-            findings = [warned("network-interface", what, "give cluster.network-interface or cluster.subnet")]
-    return findings
+    here, chosen = subject.interfaces, [s for s in subject.settings if s.name.endswith("_SOCKET_IFNAME")]
+    found = [
+        (f"{s.name}={s.value} ({s.origin}), which is not on this node", f"one of {', '.join(here)}")
+        for s in chosen
+        # The others are beginnings of names.
+        if here is not None and (s.name.startswith("GLOO") or s.value.startswith("="))
+        if not set(s.value.lstrip("=").split(",")) & set(here)
+    ]
+    if subject.nodes > 1 and subject.interface is None and not chosen and subject.profile.device != "cpu":
+        what = f"none is chosen, on {subject.nodes} nodes"
+        return [warned("network-interface", what, "give cluster.network-interface or cluster.subnet")]
+    return judged("network-interface", subject.interface or "none is chosen", found)
 
 
 def _variables(subject: Subject) -> list[Finding]:
-    by_name = {variable.name: variable for variable in subject.profile.variables}
-    found, kept = [], []
+    variables, found, kept = subject.profile.variables, [], []
     for setting in subject.settings:
-        mistake = by_name[setting.name].mistake(setting.value) if setting.name in by_name else None
-        if mistake:
-            found.append((f"{setting.name}={setting.value} ({setting.origin}): {mistake}", "unset it, or correct it"))
-        if setting.origin == "kept" and setting.name in by_name and "{interface}" not in by_name[setting.name].value:
-            kept.append(f"{setting.name}={setting.value}")
-    findings = judged("environment", f"profile {subject.profile.name}, {len(subject.settings)} variables", found)
+        variable, said = variables.get(setting.name), f"{setting.name}={setting.value}"
+        if variable is None:
+            continue
+        if mistake := variable.mistake(setting.value):
+            found.append((f"{said} ({setting.origin}): {mistake}", "unset it, or correct it"))
+        if setting.origin == "kept" and "{interface}" not in variable.value:
+            kept.append(said)
+    name = Path(subject.job.cluster.profile).stem
+    findings = judged("environment", f"profile {name}, {len(subject.settings)} variables", found)
     if kept:
         what = f"exported before, and kept: {', '.join(kept)}"
         findings.append(warned("environment", what, "unset them, or set cluster.override-environment"))
-    buffer = subject.number("HCCL_BUFFSIZE")
-    x = subject.layout
+    buffer, x = subject.number("HCCL_BUFFSIZE"), subject.layout
     useful = -(-x.micro_batch * x.sequence * x.hidden * 2 // 2**20)
     if subject.profile.device == "npu" and buffer and buffer < useful:
         what = f"HCCL_BUFFSIZE={buffer} MB is less than an activation of {useful} MB"
@@ -148,8 +114,7 @@ def _variables(subject: Subject) -> list[Finding]:
 
 def _timeouts(subject: Subject) -> list[Finding]:
     args, cluster = subject.args, subject.job.cluster
-    minutes = args.distributed_timeout_minutes
-    found = []
+    minutes, found = args.distributed_timeout_minutes, []
     if minutes > 24 * 60:
         found.append(f"--distributed-timeout-minutes {minutes} holds a dead job for more than a day")
     exec_timeout = subject.number("HCCL_EXEC_TIMEOUT") if subject.profile.device == "npu" else None
@@ -168,8 +133,7 @@ def _restarts(subject: Subject) -> list[Finding]:
     cluster = subject.job.cluster
     if cluster.rendezvous == "static" and cluster.max_restarts and subject.nodes > 1:
         what = f"{cluster.max_restarts} restarts with a static rendezvous on {subject.nodes} nodes"
-        cure = "cluster.rendezvous: c10d; a static one cannot gather the nodes again"
-        return [warned("restarts", what, cure)]
+        return [warned("restarts", what, "cluster.rendezvous: c10d; a static one cannot gather the nodes again")]
     return [passed("restarts", f"up to {cluster.max_restarts}, {cluster.rendezvous} rendezvous")]
 
 
@@ -188,11 +152,8 @@ def _devices(subject: Subject) -> list[Finding]:
 
 def device_count(kind: str) -> int | None:
     """Devices of a kind on this machine, without loading a driver; None for the CPU."""
-    if kind == "npu":
-        return len([p for p in Path("/dev").glob("davinci[0-9]*")])
-    if kind == "cuda":
-        return len([p for p in Path("/dev").glob("nvidia[0-9]*")])
-    return None
+    driver = {"npu": "davinci", "cuda": "nvidia"}.get(kind)
+    return None if driver is None else len(list(Path("/dev").glob(f"{driver}[0-9]*")))
 
 
 def _limits(subject: Subject) -> Iterator[Finding]:
@@ -202,7 +163,7 @@ def _limits(subject: Subject) -> Iterator[Finding]:
         yield warned("open-files", f"{soft}", cure)
     else:
         yield passed("open-files", "no limit" if soft == resource.RLIM_INFINITY else str(soft))
-    shared = shutil.disk_usage("/dev/shm").total / _GIB if Path("/dev/shm").is_dir() else 0.0
+    shared = shutil.disk_usage("/dev/shm").total / GIB if Path("/dev/shm").is_dir() else 0.0
     workers = subject.args.num_workers
     if shared < _SHARED_MEMORY_GIB and (workers or subject.profile.device != "cpu"):
         cure = f"start the container with --shm-size={_SHARED_MEMORY_GIB}g or more, or --ipc=host"
@@ -245,7 +206,7 @@ def _ephemeral_ports() -> tuple[int, int]:
 
 
 def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+check = in_turn(_place, _hosts, _port, _interface, _variables, _timeouts, _restarts, _devices, _limits, _rdma)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...data.blends import blend_of, split_bounds
 from ..launcher.job import BUILT_IN
-from .finding import Finding, failed, judged, passed, warned
-from .subject import Subject
+from .subject import Finding, Subject, failed, passed, warned
 
 if TYPE_CHECKING:
     from ...data.token_headers import TokenFile
@@ -18,41 +17,32 @@ if TYPE_CHECKING:
 _READ_BY = ("numpy", "xxhash", "sentencepiece")
 _KEYS = ("data-path", "train-data-path", "valid-data-path")
 _EPOCHS = 4
+# Ids that a dtype can hold, of those that are narrow.
+_IDS = {"uint8": 256, "int8": 128, "int16": 32768, "uint16": 65536}
 
 
-def check(subject: Subject) -> Iterator[Finding]:
+def check(subject: Subject) -> list[Finding]:
     """All checks of this module."""
     flags = subject.job.flags
-    given = [key for key in ("data-path", "train-data-path") if key in flags] + ["mock-data"] * bool(
-        flags.get("mock-data")
-    )
+    given = [key for key in ("data-path", "train-data-path", "mock-data") if flags.get(key)]
     if len(given) != 1:
         what = f"data comes from {' and '.join(given) or 'nowhere'}"
-        yield failed("data-source", what, "give one of data-path, train-data-path, mock-data")
-        return
+        return [failed("data-source", what, "give one of data-path, train-data-path, mock-data")]
     if given == ["mock-data"]:
-        what = "synthetic tokens"
         if "vocab-size" not in flags:
-            yield failed("data-source", what, "mock-data needs data.vocab-size")
-        else:
-            yield passed("data-source", what)
-        return
+            return [failed("data-source", "synthetic tokens", "mock-data needs data.vocab-size")]
+        return [passed("data-source", "synthetic tokens")]
     missing = [name for name in _READ_BY if importlib.util.find_spec(name) is None]
     if missing:
         what = f"without {', '.join(missing)} neither token files nor tokenizer can be read here"
-        yield warned("data-files", what, "run the preflight on a node of the job, too")
-        return
+        return [warned("data-files", what, "run the preflight on a node of the job, too")]
     files: list[TokenFile] = []
-    for key in _KEYS:
-        if key in flags:
-            yield from _files(key, list(map(str, flags[key])), files)
-    yield from _split(subject, files)
-    yield from _vocabulary(subject, files)
-    yield from _amount(subject, files)
+    found = [finding for key in _KEYS if key in flags for finding in _files(key, list(map(str, flags[key])), files)]
+    return [*found, *_split(subject, files), _tokenizer(subject), *_tokens(subject, files), *_amount(subject, files)]
 
 
 def _files(key: str, paths: list[str], files: "list[TokenFile]") -> Iterator[Finding]:
-    from ...data.token_headers import TokenFileError, read_token_file
+    from ...data.token_headers import read_token_file
 
     try:
         prefixes = blend_of(paths)[0]
@@ -62,7 +52,7 @@ def _files(key: str, paths: list[str], files: "list[TokenFile]") -> Iterator[Fin
     for prefix in prefixes:
         try:
             found = read_token_file(prefix)
-        except (TokenFileError, OSError) as error:
+        except (ValueError, OSError) as error:
             yield failed(key, str(error), "launch/preprocess_data.py writes such a pair; is the storage mounted here?")
             continue
         if mistake := found.mistake():
@@ -93,47 +83,40 @@ def _split(subject: Subject, files: "list[TokenFile]") -> list[Finding]:
     return [passed("split", text)] if mistake is None else [failed("split", *mistake.rsplit(": ", 1))]
 
 
-def _vocabulary(subject: Subject, files: "list[TokenFile]") -> Iterator[Finding]:
+def _tokenizer(subject: Subject) -> Finding:
     from ...data.tokenizer import SentencePieceTokenizer
 
-    size = subject.layout.vocab_size
-    model = subject.job.flags.get("tokenizer-model")
-    kind = str(subject.job.host.flags.get("tokenizer-type", ""))
+    size, model = subject.layout.vocab_size, subject.job.flags.get("tokenizer-model")
+    kind, ours = str(subject.job.host.flags.get("tokenizer-type", "")), subject.job.host.kind == BUILT_IN
     if model is None:
-        if subject.job.host.kind == BUILT_IN or not kind or "SentencePiece" in kind or kind == "Llama2Tokenizer":
-            yield failed("tokenizer", "none is named", "give data.tokenizer-model")
-        else:
-            yield warned("tokenizer", f"{kind} names no file", "make sure that every node has it")
-    elif not Path(model).exists():
-        yield failed("tokenizer", f"{model} is not there", "is the storage mounted here?")
-    elif Path(model).is_file() and (subject.job.host.kind == BUILT_IN or str(model).endswith(".model")):
-        try:
-            pieces = SentencePieceTokenizer(model).vocab_size
-        except ValueError as error:
-            yield failed("tokenizer", str(error), "give the .model file that the data was written with")
-        else:
-            if size is not None and pieces > size:
-                what = f"{model} has {pieces} pieces, the model's vocabulary {size}"
-                yield failed("tokenizer", what, "raise data.vocab-size, or take the preset's tokenizer")
-            else:
-                yield passed("tokenizer", f"{model}: {pieces} pieces")
-    else:
-        yield passed("tokenizer", f"{model} is there, its size was not read")
+        if ours or not kind or "SentencePiece" in kind or kind == "Llama2Tokenizer":
+            return failed("tokenizer", "none is named", "give data.tokenizer-model")
+        return warned("tokenizer", f"{kind} names no file", "make sure that every node has it")
+    if not Path(model).exists():
+        return failed("tokenizer", f"{model} is not there", "is the storage mounted here?")
+    if not (Path(model).is_file() and (ours or str(model).endswith(".model"))):
+        return passed("tokenizer", f"{model} is there, its size was not read")
+    try:
+        pieces = SentencePieceTokenizer(model).vocab_size
+    except ValueError as error:
+        return failed("tokenizer", str(error), "give the .model file that the data was written with")
+    if size is not None and pieces > size:
+        what = f"{model} has {pieces} pieces, the model's vocabulary {size}"
+        return failed("tokenizer", what, "raise data.vocab-size, or take the preset's tokenizer")
+    return passed("tokenizer", f"{model}: {pieces} pieces")
+
+
+def _tokens(subject: Subject, files: "list[TokenFile]") -> list[Finding]:
+    size = subject.layout.vocab_size
     if size is None or not files:
-        return
-    found = [
-        (f"{f.prefix} holds token {f.largest}, the vocabulary ends at {size - 1}", "another tokenizer wrote this data")
-        for f in files
-        if f.largest >= size
-    ]
-    narrow = [f for f in files if f.dtype in ("uint8", "int8", "int16") or (f.dtype == "uint16" and size > 65536)]
-    found += [
-        (f"{f.prefix} holds {f.dtype} tokens, too narrow for a vocabulary of {size}", "write it again")
-        for f in narrow
-        if size > {"uint8": 256, "int8": 128, "int16": 32768, "uint16": 65536}[f.dtype]
-    ]
-    looked = sum(f.looked_at for f in files)
-    yield from judged("token-range", f"the largest of {looked:,} tokens is {max(f.largest for f in files)}", found)
+        return []
+    found = [failed("token-range", *mistake.rsplit(": ", 1)) for f in files if (mistake := f.mistake(size))]
+    for f in files:
+        if size > _IDS.get(f.dtype, size):
+            what = f"{f.prefix} holds {f.dtype} tokens, too narrow for a vocabulary of {size}"
+            found.append(failed("token-range", what, "write it again"))
+    looked, largest = sum(f.looked_at for f in files), max(f.largest for f in files)
+    return found or [passed("token-range", f"the largest of {looked:,} tokens is {largest}")]
 
 
 def _amount(subject: Subject, files: "list[TokenFile]") -> list[Finding]:

@@ -1,48 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preflight: does everything divide, and does it fit into the device's memory?"""
 
+import contextlib
 import math
 import os
-from collections.abc import Iterator
 
 from ...data.vocabulary import padded_vocab_size
 from ...models.architecture import divisors
 from ..estimates.memory import GIB, estimate, options_of
 from ..estimates.shapes import recipe_of
 from ..launcher.job import MEGATRON_LM
-from .finding import Finding, failed, judged, passed, warned
-from .subject import Subject
+from .subject import Finding, Subject, failed, in_turn, judged, passed, warned
 
 _FULL = 0.9
 """Share of the device's memory above which an estimate is no longer to be trusted."""
 _WASTE = 0.1
 
 
-def check(subject: Subject) -> Iterator[Finding]:
-    """All checks of this module."""
-    sizes = _sizes(subject)
-    yield from sizes
-    if any(finding.status == "fail" for finding in sizes):
-        return
-    yield from _heads(subject)
-    yield from _layers(subject)
-    yield from _batch(subject)
-    yield from _sequence(subject)
-    yield from _experts(subject)
-    yield from _vocabulary(subject)
-    yield from _overlaps(subject)
-    yield from _nodes(subject)
-    yield from _memory(subject)
-
-
-def _sizes(subject: Subject) -> list[Finding]:
+def check(subject: Subject) -> list[Finding]:
+    """All checks of this module: the sizes of what is split say nothing where the processes cannot be."""
     x = subject.layout
     model = x.tp * x.pp * x.cp
     said = f"{x.world} processes = TP {x.tp} x PP {x.pp} x CP {x.cp} x DP"
     if x.world % model:
-        cure = f"use a multiple of {model} processes, or smaller parallel sizes"
-        return [failed("world-size", f"{x.world} processes cannot be split into groups of {model} ({said} ?)", cure)]
-    return [passed("world-size", f"{said} {x.dp}")]
+        what = f"{x.world} processes cannot be split into groups of {model} ({said} ?)"
+        return [failed("world-size", what, f"use a multiple of {model} processes, or smaller parallel sizes")]
+    return [passed("world-size", f"{said} {x.dp}"), *_of_the_layout(subject)]
 
 
 def _heads(subject: Subject) -> list[Finding]:
@@ -84,8 +67,8 @@ def _batch(subject: Subject) -> list[Finding]:
     said = f"{batch} = {count} micro-batches of {x.micro_batch} x DP {x.dp}"
     bubble = (x.pp - 1) / (count * x.vpp + x.pp - 1)
     if bubble > 0.2:
-        what = f"{said}: {bubble:.0%} of the time the {x.pp} pipeline stages would wait"
-        return [warned("global-batch", what, "more micro-batches per step, or fewer stages")]
+        said += f": {bubble:.0%} of the time the {x.pp} pipeline stages would wait"
+        return [warned("global-batch", said, "more micro-batches per step, or fewer stages")]
     return [passed("global-batch", said)]
 
 
@@ -101,24 +84,20 @@ def _sequence(subject: Subject) -> list[Finding]:
     if x.cp > 1 and x.sequence % (2 * x.cp):
         cure = f"choose a multiple of {2 * x.cp}: each rank takes one chunk from either end"
         found.append((f"sequence {x.sequence} cannot be split over CP {x.cp}", cure))
-    split = f", split over TP {x.tp}" if args.sequence_parallel else ""
-    findings = judged("sequence", f"{x.sequence} tokens{split}", found)
     if x.tp > 1 and not args.sequence_parallel and not found:
         what = f"TP {x.tp} without sequence parallelism keeps norms and dropout whole on every rank"
-        findings = [warned("sequence", what, "--sequence-parallel saves memory at the same traffic")]
-    return findings
+        return [warned("sequence", what, "--sequence-parallel saves memory at the same traffic")]
+    split = f", split over TP {x.tp}" if args.sequence_parallel else ""
+    return judged("sequence", f"{x.sequence} tokens{split}", found)
 
 
 def _experts(subject: Subject) -> list[Finding]:
     x, args, found = subject.layout, subject.args, []
     if not x.experts:
-        if x.ep > 1:
-            found.append((f"expert parallelism of {x.ep} without experts", "leave it out"))
-            return judged("experts", "", found)
-        return []
+        return [failed("experts", f"expert parallelism of {x.ep} without experts", "leave it out")] if x.ep > 1 else []
     if x.experts % x.ep or x.dp % x.ep:
-        cure = "use an expert-parallel size that divides both"
-        found.append((f"{x.experts} experts over EP {x.ep} and DP {x.dp}", cure))
+        what = f"{x.experts} experts over EP {x.ep} and DP {x.dp}"
+        found.append((what, "use an expert-parallel size that divides both"))
     if not 1 <= x.topk <= x.experts:
         found.append((f"top-{x.topk} of {x.experts} experts", "choose a top-k from 1 to the number of experts"))
     if x.tp > 1 and not args.sequence_parallel:
@@ -164,24 +143,27 @@ def _nodes(subject: Subject) -> list[Finding]:
 
 
 def _memory(subject: Subject) -> list[Finding]:
-    args, profile = subject.args, subject.profile
-    capacity = subject.job.cluster.device_memory_gib or profile.device_memory_gib
+    args, profile, cluster, flags = subject.args, subject.profile, subject.job.cluster, subject.job.host.flags
+    capacity = cluster.device_memory_gib or profile.device_memory_gib
     if capacity is None:
-        capacity = _host_memory_gib() / subject.job.cluster.devices_per_node
-    try:
+        # Of this machine, shared by its processes.
+        capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / cluster.devices_per_node
+    recipe = None
+    # The ternary checks say what is wrong with it.
+    with contextlib.suppress(ValueError):
         recipe = recipe_of(args) if args.ternary else None
-    except ValueError:
-        # The ternary checks say what is wrong with it.
-        recipe = None
-    buffer = float(subject.number(profile.communicator_buffer) or 0) if profile.communicator_buffer else 0.0
-    flags, upstream = subject.job.host.flags, subject.job.host.kind == MEGATRON_LM
-    flash = upstream and bool(flags.get("use-flash-attn"))
-    fused = upstream and (
-        profile.device != "npu" or bool(flags.get("use-fused-swiglu") and flags.get("use-fused-rmsnorm"))
+    buffer = subject.number(profile.communicator_buffer) if profile.communicator_buffer else None
+    upstream = subject.job.host.kind == MEGATRON_LM
+    fused = profile.device != "npu" or bool(flags.get("use-fused-swiglu") and flags.get("use-fused-rmsnorm"))
+    options = options_of(
+        args,
+        flash_attention=upstream and bool(flags.get("use-flash-attn")),
+        fused=upstream and fused,
+        recipe=recipe,
+        communicator_mib=2.0 * (buffer or 0),
+        runtime_gib=profile.runtime_memory_gib,
     )
-    stage, need = estimate(
-        subject.layout, options_of(args, recipe, flash, fused, 2 * buffer, profile.runtime_memory_gib)
-    )
+    stage, need = estimate(subject.layout, options)
     said = f"stage {stage}: {need} of {capacity:.4g} GiB"
     if need.total > capacity * GIB:
         cure = "more tensor or pipeline parallelism, --use-distributed-optimizer, recomputation, a smaller micro-batch"
@@ -192,5 +174,4 @@ def _memory(subject: Subject) -> list[Finding]:
     return [passed("device-memory", said)]
 
 
-def _host_memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+_of_the_layout = in_turn(_heads, _layers, _batch, _sequence, _experts, _vocabulary, _overlaps, _nodes, _memory)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preflight: do the versions go together (``launch/support.yaml``), and does the host know the job's flags?"""
 
+import contextlib
 import fnmatch
 import importlib.metadata
 import importlib.util
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...files import read_yaml
 from ..launcher.job import MEGATRON_LM, Job
-from .finding import Finding, failed, judged, passed, warned
-from .subject import Subject
+from .subject import Finding, Subject, in_turn, judged, passed, warned
 
 _MATRIX = Path(__file__).parents[1] / "support.yaml"
 _PACKAGES = ("torch", "torch-npu", "megatron-core", "mindspeed", "numpy", "apex")
@@ -22,12 +22,6 @@ _CHECKOUTS = (
     ("mindspeed", "mindspeed_path", "setup.py", r"^__version__\s*=\s*['\"]([\w.]+)"),
 )
 _CANN_FILES = ("version.cfg", "ascend_toolkit_install.info", "version.info")
-
-
-def check(subject: Subject) -> Iterator[Finding]:
-    """All checks of this module."""
-    yield from _versions(subject, versions(subject.job, subject.environ))
-    yield from _host(subject.job)
 
 
 def versions(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
@@ -49,18 +43,20 @@ def versions(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def judge(found: Mapping[str, str], device: str) -> list[Finding]:
+def _versions(subject: Subject) -> list[Finding]:
     """Versions against the support matrix."""
-    matrix = read_yaml(_MATRIX)
+    found, device, matrix = versions(subject.job, subject.environ), subject.profile.device, read_yaml(_MATRIX)
     said = ", ".join(f"{package} {version}" for package, version in found.items())
-    bad = [e for e in matrix["known-bad"] if device in e.get("device", [device]) and _fits(e["bad"], found)]
+    bad = [
+        (entry["name"], entry["cure"])
+        for entry in matrix["known-bad"]
+        if device in entry.get("device", [device]) and _fits(entry["bad"], found)
+    ]
     torch, npu = found.get("torch"), found.get("torch-npu")
     if torch and npu and torch.split(".")[:2] != npu.split(".")[:2]:
-        bad.append(
-            {"name": f"torch {torch} with torch_npu {npu}", "cure": "install the torch_npu built for this torch"}
-        )
+        bad.append((f"torch {torch} with torch_npu {npu}", "install the torch_npu built for this torch"))
     if bad:
-        return [failed("versions", e["name"], e["cure"]) for e in bad]
+        return judged("versions", "", bad)
     if device == "npu" and npu is None:
         what = f"no torch_npu here ({said})"
         return [warned("versions", what, "on a login node this is expected; docs/ascend.md installs it")]
@@ -71,64 +67,47 @@ def judge(found: Mapping[str, str], device: str) -> list[Finding]:
     return [warned("versions", f"unknown combination: {said}", "launch/support.yaml lists the known ones")]
 
 
-def unknown_flags(job: Job) -> list[str] | None:
-    """Flags of the job whose names appear nowhere in the host's sources; None where there is nothing to search.
-
-    A name counts as known wherever it stands, with dashes or as an attribute: newer Megatron-LM makes its flags from
-    the fields of dataclasses.
-    """
-    text = _host_sources(job)
-    if not text:
-        return None
-    return [
-        flag
-        for flag in job.host.flags
-        if not re.search(rf"--{re.escape(flag)}(?![\w-])|\b{re.escape(flag.replace('-', '_'))}\b", text)
-    ]
-
-
-def importable(module: str) -> bool:
-    """Whether a module could be imported; only the packages above it are."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
-
-
-def _versions(subject: Subject, found: Mapping[str, str]) -> list[Finding]:
-    return judge(found, subject.profile.device)
-
-
 def _fits(patterns: Mapping[str, Any], found: Mapping[str, str]) -> bool:
     return all(package in found and fnmatch.fnmatchcase(found[package], str(p)) for package, p in patterns.items())
 
 
-def _host(job: Job) -> list[Finding]:
-    if job.host.kind != MEGATRON_LM:
-        if importable("megatron.core"):
-            return []
+def unknown_flags(job: Job) -> list[str]:
+    """Flags of the job whose names appear nowhere in the host's sources.
+
+    A name counts as known wherever it stands, with dashes or as an attribute: newer Megatron-LM makes its flags from
+    the fields of dataclasses. Where there are no sources nothing is unknown.
+    """
+    checkouts = [(job.host.megatron_path, "megatron"), (job.host.mindspeed_path, "mindspeed")]
+    text = "\n".join(_text(file) for path, inside in checkouts if path for file in (Path(path) / inside).rglob("*.py"))
+    return [
+        flag
+        for flag in job.host.flags
+        if text and not re.search(rf"--{re.escape(flag)}(?![\w-])|\b{re.escape(flag.replace('-', '_'))}\b", text)
+    ]
+
+
+def _host(subject: Subject) -> list[Finding]:
+    host = subject.job.host
+    if host.kind != MEGATRON_LM:
+        # Only the package above megatron.core is imported.
+        with contextlib.suppress(ImportError):
+            if importlib.util.find_spec("megatron.core") is not None:
+                return []
         cure = "pip install 'bitcpm_megatron[standalone]' on every node; on a login node this is expected"
         return [warned("host", "launch/pretrain.py needs megatron-core, which this Python does not have", cure)]
-    found = []
-    wanted = [("megatron-path", job.host.megatron_path, "pretrain_gpt.py")]
-    if job.host.mindspeed_path is not None:
-        wanted.append(("mindspeed-path", job.host.mindspeed_path, "mindspeed/megatron_adaptor.py"))
-    for key, path, file in wanted:
-        if not (Path(str(path)) / file).is_file():
-            found.append((f"host.{key} {path} has no {file}", "give the checkout; every node needs it at this path"))
-    if found:
-        return judged("host", "", found)
-    unknown = unknown_flags(job) or []
-    mistakes = [(f"--{flag} appears nowhere in Megatron-LM or MindSpeed", "correct host.flags") for flag in unknown]
-    return judged("host", f"{job.host.megatron_path}: knows all {len(job.host.flags)} host flags", mistakes)
-
-
-def _host_sources(job: Job) -> str:
-    texts = []
-    for path, inside in ((job.host.megatron_path, "megatron"), (job.host.mindspeed_path, "mindspeed")):
-        if path is not None:
-            texts += [_text(file) for file in (Path(path) / inside).rglob("*.py")]
-    return "\n".join(texts)
+    wanted = [
+        ("megatron-path", host.megatron_path, "pretrain_gpt.py"),
+        ("mindspeed-path", host.mindspeed_path, "mindspeed/megatron_adaptor.py"),
+    ]
+    found = [
+        (f"host.{key} {path} has no {file}", "give the checkout; every node needs it at this path")
+        for key, path, file in wanted
+        if path is not None and not (Path(path) / file).is_file()
+    ]
+    if not found:
+        unknown = unknown_flags(subject.job)
+        found = [(f"--{flag} appears nowhere in Megatron-LM or MindSpeed", "correct host.flags") for flag in unknown]
+    return judged("host", f"{host.megatron_path}: knows all {len(host.flags)} host flags", found)
 
 
 def _cann(environ: Mapping[str, str]) -> str | None:
@@ -148,3 +127,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+check = in_turn(_versions, _host)

@@ -2,46 +2,26 @@
 """Preflight: is the training plan sane, and does the quantizer fit the layout?"""
 
 import contextlib
-from collections.abc import Iterator
 
-from ...checkpoints.directory import CheckpointError
 from ...quantization.record import QuantizerRecord
-from ...training.flags import build_parser
 from ...training.mistakes import mistakes
 from ..estimates.quantizer import expected_record, idle_matchers
 from ..launcher import presets
-from ..launcher.job import BUILT_IN
-from ..launcher.torchrun import host_argv, latest_of
-from .finding import Finding, failed, judged, passed, warned
-from .subject import Subject
+from ..launcher.job import BUILT_IN, JobError
+from ..launcher.torchrun import host_argv
+from .subject import Finding, Subject, failed, in_turn, judged, passed, warned
 
 _LOW_PRECISION = ("fp8-format", "fp8", "fp4-format", "qat-scheme")
 _HIGH_LR = 0.05
 
 
-def check(subject: Subject) -> Iterator[Finding]:
-    """All checks of this module."""
-    yield from _schedule(subject)
-    yield from _saving(subject)
-    yield from _precision(subject)
-    yield from _quantizer(subject)
-    yield from _recipe(subject)
-    if subject.job.host.kind == BUILT_IN:
-        yield from _arguments(subject)
-
-
 def row_parallel_shards(subject: Subject) -> int:
     """The shards that the run would use: the flag's, else those of the checkpoint that it loads, else TP."""
-    if subject.args.ternary_row_parallel_shards is not None:
-        return subject.args.ternary_row_parallel_shards
-    for key in ("load", "save", "pretrained-checkpoint"):
-        if key in subject.job.flags:
-            with contextlib.suppress(CheckpointError, ValueError, OSError):
-                found = latest_of(subject.job, str(subject.job.flags[key]))
-                record = None if found is None else QuantizerRecord.read(found)
-                if record is not None:
-                    return record.row_parallel_shards
-    return subject.layout.tp
+    record, checkpoint = None, subject.checkpoint()
+    with contextlib.suppress(ValueError, OSError):
+        record = None if checkpoint is None else QuantizerRecord.read(checkpoint)
+    recorded = subject.layout.tp if record is None else record.row_parallel_shards
+    return subject.args.ternary_row_parallel_shards or recorded
 
 
 def _schedule(subject: Subject) -> list[Finding]:
@@ -106,18 +86,16 @@ def _quantizer(subject: Subject) -> list[Finding]:
         return [passed("quantizer", "none: full precision")]
     shards = row_parallel_shards(subject)
     try:
-        record = expected_record(x, args, shards)
+        modules = expected_record(x, args, shards).modules
     except ValueError as error:
         return [failed("quantizer", str(error), "another --ternary-group-size, recipe, TP or row-parallel shards")]
-    if args.ternary_activation_bits == 8:
-        rows = [linear for linear in x.linears(0) if linear.row_parallel]
-        bad = [linear.path for linear in rows if shards % x.tp or linear.in_features % shards]
-        if bad:
-            what = f"the inputs of {bad[0]} cannot be quantized in {shards} row-parallel shards at TP {x.tp}"
-            return [failed("quantizer", what, "use a number of shards that TP divides")]
-    sizes = sorted({str(m["group_size"]) for m in record.modules.values()})
-    count = len(record.modules)
-    said = f"{count} modules, groups of {', '.join(sizes)} (-1: the row), {shards} row-parallel shards"
+    rows = [linear for linear in x.linears(0) if linear.row_parallel]
+    bad = [linear.path for linear in rows if shards % x.tp or linear.in_features % shards]
+    if bad and args.ternary_activation_bits == 8:
+        what = f"the inputs of {bad[0]} cannot be quantized in {shards} row-parallel shards at TP {x.tp}"
+        return [failed("quantizer", what, "use a number of shards that TP divides")]
+    sizes = ", ".join(sorted({str(module["group_size"]) for module in modules.values()}))
+    said = f"{len(modules)} modules, groups of {sizes} (-1: the row), {shards} row-parallel shards"
     return [passed("quantizer", said)]
 
 
@@ -136,6 +114,11 @@ def _recipe(subject: Subject) -> list[Finding]:
 
 def _arguments(subject: Subject) -> list[Finding]:
     """What our loop will say about all of it together."""
-    args = build_parser().parse_args(presets.expand(host_argv(subject.job)[1:]))
+    if subject.job.host.kind != BUILT_IN:
+        return []
+    args = presets.parsed(presets.expand(host_argv(subject.job)[1:]), JobError)
     found = [(line, "launch/pretrain.py refuses it") for line in mistakes(args, subject.layout.world)]
     return judged("arguments", "launch/pretrain.py takes them", found)
+
+
+check = in_turn(_schedule, _saving, _precision, _quantizer, _recipe, _arguments)

@@ -12,6 +12,7 @@ those terms are counted by tensor from what it saves, and a test holds them agai
 import argparse
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ...data.vocabulary import padded_vocab_size
 from ...quantization.recipe import Recipe
@@ -22,29 +23,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank at its peak.
+    """Bytes of one rank at its peak."""
 
-    Attributes:
-        weights: parameters in the dtype of the forward; of ternary layers these are the latent weights.
-        quantized: the quantized weights (cached, or in the graphs of all micro-batches in flight) and their scales, and
-            the fp32 scratch of the largest one, which the torch backend needs.
-        gradients: fp32 buffer (``main_grad``), one element per parameter.
-        optimizer: fp32 master weights (bf16 only) and Adam's two moments; divided by the data-parallel ranks with the
-            distributed optimizer.
-        activations: what the backward needs, of all micro-batches in flight.
-        logits: of one micro-batch, in the training dtype and in fp32, with the last norm; last stage only.
-        communication: buffers of the communicators.
-        runtime: driver, context, allocator: the profile's number.
-    """
-
-    weights: float
+    weights: float  # parameters in the dtype of the forward; of ternary layers these are the latent weights
+    # The quantized weights (cached, or in the graphs of all micro-batches in flight) and their scales, and the fp32
+    # scratch of the largest one, which the torch backend needs.
     quantized: float
-    gradients: float
+    gradients: float  # fp32 buffer (main_grad), one element per parameter
+    # fp32 master weights (bf16 only) and Adam's two moments; divided over the data-parallel ranks if distributed.
     optimizer: float
-    activations: float
-    logits: float
-    communication: float
-    runtime: float
+    activations: float  # what the backward needs, of all micro-batches in flight
+    logits: float  # of one micro-batch, in the training dtype and in fp32, with the last norm; last stage only
+    communication: float  # buffers of the communicators
+    runtime: float  # driver, context, allocator: the profile's number
 
     @property
     def total(self) -> float:
@@ -58,58 +49,39 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Options:
-    """What besides the layout decides: switches of the job, in the words of its flags."""
+    """What besides the layout decides: flags of the job by name, and what no flag of our loop says."""
 
     bf16: bool
     sequence_parallel: bool
-    distributed_optimizer: bool
-    flash_attention: bool
-    fused: bool
-    dropout: bool
-    recompute: str | None
-    recompute_method: str | None
-    recompute_layers: int
-    pad_to: int
-    recipe: Recipe | None
-    keep_quantized: bool
-    communicator_mib: float
-    runtime_gib: float
+    use_distributed_optimizer: bool
+    make_vocab_size_divisible_by: int = 128
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    ternary_cache: str = "step"
+    flash_attention: bool = False  # whether attention never writes its scores to memory
+    fused: bool = False  # whether norms, SwiGLU and softmax are single kernels that save their inputs alone
+    recipe: Recipe | None = None  # of a ternary job
+    communicator_mib: float = 0.0  # buffer of one communicator, both directions
+    runtime_gib: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element in the dtype of the forward."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def dropout(self) -> bool:
+        """Whether anything is dropped."""
+        return self.hidden_dropout > 0 or self.attention_dropout > 0
 
 
-def options_of(
-    args: argparse.Namespace,
-    recipe: Recipe | None,
-    flash: bool,
-    fused: bool,
-    communicator_mib: float,
-    runtime_gib: float,
-) -> Options:
-    """The options of a job.
-
-    Args:
-        args: of the job.
-        recipe: of a ternary job, else None.
-        flash: whether attention never writes its scores to memory.
-        fused: whether norms, SwiGLU and softmax are single kernels that save their inputs alone.
-        communicator_mib: buffer of one communicator, both directions.
-        runtime_gib: see :class:`Estimate`.
-    """
-    return Options(
-        bf16=args.bf16,
-        sequence_parallel=args.sequence_parallel,
-        distributed_optimizer=args.use_distributed_optimizer,
-        flash_attention=flash,
-        fused=fused,
-        dropout=args.hidden_dropout > 0 or args.attention_dropout > 0,
-        recompute=args.recompute_granularity,
-        recompute_method=args.recompute_method,
-        recompute_layers=args.recompute_num_layers or 1,
-        pad_to=args.make_vocab_size_divisible_by,
-        recipe=recipe,
-        keep_quantized=args.ternary_cache == "step",
-        communicator_mib=communicator_mib,
-        runtime_gib=runtime_gib,
-    )
+def options_of(args: argparse.Namespace, **others: Any) -> Options:
+    """The options of a job: its flags as ``args`` has them, the others of :class:`Options` as given."""
+    flags = {f.name: getattr(args, f.name) for f in fields(Options) if f.name in args}
+    return Options(**flags, **others)
 
 
 def estimate(layout: Layout, options: Options) -> tuple[int, Estimate]:
@@ -121,8 +93,7 @@ def estimate(layout: Layout, options: Options) -> tuple[int, Estimate]:
 
 def layer_activations(layout: Layout, options: Options) -> float:
     """Bytes that one layer keeps for the backward of one micro-batch, without recomputation of whole layers."""
-    s, b, h, t = layout.sequence / layout.cp, layout.micro_batch, layout.hidden, layout.tp
-    size = 2 if options.bf16 else 4
+    h, t, size = layout.hidden, layout.tp, options.size
     attention, groups = layout.heads * layout.head_dim, layout.groups * layout.head_dim
     dropped = size + 1 if options.dropout else 0
     if options.fused:
@@ -136,92 +107,72 @@ def layer_activations(layout: Layout, options: Options) -> float:
         whole = 2 * 2 * 4 * h + 2 * size * h
         score = size + 4 + dropped
     whole += 2 * h if options.dropout else 0
-    scores = 0.0
-    if not options.flash_attention and options.recompute is None:
-        scores = layout.heads * layout.sequence * score
-    return s * b * (split / t + whole / (t if options.sequence_parallel else 1) + scores / t)
+    kept = not options.flash_attention and options.recompute_granularity is None
+    scores = layout.heads * layout.sequence * score if kept else 0.0
+    return layout.tokens * (split / t + whole / _sharded(layout, options) + scores / t)
 
 
 def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
-    size = 2 if options.bf16 else 4
-    first, last = stage == 0, stage == layout.pp - 1
-    layers = math.ceil(layout.layers / layout.pp)
-    vocab = padded_vocab_size(layout.vocab_size, options.pad_to, layout.tp) if layout.vocab_size else 0
+    first, last, layers = stage == 0, stage == layout.pp - 1, layout.stage_layers
+    tokens, multiple = layout.vocab_size, options.make_vocab_size_divisible_by
+    vocab = padded_vocab_size(tokens, multiple, layout.tp) if tokens else 0
     # The layers of a stage are alike, up to the recipe: take the numbers that a contiguous share has.
-    mine = [
-        x for layer in range(stage * layers, min((stage + 1) * layers, layout.layers)) for x in layout.linears(layer)
-    ]
-    expert = sum(x.weights for x in mine if ".experts." in x.path) / layout.tp / layout.ep
-    dense = sum(x.weights for x in mine if ".experts." not in x.path) / layout.tp
+    share = range(stage * layers, min((stage + 1) * layers, layout.layers))
+    mine = [linear for layer in share for linear in layout.linears(layer)]
+    expert = sum(x.weights for x in mine if x.of_expert) / layout.tp / layout.ep
+    dense = sum(x.weights for x in mine if not x.of_expert) / layout.tp
     dense += 2 * layout.hidden * layers + (layout.hidden if last else 0)
     embeddings = int(first) + int(last and (not layout.tied or layout.pp > 1))
     dense += embeddings * vocab * layout.hidden / layout.tp
-    parameters = dense + expert
-
     state = 12 if options.bf16 else 8
-    if options.distributed_optimizer:
-        replicas = layout.dp * layout.cp
-        optimizer = state * (dense / replicas + expert / max(1, replicas / layout.ep))
-    else:
-        optimizer = state * parameters
+    replicas = layout.dp * layout.cp if options.use_distributed_optimizer else 1
+    # The logits in the training dtype and, for the loss, in fp32 (the gradient takes their place); the last norm.
+    norm = (options.size if options.fused else 8) + options.size
+    logits = (options.size + 4) * vocab / layout.tp + norm * layout.hidden / _sharded(layout, options)
+    # The world's group, and each parallel dimension's.
+    groups = 1 + sum(n > 1 for n in (layout.tp, layout.dp, layout.cp, layout.ep)) + (3 if layout.pp > 1 else 0)
     return Estimate(
-        weights=size * parameters,
-        quantized=_quantized(mine, layout, options, size, stage),
-        gradients=4 * parameters,
-        optimizer=optimizer,
-        activations=_in_flight(layout, options, stage, layers, size),
-        logits=_head(layout, options, vocab, size) if last else 0,
-        communication=options.communicator_mib * 2**20 * _communicators(layout),
+        weights=options.size * (dense + expert),
+        quantized=_quantized(mine, layout, options, stage),
+        gradients=4 * (dense + expert),
+        optimizer=state * (dense / replicas + expert / max(1, replicas / layout.ep)),
+        activations=_in_flight(layout, options, stage),
+        logits=layout.tokens * logits if last else 0,
+        communication=options.communicator_mib * 2**20 * (groups if layout.world > 1 else 0),
         runtime=options.runtime_gib * GIB,
     )
 
 
-def _head(layout: Layout, options: Options, vocab: int, size: int) -> float:
-    """The logits in the training dtype and, for the loss, in fp32 (the gradient takes their place); the last norm."""
-    norm = (size if options.fused else 8) + size
-    sharded = layout.tp if options.sequence_parallel else 1
-    tokens = layout.sequence / layout.cp * layout.micro_batch
-    return tokens * ((size + 4) * vocab / layout.tp + norm * layout.hidden / sharded)
-
-
-def _quantized(mine: list[Linear], layout: Layout, options: Options, size: int, stage: int) -> float:
+def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int) -> float:
     """One copy of each weight where it is cached; else the graphs hold one per micro-batch in flight, and under uniform
     full recomputation those of the layers that are being recomputed."""
-    if options.recipe is None:
-        return 0.0
     total, largest = 0.0, 0.0
     for linear in mine:
-        matcher = options.recipe.decide(linear.path)
+        matcher = options.recipe.decide(linear.path) if options.recipe is not None else None
         if matcher is None or matcher.config is None:
             continue
-        weights = linear.weights / layout.tp / (layout.ep if ".experts." in linear.path else 1)
+        weights = linear.weights / layout.tp / (layout.ep if linear.of_expert else 1)
         group = matcher.config.group_size if matcher.config.group_size > 0 else linear.in_features
-        total += weights * size + weights / group * 2
+        total += weights * options.size + weights / group * 2
         largest = max(largest, weights)
-    if not options.keep_quantized:
-        uniform = options.recompute == "full" and options.recompute_method != "block"
-        layers = math.ceil(layout.layers / layout.pp)
-        total *= min(1.0, options.recompute_layers / layers) if uniform else _batches_in_flight(layout, stage)
+    if options.ternary_cache != "step":
+        uniform = options.recompute_granularity == "full" and options.recompute_method != "block"
+        again = min(1.0, (options.recompute_num_layers or 1) / layout.stage_layers)
+        total *= again if uniform else _batches_in_flight(layout, stage)
     return total + 4 * largest
 
 
-def _in_flight(layout: Layout, options: Options, stage: int, layers: int, size: int) -> float:
+def _in_flight(layout: Layout, options: Options, stage: int) -> float:
     """One-forward-one-backward keeps ``pp - stage`` micro-batches; interleaving a few more."""
-    kept = layer_activations(layout, options)
-    sharded = layout.tp if options.sequence_parallel else 1
-    checkpointed = size * layout.sequence / layout.cp * layout.micro_batch * layout.hidden / sharded
-    per_layer = layers * kept
-    working = 0.0
-    if options.recompute == "full":
-        if options.recompute_method == "block":
-            # That many layers of a stage keep only their input, the others everything.
-            some = min(options.recompute_layers, layers)
-            per_layer = some * checkpointed + (layers - some) * kept
-            working = kept
-        else:
-            chunks = math.ceil(layers / options.recompute_layers)
-            per_layer = chunks * checkpointed
-            working = options.recompute_layers * kept
+    kept, layers, again = layer_activations(layout, options), layout.stage_layers, options.recompute_num_layers or 1
+    checkpointed = options.size * layout.tokens * layout.hidden / _sharded(layout, options)
+    per_layer, working = layers * kept, 0.0
+    if options.recompute_granularity == "full" and options.recompute_method == "block":
+        # That many layers of a stage keep only their input, the others everything.
+        some = min(again, layers)
+        per_layer, working = some * checkpointed + (layers - some) * kept, kept
+    elif options.recompute_granularity == "full":
+        per_layer, working = math.ceil(layers / again) * checkpointed, again * kept
     batches = _batches_in_flight(layout, stage)
     embedding = checkpointed * batches if stage == 0 and options.dropout else 0
     return per_layer * batches + working + embedding
@@ -232,8 +183,6 @@ def _batches_in_flight(layout: Layout, stage: int) -> float:
     return batches * (1 + (layout.pp - 1) / (layout.pp * layout.vpp)) if layout.vpp > 1 else batches
 
 
-def _communicators(layout: Layout) -> int:
-    """Groups that exchange tensors: the world's, and each parallel dimension's."""
-    if layout.world <= 1:
-        return 0
-    return 1 + sum(n > 1 for n in (layout.tp, layout.dp, layout.cp, layout.ep)) + (3 if layout.pp > 1 else 0)
+def _sharded(layout: Layout, options: Options) -> int:
+    """By how much sequence parallelism divides what tensor parallelism leaves whole."""
+    return layout.tp if options.sequence_parallel else 1

@@ -13,12 +13,7 @@ _EPS = QuantizerConfig().eps
 
 
 def expected_record(layout: Layout, args: argparse.Namespace, shards: int) -> QuantizerRecord:
-    """The record of a run of this job, as ``apply_recipe`` would make it.
-
-    Args:
-        layout: of the job.
-        args: of the job, ternary.
-        shards: row-parallel shards.
+    """The record of a run of this ternary job in so many row-parallel shards, as ``apply_recipe`` would make it.
 
     Raises:
         ValueError: naming every module whose group does not fit; also an impossible group size or recipe.
@@ -32,10 +27,9 @@ def expected_record(layout: Layout, args: argparse.Namespace, shards: int) -> Qu
             continue
         config = matcher.config
         try:
+            group = row_group(linear.in_features, config.group_size)
             if linear.row_parallel:
                 group = row_parallel_group(linear.in_features, config.group_size, layout.tp, shards)
-            else:
-                group = row_group(linear.in_features, config.group_size)
         except ValueError as error:
             mistakes.setdefault(str(error), linear.path)
             continue

@@ -4,32 +4,30 @@
 import argparse
 from dataclasses import dataclass
 
-from ...quantization import QuantizerConfig
 from ...quantization.recipe import Recipe
+from ...ternary_flags import quantizer_config
 from ...training.mistakes import ffn_channels
 from ..launcher.job import Job
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of a decoder layer, over all tensor-parallel shards.
+    """A linear of a decoder layer, over all tensor-parallel shards."""
 
-    Attributes:
-        path: module path with global layer numbers, as recipes and records name it.
-        out_features: rows.
-        in_features: columns.
-        row_parallel: whether tensor parallelism splits the rows of the weight, or (else) keeps them whole.
-    """
-
-    path: str
+    path: str  # of the module with global layer numbers, as recipes and records name it
     out_features: int
     in_features: int
-    row_parallel: bool
+    row_parallel: bool  # whether tensor parallelism splits the rows of the weight, or (else) keeps them whole
 
     @property
     def weights(self) -> int:
         """Elements."""
         return self.out_features * self.in_features
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether expert parallelism divides it."""
+        return ".experts." in self.path
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,24 @@ class Layout:
         """Data-parallel ranks, at least 1."""
         return max(1, self.world // (self.tp * self.pp * self.cp))
 
+    @property
+    def stage_layers(self) -> int:
+        """Layers of the largest pipeline stage."""
+        return -(-self.layers // self.pp)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a micro-batch on one rank."""
+        return self.sequence / self.cp * self.micro_batch
+
     def linears(self, layer: int) -> list[Linear]:
         """The linears of one layer; of all experts."""
         prefix = f"decoder.layers.{layer}"
-        up = self.ffn * (2 if self.gated else 1)
+        up, attention = self.ffn * (2 if self.gated else 1), self.heads * self.head_dim
+        qkv = attention + 2 * self.groups * self.head_dim
         found = [
-            Linear(
-                f"{prefix}.self_attention.linear_qkv",
-                (self.heads + 2 * self.groups) * self.head_dim,
-                self.hidden,
-                False,
-            ),
-            Linear(f"{prefix}.self_attention.linear_proj", self.hidden, self.heads * self.head_dim, True),
+            Linear(f"{prefix}.self_attention.linear_qkv", qkv, self.hidden, False),
+            Linear(f"{prefix}.self_attention.linear_proj", self.hidden, attention, True),
         ]
         for place in [f"experts.local_experts.{e}." for e in range(self.experts)] or [""]:
             found.append(Linear(f"{prefix}.mlp.{place}linear_fc1", up, self.hidden, False))
@@ -85,30 +89,21 @@ class Layout:
 
 
 def layout_of(job: Job, args: argparse.Namespace, world: int, vocab_size: int | None) -> Layout:
-    """The numbers of a job.
-
-    Args:
-        job: the job.
-        args: its :meth:`Job.arguments`.
-        world: processes.
-        vocab_size: tokens without padding, None where nothing says.
-    """
-    gated, hidden, heads = args.swiglu, args.hidden_size, args.num_attention_heads
-    ffn = ffn_channels(args)
-    experts = args.num_experts or 0
+    """The numbers of a job with these :meth:`Job.arguments`, as so many processes."""
+    heads, experts = args.num_attention_heads, args.num_experts or 0
     return Layout(
         layers=args.num_layers,
-        hidden=hidden,
-        ffn=(args.moe_ffn_hidden_size or ffn) if experts else ffn,
+        hidden=args.hidden_size,
+        ffn=(experts and args.moe_ffn_hidden_size) or ffn_channels(args),
         heads=heads,
         groups=args.num_query_groups if args.group_query_attention else heads,
-        head_dim=args.kv_channels or hidden // heads,
+        head_dim=args.kv_channels or args.hidden_size // heads,
         vocab_size=vocab_size,
         sequence=args.seq_length,
         micro_batch=args.micro_batch_size,
         experts=experts,
         topk=(args.moe_router_topk or 2) if experts else 1,
-        gated=gated,
+        gated=args.swiglu,
         tied=not args.untie_embeddings_and_output_weights,
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
@@ -125,7 +120,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     Raises:
         ValueError: an impossible group size, or a recipe file that cannot be read.
     """
-    default = QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size)
+    default = quantizer_config(args)
     if args.ternary_recipe is None:
         return Recipe.all_linears(default)
     return Recipe.from_yaml(args.ternary_recipe, default)

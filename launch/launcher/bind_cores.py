@@ -22,9 +22,9 @@ _HUAWEI = "0x19e5"
 _ACCELERATOR = "0x1200"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Binds this process and becomes the script; returns 2 without one."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:]
     if not argv:
         return _refuse("bind_cores.py needs a script to run")
     local = os.environ.get("LOCAL_RANK") or "0"
@@ -50,16 +50,8 @@ def _refuse(message: str) -> int:
 
 
 def plan(affinity: Mapping[int, set[int]], allowed: set[int], device: int) -> set[int]:
-    """The cores for a device: its share of those that it has in common with other devices.
-
-    Args:
-        affinity: device -> cores next to it.
-        allowed: cores that this process may use.
-        device: which one.
-
-    Returns:
-        Cores, empty where nothing should be changed.
-    """
+    """The cores for a device: its share of those that it has in common with other devices (``affinity``, by device) and
+    that this process may use; none where nothing should be changed."""
     if device not in affinity:
         return set()
     sharing = sorted(d for d in affinity if affinity[d] == affinity[device])
@@ -77,12 +69,8 @@ def visible_device(rank: int, environ: Mapping[str, str]) -> int:
 
 def parse_topology(text: str) -> dict[int, set[int]]:
     """NPU -> cores, from the output of ``npu-smi info -t topo``."""
-    found = {}
-    for line in text.splitlines():
-        match = re.match(r"\s*NPU(\d+)\s.*\s([\d,-]*\d)\s*$", line)
-        if match:
-            found[int(match[1])] = parse_ranges(match[2])
-    return found
+    matches = (re.match(r"\s*NPU(\d+)\s.*\s([\d,-]*\d)\s*$", line) for line in text.splitlines())
+    return {int(match[1]): parse_ranges(match[2]) for match in matches if match}
 
 
 def affinity_from_smi() -> dict[int, set[int]]:
@@ -99,8 +87,7 @@ def affinity_from_sysfs(root: Path = Path("/sys")) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     for device in sorted((root / "bus/pci/devices").glob("*")):
         try:
-            vendor, kind = _read(device / "vendor"), _read(device / "class")
-            if vendor != _HUAWEI or not kind.startswith(_ACCELERATOR):
+            if _read(device / "vendor") != _HUAWEI or not _read(device / "class").startswith(_ACCELERATOR):
                 continue
             node = int(_read(device / "numa_node"))
             cores = _read(root / f"devices/system/node/node{node}/cpulist") if node >= 0 else ""

@@ -1,101 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
 """Job files: one YAML file says what is trained, how it is laid out, and on which machines.
 
-::
-
-    description: one line for the people who meet this file
-    host:                                     # which training loop runs; left out: our own
-      kind: megatron-lm                       # built-in (launch/pretrain.py) or megatron-lm (launch/pretrain_gpt.py)
-      megatron-path: /opt/Megatron-LM         # checkout of Megatron-LM, core_v0.12.1 or newer
-      mindspeed-path: /opt/MindSpeed          # checkout of MindSpeed; left out on CUDA
-      flags: {use-flash-attn: true}           # flags that only this host knows, as they are
-    model: {preset: minicpm4-8b, seq-length: 4096}
-    parallelism: {tensor-model-parallel-size: 2, sequence-parallel: true}
-    training: {micro-batch-size: 1, global-batch-size: 256, train-iters: 50000, lr: 3.0e-4, bf16: true}
-    data: {data-path: [/data/corpus_text_document], tokenizer-model: /data/tokenizer.model}
-    ternary: {ternary: true, ternary-group-size: -1}
-    checkpoint: {save: /checkpoints/8b, save-interval: 500}
-    logging: {log-interval: 10}
-    cluster: {profile: ascend910b, nodes: 2, devices-per-node: 8, hosts: [node-a, node-b], subnet: 10.0.0.0/16}
-    sizes:                                    # one file for several jobs; each changes what it names, by section
-      16npu: {cluster: {nodes: 2}}            # started as FILE:16npu
-
-The keys of ``model`` to ``logging`` are the flags of ``launch/pretrain.py --help`` without their dashes, under the
-heading that the help gives them; ``preset`` is ``--model``. A switch takes ``true`` (``false`` leaves it out). The keys
-of ``cluster`` are the fields of :class:`Cluster`. An unknown key is an error that names the nearest known one; so is a
-value of the wrong type. Nothing is expanded, and nothing in the file is ever seen by a shell.
+docs/cluster.md shows one with everything. The keys of ``model`` to ``logging`` are the flags of our loop without their
+dashes, under the heading that ``launch/pretrain.py --help`` gives them; ``preset`` is ``--model``. A switch takes
+``true`` (``false`` leaves it out). An unknown key is an error that names the nearest known one; so is a value of the
+wrong type. Nothing is expanded, and nothing in the file is ever seen by a shell.
 """
 
 import argparse
 import functools
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ...cli import Number, Whole, bounded
 from ...files import FileError, Strict, nearest, parse_yaml, read_yaml, validated
 from ...training.flags import build_parser
-from . import presets
-from .job_flags import SECTIONS, JobError, flag_value, refuse_flags_in, section_of
+from . import packaged, presets
 
-DIRECTORY = Path(__file__).parents[1] / "jobs"
 BUILT_IN: Final = "built-in"
 MEGATRON_LM: Final = "megatron-lm"
-_FLAG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+_SECTIONS = ("model", "parallelism", "training", "data", "checkpoint", "logging", "ternary")
+
+
+class JobError(FileError):
+    """A job file, or an override of it, that is not there or not understood."""
+
+
+@functools.cache
+def _flags() -> dict[str, tuple[str, argparse.Action]]:
+    """Flag of our parser, without dashes -> its section and its argument."""
+    return {
+        action.option_strings[0].removeprefix("--"): (str(group.title), action)
+        for group in build_parser()._action_groups
+        if group.title in _SECTIONS
+        for action in group._group_actions
+    }
+
+
+def _section_of(flag: str) -> str | None:
+    """The section that a flag of our loop belongs to; None for a flag it does not have."""
+    return _flags()[flag][0] if flag in _flags() else None
+
+
+def _section_value(section: str, key: Any, value: Any) -> Any:
+    """The value of a key of a section, as it is.
+
+    Raises:
+        JobError: there is no such flag, or the value is none of it.
+    """
+    where, home = f"{section}.{key}", _section_of(key)
+    if home != section:
+        known = sorted(flag for flag, (of, _) in _flags().items() if of == section)
+        hint = f": it belongs to section {home}" if home else nearest(str(key), known)
+        raise JobError(f"unknown key {where}{hint}")
+    action = _flags()[key][1]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise JobError(f"{where}: expected true or false, got {value!r}")
+        return value
+    if action.nargs == "+" and not isinstance(value, list):
+        value = [value]
+    for item in value if action.nargs == "+" else [value]:
+        if isinstance(action.type, Whole | Number):
+            if mistake := action.type.mistake(item):
+                raise JobError(f"{where}: {item!r}: {mistake}")
+        elif isinstance(item, bool) or not isinstance(item, str | int | float):
+            raise JobError(f"{where}: expected text, got {item!r}")
+        if action.choices is not None and item not in action.choices:
+            raise JobError(f"{where}: {item!r} is none of {', '.join(map(str, action.choices))}")
+        if presets.reads_as_flag(item):
+            raise JobError(f"{where}: {item!r} would be taken for a flag")
+    return value
+
+
+def _reads(read: Callable[[str], object], text: str) -> bool:
+    try:
+        read(text)
+        return True
+    except ValueError:
+        return False
 
 
 def is_host_name(text: str) -> bool:
     """Whether a text is an IP address or a legal host name (RFC 1123, underscores tolerated)."""
-    try:
-        ipaddress.ip_address(text)
-        return True
-    except ValueError:
-        return 0 < len(text) <= 253 and all(_HOST_LABEL.fullmatch(label) for label in text.split("."))
+    labels = text.split(".")
+    name = 0 < len(text) <= 253 and all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels)
+    return name or _reads(ipaddress.ip_address, text)
 
 
-def _host_name(text: str) -> str:
-    if not is_host_name(text):
-        raise ValueError(f"{text!r} is no legal host name or address")
-    return text
+def _checked(good: str | Callable[[str], bool], otherwise: str) -> AfterValidator:
+    """Refuses a text that does not match a pattern, or is not good, saying what it is instead."""
+
+    def check(text: str) -> str:
+        if not (re.fullmatch(good, text) if isinstance(good, str) else good(text)):
+            raise ValueError(f"{text!r} is {otherwise}")
+        return text
+
+    return AfterValidator(check)
 
 
-def _rendezvous_id(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", text):
-        raise ValueError(f"{text!r} is not a name of letters, digits, . _ -")
-    return text
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or "\0" in str(value):
+        raise ValueError(f"expected text or a number, got {value!r}")
+    return str(value)
 
 
-def _interface(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:@-]{1,15}", text):
-        raise ValueError(f"{text!r} is not the name of an interface")
-    return text
-
-
-def _subnet(text: str) -> str:
-    try:
-        ipaddress.ip_network(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is no address range such as 10.0.0.0/16 (host bits must be 0)") from None
-    return text
-
-
-def _variables(content: Any) -> Any:
-    """Values of variables may be written as numbers."""
-    if not isinstance(content, dict):
-        return content
-    for name, value in content.items():
-        if not isinstance(name, str) or not _ENVIRONMENT_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a variable")
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or "\0" in str(value):
-            raise ValueError(f"{name}: expected text or a number, got {value!r}")
-    return {name: str(value) for name, value in content.items()}
+# The value of a variable, which may be written as a number.
+Text = Annotated[str, BeforeValidator(_text)]
+_VariableName = Annotated[str, _checked(r"[A-Za-z_][A-Za-z0-9_]*", "no name of a variable")]
+_HostName = Annotated[str, _checked(is_host_name, "no legal host name or address")]
+_Name = Annotated[str, _checked(r"[A-Za-z0-9._-]{1,128}", "not a name of letters, digits, . _ -")]
+_Interface = Annotated[str, _checked(r"[A-Za-z0-9._:@-]{1,15}", "not the name of an interface")]
+_is_subnet = functools.partial(_reads, ipaddress.ip_network)
+_Subnet = Annotated[str, _checked(_is_subnet, "no address range such as 10.0.0.0/16 (host bits must be 0)")]
 
 
 class _Section(Strict):
@@ -103,26 +126,21 @@ class _Section(Strict):
 
 
 class Host(_Section):
-    """The training loop that runs; see the module."""
+    """The training loop that runs."""
 
-    kind: Literal["built-in", "megatron-lm"] = BUILT_IN
-    megatron_path: str | None = None
-    mindspeed_path: str | None = None
-    flags: dict[str, Any] = {}
+    kind: Literal["built-in", "megatron-lm"] = BUILT_IN  # launch/pretrain.py or launch/pretrain_gpt.py
+    megatron_path: str | None = None  # checkout of Megatron-LM, core_v0.12.1 or newer
+    mindspeed_path: str | None = None  # checkout of MindSpeed; left out on CUDA
+    flags: dict[str, presets.FlagValue] = {}  # that only this host knows, as they are
 
     @field_validator("flags")
     @classmethod
     def _flags(cls, flags: dict[str, Any]) -> dict[str, Any]:
-        for key, value in flags.items():
-            if not _FLAG_NAME.fullmatch(key):
+        for key in flags:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
                 raise ValueError(f"{key!r} is no name of a flag (write it without dashes in front)")
-            if section_of(key) is not None:
-                raise ValueError(f"{key}: it belongs to section {section_of(key)}")
-            items = value if isinstance(value, list) else [value]
-            if not items or any(isinstance(item, dict | list) or item is None for item in items):
-                raise ValueError(f"{key}: expected true, a value or a list of values, got {value!r}")
-            for item in items:
-                refuse_flags_in(key, item)
+            if _section_of(key) is not None:
+                raise ValueError(f"{key}: it belongs to section {_section_of(key)}")
         mistake = Whole(1, 2**16).mistake(flags.get("context-parallel-size", 1))
         if mistake is not None:
             raise ValueError(f"context-parallel-size: {flags['context-parallel-size']!r}: {mistake}")
@@ -140,47 +158,29 @@ class Host(_Section):
 
 
 class Cluster(_Section):
-    """Where a job runs.
+    """Where a job runs; docs/cluster.md has the table."""
 
-    Attributes:
-        profile: environment profile, a name in ``launch/environments`` or a file of that form.
-        scheduler: who says which node this is; ``auto`` looks for what is there.
-        nodes: machines; None for what the scheduler says (1 without one).
-        devices_per_node: processes per machine, one per device.
-        device_memory_gib: memory of one device in GiB; None for the profile's.
-        hosts: names or addresses of the machines in rank order, for plain ssh; the first one is the master.
-        master_addr: None for the first host that the scheduler names.
-        master_port: TCP port of the rendezvous.
-        rendezvous: ``static`` (fixed node ranks) or ``c10d`` (elastic: a node may come back).
-        rendezvous_id: names the job at a ``c10d`` rendezvous; None for the job file's name.
-        rendezvous_timeout: seconds that the nodes wait for each other.
-        keep_alive_seconds: after this long without a sign of life a node counts as dead (``c10d``).
-        max_restarts: how often the workers of this node are started again after a failure.
-        network_interface: NIC for HCCL / NCCL and gloo, by name.
-        subnet: the same by an address range (CIDR): the NIC that has an address in it.
-        bind_cores: ``none`` (the profile's variables decide) or ``numa`` (``launch/launcher/bind_cores.py``).
-        environment: variables that replace the profile's.
-        override_environment: whether the profile replaces what is exported already.
-    """
-
-    profile: str = "cpu"
+    profile: str = "cpu"  # environment profile, a name in launch/environments or a file of that form
+    # Who says which node this is; auto looks for what is there.
     scheduler: Literal["auto", "single", "hosts", "slurm", "kubernetes", "modelarts"] = "auto"
-    nodes: Annotated[int, bounded(Whole(1, 2**16))] | None = None
-    devices_per_node: Annotated[int, bounded(Whole(1, 1024))] = 1
-    device_memory_gib: Annotated[float, bounded(Number(0, 1e6, open_minimum=True))] | None = None
-    hosts: Annotated[tuple[Annotated[str, AfterValidator(_host_name)], ...], Field(strict=False)] = ()
-    master_addr: Annotated[str, AfterValidator(_host_name)] | None = None
+    nodes: Annotated[int, bounded(Whole(1, 2**16))] | None = None  # None for what the scheduler says (1 without one)
+    devices_per_node: Annotated[int, bounded(Whole(1, 1024))] = 1  # processes, one per device
+    device_memory_gib: Annotated[float, bounded(Number(0, 1e6, open_minimum=True))] | None = None  # None: the profile's
+    # Names or addresses of the machines in rank order, for plain ssh; the first one is the master.
+    hosts: Annotated[tuple[_HostName, ...], Field(strict=False)] = ()
+    master_addr: _HostName | None = None  # None for the first host that the scheduler names
     master_port: Annotated[int, bounded(Whole(1, 65535))] = 29500
-    rendezvous: Literal["static", "c10d"] = "static"
-    rendezvous_id: Annotated[str, AfterValidator(_rendezvous_id)] | None = None
-    rendezvous_timeout: Annotated[int, bounded(Whole(1, 10**7))] = 900
-    keep_alive_seconds: Annotated[int, bounded(Whole(3, 10**6))] = 15
-    max_restarts: Annotated[int, bounded(Whole(0, 10**6))] = 0
-    network_interface: Annotated[str, AfterValidator(_interface)] | None = None
-    subnet: Annotated[str, AfterValidator(_subnet)] | None = None
-    bind_cores: Literal["none", "numa"] = "none"
-    environment: Annotated[dict[str, str], BeforeValidator(_variables)] = {}
-    override_environment: bool = False
+    rendezvous: Literal["static", "c10d"] = "static"  # fixed node ranks, or elastic: a node may come back
+    rendezvous_id: _Name | None = None  # of the job at a c10d rendezvous; None for the job file's name
+    rendezvous_timeout: Annotated[int, bounded(Whole(1, 10**7))] = 900  # seconds that the nodes wait for each other
+    keep_alive_seconds: Annotated[int, bounded(Whole(3, 10**6))] = 15  # c10d: silent for so long, a node counts as dead
+    max_restarts: Annotated[int, bounded(Whole(0, 10**6))] = 0  # of the workers of this node, after a failure
+    # The NIC for HCCL / NCCL and gloo: by name, or by a range (CIDR) in which it has an address.
+    network_interface: _Interface | None = None
+    subnet: _Subnet | None = None
+    bind_cores: Literal["none", "numa"] = "none"  # the profile's variables decide, or launch/launcher/bind_cores.py
+    environment: dict[_VariableName, Text] = {}  # variables that replace the profile's
+    override_environment: bool = False  # whether the profile replaces what is exported already
 
     @model_validator(mode="after")
     def _one_interface(self) -> "Cluster":
@@ -204,29 +204,15 @@ class _File(Strict):
 
 @dataclass(frozen=True)
 class Job:
-    """A job file, understood.
+    """A job file, understood."""
 
-    Attributes:
-        name: stem of the file, with the size where it has several.
-        path: the file.
-        description: one line.
-        host: the training loop.
-        preset: model preset by name or file, or None.
-        flags: what the sections say, by flag name without dashes, in the file's order.
-        cluster: where it runs.
-    """
-
-    name: str
+    name: str  # stem of the file, with the size where it has several
     path: Path
     description: str
     host: Host
-    preset: str | None
-    flags: Mapping[str, Any]
+    preset: str | None  # by name or file
+    flags: Mapping[str, Any]  # what the sections say, by flag name without dashes, in the file's order
     cluster: Cluster
-
-    def argv(self) -> list[str]:
-        """Flags of the job, without the preset's and without the host's own."""
-        return [part for flag, value in self.flags.items() for part in as_argv(flag, value)]
 
     def arguments(self) -> argparse.Namespace:
         """What our parser makes of preset and flags, dependent defaults not filled in.
@@ -235,14 +221,9 @@ class Job:
             JobError: something required is missing, or the parser refuses a value.
             PresetError: the preset is not there, or not understood.
         """
-
-        def refuse(message: str) -> NoReturn:
-            preset = f" with the preset {self.preset}" if self.preset else ""
-            raise JobError(f"{self.path}{preset}: {message}")
-
-        parser = build_parser()
-        parser.error = refuse  # type: ignore[method-assign]
-        return parser.parse_args([*(presets.flags(self.preset) if self.preset else []), *self.argv()])
+        preset = f" with the preset {self.preset}" if self.preset else ""
+        argv = [*(presets.flags(self.preset) if self.preset else []), *presets.arguments(self.flags)]
+        return presets.parsed(argv, lambda message: JobError(f"{self.path}{preset}: {message}"))
 
     def vocab_size(self) -> int | None:
         """Tokens without padding, by ``data.vocab-size`` or else by the preset; None where neither says."""
@@ -253,16 +234,26 @@ class Job:
 
 def names() -> list[str]:
     """The jobs that come with the package: every file, or each size of one that has several."""
-    return sorted(_packaged())
+    return sorted(name for path in packaged.files("jobs").values() for name in _jobs_in(path))
 
 
-@functools.cache
-def _packaged() -> dict[str, tuple[Path, str | None]]:
-    found: dict[str, tuple[Path, str | None]] = {}
-    for path in DIRECTORY.glob("*.yaml"):
-        sizes: list[str | None] = list(read_yaml(path).get("sizes", ())) or [None]
-        found |= {path.stem if size is None else f"{path.stem}-{size}": (path, size) for size in sizes}
-    return found
+def _jobs_in(path: Path) -> dict[str, str | None]:
+    """Job -> its size in the file."""
+    sizes = read_yaml(path).get("sizes", ())
+    return {f"{path.stem}-{size}": size for size in sizes} or {path.stem: None}
+
+
+def _find(name: str) -> tuple[Path, str | None]:
+    """The file of a job and the size that is meant."""
+    for stem, path in packaged.files("jobs").items():
+        if name.startswith(stem) and name in (jobs := _jobs_in(path)):
+            return path, jobs[name]
+    path, size = Path(name), None
+    if not path.exists() and ":" in path.name:
+        path, size = Path(name.rpartition(":")[0]), name.rpartition(":")[2]
+    if not path.is_file():
+        raise packaged.missing(name, "job", names())
+    return path, size
 
 
 def read_job(name: str, overrides: Sequence[str] = ()) -> Job:
@@ -276,42 +267,29 @@ def read_job(name: str, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobError: naming the file, the key and what is expected.
     """
-    path, size = _packaged().get(name, (Path(name), None))
-    if not path.exists() and ":" in path.name:
-        path, size = Path(name.rpartition(":")[0]), name.rpartition(":")[2]
-    if not path.is_file():
-        raise JobError(f"{name}: no such job file, and no job of that name: choose one of {', '.join(names())}")
     try:
+        path, size = _find(name)
         content = read_yaml(path)
+    except FileError as error:
+        raise JobError(str(error)) from None
+    try:
         if isinstance(content, dict):
             _choose_size(content, size)
             for override in overrides:
                 _override(content, override)
-        job_name = path.stem if size is None else f"{path.stem}-{size}"
-        return _job(job_name, path, validated(_File, content, "the job"))
-    except JobError as error:
-        raise JobError(f"{path}: {error}") from None
+        file = validated(_File, content, "the job")
+        preset = file.model.pop("preset", None)
+        if not isinstance(preset, str | None):
+            raise JobError("model.preset: expected the name of a preset, or a file")
+        flags = {
+            key: _section_value(section, key, value)
+            for section in _SECTIONS
+            for key, value in getattr(file, section).items()
+        }
     except FileError as error:
-        raise JobError(str(error).replace("the job:", f"{path}:", 1)) from None
-
-
-def as_argv(flag: str, value: Any) -> list[str]:
-    """A flag and its value as a command line has them; a switch that is false is left out."""
-    if isinstance(value, bool):
-        return [f"--{flag}"] if value else []
-    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-
-
-def _job(name: str, path: Path, content: _File) -> Job:
-    flags: dict[str, Any] = {}
-    preset = content.model.get("preset")
-    if preset is not None and not isinstance(preset, str):
-        raise JobError("model.preset: expected the name of a preset, or a file")
-    for section in SECTIONS:
-        for key, value in getattr(content, section).items():
-            if (section, key) != ("model", "preset"):
-                flags[key] = flag_value(section, key, value)
-    return Job(name, path, content.description, content.host, preset, flags, content.cluster)
+        raise JobError(f"{path}: {str(error).removeprefix('the job: ')}") from None
+    job_name = path.stem if size is None else f"{path.stem}-{size}"
+    return Job(job_name, path, file.description, file.host, preset, flags, file.cluster)
 
 
 def _choose_size(content: dict[Any, Any], size: str | None) -> None:
@@ -333,11 +311,7 @@ def _override(content: dict[Any, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or not all(parts):
         raise JobError(f"--set {override}: write section.key=value")
-    try:
-        value = parse_yaml(text, f"--set {key}")
-    except FileError as error:
-        raise JobError(str(error)) from None
-    target = content
+    value, target = parse_yaml(text, f"--set {key}"), content
     for part in parts[:-1]:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):

@@ -27,23 +27,24 @@ def interfaces() -> dict[str, list[str]]:
     }
 
 
+def addresses_of(host: str) -> list[str]:
+    """The IP addresses that a name resolves to here, in the resolver's order; none where it does not."""
+    try:
+        return list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, None)))
+    except OSError:
+        return []
+
+
 def local_addresses() -> set[str]:
     """Every IP address of this node; only what its name resolves to where psutil is missing."""
     try:
         return {address for addresses in interfaces().values() for address in addresses}
     except NetworkError:
-        try:
-            return {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
-        except OSError:
-            return set()
+        return set(addresses_of(socket.gethostname()))
 
 
 def choose_interface(cluster: Cluster, available: dict[str, list[str]] | None = None) -> str | None:
     """The interface that the job asks for, by name or by subnet; None where it asks for none.
-
-    Args:
-        cluster: of the job.
-        available: instead of this node's :func:`interfaces`.
 
     Raises:
         NetworkError: it is not here, naming those that are.

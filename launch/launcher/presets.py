@@ -2,22 +2,39 @@
 """Model presets: ``--model NAME`` stands for the flags in ``launch/models/NAME.yaml`` (or in a file of that form)."""
 
 import argparse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ... import cli
-from ...files import FileError, Strict, read_yaml, validated
+from ...files import FileError, Strict
 from ...models.architecture import Architecture
 from ...models.from_arguments import architecture_of
-
-DIRECTORY = Path(__file__).parents[1] / "models"
+from ...training.flags import build_parser
+from . import packaged
 
 
 class PresetError(FileError):
     """A preset that is not there or not understood."""
+
+
+def reads_as_flag(item: Any) -> bool:
+    """Whether a value would turn into a flag on a command line, or end it."""
+    return isinstance(item, str) and (item.startswith("-") or "\0" in item)
+
+
+def _flag_value(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(isinstance(item, str | int | float) for item in items):
+        raise ValueError(f"expected true, a value or a list of values, got {value!r}")
+    if any(map(reads_as_flag, items)):
+        raise ValueError(f"{value!r} would be taken for a flag")
+    return value
+
+
+# Of a flag as a file has it: true for the flag alone, false for none.
+FlagValue = Annotated[Any, AfterValidator(_flag_value)]
 
 
 class Preset(Strict):
@@ -25,12 +42,12 @@ class Preset(Strict):
 
     description: str = ""
     vocab_size: Annotated[int, cli.bounded(cli.Whole(1, 2**24))] | None = Field(None, alias="vocab-size")
-    flags: dict[str, Any]
+    flags: dict[str, FlagValue]
 
 
 def names() -> list[str]:
     """The presets that come with the package."""
-    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+    return list(packaged.files("models"))
 
 
 def read(name: str) -> Preset:
@@ -39,12 +56,9 @@ def read(name: str) -> Preset:
     Raises:
         PresetError: not there, or not of that form.
     """
-    path = DIRECTORY / f"{name}.yaml" if name in names() else Path(name)
     try:
-        if not path.exists():
-            raise FileError(f"{path}: no such file, and no preset of that name: choose one of {', '.join(names())}")
-        return validated(Preset, read_yaml(path), str(path))
-    except (FileError, OSError) as error:
+        return packaged.load(Preset, "models", "preset", name)
+    except FileError as error:
         raise PresetError(f"--model {error}") from None
 
 
@@ -62,29 +76,15 @@ def vocab_size(name: str) -> int:
 
 def flags(name: str) -> list[str]:
     """The command line that a preset stands for."""
-    return arguments(read(name).flags, name)
+    return arguments(read(name).flags)
 
 
-def arguments(flags: Mapping[str, Any], name: str) -> list[str]:
-    """A command line from flags as presets hold them.
-
-    Args:
-        flags: without dashes; true for a flag alone.
-        name: of the preset, for messages.
-
-    Raises:
-        PresetError: a value that is none of a flag.
-    """
+def arguments(flags: Mapping[str, Any]) -> list[str]:
+    """The command line of flags as files have them."""
     argv: list[str] = []
     for flag, value in flags.items():
-        if value is True:
-            argv.append(f"--{flag}")
-            continue
-        values = value if isinstance(value, list) else [value]
-        for item in values:
-            if isinstance(item, bool) or not isinstance(item, str | int | float) or str(item).startswith("--"):
-                raise PresetError(f"--model {name}: {flag}: write true, a value or a list of values, got {value!r}")
-        argv += [f"--{flag}", *map(str, values)]
+        if value is not False:
+            argv += [f"--{flag}", *map(str, [] if value is True else value if isinstance(value, list) else [value])]
     return argv
 
 
@@ -105,18 +105,23 @@ def expand(argv: Sequence[str]) -> list[str]:
     return [*(flag for name in found.model for flag in flags(name)), *rest]
 
 
+def parsed(argv: Sequence[str], mistake: Callable[[str], Exception]) -> argparse.Namespace:
+    """What the parser of our loop makes of a command line; where it refuses, raises what its message becomes."""
+
+    def refuse(message: str) -> NoReturn:
+        raise mistake(message)
+
+    parser = build_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(argv)
+
+
 def architecture(name: str) -> Architecture:
     """The model that a preset describes.
 
     Raises:
         PresetError: see :func:`read`; also without ``vocab-size``, and with flags that training refuses.
     """
-    from ...training.flags import build_parser
-
-    def refuse(message: str) -> NoReturn:
-        raise PresetError(f"--model {name}: {message}")
-
-    parser = build_parser()
-    parser.error = refuse  # type: ignore[method-assign]
     run = "--seq-length 1 --micro-batch-size 1 --train-iters 1 --lr 1".split()
-    return architecture_of(vars(parser.parse_args([*flags(name), *run])), vocab_size(name))
+    args = parsed([*flags(name), *run], lambda message: PresetError(f"--model {name}: {message}"))
+    return architecture_of(vars(args), vocab_size(name))

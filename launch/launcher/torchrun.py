@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ...checkpoints.directory import RELEASE, TRACKER, CheckpointError, iteration_of, latest, tracked, tracker_cure
 from . import presets
-from .job import MEGATRON_LM, Job, as_argv
-from .job_flags import JobError
+from .job import MEGATRON_LM, Job, JobError
 from .scheduler import Placement
 
 _COMMANDS = Path(__file__).resolve().parents[1]
@@ -31,15 +30,10 @@ _SETTLED_HERE = frozenset(
 
 @dataclass(frozen=True)
 class Resume:
-    """Where the job will start.
+    """Where the job will start."""
 
-    Attributes:
-        iteration: of the checkpoint it goes on from; None where it starts anew or from other weights.
-        line: one line for people.
-    """
-
-    iteration: int | None
-    line: str
+    iteration: int | None  # of the checkpoint it goes on from; None where it starts anew or from other weights
+    line: str  # for people
 
 
 def host_argv(job: Job) -> list[str]:
@@ -58,26 +52,22 @@ def host_argv(job: Job) -> list[str]:
     flags.setdefault("exit-signal-handler", True)
     if job.host.kind != MEGATRON_LM:
         preset = ["--model", job.preset] if job.preset else []
-        return [str(_COMMANDS / "pretrain.py"), *preset, *_argv(flags)]
+        return [str(_COMMANDS / "pretrain.py"), *preset, *presets.arguments(flags)]
     for flag, cure in _NOT_UPSTREAM.items():
         if flag in flags:
             raise JobError(f"{flag} with the {MEGATRON_LM} host: {cure}")
     argv = [str(_COMMANDS / "pretrain_gpt.py"), "--megatron-path", str(job.host.megatron_path)]
     if job.host.mindspeed_path is not None:
         argv += ["--mindspeed-path", job.host.mindspeed_path]
-    argv += presets.flags(job.preset) if job.preset else []
-    if job.vocab_size() is not None and job.preset and "vocab-size" not in flags:
-        flags["vocab-size"] = job.vocab_size()
-    return [*argv, *_argv({_UPSTREAM_NAMES.get(k, k): v for k, v in flags.items()}), *_argv(job.host.flags)]
+    if job.preset:
+        argv += presets.flags(job.preset)
+        if (size := job.vocab_size()) is not None:
+            flags["vocab-size"] = size
+    return argv + presets.arguments({_UPSTREAM_NAMES.get(k, k): v for k, v in flags.items()} | job.host.flags)
 
 
 def torchrun(job: Job, place: Placement, local_address: str | None = None) -> list[str]:
-    """The whole command of this node.
-
-    Args:
-        job: the job.
-        place: of this node in it.
-        local_address: by which the other nodes reach this one; None for its host name.
+    """The whole command of this node, whose ``local_address`` is what the others reach it by; None for its host name.
 
     Raises:
         JobError: see :func:`host_argv`.
@@ -90,18 +80,12 @@ def torchrun(job: Job, place: Placement, local_address: str | None = None) -> li
         command += ["--node_rank", str(place.node_rank), "--rdzv_conf", f"timeout={cluster.rendezvous_timeout}"]
         command += ["--master_addr", place.master_addr, "--master_port", str(place.master_port)]
     else:
-        interval = max(1, cluster.keep_alive_seconds // 3)
-        conf = {
-            # By rank and not by name: in containers names may resolve to anything.
-            "is_host": str(place.node_rank == 0).lower(),
-            "join_timeout": cluster.rendezvous_timeout,
-            "keep_alive_interval": interval,
-            "keep_alive_max_attempt": 3,
-        }
+        # By rank and not by name: in containers names may resolve to anything.
+        conf = f"is_host={str(place.node_rank == 0).lower()},join_timeout={cluster.rendezvous_timeout}"
+        conf += f",keep_alive_interval={max(1, cluster.keep_alive_seconds // 3)},keep_alive_max_attempt=3"
         address = f"[{place.master_addr}]" if ":" in place.master_addr else place.master_addr
         command += ["--rdzv_endpoint", f"{address}:{place.master_port}"]
-        command += ["--rdzv_id", cluster.rendezvous_id or job.name]
-        command += ["--rdzv_conf", ",".join(f"{k}={v}" for k, v in conf.items())]
+        command += ["--rdzv_id", cluster.rendezvous_id or job.name, "--rdzv_conf", conf]
         if local_address is not None:
             command += ["--local_addr", local_address]
     if cluster.bind_cores == "numa":
@@ -152,7 +136,3 @@ def latest_of(job: Job, directory: str) -> Path | None:
             f"{Path(directory) / TRACKER} names {path}, which is not there: {tracker_cure(Path(directory))}"
         )
     return path
-
-
-def _argv(flags: Mapping[str, object]) -> list[str]:
-    return [part for flag, value in flags.items() for part in as_argv(flag, value)]

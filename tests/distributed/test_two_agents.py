@@ -15,7 +15,7 @@ from support.launcher import CHECKOUT, environment
 from support.small_model import losses
 
 from bitcpm_megatron.checkpoints.directory import latest
-from bitcpm_megatron.launch.checks.subject import prepare
+from bitcpm_megatron.launch.checks.subject import Subject
 from bitcpm_megatron.launch.estimates.quantizer import expected_record
 from bitcpm_megatron.launch.launcher.job import read_job
 from bitcpm_megatron.quantization.record import QuantizerRecord
@@ -90,7 +90,7 @@ def test_a_killed_agent_comes_back_and_the_job_goes_on_from_its_checkpoint(tmp_p
     assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
     # What the launcher expects of a checkpoint without building a model is what the model recorded.
-    subject = prepare(read_job(str(job)), node_rank=0)
+    subject = Subject(read_job(str(job)), node_rank=0)
     assert QuantizerRecord.read(latest(save)).contradictions(expected_record(subject.layout, subject.args, 1)) == []
 
 

@@ -17,9 +17,8 @@ import pytest
 from bitcpm_megatron.launch import run
 from bitcpm_megatron.launch.checks import layout as checks_layout
 from bitcpm_megatron.launch.checks import training as checks_training
-from bitcpm_megatron.launch.checks.subject import prepare
-from bitcpm_megatron.launch.launcher.job import names, read_job
-from bitcpm_megatron.launch.launcher.job_flags import JobError
+from bitcpm_megatron.launch.checks.subject import Subject
+from bitcpm_megatron.launch.launcher.job import JobError, names, read_job
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,7 +64,7 @@ def test_there_is_a_job_for_every_model_and_size() -> None:
 
 @pytest.mark.parametrize("name", [name for name in names() if name.endswith("npu")])
 def test_a_job_divides_and_fits(name: str) -> None:
-    subject = prepare(read_job(name, ["cluster.master-addr=127.0.0.1"]), environ={}, node_rank=0)
+    subject = Subject(read_job(name, ["cluster.master-addr=127.0.0.1"]), environ={}, node_rank=0)
     found = [*checks_layout.check(subject), *checks_training.check(subject)]
     assert [f for f in found if f.status != "pass"] == []
     assert subject.layout.world == int(name.partition("-")[2].removesuffix("npu"))

@@ -14,8 +14,7 @@ import pytest
 from bitcpm_megatron.launch import run
 from bitcpm_megatron.launch.launcher import bind_cores
 from bitcpm_megatron.launch.launcher.environment import read_profile, resolve
-from bitcpm_megatron.launch.launcher.job import Cluster, Job, read_job
-from bitcpm_megatron.launch.launcher.job_flags import JobError
+from bitcpm_megatron.launch.launcher.job import Cluster, Job, JobError, read_job
 from bitcpm_megatron.launch.launcher.network import NetworkError, choose_interface
 from bitcpm_megatron.launch.launcher.presets import PresetError
 from bitcpm_megatron.launch.launcher.scheduler import ClusterError, Placement, detect, expand_nodelist
@@ -295,7 +294,7 @@ def test_exported_variables_are_kept_unless_told_otherwise() -> None:
 
 def test_every_profile_has_reasons_and_legal_values() -> None:
     for name in ("ascend910b", "cuda", "cpu"):
-        for variable in read_profile(name).variables:
+        for variable in read_profile(name).variables.values():
             assert variable.reason.endswith(".") and variable.mistake(variable.value) is None, variable
     with pytest.raises(JobError, match="no profile of that name"):
         read_profile("ascend910")

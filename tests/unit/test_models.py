@@ -67,8 +67,8 @@ def test_a_malformed_preset_is_refused(tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     for text, message in (
         ("[1]", "expected a mapping"),
-        ("flags: {a: null}", "write true"),
-        ("flags: {a: --b}", "write true"),
+        ("flags: {a: null}", "flags.a: expected true, a value or a list of values, got None"),
+        ("flags: {a: --b}", "would be taken for a flag"),
         ("flag: {}", "unknown key flag: did you mean flags?"),
         ("flags: {}\nflags: {}", "twice"),
         ("vocab-size: 0\nflags: {}", "vocab-size: 0: must be 1 to"),

@@ -20,8 +20,7 @@ from bitcpm_megatron.data.tokenizer import train_sentencepiece
 from bitcpm_megatron.launch import preflight
 from bitcpm_megatron.launch.checks import cluster as checks_cluster
 from bitcpm_megatron.launch.checks import software as checks_software
-from bitcpm_megatron.launch.checks.finding import Finding
-from bitcpm_megatron.launch.checks.subject import prepare
+from bitcpm_megatron.launch.checks.subject import Finding, Subject
 from bitcpm_megatron.launch.estimates.memory import Options, estimate, layer_activations
 from bitcpm_megatron.launch.estimates.quantizer import expected_record
 from bitcpm_megatron.launch.estimates.shapes import Layout
@@ -55,7 +54,7 @@ class Place:
 
     def findings(self, *overrides: str) -> list[Finding]:
         job = read_job(str(self.directory / "job.yaml"), overrides)
-        return preflight.findings(prepare(job, environ=self.environ))
+        return preflight.findings(Subject(job, environ=self.environ))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def write_tokens(prefix: Path, tokens: np.ndarray, code: int = 8, cut: int = 0, 
 
 def save_checkpoint(place: Place, iteration: int = 10, **changes: object) -> Path:
     """What a run of the sane job leaves, as far as the preflight looks, with changed arguments or quantizer."""
-    subject = prepare(read_job(str(place.directory / "job.yaml")), environ={})
+    subject = Subject(read_job(str(place.directory / "job.yaml")), environ={})
     path = place.directory / "save" / f"iter_{iteration:07d}"
     path.mkdir(parents=True)
     (path / "metadata.json").write_text("{}")
@@ -613,14 +612,30 @@ def test_a_planted_mistake_is_found(place: Place, name: str) -> None:
     assert (status == "fail") <= (preflight.status(found) == 3)
 
 
+def test_the_scheduler_counts_the_nodes_where_it_does_not_say_which_this_is(place: Place) -> None:
+    place.environ.update(SLURM_JOB_ID="1", SLURM_NNODES="2", SLURM_JOB_NODELIST="n[1-2]", SLURM_STEP_ID="0")
+    subject = Subject(read_job(str(place.directory / "job.yaml"), ["cluster.nodes="]), environ=place.environ)
+    assert "does not say which of the 2 nodes" in subject.place_mistake
+    assert (subject.nodes, subject.layout.world) == (2, 4)
+
+
+def test_a_checkpoint_with_experts_of_their_own_width_holds_the_model(place: Place) -> None:
+    experts = ["model.num-experts=2", "model.moe-ffn-hidden-size=64", "ternary="]
+    job = read_job(str(place.directory / "job.yaml"), experts)
+    path = save_checkpoint(place)
+    saved = vars(Subject(job, environ={}).args) | {"ffn_hidden_size": 128, "kv_channels": 32, "moe_router_topk": 2}
+    saved |= {"rotary_base": 10000, "vocab_size": 300}
+    (path / "arguments.json").write_text(json.dumps(saved, default=str))
+    assert [f.status for f in place.findings(*experts) if f.check == "checkpoint-model"] == ["pass"]
+
+
 PAPER = Layout(
     layers=96, hidden=12288, ffn=4 * 12288, heads=96, groups=96, head_dim=128, vocab_size=51200, sequence=2048,
     micro_batch=1, experts=0, topk=1, gated=False, tied=True, tp=8, pp=8, vpp=1, cp=1, ep=1, world=64,
 )  # fmt: skip
 PLAIN = Options(
-    bf16=True, sequence_parallel=False, distributed_optimizer=False, flash_attention=False, fused=True, dropout=True,
-    recompute=None, recompute_method=None, recompute_layers=1, pad_to=128, recipe=None, keep_quantized=True,
-    communicator_mib=0, runtime_gib=0,
+    bf16=True, sequence_parallel=False, use_distributed_optimizer=False, hidden_dropout=0.1, attention_dropout=0.1,
+    fused=True,
 )  # fmt: skip
 
 
@@ -629,9 +644,10 @@ def test_activations_are_those_of_the_published_formula() -> None:
     assert layer_activations(PAPER, PLAIN) == s * b * h * (10 + 24 / t + 5 * a * s / (h * t))
     sequence = replace(PLAIN, sequence_parallel=True)
     assert layer_activations(PAPER, sequence) == s * b * h / t * (34 + 5 * a * s / h)
-    assert layer_activations(PAPER, replace(sequence, recompute="selective")) == s * b * h / t * 34
+    assert layer_activations(PAPER, replace(sequence, recompute_granularity="selective")) == s * b * h / t * 34
     # Full recomputation keeps the input of every layer, and the layer at work; stage 0 has 8 micro-batches in flight.
-    full = replace(sequence, recompute="full", recompute_method="uniform", dropout=False)
+    undropped = replace(sequence, hidden_dropout=0.0, attention_dropout=0.0)
+    full = replace(undropped, recompute_granularity="full", recompute_method="uniform")
     stage, need = estimate(PAPER, full)
     working = layer_activations(PAPER, full)
     assert stage == 0 and need.activations == 8 * 12 * 2 * s * b * h / t + working
@@ -643,7 +659,7 @@ def test_parameters_and_states_are_counted() -> None:
     h = 12288
     parameters = 96 * (12 * h * h + 2 * h) + h + 51200 * h
     assert need.weights == 2 * parameters and need.gradients == 4 * parameters and need.optimizer == 12 * parameters
-    assert estimate(whole, replace(PLAIN, distributed_optimizer=True))[1].optimizer == 3 * parameters
+    assert estimate(whole, replace(PLAIN, use_distributed_optimizer=True))[1].optimizer == 3 * parameters
     ternary = replace(PLAIN, recipe=Recipe.all_linears(QuantizerConfig()))
     # The quantized copy in bf16, its scales, and fp32 scratch of the largest weight.
     linears = whole.all_linears()
@@ -651,10 +667,11 @@ def test_parameters_and_states_are_counted() -> None:
     copy, scratch = 96 * 12 * h * h * 2 + scales, 4 * 4 * h * h
     assert estimate(whole, ternary)[1].quantized == copy + scratch
     # Without the cache the graphs of the micro-batches in flight hold copies: PP of them on the first of PP stages.
-    uncached = replace(ternary, keep_quantized=False)
+    uncached = replace(ternary, ternary_cache="none")
     assert estimate(whole, uncached)[1].quantized == copy + scratch
     assert estimate(replace(whole, pp=4, world=16), uncached)[1].quantized == 4 * copy / 4 + scratch
-    recomputed = replace(uncached, recompute="full", recompute_method="uniform", recompute_layers=2)
+    twice = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+    recomputed = replace(uncached, **twice)
     assert estimate(whole, recomputed)[1].quantized == copy * 2 / 96 + scratch
 
 
@@ -663,8 +680,8 @@ def test_the_weights_of_a_preset_are_all_counted(place: Place, preset: str) -> N
     text = f"model: {{preset: {preset}, seq-length: 32, make-vocab-size-divisible-by: 1}}\n"
     text += "training: {micro-batch-size: 1, train-iters: 1, lr: 1, bf16: true}\n"
     (place.directory / "preset.yaml").write_text(text)
-    subject = prepare(read_job(str(place.directory / "preset.yaml")), environ={})
-    need = estimate(subject.layout, replace(PLAIN, pad_to=1))[1]
+    subject = Subject(read_job(str(place.directory / "preset.yaml")), environ={})
+    need = estimate(subject.layout, replace(PLAIN, make_vocab_size_divisible_by=1))[1]
     assert need.weights == 2 * presets.architecture(preset).parameter_count()
 
 

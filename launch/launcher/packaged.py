@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The YAML files that come with the package, by name: ``launch/models``, ``launch/environments``, ``launch/jobs``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...files import FileError, read_yaml, validated
+from ...files.documents import Model
+
+_LAUNCH = Path(__file__).parents[1]
+
+
+def files(folder: str) -> dict[str, Path]:
+    """Name -> file, in the order of the names."""
+    return {path.stem: path for path in sorted((_LAUNCH / folder).glob("*.yaml"))}
+
+
+def missing(name: str, what: str, known: Sequence[str]) -> FileError:
+    """What to raise where a name is neither a file nor one of these."""
+    return FileError(f"{name}: no such {what} file, and no {what} of that name: choose one of {', '.join(known)}")
+
+
+def load(kind: type[Model], folder: str, what: str, name: str) -> Model:
+    """Reads a file by its name in a folder, or else by its path.
+
+    Raises:
+        FileError: it is neither, cannot be read, or is not of that kind.
+    """
+    known = files(folder)
+    path = known.get(name, Path(name))
+    try:
+        if not path.exists():
+            raise missing(name, what, list(known))
+        return validated(kind, read_yaml(path), str(path))
+    except OSError as error:
+        raise FileError(str(error)) from None
