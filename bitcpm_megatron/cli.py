@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -256,3 +256,14 @@ def from_environment(name: str, kind: Whole | Number, default: Any, environ: Map
         return kind(text)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"the environment variable {name} holds {error}") from None
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``0-3,5``: the numbers, each once, in runs."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -33,9 +33,8 @@ from bitcpm_megatron.checkpoint_tools.inspection.inspection import Inspection, S
 from bitcpm_megatron.checkpoint_tools.inspection.opening import files_of, open_inspection
 from bitcpm_megatron.checkpoint_tools.inspection.statistics import not_read, one_thread, statistics_of
 from bitcpm_megatron.checkpoint_tools.storage.reader import VerificationError
-from bitcpm_megatron.cli import Parser
+from bitcpm_megatron.cli import Parser, ranges
 from bitcpm_megatron.files import find_damage, read_digests
-from bitcpm_megatron.layer_numbers import ranges
 
 _SHOWN = 20
 _HEADER = ("module", "shape", "dtype", "state", "g", "zeros", "scale min", "mean", "max")

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from ..checkpoints.directory import saved_arguments
 from ..data.vocabulary import padded_vocab_size
 from ..models.architecture import uneven
-from ..nn.recorded import recipe_of
+from ..quantization.recipe import Recipe
 from ..quantization.record import QuantizerRecord
 from ..training import checkpoint
 from ..training.flags import recorded
@@ -44,7 +44,7 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
     args.ternary = False
     if record is not None and record.state == "latent":
         args.ternary = True
-        args.ternary_recipe = recipe_of(record)
+        args.ternary_recipe = Recipe.of(record)
         args.ternary_row_parallel_shards = record.row_parallel_shards
         args.ternary_activation_bits = record.activation_bits
     channels = (args.num_experts and args.moe_ffn_hidden_size) or ffn_channels(args)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was quantized and what was not, for the whole model: the table that is printed once at start-up."""
 
+import math
 import re
 from dataclasses import dataclass
 
-from ..layer_numbers import ranges
+from ..cli import ranges
 from ..quantization import QuantizerConfig
+from ..quantization.record import QuantizerRecord
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,7 @@ class CoverageEntry:
     @property
     def parameters(self) -> int:
         """Number of weights over all shards."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,18 @@ class CoverageReport:
                 if getattr(e.config, name) != getattr(default, name):
                     found[e.path][name] = getattr(e.config, name)
         return found
+
+    def record(self, default: QuantizerConfig, latent_dtype: str, activation_bits: int = 16) -> QuantizerRecord:
+        """The record of a model that the recipe was applied to."""
+        return QuantizerRecord(
+            state="latent",
+            space=default.space,
+            eps=default.eps,
+            latent_dtype=latent_dtype,
+            row_parallel_shards=self.row_parallel_shards,
+            activation_bits=activation_bits,
+            modules=self.modules(default),
+        )
 
     def uneven_layers(self) -> set[str]:
         """Paths of modules that other layers, or other experts, quantize differently or not at all."""

@@ -8,7 +8,6 @@ import torch
 
 from ..nn.coverage import CoverageReport
 from ..nn.linear import TernaryState
-from ..nn.recorded import record_of
 from ..nn.settings import TernarySettings
 from ..ops import set_backend
 from ..quantization.record import QuantizerRecord
@@ -79,7 +78,7 @@ def prepare_ternary(
         raise ValueError(f"the weights to quantize have several dtypes ({names}): use one")
     # A stage without a ternary layer has nobody to ask: all stages have one dtype.
     dtype = dtypes.pop() if dtypes else next(chunks[0].parameters()).dtype
-    record = record_of(coverage, settings.default, _name(dtype), settings.activation_bits)
+    record = coverage.record(settings.default, _name(dtype), settings.activation_bits)
     return Prepared(coverage, record, [state for state, _ in modules], notes)
 
 

@@ -4,8 +4,10 @@
 Nothing is kept or computed between records, except one byte per weight of this rank: the codes of the last record.
 """
 
+import functools
+import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -17,49 +19,27 @@ from .probe import ternary_modules
 _BLOCK_ROWS = 256
 
 
-@dataclass
-class CodeStatistics:
-    """Counts over the codes of one module, or of several.
+Counts = dict[str, float]
+"""Of the codes of a module, or of several: ``weights``, ``zeros``, ``changed`` (codes that differ from the last record,
+NaN at the first one), ``scales``, and ``scale_sum``, ``scale_min`` and ``scale_max`` of these."""
+_MERGED = {"scale_min": min, "scale_max": max}
 
-    Attributes:
-        weights: number of codes.
-        zeros: how many are zero.
-        changed: how many differ from the last record; None at the first one.
-        scales: number of scales.
-        scale_sum: their sum.
-        scale_min: the smallest.
-        scale_max: the largest.
-    """
 
-    weights: int
-    zeros: int
-    changed: int | None
-    scales: int
-    scale_sum: float
-    scale_min: float
-    scale_max: float
+def merged(counts: Counts, others: Counts) -> Counts:
+    """The counts of both together."""
+    return {name: _MERGED.get(name, operator.add)(value, others[name]) for name, value in counts.items()}
 
-    def merged(self, other: "CodeStatistics") -> "CodeStatistics":
-        """The statistics of both together."""
-        return CodeStatistics(
-            self.weights + other.weights,
-            self.zeros + other.zeros,
-            None if self.changed is None or other.changed is None else self.changed + other.changed,
-            self.scales + other.scales,
-            self.scale_sum + other.scale_sum,
-            min(self.scale_min, other.scale_min),
-            max(self.scale_max, other.scale_max),
-        )
 
-    def as_record(self) -> dict[str, float | None]:
-        """As fractions and means, for the log."""
-        return {
-            "zeros": self.zeros / self.weights,
-            "changed": None if self.changed is None else self.changed / self.weights,
-            "scale_mean": self.scale_sum / self.scales,
-            "scale_min": self.scale_min,
-            "scale_max": self.scale_max,
-        }
+def as_record(counts: Counts) -> dict[str, float | None]:
+    """As fractions and means, for the log."""
+    changed = counts["changed"] / counts["weights"]
+    return {
+        "zeros": counts["zeros"] / counts["weights"],
+        "changed": None if math.isnan(changed) else changed,
+        "scale_mean": counts["scale_sum"] / counts["scales"],
+        "scale_min": counts["scale_min"],
+        "scale_max": counts["scale_max"],
+    }
 
 
 class Telemetry:
@@ -84,24 +64,21 @@ class Telemetry:
         """
         mine = {state.name: self._measure(state, module) for state, module in self._modules}
         # Tensor-parallel shards add up; pipeline stages and expert-parallel ranks complete each other.
-        merged: dict[str, CodeStatistics] = {}
+        whole: dict[str, Counts] = {}
         for part in _gathered(mine, parallel_state.get_tensor_model_parallel_group()):
-            for name, statistics in part.items():
-                merged[name] = merged[name].merged(statistics) if name in merged else statistics
+            for name, counts in part.items():
+                whole[name] = merged(whole[name], counts) if name in whole else counts
         for group in (
             parallel_state.get_pipeline_model_parallel_group(),
             parallel_state.get_expert_model_parallel_group(),
         ):
-            merged = {name: s for part in _gathered(merged, group) for name, s in part.items()}
+            whole = {name: counts for part in _gathered(whole, group) for name, counts in part.items()}
         if torch.distributed.get_rank() != 0:
             return None
-        whole = list(merged.values())
-        total = whole[0]
-        for statistics in whole[1:]:
-            total = total.merged(statistics)
-        return {name: s.as_record() for name, s in {**merged, "total": total}.items()}
+        whole["total"] = functools.reduce(merged, whole.values())
+        return {name: as_record(counts) for name, counts in whole.items()}
 
-    def _measure(self, state: TernaryState, module: HostModule) -> CodeStatistics:
+    def _measure(self, state: TernaryState, module: HostModule) -> Counts:
         quantized, scales = state.quantized, state.scales
         if quantized is None or scales is None:
             quantized, scales = state.quantize(module.weight)
@@ -117,22 +94,20 @@ class Telemetry:
             kept.copy_(new)
         self._codes[state.name] = codes
         s = scales.float()
-        return CodeStatistics(
-            weights=codes.numel(),
-            zeros=int(zeros),
-            changed=None if last is None else int(changed),
-            scales=s.numel(),
-            scale_sum=float(s.sum()),
-            scale_min=float(s.min()),
-            scale_max=float(s.max()),
-        )
+        return {
+            "weights": codes.numel(),
+            "zeros": int(zeros),
+            "changed": math.nan if last is None else int(changed),
+            "scales": s.numel(),
+            "scale_sum": float(s.sum()),
+            "scale_min": float(s.min()),
+            "scale_max": float(s.max()),
+        }
 
 
-def _gathered(
-    mine: dict[str, CodeStatistics], group: torch.distributed.ProcessGroup
-) -> list[dict[str, CodeStatistics]]:
+def _gathered(mine: dict[str, Counts], group: torch.distributed.ProcessGroup) -> list[dict[str, Counts]]:
     if group.size() == 1:
         return [mine]
-    parts: list[dict[str, CodeStatistics]] = [{}] * group.size()
+    parts: list[dict[str, Counts]] = [{}] * group.size()
     torch.distributed.all_gather_object(parts, mine, group=group)
     return parts

@@ -15,12 +15,14 @@ are global and count from 0, whatever the pipeline stage.
 """
 
 import fnmatch
+import glob
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..files import FileError, Strict, nearest, read_yaml, validated
 from .config import QuantizerConfig
+from .record import QuantizerRecord
 
 FULL_PRECISION = "full-precision"
 
@@ -70,6 +72,11 @@ class Recipe:
     def all_linears(cls, default: QuantizerConfig) -> "Recipe":
         """The recipe used when none is given: every linear of the decoder layers (q, k, v, o, gate, up, down)."""
         return cls((Matcher("linears", "*.linear_*", default),))
+
+    @classmethod
+    def of(cls, record: QuantizerRecord) -> "Recipe":
+        """Quantizes exactly the recorded modules exactly so, at any tensor-parallel size that fits."""
+        return cls(tuple(Matcher(path, glob.escape(path), record.config_of(path)) for path in record.modules))
 
     @classmethod
     def from_yaml(cls, path: str | Path, default: QuantizerConfig) -> "Recipe":

@@ -5,7 +5,7 @@ import argparse
 from dataclasses import dataclass
 
 from ...quantization.recipe import Recipe
-from ...ternary_flags import quantizer_config
+from ...ternary_flags import ternary_settings
 from ...training.mistakes import ffn_channels
 from ..launcher.job import Job
 
@@ -120,7 +120,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     Raises:
         ValueError: an impossible group size, or a recipe file that cannot be read.
     """
-    default = quantizer_config(args)
+    default = ternary_settings(args).default
     if args.ternary_recipe is None:
         return Recipe.all_linears(default)
     return Recipe.from_yaml(args.ternary_recipe, default)

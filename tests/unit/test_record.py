@@ -12,7 +12,6 @@ import torch
 from bitcpm_megatron import QuantizerConfig, apply_recipe
 from bitcpm_megatron.checkpoints.compatibility import check_quantizer
 from bitcpm_megatron.checkpoints.directory import CheckpointError, latest, publish_checkpoint, recover
-from bitcpm_megatron.nn.recorded import recipe_of, record_of
 from bitcpm_megatron.parallel import Recipe
 from bitcpm_megatron.quantization.record import FILE_NAME, QuantizerRecord, RecordError
 
@@ -102,7 +101,7 @@ def test_contradictions_are_named(tmp_path: Path, change: dict, line: str) -> No
 
 def test_a_record_is_a_recipe() -> None:
     record = dataclasses.replace(RECORD, modules={PATH: {"group_size": 64, "eps": 0.5}})
-    recipe = recipe_of(record)
+    recipe = Recipe.of(record)
     assert recipe.decide(PATH).config == QuantizerConfig(group_size=64, eps=0.5)
     assert recipe.decide(PATH.replace("fc1", "fc2")) is None
 
@@ -182,7 +181,7 @@ def test_a_recipe_of_its_own_eps_is_recorded(single_rank: None) -> None:
         recipe = {"configs": {"q": {"eps": eps}}, "matchers": {"all": {"config": "q", "pattern": "*"}}}
         default = QuantizerConfig()
         report = apply_recipe(model, Recipe.from_mapping(recipe, default), default=default)
-        return record_of(report, default, "float32")
+        return report.record(default, "float32")
 
     assert record(0.5).modules == {"0": {"group_size": -1, "eps": 0.5}}
     assert record(0.5).contradictions(record(1e-5)) == ["0: eps 0.5 in the checkpoint, 1e-05 asked for"]
