@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,22 +27,26 @@ _PICKLE = (
     "load files that weights_only refuses. A pickle can run any code when it is loaded: only for files whose author "
     "you trust"
 )
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--save-dir": {"type": Path, "required": True, "help": "directory to make"},
+    "--dtype": {"choices": sorted(DTYPES), "help": "of the written weights, default their own"},
+    "--max-shard-size": {"default": "5GB", "metavar": "SIZE", "help": "of a safetensors file, default 5GB"},
+}
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--dtype`` and ``--allow-pickle``."""
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written weights, default their own")
-    add_pickle_argument(parser)
+class Parser(cli.Parser):
+    """With a module's docstring for help, and ``--allow-pickle``.
 
+    Args:
+        doc: the docstring.
+        shared: flags that several commands have.
+    """
 
-def add_pickle_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--allow-pickle``."""
-    parser.add_argument("--allow-pickle", action="store_true", help=_PICKLE)
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype that ``--dtype`` names."""
-    return None if name is None else DTYPES[name]
+    def __init__(self, doc: str | None, *shared: str) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--allow-pickle", action="store_true", help=_PICKLE)
+        for flag in shared:
+            self.add_argument(flag, **_FLAGS[flag])
 
 
 def check_input(directory: Path, names: Iterable[str] | None = None) -> None:
@@ -62,7 +67,12 @@ def check_input(directory: Path, names: Iterable[str] | None = None) -> None:
 def progress_of_reading(directory: Path, names: Iterable[str]) -> tqdm:
     """A bar over the bytes of files."""
     total = sum(path.stat().st_size for name in names if (path := directory / name).is_file())
-    return tqdm(total=total, unit="B", unit_scale=True, desc="checking digests", disable=None, leave=False)
+    return progress(total, "checking digests", leave=False)
+
+
+def progress(nbytes: int, doing: str, **options: Any) -> tqdm:
+    """A bar over bytes, where somebody can see it."""
+    return tqdm(total=nbytes, desc=doing, unit="B", unit_scale=True, disable=None, **options)
 
 
 def run(work: Callable[[], None]) -> int:

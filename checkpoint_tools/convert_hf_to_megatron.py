@@ -25,9 +25,8 @@ if __package__ in (None, ""):
 
 import torch
 import yaml
-from tqdm import tqdm
 
-from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, check_input, dtype_of, run
+from bitcpm_megatron.checkpoint_tools.command import DTYPES, Parser, check_input, progress, run
 from bitcpm_megatron.checkpoint_tools.hf_model.config import read_config
 from bitcpm_megatron.checkpoint_tools.hf_model.model import HfModel, checked_record, open_hf_model
 from bitcpm_megatron.checkpoint_tools.hf_model.side_files import HF_DIRECTORY, copy_side_files
@@ -36,49 +35,17 @@ from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
 from bitcpm_megatron.checkpoint_tools.storage.staging import staged
 from bitcpm_megatron.checkpoint_tools.tensor_map import padded_rows
 from bitcpm_megatron.checkpoints.directory import RELEASE, TRACKER, write_arguments
-from bitcpm_megatron.cli import Parser, Whole
+from bitcpm_megatron.cli import Whole
 from bitcpm_megatron.files import write_digests, write_text
 from bitcpm_megatron.models.from_arguments import arguments_of, flags_of
 
 MODEL_FILE = "model.yaml"
 
 
-def convert(model: HfModel, out: Path, *, load_dir: Path, file_format: str, layout: Layout, divisible_by: int) -> None:
-    """Writes the checkpoint directory; it appears whole or not at all."""
-    rows = padded_rows(model.architecture.vocab_size, divisible_by * layout.tp)
-    arguments = _arguments(model, rows, layout, divisible_by)
-    total = stored_bytes(model, rows)
-    # From here on, for the cast of fused weights must be exact.
-    record = model.record = checked_record(model)
-    with staged(out, total) as directory, tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-        release = directory / RELEASE
-        release.mkdir()
-        common = {"args": argparse.Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 0}
-        if file_format == "torch_dist":
-            write_torch_dist(model, release, common, rows, layout.tp, bar.update)
-        else:
-            write_legacy(model, release, common, rows, layout, bar.update)
-        write_arguments(release, arguments)
-        if record is not None:
-            record.write(release)
-        (release / HF_DIRECTORY).mkdir()
-        copy_side_files(load_dir, release / HF_DIRECTORY)
-        write_text(release / HF_DIRECTORY / "config.json", json.dumps(read_config(load_dir), indent=2) + "\n")
-        write_digests(release)
-        preset = {
-            "description": f"converted from {load_dir.name}",
-            "vocab-size": model.architecture.vocab_size,
-            "flags": flags_of(model.architecture),
-        }
-        write_text(directory / MODEL_FILE, yaml.safe_dump(preset, sort_keys=False, default_flow_style=None, width=120))
-        write_text(directory / TRACKER, RELEASE)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts as the command line says; returns the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "--save-dir", "--dtype")
     parser.add_argument("--load-dir", type=Path, required=True, help="Hugging Face model directory")
-    parser.add_argument("--save-dir", type=Path, required=True, help="directory to make")
     parser.add_argument("--format", choices=("torch_dist", "legacy"), default="torch_dist")
     parser.add_argument("--target-tensor-parallel-size", type=Whole(), default=1, metavar="N")
     parser.add_argument("--target-pipeline-parallel-size", type=Whole(), default=1, metavar="M")
@@ -92,37 +59,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="transformer_engine",
         help="legacy: whose names the norms get, of the --transformer-impl that will load it",
     )
-    add_common_arguments(parser)
     args = parser.parse_args(argv)
+    return run(lambda: convert(args))
 
-    def work() -> None:
-        layout = Layout(
-            args.target_tensor_parallel_size,
-            args.target_pipeline_parallel_size,
-            args.target_virtual_pipeline_parallel_size,
-            args.transformer_impl,
-        )
-        legacy = args.format == "legacy"
-        if layout.vp is not None and (not legacy or layout.pp == 1):
-            raise ConversionError(
-                "--target-virtual-pipeline-parallel-size concerns --format legacy with several pipeline stages: "
-                "torch_dist loads at every layout"
-            )
-        check_input(args.load_dir)
-        model = open_hf_model(args.load_dir, dtype_of(args.dtype), args.allow_pickle)
-        layout.check(model, legacy)
-        convert(
-            model,
-            args.save_dir,
-            load_dir=args.load_dir,
-            file_format=args.format,
-            layout=layout,
-            divisible_by=args.make_vocab_size_divisible_by,
-        )
-        stages = f", TP {layout.tp} x PP {layout.pp}" + (f" x VPP {layout.vp}" if layout.vp else "") if legacy else ""
-        print(f"{args.save_dir}: {model.architecture.parameter_count():,} parameters, {args.format}{stages}")
 
-    return run(work)
+def convert(args: argparse.Namespace) -> None:
+    """Does what the command line asks for; the checkpoint directory appears whole or not at all."""
+    layout = Layout(
+        args.target_tensor_parallel_size,
+        args.target_pipeline_parallel_size,
+        args.target_virtual_pipeline_parallel_size,
+        args.transformer_impl,
+    )
+    legacy = args.format == "legacy"
+    if layout.vp is not None and (not legacy or layout.pp == 1):
+        raise ConversionError(
+            "--target-virtual-pipeline-parallel-size concerns --format legacy with several pipeline stages: "
+            "torch_dist loads at every layout"
+        )
+    check_input(args.load_dir)
+    model = open_hf_model(args.load_dir, DTYPES.get(args.dtype), args.allow_pickle)
+    layout.check(model, legacy)
+    rows = padded_rows(model.architecture.vocab_size, args.make_vocab_size_divisible_by * layout.tp)
+    arguments = _arguments(model, rows, layout, args.make_vocab_size_divisible_by)
+    total = stored_bytes(model, rows)
+    # From here on, for the cast of fused weights must be exact.
+    record = model.record = checked_record(model)
+    with staged(args.save_dir, total) as directory, progress(total, "writing") as bar:
+        release = directory / RELEASE
+        (release / HF_DIRECTORY).mkdir(parents=True)
+        common = {"args": argparse.Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 0}
+        if legacy:
+            write_legacy(model, release, common, rows, layout, bar.update)
+        else:
+            write_torch_dist(model, release, common, rows, layout.tp, bar.update)
+        write_arguments(release, arguments)
+        if record is not None:
+            record.write(release)
+        copy_side_files(args.load_dir, release / HF_DIRECTORY)
+        write_text(release / HF_DIRECTORY / "config.json", json.dumps(read_config(args.load_dir), indent=2) + "\n")
+        write_digests(release)
+        preset = {
+            "description": f"converted from {args.load_dir.name}",
+            "vocab-size": model.architecture.vocab_size,
+            "flags": flags_of(model.architecture),
+        }
+        write_text(directory / MODEL_FILE, yaml.safe_dump(preset, sort_keys=False, default_flow_style=None, width=120))
+        write_text(directory / TRACKER, RELEASE)
+    stages = f", TP {layout.tp} x PP {layout.pp}" + (f" x VPP {layout.vp}" if layout.vp else "") if legacy else ""
+    print(f"{args.save_dir}: {model.architecture.parameter_count():,} parameters, {args.format}{stages}")
 
 
 def _arguments(model: HfModel, rows: int, layout: Layout, divisible_by: int) -> dict[str, Any]:

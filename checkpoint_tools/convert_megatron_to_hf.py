@@ -16,7 +16,7 @@ Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 ``--verify`` found a 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ if __package__ in (None, ""):
 import torch
 from tqdm import tqdm
 
-from bitcpm_megatron.checkpoint_tools.command import add_common_arguments, check_input, dtype_of, run
+from bitcpm_megatron.checkpoint_tools.command import DTYPES, Parser, check_input, progress, run
 from bitcpm_megatron.checkpoint_tools.hf_model.config import (
     BITCPM,
     GRANITE,
@@ -51,19 +51,19 @@ from bitcpm_megatron.checkpoint_tools.storage.reader import (
     VerificationError,
     cast,
     check_finite,
+    dtype_name,
+    refuse_mistakes,
 )
 from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size
 from bitcpm_megatron.checkpoint_tools.storage.staging import staged
-from bitcpm_megatron.checkpoint_tools.tensor_map import MegatronTensor, megatron_tensors, split
+from bitcpm_megatron.checkpoint_tools.tensor_map import MegatronTensor, megatron_tensors, part_shapes, split
 from bitcpm_megatron.checkpoints.directory import RELEASE
-from bitcpm_megatron.cli import Parser, Whole
+from bitcpm_megatron.cli import Whole
 from bitcpm_megatron.files import write_digests, write_text
 from bitcpm_megatron.models.architecture import Architecture
 from bitcpm_megatron.models.from_arguments import architecture_of as architecture_of_arguments
 from bitcpm_megatron.quantization.record import QuantizerRecord
 from bitcpm_megatron.ternary_flags import GroupSize
-
-_VOCABULARY_BLOCK = 2**26
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Export:
         record: how training quantized, by Megatron's module names, or None.
         fuse: whether to write quantized weights.
         dtype: to write, or None to keep each tensor's own.
+        template: directory with the tokenizer's files and an earlier ``config.json``, or None.
     """
 
     checkpoint: MegatronCheckpoint
@@ -85,13 +86,14 @@ class Export:
     record: QuantizerRecord | None
     fuse: bool
     dtype: torch.dtype | None
+    template: Path | None
 
     def plan(self) -> dict[str, TensorInfo]:
         """Every tensor of the export."""
         return {
-            name: TensorInfo((rows, *t.shape[1:]), self.dtype or self.checkpoint.info(t).dtype)
+            name: TensorInfo(shape, self.dtype or self.checkpoint.info(t).dtype)
             for t in self.tensors
-            for name, rows in zip(t.parts, t.rows, strict=True)
+            for name, shape in part_shapes([t]).items()
         }
 
     def blocks(self, tensor: MegatronTensor) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
@@ -100,140 +102,116 @@ class Export:
         Raises:
             ConversionError: NaN, or scales that do not belong to the weights.
         """
+        read = self.checkpoint.read
         if tensor.kind == "vocab":
-            yield tensor.parts[0], self._vocabulary(tensor)
+            rows = TensorInfo(tensor.shape, self.checkpoint.info(tensor).dtype).row_slices()
+            yield tensor.parts[0], self._cast(tensor.parts[0], (read(tensor, r.start, r.stop) for r in rows), False)
             return
         channels = self.architecture.kv_channels
-        whole = self.checkpoint.read(tensor)
         record = self.record if self.record is not None and tensor.module in self.record.modules else None
         scales = None
         if record is not None and record.state == "latent":
             # Of latent exports, too: scales that contradict the record mean that it is not this model's.
-            checked = checked_scales(self.checkpoint, record, tensor)
-            scales = checked if self.fuse else None
+            scales = checked_scales(self.checkpoint, record, tensor)
         part_scales = [None] * len(tensor.parts) if scales is None else split(tensor, scales, channels)
-        for name, part, own in zip(tensor.parts, split(tensor, whole, channels), part_scales, strict=True):
+        for name, part, own in zip(tensor.parts, split(tensor, read(tensor), channels), part_scales, strict=True):
+            blocks: Iterable[torch.Tensor] = [part]
             if record is not None and self.fuse:
-                yield name, self._fused(name, part, record.config_of(tensor.module), own)
-            else:
-                check_finite(name, part)
-                yield name, iter([cast(name, part, self.dtype or part.dtype, exactly=record is not None).contiguous()])
+                info = TensorInfo(tuple(part.shape), part.dtype)
+                blocks = fuse_blocks(name, part.__getitem__, info, record.config_of(tensor.module), own)
+            yield name, self._cast(name, blocks, exactly=record is not None)
 
-    def _fused(self, name: str, part: torch.Tensor, config: Any, scales: torch.Tensor | None) -> Iterator[torch.Tensor]:
-        info = TensorInfo(tuple(part.shape), part.dtype)
-        for block in fuse_blocks(name, lambda rows: part[rows], info, config, scales):
-            yield cast(name, block, self.dtype or block.dtype, exactly=True)
-
-    def _vocabulary(self, tensor: MegatronTensor) -> Iterator[torch.Tensor]:
-        rows = max(1, _VOCABULARY_BLOCK // (tensor.shape[1] * self.checkpoint.info(tensor).dtype.itemsize))
-        for start in range(0, tensor.shape[0], rows):
-            block = self.checkpoint.read(tensor, start, min(start + rows, tensor.shape[0]))
-            check_finite(tensor.parts[0], block)
-            yield cast(tensor.parts[0], block, self.dtype or block.dtype).contiguous()
+    def _cast(self, name: str, blocks: Iterable[torch.Tensor], exactly: bool) -> Iterator[torch.Tensor]:
+        for block in blocks:
+            check_finite(name, block)
+            yield cast(name, block, self.dtype or block.dtype, exactly).contiguous()
 
 
-def convert(export: Export, out: Path, *, kind: str, template: Path | None, max_shard_size: int, verify: bool) -> None:
-    """Writes the model directory; it appears whole or not at all.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts as the command line says; returns the exit status."""
+    parser = Parser(__doc__, "--save-dir", "--dtype", "--max-shard-size")
+    parser.add_argument(
+        "--load-dir", type=Path, required=True, help="--save directory of a run, or one iteration of it"
+    )
+    parser.add_argument("--weights", choices=("latent", "fused"), required=True)
+    parser.add_argument("--hf-architecture", choices=("auto", LLAMA, GRANITE, MINICPM), default="auto")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="directory with tokenizer files and, if any, a config.json"
+    )
+    parser.add_argument("--vocab-size", type=Whole(), help="without padding, where the checkpoint does not say")
+    parser.add_argument(
+        "--ternary-group-size",
+        type=GroupSize(),
+        metavar="G",
+        help="of a checkpoint that records no quantizer and was ternary",
+    )
+    parser.add_argument("--verify", action="store_true", help="read the export again and compare")
+    args = parser.parse_args(argv)
+    return run(lambda: convert(args))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Does what the command line asks for; the model directory appears whole or not at all.
 
     Raises:
-        VerificationError: with ``verify``, what was written differs from the checkpoint; nothing is kept.
+        ConversionError: bad input or arguments.
+        VerificationError: with ``--verify``, what was written differs from the checkpoint; nothing is kept.
     """
+    if args.tokenizer is not None and not args.tokenizer.is_dir():
+        raise ConversionError(f"--tokenizer {args.tokenizer} is no directory")
+    export = _open(args)
+    kind = _kind(export, args.hf_architecture)
+    shard_size = parse_size(args.max_shard_size)
     plan = export.plan()
     total = sum(info.nbytes for info in plan.values())
-    dtypes = {info.dtype for info in plan.values()}
-    dtype = str(max(dtypes, key=lambda d: sum(i.nbytes for i in plan.values() if i.dtype == d))).removeprefix("torch.")
-    with staged(out, total) as directory:
-        with (
-            SafetensorsWriter(directory, plan, max_shard_size) as writer,
-            tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
-        ):
+    with staged(args.save_dir, total) as directory:
+        with SafetensorsWriter(directory, plan, shard_size) as writer, progress(total, "writing") as bar:
             for tensor in export.tensors:
                 for name, blocks in export.blocks(tensor):
                     writer.write(name, blocks)
                     bar.update(plan[name].nbytes)
-        template_config: dict[str, Any] = {}
-        if template is not None:
-            copy_side_files(template, directory)
-            if (template / "config.json").is_file():
-                template_config = read_config(template)
-        config = config_for(kind, export.architecture, template_config, dtype)
-        record = None
-        if export.record is not None:
-            record = to_hugging_face(export.record, export.tensors)
-            if export.fuse:
-                record = replace(record, state="fused")
-        if kind in (BITCPM, MINICPM):
-            write_remote_code(directory, config, record)
-        else:
-            if record is not None:
-                record.write(directory)
-            write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
-        if verify:
+        _write_side_files(export, kind, plan, directory)
+        if args.verify:
             _verify(export, directory)
         write_digests(directory)
+    state = "fused" if export.fuse else export.record.state if export.record else "unquantized"
+    print(f"{args.save_dir}: {export.architecture.parameter_count():,} parameters, {kind}, {state} weights")
+    if export.fuse and export.record is not None and export.record.activation_bits != 16:
+        print(
+            f"training also quantized activations to {export.record.activation_bits} bits, which stock clients do "
+            "not: their logits will differ from training's"
+        )
+    if export.template is None:
+        print("no tokenizer files were copied: give --tokenizer DIR for an export that can be used by itself")
 
 
-def _verify(export: Export, directory: Path) -> None:
-    """Reads the written model again and compares every value, and its ``config.json``, with the checkpoint."""
-    reader = HfReader(directory)
-    wrong = []
-    if not architecture_of(read_config(directory)).computes_like(export.architecture):
-        wrong.append("config.json: another architecture than the checkpoint's")
-    for tensor in tqdm(export.tensors, desc="verifying", disable=None):
-        for name, blocks in export.blocks(tensor):
-            start = 0
-            for block in blocks:
-                found = reader.read(name, (slice(start, start + block.shape[0]),))
-                if not torch.equal(found.view(torch.uint8), block.view(torch.uint8)):
-                    wrong.append(f"{name}: rows from {start} differ")
-                start += block.shape[0]
-            if start != reader.tensors()[name].shape[0]:
-                wrong.append(f"{name}: {reader.tensors()[name].shape[0]} rows instead of {start}")
-    if wrong:
-        raise VerificationError("the export differs from the checkpoint:\n  " + "\n  ".join(wrong[:20]))
-    print(f"verified: {len(reader.tensors())} tensors equal the checkpoint's, bit for bit")
-
-
-def open_export(
-    directory: Path,
-    weights: str,
-    dtype: torch.dtype | None,
-    config: Path | None,
-    vocab_size: int | None,
-    **options: Any,
-) -> tuple[Export, Path | None]:
-    """Opens a checkpoint and decides what its export is.
-
-    Returns:
-        The export, and the directory with the tokenizer's files and an earlier ``config.json``, or None.
-
-    Raises:
-        ConversionError: the checkpoint is damaged, contradicts itself, or cannot be exported so.
-    """
-    path = locate(directory)
+def _open(args: argparse.Namespace) -> Export:
+    """Opens the checkpoint and decides what its export is."""
+    path = locate(args.load_dir)
     check_input(path)
-    checkpoint = open_checkpoint(path, options.get("allow_pickle", False))
-    template = config if config is not None else _kept_files(checkpoint)
+    checkpoint = open_checkpoint(path, args.allow_pickle)
+    template = args.tokenizer or _kept_files(checkpoint)
     if template is not None:
         check_input(template, ["config.json", *side_files(template)])
-    architecture = _architecture(checkpoint, template, vocab_size)
+    architecture = _architecture(checkpoint, template, args.vocab_size)
     tensors = megatron_tensors(architecture)
-    checkpoint.check_complete(tensors)
-    record = checked_record(checkpoint, tensors, options.get("group_size"))
-    fuse = weights == "fused" and record is not None and record.state == "latent"
-    if weights == "fused" and record is None:
+    refuse_mistakes(f"{path} does not hold the model that its arguments describe", checkpoint.mistakes(tensors))
+    record = checked_record(checkpoint, tensors, args.ternary_group_size)
+    dtype = DTYPES.get(args.dtype)
+    if args.weights == "fused" and record is None:
         raise ConversionError(
-            f"{checkpoint.path} records no quantizer: --weights fused has nothing to fuse. Give --weights latent for "
-            "the weights as they are, or --ternary-group-size G if a tool that records nothing trained them ternary"
+            f"{path} records no quantizer: --weights fused has nothing to fuse. Give --weights latent for the weights "
+            "as they are, or --ternary-group-size G if a tool that records nothing trained them ternary"
         )
-    if weights == "latent" and record is not None and record.state == "fused":
-        raise ConversionError(f"{checkpoint.path} holds fused weights, there are no latent ones: give --weights fused")
-    if weights == "latent" and record is not None and dtype not in (None, getattr(torch, record.latent_dtype)):
+    if args.weights == "latent" and record is not None and record.state == "fused":
+        raise ConversionError(f"{path} holds fused weights, there are no latent ones: give --weights fused")
+    if args.weights == "latent" and record is not None and dtype not in (None, getattr(torch, record.latent_dtype)):
         raise ConversionError(
             f"--dtype would change the {record.latent_dtype} latent weights, and with them what they are quantized to: "
             "leave it out, or give --weights fused, which casts after quantizing"
         )
-    return Export(checkpoint, architecture, tensors, record, fuse, dtype), template
+    fuse = args.weights == "fused" and record is not None and record.state == "latent"
+    return Export(checkpoint, architecture, tensors, record, fuse, dtype, template)
 
 
 def _kept_files(checkpoint: MegatronCheckpoint) -> Path | None:
@@ -272,8 +250,8 @@ def _architecture(checkpoint: MegatronCheckpoint, template: Path | None, vocab_s
 
 
 def _kind(export: Export, wanted: str) -> str:
-    latent = export.record is not None and export.record.state == "latent" and not export.fuse
-    if latent:
+    """The model type to write."""
+    if export.record is not None and export.record.state == "latent" and not export.fuse:
         if wanted != "auto":
             raise ConversionError(
                 f"--hf-architecture {wanted} would load latent weights without quantizing them: leave it out, they are "
@@ -285,62 +263,46 @@ def _kind(export: Export, wanted: str) -> str:
     return wanted
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Converts as the command line says; returns the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--load-dir", type=Path, required=True, help="--save directory of a run, or one iteration of it"
-    )
-    parser.add_argument("--save-dir", type=Path, required=True, help="directory to make")
-    parser.add_argument("--weights", choices=("latent", "fused"), required=True)
-    parser.add_argument("--hf-architecture", choices=("auto", LLAMA, GRANITE, MINICPM), default="auto")
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="directory with tokenizer files and, if any, a config.json"
-    )
-    parser.add_argument("--vocab-size", type=Whole(), help="without padding, where the checkpoint does not say")
-    parser.add_argument(
-        "--ternary-group-size",
-        type=GroupSize(),
-        metavar="G",
-        help="of a checkpoint that records no quantizer and was ternary",
-    )
-    parser.add_argument("--max-shard-size", default="5GB", help="of a safetensors file, default 5GB")
-    parser.add_argument("--verify", action="store_true", help="read the export again and compare")
-    add_common_arguments(parser)
-    args = parser.parse_args(argv)
+def _write_side_files(export: Export, kind: str, plan: Mapping[str, TensorInfo], directory: Path) -> None:
+    """The tokenizer's files, the quantizer record, and ``config.json``, which says the dtype of most bytes."""
+    earlier: dict[str, Any] = {}
+    if export.template is not None:
+        copy_side_files(export.template, directory)
+        if (export.template / "config.json").is_file():
+            earlier = read_config(export.template)
+    dtypes = {info.dtype for info in plan.values()}
+    dtype = max(dtypes, key=lambda d: sum(i.nbytes for i in plan.values() if i.dtype == d))
+    config = config_for(kind, export.architecture, earlier, dtype_name(dtype))
+    record = None if export.record is None else to_hugging_face(export.record, export.tensors)
+    if record is not None and export.fuse:
+        record = replace(record, state="fused")
+    if kind in (BITCPM, MINICPM):
+        write_remote_code(directory, config, record)
+        return
+    if record is not None:
+        record.write(directory)
+    write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def work() -> None:
-        if args.tokenizer is not None and not args.tokenizer.is_dir():
-            raise ConversionError(f"--tokenizer {args.tokenizer} is no directory")
-        export, template = open_export(
-            args.load_dir,
-            args.weights,
-            dtype_of(args.dtype),
-            args.tokenizer,
-            args.vocab_size,
-            allow_pickle=args.allow_pickle,
-            group_size=args.ternary_group_size,
-        )
-        kind = _kind(export, args.hf_architecture)
-        convert(
-            export,
-            args.save_dir,
-            kind=kind,
-            template=template,
-            max_shard_size=parse_size(args.max_shard_size),
-            verify=args.verify,
-        )
-        state = "fused" if export.fuse else export.record.state if export.record else "unquantized"
-        print(f"{args.save_dir}: {export.architecture.parameter_count():,} parameters, {kind}, {state} weights")
-        if export.fuse and export.record is not None and export.record.activation_bits != 16:
-            print(
-                f"training also quantized activations to {export.record.activation_bits} bits, which stock clients do "
-                "not: their logits will differ from training's"
-            )
-        if template is None:
-            print("no tokenizer files were copied: give --tokenizer DIR for an export that can be used by itself")
 
-    return run(work)
+def _verify(export: Export, directory: Path) -> None:
+    """Reads the written model again and compares every value, and its ``config.json``, with the checkpoint."""
+    reader = HfReader(directory)
+    wrong = []
+    if not architecture_of(read_config(directory)).computes_like(export.architecture):
+        wrong.append("config.json: another architecture than the checkpoint's")
+    for tensor in tqdm(export.tensors, desc="verifying", disable=None):
+        for name, blocks in export.blocks(tensor):
+            start = 0
+            for block in blocks:
+                found = reader.read(name, (slice(start, start + block.shape[0]),))
+                if not torch.equal(found.view(torch.uint8), block.view(torch.uint8)):
+                    wrong.append(f"{name}: rows from {start} differ")
+                start += block.shape[0]
+            if start != reader.tensors()[name].shape[0]:
+                wrong.append(f"{name}: {reader.tensors()[name].shape[0]} rows instead of {start}")
+    if wrong:
+        raise VerificationError("the export differs from the checkpoint:\n  " + "\n  ".join(wrong[:20]))
+    print(f"verified: {len(reader.tensors())} tensors equal the checkpoint's, bit for bit")
 
 
 if __name__ == "__main__":

@@ -13,31 +13,37 @@ Where there is a DIGESTS.json, every file is compared with it (with --fast its s
 Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 the checkpoint contradicts itself or its digests.
 """
 
-import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 if __package__ in (None, ""):
     # From a bare checkout the package stands one level up.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
-
-from bitcpm_megatron.checkpoint_tools.command import add_pickle_argument, progress_of_reading, run
-from bitcpm_megatron.checkpoint_tools.inspection.inspection import Inspection, Statistics, Weight, check_record
+from bitcpm_megatron.checkpoint_tools.command import Parser, progress, progress_of_reading, run
+from bitcpm_megatron.checkpoint_tools.inspection.inspection import Inspection, Statistics, Weight
 from bitcpm_megatron.checkpoint_tools.inspection.opening import files_of, open_inspection
 from bitcpm_megatron.checkpoint_tools.inspection.statistics import not_read, one_thread, statistics_of
-from bitcpm_megatron.checkpoint_tools.storage.reader import VerificationError
-from bitcpm_megatron.cli import Parser, ranges
+from bitcpm_megatron.checkpoint_tools.storage.reader import VerificationError, dtype_name
+from bitcpm_megatron.cli import ranges
 from bitcpm_megatron.files import find_damage, read_digests
 
 _SHOWN = 20
+_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 _HEADER = ("module", "shape", "dtype", "state", "g", "zeros", "scale min", "mean", "max")
+# The last of them: of what, how it is taken over layers that are alike, and how it is shown.
+_COLUMNS: tuple[tuple[str, Callable[[list[float]], float], str], ...] = (
+    ("zeros", lambda shares: 100 * fmean(shares), "{:.2f} %"),
+    ("scale_min", min, "{:.3g}"),
+    ("scale_mean", fmean, "{:.3g}"),
+    ("scale_max", max, "{:.3g}"),
+)
 
 
 def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> tuple[Inspection, list[Statistics]]:
@@ -56,7 +62,12 @@ def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> tuple
         VerificationError: the same, and the files do not match their digests.
     """
     directory, names = files_of(path)
-    damage = _damage(directory, names, fast)
+    recorded = read_digests(directory)
+    if recorded is None or fast:
+        damage = find_damage(directory, names, contents=False)
+    else:
+        with progress_of_reading(directory, recorded if names is None else names) as bar:
+            damage = find_damage(directory, names, on_read=bar.update)
     try:
         found = open_inspection(path, allow_pickle)
     except ValueError as error:
@@ -65,12 +76,11 @@ def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> tuple
         raise
     found.digests = None if damage is None else len(damage) == 0
     found.findings += damage or []
-    check_record(found)
+    found.check_record()
     if fast:
         return found, [not_read(weight, found.record) for weight in found.weights]
     statistics = []
-    bar = tqdm(total=found.nbytes, unit="B", unit_scale=True, desc="reading", disable=None)
-    with bar, one_thread():
+    with progress(found.nbytes, "reading") as bar, one_thread():
         for weight in found.weights:
             statistics.append(statistics_of(weight, found.record, found.findings))
             bar.update(weight.info.nbytes)
@@ -81,29 +91,39 @@ def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> tuple
     return found, statistics
 
 
-def _damage(directory: Path, names: Sequence[str] | None, fast: bool) -> list[str] | None:
-    recorded = read_digests(directory)
-    if recorded is None or fast:
-        return find_damage(directory, names, contents=False)
-    names = list(recorded) if names is None else names
-    with progress_of_reading(directory, names) as bar:
-        return find_damage(directory, names, on_read=bar.update)
-
-
 def as_json(found: Inspection, statistics: Sequence[Statistics]) -> dict[str, Any]:
     """One object with everything, module by module."""
-    modules = [
-        {"name": w.name, "shape": list(w.info.shape), "dtype": _dtype(w), **asdict(s), "saved_scales": w.has_scales}
-        for w, s in zip(found.weights, statistics, strict=True)
-    ]
-    return {**found.facts(), "modules": modules, "findings": found.findings}
+    a = found.architecture
+    modules = []
+    for w, s in zip(found.weights, statistics, strict=True):
+        about = {"name": w.name, "shape": list(w.info.shape), "dtype": dtype_name(w.info.dtype)}
+        modules.append({**about, **asdict(s), "saved_scales": w.has_scales})
+    return {
+        "path": str(found.path),
+        "format": found.format,
+        "iteration": found.iteration,
+        "layout": found.layout or None,
+        "architecture": None if a is None else asdict(a),
+        "about_architecture": found.about_architecture,
+        "parameters": found.parameters,
+        "dtypes": found.dtypes(),
+        "bytes": found.nbytes,
+        "tied": None if a is None else a.tied,
+        "padded_vocabulary": found.padded_vocabulary,
+        "optimizer_state": found.optimizer_state,
+        "quantizer": None if found.record is None else asdict(found.record),
+        "digests": found.digests,
+        "saved_scales": sum(w.has_scales for w in found.weights),
+        "modules": modules,
+        "findings": found.findings,
+    }
 
 
 def as_text(found: Inspection, statistics: Sequence[Statistics], fast: bool = False) -> str:
     """For people; arguments as :func:`inspect` takes and gives them."""
     a, record = found.architecture, found.record
     facts = {"checkpoint": f"{found.path} ({found.format})"}
-    if found.format in ("torch_dist", "legacy"):
+    if found.of_megatron:
         facts["iteration"] = "unknown" if found.iteration is None else str(found.iteration)
         sizes = ", ".join(f"{name} {size}" for name, size in found.layout.items())
         how = "by its chunks; it loads at every layout" if found.format == "torch_dist" else "it loads at this one"
@@ -151,11 +171,10 @@ def as_text(found: Inspection, statistics: Sequence[Statistics], fast: bool = Fa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Inspects what the command line names; returns the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH")
     parser.add_argument("--json", action="store_true", help="one JSON object, with every module")
     parser.add_argument("--fast", action="store_true", help="read no weights")
-    add_pickle_argument(parser)
     args = parser.parse_args(argv)
 
     def work() -> None:
@@ -175,46 +194,25 @@ def _table(weights: Sequence[Weight], statistics: Sequence[Statistics]) -> list[
     """One line for all layers that are alike."""
     alike: dict[tuple[Any, ...], list[tuple[str, Statistics]]] = {}
     for weight, s in zip(weights, statistics, strict=True):
-        key = (_any_layer(weight.name), weight.info.shape, _dtype(weight), s.state, s.group_size)
+        name = _LAYER.sub(r"\1layers.*.", weight.name)
+        key = (name, "x".join(map(str, weight.info.shape)), dtype_name(weight.info.dtype), s.state, s.group_size)
         alike.setdefault(key, []).append((weight.name, s))
     rows = [_HEADER]
     for (name, shape, dtype, state, group), members in alike.items():
-        values = [s for _, s in members]
-        zeros = [s.zeros for s in values if s.zeros is not None]
-        least = [s.scale_min for s in values if s.scale_min is not None]
-        means = [s.scale_mean for s in values if s.scale_mean is not None]
-        largest = [s.scale_max for s in values if s.scale_max is not None]
-        rows.append(
-            (
-                _span(name, [n for n, _ in members]),
-                "x".join(map(str, shape)),
-                dtype,
-                state,
-                "" if group is None else str(group),
-                f"{100 * sum(zeros) / len(zeros):.2f} %" if zeros else "",
-                f"{min(least):.3g}" if least else "",
-                f"{sum(means) / len(means):.3g}" if means else "",
-                f"{max(largest):.3g}" if largest else "",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+        numbers = ranges(int(n[2]) for member, _ in members if (n := _LAYER.search(member)))
+        cells = [
+            name.replace("layers.*.", f"layers.{numbers}."),
+            shape,
+            dtype,
+            state,
+            "" if group is None else str(group),
+        ]
+        for column, how, form in _COLUMNS:
+            values = [value for _, s in members if (value := getattr(s, column)) is not None]
+            cells.append(form.format(how(values)) if values else "")
+        rows.append(tuple(cells))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _any_layer(name: str) -> str:
-    return re.sub(r"(^|\.)layers\.\d+\.", r"\1layers.*.", name)
-
-
-def _span(alike: str, names: Sequence[str]) -> str:
-    """``layers.*.`` with the numbers of all that are alike."""
-    if "layers.*." not in alike:
-        return alike
-    numbers = (int(n) for name in names for n in re.findall(r"(?:^|\.)layers\.(\d+)\.", name)[:1])
-    return alike.replace("layers.*.", f"layers.{ranges(numbers)}.")
-
-
-def _dtype(weight: Weight) -> str:
-    return str(weight.info.dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 what was written is n
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ if __package__ in (None, ""):
 import torch
 from tqdm import tqdm
 
-from bitcpm_megatron.checkpoint_tools.command import DTYPES, check_input, run
+from bitcpm_megatron.checkpoint_tools.command import Parser, check_input, progress, run
 from bitcpm_megatron.checkpoint_tools.hf_model.config import (
     BITCPM,
     GRANITE,
@@ -39,17 +39,17 @@ from bitcpm_megatron.checkpoint_tools.hf_model.side_files import copy_side_files
 from bitcpm_megatron.checkpoint_tools.megatron_model.legacy import filled_on_disk
 from bitcpm_megatron.checkpoint_tools.quantizer.fuse import detected_group, fuse_blocks
 from bitcpm_megatron.checkpoint_tools.quantizer.fusing_plan import NO_MERGE, Plan, make_plan
-from bitcpm_megatron.checkpoint_tools.storage.hf_reader import open_tensors
+from bitcpm_megatron.checkpoint_tools.storage.hf_reader import HfReader
 from bitcpm_megatron.checkpoint_tools.storage.reader import (
     ConversionError,
     TensorReader,
     VerificationError,
     check_finite,
+    dtype_name,
 )
 from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size, row_blocks
-from bitcpm_megatron.checkpoint_tools.storage.staging import staged, staged_file
+from bitcpm_megatron.checkpoint_tools.storage.staging import staged
 from bitcpm_megatron.checkpoint_tools.storage.torch_file import save_file
-from bitcpm_megatron.cli import Parser
 from bitcpm_megatron.files import add_digest, write_digests, write_text
 from bitcpm_megatron.quantization import effective_group
 from bitcpm_megatron.quantization.record import FILE_NAME as RECORD_FILE
@@ -58,9 +58,9 @@ from bitcpm_megatron.ternary_flags import GroupSize
 _SUFFIXES = (".safetensors", ".bin")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Converts as the command line says; returns the exit status."""
+    parser = Parser(__doc__, "--max-shard-size")
     parser.add_argument(
         "--input_bin", "--input", type=Path, required=True, metavar="IN", help="model directory, .safetensors or .bin"
     )
@@ -75,14 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="weights per scale, -1 for the whole row. A quantizer record decides; the flag may only agree with it. "
         "Without a record the default is -1",
     )
-    parser.add_argument("--allow-pickle", action="store_true", help="load a .bin that can run code: trust its source")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a directory's files (default 5GB)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     return run(lambda: convert(args))
 
 
@@ -93,37 +86,33 @@ def convert(args: argparse.Namespace) -> None:
         ConversionError: bad input or arguments.
         VerificationError: see there.
     """
-    source, target = args.input_bin, args.output
+    source, target, whole = args.input_bin, args.output, args.input_bin.is_dir()
     _check_paths(source, target)
     shard_size = parse_size(args.max_shard_size)
-    if source.is_dir():
-        check_input(source)
-    else:
-        check_input(source.parent, [source.name, RECORD_FILE, "config.json"])
-    reader = open_tensors(source, args.allow_pickle)
-    nbytes = sum(info.nbytes for info in reader.tensors().values())
-    record = read_record(source if source.is_dir() else source.parent)
-    plan = make_plan(reader, record, args.group_size, whole=source.is_dir(), each=_progress)
-    if source.is_dir():
-        config = read_config(source)
-        dtype = reader.tensors()[next(iter(plan.quantized))].dtype
-        stock = _stock_config(config, str(dtype).removeprefix("torch."))
-        _announce(plan, len(reader.tensors()))
-        with staged(target, nbytes) as temporary:
-            _write_safetensors(temporary, reader, plan, shard_size)
-            _verify(temporary, reader, plan)
+    directory = source if whole else source.parent
+    check_input(directory, None if whole else [source.name, RECORD_FILE, "config.json"])
+    reader = HfReader(source, args.allow_pickle)
+    tensors = reader.tensors()
+    nbytes = sum(info.nbytes for info in tensors.values())
+    plan = make_plan(reader, read_record(directory), args.group_size, whole, each=_progress)
+    config = _config(source, tensors[next(iter(plan.quantized))].dtype) if whole else None
+    _announce(plan, len(tensors))
+    with staged(target, nbytes, one_file=not whole) as temporary:
+        with progress(nbytes, "writing") as bar:
+            if target.suffix == ".bin":
+                state = filled_on_disk(temporary, tensors, lambda name: _blocks(reader, name, plan, bar))
+                save_file(state, temporary / "pytorch_model.bin")
+            else:
+                with SafetensorsWriter(temporary, tensors, shard_size if whole else nbytes + 1) as writer:
+                    for name in tensors:
+                        writer.write(name, _blocks(reader, name, plan, bar))
+        _verify(temporary, reader, plan)
+        if whole:
             copy_side_files(source, temporary)
-            write_text(temporary / "config.json", json.dumps(config if stock is None else stock, indent=2) + "\n")
+            write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
             plan.record.write(temporary)
             write_digests(temporary)
-    else:
-        _announce(plan, len(reader.tensors()))
-        with staged_file(target, nbytes) as temporary:
-            if target.suffix == ".bin":
-                _write_bin(temporary / "pytorch_model.bin", reader, plan)
-            else:
-                _write_safetensors(temporary, reader, plan, nbytes + 1)
-            _verify(temporary, reader, plan)
+        else:
             (written,) = temporary.iterdir()
             add_digest(written, target.resolve())
     print(f"wrote {target}", flush=True)
@@ -144,18 +133,19 @@ def _check_paths(source: Path, target: Path) -> None:
         raise ConversionError(f"--output {target} is there already: name another, or delete it")
 
 
-def _stock_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any] | None:
-    """The configuration of the fused model; None for the input's own.
+def _config(source: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration of the fused model.
 
     A modeling file of the input may hold a fake quantizer, which would quantize the fused weights once more: so the
     output goes without one wherever Transformers has the architecture itself.
     """
+    config = read_config(source)
     if config.get("quantization_config") is not None:
         raise ConversionError("config.json has a quantization_config: its weights are stored in a quantized format")
     if not config.get("model_type") and not config.get("architectures"):
         raise ConversionError("config.json names neither a model_type nor architectures: no client can load the result")
     if config.get("model_type") != BITCPM and not config.get("auto_map"):
-        return None
+        return config
     try:
         architecture = architecture_of(config)
     except ConversionError as error:
@@ -163,8 +153,7 @@ def _stock_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any] | Non
             f"{error}. The model comes with its own modeling file, which may quantize, too: fused weights must not be "
             "quantized again. Convert the weight file alone if it does not"
         ) from None
-    kind = LLAMA if architecture.is_llama else GRANITE
-    return config_for(kind, architecture, config, dtype)
+    return config_for(LLAMA if architecture.is_llama else GRANITE, architecture, config, dtype_name(dtype))
 
 
 def _announce(plan: Plan, tensors: int) -> None:
@@ -183,42 +172,28 @@ def _announce(plan: Plan, tensors: int) -> None:
         )
 
 
-def _blocks(reader: TensorReader, name: str, plan: Plan) -> Iterator[torch.Tensor]:
+def _blocks(reader: TensorReader, name: str, plan: Plan, bar: tqdm) -> Iterator[torch.Tensor]:
     """The rows of an output tensor."""
     if name in plan.quantized and not plan.fused:
-        latent_dtype = DTYPES.get(plan.record.latent_dtype)
-        if latent_dtype is None:
-            raise ConversionError(f"the quantizer record: latent_dtype {plan.record.latent_dtype!r} is unknown")
-        yield from fuse_blocks(
+        blocks = fuse_blocks(
             name,
             lambda rows: reader.read(name, (rows,)),
             reader.tensors()[name],
             plan.quantized[name],
-            latent_dtype=latent_dtype,
+            latent_dtype=getattr(torch, plan.record.latent_dtype),
         )
-        return
-    for block in row_blocks(reader.read(name)):
+    else:
+        blocks = row_blocks(reader.read(name))
+    for block in blocks:
         if block.dtype.itemsize > 1:  # PyTorch computes nothing in 8-bit floating point
             check_finite(name, block)
         yield block
-
-
-def _write_safetensors(directory: Path, reader: TensorReader, plan: Plan, shard_size: int) -> None:
-    tensors = reader.tensors()
-    with SafetensorsWriter(directory, tensors, shard_size) as writer, _bar(reader) as bar:
-        for name in tensors:
-            writer.write(name, _counted(_blocks(reader, name, plan), bar))
-
-
-def _write_bin(path: Path, reader: TensorReader, plan: Plan) -> None:
-    with _bar(reader) as bar:
-        state = filled_on_disk(path.parent, reader.tensors(), lambda name: _counted(_blocks(reader, name, plan), bar))
-        save_file(state, path)
+        bar.update(block.nbytes)
 
 
 def _verify(directory: Path, reader: TensorReader, plan: Plan) -> None:
     """Reads back what was written."""
-    written = open_tensors(directory)
+    written = HfReader(directory)
     if dict(written.tensors()) != dict(reader.tensors()):
         raise VerificationError("the tensors that were written differ from those of the input in name, shape or dtype")
     for name, config in _progress(plan.quantized.items(), "verifying"):
@@ -228,19 +203,8 @@ def _verify(directory: Path, reader: TensorReader, plan: Plan) -> None:
             raise VerificationError(f"{name} was written, but is not ternary in groups of {wanted}: is the disk sound?")
 
 
-def _bar(reader: TensorReader) -> tqdm:
-    nbytes = sum(info.nbytes for info in reader.tensors().values())
-    return tqdm(total=nbytes, unit="B", unit_scale=True, desc="writing", disable=None)
-
-
 def _progress(items: Iterable[Any], doing: str = "checking") -> Iterable[Any]:
     return tqdm(items, desc=doing, unit="tensor", disable=None)
-
-
-def _counted(blocks: Iterable[torch.Tensor], bar: tqdm) -> Iterator[torch.Tensor]:
-    for block in blocks:
-        yield block
-        bar.update(block.nbytes)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,10 @@ def to_hugging_face(record: QuantizerRecord, tensors: Sequence[MegatronTensor]) 
     Raises:
         ConversionError: it names a module that the model does not have.
     """
-    by_module = {t.module: t for t in tensors if t.quantizable}
-    unknown = sorted(set(record.modules) - set(by_module))
-    if unknown:
-        raise ConversionError(f"the quantizer record names modules that the model does not have: {', '.join(unknown)}")
     modules = {
-        part.removesuffix(".weight"): dict(entry)
-        for module, entry in record.modules.items()
-        for part in by_module[module].parts
+        part: dict(record.modules[t.module]) for t in tensors if t.module in record.modules for part in _parts(t)
     }
+    _check_known(record, {t.module for t in tensors if t.quantizable})
     return replace(record, modules=modules)
 
 
@@ -35,20 +30,24 @@ def to_megatron(record: QuantizerRecord, tensors: Sequence[MegatronTensor]) -> Q
         ConversionError: modules that Megatron fuses into one are quantized differently, or it names unknown ones.
     """
     modules: dict[str, Mapping[str, Any]] = {}
-    known: set[str] = set()
     for tensor in tensors:
-        parts = [part.removesuffix(".weight") for part in tensor.parts]
-        known.update(parts if tensor.quantizable else ())
-        entries = [record.modules.get(part) for part in parts]
-        first = entries[0]
-        if any(entry != first for entry in entries):
+        entries = [record.modules.get(part) for part in _parts(tensor)]
+        if any(entry != entries[0] for entry in entries):
             raise ConversionError(
-                f"{', '.join(parts)} are one matrix in Megatron and must be quantized alike: the quantizer record says "
-                f"{entries}"
+                f"{', '.join(_parts(tensor))} are one matrix in Megatron and must be quantized alike: the quantizer "
+                f"record says {entries}"
             )
-        if first is not None:
-            modules[tensor.module] = first
+        if entries[0] is not None:
+            modules[tensor.module] = entries[0]
+    _check_known(record, {part for t in tensors if t.quantizable for part in _parts(t)})
+    return replace(record, modules=modules)
+
+
+def _parts(tensor: MegatronTensor) -> list[str]:
+    return [part.removesuffix(".weight") for part in tensor.parts]
+
+
+def _check_known(record: QuantizerRecord, known: set[str]) -> None:
     unknown = sorted(set(record.modules) - known)
     if unknown:
         raise ConversionError(f"the quantizer record names modules that the model does not have: {', '.join(unknown)}")
-    return replace(record, modules=modules)

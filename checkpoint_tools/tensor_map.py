@@ -16,7 +16,8 @@ Megatron                                      Hugging Face                    ho
 ============================================  ==============================  ==================================
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +35,8 @@ MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
 OTHER_NAMES = {ATTENTION_NORM: "input_layernorm.weight", MLP_NORM: "pre_mlp_layernorm.weight"}
 """What the local specification calls the norms that Transformer Engine's fuses into the linears. ``torch_dist`` has the
 first form in either case."""
+PROJECTION = re.compile(r"(.+\.)?(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
+"""Hugging Face's names of a layer's linears."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,6 @@ class MegatronTensor:
         shape: over all tensor-parallel ranks, without padding.
         parts: names of the Hugging Face tensors it is made of.
         rows: rows of each of them.
-        heads: query heads per key/value head, for ``qkv``.
         layer: global layer number, or None.
     """
 
@@ -55,7 +57,6 @@ class MegatronTensor:
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     rows: tuple[int, ...]
-    heads: int = 0
     layer: int | None = None
 
     @property
@@ -73,56 +74,47 @@ class MegatronTensor:
         """Its name within a layer, or its whole name."""
         return self.name if self.layer is None else self.name.split(".", 3)[3]
 
+    @property
+    def spellings(self) -> list[str]:
+        """Its name, and the one under the local specification where that is another."""
+        other = OTHER_NAMES.get(self.suffix)
+        return [self.name, *([] if other is None else [f"decoder.layers.{self.layer}.{other}"])]
+
 
 def megatron_tensors(architecture: Architecture) -> list[MegatronTensor]:
     """Every tensor of a model, in the order of the forward."""
     a = architecture
-    h, d = a.hidden_size, a.kv_channels
-    q, kv = a.num_attention_heads * d, a.num_query_groups * d
+    h, ffn = a.hidden_size, a.ffn_hidden_size
+    q, kv = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
+    of_a_layer: list[tuple[str, Kind, tuple[int, ...], str, tuple[int, ...]]] = [
+        (ATTENTION_NORM, "replicated", (h,), "input_layernorm", (h,)),
+        (
+            "self_attention.linear_qkv.weight",
+            "qkv",
+            (q + 2 * kv, h),
+            "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+            (q, kv, kv),
+        ),
+        ("self_attention.linear_proj.weight", "row", (h, q), "self_attn.o_proj", (h,)),
+        (MLP_NORM, "replicated", (h,), "post_attention_layernorm", (h,)),
+        ("mlp.linear_fc1.weight", "gated", (2 * ffn, h), "mlp.gate_proj mlp.up_proj", (ffn, ffn)),
+        ("mlp.linear_fc2.weight", "row", (h, ffn), "mlp.down_proj", (h,)),
+    ]
     vocab = (a.vocab_size, h)
     found = [MegatronTensor(EMBEDDING, "vocab", vocab, ("model.embed_tokens.weight",), (a.vocab_size,))]
     for layer in range(a.num_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-
-        def tensor(
-            suffix: str,
-            kind: Kind,
-            shape: tuple[int, ...],
-            parts: str,
-            rows: Sequence[int],
-            heads: int = 0,
-            ours: str = ours,
-            theirs: str = theirs,
-            layer: int = layer,
-        ) -> MegatronTensor:
-            names = tuple(f"{theirs}{part}.weight" for part in parts.split())
-            return MegatronTensor(ours + suffix, kind, shape, names, tuple(rows), heads, layer)
-
-        found += [
-            tensor(ATTENTION_NORM, "replicated", (h,), "input_layernorm", [h]),
-            tensor(
-                "self_attention.linear_qkv.weight",
-                "qkv",
-                (q + 2 * kv, h),
-                "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-                [q, kv, kv],
-                a.num_attention_heads // a.num_query_groups,
-            ),
-            tensor("self_attention.linear_proj.weight", "row", (h, q), "self_attn.o_proj", [h]),
-            tensor(MLP_NORM, "replicated", (h,), "post_attention_layernorm", [h]),
-            tensor(
-                "mlp.linear_fc1.weight",
-                "gated",
-                (2 * a.ffn_hidden_size, h),
-                "mlp.gate_proj mlp.up_proj",
-                [a.ffn_hidden_size] * 2,
-            ),
-            tensor("mlp.linear_fc2.weight", "row", (h, a.ffn_hidden_size), "mlp.down_proj", [h]),
-        ]
+        for suffix, kind, shape, parts, rows in of_a_layer:
+            names = tuple(f"model.layers.{layer}.{part}.weight" for part in parts.split())
+            found.append(MegatronTensor(f"decoder.layers.{layer}.{suffix}", kind, shape, names, rows, layer))
     found.append(MegatronTensor(FINAL_NORM, "replicated", (h,), ("model.norm.weight",), (h,)))
     if not a.tied:
         found.append(MegatronTensor(OUTPUT, "vocab", vocab, ("lm_head.weight",), (a.vocab_size,)))
     return found
+
+
+def part_shapes(tensors: Iterable[MegatronTensor]) -> dict[str, tuple[int, ...]]:
+    """Shape of every Hugging Face tensor that these are made of, by its name."""
+    return {name: (rows, *t.shape[1:]) for t in tensors for name, rows in zip(t.parts, t.rows, strict=True)}
 
 
 def join(tensor: MegatronTensor, parts: Sequence[torch.Tensor], channels: int) -> torch.Tensor:
@@ -144,10 +136,9 @@ def join(tensor: MegatronTensor, parts: Sequence[torch.Tensor], channels: int) -
 def split(tensor: MegatronTensor, whole: torch.Tensor, channels: int) -> list[torch.Tensor]:
     """The Hugging Face parts of a Megatron tensor (or of its scales); views where possible, see :func:`join`."""
     if tensor.kind == "qkv":
-        groups = whole.shape[0] // ((tensor.heads + 2) * channels)
+        groups = tensor.rows[1] // channels
         blocks = whole.reshape(groups, -1, *whole.shape[1:])
-        sizes = [tensor.heads * channels, channels, channels]
-        return [part.flatten(0, 1) for part in blocks.split(sizes, 1)]
+        return [part.flatten(0, 1) for part in blocks.split([rows // groups for rows in tensor.rows], 1)]
     return list(whole.split(list(tensor.rows)))
 
 

@@ -12,12 +12,12 @@ from ...quantization import WEIGHT_DTYPES, fused_group_size
 from ...quantization.record import QuantizerRecord
 from ..record_map import to_megatron
 from ..storage.hf_reader import HfReader
-from ..storage.reader import ConversionError, TensorInfo, TensorReader, cast, check_finite
-from ..tensor_map import MegatronTensor, join, megatron_tensors
+from ..storage.reader import ConversionError, TensorReader, cast, check_finite, dtype_name, refuse_mistakes
+from ..tensor_map import MegatronTensor, join, megatron_tensors, part_shapes
 from .config import architecture_of, read_config
 from .remote_code import read_record
 
-_BLOCK = 2**26
+_TIED = "model.embed_tokens.weight", "lm_head.weight"
 # Old Llama checkpoints hold these constants, which are computed from config.json.
 _COMPUTED = "rotary_emb.inv_freq"
 
@@ -83,35 +83,42 @@ def open_hf_model(directory: Path, dtype: torch.dtype | None, allow_pickle: bool
     Raises:
         ConversionError: lists every missing, unexpected or misshapen tensor.
     """
-    config = read_config(directory)
-    architecture = architecture_of(config)
+    architecture = architecture_of(read_config(directory))
     arguments_of(architecture)
     reader = HfReader(directory, allow_pickle)
-    infos = reader.tensors()
+    refuse_mistakes(
+        f"{directory} does not hold the model that its config.json describes", mistakes(reader, architecture)
+    )
     tensors = megatron_tensors(architecture)
-    expected = {
-        name: TensorInfo((rows, *t.shape[1:]), torch.float32)
-        for t in tensors
-        for name, rows in zip(t.parts, t.rows, strict=True)
-    }
-    wrong = [f"{name}: missing" for name in expected if name not in infos]
-    wrong += [
-        f"{name}: shape {list(infos[name].shape)}, config.json says {list(info.shape)}"
-        for name, info in expected.items()
-        if name in infos and infos[name].shape != info.shape
-    ]
-    leftover = [name for name in infos if name not in expected and not name.endswith(_COMPUTED)]
-    if architecture.tied and "lm_head.weight" in leftover:
-        leftover.remove("lm_head.weight")
-        _check_tied(reader)
-    wrong += [f"{name}: not part of the model that config.json describes" for name in leftover]
-    if wrong:
-        shown = "\n  ".join([*wrong[:20], *([f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else [])])
-        raise ConversionError(f"{directory} does not hold the model that its config.json describes:\n  {shown}")
     found = read_record(directory)
     model = HfModel(reader, architecture, tensors, dtype, None if found is None else to_megatron(found, tensors))
     _check_dtypes(model)
     return model
+
+
+def mistakes(reader: TensorReader, architecture: Architecture) -> list[str]:
+    """What is missing of a model, has another shape, is left over, or is tied and differs."""
+    infos, expected = reader.tensors(), part_shapes(megatron_tensors(architecture))
+    wrong = [f"{name}: missing" for name in expected if name not in infos]
+    wrong += [
+        f"{name}: shape {list(infos[name].shape)}, config.json says {list(shape)}"
+        for name, shape in expected.items()
+        if name in infos and infos[name].shape != shape
+    ]
+    for name in infos:
+        if architecture.tied and name == _TIED[1]:
+            if not _equal(reader, *_TIED):
+                wrong.append("config.json ties the embeddings, and lm_head.weight differs from embed_tokens.weight")
+        elif name not in expected and not name.endswith(_COMPUTED):
+            wrong.append(f"{name}: not part of the model that config.json describes")
+    return wrong
+
+
+def _equal(reader: TensorReader, one: str, other: str) -> bool:
+    infos = reader.tensors()
+    return infos.get(one) == infos[other] and all(
+        torch.equal(reader.read(one, (rows,)), reader.read(other, (rows,))) for rows in infos[other].row_slices()
+    )
 
 
 def _share(length: int, rank: int, size: int) -> slice:
@@ -135,21 +142,9 @@ def _check_dtypes(model: HfModel) -> None:
         if tensor.module in model.record.modules and model.dtype_of(tensor) != latent:
             raise ConversionError(
                 f"{tensor.module}: training quantized its weight as {model.record.latent_dtype}, and as "
-                f"{str(model.dtype_of(tensor)).removeprefix('torch.')} it would be quantized to something else: "
+                f"{dtype_name(model.dtype_of(tensor))} it would be quantized to something else: "
                 f"give --dtype {model.record.latent_dtype}"
             )
-
-
-def _check_tied(reader: TensorReader) -> None:
-    names = "model.embed_tokens.weight", "lm_head.weight"
-    infos = [reader.tensors()[name] for name in names]
-    rows = max(1, _BLOCK // max(1, infos[0].nbytes // max(1, infos[0].shape[0])))
-    same = infos[0] == infos[1]
-    for start in range(0, infos[0].shape[0], rows):
-        piece = (slice(start, start + rows),)
-        same = same and torch.equal(reader.read(names[0], piece), reader.read(names[1], piece))
-    if not same:
-        raise ConversionError("config.json ties the embeddings, and lm_head.weight differs from embed_tokens.weight")
 
 
 def checked_record(model: HfModel) -> QuantizerRecord | None:
@@ -169,7 +164,7 @@ def checked_record(model: HfModel) -> QuantizerRecord | None:
         shards = max((row[m] // g for m, g in groups.items() if m in row and g != -1), default=1)
         columns = any(g != -1 for m, g in groups.items() if m not in row)
         linear = next(t for t in model.tensors if t.quantizable)
-        dtype = str(model.dtype_of(linear)).removeprefix("torch.")
+        dtype = dtype_name(model.dtype_of(linear))
         modules = {module: {"group_size": group} for module, group in groups.items()}
         return QuantizerRecord("fused", "ternary", 1e-5, dtype, 1 if columns else shards, 16, modules)
     quantized = [t for t in model.tensors if t.module in record.modules]
@@ -187,7 +182,14 @@ def checked_record(model: HfModel) -> QuantizerRecord | None:
 
 def _fused_group(model: HfModel, tensor: MegatronTensor) -> int | None:
     """The group size of weights that are ternary already, None for others; the smallest of the parts."""
-    found = {name: size for name in tensor.parts if (size := _group_of(name, model.reader.read(name))) is not None}
+    found = {}
+    for name in tensor.parts:
+        weight = model.reader.read(name)
+        if weight.dtype not in WEIGHT_DTYPES:
+            raise ConversionError(f"{name} is {weight.dtype}: weights in fp32, bf16 and fp16 can be converted")
+        size = fused_group_size(weight)
+        if size is not None:
+            found[name] = size
     if not found:
         return None
     if len(found) < len(tensor.parts):
@@ -195,9 +197,3 @@ def _fused_group(model: HfModel, tensor: MegatronTensor) -> int | None:
             f"{', '.join(found)} is ternary already and the rest of {tensor.module} is not: is this a damaged export?"
         )
     return min(found.values(), key=lambda size: tensor.shape[1] if size == -1 else size)
-
-
-def _group_of(name: str, weight: torch.Tensor) -> int | None:
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise ConversionError(f"{name} is {weight.dtype}: weights in fp32, bf16 and fp16 can be converted")
-    return fused_group_size(weight)

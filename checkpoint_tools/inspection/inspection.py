@@ -3,15 +3,14 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...models.architecture import Architecture
 from ...quantization.record import QuantizerRecord
-from ..storage.reader import TensorInfo, listed
+from ..storage.reader import TensorInfo, dtype_name, listed
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,11 @@ class Inspection:
     findings: list[str] = field(default_factory=list)
 
     @property
+    def of_megatron(self) -> bool:
+        """Whether it is a Megatron checkpoint."""
+        return self.format in ("torch_dist", "legacy")
+
+    @property
     def nbytes(self) -> int:
         """Of the model's tensors as stored, without optimizer state."""
         return sum(w.info.nbytes for w in self.weights)
@@ -107,57 +111,31 @@ class Inspection:
         """Bytes of each dtype."""
         found: Counter[str] = Counter()
         for weight in self.weights:
-            found[str(weight.info.dtype).removeprefix("torch.")] += weight.info.nbytes
+            found[dtype_name(weight.info.dtype)] += weight.info.nbytes
         return dict(found)
 
-    def facts(self) -> dict[str, Any]:
-        """Everything but the weights' values, as plain data."""
-        a = self.architecture
-        return {
-            "path": str(self.path),
-            "format": self.format,
-            "iteration": self.iteration,
-            "layout": self.layout or None,
-            "architecture": None if a is None else asdict(a),
-            "about_architecture": self.about_architecture,
-            "parameters": self.parameters,
-            "dtypes": self.dtypes(),
-            "bytes": self.nbytes,
-            "tied": None if a is None else a.tied,
-            "padded_vocabulary": self.padded_vocabulary,
-            "optimizer_state": self.optimizer_state,
-            "quantizer": None if self.record is None else asdict(self.record),
-            "digests": self.digests,
-            "saved_scales": sum(w.has_scales for w in self.weights),
-        }
+    def check_record(self) -> None:
+        """Adds findings about the quantizer record that need no tensor data."""
+        record = self.record
+        if record is None:
+            return
+        dtypes = {w.name: dtype_name(w.info.dtype) for w in self.weights if w.linear}
+        unknown = sorted(set(record.modules) - set(dtypes))
+        if unknown and (self.of_megatron or self.format == "huggingface"):
+            self.findings.append(
+                f"the quantizer record names {listed(unknown, 3)}, which {_are(unknown)} no linear of this model"
+            )
+        other = [n for n, dtype in dtypes.items() if n in record.modules and dtype != record.latent_dtype]
+        # Hugging Face trainers keep wider masters, and quantize them rounded to the recorded dtype.
+        if other and record.state == "latent" and self.of_megatron:
+            self.findings.append(
+                f"the quantizer record says that {record.latent_dtype} weights were quantized, and {listed(other, 3)} "
+                f"{_are(other)} {dtypes[other[0]]}"
+            )
+        bare = [w.name for w in self.weights if w.has_scales and w.name not in record.modules]
+        if bare:
+            self.findings.append(f"there are saved scales of {listed(bare, 3)}, which the quantizer record leaves out")
 
 
-def check_record(inspection: Inspection) -> None:
-    """Adds findings about the quantizer record that need no tensor data."""
-    record = inspection.record
-    if record is None:
-        return
-    linears = {w.name: w for w in inspection.weights if w.linear}
-    whole = inspection.format not in ("safetensors", "bin")
-    unknown = sorted(set(record.modules) - set(linears))
-    if unknown and whole:
-        inspection.findings.append(
-            f"the quantizer record names {listed(unknown, 3)}, which {'is' if len(unknown) == 1 else 'are'} no linear "
-            "of this model"
-        )
-    other = [n for n, w in linears.items() if n in record.modules and _dtype(w) != record.latent_dtype]
-    # Hugging Face trainers keep wider masters, and quantize them rounded to the recorded dtype.
-    if other and record.state == "latent" and inspection.format in ("torch_dist", "legacy"):
-        inspection.findings.append(
-            f"the quantizer record says that {record.latent_dtype} weights were quantized, and {listed(other, 3)} "
-            f"{'is' if len(other) == 1 else 'are'} {_dtype(linears[other[0]])}"
-        )
-    bare = [n for n, w in linears.items() if w.has_scales and n not in record.modules]
-    if bare:
-        inspection.findings.append(
-            f"there are saved scales of {listed(bare, 3)}, which the quantizer record leaves out"
-        )
-
-
-def _dtype(weight: Weight) -> str:
-    return str(weight.info.dtype).removeprefix("torch.")
+def _are(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"

@@ -2,9 +2,11 @@
 """A Megatron checkpoint as the whole model's tensors, whichever format and parallel layout it was written in."""
 
 import argparse
+import contextlib
+import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from ...files import read_json
 from ...quantization.record import SCALE_SUFFIX, QuantizerRecord
 from ..storage.reader import ConversionError, TensorInfo
 from ..storage.torch_dist_reader import TorchDistReader, read_common
-from ..tensor_map import EMBEDDING, OTHER_NAMES, OUTPUT, MegatronTensor, unshard
+from ..tensor_map import EMBEDDING, OUTPUT, MegatronTensor, unshard
 from .legacy import LegacyReader
 
-# Beside the weights a run saves how to go on; none of it is part of the model.
 _LAYER = re.compile(r"decoder\.layers\.([0-9]{1,9})\.(.+)")
+_OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
+# Beside the weights a run saves how to go on; none of it is part of the model.
 _NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|_extra_state|^rng_state|^rerun_state|^opt_param_scheduler|rotary_pos_emb")
 
 
@@ -57,51 +60,53 @@ class MegatronCheckpoint(ABC):
     """The tensors of a checkpoint by global layer number, and what it says of itself.
 
     Attributes:
+        format: ``torch_dist`` or ``legacy``.
         path: of the iteration.
         arguments: of the run that wrote it, by Megatron-LM's names; empty where it records none.
         record: the quantizer record, or None.
-        tied: whether the model's embedding is its output layer, known after :meth:`check_complete`.
+        layout: parallel sizes by name, from the files themselves; ``tensor`` is always there.
+        optimizer_state: whether it is there.
+        tied: whether the model's embedding is its output layer, known after :meth:`mistakes`.
     """
 
     format: str
 
-    def __init__(self, path: Path, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, arguments: Mapping[str, Any], layout: Mapping[str, int], optimizer_state: bool
+    ) -> None:
         self.path = path
         self.arguments = dict(arguments)
+        self.layout = dict(layout)
+        self.optimizer_state = optimizer_state
         self.record = QuantizerRecord.read(path)
         self.tied = False
 
     @abstractmethod
     def info(self, tensor: MegatronTensor) -> TensorInfo:
-        """Shape and dtype of the whole tensor as stored, with padded rows."""
+        """Shape and dtype of the whole tensor as stored, with padded rows.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
 
     @abstractmethod
     def read(self, tensor: MegatronTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows ``[start, stop)`` of a whole tensor; not to be written into."""
 
-    @abstractmethod
+    def has_scales(self, tensor: MegatronTensor) -> bool:
+        """Whether the scales that training used were saved; the legacy format has none."""
+        return False
+
     def scales(self, tensor: MegatronTensor) -> torch.Tensor | None:
         """The scales that training used, bf16 ``[out, groups]``, or None where none were saved."""
+        return None
 
     @abstractmethod
-    def names(self) -> set[str]:
-        """Everything stored that belongs to the model, by its name in the file."""
+    def leftover(self, tensors: Sequence[MegatronTensor]) -> set[str]:
+        """What is stored, is part of a model, and belongs to none of these tensors; by its name in the file."""
 
-    @abstractmethod
-    def stored_as(self, tensor: MegatronTensor) -> set[str]:
-        """The names, of :meth:`names`, that hold a tensor and its scales."""
-
-    @property
-    @abstractmethod
-    def tensor_parallel_size(self) -> int:
-        """Of the run that wrote it, from the files themselves."""
-
-    def check_complete(self, tensors: list[MegatronTensor]) -> None:
-        """Checks that the checkpoint holds the tensors of a model, and nothing else.
-
-        Raises:
-            ConversionError: lists what is missing, what is left over, and what has another shape.
-        """
+    def mistakes(self, tensors: Sequence[MegatronTensor]) -> list[str]:
+        """What is missing of the tensors of a model, has another shape, or is left over."""
         self.tied = all(tensor.name != OUTPUT for tensor in tensors)
         wrong = []
         for tensor in tensors:
@@ -114,11 +119,7 @@ class MegatronCheckpoint(ABC):
             least = shape[:1] >= tensor.shape[:1] if tensor.kind == "vocab" else shape[:1] == tensor.shape[:1]
             if len(shape) != len(tensor.shape) or not least or shape[1:] != tensor.shape[1:]:
                 wrong.append(f"{tensor.name}: shape {list(shape)}, the model's arguments say {list(tensor.shape)}")
-        known = set().union(*(self.stored_as(tensor) for tensor in tensors))
-        wrong += [f"{name}: not part of the model" for name in sorted(self.names() - known)]
-        if wrong:
-            shown = "\n  ".join([*wrong[:20], *([f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else [])])
-            raise ConversionError(f"{self.path} does not hold the model that its arguments describe:\n  {shown}")
+        return wrong + [f"{name}: not part of the model" for name in sorted(self.leftover(tensors))]
 
 
 class TorchDistCheckpoint(MegatronCheckpoint):
@@ -129,7 +130,9 @@ class TorchDistCheckpoint(MegatronCheckpoint):
     def __init__(self, path: Path, allow_pickle: bool = False) -> None:
         self._reader = TorchDistReader(path)
         self._infos = self._reader.tensors()
-        super().__init__(path, _run_arguments(path, allow_pickle))
+        stored = [*self._infos, *self._reader.objects]
+        layout = {"tensor": self._tensor_parallel_size()}
+        super().__init__(path, _run_arguments(path, allow_pickle), layout, any(map(_OPTIMIZER.search, stored)))
 
     def info(self, tensor: MegatronTensor) -> TensorInfo:
         key, index = self._key(tensor)
@@ -140,6 +143,9 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         key, index = self._key(tensor)
         return self._reader.read(key, (*index, slice(start, stop)))
 
+    def has_scales(self, tensor: MegatronTensor) -> bool:
+        return self._scale_key(tensor) is not None
+
     def scales(self, tensor: MegatronTensor) -> torch.Tensor | None:
         key = self._scale_key(tensor)
         if key is None:
@@ -147,19 +153,15 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         stacked = len(self._infos[key].shape) == 3
         return self._reader.read(key, (tensor.layer,) if stacked and tensor.layer is not None else ())
 
-    def names(self) -> set[str]:
-        return {name for name in self._infos if not _NOT_WEIGHTS.search(name)}
+    def leftover(self, tensors: Sequence[MegatronTensor]) -> set[str]:
+        names = {name for name in self._infos if not _NOT_WEIGHTS.search(name)}
+        for tensor in tensors:
+            with contextlib.suppress(KeyError):
+                names.discard(self._key(tensor)[0])
+            names.discard(self._scale_key(tensor) or "")
+        return names
 
-    def stored_as(self, tensor: MegatronTensor) -> set[str]:
-        try:
-            found = {self._key(tensor)[0]}
-        except KeyError:
-            found = set()
-        scale = self._scale_key(tensor) if tensor.quantizable else None
-        return found if scale is None else {*found, scale}
-
-    @property
-    def tensor_parallel_size(self) -> int:
+    def _tensor_parallel_size(self) -> int:
         """From how the columns of a row-parallel weight are cut into chunks."""
         for name in self._infos:
             if name.endswith("self_attention.linear_proj.weight"):
@@ -172,25 +174,20 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         Raises:
             KeyError: nowhere.
         """
-        candidates: list[tuple[str, tuple[int, ...]]] = []
-        if tensor.layer is None:
-            candidates.append((tensor.name, ()))
-        else:
-            for suffix in (tensor.suffix, OTHER_NAMES.get(tensor.suffix)):
-                if suffix is not None:
-                    candidates.append((f"decoder.layers.{suffix}", (tensor.layer,)))
-                    candidates.append((f"decoder.layers.{tensor.layer}.{suffix}", ()))
-        for key, index in candidates:
-            if key in self._infos and (not index or index[0] < self._infos[key].shape[0]):
-                return key, index
+        for name in tensor.spellings:
+            if tensor.layer is not None:
+                stack = self._infos.get(stacked := name.replace(f".{tensor.layer}.", ".", 1))
+                if stack is not None and stack.shape and tensor.layer < stack.shape[0]:
+                    return stacked, (tensor.layer,)
+            if name in self._infos:
+                return name, ()
         raise KeyError(tensor.name)
 
     def _scale_key(self, tensor: MegatronTensor) -> str | None:
+        if not tensor.quantizable:
+            return None
         stacked = f"decoder.layers.{tensor.suffix}{SCALE_SUFFIX}"
-        for key in (stacked, f"{stacked}.{tensor.layer}"):
-            if key in self._infos:
-                return key
-        return None
+        return next((key for key in (stacked, f"{stacked}.{tensor.layer}") if key in self._infos), None)
 
 
 class LegacyCheckpoint(MegatronCheckpoint):
@@ -200,15 +197,16 @@ class LegacyCheckpoint(MegatronCheckpoint):
 
     def __init__(self, path: Path, allow_pickle: bool = False) -> None:
         self._reader = LegacyReader(path, allow_pickle)
-        super().__init__(path, self._reader.args)
-        # (stage's place in the model) -> (pipeline rank, model key), virtual stages outermost.
-        pipeline = range(self._reader.pipeline_parallel_size)
+        layout = {"tensor": self._reader.tensor_parallel_size, "pipeline": self._reader.pipeline_parallel_size}
+        # Virtual stages outermost.
         keys = sorted(self._reader.ranks[0, 0], key=lambda key: int(key.removeprefix("model") or 0))
-        self._stages = [(rank, key) for key in keys for rank in pipeline]
+        if "model" not in keys:
+            layout["virtual pipeline"] = len(keys)
+        super().__init__(path, self._reader.args, layout, self._reader.optimizer_state)
         # global name -> (pipeline rank, model key, local name)
         self._where: dict[str, tuple[int, str, str]] = {}
         first = 0
-        for rank, key in self._stages:
+        for key, rank in itertools.product(keys, range(self._reader.pipeline_parallel_size)):
             local_layers = 0
             for name in self._reader.ranks[0, rank].get(key, {}):
                 if _NOT_WEIGHTS.search(name):
@@ -226,59 +224,17 @@ class LegacyCheckpoint(MegatronCheckpoint):
             raise ConversionError(
                 f"{self.path}: {tensor.name} has other shapes or dtypes on other tensor-parallel ranks: of two runs?"
             )
-        if shards[0].ndim != len(tensor.shape):
-            return TensorInfo(tuple(shards[0].shape), shards[0].dtype)
-        rows, *columns = shards[0].shape
-        size = len(shards)
-        if size > 1 and tensor.kind == "row":
-            columns[-1] *= size
-        elif tensor.kind != "replicated":
-            rows *= size
-        return TensorInfo((rows, *columns), shards[0].dtype)
+        shape = list(shards[0].shape)
+        if len(shape) == len(tensor.shape) and tensor.kind != "replicated":
+            shape[-1 if tensor.kind == "row" else 0] *= len(shards)
+        return TensorInfo(tuple(shape), shards[0].dtype)
 
     def read(self, tensor: MegatronTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
         shards = self._shards(tensor)
         if tensor.kind == "replicated" and any(not torch.equal(s, shards[0]) for s in shards[1:]):
             raise ConversionError(f"{self.path}: {tensor.name} differs between tensor-parallel ranks")
-        if tensor.kind == "vocab":
-            return self._vocabulary_rows(tensor, shards, start, stop)
-        return unshard(tensor.kind, shards)[start:stop]
-
-    def scales(self, tensor: MegatronTensor) -> torch.Tensor | None:
-        return None
-
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def stored_as(self, tensor: MegatronTensor) -> set[str]:
-        found = {name for name in self._spellings(tensor) if name in self._where}
-        # The last stage of a tied model holds a copy of the embedding as its output layer.
-        return found | ({OUTPUT} if tensor.name == EMBEDDING and self._tied_copy() else set())
-
-    @property
-    def tensor_parallel_size(self) -> int:
-        return self._reader.tensor_parallel_size
-
-    def _tied_copy(self) -> bool:
-        return self.tied and OUTPUT in self._where
-
-    def _spellings(self, tensor: MegatronTensor) -> list[str]:
-        other = OTHER_NAMES.get(tensor.suffix)
-        return [tensor.name] + ([f"decoder.layers.{tensor.layer}.{other}"] if other else [])
-
-    def _shards(self, tensor: MegatronTensor) -> list[torch.Tensor]:
-        for name in self._spellings(tensor):
-            if name in self._where:
-                return self._tensors(name)
-        raise KeyError(tensor.name)
-
-    def _tensors(self, name: str) -> list[torch.Tensor]:
-        rank, key, local = self._where[name]
-        return [self._reader.ranks[tp, rank][key][local] for tp in range(self._reader.tensor_parallel_size)]
-
-    def _vocabulary_rows(
-        self, tensor: MegatronTensor, shards: list[torch.Tensor], start: int, stop: int | None
-    ) -> torch.Tensor:
+        if tensor.kind != "vocab":
+            return unshard(tensor.kind, shards)[start:stop]
         if tensor.name == EMBEDDING and self._tied_copy() and start == 0:
             copies = self._tensors(OUTPUT)
             if any(not torch.equal(a, b) for a, b in zip(shards, copies, strict=True)):
@@ -288,6 +244,24 @@ class LegacyCheckpoint(MegatronCheckpoint):
         pieces = [s[max(0, start - i * rows) : max(0, stop - i * rows)] for i, s in enumerate(shards)]
         pieces = [piece for piece in pieces if piece.shape[0]]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def leftover(self, tensors: Sequence[MegatronTensor]) -> set[str]:
+        # The last stage of a tied model holds a copy of the embedding as its output layer.
+        copied = {OUTPUT} if self._tied_copy() else set()
+        return set(self._where) - copied - {name for tensor in tensors for name in tensor.spellings}
+
+    def _tied_copy(self) -> bool:
+        return self.tied and OUTPUT in self._where
+
+    def _shards(self, tensor: MegatronTensor) -> list[torch.Tensor]:
+        for name in tensor.spellings:
+            if name in self._where:
+                return self._tensors(name)
+        raise KeyError(tensor.name)
+
+    def _tensors(self, name: str) -> list[torch.Tensor]:
+        rank, key, local = self._where[name]
+        return [self._reader.ranks[tp, rank][key][local] for tp in range(self._reader.tensor_parallel_size)]
 
 
 def _run_arguments(path: Path, allow_pickle: bool) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ...checkpoints.safe_load import load_without_code, plain
-from ..storage.mapped_file import contiguous_stride, scratch_memory
-from ..storage.reader import ConversionError, TensorInfo
+from ..storage.mapped_file import scratch_memory
+from ..storage.reader import ConversionError, TensorInfo, checked_blocks
 from ..storage.torch_file import save_file
 
 _FILE = "model_optim_rng.pt"
@@ -28,6 +28,7 @@ class LegacyReader:
     Attributes:
         tensor_parallel_size: number of tensor-parallel ranks.
         pipeline_parallel_size: number of pipeline ranks.
+        optimizer_state: whether it is there.
         args: arguments of the run that saved it, as plain values; empty where there are none.
         ranks: for each (tensor rank, pipeline rank) the model parts, "model", or "model0", "model1", ... under virtual
             pipeline parallelism; each a dict of names and tensors that are views of the file. ``_extra_state`` is left
@@ -47,6 +48,7 @@ class LegacyReader:
         self.tensor_parallel_size = 1 + max(tp for tp, _ in paths)
         self.pipeline_parallel_size = 1 + max(pp for _, pp in paths)
         self.args: dict[str, Any] = {}
+        self.optimizer_state = any(directory.glob("mp_rank_*/distrib_optim.pt"))
         self.ranks: dict[tuple[int, int], dict[str, dict[str, torch.Tensor]]] = {}
         for rank, path in sorted(paths.items()):
             loaded = load_without_code(path, mmap=True, allow_pickle=allow_pickle)
@@ -56,6 +58,7 @@ class LegacyReader:
                 self.args = plain(loaded["args"])
                 self._check_args(directory)
             self.ranks[rank] = _model_parts(loaded, path)
+            self.optimizer_state |= "optimizer" in loaded
         self._check_names(paths)
 
     def _check_args(self, directory: Path) -> None:
@@ -121,8 +124,10 @@ def filled_on_disk(
         # A storage for each tensor: torch.save writes whole storages.
         tensor = torch.empty(info.shape if info.nbytes == 0 else 0, dtype=info.dtype)
         if info.nbytes:
-            tensor.set_(storage[end : end + info.nbytes], 0, info.shape, contiguous_stride(info.shape))
-        _fill(tensor, fill(name), name)
+            tensor.set_(storage[end : end + info.nbytes], 0, info.shape)
+        content = fill(name)
+        for row, block in checked_blocks(name, info, [content] if isinstance(content, torch.Tensor) else content):
+            (tensor[row : row + len(block)] if info.shape else tensor).copy_(block)
         state[name] = tensor
         end += _aligned(info.nbytes)
     return state
@@ -177,24 +182,6 @@ def _model_parts(loaded: Mapping[str, Any], path: Path) -> dict[str, dict[str, t
     if not parts:
         raise ConversionError(f"{path}: holds no model, only {', '.join(map(str, loaded)) or 'nothing'}")
     return parts
-
-
-def _fill(tensor: torch.Tensor, content: torch.Tensor | Iterable[torch.Tensor], name: str) -> None:
-    blocks = [content] if isinstance(content, torch.Tensor) else content
-    rows, planned = 0, tensor.shape[0] if tensor.ndim else 1
-    for block in blocks:
-        if block.dtype != tensor.dtype or block.ndim != tensor.ndim or block.shape[1:] != tensor.shape[1:]:
-            raise ConversionError(
-                f"{name}: a block of {tuple(block.shape)}, {block.dtype} in a tensor of {tuple(tensor.shape)}, "
-                f"{tensor.dtype}"
-            )
-        count = block.shape[0] if block.ndim else 1
-        if rows + count > planned:
-            raise ConversionError(f"{name}: more than the planned {planned} rows")
-        (tensor[rows : rows + count] if tensor.ndim else tensor).copy_(block)
-        rows += count
-    if rows != planned:
-        raise ConversionError(f"{name}: {rows} of {planned} rows")
 
 
 def _aligned(nbytes: int) -> int:

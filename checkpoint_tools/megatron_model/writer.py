@@ -16,7 +16,6 @@ from ..storage.torch_dist_writer import Chunk, TorchDistWriter
 from ..tensor_map import EMBEDDING, OTHER_NAMES, OUTPUT, MegatronTensor
 from .legacy import rank_directory, write_rank
 
-_BLOCK = 2**26  # bytes of the vocabulary at a time
 # What Transformer Engine's modules, and under its name megatron-core's own, ask for beside their weights.
 _WITH_EXTRA_STATE = (
     "self_attention.linear_qkv",
@@ -50,12 +49,9 @@ class Layout:
             ConversionError: with the sizes that do not divide, and those that do.
         """
         a = model.architecture
-        if min(self.tp, self.pp, self.vp or 1) < 1:
-            raise ConversionError("parallel sizes must be 1 or more")
-        heads = ("key/value heads", a.num_query_groups)
-        if not legacy:
-            heads = ("query channels", a.num_attention_heads * a.kv_channels)
-        found = uneven(dict((heads, ("ffn channels", a.ffn_hidden_size))), self.tp)
+        channels = a.num_attention_heads * a.kv_channels
+        heads = {"key/value heads": a.num_query_groups} if legacy else {"query channels": channels}
+        found = uneven({**heads, "ffn channels": a.ffn_hidden_size}, self.tp)
         if found is not None:
             raise ConversionError(f"--target-tensor-parallel-size {self.tp} does not divide the model's {found}")
         if legacy and a.num_layers % (self.pp * (self.vp or 1)):
@@ -107,9 +103,10 @@ def write_legacy(
             ) -> torch.Tensor | Iterator[torch.Tensor]:
                 tensor, info = parts[key][name], plan[key][name]
                 on_bytes(info.nbytes)
-                if tensor.kind == "vocab":
-                    return _vocabulary_shard(model, tensor, rank * info.shape[0], info)
-                return model.read(tensor, rank, layout.tp)
+                if tensor.kind != "vocab":
+                    return model.read(tensor, rank, layout.tp)
+                first = rank * info.shape[0]
+                return (model.read_rows(tensor, first + r.start, first + r.stop) for r in info.row_slices())
 
             file = directory / rank_directory(rank, stage, layout.pp) / "model_optim_rng.pt"
             write_rank(file, plan, fill, common)
@@ -125,17 +122,10 @@ def _chunks(model: HfModel, rows: int, tp: int) -> Iterator[Chunk]:
     for tensor in model.tensors:
         info = _stored(model, tensor, rows)
         if tensor.kind == "vocab":
-            step = max(1, _BLOCK // (info.nbytes // rows))
-            for start in range(0, rows, step):
-                stop = min(start + step, rows)
-                yield Chunk(
-                    tensor.name,
-                    info.shape,
-                    (start, 0),
-                    (stop - start, info.shape[1]),
-                    info.dtype,
-                    partial(model.read_rows, tensor, start, stop),
-                )
+            for block in info.row_slices():
+                sizes = (block.stop - block.start, info.shape[1])
+                produce = partial(model.read_rows, tensor, block.start, block.stop)
+                yield Chunk(tensor.name, info.shape, (block.start, 0), sizes, info.dtype, produce)
         elif tensor.layer is None:
             yield Chunk(tensor.name, info.shape, (0,), info.shape, info.dtype, partial(model.read, tensor))
         else:
@@ -148,12 +138,8 @@ def _chunks(model: HfModel, rows: int, tp: int) -> Iterator[Chunk]:
                     (tensor.layer, *[0] * (len(info.shape) - 1), part * width),
                     (1, *info.shape[:-1], width),
                     info.dtype,
-                    partial(_in_one_layer, model, tensor, part, cuts),
+                    partial(lambda *of: model.read(*of).unsqueeze(0), tensor, part, cuts),
                 )
-
-
-def _in_one_layer(model: HfModel, tensor: MegatronTensor, rank: int, ranks: int) -> torch.Tensor:
-    return model.read(tensor, rank, ranks).unsqueeze(0)
 
 
 def _stages(model: HfModel, layout: Layout) -> dict[int, dict[str, dict[str, MegatronTensor]]]:
@@ -185,14 +171,7 @@ def _stored(model: HfModel, tensor: MegatronTensor, rows: int) -> TensorInfo:
 
 
 def _shard_info(info: TensorInfo, tensor: MegatronTensor, tp: int) -> TensorInfo:
-    if tensor.kind == "replicated":
-        return info
-    if tensor.kind == "row":
-        return TensorInfo((info.shape[0], info.shape[1] // tp), info.dtype)
-    return TensorInfo((info.shape[0] // tp, *info.shape[1:]), info.dtype)
-
-
-def _vocabulary_shard(model: HfModel, tensor: MegatronTensor, first: int, info: TensorInfo) -> Iterator[torch.Tensor]:
-    step = max(1, _BLOCK // (info.nbytes // info.shape[0]))
-    for start in range(first, first + info.shape[0], step):
-        yield model.read_rows(tensor, start, min(start + step, first + info.shape[0]))
+    shape = list(info.shape)
+    if tensor.kind != "replicated":
+        shape[1 if tensor.kind == "row" else 0] //= tp
+    return TensorInfo(tuple(shape), info.dtype)

@@ -63,6 +63,12 @@ def fuse_blocks(
         yield quantized
 
 
+def bf16_steps(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many bf16 values two tensors of scales are apart, at most."""
+    # Neighbouring values of one sign are neighbouring integers.
+    return int((one.view(torch.int16).int() - other.view(torch.int16).int()).abs().amax())
+
+
 def detected_group(reader: TensorReader, name: str) -> int | None:
     """Elements per scale along a row of a weight that is fused already; 0 where all is zero, None for a latent one.
 

@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 
 from ...quantization import QuantizerConfig, effective_group
 from ...quantization.record import QuantizerRecord
-from ..storage.reader import ConversionError, TensorReader, check_finite
+from ..storage.reader import ConversionError, TensorReader, check_finite, dtype_name, listed
+from ..tensor_map import PROJECTION
 from .fuse import detected_group
 
-_PROJECTION = re.compile(r"(.+\.)?(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 _ADAPTER = re.compile(r"(^|\.)(base_layer|lora_\w+)(\.|$)")
 NO_MERGE = (
     "they cannot become part of a ternary weight, for the latent weight plus an adapter is quantized to another weight "
     "than was trained. Fuse the latent export that they were trained on, and load the adapter beside it"
 )
 _ROW_PARALLEL = ("o_proj", "down_proj")
-_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,10 @@ def make_plan(
     tensors = reader.tensors()
     adapters = [name for name in tensors if _ADAPTER.search(name)]
     if adapters:
-        raise ConversionError(f"there are adapters ({_listed(adapters)}): {NO_MERGE}")
+        raise ConversionError(f"there are adapters ({listed(adapters)}): {NO_MERGE}")
     if record is None:
         wanted = _by_name(reader, -1 if group_size is None else group_size)
-        dtype = str(tensors[next(iter(wanted))].dtype).removeprefix("torch.")
+        dtype = dtype_name(tensors[next(iter(wanted))].dtype)
         eps = QuantizerConfig().eps
     else:
         wanted = _by_record(reader, record, whole)
@@ -76,14 +75,14 @@ def make_plan(
     other = {name: group for name, group in fused.items() if group % groups[name]}
     if other and record is not None:
         lines = (f"{name} is ternary in groups of {group}, not {groups[name]}" for name, group in other.items())
-        raise ConversionError(f"the quantizer record contradicts the weights: {_listed(lines)}")
+        raise ConversionError(f"the quantizer record contradicts the weights: {listed(lines)}")
     shards = 1 if record is None else record.row_parallel_shards
     if other:
         # Without a record the weights themselves say it.
-        wanted = {
-            n: replace(c, group_size=_as_group_size(reader, n, other.get(n, groups[n]))) for n, c in wanted.items()
-        }
-        ratios = {tensors[n].shape[1] // other.get(n, groups[n]) for n in wanted if _is_row_parallel(n)}
+        groups.update(other)
+        columns = {name: tensors[name].shape[1] for name in wanted}
+        wanted = {n: replace(c, group_size=-1 if groups[n] == columns[n] else groups[n]) for n, c in wanted.items()}
+        ratios = {columns[n] // groups[n] for n in wanted if _is_row_parallel(n)}
         shards = ratios.pop() if len(ratios) == 1 else 1
     if record is None:
         modules = {n.removesuffix(".weight"): {"group_size": c.group_size} for n, c in wanted.items()}
@@ -102,17 +101,17 @@ def _check_kind(
             check_finite(name, reader.read(name))
         raise ConversionError(
             f"{len(fused)} projections are ternary already and {len(latent)} are not: this is no model of one kind. "
-            f"Ternary: {_listed(fused)}. Latent: {_listed(latent)}"
+            f"Ternary: {listed(fused)}. Latent: {listed(latent)}"
         )
     if latent and record is not None and record.state == "fused":
         raise ConversionError(
-            f"the quantizer record says that the weights are fused, but these are not ternary: {_listed(latent)}. If "
+            f"the quantizer record says that the weights are fused, but these are not ternary: {listed(latent)}. If "
             "they were trained further, start again from the latent checkpoint: fused weights must not be trained"
         )
 
 
 def _by_name(reader: TensorReader, group_size: int) -> dict[str, QuantizerConfig]:
-    names = [name for name in reader.tensors() if _PROJECTION.fullmatch(name)]
+    names = [name for name in reader.tensors() if PROJECTION.fullmatch(name)]
     if not names:
         raise ConversionError(
             "there is no *.self_attn.{q,k,v,o}_proj.weight and no *.mlp.{gate,up,down}_proj.weight to quantize: is "
@@ -131,7 +130,7 @@ def _by_record(reader: TensorReader, record: QuantizerRecord, whole: bool) -> di
     missing = [module for module in record.modules if f"{module}.weight" not in tensors]
     if missing and (whole or len(missing) == len(record.modules)):
         raise ConversionError(
-            f"the quantizer record lists modules that are not there: {_listed(missing)}. Record and weights are not of "
+            f"the quantizer record lists modules that are not there: {listed(missing)}. Record and weights are not of "
             "one model"
         )
     try:
@@ -159,7 +158,7 @@ def _check_group_size(
             lines.append(f"{name} was trained in groups of {group}, not {expected}")
     if lines:
         raise ConversionError(
-            f"--group_size {asked} contradicts the quantizer record: {_listed(lines)}. Leave --group_size out: the "
+            f"--group_size {asked} contradicts the quantizer record: {listed(lines)}. Leave --group_size out: the "
             "weights that were trained are those of the record"
         )
 
@@ -171,14 +170,5 @@ def _effective(reader: TensorReader, name: str, config: QuantizerConfig) -> int:
         raise ConversionError(f"{name}: {error}") from None
 
 
-def _as_group_size(reader: TensorReader, name: str, group: int) -> int:
-    return -1 if group == reader.tensors()[name].shape[1] else group
-
-
 def _is_row_parallel(name: str) -> bool:
     return name.removesuffix(".weight").rpartition(".")[2] in _ROW_PARALLEL
-
-
-def _listed(lines: Iterable[str]) -> str:
-    lines = list(lines)
-    return "; ".join(lines[:_LISTED]) + (f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else "")

@@ -9,8 +9,9 @@ import torch
 from ...quantization import effective_group, fused_group_size, quantize
 from ...quantization.record import QuantizerRecord
 from ..megatron_model.checkpoint import MegatronCheckpoint
-from ..storage.reader import ConversionError
+from ..storage.reader import ConversionError, dtype_name
 from ..tensor_map import MegatronTensor
+from .fuse import bf16_steps
 
 _SAMPLE_ROWS = 64
 
@@ -60,12 +61,11 @@ def checked_scales(
     config = record.config_of(tensor.module)
     rows = torch.linspace(0, tensor.shape[0] - 1, min(_SAMPLE_ROWS, tensor.shape[0])).long().unique()
     own = quantize(checkpoint.read(tensor)[rows], config)[1]
-    # Neighbouring bf16 values of one sign are neighbouring integers.
-    steps = (scales[rows].view(torch.int16).int() - own.view(torch.int16).int()).abs().amax()
+    steps = bf16_steps(scales[rows], own)
     if steps > 1:
         raise ConversionError(
-            f"{checkpoint.path}: the saved scales of {tensor.module} are up to {int(steps)} bf16 steps away from those "
-            "of its weights: they belong to other weights, or to another group size"
+            f"{checkpoint.path}: the saved scales of {tensor.module} are up to {steps} bf16 steps away from those of "
+            "its weights: they belong to other weights, or to another group size"
         )
     return scales
 
@@ -74,9 +74,9 @@ def _inferred(
     checkpoint: MegatronCheckpoint, linears: Sequence[MegatronTensor], group_size: int | None
 ) -> QuantizerRecord | None:
     """A record from saved scales, or from ``group_size`` and the tensor-parallel size that the files show."""
-    dtype = str(checkpoint.info(linears[0]).dtype).removeprefix("torch.")
+    dtype = dtype_name(checkpoint.info(linears[0]).dtype)
     modules: dict[str, dict[str, int]] = {}
-    shards = checkpoint.tensor_parallel_size
+    shards = checkpoint.layout["tensor"]
     saved = False
     for tensor in linears:
         scales = checkpoint.scales(tensor)
@@ -156,7 +156,7 @@ def _check_record(checkpoint: MegatronCheckpoint, record: QuantizerRecord, linea
                 f"{checkpoint.path}: {module} has scales of shape {list(scales.shape)}, its quantizer record says "
                 f"{[tensor.shape[0], groups]}"
             )
-        dtype = str(checkpoint.info(tensor).dtype).removeprefix("torch.")
+        dtype = dtype_name(checkpoint.info(tensor).dtype)
         if record.state == "latent" and dtype != record.latent_dtype:
             raise ConversionError(
                 f"{checkpoint.path}: {module} is {dtype}, its quantizer record says that training quantized "

@@ -58,7 +58,7 @@ class MappedFile:
             ValueError: the file ends before the tensor does.
         """
         shape = tuple(shape)
-        stride = contiguous_stride(shape) if stride is None else tuple(stride)
+        stride = torch.empty(shape, device="meta").stride() if stride is None else tuple(stride)
         if 0 in shape:
             return torch.empty(shape, dtype=dtype)[index]
         extent = (1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))) * dtype.itemsize
@@ -92,15 +92,6 @@ def scratch_memory(directory: Path, nbytes: int) -> torch.Tensor:
         return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
 
 
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides, in elements, of a contiguous tensor."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
-
-
 def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     """The same CPU memory, as a contiguous tensor whose storage ends with it: ``torch.save`` writes whole storages.
 
@@ -115,8 +106,3 @@ def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     own: Any = torch.empty(0, dtype=tensor.dtype)
     return own.set_(storage[start : start + tensor.nbytes], 0, tensor.shape)
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor of any dtype, not copied."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

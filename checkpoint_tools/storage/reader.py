@@ -4,7 +4,8 @@
 So a conversion never holds more than a piece of one layer, whatever the size of the model.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,10 +33,14 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def row_slices(self, nbytes: int = 2**26) -> Iterator[slice]:
+        """The rows in blocks of about ``nbytes``, and of one row at least; none of a scalar and of an empty tensor."""
+        if self.shape and self.nbytes:
+            rows = max(1, nbytes * self.shape[0] // self.nbytes)
+            for start in range(0, self.shape[0], rows):
+                yield slice(start, min(start + rows, self.shape[0]))
 
 
 class TensorReader(Protocol):
@@ -84,6 +89,39 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, exactly: bool = Fa
     if not result.sum().isfinite() and not result.isfinite().all():
         raise ConversionError(f"{name} holds values that {dtype} cannot: choose another --dtype")
     return result
+
+
+def checked_blocks(name: str, info: TensorInfo, blocks: Iterable[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The blocks of rows that a tensor is written in, each with its first row; a scalar is one row.
+
+    Raises:
+        ConversionError: they do not make up a tensor of ``info``.
+    """
+    rows, planned = 0, info.shape[0] if info.shape else 1
+    for block in blocks:
+        if block.dtype != info.dtype or block.ndim != len(info.shape) or block.shape[1:] != info.shape[1:]:
+            raise ConversionError(
+                f"{name}: a block of {tuple(block.shape)}, {block.dtype} in a tensor of {info.shape}, {info.dtype}"
+            )
+        count = block.shape[0] if block.ndim else 1
+        if rows + count > planned:
+            raise ConversionError(f"{name}: more than the planned {planned} rows")
+        yield rows, block
+        rows += count
+    if rows != planned:
+        raise ConversionError(f"{name}: {rows} of {planned} rows")
+
+
+def refuse_mistakes(what: str, lines: Sequence[str]) -> None:
+    """Raises a :class:`ConversionError` that lists the first mistakes, if there are any."""
+    if lines:
+        more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise ConversionError("\n  ".join([f"{what}:", *lines[:20], *more]))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as files name it, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def listed(names: Iterable[Any], limit: int = 8) -> str:

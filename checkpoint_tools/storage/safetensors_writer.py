@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from .mapped_file import as_bytes
-from .reader import ConversionError, TensorInfo, listed
+from .reader import ConversionError, TensorInfo, checked_blocks, listed
 
 SAFETENSORS = "model.safetensors"
 # The names of the format, and PyTorch's where this version has them.
@@ -91,26 +90,14 @@ class SafetensorsWriter:
         """
         if name not in self._missing:
             raise ConversionError(f"{name}: {'was written already' if name in self._plan else 'is not in the plan'}")
-        info = self._plan[name]
         path, offset = self._places[name]
-        rows = 0
         with open(path, "r+b") as file:
             file.seek(offset)
-            for block in blocks:
-                shape = tuple(block.shape)
-                if block.dtype != info.dtype or len(shape) != len(info.shape) or shape[1:] != info.shape[1:]:
-                    raise ConversionError(
-                        f"{name}: a block of {shape}, {block.dtype} in a tensor of {info.shape}, {info.dtype}"
-                    )
+            for _, block in checked_blocks(name, self._plan[name], blocks):
                 if not block.is_contiguous():
-                    raise ConversionError(f"{name}: a block of {shape} is not contiguous")
-                rows += shape[0] if shape else 1
-                if rows > (info.shape[0] if info.shape else 1):
-                    break  # before it runs over the next tensor
+                    raise ConversionError(f"{name}: a block of {tuple(block.shape)} is not contiguous")
                 if block.numel():
-                    file.write(as_bytes(block.cpu()))
-        if rows != (info.shape[0] if info.shape else 1):
-            raise ConversionError(f"{name}: blocks of {rows} rows or more for a tensor of {info.shape}")
+                    file.write(block.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         del self._missing[name]
 
     def close(self) -> None:
@@ -177,9 +164,8 @@ def parse_size(text: str) -> int:
 
 def row_blocks(tensor: torch.Tensor, nbytes: int = 2**26) -> Iterator[torch.Tensor]:
     """A tensor as contiguous blocks of rows of about ``nbytes`` each, as :meth:`SafetensorsWriter.write` takes them."""
-    if tensor.ndim == 0 or tensor.shape[0] == 0:
+    if tensor.numel() == 0 or tensor.ndim == 0:
         yield tensor.contiguous()
         return
-    rows = max(1, nbytes * tensor.shape[0] // max(1, tensor.nbytes))
-    for start in range(0, tensor.shape[0], rows):
-        yield tensor[start : start + rows].contiguous()
+    for rows in TensorInfo(tuple(tensor.shape), tensor.dtype).row_slices(nbytes):
+        yield tensor[rows].contiguous()

@@ -14,7 +14,7 @@ from .reader import ConversionError
 
 
 @contextlib.contextmanager
-def staged(final: Path, nbytes: int | None = None) -> Iterator[Path]:
+def staged(final: Path, nbytes: int | None = None, one_file: bool = False) -> Iterator[Path]:
     """Yields a directory beside ``final`` to write into; it gets the name ``final`` when the block ends well.
 
     What a killed run left of the same name is removed first; on any exception the directory is removed. It is locked
@@ -23,6 +23,7 @@ def staged(final: Path, nbytes: int | None = None) -> Iterator[Path]:
     Args:
         final: the directory to make; it may exist if it is empty. Its parents are made.
         nbytes: that the block is going to write, where known; checked at once.
+        one_file: whether not the directory but the one file that is written there becomes ``final``.
 
     Raises:
         ConversionError: ``final`` is there already, or another command is writing it.
@@ -33,23 +34,21 @@ def staged(final: Path, nbytes: int | None = None) -> Iterator[Path]:
     _check_unused(final)
     if os.path.ismount(final):
         raise ConversionError(f"{final} is a mount point, which no directory can replace: give one below it")
-    with _locked(final) as temporary, _full_disk_in_words(final, nbytes):
-        if nbytes is not None:
-            check_free_space(final.parent, nbytes)
-        yield temporary
-        _check_unused(final)
-        publish(temporary, final)
-
-
-@contextlib.contextmanager
-def staged_file(final: Path, nbytes: int) -> Iterator[Path]:
-    """Yields a directory; the one file that is written there becomes ``final``, under the same promises."""
-    final = Path(os.path.realpath(final))
-    with _locked(final) as temporary, _full_disk_in_words(final, nbytes):
-        check_free_space(final.parent, nbytes)
-        yield temporary
-        (file,) = temporary.iterdir()
-        publish(file, final)
+    with _locked(final) as temporary:
+        try:
+            if nbytes is not None:
+                check_free_space(final.parent, nbytes)
+            yield temporary
+            _check_unused(final)
+            publish(next(temporary.iterdir()) if one_file else temporary, final)
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            needed = "" if nbytes is None else f" {nbytes:,} bytes are needed,"
+            raise FailedError(
+                f"{final.parent}: the disk is full:{needed} {_free(final.parent):,} were free when it failed; nothing "
+                "was kept. Free some space, or give a --save-dir on another disk"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -77,21 +76,6 @@ def _locked(final: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
     finally:
         os.close(lock)
-
-
-@contextlib.contextmanager
-def _full_disk_in_words(final: Path, nbytes: int | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        free = _free(final.parent)
-        if disk_is_full(error):
-            needed = "" if nbytes is None else f" {nbytes:,} bytes are needed,"
-            raise FailedError(
-                f"{final.parent}: the disk is full:{needed} {free:,} were free when it failed; nothing was kept. "
-                "Free some space, or give a --save-dir on another disk"
-            ) from error
-        raise
 
 
 def check_free_space(directory: Path, nbytes: int) -> None:

@@ -10,10 +10,11 @@ and ``common.pt``, megatron's own. A tensor's chunks are what the ranks of the r
 import collections
 import functools
 import io
+import math
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ class TorchDistReader:
     Args:
         iteration_directory: with ``.metadata``.
 
+    Attributes:
+        objects: names of the entries that are no tensors: ``_extra_state``, random states, parts of the optimizer.
+
     Raises:
         FileError: it is no such checkpoint, its metadata is damaged, or a file is missing or too short.
     """
@@ -55,15 +59,10 @@ class TorchDistReader:
         self._directory = Path(iteration_directory)
         contents = read_contents(self._directory)
         self._stored = contents.tensors
-        self._objects = list(contents.objects)
+        self.objects = list(contents.objects)
         self._infos = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in contents.tensors.items()}
         # Bounded, because each mapping holds a file descriptor and a large run leaves thousands of files.
         self._mapping = functools.lru_cache(maxsize=64)(MappedFile)
-
-    @property
-    def objects(self) -> Sequence[str]:
-        """Names of the entries that are no tensors: ``_extra_state``, random states, parts of the optimizer."""
-        return self._objects
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor's shape and dtype; reads no data."""
@@ -126,15 +125,14 @@ class TorchDistReader:
                 place = _elements(window)
                 if place is None:
                     window.seek(0)
-                    tensor = torch.load(window, map_location="cpu", weights_only=True)
-                    place = 0, tensor.dtype, tuple(tensor.shape), tensor.stride()
+                    whole = torch.load(window, map_location="cpu", weights_only=True)
+                    shape, found = tuple(whole.shape), whole.dtype
                 else:
-                    tensor = None
-            offset, found, shape, stride = place
+                    offset, found, shape, stride = place
             if shape != chunk.sizes or found != dtype:
                 raise ValueError(f"{shape}, {found} in place of {chunk.sizes}, {dtype}")
-            if tensor is not None:
-                return tensor[index]
+            if place is None:
+                return whole[index]
             return self._mapping(path).read(chunk.place.start + offset, dtype, shape, stride, index)
         except OSError:
             raise
@@ -282,7 +280,7 @@ def _box(
 
 def _make_up(sizes: Sequence[int], boxes: Sequence[Sequence[tuple[int, int]]]) -> bool:
     """Whether boxes, sorted by where they begin, fill all of a piece of a tensor, each element once."""
-    if sum(volume_of(behind - first for first, behind in box) for box in boxes) != volume_of(sizes):
+    if sum(math.prod(behind - first for first, behind in box) for box in boxes) != math.prod(sizes):
         return False
     for number, box in enumerate(boxes):
         for other in boxes[number + 1 :]:
@@ -295,10 +293,3 @@ def _make_up(sizes: Sequence[int], boxes: Sequence[Sequence[tuple[int, int]]]) -
 
 def _within(overlap: Sequence[tuple[int, int]], origin: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(first - at, behind - at) for (first, behind), at in zip(overlap, origin, strict=True))
-
-
-def volume_of(sizes: Iterable[int]) -> int:
-    volume = 1
-    for size in sizes:
-        volume *= size
-    return volume
