@@ -13,15 +13,10 @@ from tqdm import tqdm
 
 from .. import cli
 from ..files import check_digests, read_digests
+from .storage.reader import dtype_name
 
-DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES.update({dtype_name(dtype): dtype for dtype in DTYPES.values()})
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
 _PICKLE = (
     "load files that weights_only refuses. A pickle can run any code when it is loaded: only for files whose author "
@@ -50,11 +45,8 @@ class Parser(cli.Parser):
 
 
 def check_input(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Compares what a command is going to read with its digests; what comes without any is taken as it is.
-
-    Args:
-        directory: of a checkpoint or model.
-        names: of the files that are read; None for all.
+    """Compares the files that a command is going to read, None for all of a directory, with their digests; what comes
+    without any is taken as it is.
 
     Raises:
         DigestError: files are damaged, naming them.
@@ -78,12 +70,7 @@ def progress(nbytes: int, doing: str, **options: Any) -> tqdm:
 def run(work: Callable[[], None]) -> int:
     """Runs a command under :func:`~bitcpm_megatron.cli.run`; returns its exit status. SIGTERM interrupts it."""
     return_freed_memory()
-
-    def stoppable() -> None:
-        with cli.interrupted_by_sigterm():
-            work()
-
-    return cli.run(stoppable)
+    return cli.run(cli.interrupted_by_sigterm()(work))
 
 
 def return_freed_memory() -> None:

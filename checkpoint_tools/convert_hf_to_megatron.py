@@ -30,16 +30,13 @@ from bitcpm_megatron.checkpoint_tools.command import DTYPES, Parser, check_input
 from bitcpm_megatron.checkpoint_tools.hf_model.config import read_config
 from bitcpm_megatron.checkpoint_tools.hf_model.model import HfModel, checked_record, open_hf_model
 from bitcpm_megatron.checkpoint_tools.hf_model.side_files import HF_DIRECTORY, copy_side_files
-from bitcpm_megatron.checkpoint_tools.megatron_model.writer import Layout, stored_bytes, write_legacy, write_torch_dist
+from bitcpm_megatron.checkpoint_tools.megatron_model.writer import Layout, write_legacy, write_torch_dist
 from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
 from bitcpm_megatron.checkpoint_tools.storage.staging import staged
-from bitcpm_megatron.checkpoint_tools.tensor_map import padded_rows
 from bitcpm_megatron.checkpoints.directory import RELEASE, TRACKER, write_arguments
 from bitcpm_megatron.cli import Whole
 from bitcpm_megatron.files import write_digests, write_text
 from bitcpm_megatron.models.from_arguments import arguments_of, flags_of
-
-MODEL_FILE = "model.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,9 +77,10 @@ def convert(args: argparse.Namespace) -> None:
     check_input(args.load_dir)
     model = open_hf_model(args.load_dir, DTYPES.get(args.dtype), args.allow_pickle)
     layout.check(model, legacy)
-    rows = padded_rows(model.architecture.vocab_size, args.make_vocab_size_divisible_by * layout.tp)
+    multiple = args.make_vocab_size_divisible_by * layout.tp
+    rows = -(-model.architecture.vocab_size // multiple) * multiple
     arguments = _arguments(model, rows, layout, args.make_vocab_size_divisible_by)
-    total = stored_bytes(model, rows)
+    total = sum(model.info(tensor, rows).nbytes for tensor in model.tensors)
     # From here on, for the cast of fused weights must be exact.
     record = model.record = checked_record(model)
     with staged(args.save_dir, total) as directory, progress(total, "writing") as bar:
@@ -104,7 +102,8 @@ def convert(args: argparse.Namespace) -> None:
             "vocab-size": model.architecture.vocab_size,
             "flags": flags_of(model.architecture),
         }
-        write_text(directory / MODEL_FILE, yaml.safe_dump(preset, sort_keys=False, default_flow_style=None, width=120))
+        text = yaml.safe_dump(preset, sort_keys=False, default_flow_style=None, width=120)
+        write_text(directory / "model.yaml", text)
         write_text(directory / TRACKER, RELEASE)
     stages = f", TP {layout.tp} x PP {layout.pp}" + (f" x VPP {layout.vp}" if layout.vp else "") if legacy else ""
     print(f"{args.save_dir}: {model.architecture.parameter_count():,} parameters, {args.format}{stages}")

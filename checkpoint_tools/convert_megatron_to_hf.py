@@ -43,7 +43,6 @@ from bitcpm_megatron.checkpoint_tools.hf_model.side_files import HF_DIRECTORY, c
 from bitcpm_megatron.checkpoint_tools.megatron_model.checkpoint import MegatronCheckpoint, locate, open_checkpoint
 from bitcpm_megatron.checkpoint_tools.quantizer.fuse import fuse_blocks
 from bitcpm_megatron.checkpoint_tools.quantizer.megatron_record import checked_record, checked_scales
-from bitcpm_megatron.checkpoint_tools.record_map import to_hugging_face
 from bitcpm_megatron.checkpoint_tools.storage.hf_reader import HfReader
 from bitcpm_megatron.checkpoint_tools.storage.reader import (
     ConversionError,
@@ -56,7 +55,13 @@ from bitcpm_megatron.checkpoint_tools.storage.reader import (
 )
 from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size
 from bitcpm_megatron.checkpoint_tools.storage.staging import staged
-from bitcpm_megatron.checkpoint_tools.tensor_map import MegatronTensor, megatron_tensors, part_shapes, split
+from bitcpm_megatron.checkpoint_tools.tensor_map import (
+    MegatronTensor,
+    megatron_tensors,
+    part_shapes,
+    split,
+    to_hugging_face,
+)
 from bitcpm_megatron.checkpoints.directory import RELEASE
 from bitcpm_megatron.cli import Whole
 from bitcpm_megatron.files import write_digests, write_text
@@ -88,14 +93,6 @@ class Export:
     dtype: torch.dtype | None
     template: Path | None
 
-    def plan(self) -> dict[str, TensorInfo]:
-        """Every tensor of the export."""
-        return {
-            name: TensorInfo(shape, self.dtype or self.checkpoint.info(t).dtype)
-            for t in self.tensors
-            for name, shape in part_shapes([t]).items()
-        }
-
     def blocks(self, tensor: MegatronTensor) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
         """The Hugging Face tensors of a Megatron tensor, each as blocks of rows, in the dtype to write.
 
@@ -105,7 +102,7 @@ class Export:
         read = self.checkpoint.read
         if tensor.kind == "vocab":
             rows = TensorInfo(tensor.shape, self.checkpoint.info(tensor).dtype).row_slices()
-            yield tensor.parts[0], self._cast(tensor.parts[0], (read(tensor, r.start, r.stop) for r in rows), False)
+            yield tensor.parts[0], self._cast(tensor.parts[0], (read(tensor, r) for r in rows), False)
             return
         channels = self.architecture.kv_channels
         record = self.record if self.record is not None and tensor.module in self.record.modules else None
@@ -162,7 +159,11 @@ def convert(args: argparse.Namespace) -> None:
     export = _open(args)
     kind = _kind(export, args.hf_architecture)
     shard_size = parse_size(args.max_shard_size)
-    plan = export.plan()
+    plan = {
+        name: TensorInfo(shape, export.dtype or export.checkpoint.info(tensor).dtype)
+        for tensor in export.tensors
+        for name, shape in part_shapes([tensor]).items()
+    }
     total = sum(info.nbytes for info in plan.values())
     with staged(args.save_dir, total) as directory:
         with SafetensorsWriter(directory, plan, shard_size) as writer, progress(total, "writing") as bar:
@@ -190,7 +191,10 @@ def _open(args: argparse.Namespace) -> Export:
     path = locate(args.load_dir)
     check_input(path)
     checkpoint = open_checkpoint(path, args.allow_pickle)
-    template = args.tokenizer or _kept_files(checkpoint)
+    # Else what a conversion left: with this checkpoint, or with the one that its run started from.
+    origin = checkpoint.arguments.get("pretrained_checkpoint")
+    kept = [path, *([] if origin is None else [Path(origin) / RELEASE, Path(origin)])]
+    template = args.tokenizer or next((p / HF_DIRECTORY for p in kept if (p / HF_DIRECTORY).is_dir()), None)
     if template is not None:
         check_input(template, ["config.json", *side_files(template)])
     architecture = _architecture(checkpoint, template, args.vocab_size)
@@ -214,15 +218,6 @@ def _open(args: argparse.Namespace) -> Export:
     return Export(checkpoint, architecture, tensors, record, fuse, dtype, template)
 
 
-def _kept_files(checkpoint: MegatronCheckpoint) -> Path | None:
-    """The tokenizer's files that a conversion left: with this checkpoint, or with the one that its run started from."""
-    origin = checkpoint.arguments.get("pretrained_checkpoint")
-    for path in (checkpoint.path, *([] if origin is None else [Path(origin) / RELEASE, Path(origin)])):
-        if (path / HF_DIRECTORY).is_dir():
-            return path / HF_DIRECTORY
-    return None
-
-
 def _architecture(checkpoint: MegatronCheckpoint, template: Path | None, vocab_size: int | None) -> Architecture:
     """From the run's arguments; from an earlier ``config.json`` where it left none."""
     config = read_config(template) if template is not None and (template / "config.json").is_file() else None
@@ -232,15 +227,14 @@ def _architecture(checkpoint: MegatronCheckpoint, template: Path | None, vocab_s
                 f"{checkpoint.path} does not say what model it holds: give --tokenizer DIR with the model's config.json"
             )
         return architecture_of(config)
-    arguments: Mapping[str, Any] = checkpoint.arguments
+    arguments = checkpoint.arguments
     recorded = arguments.get("vocab_size")
     if vocab_size is not None and recorded not in (None, vocab_size):
         raise ConversionError(
             f"--vocab-size {vocab_size} contradicts the checkpoint, which says {recorded}: leave it out"
         )
-    vocab_size = recorded if vocab_size is None else vocab_size
-    if vocab_size is None and config is not None:
-        vocab_size = config.get("vocab_size")
+    for known in (recorded, (config or {}).get("vocab_size")):
+        vocab_size = known if vocab_size is None else vocab_size
     if vocab_size is None:
         raise ConversionError(
             f"{checkpoint.path} holds {arguments.get('padded_vocab_size', 'padded')} rows of vocabulary and does not "

@@ -28,11 +28,14 @@ if __package__ in (None, ""):
 
 from bitcpm_megatron.checkpoint_tools.command import Parser, progress, progress_of_reading, run
 from bitcpm_megatron.checkpoint_tools.inspection.inspection import Inspection, Statistics, Weight
-from bitcpm_megatron.checkpoint_tools.inspection.opening import files_of, open_inspection
-from bitcpm_megatron.checkpoint_tools.inspection.statistics import not_read, one_thread, statistics_of
+from bitcpm_megatron.checkpoint_tools.inspection.opening import open_inspection
+from bitcpm_megatron.checkpoint_tools.inspection.statistics import one_thread, statistics_of
+from bitcpm_megatron.checkpoint_tools.megatron_model.checkpoint import locate
 from bitcpm_megatron.checkpoint_tools.storage.reader import VerificationError, dtype_name
+from bitcpm_megatron.checkpoints.directory import TRACKER
 from bitcpm_megatron.cli import ranges
 from bitcpm_megatron.files import find_damage, read_digests
+from bitcpm_megatron.quantization.record import FILE_NAME
 
 _SHOWN = 20
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
@@ -46,22 +49,17 @@ _COLUMNS: tuple[tuple[str, Callable[[list[float]], float], str], ...] = (
 )
 
 
-def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> tuple[Inspection, list[Statistics]]:
-    """Looks at a checkpoint.
-
-    Args:
-        path: see :func:`~.inspection.open_inspection`.
-        allow_pickle: see there.
-        fast: read no weights.
-
-    Returns:
-        What it is, with its findings, and the statistics of each of its weights.
+def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> Inspection:
+    """What a checkpoint is, with its findings, and the statistics of each of its weights; ``fast`` reads no weights.
 
     Raises:
-        FileError: see :func:`~.inspection.open_inspection`.
+        FileError: see :func:`~.inspection.opening.open_inspection`.
         VerificationError: the same, and the files do not match their digests.
     """
-    directory, names = files_of(path)
+    # Whose digests concern it, and of which files; of all of a directory.
+    directory, names = (path.parent, [path.name, FILE_NAME]) if path.is_file() else (path, None)
+    if (path / TRACKER).is_file():
+        directory = locate(path)
     recorded = read_digests(directory)
     if recorded is None or fast:
         damage = find_damage(directory, names, contents=False)
@@ -78,26 +76,29 @@ def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> tuple
     found.findings += damage or []
     found.check_record()
     if fast:
-        return found, [not_read(weight, found.record) for weight in found.weights]
-    statistics = []
+        recorded_modules = {} if found.record is None else found.record.modules
+        for weight in found.weights:
+            if weight.linear:
+                weight.statistics = Statistics("not read", recorded_modules.get(weight.name, {}).get("group_size"))
+        return found
     with progress(found.nbytes, "reading") as bar, one_thread():
         for weight in found.weights:
-            statistics.append(statistics_of(weight, found.record, found.findings))
+            weight.statistics = statistics_of(weight, found.record, found.findings)
             bar.update(weight.info.nbytes)
-    states = [s.state for s, w in zip(statistics, found.weights, strict=True) if w.linear and s.zeros != 1.0]
+    states = [w.statistics.state for w in found.weights if w.linear and w.statistics.zeros != 1.0]
     if found.record is None and "fused" in states and set(states) != {"fused"}:
         count = states.count("fused")
         found.findings.append(f"{count} of {len(states)} linears are ternary already, the others are not")
-    return found, statistics
+    return found
 
 
-def as_json(found: Inspection, statistics: Sequence[Statistics]) -> dict[str, Any]:
+def as_json(found: Inspection) -> dict[str, Any]:
     """One object with everything, module by module."""
     a = found.architecture
     modules = []
-    for w, s in zip(found.weights, statistics, strict=True):
+    for w in found.weights:
         about = {"name": w.name, "shape": list(w.info.shape), "dtype": dtype_name(w.info.dtype)}
-        modules.append({**about, **asdict(s), "saved_scales": w.has_scales})
+        modules.append({**about, **asdict(w.statistics), "saved_scales": w.has_scales})
     return {
         "path": str(found.path),
         "format": found.format,
@@ -119,8 +120,8 @@ def as_json(found: Inspection, statistics: Sequence[Statistics]) -> dict[str, An
     }
 
 
-def as_text(found: Inspection, statistics: Sequence[Statistics], fast: bool = False) -> str:
-    """For people; arguments as :func:`inspect` takes and gives them."""
+def as_text(found: Inspection, fast: bool = False) -> str:
+    """For people."""
     a, record = found.architecture, found.record
     facts = {"checkpoint": f"{found.path} ({found.format})"}
     if found.of_megatron:
@@ -160,7 +161,7 @@ def as_text(found: Inspection, statistics: Sequence[Statistics], fast: bool = Fa
     facts["saved scales"] = f"of {count} modules" if count else "none"
     lines = [f"{name + ':':14}{value}" for name, value in facts.items()]
     if found.weights:
-        lines += ["", *_table(found.weights, statistics)]
+        lines += ["", *_table(found.weights)]
     if found.findings:
         shown = found.findings[:_SHOWN]
         lines += ["", f"findings ({len(found.findings)}):", *(f"  {line}" for line in shown)]
@@ -178,28 +179,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> None:
-        found, statistics = inspect(args.path, args.allow_pickle, args.fast)
-        if args.json:
-            print(json.dumps(as_json(found, statistics), indent=1))
-        else:
-            print(as_text(found, statistics, args.fast))
-        sys.stdout.flush()
+        found = inspect(args.path, args.allow_pickle, args.fast)
+        print(json.dumps(as_json(found), indent=1) if args.json else as_text(found, args.fast), flush=True)
         if found.findings:
             raise VerificationError(f"{found.path} contradicts itself: {len(found.findings)} findings")
 
     return run(work)
 
 
-def _table(weights: Sequence[Weight], statistics: Sequence[Statistics]) -> list[str]:
+def _table(weights: Sequence[Weight]) -> list[str]:
     """One line for all layers that are alike."""
-    alike: dict[tuple[Any, ...], list[tuple[str, Statistics]]] = {}
-    for weight, s in zip(weights, statistics, strict=True):
-        name = _LAYER.sub(r"\1layers.*.", weight.name)
+    alike: dict[tuple[Any, ...], list[Weight]] = {}
+    for weight in weights:
+        s, name = weight.statistics, _LAYER.sub(r"\1layers.*.", weight.name)
         key = (name, "x".join(map(str, weight.info.shape)), dtype_name(weight.info.dtype), s.state, s.group_size)
-        alike.setdefault(key, []).append((weight.name, s))
+        alike.setdefault(key, []).append(weight)
     rows = [_HEADER]
     for (name, shape, dtype, state, group), members in alike.items():
-        numbers = ranges(int(n[2]) for member, _ in members if (n := _LAYER.search(member)))
+        numbers = ranges(int(n[2]) for member in members if (n := _LAYER.search(member.name)))
         cells = [
             name.replace("layers.*.", f"layers.{numbers}."),
             shape,
@@ -208,7 +205,7 @@ def _table(weights: Sequence[Weight], statistics: Sequence[Statistics]) -> list[
             "" if group is None else str(group),
         ]
         for column, how, form in _COLUMNS:
-            values = [value for _, s in members if (value := getattr(s, column)) is not None]
+            values = [value for m in members if (value := getattr(m.statistics, column)) is not None]
             cells.append(form.format(how(values)) if values else "")
         rows.append(tuple(cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

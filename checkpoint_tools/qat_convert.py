@@ -14,7 +14,7 @@ Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 what was written is n
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from bitcpm_megatron.checkpoint_tools.hf_model.config import (
 )
 from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import read_record
 from bitcpm_megatron.checkpoint_tools.hf_model.side_files import copy_side_files
-from bitcpm_megatron.checkpoint_tools.megatron_model.legacy import filled_on_disk
 from bitcpm_megatron.checkpoint_tools.quantizer.fuse import detected_group, fuse_blocks
 from bitcpm_megatron.checkpoint_tools.quantizer.fusing_plan import NO_MERGE, Plan, make_plan
 from bitcpm_megatron.checkpoint_tools.storage.hf_reader import HfReader
@@ -49,7 +48,7 @@ from bitcpm_megatron.checkpoint_tools.storage.reader import (
 )
 from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size, row_blocks
 from bitcpm_megatron.checkpoint_tools.storage.staging import staged
-from bitcpm_megatron.checkpoint_tools.storage.torch_file import save_file
+from bitcpm_megatron.checkpoint_tools.storage.torch_file import filled_on_disk, save_file
 from bitcpm_megatron.files import add_digest, write_digests, write_text
 from bitcpm_megatron.quantization import effective_group
 from bitcpm_megatron.quantization.record import FILE_NAME as RECORD_FILE
@@ -94,7 +93,7 @@ def convert(args: argparse.Namespace) -> None:
     reader = HfReader(source, args.allow_pickle)
     tensors = reader.tensors()
     nbytes = sum(info.nbytes for info in tensors.values())
-    plan = make_plan(reader, read_record(directory), args.group_size, whole, each=_progress)
+    plan = make_plan(reader, read_record(directory), args.group_size, whole)
     config = _config(source, tensors[next(iter(plan.quantized))].dtype) if whole else None
     _announce(plan, len(tensors))
     with staged(target, nbytes, one_file=not whole) as temporary:
@@ -185,8 +184,7 @@ def _blocks(reader: TensorReader, name: str, plan: Plan, bar: tqdm) -> Iterator[
     else:
         blocks = row_blocks(reader.read(name))
     for block in blocks:
-        if block.dtype.itemsize > 1:  # PyTorch computes nothing in 8-bit floating point
-            check_finite(name, block)
+        check_finite(name, block)
         yield block
         bar.update(block.nbytes)
 
@@ -196,15 +194,11 @@ def _verify(directory: Path, reader: TensorReader, plan: Plan) -> None:
     written = HfReader(directory)
     if dict(written.tensors()) != dict(reader.tensors()):
         raise VerificationError("the tensors that were written differ from those of the input in name, shape or dtype")
-    for name, config in _progress(plan.quantized.items(), "verifying"):
+    for name, config in tqdm(plan.quantized.items(), "verifying", unit="tensor", disable=None):
         group = detected_group(written, name)
         wanted = effective_group(reader.tensors()[name].shape[1], config.group_size)
         if group is None or group % wanted:
             raise VerificationError(f"{name} was written, but is not ternary in groups of {wanted}: is the disk sound?")
-
-
-def _progress(items: Iterable[Any], doing: str = "checking") -> Iterable[Any]:
-    return tqdm(items, desc=doing, unit="tensor", disable=None)
 
 
 if __name__ == "__main__":

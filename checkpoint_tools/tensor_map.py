@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Hugging Face tensors make which Megatron tensor, and how a tensor-parallel rank holds its part.
+"""Which Hugging Face tensors make which Megatron tensor, and how a tensor-parallel rank holds its part; and the
+quantizer record by the names of either side.
 
 Llama, MiniCPM and Granite name their tensors alike, so this one table serves all three. A Megatron tensor is named by
 its global layer number; ``torch_dist`` stacks all layers of a name into one, legacy files count layers per stage.
@@ -17,13 +18,15 @@ Megatron                                      Hugging Face                    ho
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
 from ..models.architecture import Architecture
+from ..quantization.record import QuantizerRecord
+from .storage.reader import ConversionError
 
 Kind = Literal["vocab", "qkv", "gated", "row", "replicated"]
 
@@ -118,18 +121,11 @@ def part_shapes(tensors: Iterable[MegatronTensor]) -> dict[str, tuple[int, ...]]
 
 
 def join(tensor: MegatronTensor, parts: Sequence[torch.Tensor], channels: int) -> torch.Tensor:
-    """The Megatron tensor made of its Hugging Face parts.
-
-    Args:
-        tensor: which one.
-        parts: in its order; or anything that has their rows, such as scales.
-        channels: size of one head.
-    """
+    """The Megatron tensor made of its Hugging Face parts, or of what has their rows, such as scales; ``channels`` is
+    the size of one head."""
     if tensor.kind == "qkv":
-        q, k, v = parts
-        groups = k.shape[0] // channels
-        blocks = [p.reshape(groups, -1, *p.shape[1:]) for p in (q, k, v)]
-        return torch.cat(blocks, 1).flatten(0, 1)
+        groups = parts[1].shape[0] // channels
+        return torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 1)
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
@@ -154,6 +150,44 @@ def unshard(kind: Kind, shards: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(shards))
 
 
-def padded_rows(rows: int, multiple: int) -> int:
-    """Rows of a padded vocabulary."""
-    return -(-rows // multiple) * multiple
+def to_hugging_face(record: QuantizerRecord, tensors: Sequence[MegatronTensor]) -> QuantizerRecord:
+    """The same record, by Hugging Face's module names.
+
+    Raises:
+        ConversionError: it names a module that the model does not have.
+    """
+    modules = {
+        part: dict(record.modules[t.module]) for t in tensors if t.module in record.modules for part in _parts(t)
+    }
+    _check_known(record, {t.module for t in tensors if t.quantizable})
+    return replace(record, modules=modules)
+
+
+def to_megatron(record: QuantizerRecord, tensors: Sequence[MegatronTensor]) -> QuantizerRecord:
+    """The same record, by Megatron's module names.
+
+    Raises:
+        ConversionError: modules that Megatron fuses into one are quantized differently, or it names unknown ones.
+    """
+    modules: dict[str, Mapping[str, Any]] = {}
+    for tensor in tensors:
+        entries = [record.modules.get(part) for part in _parts(tensor)]
+        if any(entry != entries[0] for entry in entries):
+            raise ConversionError(
+                f"{', '.join(_parts(tensor))} are one matrix in Megatron and must be quantized alike: the quantizer "
+                f"record says {entries}"
+            )
+        if entries[0] is not None:
+            modules[tensor.module] = entries[0]
+    _check_known(record, {part for t in tensors if t.quantizable for part in _parts(t)})
+    return replace(record, modules=modules)
+
+
+def _parts(tensor: MegatronTensor) -> list[str]:
+    return [part.removesuffix(".weight") for part in tensor.parts]
+
+
+def _check_known(record: QuantizerRecord, known: set[str]) -> None:
+    unknown = sorted(set(record.modules) - known)
+    if unknown:
+        raise ConversionError(f"the quantizer record names modules that the model does not have: {', '.join(unknown)}")

@@ -7,6 +7,7 @@ Transformers 5 keeps RoPE's numbers in ``rope_parameters``, Transformers 4 and m
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ _ABOVE_0 = Number(0, open_minimum=True)
 # As the flags of training.
 _OF_NORMS, _ROTARY_BASE = Number(1e-30, 1), Number(1, 1e12)
 _ORIGINAL = "original_max_position_embeddings"
-_EPSILON = {LLAMA: 1e-6, GRANITE: 1e-6, MINICPM: 1e-6, BITCPM: 1e-6}
 _REFUSED = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -109,7 +109,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             kv_channels=_value(config, "head_dim", Whole(), hidden // heads),
             vocab_size=_value(config, "vocab_size", Whole()),
             max_position_embeddings=_value(config, "max_position_embeddings", Whole()),
-            norm_epsilon=_value(config, "rms_norm_eps", _OF_NORMS, _EPSILON[kind]),
+            norm_epsilon=_value(config, "rms_norm_eps", _OF_NORMS, 1e-6),
             rotary_base=base,
             # What each class takes for an absent key: MiniCPM ties, as Transformers' base configuration does.
             tied=tied,
@@ -125,13 +125,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def config_for(kind: str, architecture: Architecture, template: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Writes a ``config.json`` of another (or the same) model type.
+    """A ``config.json`` of another (or the same) model type, for weights of ``dtype``, such as ``bfloat16``.
 
-    Args:
-        kind: ``llama``, ``granite``, ``minicpm`` or ``bitcpm``.
-        architecture: what the model computes.
-        template: an earlier ``config.json`` of this model or {}; what does not concern the computation is taken over.
-        dtype: of the weights, such as ``bfloat16``.
+    Of ``template``, an earlier ``config.json`` of it or {}, what does not concern the computation is taken over.
 
     Raises:
         ConversionError: the model type cannot express the architecture.
@@ -157,7 +153,11 @@ def config_for(kind: str, architecture: Architecture, template: Mapping[str, Any
         torch_dtype=dtype,
     )
     if a.longrope is not None:
-        config.update(_longrope(a.longrope))
+        rope = {name: value for name, value in asdict(a.longrope).items() if value is not None}
+        factors = {name: list(rope[name]) for name in ("short_factor", "long_factor")}
+        config["rope_scaling"] = {"rope_type": "longrope", **rope, **factors}
+        # Transformers 4 looks for the original length outside alone, and fails without.
+        config[_ORIGINAL] = a.longrope.original_max_position_embeddings
     if kind == LLAMA:
         if not a.is_llama:
             raise ConversionError("a plain Llama cannot hold this model's multipliers: use granite or minicpm")
@@ -177,20 +177,6 @@ def config_for(kind: str, architecture: Architecture, template: Mapping[str, Any
             attention_multiplier=a.softmax_scale,
         )
     return config
-
-
-def _longrope(longrope: LongRope) -> dict[str, Any]:
-    rope = {
-        "rope_type": "longrope",
-        "short_factor": list(longrope.short_factor),
-        "long_factor": list(longrope.long_factor),
-        "original_max_position_embeddings": longrope.original_max_position_embeddings,
-    }
-    for name in ("attention_factor", "factor"):
-        if getattr(longrope, name) is not None:
-            rope[name] = getattr(longrope, name)
-    # Transformers 4 looks for it outside alone, and fails without.
-    return {"rope_scaling": rope, "original_max_position_embeddings": longrope.original_max_position_embeddings}
 
 
 def _value(config: Mapping[str, Any], key: str, bound: Whole | Number, default: Any = None) -> Any:
@@ -229,7 +215,7 @@ def _multipliers(kind: str, config: Mapping[str, Any], hidden: int, layers: int)
 def _rope(config: Mapping[str, Any]) -> tuple[float, LongRope | None]:
     """RoPE's base, and LongRoPE's numbers where there are any."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = _value({"rope_theta": rope.get("rope_theta", config.get("rope_theta"))}, "rope_theta", _ROTARY_BASE, 10000.0)
+    base = _value({**config, **rope}, "rope_theta", _ROTARY_BASE, 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return base, None
@@ -237,11 +223,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, LongRope | None]:
         raise ConversionError(f"config.json: RoPE scaling {kind!r} is not supported, only longrope is")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConversionError("config.json: partial_rotary_factor is not supported")
-    original = (
-        config.get("original_max_position_embeddings")
-        or rope.get("original_max_position_embeddings")
-        or config["max_position_embeddings"]
-    )
+    original = config.get(_ORIGINAL) or rope.get(_ORIGINAL) or config["max_position_embeddings"]
     return base, LongRope(
         tuple(_value({"short_factor": factor}, "short_factor", _ABOVE_0) for factor in rope["short_factor"]),
         tuple(_value({"long_factor": factor}, "long_factor", _ABOVE_0) for factor in rope["long_factor"]),

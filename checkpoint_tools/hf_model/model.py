@@ -10,10 +10,9 @@ from ...models.architecture import Architecture
 from ...models.from_arguments import arguments_of
 from ...quantization import WEIGHT_DTYPES, fused_group_size
 from ...quantization.record import QuantizerRecord
-from ..record_map import to_megatron
 from ..storage.hf_reader import HfReader
-from ..storage.reader import ConversionError, TensorReader, cast, check_finite, dtype_name, refuse_mistakes
-from ..tensor_map import MegatronTensor, join, megatron_tensors, part_shapes
+from ..storage.reader import ConversionError, TensorInfo, TensorReader, cast, check_finite, dtype_name, refuse_mistakes
+from ..tensor_map import MegatronTensor, join, megatron_tensors, part_shapes, to_megatron
 from .config import architecture_of, read_config
 from .remote_code import read_record
 
@@ -43,6 +42,11 @@ class HfModel:
     def dtype_of(self, tensor: MegatronTensor) -> torch.dtype:
         """Of the written tensor."""
         return self.dtype or self.reader.tensors()[tensor.parts[0]].dtype
+
+    def info(self, tensor: MegatronTensor, rows: int) -> TensorInfo:
+        """Of the written tensor, with a vocabulary padded to ``rows``."""
+        shape = (rows, *tensor.shape[1:]) if tensor.kind == "vocab" else tensor.shape
+        return TensorInfo(shape, self.dtype_of(tensor))
 
     def read(self, tensor: MegatronTensor, rank: int = 0, size: int = 1) -> torch.Tensor:
         """A Megatron tensor of a layer, or what one of ``size`` tensor-parallel ranks holds of it.

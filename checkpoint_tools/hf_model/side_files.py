@@ -8,20 +8,10 @@ HF_DIRECTORY = "hf"
 """Where they stay in a Megatron checkpoint, with the model's ``config.json``, for the way back."""
 
 _NAMES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "tokenization_*.py",
-    "additional_chat_templates/*",
-)
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "vocab.txt merges.txt chat_template.jinja chat_template.json generation_config.json tokenization_*.py "
+    "additional_chat_templates/*"
+).split()
 
 
 def side_files(source: Path) -> list[str]:
@@ -30,10 +20,8 @@ def side_files(source: Path) -> list[str]:
     return [path.relative_to(source).as_posix() for path in found]
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copies these files; returns their names."""
-    names = side_files(source)
-    for name in names:
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies these files."""
+    for name in side_files(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
-    return names

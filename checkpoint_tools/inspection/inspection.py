@@ -14,27 +14,6 @@ from ..storage.reader import TensorInfo, dtype_name, listed
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A tensor of the model.
-
-    Attributes:
-        name: of its module, with the layer number; by the names of the checkpoint.
-        info: shape and dtype.
-        linear: whether it is one of a layer's linears, which can be ternary.
-        read: rows of it; all of them where it is linear.
-        scales: saved beside it, bf16 ``[out, groups]``, or None.
-        has_scales: whether there are some.
-    """
-
-    name: str
-    info: TensorInfo
-    linear: bool
-    read: Callable[[slice], torch.Tensor]
-    scales: Callable[[], torch.Tensor | None] = lambda: None
-    has_scales: bool = False
-
-
-@dataclass(frozen=True)
 class Statistics:
     """What the values of a weight say.
 
@@ -56,6 +35,29 @@ class Statistics:
     scale_min: float | None = None
     scale_mean: float | None = None
     scale_max: float | None = None
+
+
+@dataclass
+class Weight:
+    """A tensor of the model.
+
+    Attributes:
+        name: of its module, with the layer number; by the names of the checkpoint.
+        info: shape and dtype.
+        linear: whether it is one of a layer's linears, which can be ternary.
+        read: rows of it; all of them where it is linear.
+        scales: saved beside it, bf16 ``[out, groups]``, or None.
+        has_scales: whether there are some.
+        statistics: of its values, once it was read.
+    """
+
+    name: str
+    info: TensorInfo
+    linear: bool
+    read: Callable[[slice], torch.Tensor]
+    scales: Callable[[], torch.Tensor | None] = lambda: None
+    has_scales: bool = False
+    statistics: Statistics = Statistics("")
 
 
 @dataclass

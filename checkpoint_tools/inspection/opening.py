@@ -12,24 +12,23 @@ from ...checkpoints.directory import RELEASE, TRACKER
 from ...files import FileError
 from ...models.architecture import Architecture, ArchitectureError
 from ...models.from_arguments import architecture_of as architecture_of_arguments
-from ...quantization.record import FILE_NAME, QuantizerRecord, RecordError
+from ...quantization.record import QuantizerRecord, RecordError
 from ..hf_model.config import architecture_of, model_type_of, read_config
 from ..hf_model.model import mistakes
 from ..hf_model.remote_code import read_record
 from ..hf_model.side_files import HF_DIRECTORY
-from ..megatron_model.checkpoint import MegatronCheckpoint, locate, open_checkpoint
+from ..megatron_model.checkpoint import MegatronCheckpoint, open_checkpoint
 from ..storage.hf_reader import HfReader
 from ..storage.reader import ConversionError
-from ..tensor_map import EMBEDDING, PROJECTION, MegatronTensor, megatron_tensors
+from ..tensor_map import EMBEDDING, PROJECTION, megatron_tensors
 from .inspection import Inspection, Weight
 
 
 def open_inspection(path: Path, allow_pickle: bool = False) -> Inspection:
     """Finds out what lies at a path; reads no tensor data but that of tied embeddings.
 
-    Args:
-        path: Megatron ``--save`` or iteration directory, Hugging Face model directory, ``.safetensors`` or ``.bin``.
-        allow_pickle: see :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
+    It may be a Megatron ``--save`` or iteration directory, a Hugging Face model directory, a ``.safetensors`` or a
+    ``.bin``; ``allow_pickle`` as in :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
 
     Raises:
         ConversionError: there is nothing of that kind, or a file is damaged.
@@ -51,25 +50,14 @@ def open_inspection(path: Path, allow_pickle: bool = False) -> Inspection:
     )
 
 
-def files_of(path: Path) -> tuple[Path, list[str] | None]:
-    """The directory whose digests concern a path, and the names of the files there; None for all.
-
-    Raises:
-        FileError: the tracker of a ``--save`` directory names no checkpoint.
-    """
-    if path.is_file():
-        return path.parent, [path.name, FILE_NAME]
-    return (locate(path) if (path / TRACKER).is_file() else path), None
-
-
 def _open_megatron(directory: Path, allow_pickle: bool) -> Inspection:
     checkpoint = open_checkpoint(directory, allow_pickle)
     path = checkpoint.path
-    iteration = re.fullmatch(r"iter_(\d+)", path.name)
+    number = re.fullmatch(r"iter_(\d+)", path.name)
     found = Inspection(
         path,
         checkpoint.format,
-        iteration=int(iteration[1]) if iteration else checkpoint.arguments.get("iteration"),
+        iteration=int(number[1]) if number else checkpoint.arguments.get("iteration"),
         layout=checkpoint.layout,
         optimizer_state=checkpoint.optimizer_state,
         record=checkpoint.record,
@@ -94,20 +82,9 @@ def _open_megatron(directory: Path, allow_pickle: bool) -> Inspection:
             continue  # reported as missing
         if tensor.name == EMBEDDING:
             found.padded_vocabulary = info.shape[0]
-
-        def read(rows: slice, tensor: MegatronTensor = tensor) -> torch.Tensor:
-            return checkpoint.read(tensor, rows.start or 0, rows.stop)
-
-        found.weights.append(
-            Weight(
-                tensor.module,
-                info,
-                tensor.quantizable and len(info.shape) == 2,
-                read,
-                partial(checkpoint.scales, tensor),
-                checkpoint.has_scales(tensor),
-            )
-        )
+        linear = tensor.quantizable and len(info.shape) == 2
+        read, scales = partial(checkpoint.read, tensor), partial(checkpoint.scales, tensor)
+        found.weights.append(Weight(tensor.module, info, linear, read, scales, checkpoint.has_scales(tensor)))
     return found
 
 

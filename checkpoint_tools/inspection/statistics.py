@@ -10,7 +10,7 @@ import torch
 from ...quantization import QuantizerConfig, effective_group, fused_group_size, quantize
 from ...quantization.record import QuantizerRecord
 from ..quantizer.fuse import bf16_steps
-from ..storage.reader import TensorInfo
+from ..storage.reader import TensorInfo, is_finite
 from .inspection import Statistics, Weight
 
 # Small enough for the cache, and for the C library to use the same memory again for the next block.
@@ -28,25 +28,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def not_read(weight: Weight, record: QuantizerRecord | None) -> Statistics:
-    """What is known of a weight without reading it."""
-    if not weight.linear:
-        return Statistics("")
-    entry = None if record is None else record.modules.get(weight.name)
-    return Statistics("not read", None if entry is None else entry.get("group_size"))
-
-
 def statistics_of(weight: Weight, record: QuantizerRecord | None, findings: list[str]) -> Statistics:
-    """Reads a weight, in blocks of rows.
-
-    Args:
-        weight: to read.
-        record: of the checkpoint.
-        findings: gets what contradicts record or scales, and tensors that are damaged.
-
-    Returns:
-        What its values say.
-    """
+    """Reads a weight; ``findings`` gets what contradicts record or scales, and tensors that are damaged."""
     try:
         if weight.linear:
             # Once: of several tensor-parallel ranks this is a copy, of at most one tensor of one layer.
@@ -55,7 +38,7 @@ def statistics_of(weight: Weight, record: QuantizerRecord | None, findings: list
             if group_size is not None:
                 return _of_fused(weight.name, whole, group_size, record, findings)
             return _of_latent(weight, whole, record, findings)
-        if not all(_finite(weight.read(rows)) for rows in _rows(weight.info)):
+        if not all(is_finite(weight.read(rows)) for rows in _rows(weight.info)):
             findings.append(f"{weight.name} holds NaN or infinity")
         return Statistics("")
     except ValueError as error:
@@ -134,13 +117,6 @@ def _rows(info: TensorInfo) -> Iterator[slice]:
 
 def _blocks(whole: torch.Tensor) -> Iterator[torch.Tensor]:
     return (whole[rows] for rows in _rows(TensorInfo(tuple(whole.shape), whole.dtype)))
-
-
-def _finite(block: torch.Tensor) -> bool:
-    # PyTorch computes nothing in 8-bit floating point, and integers are finite.
-    if not block.is_floating_point() or block.dtype.itemsize == 1:
-        return True
-    return bool(block.sum().isfinite() or block.isfinite().all())
 
 
 def _spread(parts: Iterable[torch.Tensor]) -> tuple[float, float, float] | tuple[None, None, None]:

@@ -32,7 +32,7 @@ def locate(directory: Path) -> Path:
     Raises:
         ConversionError: there is none.
     """
-    if (directory / "metadata.json").is_file() or any(directory.glob("mp_rank_*")):
+    if _is_checkpoint(directory):
         return directory
     try:
         name = tracked(directory)
@@ -41,11 +41,15 @@ def locate(directory: Path) -> Path:
     if name is None:
         raise ConversionError(f"{directory} is no Megatron checkpoint: it has neither {TRACKER} nor tensors")
     found = directory / name
-    if not (found / "metadata.json").is_file() and not any(found.glob("mp_rank_*")):
+    if not _is_checkpoint(found):
         raise ConversionError(
             f"{directory / TRACKER} names {found}, which is no complete checkpoint: give the directory of one"
         )
     return found
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    return (directory / "metadata.json").is_file() or any(directory.glob("mp_rank_*"))
 
 
 def open_checkpoint(directory: Path, allow_pickle: bool = False) -> "MegatronCheckpoint":
@@ -90,8 +94,8 @@ class MegatronCheckpoint(ABC):
         """
 
     @abstractmethod
-    def read(self, tensor: MegatronTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows ``[start, stop)`` of a whole tensor; not to be written into."""
+    def read(self, tensor: MegatronTensor, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of a whole tensor; not to be written into."""
 
     def has_scales(self, tensor: MegatronTensor) -> bool:
         """Whether the scales that training used were saved; the legacy format has none."""
@@ -139,9 +143,9 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         stored = self._infos[key]
         return TensorInfo(stored.shape[len(index) :], stored.dtype)
 
-    def read(self, tensor: MegatronTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, tensor: MegatronTensor, rows: slice = slice(None)) -> torch.Tensor:
         key, index = self._key(tensor)
-        return self._reader.read(key, (*index, slice(start, stop)))
+        return self._reader.read(key, (*index, rows))
 
     def has_scales(self, tensor: MegatronTensor) -> bool:
         return self._scale_key(tensor) is not None
@@ -229,29 +233,26 @@ class LegacyCheckpoint(MegatronCheckpoint):
             shape[-1 if tensor.kind == "row" else 0] *= len(shards)
         return TensorInfo(tuple(shape), shards[0].dtype)
 
-    def read(self, tensor: MegatronTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, tensor: MegatronTensor, rows: slice = slice(None)) -> torch.Tensor:
         shards = self._shards(tensor)
         if tensor.kind == "replicated" and any(not torch.equal(s, shards[0]) for s in shards[1:]):
             raise ConversionError(f"{self.path}: {tensor.name} differs between tensor-parallel ranks")
         if tensor.kind != "vocab":
-            return unshard(tensor.kind, shards)[start:stop]
-        if tensor.name == EMBEDDING and self._tied_copy() and start == 0:
+            return unshard(tensor.kind, shards)[rows]
+        height = len(shards[0])
+        start, stop, _ = rows.indices(height * len(shards))
+        if tensor.name == EMBEDDING and self.tied and OUTPUT in self._where and start == 0:
             copies = self._tensors(OUTPUT)
             if any(not torch.equal(a, b) for a, b in zip(shards, copies, strict=True)):
                 raise ConversionError(f"{self.path}: the embedding and the output layer are tied and differ")
-        rows = shards[0].shape[0]
-        stop = rows * len(shards) if stop is None else stop
-        pieces = [s[max(0, start - i * rows) : max(0, stop - i * rows)] for i, s in enumerate(shards)]
-        pieces = [piece for piece in pieces if piece.shape[0]]
+        pieces = [s[max(0, start - i * height) : max(0, stop - i * height)] for i, s in enumerate(shards)]
+        pieces = [piece for piece in pieces if len(piece)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def leftover(self, tensors: Sequence[MegatronTensor]) -> set[str]:
         # The last stage of a tied model holds a copy of the embedding as its output layer.
-        copied = {OUTPUT} if self._tied_copy() else set()
+        copied = {OUTPUT} if self.tied else set()
         return set(self._where) - copied - {name for tensor in tensors for name in tensor.spellings}
-
-    def _tied_copy(self) -> bool:
-        return self.tied and OUTPUT in self._where
 
     def _shards(self, tensor: MegatronTensor) -> list[torch.Tensor]:
         for name in tensor.spellings:

@@ -3,7 +3,6 @@
 
 import argparse
 import functools
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 import torch
 
 from ...checkpoints.safe_load import load_without_code, plain
-from ..storage.mapped_file import scratch_memory
-from ..storage.reader import ConversionError, TensorInfo, checked_blocks
-from ..storage.torch_file import save_file
+from ..storage.reader import ConversionError, TensorInfo
+from ..storage.torch_file import filled_on_disk, save_file
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -23,7 +21,7 @@ _MODEL = re.compile(r"model\d*")
 
 
 class LegacyReader:
-    """A legacy iteration directory (``iter_0000100`` or ``release``).
+    """A legacy iteration directory (``iter_0000100`` or ``release``), with its ``mp_rank_*`` directories.
 
     Attributes:
         tensor_parallel_size: number of tensor-parallel ranks.
@@ -34,9 +32,7 @@ class LegacyReader:
             pipeline parallelism; each a dict of names and tensors that are views of the file. ``_extra_state`` is left
             out.
 
-    Args:
-        iteration_directory: with the ``mp_rank_*`` directories.
-        allow_pickle: see :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
+    ``allow_pickle`` as in :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
 
     Raises:
         FileError: a rank is missing, damaged or does not fit the others, or the layout is not supported.
@@ -59,7 +55,12 @@ class LegacyReader:
                 self._check_args(directory)
             self.ranks[rank] = _model_parts(loaded, path)
             self.optimizer_state |= "optimizer" in loaded
-        self._check_names(paths)
+        names = {rank: {(key, name) for key in parts for name in parts[key]} for rank, parts in self.ranks.items()}
+        for (tp, pp), here in names.items():
+            if first := names[0, pp] - here or here - names[0, pp]:
+                lacks, other = (paths[tp, pp], paths[0, pp]) if names[0, pp] - here else (paths[0, pp], paths[tp, pp])
+                key, name = min(first)
+                raise ConversionError(f"{lacks}: lacks {name} of {key}, which {other} has: they are not of one save")
 
     def _check_args(self, directory: Path) -> None:
         experts = self.args.get("expert_model_parallel_size") or 1
@@ -76,15 +77,6 @@ class LegacyReader:
                     f"{name}-parallel rank{'s are' if found > 1 else ' is'} here: copy the others, too"
                 )
 
-    def _check_names(self, paths: Mapping[tuple[int, int], Path]) -> None:
-        for (tp, pp), parts in self.ranks.items():
-            first = {(key, name) for key, part in self.ranks[0, pp].items() for name in part}
-            here = {(key, name) for key, part in parts.items() for name in part}
-            if first != here:
-                lacks, other = (paths[tp, pp], paths[0, pp]) if first - here else (paths[0, pp], paths[tp, pp])
-                key, name = min(first - here or here - first)
-                raise ConversionError(f"{lacks}: lacks {name} of {key}, which {other} has: they are not of one save")
-
 
 def write_rank(
     path: Path,
@@ -92,10 +84,7 @@ def write_rank(
     fill: Callable[[str, str], torch.Tensor | Iterable[torch.Tensor]],
     other: Mapping[str, Any],
 ) -> None:
-    """Writes one rank's file without holding its tensors in memory.
-
-    ``torch.save`` wants all tensors at once, so they are first put into a nameless file on the same disk, which needs
-    as much space again while this runs, and saved as views of it.
+    """Writes one rank's file without holding its tensors in memory; see :func:`~.torch_file.filled_on_disk`.
 
     Args:
         path: the new file, ``.../mp_rank_00/model_optim_rng.pt``; its directory is made.
@@ -111,26 +100,6 @@ def write_rank(
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {key: filled_on_disk(path.parent, part, functools.partial(fill, key)) for key, part in plan.items()}
     save_file({**other, **parts}, path)
-
-
-def filled_on_disk(
-    directory: Path, plan: Mapping[str, TensorInfo], fill: Callable[[str], torch.Tensor | Iterable[torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """Tensors whose memory is a nameless file in ``directory``, for ``torch.save``; arguments as above."""
-    storage = scratch_memory(directory, sum(_aligned(info.nbytes) for info in plan.values())).untyped_storage()
-    state = {}
-    end = 0
-    for name, info in plan.items():
-        # A storage for each tensor: torch.save writes whole storages.
-        tensor = torch.empty(info.shape if info.nbytes == 0 else 0, dtype=info.dtype)
-        if info.nbytes:
-            tensor.set_(storage[end : end + info.nbytes], 0, info.shape)
-        content = fill(name)
-        for row, block in checked_blocks(name, info, [content] if isinstance(content, torch.Tensor) else content):
-            (tensor[row : row + len(block)] if info.shape else tensor).copy_(block)
-        state[name] = tensor
-        end += _aligned(info.nbytes)
-    return state
 
 
 def rank_directory(tp: int, pp: int, pipeline_parallel_size: int) -> str:
@@ -182,7 +151,3 @@ def _model_parts(loaded: Mapping[str, Any], path: Path) -> dict[str, dict[str, t
     if not parts:
         raise ConversionError(f"{path}: holds no model, only {', '.join(map(str, loaded)) or 'nothing'}")
     return parts
-
-
-def _aligned(nbytes: int) -> int:
-    return math.ceil(nbytes / 64) * 64

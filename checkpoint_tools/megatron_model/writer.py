@@ -65,13 +65,9 @@ def write_torch_dist(
 ) -> None:
     """Writes ``torch_dist``: layers stacked, each a chunk of its stack, row-parallel ones cut as ``tp`` ranks would.
 
-    Args:
-        model: what to write.
-        directory: an empty one.
-        common: of ``common.pt``.
-        rows: of the padded vocabulary.
-        tp: shows in the chunks, for whoever asks which tensor-parallel size a checkpoint comes from; it loads at any.
-        on_bytes: called with the size of what was written.
+    ``common`` goes into ``common.pt``; ``rows`` are those of the padded vocabulary; ``tp`` shows in the chunks, for
+    whoever asks which tensor-parallel size a checkpoint comes from: it loads at any. ``on_bytes`` is called with the
+    size of what was written.
     """
     layers = model.architecture.num_layers
     extra = {
@@ -94,7 +90,7 @@ def write_legacy(
     for stage, parts in _stages(model, layout).items():
         for rank in range(layout.tp):
             plan = {
-                key: {name: _shard_info(_stored(model, t, rows), t, layout.tp) for name, t in names.items()}
+                key: {name: _of_one_rank(model.info(t, rows), t, layout.tp) for name, t in names.items()}
                 for key, names in parts.items()
             }
 
@@ -112,15 +108,10 @@ def write_legacy(
             write_rank(file, plan, fill, common)
 
 
-def stored_bytes(model: HfModel, rows: int) -> int:
-    """Bytes of all tensors, with a vocabulary padded to ``rows``."""
-    return sum(_stored(model, tensor, rows).nbytes for tensor in model.tensors)
-
-
 def _chunks(model: HfModel, rows: int, tp: int) -> Iterator[Chunk]:
     layers = model.architecture.num_layers
     for tensor in model.tensors:
-        info = _stored(model, tensor, rows)
+        info = model.info(tensor, rows)
         if tensor.kind == "vocab":
             for block in info.row_slices():
                 sizes = (block.stop - block.start, info.shape[1])
@@ -165,12 +156,7 @@ def _stages(model: HfModel, layout: Layout) -> dict[int, dict[str, dict[str, Meg
     return found
 
 
-def _stored(model: HfModel, tensor: MegatronTensor, rows: int) -> TensorInfo:
-    shape = (rows, *tensor.shape[1:]) if tensor.kind == "vocab" else tensor.shape
-    return TensorInfo(shape, model.dtype_of(tensor))
-
-
-def _shard_info(info: TensorInfo, tensor: MegatronTensor, tp: int) -> TensorInfo:
+def _of_one_rank(info: TensorInfo, tensor: MegatronTensor, tp: int) -> TensorInfo:
     shape = list(info.shape)
     if tensor.kind != "replicated":
         shape[1 if tensor.kind == "row" else 0] //= tp

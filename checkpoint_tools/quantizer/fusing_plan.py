@@ -2,8 +2,10 @@
 """What ``qat_convert.py`` does to a model's weights: found out before anything is written."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from tqdm import tqdm
 
 from ...quantization import QuantizerConfig, effective_group
 from ...quantization.record import QuantizerRecord
@@ -41,16 +43,14 @@ def make_plan(
     record: QuantizerRecord | None,
     group_size: int | None,
     whole: bool,
-    each: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Plan:
     """Decides which weights are quantized, and how; reads them as far as it takes to see whether they are already.
 
     Args:
-        reader: of the model.
+        reader: of the model, or (not ``whole``) of one shard of it.
         record: of the input, by Hugging Face's module names; None where it has none.
         group_size: from the command line; None where it says nothing.
-        whole: whether the reader holds the whole model, and not one shard of it.
-        each: goes through the names, and may show progress.
+        whole: see above.
 
     Raises:
         ConversionError: record, command line and weights contradict each other.
@@ -61,41 +61,13 @@ def make_plan(
         raise ConversionError(f"there are adapters ({listed(adapters)}): {NO_MERGE}")
     if record is None:
         wanted = _by_name(reader, -1 if group_size is None else group_size)
-        dtype = dtype_name(tensors[next(iter(wanted))].dtype)
-        eps = QuantizerConfig().eps
     else:
         wanted = _by_record(reader, record, whole)
         _check_group_size(reader, record, wanted, group_size)
-        dtype, eps = record.latent_dtype, record.eps
     groups = {name: _effective(reader, name, config) for name, config in wanted.items()}
-    found = {name: detected_group(reader, name) for name in each(groups)}
-
+    found = {name: detected_group(reader, name) for name in tqdm(groups, "checking", unit="tensor", disable=None)}
     fused = {name: group for name, group in found.items() if group}
-    _check_kind(reader, record, fused, [name for name, group in found.items() if group is None])
-    other = {name: group for name, group in fused.items() if group % groups[name]}
-    if other and record is not None:
-        lines = (f"{name} is ternary in groups of {group}, not {groups[name]}" for name, group in other.items())
-        raise ConversionError(f"the quantizer record contradicts the weights: {listed(lines)}")
-    shards = 1 if record is None else record.row_parallel_shards
-    if other:
-        # Without a record the weights themselves say it.
-        groups.update(other)
-        columns = {name: tensors[name].shape[1] for name in wanted}
-        wanted = {n: replace(c, group_size=-1 if groups[n] == columns[n] else groups[n]) for n, c in wanted.items()}
-        ratios = {columns[n] // groups[n] for n in wanted if _is_row_parallel(n)}
-        shards = ratios.pop() if len(ratios) == 1 else 1
-    if record is None:
-        modules = {n.removesuffix(".weight"): {"group_size": c.group_size} for n, c in wanted.items()}
-        output = QuantizerRecord("fused", "ternary", eps, dtype, shards, 16, modules)
-    else:
-        output = replace(record, state="fused")
-    return Plan(wanted, bool(fused), output, record is not None)
-
-
-def _check_kind(
-    reader: TensorReader, record: QuantizerRecord | None, fused: Mapping[str, int], latent: Sequence[str]
-) -> None:
-    """A model is ternary already or is not, and its record knows."""
+    latent = [name for name, group in found.items() if group is None]
     if latent and fused:
         for name in latent:
             check_finite(name, reader.read(name))
@@ -103,24 +75,39 @@ def _check_kind(
             f"{len(fused)} projections are ternary already and {len(latent)} are not: this is no model of one kind. "
             f"Ternary: {listed(fused)}. Latent: {listed(latent)}"
         )
-    if latent and record is not None and record.state == "fused":
-        raise ConversionError(
-            f"the quantizer record says that the weights are fused, but these are not ternary: {listed(latent)}. If "
-            "they were trained further, start again from the latent checkpoint: fused weights must not be trained"
-        )
+    other = {name: group for name, group in fused.items() if group % groups[name]}
+    if record is not None:
+        if latent and record.state == "fused":
+            raise ConversionError(
+                f"the quantizer record says that the weights are fused, but these are not ternary: {listed(latent)}. "
+                "If they were trained further, start again from the latent checkpoint: fused weights must not be "
+                "trained"
+            )
+        if other:
+            lines = (f"{name} is ternary in groups of {group}, not {groups[name]}" for name, group in other.items())
+            raise ConversionError(f"the quantizer record contradicts the weights: {listed(lines)}")
+        return Plan(wanted, bool(fused), replace(record, state="fused"), True)
+    shards = 1
+    if other:
+        # Without a record the weights themselves say it.
+        groups.update(other)
+        columns = {name: tensors[name].shape[1] for name in wanted}
+        wanted = {n: replace(c, group_size=-1 if groups[n] == columns[n] else groups[n]) for n, c in wanted.items()}
+        ratios = {columns[n] // groups[n] for n in wanted if _is_row_parallel(n)}
+        shards = ratios.pop() if len(ratios) == 1 else 1
+    modules = {n.removesuffix(".weight"): {"group_size": c.group_size} for n, c in wanted.items()}
+    dtype, eps = dtype_name(tensors[next(iter(wanted))].dtype), QuantizerConfig().eps
+    return Plan(wanted, bool(fused), QuantizerRecord("fused", "ternary", eps, dtype, shards, 16, modules), False)
 
 
 def _by_name(reader: TensorReader, group_size: int) -> dict[str, QuantizerConfig]:
-    names = [name for name in reader.tensors() if PROJECTION.fullmatch(name)]
+    names = list(filter(PROJECTION.fullmatch, reader.tensors()))
     if not names:
         raise ConversionError(
             "there is no *.self_attn.{q,k,v,o}_proj.weight and no *.mlp.{gate,up,down}_proj.weight to quantize: is "
             "this a model of the Llama, MiniCPM or Granite family?"
         )
-    try:
-        return dict.fromkeys(names, QuantizerConfig(group_size=group_size))
-    except ValueError as error:
-        raise ConversionError(f"--group_size: {error}") from None
+    return dict.fromkeys(names, QuantizerConfig(group_size=group_size))
 
 
 def _by_record(reader: TensorReader, record: QuantizerRecord, whole: bool) -> dict[str, QuantizerConfig]:

@@ -19,15 +19,9 @@ _SAMPLE_ROWS = 64
 def checked_record(
     checkpoint: MegatronCheckpoint, tensors: Sequence[MegatronTensor], group_size: int | None = None
 ) -> QuantizerRecord | None:
-    """The quantizer record of a checkpoint, or what can be known where it has none.
+    """The quantizer record of a checkpoint, by Megatron's module names; None for a model that was not quantized.
 
-    Args:
-        checkpoint: to look at.
-        tensors: of its model.
-        group_size: what the user says, for checkpoints without record; -1 for whole rows.
-
-    Returns:
-        The record, by Megatron's module names; None for a model that was not quantized.
+    Without one it is what saved scales show, else what the user says: ``group_size``, -1 for whole rows.
 
     Raises:
         ConversionError: record, scales, weights or ``group_size`` contradict each other.
@@ -36,11 +30,10 @@ def checked_record(
     record = checkpoint.record
     if record is None:
         record = _inferred(checkpoint, linears, group_size)
-        if record is None:
-            return None
-    elif group_size is not None:
-        _check_group_size(record, linears, group_size)
-    _check_record(checkpoint, record, linears)
+    if record is not None:
+        if group_size is not None:
+            _check_group_size(record, linears, group_size)
+        _check_record(checkpoint, record, linears)
     return record
 
 
@@ -74,16 +67,13 @@ def _inferred(
     checkpoint: MegatronCheckpoint, linears: Sequence[MegatronTensor], group_size: int | None
 ) -> QuantizerRecord | None:
     """A record from saved scales, or from ``group_size`` and the tensor-parallel size that the files show."""
-    dtype = dtype_name(checkpoint.info(linears[0]).dtype)
     modules: dict[str, dict[str, int]] = {}
     shards = checkpoint.layout["tensor"]
-    saved = False
+    saved = any(map(checkpoint.has_scales, linears))
     for tensor in linears:
-        scales = checkpoint.scales(tensor)
-        columns = tensor.shape[1]
+        scales, columns = checkpoint.scales(tensor), tensor.shape[1]
         if scales is not None:
             groups = scales.shape[1]
-            saved = True
         elif group_size is None:
             continue
         elif group_size == -1:
@@ -93,13 +83,10 @@ def _inferred(
         modules[tensor.module] = {"group_size": columns // groups if groups > 1 else -1}
     if not modules:
         return None
-    whole_rows = all(modules[t.module]["group_size"] == -1 for t in linears if t.kind != "row" and t.module in modules)
-    if whole_rows:
+    sizes = [(t, modules[t.module]["group_size"]) for t in linears if t.module in modules]
+    if all(size == -1 for t, size in sizes if t.kind != "row"):
         # Group size -1: then the groups of row-parallel weights are their shards.
-        sizes = {
-            modules[t.module]["group_size"]: t.shape[1] for t in linears if t.kind == "row" and t.module in modules
-        }
-        shards = max((1 if size == -1 else columns // size for size, columns in sizes.items()), default=1)
+        shards = max((1 if size == -1 else t.shape[1] // size for t, size in sizes if t.kind == "row"), default=1)
     how = "its saved scales" if saved else f"group size {group_size} as given"
     if group_size == -1 and not saved:
         how += f" and the tensor-parallel size {shards} of its files"
@@ -108,19 +95,18 @@ def _inferred(
         f"in full precision. {len(modules)} of {len(linears)} linears are ternary",
         file=sys.stderr,
     )
-    record = QuantizerRecord("latent", "ternary", 1e-5, dtype, shards, 16, modules)
-    if saved and group_size is not None:
-        _check_group_size(record, linears, group_size)
-    return record
+    dtype = dtype_name(checkpoint.info(linears[0]).dtype)
+    return QuantizerRecord("latent", "ternary", 1e-5, dtype, shards, 16, modules)
 
 
 def _check_group_size(record: QuantizerRecord, linears: Sequence[MegatronTensor], group_size: int) -> None:
     for tensor in linears:
         if tensor.module not in record.modules:
             continue
-        recorded = record.config_of(tensor.module).group_size
-        split = group_size == -1 and tensor.kind == "row" and recorded * record.row_parallel_shards == tensor.shape[1]
-        if recorded != group_size and not split:
+        recorded, columns = record.config_of(tensor.module).group_size, tensor.shape[1]
+        split = group_size == -1 and tensor.kind == "row" and recorded * record.row_parallel_shards == columns
+        whole = -1 if group_size == columns else group_size
+        if recorded not in (group_size, whole) and not split:
             raise ConversionError(
                 f"--ternary-group-size {group_size} contradicts the checkpoint, which says {recorded} for "
                 f"{tensor.module}: leave it out"
@@ -136,18 +122,18 @@ def _check_record(checkpoint: MegatronCheckpoint, record: QuantizerRecord, linea
         )
     if not record.modules:
         raise ConversionError(f"{checkpoint.path}: its quantizer record names no module")
-    unrecorded = [t.module for t in linears if t.module not in record.modules and checkpoint.scales(t) is not None]
+    unrecorded = [t.module for t in linears if t.module not in record.modules and checkpoint.has_scales(t)]
     if unrecorded:
         raise ConversionError(
             f"{checkpoint.path}: {unrecorded[0]} ({len(unrecorded)} in all) has saved scales, and its quantizer record "
             "does not name it"
         )
-    fused = []
+    fused: list[str] = []
+    latent: list[str] = []
     for module in record.modules:
-        tensor, config = by_module[module], record.config_of(module)
-        columns = tensor.shape[1]
+        tensor = by_module[module]
         try:
-            groups = columns // effective_group(columns, config.group_size)
+            groups = tensor.shape[1] // effective_group(tensor.shape[1], record.config_of(module).group_size)
         except ValueError as error:
             raise ConversionError(f"{checkpoint.path}: its quantizer record of {module}: {error}") from None
         scales = checkpoint.scales(tensor)
@@ -162,22 +148,19 @@ def _check_record(checkpoint: MegatronCheckpoint, record: QuantizerRecord, linea
                 f"{checkpoint.path}: {module} is {dtype}, its quantizer record says that training quantized "
                 f"{record.latent_dtype}"
             )
-        if _is_fused(checkpoint, tensor):
-            fused.append(module)
+        (fused if _is_fused(checkpoint, tensor) else latent).append(module)
     if record.state == "latent" and fused:
         raise ConversionError(
             f"{checkpoint.path}: its quantizer record says latent, and {fused[0]} ({len(fused)} in all) is ternary "
             "already: quantizing it again would shrink its scales"
         )
-    if record.state == "fused" and len(fused) < len(record.modules):
-        missing = next(module for module in record.modules if module not in fused)
-        raise ConversionError(f"{checkpoint.path}: its quantizer record says fused, and {missing} is not ternary")
+    if record.state == "fused" and latent:
+        raise ConversionError(f"{checkpoint.path}: its quantizer record says fused, and {latent[0]} is not ternary")
 
 
 def _is_fused(checkpoint: MegatronCheckpoint, tensor: MegatronTensor) -> bool:
     # A look at some rows settles it for latent weights.
-    some = checkpoint.read(tensor, 0, _SAMPLE_ROWS)
-    if fused_group_size(some) is None:
+    if fused_group_size(checkpoint.read(tensor, slice(_SAMPLE_ROWS))) is None:
         return False
     weight = checkpoint.read(tensor)
     return bool(weight.any()) and fused_group_size(weight) is not None

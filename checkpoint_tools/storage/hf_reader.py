@@ -76,17 +76,17 @@ def _safetensors(path: Path) -> dict[str, _Stored]:
     """Tensors of one safetensors file. The library checks all that its header says; the data are mapped here, because
     its tensors for PyTorch come of a mapping that Linux refuses for a file larger than memory."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            pieces = [(name, file.get_slice(name)) for name in file.offset_keys()]
+        with safe_open(path, framework="numpy") as file, open(path, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            # Once more for the offsets, which the library does not tell; of two entries of one name it takes the last.
+            header = parse_json(raw.read(length).decode(), f"{path}: its header")
+            header.pop("__metadata__", None)
+            pieces = {name: file.get_slice(name) for name in header}
     except SafetensorError as error:
         raise ConversionError(
             f"{path}: truncated, longer than its header says, or its header is damaged "
             f"({str(error).removeprefix('Error while deserializing header: ')}): copy the file again"
         ) from None
-    with open(path, "rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        # Of a name that stands there twice the library takes the last.
-        parse_json(raw.read(length).decode(), f"{path}: its header")
     mapping = functools.cache(lambda: MappedFile(path))
 
     def read(name: str, info: TensorInfo, offset: int, index: tuple[slice | int, ...]) -> torch.Tensor:
@@ -96,14 +96,12 @@ def _safetensors(path: Path) -> dict[str, _Stored]:
             raise ConversionError(f"{path}: {name}: the file became shorter ({error})") from error
 
     found = {}
-    offset = 8 + length
-    for name, piece in pieces:
-        if piece.get_dtype() not in DTYPES:
-            raise ConversionError(f"{path}: {name} has dtype {piece.get_dtype()!r}, which cannot be read")
-        info = TensorInfo(tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
-        found[name] = _Stored(info, functools.partial(read, name, info, offset))
-        # One behind another, without gaps: the library has checked that.
-        offset += info.nbytes
+    for name, piece in pieces.items():
+        dtype = piece.get_dtype()
+        if dtype not in DTYPES:
+            raise ConversionError(f"{path}: {name} has dtype {dtype!r}, which cannot be read")
+        info = TensorInfo(tuple(piece.get_shape()), DTYPES[dtype])
+        found[name] = _Stored(info, functools.partial(read, name, info, 8 + length + header[name]["data_offsets"][0]))
     return found
 
 

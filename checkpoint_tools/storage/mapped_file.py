@@ -2,11 +2,7 @@
 """Tensors that are views of a file: their pages come and go with the page cache and are no memory of the process."""
 
 import mmap
-import os
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,28 +13,22 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 class MappedFile:
     """A file, mapped privately: writing into a view would not change it. It must not shrink while views are used.
 
-    Args:
-        path: the file.
-
     Raises:
         OSError: it cannot be opened.
+        ValueError: it is empty.
     """
 
     def __init__(self, path: Path) -> None:
+        flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            self._bytes = torch.empty(0, dtype=torch.uint8)
-            if size:
-                flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                mapping = mmap.mmap(file.fileno(), size, flags=flags, prot=protection)
-                self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+            self._bytes = torch.frombuffer(mmap.mmap(file.fileno(), 0, flags, protection), dtype=torch.uint8)
 
     def read(
         self,
         offset: int,
         dtype: torch.dtype,
-        shape: Sequence[int],
-        stride: Sequence[int] | None = None,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...] | None = None,
         index: tuple[slice | int, ...] = (),
     ) -> torch.Tensor:
         """A piece of a tensor that lies in the file.
@@ -57,10 +47,9 @@ class MappedFile:
         Raises:
             ValueError: the file ends before the tensor does.
         """
-        shape = tuple(shape)
-        stride = torch.empty(shape, device="meta").stride() if stride is None else tuple(stride)
         if 0 in shape:
             return torch.empty(shape, dtype=dtype)[index]
+        stride = torch.empty(shape, device="meta").stride() if stride is None else stride
         extent = (1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))) * dtype.itemsize
         if offset < 0 or offset + extent > self._bytes.numel():
             raise ValueError(f"bytes {offset} to {offset + extent} of a file of {self._bytes.numel()} bytes")
@@ -72,37 +61,3 @@ class MappedFile:
             storage, 0, (*shape, dtype.itemsize), (*(step * dtype.itemsize for step in stride), 1)
         )
         return raw[index].clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
-
-
-def scratch_memory(directory: Path, nbytes: int) -> torch.Tensor:
-    """Zeroed bytes to write into, in a nameless file: the system can write them out, and frees them with the tensor.
-
-    Args:
-        directory: on the disk that is to hold them.
-        nbytes: how many.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    with tempfile.TemporaryFile(dir=directory) as file:
-        # A full disk must show here: writing into mapped memory without space behind it would kill the process.
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-        return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
-
-
-def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same CPU memory, as a contiguous tensor whose storage ends with it: ``torch.save`` writes whole storages.
-
-    Copies only what is not contiguous or not on the CPU.
-    """
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.numel() == 0:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-    start = tensor.storage_offset() * tensor.itemsize
-    storage = tensor.untyped_storage()
-    if start == 0 and storage.nbytes() == tensor.nbytes:
-        return tensor
-    own: Any = torch.empty(0, dtype=tensor.dtype)
-    return own.set_(storage[start : start + tensor.nbytes], 0, tensor.shape)

@@ -58,25 +58,27 @@ class TensorReader(Protocol):
         """
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # PyTorch computes nothing in 8-bit floating point, and integers are finite.
+    if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    # The sum alone is fast and sees both; only where it overflows without reason every value has to be looked at.
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Checks a tensor for NaN and infinity.
 
     Raises:
         ConversionError: it holds one.
     """
-    # The sum alone is fast and sees both; only where it overflows without reason every value has to be looked at.
-    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise ConversionError(f"{name} holds NaN or infinity: training has diverged, or the file is damaged")
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, exactly: bool = False) -> torch.Tensor:
-    """A tensor in another dtype.
-
-    Args:
-        name: for the message.
-        tensor: finite.
-        dtype: to write.
-        exactly: whether no value may be rounded, as in weights that are ternary times scale.
+    """A finite tensor in another dtype; ``exactly`` where no value may be rounded, as in ternary times scale.
 
     Raises:
         ConversionError: the dtype cannot hold a value, or not ``exactly``.
@@ -86,7 +88,7 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, exactly: bool = Fa
     result = tensor.to(dtype)
     if exactly and not torch.equal(result.to(tensor.dtype), tensor):
         raise ConversionError(f"{name}: {dtype} cannot hold its scales exactly: choose --dtype bf16")
-    if not result.sum().isfinite() and not result.isfinite().all():
+    if not is_finite(result):
         raise ConversionError(f"{name} holds values that {dtype} cannot: choose another --dtype")
     return result
 
@@ -110,6 +112,17 @@ def checked_blocks(name: str, info: TensorInfo, blocks: Iterable[torch.Tensor]) 
         rows += count
     if rows != planned:
         raise ConversionError(f"{name}: {rows} of {planned} rows")
+
+
+def files_of(sizes: Sequence[int], limit: int) -> Iterator[slice]:
+    """What of a sequence goes into which file: as much on end as ``limit`` bytes hold, and one thing at least."""
+    first, total = 0, 0
+    for number, size in enumerate(sizes):
+        if number > first and total + size > limit:
+            yield slice(first, number)
+            first, total = number, 0
+        total += size
+    yield slice(first, len(sizes))
 
 
 def refuse_mistakes(what: str, lines: Sequence[str]) -> None:

@@ -10,33 +10,20 @@ from typing import Any
 
 import torch
 
-from .reader import ConversionError, TensorInfo, checked_blocks, listed
+from .reader import ConversionError, TensorInfo, checked_blocks, files_of, listed
 
 SAFETENSORS = "model.safetensors"
 # The names of the format, and PyTorch's where this version has them.
 DTYPES = {
     name: getattr(torch, attribute)
-    for name, attribute in {
-        "F64": "float64",
-        "F32": "float32",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "I64": "int64",
-        "I32": "int32",
-        "I16": "int16",
-        "I8": "int8",
-        "U64": "uint64",
-        "U32": "uint32",
-        "U16": "uint16",
-        "U8": "uint8",
-        "BOOL": "bool",
-        "C64": "complex64",
-        "F8_E4M3": "float8_e4m3fn",
-        "F8_E4M3FNUZ": "float8_e4m3fnuz",
-        "F8_E5M2": "float8_e5m2",
-        "F8_E5M2FNUZ": "float8_e5m2fnuz",
-        "F8_E8M0": "float8_e8m0fnu",
-    }.items()
+    for name, attribute in (
+        pair.split("=")
+        for pair in (
+            "F64=float64 F32=float32 F16=float16 BF16=bfloat16 C64=complex64 BOOL=bool I64=int64 I32=int32 I16=int16 "
+            "I8=int8 U64=uint64 U32=uint32 U16=uint16 U8=uint8 F8_E4M3=float8_e4m3fn F8_E4M3FNUZ=float8_e4m3fnuz "
+            "F8_E5M2=float8_e5m2 F8_E5M2FNUZ=float8_e5m2fnuz F8_E8M0=float8_e8m0fnu"
+        ).split()
+    )
     if hasattr(torch, attribute)
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -62,16 +49,11 @@ class SafetensorsWriter:
         self._directory = Path(directory)
         self._plan = dict(plan)
         self._missing = dict.fromkeys(self._plan)
-        shards: list[list[str]] = [[]]
-        size = 0
         for name, info in self._plan.items():
             if info.dtype not in _DTYPE_NAMES:
                 raise ConversionError(f"{name}: safetensors has no dtype {info.dtype}")
-            if shards[-1] and size + info.nbytes > max_shard_size:
-                shards.append([])
-                size = 0
-            shards[-1].append(name)
-            size += info.nbytes
+        sizes = [info.nbytes for info in self._plan.values()]
+        shards = [list(self._plan)[part] for part in files_of(sizes, max_shard_size)]
         self._places: dict[str, tuple[Path, int]] = {}
         self._sharded = len(shards) > 1
         for number, names in enumerate(shards, 1):
@@ -79,11 +61,7 @@ class SafetensorsWriter:
             self._start_file(self._directory / file, names)
 
     def write(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
-        """Writes a tensor.
-
-        Args:
-            name: of the plan.
-            blocks: its rows from first to last, contiguous, of the planned dtype; for a scalar one scalar.
+        """Writes a tensor of the plan: its rows from first to last, contiguous, of the planned dtype; or one scalar.
 
         Raises:
             ConversionError: the blocks do not make up what was planned.

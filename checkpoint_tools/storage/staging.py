@@ -36,8 +36,12 @@ def staged(final: Path, nbytes: int | None = None, one_file: bool = False) -> It
         raise ConversionError(f"{final} is a mount point, which no directory can replace: give one below it")
     with _locked(final) as temporary:
         try:
-            if nbytes is not None:
-                check_free_space(final.parent, nbytes)
+            free = shutil.disk_usage(temporary).free
+            if nbytes is not None and nbytes > free:
+                raise FailedError(
+                    f"{final.parent}: {nbytes:,} bytes are needed and {free:,} are free: free some space, or give a "
+                    "--save-dir on another disk"
+                )
             yield temporary
             _check_unused(final)
             publish(next(temporary.iterdir()) if one_file else temporary, final)
@@ -46,8 +50,8 @@ def staged(final: Path, nbytes: int | None = None, one_file: bool = False) -> It
                 raise
             needed = "" if nbytes is None else f" {nbytes:,} bytes are needed,"
             raise FailedError(
-                f"{final.parent}: the disk is full:{needed} {_free(final.parent):,} were free when it failed; nothing "
-                "was kept. Free some space, or give a --save-dir on another disk"
+                f"{final.parent}: the disk is full:{needed} {shutil.disk_usage(final.parent).free:,} were free when it "
+                "failed; nothing was kept. Free some space, or give a --save-dir on another disk"
             ) from error
 
 
@@ -78,27 +82,6 @@ def _locked(final: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def check_free_space(directory: Path, nbytes: int) -> None:
-    """Checks before anything is written that ``nbytes`` fit on the file system of ``directory``, which may not exist.
-
-    Raises:
-        FailedError: they do not.
-    """
-    free = _free(directory)
-    if nbytes > free:
-        raise FailedError(
-            f"{directory}: {nbytes:,} bytes are needed and {free:,} are free: free some space, or give a --save-dir on "
-            "another disk"
-        )
-
-
 def _check_unused(final: Path) -> None:
     if final.is_file() or (final.is_dir() and any(final.iterdir())):
         raise ConversionError(f"{final} exists and is not empty: give another --save-dir, or delete it")
-
-
-def _free(directory: Path) -> int:
-    directory = Path(os.path.abspath(directory))
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free

@@ -43,10 +43,7 @@ _STORAGES = {
 
 
 class TorchDistReader:
-    """Tensors of an iteration directory; see :class:`~.reader.TensorReader`.
-
-    Args:
-        iteration_directory: with ``.metadata``.
+    """Tensors of an iteration directory, with ``.metadata``; see :class:`~.reader.TensorReader`.
 
     Attributes:
         objects: names of the entries that are no tensors: ``_extra_state``, random states, parts of the optimizer.
@@ -70,14 +67,10 @@ class TorchDistReader:
 
     def chunks(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Offsets and sizes of the pieces in which a tensor was saved, in order of their offsets."""
-        return [(chunk.offsets, chunk.sizes) for chunk in self._chunks_of(name)]
+        return [(chunk.offsets, chunk.sizes) for chunk in self._stored[name].chunks]
 
     def read(self, name: str, index: tuple[slice | int, ...] = ()) -> torch.Tensor:
-        """A piece of a tensor, as ``tensor[index]``; only chunks that hold some of it are touched.
-
-        Args:
-            name: of the tensor.
-            index: slices of step 1 and ints.
+        """A piece of a tensor, as ``tensor[index]`` of slices and ints; only chunks that hold some of it are touched.
 
         Returns:
             A view of the file where one chunk holds the whole piece, else a new tensor.
@@ -85,36 +78,32 @@ class TorchDistReader:
         Raises:
             ConversionError: a file is damaged, or there is no such tensor.
         """
-        chunks = self._chunks_of(name)
+        if name not in self._stored:
+            raise ConversionError(f"{self._directory}: there is no tensor {name}")
         info = self._infos[name]
-        starts, sizes, taken = _box(index, info.shape)
-        pieces = []
-        for chunk in chunks:
-            overlap = [
-                (max(a, b), min(a + n, b + m))
-                for a, n, b, m in zip(starts, sizes, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if all(first < behind for first, behind in overlap):
-                pieces.append((chunk, overlap))
+        wanted, taken = _box(index, info.shape)
+        sizes = [len(span) for span in wanted]
         if 0 in sizes:
             return torch.empty(sizes, dtype=info.dtype)[taken]
+        pieces = []
+        for chunk in self._stored[name].chunks:
+            spans = zip(wanted, chunk.offsets, chunk.sizes, strict=True)
+            overlap = [range(max(w.start, at), min(w.stop, at + size)) for w, at, size in spans]
+            if all(overlap):
+                pieces.append((chunk, overlap))
         if not _make_up(sizes, [overlap for _, overlap in pieces]):
             raise ConversionError(
                 f"{self._directory}: {name}: its chunks do not make up the tensor of {info.shape}: not every rank's "
                 "part was saved"
             )
-        if len(pieces) == 1:
-            chunk, overlap = pieces[0]
-            return self._read_chunk(name, chunk, _within(overlap, chunk.offsets))[taken]
+        read = [self._read_chunk(name, chunk, _within(overlap, chunk.offsets)) for chunk, overlap in pieces]
+        if len(read) == 1:
+            return read[0][taken]
         result = torch.empty(sizes, dtype=info.dtype)
-        for chunk, overlap in pieces:
-            result[_within(overlap, starts)] = self._read_chunk(name, chunk, _within(overlap, chunk.offsets))
+        starts = [span.start for span in wanted]
+        for (_, overlap), piece in zip(pieces, read, strict=True):
+            result[_within(overlap, starts)] = piece
         return result[taken]
-
-    def _chunks_of(self, name: str) -> Sequence[StoredChunk]:
-        if name not in self._stored:
-            raise ConversionError(f"{self._directory}: there is no tensor {name}")
-        return self._stored[name].chunks
 
     def _read_chunk(self, name: str, chunk: StoredChunk, index: tuple[slice, ...]) -> torch.Tensor:
         path = self._directory / chunk.place.file
@@ -145,13 +134,9 @@ class TorchDistReader:
 def read_common(iteration_directory: Path, allow_pickle: bool = False) -> dict[str, Any]:
     """Arguments of the run, iteration, checkpoint version and the like: ``common.pt``, or since 0.19 an entry.
 
-    Args:
-        iteration_directory: of a torch_dist checkpoint.
-        allow_pickle: when that cannot be read without running code from the file, run it.
-
-    Returns:
-        The dict. ``args`` is an :class:`argparse.Namespace`; objects of other classes are inert
-        :class:`~bitcpm_megatron.checkpoints.safe_load.StandIn`.
+    ``args`` is an :class:`argparse.Namespace`; objects of other classes are inert
+    :class:`~bitcpm_megatron.checkpoints.safe_load.StandIn`. What cannot be read without running code from the file
+    needs ``allow_pickle``.
 
     Raises:
         FileError: the file is missing or damaged, or needs ``allow_pickle``.
@@ -176,9 +161,6 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
 
     def seekable(self) -> bool:
         return True
@@ -209,9 +191,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return collections.OrderedDict
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module == "torch" and name in _STORAGES:
-            return stand_in(name)
-        if (module, name) == ("torch.storage", "UntypedStorage"):
+        if (module == "torch" and name in _STORAGES) or (module, name) == ("torch.storage", "UntypedStorage"):
             return stand_in(name)
         raise _NotPlainError
 
@@ -252,44 +232,35 @@ def _elements(window: _Window) -> tuple[int, torch.dtype, tuple[int, ...], tuple
     return offset, dtype, tuple(size), tuple(stride)
 
 
-def _box(
-    index: tuple[slice | int, ...], shape: tuple[int, ...]
-) -> tuple[list[int], list[int], tuple[slice | int, ...]]:
-    """Begin and size of what an index takes, and the index that then drops the dimensions of ints."""
+def _box(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> tuple[list[range], tuple[slice | int, ...]]:
+    """What an index takes of each dimension, and the index that then drops the dimensions of ints.
+
+    Raises:
+        IndexError: the tensor does not have it, or a slice has a step.
+    """
     if len(index) > len(shape):
         raise IndexError(f"{index} for a tensor of {shape}")
-    starts: list[int] = []
-    sizes: list[int] = []
-    taken: list[slice | int] = []
+    spans: list[range] = []
     for part, size in zip((*index, *[slice(None)] * (len(shape) - len(index))), shape, strict=True):
-        if isinstance(part, slice):
-            first, behind, step = part.indices(size)
-            if step != 1:
-                raise IndexError(f"{index}: a step of {step}")
-            starts.append(first)
-            sizes.append(max(0, behind - first))
-            taken.append(slice(None))
-        else:
-            if not -size <= part < size:
-                raise IndexError(f"{index} for a tensor of {shape}")
-            starts.append(part % size)
-            sizes.append(1)
-            taken.append(0)
-    return starts, sizes, tuple(taken)
+        span = range(size)[part]
+        spans.append(range(span, span + 1) if isinstance(span, int) else span)
+        if spans[-1].step != 1:
+            raise IndexError(f"{index}: a step of {spans[-1].step}")
+    return spans, tuple(slice(None) if isinstance(part, slice) else 0 for part in index)
 
 
-def _make_up(sizes: Sequence[int], boxes: Sequence[Sequence[tuple[int, int]]]) -> bool:
+def _make_up(sizes: Sequence[int], boxes: Sequence[Sequence[range]]) -> bool:
     """Whether boxes, sorted by where they begin, fill all of a piece of a tensor, each element once."""
-    if sum(math.prod(behind - first for first, behind in box) for box in boxes) != math.prod(sizes):
+    if sum(math.prod(map(len, box)) for box in boxes) != math.prod(sizes):
         return False
     for number, box in enumerate(boxes):
         for other in boxes[number + 1 :]:
-            if box and other[0][0] >= box[0][1]:
+            if box and other[0].start >= box[0].stop:
                 break
-            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other, strict=True)):
+            if all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in zip(box, other, strict=True)):
                 return False
     return True
 
 
-def _within(overlap: Sequence[tuple[int, int]], origin: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(first - at, behind - at) for (first, behind), at in zip(overlap, origin, strict=True))
+def _within(box: Sequence[range], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(span.start - at, span.stop - at) for span, at in zip(box, origin, strict=True))

@@ -6,7 +6,7 @@ import collections
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +19,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ...checkpoints.torch_dist import COMMON
-from .mapped_file import with_own_storage
-from .reader import ConversionError, TensorInfo
+from .reader import ConversionError, TensorInfo, files_of
 from .torch_dist_reader import CONFIG
-from .torch_file import save_file
+from .torch_file import save_file, with_own_storage
 
 # What megatron.core.dist_checkpointing.core.CheckpointingConfig holds for this format, in 0.12.1 as in 0.16.1.
 _FORMAT = {
@@ -57,6 +56,13 @@ class Chunk:
     def nbytes(self) -> int:
         """Size in bytes."""
         return TensorInfo(self.sizes, self.dtype).nbytes
+
+    @property
+    def item(self) -> WriteItem:
+        """What PyTorch's planner wants to know of it."""
+        place = ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.sizes))
+        data = TensorWriteData(place, TensorProperties(dtype=self.dtype), torch.Size(self.shape))
+        return WriteItem(MetadataIndex(self.key, self.offsets), WriteItemType.SHARD, tensor_data=data)
 
     def checked(self) -> torch.Tensor:
         """The piece itself, with a storage of its own.
@@ -103,21 +109,23 @@ class TorchDistWriter:
             ConversionError: chunks lack, overlap or contradict each other, or a producer returned something else than
                 was planned.
         """
-        planned: list[tuple[WriteItem, Chunk | list[Any]]] = [(_item(chunk), chunk) for chunk in _checked(chunks)]
-        for key, value in (objects or {}).items():
-            # As megatron-core saves an object: the list of it.
-            planned.append((WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO), [value]))
+        pieces = _checked(chunks)
+        # megatron-core saves an object as the list of it.
+        contents: list[Chunk | list[Any]] = [*pieces, *([value] for value in (objects or {}).values())]
+        items = [chunk.item for chunk in pieces]
+        items += [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in objects or {}]
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
-            (plan,), metadata = planner.create_global_plan([SavePlan([item for item, _ in planned])])
+            (plan,), metadata = planner.create_global_plan([SavePlan(items)])
         except ValueError as error:
             raise ConversionError(f"the plan of the checkpoint is wrong: {error}") from None
         results: list[WriteResult] = []
-        planned = [(item, content) for item, (_, content) in zip(plan.items, planned, strict=True)]
-        for number, contents in enumerate(_by_size(planned, self.max_file_size)):
+        sizes = [chunk.nbytes for chunk in pieces] + [0] * (len(items) - len(pieces))
+        for number, part in enumerate(files_of(sizes, self.max_file_size)):
             name = f"__0_{number}.distcp"
             with open(self.directory / name, "wb") as stream:
-                results += [self._write(stream, name, item, content) for item, content in contents]
+                for item, content in zip(plan.items[part], contents[part], strict=True):
+                    results.append(self._write(stream, name, item, content))
                 stream.flush()
                 os.fsync(stream.fileno())
         _Storage(self.directory, sync_files=True).finish(metadata, [results])
@@ -131,8 +139,8 @@ class TorchDistWriter:
         start = stream.tell()
         save_file(content.checked() if isinstance(content, Chunk) else content, stream)
         length = stream.tell() - start
-        if self.on_bytes is not None:
-            self.on_bytes(_nbytes(content))
+        if self.on_bytes is not None and isinstance(content, Chunk):
+            self.on_bytes(content.nbytes)
         return WriteResult(item.index, length, _StorageInfo(name, start, length))
 
 
@@ -163,35 +171,3 @@ def _checked(chunks: Iterable[Chunk]) -> list[Chunk]:
                 f"{key}: its chunks have {volumes[key]} elements in all, a tensor of {shape} has {math.prod(shape)}"
             )
     return chunks
-
-
-def _item(chunk: Chunk) -> WriteItem:
-    return WriteItem(
-        index=MetadataIndex(chunk.key, chunk.offsets),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)),
-            properties=TensorProperties(dtype=chunk.dtype),
-            size=torch.Size(chunk.shape),
-        ),
-    )
-
-
-def _nbytes(content: Chunk | list[Any]) -> int:
-    return content.nbytes if isinstance(content, Chunk) else 0
-
-
-def _by_size(
-    planned: Sequence[tuple[WriteItem, Chunk | list[Any]]], limit: int
-) -> Iterator[list[tuple[WriteItem, Chunk | list[Any]]]]:
-    """The items in order, as lists of up to ``limit`` bytes."""
-    group: list[tuple[WriteItem, Chunk | list[Any]]] = []
-    size = 0
-    for item, content in planned:
-        if group and size + _nbytes(content) > limit:
-            yield group
-            group, size = [], 0
-        group.append((item, content))
-        size += _nbytes(content)
-    if group:
-        yield group

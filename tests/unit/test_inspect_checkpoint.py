@@ -213,7 +213,7 @@ def test_weights_are_quantized_once_and_on_one_thread(copy, monkeypatch):
     path, before = with_scales(copy("torch_dist")), torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        found, _ = inspect_checkpoint.inspect(path)
+        found = inspect_checkpoint.inspect(path)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

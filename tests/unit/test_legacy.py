@@ -14,7 +14,7 @@ from support.peak_memory import MB, is_view_of, peak_growth
 from test_torch_dist import Color, FullDisk, Payload
 
 from bitcpm_megatron.checkpoint_tools.megatron_model.legacy import LegacyReader, rank_directory, write_rank
-from bitcpm_megatron.checkpoint_tools.storage import mapped_file
+from bitcpm_megatron.checkpoint_tools.storage import torch_file
 from bitcpm_megatron.checkpoint_tools.storage.reader import TensorInfo
 from bitcpm_megatron.checkpoint_tools.storage.torch_file import save_file
 from bitcpm_megatron.files import FileError
@@ -228,7 +228,7 @@ def test_full_disk(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(mapped_file.os, "posix_fallocate", full)
+    monkeypatch.setattr(torch_file.os, "posix_fallocate", full)
     with pytest.raises(OSError) as error:
         write_rank(rank_file(tmp_path, 0, 0, 1), {"model": PLAN}, fill, {})
     assert error.value.errno == errno.ENOSPC

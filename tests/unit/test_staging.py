@@ -9,7 +9,7 @@ import pytest
 
 from bitcpm_megatron.checkpoint_tools.storage import staging
 from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
-from bitcpm_megatron.checkpoint_tools.storage.staging import check_free_space, staged
+from bitcpm_megatron.checkpoint_tools.storage.staging import staged
 from bitcpm_megatron.cli import FailedError
 
 
@@ -86,12 +86,12 @@ def test_other_errors_of_the_system_stay_what_they_are(tmp_path):
 
 
 def test_free_space_is_checked_first(tmp_path):
-    check_free_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(FailedError, match="10,000,000,000,000,000 bytes are needed"):
-        check_free_space(tmp_path / "not" / "yet", 10**16)
-    with pytest.raises(FailedError, match="are needed"), staged(tmp_path / "a", 10**16):
-        raise AssertionError
-    assert os.listdir(tmp_path) == []
+    message = r"10,000,000,000,000,000 bytes are needed and [\d,]+ are free"
+    for final in (tmp_path / "a", tmp_path / "not" / "yet" / "there"):
+        with pytest.raises(FailedError, match=message), staged(final, 10**16):
+            raise AssertionError
+        assert not any(path.is_file() or path == final for path in tmp_path.rglob("*"))
+        assert os.listdir(final.parent) == []
 
 
 def test_kill(tmp_path):
