@@ -30,8 +30,10 @@ def together() -> Iterator[None]:
         raise other
 
 
-def all_gathered(mine: Any) -> list[Any]:
-    """The value of every rank, in their order; collective over all ranks."""
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
+def all_gathered(mine: Any, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:
+    """The value of every rank of a group (None: of the job), in their order; collective over them."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size(group) == 1:
+        return [mine]
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, mine, group=group)
     return found

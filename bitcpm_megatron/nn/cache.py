@@ -69,28 +69,22 @@ def find_attached(model: torch.nn.Module, attribute: str) -> Any:  # noqa: ANN40
 
 def schedule_started(chunks: Sequence[torch.nn.Module]) -> None:
     """The weights of these chunks will not change until the schedule ends."""
-    for chunk in chunks:
-        epoch = find_epoch(chunk)
-        if epoch is not None:
-            epoch.start()
+    for epoch in filter(None, map(find_epoch, chunks)):
+        epoch.start()
 
 
 def first_micro_batch(model: torch.nn.Module) -> None:
     """A chunk starts its first micro-batch of a schedule."""
-    epoch = find_epoch(model)
-    if epoch is not None:
+    if epoch := find_epoch(model):
         epoch.begin()
 
 
 def schedule_ended(chunks: Sequence[torch.nn.Module]) -> None:
     """A schedule is over, or has raised."""
-    for chunk in chunks:
-        epoch = find_epoch(chunk)
-        if epoch is not None:
-            epoch.end()
+    for epoch in filter(None, map(find_epoch, chunks)):
+        epoch.end()
 
 
 def _invalidate_after_load(module: torch.nn.Module, incompatible_keys: object) -> None:
-    epoch = find_epoch(module)
-    if epoch is not None:
+    if epoch := find_epoch(module):
         epoch.invalidate()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
+from ..agreement import all_gathered
 from ..cli import Whole
 from ..nn.cache import attach_epoch, first_micro_batch, schedule_ended, schedule_started
 from ..nn.coverage import CoverageEntry, CoverageReport
@@ -192,22 +193,21 @@ def _whole_model(entries: list[CoverageEntry], mistakes: list[str]) -> tuple[lis
         parallel_state.get_pipeline_model_parallel_group(),
         parallel_state.get_tensor_model_parallel_group(),
     ):
-        if group.size() > 1:
-            gathered: list[tuple[list[CoverageEntry], list[str]]] = [([], [])] * group.size()
-            torch.distributed.all_gather_object(gathered, (entries, mistakes), group=group)
-            entries = list({e.path: e for part, _ in gathered for e in part}.values())
-            mistakes = list(dict.fromkeys(m for _, part in gathered for m in part))
+        gathered = all_gathered((entries, mistakes), group)
+        entries = list({e.path: e for part, _ in gathered for e in part}.values())
+        mistakes = list(dict.fromkeys(m for _, part in gathered for m in part))
     return entries, mistakes
 
 
 def _idle_matchers(recipe: Recipe, entries: list[CoverageEntry]) -> list[str]:
     mistakes = []
+    examples = ", ".join(e.path for e in entries[:6]) or "(none)"
     for matcher in recipe.matchers:
         fitting = [e for e in entries if matcher.fits(e.path)]
         if not fitting:
             mistakes.append(
                 f"matcher {matcher.name!r} ({matcher.pattern}) fits no module of the model; its modules with weights "
-                f"are named like {_examples(entries)}"
+                f"are named like {examples}"
             )
         elif matcher.config is not None and all(e.kind == "never" for e in fitting):
             mistakes.append(
@@ -215,7 +215,3 @@ def _idle_matchers(recipe: Recipe, entries: list[CoverageEntry]) -> list[str]:
                 "layer and adapters are never quantized; remove it"
             )
     return mistakes
-
-
-def _examples(entries: list[CoverageEntry]) -> str:
-    return ", ".join(e.path for e in entries[:6]) or "(none)"

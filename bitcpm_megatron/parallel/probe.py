@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..agreement import all_gathered
 from ..cli import MismatchError
 from ..nn.cache import find_attached
 from ..nn.linear import HostModule, TernaryState, ternary_state
@@ -112,16 +113,12 @@ def _without_norm(module: torch.nn.Module) -> Iterator[None]:
     registered = registered_linear(module)
     names = () if registered is None else registered.norm_methods
     for name in names:
-        module.__dict__[name] = _unchanged
+        module.__dict__[name] = lambda hidden: hidden
     try:
         yield
     finally:
         for name in names:
             del module.__dict__[name]
-
-
-def _unchanged(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
 
 
 def watch_use(model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
@@ -229,10 +226,7 @@ def _prove_use(chunks: Sequence[torch.nn.Module]) -> None:
 
 def _of_all_ranks(unused: list[str], idle: list[str]) -> tuple[list[str], list[str]]:
     """Both lists over all ranks, without repetition and cut to a length that can be read; the same on each rank."""
-    gathered = [(unused, idle)]
-    if torch.distributed.is_initialized():
-        gathered = [([], [])] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, (unused[: _NAMED + 1], idle[: _NAMED + 1]))
+    gathered = all_gathered((unused[: _NAMED + 1], idle[: _NAMED + 1]))
     found = [list(dict.fromkeys(name for pair in gathered for name in pair[i])) for i in (0, 1)]
     unused, idle = ([*names[:_NAMED], "..."] if len(names) > _NAMED else names for names in found)
     return unused, idle

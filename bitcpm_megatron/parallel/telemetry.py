@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from megatron.core import parallel_state
 
+from ..agreement import all_gathered
 from ..nn.linear import HostModule, TernaryState
 from .probe import ternary_modules
 
@@ -65,14 +66,14 @@ class Telemetry:
         mine = {state.name: self._measure(state, module) for state, module in self._modules}
         # Tensor-parallel shards add up; pipeline stages and expert-parallel ranks complete each other.
         whole: dict[str, Counts] = {}
-        for part in _gathered(mine, parallel_state.get_tensor_model_parallel_group()):
+        for part in all_gathered(mine, parallel_state.get_tensor_model_parallel_group()):
             for name, counts in part.items():
                 whole[name] = merged(whole[name], counts) if name in whole else counts
         for group in (
             parallel_state.get_pipeline_model_parallel_group(),
             parallel_state.get_expert_model_parallel_group(),
         ):
-            whole = {name: counts for part in _gathered(whole, group) for name, counts in part.items()}
+            whole = {name: counts for part in all_gathered(whole, group) for name, counts in part.items()}
         if torch.distributed.get_rank() != 0:
             return None
         whole["total"] = functools.reduce(merged, whole.values())
@@ -103,11 +104,3 @@ class Telemetry:
             "scale_min": float(s.min()),
             "scale_max": float(s.max()),
         }
-
-
-def _gathered(mine: dict[str, Counts], group: torch.distributed.ProcessGroup) -> list[dict[str, Counts]]:
-    if group.size() == 1:
-        return [mine]
-    parts: list[dict[str, Counts]] = [{}] * group.size()
-    torch.distributed.all_gather_object(parts, mine, group=group)
-    return parts

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F401  # these names are for the other floors
 """Floor 2: the mathematics of the quantizer, on torch alone; its configuration, recipe and record need nothing."""
 
 import importlib.util
@@ -13,22 +14,3 @@ if importlib.util.find_spec("torch") is not None:
     from .packing import pack, packed_size, unpack
     from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite
     from .weights import WEIGHT_DTYPES, check_weight
-
-__all__ = [
-    "GROUP_MULTIPLE",
-    "SPACES",
-    "WEIGHT_DTYPES",
-    "QuantizerConfig",
-    "Space",
-    "check_weight",
-    "dequantize",
-    "effective_group",
-    "fused_group_size",
-    "pack",
-    "packed_size",
-    "quantize",
-    "quantize_activations",
-    "quantize_dequantize",
-    "scales_are_finite",
-    "unpack",
-]

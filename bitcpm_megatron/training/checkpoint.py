@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..agreement import together
+from ..agreement import all_gathered, together
 from ..checkpoints.compatibility import changes, check_arguments, check_data
 from ..checkpoints.digests import gather_digests, with_digests
 from ..checkpoints.directory import (
@@ -154,8 +154,7 @@ class Saver:
         try:
             yield
         except (OSError, CheckpointException) as error:
-            told: list[str] = [""] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(told, _words(error))
+            told = all_gathered(_words(error))
             free = shutil.disk_usage(final.parent).free
             if torch.distributed.get_rank() == 0:
                 shutil.rmtree(incomplete_directory(final), ignore_errors=True)
