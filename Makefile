@@ -30,7 +30,7 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 	tokenizers==0.22.2 attrs certifi charset-normalizer codetiming dill fsspec httpcore httpx multiprocess requests \
 	sniffio typer-slim urllib3
 
-.PHONY: setup demo test test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-kill test-bad-input bench bench-conversion bench-kernel lint format clean
+.PHONY: setup demo test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-kill test-bad-input bench bench-conversion bench-kernel lint format clean
 
 setup: $(READY)
 
@@ -46,6 +46,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest
+
+# While you work: the unit tests that start no process.
+test-fast: $(READY)
+	$(PY) -m pytest --fast tests/unit
 
 $(OLD_MEGATRON)/.ready: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(OLD_MEGATRON) megatron-core==0.12.1

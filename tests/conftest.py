@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.fast_tests import FastTests
 from support.process_groups import leave_model_parallel
 
 # Transformers copies modeling files that it is told to trust into its cache: not into the user's.
@@ -12,6 +13,17 @@ os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf-"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Read when triton is imported, by whatever test comes first. With 0, tests/unit/test_triton.py runs on the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="unit tests that are not marked slow; each that starts a process fails"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        config.pluginmanager.register(FastTests())
 
 
 def pytest_report_header() -> str:

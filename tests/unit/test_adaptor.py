@@ -436,6 +436,7 @@ def test_a_host_that_is_not_there_is_refused(megatron, monkeypatch, named: str, 
         adapt()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "status", "message"),
     [
@@ -456,6 +457,7 @@ def test_a_refusal_ends_any_script_with_one_line(script: str, status: int, messa
     assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_errors_of_the_script_keep_their_traceback() -> None:
     done = python(f"{HOOK}; raise ValueError('of the host')")
     assert done.returncode == 1 and done.stderr.startswith("Traceback") and "of the host" in done.stderr

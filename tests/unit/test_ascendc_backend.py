@@ -80,6 +80,7 @@ def test_bad_weights_are_refused_before_the_library_is_needed() -> None:
 # ---------------------------------------------------------------------------------------------------------- emulated
 
 
+@pytest.mark.slow
 @EMULATED
 def test_the_emulated_backend_serves_the_op_by_name_only() -> None:
     from ascendc import emulated_backend

@@ -13,7 +13,11 @@ from ascendc.binding import Device, in_a_child
 from bitcpm_megatron.ops import ascendc
 from bitcpm_megatron.quantization import pack
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+# Each check is a process of its own.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++"),
+]
 
 EPS = 1e-5
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from ascendc.emulator import EMULATION, FLAGS, SOURCES
 
+# A script, CMake and a compiler are asked.
+pytestmark = pytest.mark.slow
+
 HEADER = "NPU ID                         Chip ID                        Chip Logic ID                  Chip Name"
 CMAKE = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake: pip install cmake, then this test again")
 

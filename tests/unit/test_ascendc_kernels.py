@@ -230,6 +230,7 @@ def test_statistics_have_a_slot_per_core(emulator: Emulator) -> None:
     assert w.nonzeros == 64 * 1024 and (w.statistics[:, :LANES].sum(1) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["barrier", "queue", "call", "condition"])
 def test_a_sample_of_mutants_is_caught(mutant_run: campaign.MutantRun, kind: str) -> None:
     known = campaign.reasons()
@@ -242,6 +243,7 @@ def test_a_sample_of_mutants_is_caught(mutant_run: campaign.MutantRun, kind: str
         assert set(found.values()) == {"hazard"}
 
 
+@pytest.mark.slow
 def test_every_planted_bug_is_caught_by_its_results(mutant_run: campaign.MutantRun) -> None:
     planted = [m for m in mutant_run.mutants if m.kind == "planted"]
     assert len(planted) == len(PLANTED) >= 4

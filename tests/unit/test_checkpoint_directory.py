@@ -142,6 +142,7 @@ def test_damaged_arguments_are_refused(text: str | None, tmp_path: Path) -> None
         saved_arguments(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_second_job_is_told_who_writes_there_and_a_killed_one_lets_go(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(file_lock, "_PATIENCE_SECONDS", 0.3)
     environment = {**os.environ, "SLURM_JOB_ID": "4711"}

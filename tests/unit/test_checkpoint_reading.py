@@ -24,6 +24,9 @@ from test_torch_dist import Payload
 from bitcpm_megatron.checkpoints.reading import read
 from bitcpm_megatron.checkpoints.torch_dist import read_contents
 
+# megatron-core writes a checkpoint in processes of its own.
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 WEIGHT = torch.arange(48.0).reshape(6, 8)
 

@@ -140,6 +140,7 @@ def test_a_number_of_the_environment(monkeypatch):
     assert cli.from_environment("WORLD_SIZE", cli.Whole(1), 1) == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_left_is_told_nothing(tmp_path):
     # With a real pipe: the interpreter must not complain either, when it flushes at its end.
     script = tmp_path / "noisy.py"

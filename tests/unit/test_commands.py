@@ -100,6 +100,7 @@ def test_the_place_in_the_job_is_a_number(monkeypatch, variables: dict[str, str]
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_bind_cores_refuses_a_rank_that_is_none() -> None:
     command = [sys.executable, str(CHECKOUT / "launch" / "launcher" / "bind_cores.py"), "-c", "print('ran')"]
     done = subprocess.run(command, env={**os.environ, "LOCAL_RANK": "abc"}, capture_output=True, text=True)

@@ -506,6 +506,7 @@ def test_a_full_disk(direction: str, source: Path, megatron: Path, tmp_path: Pat
     fails(capsys, *arguments, status=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("direction", ["to megatron", "to hugging face"])
 def test_killed_half_way_and_started_again(

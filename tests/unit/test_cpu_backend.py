@@ -127,6 +127,7 @@ def load_elsewhere(**environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_without_a_compiler_torch_serves_and_the_report_says_why(tmp_path: Path) -> None:
     broken = tmp_path / "cc"
     broken.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo 1; else echo no space >&2; exit 1; fi\n')
@@ -146,6 +147,7 @@ def test_without_a_compiler_torch_serves_and_the_report_says_why(tmp_path: Path)
     assert not list((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_cache_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
@@ -153,6 +155,7 @@ def test_a_cache_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
     assert "can be written by others" in said and "BITCPM_CACHE_DIR" in said
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_compile_at_once_leave_one_library(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from bitcpm_megatron.ops import cpu; print(cpu.unavailable('cpu'))"]
@@ -162,6 +165,7 @@ def test_processes_that_compile_at_once_leave_one_library(tmp_path: Path) -> Non
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_library_that_was_cut_short_is_built_anew_and_a_compiler_may_have_arguments(tmp_path: Path) -> None:
     cache = tmp_path / "cache"

@@ -297,6 +297,7 @@ def test_headers_that_lie(case, tmp_path):
     refused(tmp_path, "model.safetensors", words)
 
 
+@pytest.mark.slow
 def test_what_unfolds_is_refused_before_it_does(tmp_path):
     """500 MB of zeros in 500 KB; PyTorch never compresses."""
     file = tmp_path / "pytorch_model.bin"
@@ -426,6 +427,7 @@ def test_no_sizes(text):
         parse_size(text)
 
 
+@pytest.mark.slow
 def test_memory(tmp_path):
     """160 MB in four tensors, written in blocks of 4 MB and read whole."""
     code = """

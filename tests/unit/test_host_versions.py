@@ -70,6 +70,7 @@ def test_gradients_that_wait_for_a_stream_find_one_on_the_cpu() -> None:
     torch.cuda.current_stream().wait_event(torch.cuda.current_stream())
 
 
+@pytest.mark.slow
 def test_a_megatron_lm_without_legacy_modules_starts_on_the_cpu() -> None:
     # As core_v0.18 and later; PyPI's megatron-core has none either.
     steps = (
@@ -114,6 +115,7 @@ def test_optimizer_state_is_loaded_under_another_learning_rate(monkeypatch: pyte
     assert [(g["max_lr"], g["min_lr"]) for g in resumed.param_groups] == [(1e-2, 5e-3)] * len(resumed.param_groups)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_helpers_of_the_checkpoint_writers_are_not_asked_to_stop_while_they_start(tmp_path: Path) -> None:
     # A scheduler signals every process of a job. What a process is started with holds while it still imports.

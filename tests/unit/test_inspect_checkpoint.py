@@ -291,6 +291,7 @@ def test_bad_input(made, tmp_path, capsys):
         assert not streams.out and streams.err.startswith("error: ") and name in streams.err
 
 
+@pytest.mark.slow
 def test_it_needs_no_megatron(made):
     tool = Path(inspect_checkpoint.__file__)
     code = (

@@ -345,6 +345,7 @@ def test_cores_come_from_sysfs_where_npu_smi_is_silent(tmp_path: Path) -> None:
     assert bind_cores.affinity_from_sysfs(tmp_path) == {0: {4, 5, 6, 7}, 1: {0, 1, 2, 3}}
 
 
+@pytest.mark.slow
 def test_binding_changes_nothing_without_an_npu() -> None:
     script = "import os; print(sorted(os.sched_getaffinity(0)))"
     wrapper = str(CHECKOUT / "launch" / "launcher" / "bind_cores.py")

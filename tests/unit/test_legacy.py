@@ -140,6 +140,7 @@ def test_older_models(tmp_path):
     refused(tmp_path, "mp_rank_00", "list")
 
 
+@pytest.mark.slow
 def test_code_is_not_run(tmp_path, capsys):
     marker, path = tmp_path / "ran", rank_file(tmp_path, 0, 0, 1)
     path.parent.mkdir()
@@ -239,6 +240,7 @@ def test_full_disk(tmp_path, monkeypatch):
     assert error.value.errno == errno.ENOSPC
 
 
+@pytest.mark.slow
 def test_memory(tmp_path):
     """160 MB in eight tensors."""
     code = """

@@ -12,6 +12,7 @@ CHOSEN = [setting for setting in SETTINGS if setting.name in ONE_OF_EACH]
 TOGETHER = {name: value for setting in CHOSEN for name, value in setting.variables.items()}
 
 
+@pytest.mark.slow
 def test_every_factor_is_in_force_in_tests_and_in_ranks_and_misspelled_in_none(tmp_path: Path) -> None:
     usual = observed({f"{name}S": value for name, value in TOGETHER.items()}, tmp_path / "usual")
     offered = [setting for setting in CHOSEN if not setting.lacking(usual)]
@@ -39,6 +40,7 @@ def test_always():
 """
 
 
+@pytest.mark.slow
 def test_the_last_line_counts_and_failing_tests_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def login_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpro
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["tiny-cpu", "8b-64npu"])
 def test_a_login_node_needs_neither_megatron_nor_torch(job: str, login_node) -> None:
     run = login_node("preflight.py", job, "--json")
@@ -153,6 +154,7 @@ def test_a_login_node_needs_neither_megatron_nor_torch(job: str, login_node) -> 
     assert unread == ([] if job == "tiny-cpu" else ["warn"])
 
 
+@pytest.mark.slow
 def test_a_login_node_prints_what_would_run(login_node) -> None:
     run = login_node(
         "run.py", "8b-64npu", "--print", "--node-rank", "1", "--set", "cluster.hosts=[a, b, c, d, e, f, g, h]"
@@ -685,6 +687,7 @@ def test_the_weights_of_a_preset_are_all_counted(place: Place, preset: str) -> N
     assert need.weights == 2 * presets.architecture(preset).parameter_count()
 
 
+@pytest.mark.slow
 def test_the_activations_of_our_loop_are_those_that_it_saves() -> None:
     script = Path(__file__).parent / "saved_activations.py"
     flags = "--model tiny-llama --seq-length 128 --micro-batch-size 2 --mock-data --vocab-size 1000 --bf16 --ternary"

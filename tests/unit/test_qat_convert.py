@@ -440,6 +440,7 @@ def test_given_scales_are_used_row_by_row(monkeypatch) -> None:
         list(fuse_blocks("w", lambda part: w[part], info, QuantizerConfig(), scales))
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_a_checkout(latent, tmp_path: Path) -> None:
     """And reads no more of the package than it needs: no megatron-core, no Transformers."""
     import subprocess

@@ -121,6 +121,7 @@ def test_other_arguments_have_indices_of_their_own(place: Path) -> None:
     assert len(list((place / "cache").iterdir())) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["first array", "second array", "digests", "name"])
 def test_a_kill_while_it_is_built_breaks_no_later_start(tmp_path: Path, single_rank: None, place: str) -> None:
     def build(directory: Path) -> None:

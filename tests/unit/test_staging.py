@@ -94,6 +94,7 @@ def test_free_space_is_checked_first(tmp_path):
         assert os.listdir(final.parent) == []
 
 
+@pytest.mark.slow
 def test_kill(tmp_path):
     """A run that is killed while it writes leaves no directory, and the next one succeeds."""
     code = f"""

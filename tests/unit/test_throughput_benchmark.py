@@ -216,6 +216,7 @@ def test_host_commands_differ_in_the_ternary_flags_alone() -> None:
     assert bf16[bf16.index("--nproc_per_node") + 1] == "4" and "--recompute-granularity" in bf16
 
 
+@pytest.mark.slow
 def test_a_host_job_that_fails_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "megatron").mkdir()
     argv = ["--host", "megatron-lm", "--megatron-path", str(tmp_path), "--pairs", "1", "--micro-batches", "1"]
@@ -227,6 +228,7 @@ def test_a_host_job_that_fails_is_an_error(tmp_path: Path, capsys: pytest.Captur
 # ------------------------------------------------------------------------------------------------------------- a job
 
 
+@pytest.mark.slow
 def test_a_job_is_heard_while_it_runs(tmp_path: Path) -> None:
     script, answer = tmp_path / "job.py", tmp_path / "answer"
     script.write_text(f"""
@@ -244,6 +246,7 @@ sys.exit(1)
     assert "a step" in done.stdout and "heard" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     """TP 2, with every variant that is there; the numbers that do not depend on time are exact."""
     flags = """
@@ -288,6 +291,7 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     assert line == f"bench: ternary/bf16 step time {ours.ratio:.3f} (8 micro-batches, TP2)"
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_in_the_forward_is_found(tmp_path: Path) -> None:
     program = """
 import sys

@@ -125,6 +125,7 @@ def test_an_error_half_way_leaves_nothing(tmp_path: Path, tokenizer: SentencePie
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_kill_half_way_leaves_no_output(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     def documents() -> Iterator[dict[str, str]]:
@@ -339,6 +340,7 @@ def test_command_names_no_output_twice_and_no_directory(corpus_file: Path, capsy
     assert len(list(corpus_file.parent.iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "after"),
     [("data.token_files._batches", 0), *(("files.lock.publish", after) for after in range(3))],
@@ -396,6 +398,7 @@ def test_another_command_does_not_replace_what_a_killed_one_published(
         pass
 
 
+@pytest.mark.slow
 def test_two_commands_do_not_write_one_output(corpus_file: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(corpus_file.parent)
     monkeypatch.setattr("bitcpm_megatron.files.lock._PATIENCE_SECONDS", 0.2)
@@ -418,6 +421,7 @@ def test_two_commands_do_not_write_one_output(corpus_file: Path, monkeypatch: py
         os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["reading for the tokenizer", "tokenizing"])
 def test_command_that_is_asked_to_stop_leaves_nothing(tmp_path: Path, moment: str, number: int) -> None:
@@ -454,6 +458,7 @@ def test_a_size_that_no_vocabulary_has_is_refused_at_once(corpus_file: Path, cap
     assert caught.value.code == 2 and "1 to 1000000" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_runs_from_a_bare_checkout(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("\n\f\n".join(TEXTS))
     arguments = ["--train-tokenizer", "t.model", "--vocab-size", "310", "--append-eod"]

@@ -153,6 +153,7 @@ def test_a_blend_is_what_megatron_core_takes_it_for() -> None:
             blend_of(paths)
 
 
+@pytest.mark.slow
 def test_the_reader_needs_no_megatron_core() -> None:
     """A login node has none."""
     command = "import sys, bitcpm_megatron.data.token_headers; sys.exit('megatron' in sys.modules)"

@@ -164,6 +164,7 @@ def test_an_error_of_the_reader_comes_through() -> None:
         train_sentencepiece(texts(), VOCAB)
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_does_not_wait_for_the_end_of_training() -> None:
     words = random.Random(0)
     texts = [" ".join("".join(words.choices("abcdefghij", k=8)) for _ in range(100)) for _ in range(2000)]

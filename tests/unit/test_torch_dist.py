@@ -137,6 +137,7 @@ def test_a_piece_of_one_chunk_is_a_view(tmp_path):
     assert is_view_of(piece, tmp_path / "a" / "__0_0.distcp")
 
 
+@pytest.mark.slow
 def test_what_megatron_core_saves(tmp_path, single_rank):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
@@ -176,6 +177,7 @@ def test_what_megatron_core_saves(tmp_path, single_rank):
     assert plain(common["args"])["color"] == f"<{__name__}.Color(1,)>"
 
 
+@pytest.mark.slow
 def test_megatron_core_loads_it(tmp_path, single_rank):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -350,6 +352,7 @@ def test_metadata_with_code(tmp_path, function):
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_common_with_code(tmp_path, capsys):
     marker, path = tmp_path / "ran", tmp_path / "common.pt"
     torch.save({"args": Payload(exec, marker)}, path)
@@ -489,6 +492,7 @@ def test_files_are_plain_zips(tmp_path):
     assert TorchDistReader(tmp_path).read("t").data_ptr() % 64 == 0
 
 
+@pytest.mark.slow
 def test_memory(tmp_path):
     """160 MB: four tensors in chunks of 10 MB, each tensor read whole as one chunk is, by rows."""
     code = """
@@ -507,6 +511,7 @@ assert [t.sum().item() for t in kept] == [j * 10 * 2.0**18 for i in range(4) for
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_memory_of_a_stack_that_is_one_chunk(tmp_path):
     code = """
 torch_dist_writer.TorchDistWriter(path, {}).write(

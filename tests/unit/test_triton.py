@@ -493,10 +493,12 @@ def python(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_triton_is_imported_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert python(_LAZY, tmp_path, monkeypatch) in ("10 cpu False", "10 torch False")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the wheel with ptxas is for Linux")
 def test_the_kernels_compile_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert python(_COMPILE, tmp_path, monkeypatch) == "compiled"

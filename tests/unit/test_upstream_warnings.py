@@ -29,6 +29,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_job_says_none_of_it(tmp_path: Path) -> None:
     for iterations in (1, 2):  # a start, and one from a checkpoint
         command = [sys.executable, "-c", SPEAK, str(Path(pretrain.__file__)), *JOB, "--train-iters", str(iterations)]
