@@ -1,20 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.launcher import torchrun
+from support.launcher import Ranks
 
 
-@pytest.fixture(scope="session")
-def launch_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dict[str, dict], Path]]:
-    """Launches training runs, name -> arguments, on some ranks; gives back rank 0's report and the directory."""
+@pytest.fixture(scope="package")
+def shared_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """So many ranks, the same for all files: there are three launches, of one, two and four."""
+    launched: list[Ranks] = []
+
+    @functools.cache
+    def ranks(count: int) -> Ranks:
+        launched.append(Ranks(count, tmp_path_factory.mktemp(f"ranks{count}-")))
+        return launched[-1]
+
+    yield ranks
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Ranks.close, launched))
+
+
+@pytest.fixture(scope="package")
+def launch_runs(
+    shared_ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[dict[str, dict], Path]]:
+    """Runs trainings, name -> arguments, on some ranks; gives back rank 0's report and the directory."""
     cache = ["--data-cache-path", str(tmp_path_factory.getbasetemp() / "cache")]
 
     def launch(
         runs: dict[str, list[str]],
-        ranks: int,
+        count: int,
         resave: dict[str, Path] | None = None,
         fused_mlp_on: dict[str, int] | None = None,
         masked: Collection[str] = (),
@@ -27,7 +46,21 @@ def launch_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
             content[name]["fused_mlp_on"] = rank
         for name in masked:
             content[name]["masked"] = True
-        (directory / "runs.json").write_text(json.dumps(content))
-        return torchrun("runs", ranks, directory)[0], directory
+        report: dict[str, dict] = {}
+        fatal: list[str] = []
+        while waiting := {name: run for name, run in content.items() if name not in report}:
+            (directory / "runs.json").write_text(json.dumps(waiting))
+            (directory / "rank0.json").write_text("{}")
+            try:
+                report |= shared_ranks(count).run("runs", directory)[0]
+            except AssertionError as error:
+                # A run that takes the ranks with it fails alone, and others start for those behind it. Not for ever:
+                # ranks that cannot even start would take each run with them.
+                report |= json.loads((directory / "rank0.json").read_text())
+                fatal += [name for name in waiting if name not in report][:1]
+                if not fatal or fatal[-1] in report or len(fatal) > 2:
+                    raise
+                report[fatal[-1]] = {"status": None, "stderr": str(error)}
+        return report, directory
 
     return launch

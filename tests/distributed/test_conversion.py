@@ -2,12 +2,13 @@
 """A Hugging Face model becomes a Megatron checkpoint, is trained ternary, and leaves as what the training computed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.launcher import torchrun
+from support.launcher import Ranks
 from support.small_model import quantized_weights, succeeded
 from transformers import (
     AutoModelForCausalLM,
@@ -83,8 +84,8 @@ def convert(tool, *arguments: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def where(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Everything of this file, in as few launches as it allows."""
+def where(launch_runs, shared_ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Everything of this file, in as few batches as it allows."""
     root = tmp_path_factory.mktemp("conversion")
     torch.manual_seed(3)
     for name, build in MODELS.items():
@@ -107,17 +108,17 @@ def where(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
                 *[*flags, "--transformer-impl", "local"],
             )
     results: dict = {"root": root}
-    for ranks in (1, 2):
+    for count in (1, 2):
         runs = {}
         for name, (model, size, flags, _) in TRAINED.items():
-            if size == ranks:
+            if size == count:
                 source = root / f"{model} torch_dist"
                 command = ["--model", str(source / "model.yaml"), *TRAIN, *flags, "--train-iters", "3"]
                 command += ["--save", str(root / f"trained {name}"), "--load", str(root / f"trained {name}")]
                 runs[f"start {name}"] = [*command, "--pretrained-checkpoint", str(source), "--exit-interval", "2"]
                 # Goes on from there, and reports the weights of its first forward.
                 runs[name] = [*command[:-4], "--load", str(root / f"trained {name}")]
-        report, directory = launch_runs(runs, ranks)
+        report, directory = launch_runs(runs, count)
         succeeded(report, *runs)
         results.update(dict.fromkeys(runs, directory))
     for name in TRAINED:
@@ -127,24 +128,24 @@ def where(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
                 *["--load-dir", root / f"trained {name}", "--save-dir", root / f"{weights} {name}"],
                 *["--weights", weights, "--verify"],
             )
-    for ranks in (1, 2):
+    for count in (1, 2):
         cases = {}
-        for length, count in LENGTHS.items():
+        for length, size in LENGTHS.items():
             for model in MODELS:
                 cases[f"{model} torch_dist {length}"] = {"load": str(root / f"{model} torch_dist")}
-                cases[f"{model} legacy {length}"] = {"load": str(root / f"{model} legacy{ranks}"), "legacy": True}
-                if ranks == 2:
+                cases[f"{model} legacy {length}"] = {"load": str(root / f"{model} legacy{count}"), "legacy": True}
+                if count == 2:
                     cases[f"{model} stages {length}"] = {"load": str(root / f"{model} stages2"), "legacy": True}
             for name, (*_, sizes) in TRAINED.items():
-                if ranks in sizes:
+                if count in sizes:
                     cases[f"{name} {length}"] = {"load": str(root / f"trained {name}")}
             for case in cases:
                 if case.endswith(length):
-                    cases[case]["tokens"] = tokens(count)
+                    cases[case]["tokens"] = tokens(size)
         directory = tmp_path_factory.mktemp("logits")
         (directory / "cases.json").write_text(json.dumps(cases))
-        torchrun("logits", ranks, directory)
-        results["logits", ranks] = torch.load(directory / "logits.pt", weights_only=True)
+        shared_ranks(count).run("logits", directory)
+        results["logits", count] = torch.load(directory / "logits.pt", weights_only=True)
     return results
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of a ternary column-row pair against a plain PyTorch straight-through reference, and planted bugs."""
 
+import contextlib
+
 import pytest
-from support.launcher import torchrun
+from support.launcher import Ranks
 
 CASES = [
     f"{layout} fusion={fusion} sp={sp} overlap={overlap} do={do}"
@@ -19,10 +21,12 @@ EXACT = 1e-5
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
-    """Case -> what each rank reports."""
+    """Case -> what each rank reports. On ranks of their own: the stand-in must be there before megatron-core is."""
     merged: dict[str, list] = {}
-    for ranks in (1, 2):
-        for report in torchrun("gradients", ranks, tmp_path_factory.mktemp(f"gradients{ranks}")):
+    for count in (1, 2):
+        with contextlib.closing(Ranks(count, tmp_path_factory.mktemp("ranks"))) as ranks:
+            reports = ranks.run("gradients", tmp_path_factory.mktemp(f"gradients{count}"))
+        for report in reports:
             for name, result in report.items():
                 merged.setdefault(name, []).append(result)
     return merged

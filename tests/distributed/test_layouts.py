@@ -81,7 +81,7 @@ SAVED_AT, END = 3, 6
 
 @pytest.fixture(scope="module")
 def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """All runs of this file, in as few launches as they allow: name -> (report, directory), and where logs lie."""
+    """All runs of this file, in as few batches as they allow: name -> (report, directory), and where logs lie."""
     where = tmp_path_factory.mktemp("layouts")
     results: dict = {"where": where}
 

@@ -36,7 +36,7 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, Path]:
-    """Every run of this file that needs two ranks, in one launch: report, directory, logs."""
+    """Every run of this file that needs two ranks, in one batch: report, directory, logs."""
     logs = tmp_path_factory.mktemp("logs")
     recipes = {
         "idle": {"configs": {"q": {"group_size": 32}}, "matchers": {"m": {"config": "q", "pattern": "*.linear_typo"}}},

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from kills.processes import kill
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from support.launcher import CHECKOUT, WORKERS, environment
+from support.launcher import CHECKOUT, WORKERS, environment, free_port
 from support.small_model import losses
 
 from bitcpm_megatron.checkpoints.directory import iterations, latest
@@ -51,7 +51,7 @@ class Job:
         script = command.index(str(CHECKOUT / "launch" / "pretrain.py"))
         self.command = [*command[:script], str(WORKERS / "slow.py"), str(directory), *command[script + 1 :]]
 
-    def start(self, **plan: dict[str, float]) -> subprocess.Popen:
+    def start(self, **plan: dict[str, float | str]) -> subprocess.Popen:
         (self.directory / "plan.json").write_text(json.dumps(plan))
         (self.directory / "moments").write_text("")
         output = (self.directory / "output.txt").open("a")
@@ -69,17 +69,9 @@ class Job:
             time.sleep(0.05)
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_a_job_that_is_asked_to_stop_saves_however_long_that_takes_and_goes_on_bit_identically(tmp_path: Path) -> None:
     stopped, whole = Job(tmp_path / "stopped"), Job(tmp_path / "whole")
-    agent = stopped.start(step={"1": LONG}, save={"1": LONG})
+    agent = stopped.start(step={"1": LONG}, save={"1": "go on"})
     others = []
     try:
         stopped.wait_for("step 1", agent)
@@ -93,6 +85,8 @@ def test_a_job_that_is_asked_to_stop_saves_however_long_that_takes_and_goes_on_b
         assert "Traceback" not in said, said[-8000:]
         stopped.wait_for("save 1", agent)
         assert iterations(stopped.directory / "save") == []
+        # More than LONG after the request, whatever this machine does meanwhile.
+        (stopped.directory / "go on").touch()
         assert agent.wait(240) == 0, stopped.output()[-8000:]
         assert latest(stopped.directory / "save").name == "iter_0000002"
 

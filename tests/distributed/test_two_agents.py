@@ -2,7 +2,6 @@
 """Two nodes on one machine: ``torchrun`` agents at 127.0.0.1 and 127.0.0.2, one of them killed and started again."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from kills.processes import kill
-from support.launcher import CHECKOUT, environment
+from support.launcher import CHECKOUT, environment, free_port
 from support.small_model import losses
 
 from bitcpm_megatron.checkpoints.directory import latest
@@ -38,12 +37,16 @@ ELASTIC = "hosts: [127.0.0.1, 127.0.0.2], rendezvous: c10d, max-restarts: 3, kee
 
 def write_job(directory: Path, name: str, nodes: int, rest: str) -> Path:
     """A job file on a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     path = directory / f"{name}.yaml"
-    values = {"steps": STEPS, "directory": directory, "name": name, "nodes": nodes, "devices": 2 // nodes}
-    path.write_text(JOB.format(**values, port=port, rest=rest))
+    values = {
+        "steps": STEPS,
+        "directory": directory,
+        "name": name,
+        "nodes": nodes,
+        "devices": 2 // nodes,
+        "port": free_port(),
+    }
+    path.write_text(JOB.format(**values, rest=rest))
     return path
 
 
@@ -65,6 +68,7 @@ def test_a_killed_agent_comes_back_and_the_job_goes_on_from_its_checkpoint(tmp_p
     whole = write_job(tmp_path, "whole", 1, "rendezvous: static")
     job = write_job(tmp_path, "killed", 2, ELASTIC)
     save, log = tmp_path / "killed" / "save", tmp_path / "killed" / "log"
+    before = psutil.Process().children(recursive=True)  # ranks of other tests
     # The uninterrupted run goes on meanwhile.
     uninterrupted = start(whole, 0)
     agents = [start(job, rank) for rank in range(2)]
@@ -87,7 +91,8 @@ def test_a_killed_agent_comes_back_and_the_job_goes_on_from_its_checkpoint(tmp_p
     assert f"checkpoints: goes on from {checkpoint}" in outputs(job)
     assert latest(save).name == f"iter_{STEPS:07d}"
     assert losses(log) == losses(tmp_path / "whole" / "log")
-    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    left = [p for p in psutil.Process().children(recursive=True) if p not in before]
+    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
 
     # What the launcher expects of a checkpoint without building a model is what the model recorded.
     subject = Subject(read_job(str(job)), node_rank=0)

@@ -38,9 +38,9 @@ _GROUPS["convert"] = tuple(subject.name for subject in converters())
 _GROUPS["all"] = tuple(itertools.chain.from_iterable(_GROUPS.values()))
 
 
-def subjects(what: str) -> list[Subject]:
-    """Those that a word on the command line means."""
-    everything = [Training(False), Training(True), preprocessing(), *converters()]
+def subjects(what: str, steps: int = 30) -> list[Subject]:
+    """Those that a word on the command line means; a training has so many steps, enough for five disturbances of it."""
+    everything = [Training(False, steps), Training(True, steps), preprocessing(), *converters()]
     names = _GROUPS.get(what, (what,))
     return [subject for subject in everything if subject.name in names]
 

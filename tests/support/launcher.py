@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts real ``torchrun`` processes over gloo and collects what they report."""
+"""Real ``torchrun`` processes over gloo, and what they report."""
 
 import contextlib
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +32,98 @@ def environment() -> dict[str, str]:
     }
 
 
-def torchrun(worker: str, processes: int, directory: Path, *arguments: str, timeout: int = 900) -> list[Any]:
-    """Runs ``workers/<worker>.py DIRECTORY ARGUMENTS`` on some processes.
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
-    Each process writes ``rank<N>.json`` into the directory.
 
-    Returns:
-        What they wrote, by rank.
+class Ranks:
+    """Processes under one ``torchrun`` that run batch after batch: imports take longer than most batches.
+
+    They start with the first batch, and anew after one that has failed. What a worker changes for good, the ranks keep;
+    ``workers/serve.py`` is what they run.
+
+    Args:
+        count: how many.
+        directory: an empty one, for their orders and for what they print.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    agent = subprocess.Popen(
-        [*command, str(WORKERS / f"{worker}.py"), str(directory), *arguments],
-        env=environment(),
-        cwd=CHECKOUT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    family = [psutil.Process(agent.pid)]
-    try:
-        said = agent.communicate(timeout=timeout)[0]
-    except BaseException:
-        # Ranks outlive an agent that is killed, and those that wait for each other keep the cores busy.
-        family += family[0].children(recursive=True)
-        for process in family:
+
+    def __init__(self, count: int, directory: Path) -> None:
+        self.count = count
+        self._directory = directory
+        self._agent: subprocess.Popen | None = None
+        self._starts = 0
+
+    def run(self, worker: str, directory: Path, timeout: float = 900) -> list[Any]:
+        """Runs ``workers/<worker>.py`` for a directory, into which each rank writes ``rank<N>.json``.
+
+        Returns:
+            What they wrote, by rank.
+
+        Raises:
+            AssertionError: a rank has ended; the message has the end of what was printed.
+            TimeoutError: they take too long; likewise.
+        """
+        if self._agent is None:
+            self._start()
+        heard = self._output.stat().st_size
+        ready = [self._orders / f"{self._number}.rank{rank}" for rank in range(self.count)]
+        self._order({"worker": worker, "directory": str(directory), "port": free_port()})
+        deadline = time.monotonic() + timeout
+        try:
+            while not all(path.exists() for path in ready):
+                if self._agent.poll() is not None:
+                    raise AssertionError(f"{worker} failed on {self.count} ranks:\n{self._said(heard)}")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{worker} takes {timeout} s on {self.count} ranks:\n{self._said(heard)}")
+                time.sleep(0.02)
+        except BaseException:
+            self.kill()
+            raise
+        return [json.loads((directory / f"rank{r}.json").read_text(encoding="utf-8")) for r in range(self.count)]
+
+    def close(self) -> None:
+        """Ends the processes."""
+        if self._agent is not None:
+            self._order({})
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._agent.wait(60)
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends the processes at once, if there are any."""
+        if self._agent is not None:
+            # Ranks outlive an agent that is killed, and those that wait for each other keep the cores busy.
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        agent.wait()
-        raise
-    assert agent.returncode == 0, f"{worker} failed with {agent.returncode}:\n{said[-8000:]}"
-    return [json.loads((directory / f"rank{r}.json").read_text(encoding="utf-8")) for r in range(processes)]
+                agent = psutil.Process(self._agent.pid)
+                for process in [agent, *agent.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+            self._agent.wait()
+            self._agent = None
+
+    def _start(self) -> None:
+        self._starts += 1
+        self._orders = self._directory / f"orders{self._starts}"
+        self._orders.mkdir()
+        self._output = self._orders / "output.txt"
+        self._number = 0
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.count)]
+        command += [str(WORKERS / "serve.py"), str(self._orders), str(os.getpid())]
+        with self._output.open("w") as output:
+            self._agent = subprocess.Popen(
+                command, env=environment(), cwd=CHECKOUT, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def _said(self, heard: int) -> str:
+        """The end of what was printed behind that byte."""
+        return self._output.read_bytes()[heard:].decode(errors="replace")[-8000:]
+
+    def _order(self, batch: dict) -> None:
+        """Hands over a batch, whole at once."""
+        hidden = self._orders / "next"
+        hidden.write_text(json.dumps(batch))
+        hidden.rename(self._orders / f"{self._number}.json")
+        self._number += 1

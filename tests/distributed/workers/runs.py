@@ -146,7 +146,8 @@ def main(directory: Path) -> None:
         report[name] = {"status": status, "stderr": errors.getvalue()}
         if parallel_state.model_parallel_is_initialized():
             leave_model_parallel()
-    (directory / f"rank{rank}.json").write_text(json.dumps(report))
+        # After each: what has ended is known if a later one takes the processes with it.
+        (directory / f"rank{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop with chosen moments that take long: ``slow.py DIRECTORY FLAGS OF launch/pretrain.py...``.
 
-``DIRECTORY/plan.json`` names them by their number in this process, from 1, with seconds: ``step`` (an optimizer step is
-done), ``save`` (rank 0 publishes a checkpoint), and ``write`` (a process writes its file of it), such as
-``{"step": {"2": 31}}``. Moments that have begun are in ``DIRECTORY/moments``.
+``DIRECTORY/plan.json`` names them by their number in this process, from 1: ``step`` (an optimizer step is done),
+``save`` (rank 0 publishes a checkpoint), and ``write`` (a process writes its file of it). They last for some seconds, or
+until there is a file in ``DIRECTORY``, such as in ``{"step": {"2": 31}, "save": {"1": "go on"}}``. Moments that have
+begun are in ``DIRECTORY/moments``.
 """
 
 import json
@@ -16,15 +17,20 @@ from pathlib import Path
 
 
 def slowed(function: Callable, name: str, directory: Path) -> Callable:
-    """A function that says that it has begun, and sleeps where the plan says so, before it does its work."""
-    seconds = json.loads((directory / "plan.json").read_text()).get(name, {})
+    """A function that says that it has begun, and waits where the plan says so, before it does its work."""
+    waits = json.loads((directory / "plan.json").read_text()).get(name, {})
     calls = []
 
     def call(*args, **kwargs):
         calls.append(None)
         with (directory / "moments").open("a") as stream:
             stream.write(f"{name} {len(calls)}\n")
-        time.sleep(seconds.get(str(len(calls)), 0.0))
+        wait = waits.get(str(len(calls)), 0.0)
+        if isinstance(wait, str):
+            while not (directory / wait).exists():
+                time.sleep(0.05)
+        else:
+            time.sleep(wait)
         return function(*args, **kwargs)
 
     return call
