@@ -14,7 +14,7 @@ from hardware import machine
 from bitcpm_megatron.cli import FailedError
 from bitcpm_megatron.launch.estimates.shapes import Linear
 from bitcpm_megatron.ops import active_backend
-from bitcpm_megatron.quantization import QuantizerConfig
+from bitcpm_megatron.quantization import QuantizerConfig, effective_group
 from cost.model import Collective
 from cost.workload import ADAM_BYTES, BYTES, Machine, Workload
 
@@ -87,7 +87,7 @@ def _copy_and_quantizer(workload: Workload, device: str) -> tuple[float, float, 
     Each goes over a ring of weights that is larger than the caches, and gets new memory for its results, which stay.
     """
     kernel = active_backend(device).backend.kernel
-    group, eps = workload.group_size, QuantizerConfig.eps
+    config = QuantizerConfig(group_size=workload.group_size)
     columns = workload.layout.hidden
     rows = max(16, min(_ELEMENTS_LIMIT // columns, max(x.out_features for x in workload.layout.linears(0))))
     first = _random(rows, columns, device=device)
@@ -101,11 +101,11 @@ def _copy_and_quantizer(workload: Workload, device: str) -> tuple[float, float, 
 
         return run
 
-    copy, quantizer = _medians([over(torch.clone), over(lambda weight: kernel(weight, group, eps, None))], device, 4)
+    copy, quantizer = _medians([over(torch.clone), over(lambda weight: kernel(weight, config, None))], device, 4)
     moved = 2.0 * first.nbytes * len(ring)
-    scales = BYTES * first.numel() / (group if group > 0 else columns) * len(ring)
+    scales = BYTES * first.numel() / effective_group(columns, config.group_size) * len(ring)
     small = first[:1].clone()
-    launch_seconds = _seconds(lambda: kernel(small, group, eps, None), device)
+    launch_seconds = _seconds(lambda: kernel(small, config, None), device)
     return moved / copy, quantizer / (copy * (moved + scales) / moved), launch_seconds
 
 

@@ -66,6 +66,7 @@ def test_a_picture_that_cannot_be_drawn_is_not_there(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()) and not pyplot.get_fignums()
 
 
+@pytest.mark.slow
 def test_commands_start_without_matplotlib() -> None:
     program = "import sys; import conversion, kernel, roofline, throughput; sys.exit('matplotlib' in sys.modules)"
     command = [sys.executable, "-W", "ignore", "-c", program]

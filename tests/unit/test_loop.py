@@ -37,6 +37,7 @@ def test_every_step_is_told_after_it_was_taken(single_rank: None, tmp_path: Path
     assert logged == [(s.iteration, s.loss, s.grad_norm, s.learning_rate) for s in steps]
 
 
+@pytest.mark.slow
 def test_what_a_watcher_raises_ends_the_run_before_anything_of_the_step_is_saved(
     single_rank: None, tmp_path: Path
 ) -> None:

@@ -2,8 +2,8 @@
 """The training loop with chosen moments that take long: ``slow.py DIRECTORY FLAGS OF launch/pretrain.py...``.
 
 ``DIRECTORY/plan.json`` names them by their number in this process, from 1: ``step`` (an optimizer step is done),
-``save`` (rank 0 publishes a checkpoint), and ``write`` (a process writes its file of it). They last for some seconds, or
-until there is a file in ``DIRECTORY``, such as in ``{"step": {"2": 31}, "save": {"1": "go on"}}``. Moments that have
+``save`` (rank 0 publishes a checkpoint), and ``write`` (a process writes its file of it). They last for some seconds,
+or until there is a file in ``DIRECTORY``, such as in ``{"step": {"2": 31}, "save": {"1": "go on"}}``. Moments that have
 begun are in ``DIRECTORY/moments``.
 """
 
