@@ -24,3 +24,19 @@ def leave_model_parallel() -> None:
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
+
+
+def free_models() -> None:
+    """Frees the models under megatron-core's DDP that nobody needs any more, and the threads of their groups with them.
+
+    Such a model holds the nodes of autograd that hold its hooks, which hold the model, and by its configuration the
+    optimizer, whose shards hold them as well. The garbage collector does not see through the nodes, and each trained
+    model would keep some fifty threads busy for as long as its process lives.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for found in gc.get_objects():
+        if isinstance(found, DistributedDataParallel):
+            found.grad_accs.clear()
+            found.config.grad_scale_func = None
+    gc.collect()

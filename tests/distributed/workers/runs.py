@@ -125,7 +125,7 @@ def fused_mlp(here: bool):
 def main(directory: Path) -> None:
     import torch
     from megatron.core import parallel_state
-    from support.process_groups import leave_model_parallel
+    from support.process_groups import free_models, leave_model_parallel
 
     from bitcpm_megatron import cli
 
@@ -146,6 +146,7 @@ def main(directory: Path) -> None:
         report[name] = {"status": status, "stderr": errors.getvalue()}
         if parallel_state.model_parallel_is_initialized():
             leave_model_parallel()
+            free_models()
         # After each: what has ended is known if a later one takes the processes with it.
         (directory / f"rank{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
