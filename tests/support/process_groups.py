@@ -27,16 +27,14 @@ def leave_model_parallel() -> None:
 
 
 def free_models() -> None:
-    """Frees the models under megatron-core's DDP that nobody needs any more, and the threads of their groups with them.
+    """Empties megatron-core's DDP of models that nobody needs any more, so that they go, and their groups' threads.
 
-    Such a model holds the nodes of autograd that hold its hooks, which hold the model, and by its configuration the
-    optimizer, whose shards hold them as well. The garbage collector does not see through the nodes, and each trained
-    model would keep some fifty threads busy for as long as its process lives.
+    Its hooks on nodes of autograd hold it, and it holds the model that holds the nodes. The garbage collector does not
+    see through nodes: each trained model would leave some fifty threads behind.
     """
     from megatron.core.distributed import DistributedDataParallel
 
     for found in gc.get_objects():
-        if isinstance(found, DistributedDataParallel):
-            found.grad_accs.clear()
-            found.config.grad_scale_func = None
+        if type(found) is DistributedDataParallel:
+            vars(found).clear()
     gc.collect()

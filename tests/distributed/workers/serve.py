@@ -26,7 +26,7 @@ def batch(path: Path, starter: int) -> dict:
     while not path.exists():
         if not psutil.pid_exists(starter):
             return {}
-        time.sleep(0.02)
+        time.sleep(0.05)
     return json.loads(path.read_text())
 
 
