@@ -84,7 +84,13 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         "(default: what the loaded checkpoint records, else the tensor-parallel size)",
     )
     group.add_argument("--ternary-backend", choices=("auto", *_backends()), default="auto")
-    group.add_argument("--ternary-cache", choices=("step", "none"), default="step")
+    group.add_argument(
+        "--ternary-cache",
+        choices=("auto", "resident", "step", "none"),
+        default="auto",
+        help="where quantized weights are: resident, in the parameters (latents in the optimizer's masters alone); "
+        "step, beside them; none, quantized in every forward; auto, resident where it is possible, else step",
+    )
     group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
     group.add_argument(
         "--ternary-activation-bits",

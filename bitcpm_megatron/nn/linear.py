@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..ops import fake_quantize, fake_quantize_activations, quantize_weight
-from ..quantization import QuantizerConfig
+from ..quantization import QuantizerConfig, scales_of
 from .cache import CacheEpoch
 from .settings import CacheMode
 from .straight_through import shadow
@@ -44,6 +44,7 @@ class TernaryState:
         quantized: the last quantized weight ``[out, in]`` (kept only with ``step``).
         scales: its bf16 scales ``[out, groups]``.
         count: quantizations made so far, for reports.
+        resident: whether the module's parameter holds the quantized weight itself, and the optimizer the latent one.
         used: whether a forward pass has run the layer since this was last reset; recompute in a backward pass is none.
     """
 
@@ -57,11 +58,21 @@ class TernaryState:
     quantized: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     count: int = 0
+    resident: bool = False
     used: bool = False
     made_in: tuple[int, bool] | None = None
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The quantized weight and scales of a latent weight, from the op, outside any graph."""
+        """The quantized weight and scales of a latent weight, from the op, outside any graph.
+
+        Raises:
+            StaleCacheError: the parameters hold quantized weights already.
+        """
+        if self.resident:
+            raise StaleCacheError(
+                f"{self.name}: its parameter holds the quantized weight, and what was asked for needs the latent one: "
+                "read weights inside Resident.latents(), or run with --ternary-cache step"
+            )
         with torch.inference_mode(False), torch.no_grad():
             return quantize_weight(weight.detach(), self.config)
 
@@ -83,6 +94,14 @@ class TernaryState:
         if self.cache == "step":
             self.quantized, self.made_in = quantized, now
         return quantized
+
+    def in_use(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The quantized weight and scales of the last forward, from the module's parameter where none are kept."""
+        if self.resident:
+            return weight.detach(), scales_of(weight.detach(), self.config)
+        if self.quantized is not None and self.scales is not None:
+            return self.quantized, self.scales
+        return self.quantize(weight)
 
     def _compare(self, latent: torch.Tensor, cached: torch.Tensor) -> None:
         fresh, _ = self.quantize(latent)
@@ -137,7 +156,11 @@ def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("weight") is not None or any(isinstance(a, torch.Tensor) for a in args[1:]):
         raise RuntimeError(f"{state.name}: a weight handed to forward() would bypass the quantizer")
     latent = self.weight
-    if torch.compiler.is_compiling():
+    stand_in: torch.Tensor = latent
+    if state.resident:
+        # The gradient of the parameter is that of the latent weight: nothing stands between them.
+        state.used = state.used or not _in_backward()
+    elif torch.compiler.is_compiling():
         stand_in = _traceable_stand_in(self, state, latent)
         state.used = True
     else:
@@ -149,6 +172,8 @@ def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
             raise RuntimeError(f"{state.name}: hand the input to forward() by position, so that it can be quantized")
         # Before any gather of the sequence: a token's scale needs its own features only.
         args = (fake_quantize_activations(args[0], state.activation_groups), *args[1:])
+    if stand_in is latent:
+        return type(self).forward(self, *args, **kwargs)
     # Usually nothing stands there, for parameters live elsewhere; FSDP1 puts views of its flat parameter there.
     before = self.__dict__.get("weight")
     self.__dict__["weight"] = stand_in

@@ -9,6 +9,9 @@ from ..quantization import QuantizerConfig
 from ..quantization.recipe import Recipe
 
 CacheMode = Literal["step", "none"]
+"""How a layer keeps its quantized weight: until the weights change, or not at all."""
+CacheChoice = Literal["auto", "resident", "step", "none"]
+"""Of a training run: ``resident`` holds the quantized weights in the parameters themselves."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class TernarySettings:
         row_parallel_shards: groups per whole row of row-parallel weights under ``group_size=-1``; None for the
             tensor-parallel size of the run.
         backend: that quantizes, by name; ``auto`` for the best one of the device.
-        cache: ``step`` quantizes once per optimizer step, ``none`` in every forward.
+        cache: ``step`` quantizes once per optimizer step and ``none`` in every forward; ``resident`` quantizes behind
+            the optimizer, in the parameters, and ``auto`` is this where it is possible, else ``step``.
         verify_cache: quantize again at every use of the cache, and raise where it is stale.
         activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
     """
@@ -30,6 +34,6 @@ class TernarySettings:
     recipe: Recipe | str | Path | None = None
     row_parallel_shards: int | None = None
     backend: str = "auto"
-    cache: CacheMode = "step"
+    cache: CacheChoice = "auto"
     verify_cache: bool = False
     activation_bits: int = 16

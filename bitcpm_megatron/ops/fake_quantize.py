@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registered op ``bitcpm::fake_quantize``: schema, backend dispatch, fake kernel, straight-through gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,28 @@ def quantize_weight(
     """
     quantizer = (config.space, config.group_size, config.eps, config.statistic, config.scale_multiplier)
     return torch.ops.bitcpm.fake_quantize(weight, *quantizer, scales)
+
+
+@torch.no_grad()
+def quantize_in_place(weights: Sequence[torch.Tensor], config: QuantizerConfig) -> list[torch.Tensor]:
+    """Quantizes latent weights where they stand.
+
+    Args:
+        weights: ``[out, in]`` each, contiguous, of one dtype on one device; overwritten.
+        config: the quantizer of all of them.
+
+    Returns:
+        The bf16 scales ``[out, groups]`` of each.
+
+    Raises:
+        ValueError: see :func:`quantize_weight`.
+    """
+    scales = []
+    for weight in weights:
+        quantized, made = quantize_weight(weight, config)
+        weight.copy_(quantized)
+        scales.append(made)
+    return scales
 
 
 def fake_quantize(weight: torch.Tensor, config: QuantizerConfig) -> torch.Tensor:

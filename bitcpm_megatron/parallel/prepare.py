@@ -61,7 +61,8 @@ def prepare_ternary(
         settings.recipe,
         default=settings.default,
         row_parallel_shards=settings.row_parallel_shards,
-        cache=settings.cache,
+        # What the parameters hold is the optimizer's to say, and there is none yet.
+        cache="none" if settings.cache == "none" else "step",
         verify_cache=settings.verify_cache,
         activation_bits=settings.activation_bits,
     )

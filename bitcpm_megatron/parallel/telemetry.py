@@ -80,9 +80,7 @@ class Telemetry:
         return {name: as_record(counts) for name, counts in whole.items()}
 
     def _measure(self, state: TernaryState, module: HostModule) -> Counts:
-        quantized, scales = state.quantized, state.scales
-        if quantized is None or scales is None:
-            quantized, scales = state.quantize(module.weight)
+        quantized, scales = state.in_use(module.weight)
         last = self._codes.get(state.name)
         codes = torch.empty(quantized.shape, dtype=torch.int8, device=quantized.device) if last is None else last
         zeros: torch.Tensor | int = 0

@@ -12,5 +12,5 @@ if importlib.util.find_spec("torch") is not None:
     from .activations import quantize_activations
     from .fused import fused_group_size
     from .packing import pack, packed_size, unpack
-    from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite
+    from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite, scales_of
     from .weights import WEIGHT_DTYPES, check_weight

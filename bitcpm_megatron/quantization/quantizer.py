@@ -150,6 +150,24 @@ def scales_are_finite(scales: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([s.abs().amax() for s in scales]).isfinite().all()
 
 
+def scales_of(quantized: torch.Tensor, config: QuantizerConfig) -> torch.Tensor:
+    """The scales of a quantized weight, from its values alone.
+
+    They are exact in bf16: the largest magnitude of a group is its scale. A group of zeros had an absmean below eps,
+    for a value of at least the absmean lies beyond half of it.
+
+    Args:
+        quantized: bf16 ``[out, in]``, ternary times scale.
+        config: the quantizer that made it from scales of its own.
+
+    Returns:
+        bf16 ``[out, groups]``; NaN where the weight holds one.
+    """
+    group = check_weight(quantized, config.group_size)
+    largest = quantized.reshape(quantized.shape[0], -1, group).abs().amax(-1)
+    return torch.where(largest == 0, torch.tensor(config.eps, dtype=quantized.dtype), largest)
+
+
 def _absmean(w: torch.Tensor, eps: float) -> torch.Tensor:
     """bf16 scales ``[rows, 1]`` of fp32 groups ``[rows, group]``."""
     return _absmean_into(w.clone(), eps)

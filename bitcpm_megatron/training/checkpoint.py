@@ -37,6 +37,7 @@ from ..checkpoints.directory import (
 from ..checkpoints.reading import read
 from ..cli import FailedError
 from ..files import write_digests
+from ..parallel.resident import latents
 from ..parallel.sharded_scales import without_scales
 from ..patches.megatron_core import checkpointing
 from .initialize import sum_over_ranks
@@ -68,6 +69,10 @@ class Saver:
     def save(self) -> None:
         """Saves this moment, or begins to."""
         self.wait()
+        with latents(self._run.model.chunks):
+            self._save()
+
+    def _save(self) -> None:
         run, args = self._run, self._run.args
         self._final = iteration_directory(args.save, run.iteration)
         for chunk in run.model.chunks:
