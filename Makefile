@@ -30,7 +30,7 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 	tokenizers==0.22.2 attrs certifi charset-normalizer codetiming dill fsspec httpcore httpx multiprocess requests \
 	sniffio typer-slim urllib3
 
-.PHONY: setup demo test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-kill test-bad-input bench bench-conversion bench-kernel lint format clean
+.PHONY: setup demo test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-kill test-bad-input bench bench-conversion bench-kernel lint format clean
 
 setup: $(READY)
 
@@ -96,6 +96,10 @@ test-hosts: $(HOST_PACKAGES)/.ready $(if $(MEGATRON_LM_019_PATH),$(HOST_PACKAGES
 # The numeric and distributed tests as other processors would run them, one factor at a time. PORTABLE='--settings AVX2'
 test-portable: $(READY)
 	$(PY) tests/portable_campaign.py $(PORTABLE)
+
+# 50 steps with resident quantized weights against the cache and against none, in a pairwise cover of settings.
+test-resident: $(READY)
+	$(PY) -m pytest tests/distributed/test_resident.py --every-setting
 
 # Kills, asked stops and full disks at random moments: of training 30; of every command KILL='--what all --kills 100'
 test-kill: $(READY)

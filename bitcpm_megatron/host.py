@@ -73,6 +73,8 @@ _CANNOT = {
     "delayed weight gradients were not proved to reach the latent weight: leave it out": "delay_wgrad_compute",
     "it goes into the log of launch/pretrain.py, which hosts do not have: leave it out": "ternary_telemetry_interval",
 }
+# With these of MindSpeed the fp32 masters are not where megatron-core keeps them.
+_OTHER_MASTERS = ("reuse_fp32_param", "swap_optimizer")
 # Flag -> what Megatron-LM derives from it and from the parallel sizes: it sets both, also where no flag is given.
 _WEIGHT_SHARDS = {
     "tensor_parallel_num_weight_shards": "gtp_weight_remat_size",
@@ -186,6 +188,42 @@ def check_prepared(chunks: Sequence[torch.nn.Module]) -> None:
                 f"a model chunk ({type(chunk).__name__}) was built behind the adaptor's back and would train in full "
                 "precision: this host builds its model in a way that the adaptor does not know"
             )
+
+
+def trains_with(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], optimizer: Any) -> str | None:
+    """Lets the parameters hold the quantized weights, where ``--ternary-cache`` asks for it and the host allows it.
+
+    Returns:
+        One line for the log, None without a quantizer.
+
+    Raises:
+        HostError: ``--ternary-cache resident`` is not possible.
+    """
+    if not args.ternary:
+        return None
+    from .parallel.resident import ResidentError, hold_in_parameters
+
+    names = [name for name in _OTHER_MASTERS if getattr(args, name, False)]
+    if getattr(args, "optimizer_selection", None) == "fused_ema_adamw":
+        names.append("optimizer_selection fused_ema_adamw")
+    why = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    try:
+        if names and args.ternary_cache == "resident":
+            raise ResidentError(f"{why} keeps or writes masters in a way of its own: use --ternary-cache step")
+        if names and args.ternary_cache == "auto":
+            return f"cache: step, a quantized weight beside each latent one (not resident: {why})"
+        return hold_in_parameters(chunks, optimizer, args.ternary_cache)
+    except ResidentError as error:
+        raise HostError(f"--ternary-cache resident: {error}") from None
+
+
+def saving(chunks: Sequence[torch.nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, the parameters are latent weights."""
+    if job.record is None:
+        return contextlib.nullcontext()
+    from .parallel.resident import latents
+
+    return latents(chunks)
 
 
 def loading() -> contextlib.AbstractContextManager[None]:

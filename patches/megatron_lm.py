@@ -43,6 +43,12 @@ class Plugin(Protocol):
     def check_prepared(self, chunks: Sequence[torch.nn.Module]) -> None:
         """Raises where finished chunks did not go through :meth:`prepare`."""
 
+    def trains_with(self, args: argparse.Namespace, chunks: Sequence[torch.nn.Module], optimizer: Any) -> str | None:
+        """Hears which optimizer trains the finished chunks, a checkpoint loaded; returns a line for the log."""
+
+    def saving(self, chunks: Sequence[torch.nn.Module]) -> contextlib.AbstractContextManager[None]:
+        """Around the saving of a checkpoint."""
+
     def loading(self) -> contextlib.AbstractContextManager[None]:
         """Around the loading of a checkpoint."""
 
@@ -74,7 +80,7 @@ class Replacements:
             "megatron.training.arguments.core_transformer_config_from_args": self._transformer_config,
             "megatron.training.training.correct_amax_history_if_needed": self._built_model,
             "megatron.training.training.get_model": self._finished_model,
-            "megatron.training.training.setup_model_and_optimizer": self._finished_model,
+            "megatron.training.training.setup_model_and_optimizer": self._finished_training,
             "megatron.core.pipeline_parallel.schedules.get_forward_backward_func": self._forward_backward_func,
             "megatron.training.checkpointing.save_checkpoint": self._save_checkpoint,
             "megatron.core.dist_checkpointing.save": self._dist_save,
@@ -144,15 +150,29 @@ class Replacements:
         return result
 
     def _finished_model(self, original: Callable, *args, **kwargs) -> Any:
-        """Displaces ``get_model`` and ``setup_model_and_optimizer`` of ``megatron.training.training``: they check.
+        """Displaces ``megatron.training.training.get_model``: what it built is checked.
 
-        A host that builds models in a way of its own would otherwise train in full precision, with a good loss. From
-        core_v0.18 on the model is built by ``build_distributed_models`` of a builder class that the script names, and
-        no more by ``get_model``. Whatever builds it, training gets it from the other one.
+        A host that builds models in a way of its own would otherwise train in full precision, with a good loss.
         """
+        chunks = original(*args, **kwargs)
+        self._plugin.check_prepared(chunks)
+        return chunks
+
+    def _finished_training(self, original: Callable, *args, **kwargs) -> Any:
+        """Displaces ``megatron.training.training.setup_model_and_optimizer``: chunks are checked, and meet their
+        optimizer.
+
+        From core_v0.18 on the model is built by ``build_distributed_models`` of a builder class that the script names,
+        and no more by ``get_model``. Whatever builds it, training gets it from here.
+        """
+        from megatron.training import get_args, print_rank_0
+
         built = original(*args, **kwargs)
-        # The other one hands out the chunks with an optimizer and a scheduler.
-        self._plugin.check_prepared(built if isinstance(built[0], torch.nn.Module) else built[0])
+        chunks, optimizer = built[:2]
+        self._plugin.check_prepared(chunks)
+        note = None if optimizer is None else self._plugin.trains_with(get_args(), chunks, optimizer)
+        if note is not None:
+            print_rank_0(note)
         return built
 
     def _forward_backward_func(self, original: Callable, *args, **kwargs) -> Any:
@@ -163,7 +183,9 @@ class Replacements:
         """
         return schedules.announced(original(*args, **kwargs))
 
-    def _save_checkpoint(self, original: Callable, iteration: int, *more, **kwargs) -> Any:
+    def _save_checkpoint(
+        self, original: Callable, iteration: int, model: Sequence[torch.nn.Module], *more, **kwargs
+    ) -> Any:
         """Displaces ``megatron.training.checkpointing.save_checkpoint``: the quantizer record goes with the checkpoint.
 
         In the legacy format it is written here, before the tensors; for torch_dist in :meth:`_dist_save`. Also fills in
@@ -187,7 +209,8 @@ class Replacements:
             )
         self._saving = True
         try:
-            return original(iteration, *more, **kwargs)
+            with self._plugin.saving(model):
+                return original(iteration, model, *more, **kwargs)
         finally:
             self._saving = False
 

@@ -19,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fast", action="store_true", help="unit tests that are not marked slow; each that starts a process fails"
     )
+    parser.addoption(
+        "--every-setting", action="store_true", help="of tests/distributed/test_resident.py, and more steps"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -432,6 +432,10 @@ def _check(
             )
         if getattr(config, "optimizer_cpu_offload", False):
             raise ResidentError(f"an optimizer on the host writes the parameters by itself: {cure}")
+        kept = [getattr(type(part), name, None) for name in (_COPY, _RELOAD)]
+        ours = all(method is not None and method.__module__.startswith("megatron.core.") for method in kept)
+        if not ours or {_COPY, _RELOAD} & vars(part).keys():
+            raise ResidentError(f"{type(part).__name__} keeps its masters in a way that is not megatron-core's: {cure}")
         if any(getattr(part, "ddp_config", None) and getattr(part.ddp_config, name, False) for name in _FSDP):
             raise ResidentError(f"FSDP re-points the parameters: {cure}")
     for state, module in modules:

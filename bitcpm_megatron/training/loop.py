@@ -20,7 +20,6 @@ from ..checkpoints.directory_lock import held
 from ..cli import FailedError
 from ..objectives.language_modeling import LossOf, Objective, language_modeling
 from ..parallel import Telemetry
-from ..parallel.resident import hold_in_parameters
 from ..quantization import scales_are_finite
 from ..ternary_flags import take_recorded_shards
 from . import checkpoint, data
@@ -79,7 +78,6 @@ def _prepare(args: argparse.Namespace, signals: list[int], note: str | None) -> 
         notes += checkpoint.load(run, found)
     elif args.load is not None:
         notes.append(f"no checkpoint in {args.load}: starting anew")
-    notes += filter(None, [hold_in_parameters(model.chunks, run.optimizer, args.ternary_cache)])
     if args.save is not None:
         check_start(args.save, found, run.iteration)
     samples = data.build_data(args, tokenizer, files)

@@ -9,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ..objectives.language_modeling import Objective, language_modeling
+from ..parallel.resident import hold_in_parameters
 from .model import Model, params_dtype
 
 _SAME_NAMES = (
@@ -71,6 +72,8 @@ def build_run(args: argparse.Namespace, model: Model) -> Run:
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", params_dtype=params_dtype(args), **same), model.chunks
     )
+    if (note := hold_in_parameters(model.chunks, optimizer, args.ternary_cache)) is not None:
+        model.notes.append(note)
     model.config.grad_scale_func = optimizer.scale_loss
     samples, wsd = args.global_batch_size, args.lr_wsd_decay_iters
     scheduler = OptimizerParamScheduler(

@@ -26,8 +26,8 @@ class Estimate:
     """Bytes of one rank at its peak."""
 
     weights: float  # parameters in the dtype of the forward; of ternary layers these are the latent weights
-    # The quantized weights (cached, or in the graphs of all micro-batches in flight) and their scales, and the fp32
-    # scratch of the largest one, which the torch backend needs.
+    # The quantized weights (cached, or in the graphs of all micro-batches in flight; none where the parameters hold
+    # them) and their scales, and the fp32 scratch of the largest one, which the torch backend needs.
     quantized: float
     gradients: float  # fp32 buffer (main_grad), one element per parameter
     # fp32 master weights (bf16 only) and Adam's two moments; divided over the data-parallel ranks if distributed.
@@ -60,7 +60,7 @@ class Options:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
-    ternary_cache: str = "step"
+    ternary_cache: str = "auto"
     flash_attention: bool = False  # whether attention never writes its scores to memory
     fused: bool = False  # whether norms, SwiGLU and softmax are single kernels that save their inputs alone
     recipe: Recipe | None = None  # of a ternary job
@@ -144,9 +144,9 @@ def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
 
 
 def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int) -> float:
-    """One copy of each weight where it is cached; else the graphs hold one per micro-batch in flight, and under uniform
-    full recomputation those of the layers that are being recomputed."""
-    total, largest = 0.0, 0.0
+    """No copy of a weight that its parameter holds, one where it is cached; else the graphs hold one per micro-batch in
+    flight, and under uniform full recomputation those of the layers that are being recomputed."""
+    total, scales, largest = 0.0, 0.0, 0.0
     for linear in mine:
         matcher = options.recipe.decide(linear.path) if options.recipe is not None else None
         if matcher is None or matcher.config is None:
@@ -154,8 +154,11 @@ def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int)
         weights = linear.weights / layout.tp / (layout.ep if linear.of_expert else 1)
         group = matcher.config.group_size if matcher.config.group_size > 0 else linear.in_features
         total += weights * options.size + weights / group * 2
+        scales += weights / group * 2
         largest = max(largest, weights)
-    if options.ternary_cache != "step":
+    if options.bf16 and options.ternary_cache in ("auto", "resident"):
+        return scales / (layout.dp if options.use_distributed_optimizer else 1) + 4 * largest
+    if options.ternary_cache == "none":
         uniform = options.recompute_granularity == "full" and options.recompute_method != "block"
         again = min(1.0, (options.recompute_num_layers or 1) / layout.stage_layers)
         total *= again if uniform else _batches_in_flight(layout, stage)

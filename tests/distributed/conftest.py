@@ -37,6 +37,7 @@ def launch_runs(
         resave: dict[str, Path] | None = None,
         fused_mlp_on: dict[str, int] | None = None,
         masked: Collection[str] = (),
+        digests: int | None = None,
     ) -> tuple[dict, Path]:
         directory = tmp_path_factory.mktemp("runs")
         content = {name: {"argv": [*argv, *cache]} for name, argv in runs.items()}
@@ -44,6 +45,8 @@ def launch_runs(
             content[name]["resave"] = str(where)
         for name, rank in (fused_mlp_on or {}).items():
             content[name]["fused_mlp_on"] = rank
+        for run in content.values():
+            run["digests"] = digests
         for name in masked:
             content[name]["masked"] = True
         report: dict[str, dict] = {}

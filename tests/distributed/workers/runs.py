@@ -6,6 +6,8 @@
         "resave": "DIR or absent: save here at once what was loaded",
         "fused_mlp_on": rank or absent: whose MLPs compute with their weights and never call their linears
         "masked": whether samples count for the loss with numbers of tokens that differ
+        "digests": every so many steps, or absent: the losses, and digests of masters and of quantized weights, of all
+            steps and of these, go to <name>.digests.rank<N>.json
     }
 
 Reports each run's exit status and standard error, and writes the quantized weights that its first training forward
@@ -53,19 +55,57 @@ def unevenly_masked(tokens):
     return (torch.arange(tokens.shape[1]) <= tokens[:, :1] % tokens.shape[1]).float()
 
 
-def train(argv: list[str], weights: Path) -> None:
+def digest(tensors) -> str:
+    """Of tensors' bytes, in order."""
+    import hashlib
+
+    import torch
+
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def digests(step) -> dict:
+    """Of the masters of this rank, and of the quantized weights of the next step, wherever they are by now."""
+    from bitcpm_megatron.parallel import ternary_modules
+
+    for chunk in step.run.model.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    quantized = []
+    for state, module in ternary_modules(step.run.model.bare):
+        quantized.append(module.weight if state.resident else state.quantize(module.weight)[0])
+    masters = [master for group in step.run.optimizer.param_groups for master in group["params"]]
+    return {"masters": digest(masters), "quantized": digest(quantized)}
+
+
+def train(argv: list[str], weights: Path, interval: int | None = None) -> None:
     """What ``launch/pretrain.py`` does, but for leaving the process groups, and reports the first quantized weights."""
     import torch
 
     from bitcpm_megatron.launch.launcher import presets
+    from bitcpm_megatron.parallel.resident import find_resident
     from bitcpm_megatron.training.flags import parse_args
     from bitcpm_megatron.training.initialize import initialize, world_size
     from bitcpm_megatron.training.loop import pretrain
+
+    seen = []
 
     def report_the_first(step):
         # They stay where the forward left them until the next one.
         if not weights.exists():
             torch.save(gathered_weights(step.run.model), weights)
+        if interval is not None:
+            resident = find_resident(step.run.model.chunks[0])
+            seen.append({"loss": step.loss, "grad_norm": step.grad_norm})
+            if step.iteration % interval == 0:
+                seen[-1] |= digests(step)
+            report = {"steps": seen, "cut_groups": 0 if resident is None else resident.cut_groups}
+            weights.with_name(weights.name.replace(".rank", ".digests.rank")).with_suffix(".json").write_text(
+                json.dumps(report)
+            )
 
     args = parse_args(presets.expand(argv), world_size())
     initialize(args)
@@ -139,8 +179,9 @@ def main(directory: Path) -> None:
             stack.enter_context(fused_mlp(run.get("fused_mlp_on") == rank))
             stack.enter_context(resaving(run.get("resave")))
             stack.enter_context(masking(run.get("masked", False)))
+            weights = directory / f"{name}.rank{rank}.pt"
             try:
-                status = cli.run(lambda run=run, name=name: train(run["argv"], directory / f"{name}.rank{rank}.pt"))
+                status = cli.run(lambda run=run, to=weights: train(run["argv"], to, run.get("digests")))
             except SystemExit as leaving:
                 status = leaving.code
         report[name] = {"status": status, "stderr": errors.getvalue()}

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where quantized weights are kept changes no bit: resident in the parameters, cached beside them, or made each time.
+
+Losses, gradient norms, the optimizer's masters, the quantized weights of every rank, and checkpoints. Three settings
+here; ``make test-resident`` runs a pairwise cover of them all.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.resident_cases import SETTINGS, Setting, arguments, compared
+from support.small_model import succeeded
+
+from bitcpm_megatron.files import read_digests
+
+HERE = ["DP2 g=128 distributed", "PP2+VPP2 g=-1 fusion", "TP2xDP2 g=-1 overlaps fusion distributed"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "setting" in metafunc.fixturenames:
+        every = metafunc.config.getoption("every_setting")
+        settings = [setting for setting in SETTINGS if every or str(setting) in HERE]
+        assert len(settings) >= len(HERE)
+        metafunc.parametrize("setting", settings, ids=str)
+        metafunc.parametrize("steps", [50 if every else 10])
+
+
+def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_runs, tmp_path: Path) -> None:
+    half = steps // 2
+    runs = {
+        cache: arguments(setting, cache, steps, ["--save", str(tmp_path / cache), "--save-interval", str(half)])
+        for cache in ("resident", "step", "none")
+    }
+    # What one mode saved another goes on from.
+    for mode, other in (("resident", "step"), ("step", "resident")):
+        kept = str(tmp_path / f"half of {other}")
+        runs[f"half of {other}"] = arguments(setting, other, steps, ["--save", kept, "--exit-interval", str(half)])
+        runs[f"{mode} from {other}"] = arguments(setting, mode, steps, ["--load", kept])
+    report, directory = launch_runs(runs, setting.ranks, digests=steps // 10)
+    succeeded(report, *runs)
+    cuts = compared(directory, ("resident", "step", "none"), setting.ranks)
+    # Parameters begin at multiples of 64 elements: the edges of shards cut rows, and not groups of 64.
+    assert cuts > 0 or setting.group != -1 or not setting.distributed or "DP2" not in setting.layout
+    for rank in range(setting.ranks):
+        whole = json.loads((directory / f"step.digests.rank{rank}.json").read_text())["steps"]
+        for name in ("resident from step", "step from resident"):
+            assert json.loads((directory / f"{name}.digests.rank{rank}.json").read_text())["steps"] == whole[half:]
+    for iteration in (f"iter_{half:07}", f"iter_{steps:07}"):
+        resident, step = (read_digests(tmp_path / cache / iteration) for cache in ("resident", "step"))
+        shards = [name for name in step if name.endswith(".distcp")]
+        assert shards and {n: resident[n] for n in shards} == {n: step[n] for n in shards}
+
+
+CUTS = {
+    "rows": {"rows": 24, "columns": 160, "group": -1, "before": 64, "behind": 64},
+    "an odd width": {"rows": 7, "columns": 333, "group": -1, "before": 0, "behind": 5},
+    "groups of 64": {"rows": 9, "columns": 192, "group": 64, "before": 32, "behind": 100},
+    "a row over three shards": {"rows": 1, "columns": 640, "group": -1, "before": 60, "behind": 300},
+    "a row over all shards": {"rows": 1, "columns": 1024, "group": -1, "before": 0, "behind": 0},
+    "nothing in some shards": {"rows": 2, "columns": 64, "group": -1, "before": 0, "behind": 2000},
+    "edges between rows": {"rows": 8, "columns": 64, "group": -1, "before": 0, "behind": 0},
+}
+
+
+def test_groups_that_the_edges_of_shards_cut(shared_ranks, tmp_path: Path) -> None:
+    (tmp_path / "cases.json").write_text(json.dumps(CUTS))
+    reports = shared_ranks(4).run("cut_groups", tmp_path)
+    for name in CUTS:
+        of_ranks = [report[name] for report in reports]
+        assert all(found["weight"] and found["scales"] for found in of_ranks), (name, of_ranks)
+        whole = name in ("nothing in some shards", "edges between rows")
+        assert (sum(found["cuts"] for found in of_ranks) == 0) == whole, (name, of_ranks)
+    assert max(report["a row over three shards"]["most_pieces"] for report in reports) == 3
+    assert all(report["a row over all shards"]["most_pieces"] == 4 for report in reports)
