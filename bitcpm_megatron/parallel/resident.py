@@ -6,17 +6,11 @@ masters only: after its step the optimizer writes bf16(master) into the paramete
 in place, each data-parallel rank its own shard, and the ordinary all-gather of the distributed optimizer hands out
 quantized weights. A linear multiplies with its parameter itself, whose gradient is the latent weight's: that is the
 straight-through estimator. Every bit is that of ``--ternary-cache step``.
-
-The shards of the flat parameter buffer ignore rows, so that a shard's edge may cut a group. All ranks that hold a piece
-of it send each other the raw bf16 piece, and each sums the whole group in the one order that all backends have; sums of
-pieces would not be exact.
 """
 
 import contextlib
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +19,8 @@ from ..nn.cache import find_attached
 from ..nn.linear import HostModule, StaleCacheError, TernaryState
 from ..ops import quantize_in_place
 from ..patches.megatron_core import schedules
-from ..quantization import QuantizerConfig
 from .probe import ternary_modules
+from .shards import Share, Shares, places_of
 
 _ATTRIBUTE = "_ternary_resident"
 _FSDP = ("use_megatron_fsdp", "use_custom_fsdp")
@@ -37,167 +31,6 @@ _RELOAD = "_copy_model_params_to_main_params"
 
 class ResidentError(ValueError):
     """The parameters of this run cannot hold quantized weights."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Neighbouring elements of one group, in one data-parallel rank's shard; offsets count in the flat weight."""
-
-    rank: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a data-parallel rank quantizes of one weight.
-
-    Attributes:
-        state: of the module.
-        parameter: its weight ``[out, in]``.
-        group: elements per scale.
-        start: first element of the flat weight in this rank's shard.
-        end: behind the last one; equal to ``start`` where the shard holds nothing of it.
-        cuts: the groups of which the shard holds a piece, and others the rest; each in order of the shards.
-    """
-
-    state: TernaryState
-    parameter: torch.nn.Parameter
-    group: int
-    start: int
-    end: int
-    cuts: tuple[tuple[Span, ...], ...] = ()
-
-    @property
-    def whole(self) -> tuple[int, int]:
-        """The elements of the shard that are whole groups."""
-        first, last = -(-self.start // self.group) * self.group, self.end // self.group * self.group
-        return (first, last) if first < last else (self.start, self.start)
-
-
-def share_of(
-    state: TernaryState, parameter: torch.nn.Parameter, first: int, shard: int, rank: int, ranks: int
-) -> Share:
-    """The share of one rank in a weight that lies in a buffer which is cut into equal shards.
-
-    Args:
-        state: of the module.
-        parameter: its weight ``[out, in]``.
-        first: where the weight begins in the buffer.
-        shard: elements of one shard.
-        rank: data-parallel rank that asks.
-        ranks: shards of the buffer.
-    """
-    count = parameter.numel()
-    group = parameter.shape[1] if state.config.group_size == -1 else state.config.group_size
-    edges = [0, *(e for r in range(1, ranks) if 0 < (e := r * shard - first) < count), count]
-    start, end = (min(max(r * shard - first, 0), count) for r in (rank, rank + 1))
-    cuts = []
-    for cut in sorted({edge // group for edge in edges[1:-1] if edge % group}):
-        low, high = cut * group, (cut + 1) * group
-        inside = [low, *(edge for edge in edges if low < edge < high), high]
-        spans = [Span((first + a) // shard, a, b) for a, b in zip(inside, inside[1:], strict=False)]
-        if any(span.rank == rank for span in spans):
-            cuts.append(tuple(spans))
-    return Share(state, parameter, group, start, end, tuple(cuts))
-
-
-class Shares:
-    """The quantized weights of one of megatron-core's optimizers, as this data-parallel rank sees them.
-
-    Args:
-        optimizer: a ``DistributedOptimizer`` or ``Float16OptimizerWithFloat16Params``.
-        weights: quantized modules whose weights it trains.
-    """
-
-    def __init__(self, optimizer: Any, weights: Sequence[tuple[TernaryState, torch.nn.Parameter]]) -> None:
-        places = _places(optimizer)
-        self.group: torch.distributed.ProcessGroup | None = optimizer.data_parallel_group if places else None
-        self._rank, ranks = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
-        self.shares: list[Share] = []
-        for state, parameter in weights:
-            first, shard = 0, parameter.numel()
-            if self.group is not None:
-                first, length = places[parameter]
-                shard = length // ranks
-            self.shares.append(share_of(state, parameter, first, shard, self._rank, ranks))
-
-    @property
-    def cut_groups(self) -> int:
-        """Groups of which this rank holds a piece only."""
-        return sum(len(share.cuts) for share in self.shares)
-
-    @torch.no_grad()
-    def quantize(self, flat: Callable[[Share], torch.Tensor]) -> None:
-        """Quantizes this rank's shard in place, and keeps the scales of it; collective over the data-parallel group.
-
-        Args:
-            flat: from a share its latent weight ``[end - start]``, contiguous, which becomes the quantized one.
-        """
-        pieces = [flat(share) for share in self.shares]
-        kinds: defaultdict[QuantizerConfig, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-        for i, (share, piece) in enumerate(zip(self.shares, pieces, strict=True)):
-            start, end = (offset - share.start for offset in share.whole)
-            if start < end:
-                kinds[_per_row(share)].append((i, piece[start:end].view(-1, share.group)))
-        completed = self._complete(pieces)
-        for i, groups in completed.items():
-            kinds[_per_row(self.shares[i])].append((i, groups))
-        scales: list[list[torch.Tensor]] = [[] for _ in self.shares]
-        for config, rows in kinds.items():
-            for (i, _), made in zip(rows, quantize_in_place([row for _, row in rows], config), strict=True):
-                scales[i].append(made.flatten())
-        for i, groups in completed.items():
-            share = self.shares[i]
-            for spans, group in zip(share.cuts, groups, strict=True):
-                for span in (s for s in spans if s.rank == self._rank):
-                    own = group[span.start % share.group :][: span.end - span.start]
-                    pieces[i][span.start - share.start : span.end - share.start] = own
-        for share, made in zip(self.shares, scales, strict=True):
-            share.state.scales = torch.cat(made) if made else None
-            share.state.count += 1
-
-    def _complete(self, pieces: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The whole groups ``[cuts, group]`` of which the shard holds a piece, by the share's number."""
-        groups: dict[int, torch.Tensor] = {}
-        sent: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
-        wanted: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
-        for i, (share, piece) in enumerate(zip(self.shares, pieces, strict=True)):
-            if not share.cuts:
-                continue
-            groups[i] = piece.new_empty(len(share.cuts), share.group)
-            for spans, group in zip(share.cuts, groups[i], strict=True):
-                for span in spans:
-                    place = group[span.start % share.group :][: span.end - span.start]
-                    if span.rank != self._rank:
-                        wanted[span.rank].append(place)
-                        continue
-                    own = piece[span.start - share.start : span.end - share.start]
-                    place.copy_(own)
-                    for peer in {s.rank for s in spans} - {self._rank}:
-                        sent[peer].append(own)
-        # One message each way between two ranks; both list the groups in the order of the buffers.
-        received = {peer: torch.cat(places) for peer, places in wanted.items()}
-        operations = []
-        for peer in sorted(sent):
-            there = torch.distributed.get_global_rank(self.group, peer)
-            for call, tensor in (
-                (torch.distributed.isend, torch.cat(sent[peer])),
-                (torch.distributed.irecv, received[peer]),
-            ):
-                operations.append(torch.distributed.P2POp(call, tensor, there, self.group))
-        if operations:
-            for work in torch.distributed.batch_isend_irecv(operations):
-                work.wait()
-        for peer, places in wanted.items():
-            for place, values in zip(places, received[peer].split([p.numel() for p in places]), strict=True):
-                place.copy_(values)
-        return groups
-
-
-def _per_row(share: Share) -> QuantizerConfig:
-    """The quantizer of a weight that is seen as rows of one group each."""
-    return replace(share.state.config, group_size=-1)
 
 
 class Resident:
@@ -215,14 +48,14 @@ class Resident:
         ResidentError: they cannot, with the reason.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], optimizer: Any) -> None:
+    def __init__(self, chunks: Sequence[HostModule], optimizer: Any) -> None:
         self._chunks = list(chunks)
         self._modules = [(s, m) for s, m in ternary_modules(chunks) if m.weight.requires_grad]
         parts = [part for part in _parts(optimizer) if not getattr(part, "is_stub_optimizer", False)]
         owner: dict[torch.nn.Parameter, int] = {}
         for i, part in enumerate(parts):
             whole = [parameter for group in getattr(part, "float16_groups", ()) for parameter in group]
-            owner |= dict.fromkeys(_places(part) or whole, i)
+            owner |= dict.fromkeys(places_of(part) or whole, i)
         _check(self._modules, parts, owner)
         self._shares: list[tuple[Any, Shares]] = []
         for i, part in enumerate(parts):
@@ -393,21 +226,6 @@ def _flat(share: Share) -> torch.Tensor:
 def _parts(optimizer: Any) -> list[Any]:
     chained = getattr(optimizer, "chained_optimizers", None)
     return [optimizer] if chained is None else [part for inner in chained for part in _parts(inner)]
-
-
-def _places(part: Any) -> dict[torch.nn.Parameter, tuple[int, int]]:
-    """Where every parameter of a distributed optimizer begins in its bucket, and the bucket's length, in elements.
-
-    By the map of the buffer, as the optimizer: that of a bucket leaves out what a parameter's start is padded with.
-    """
-    if not hasattr(part, "gbuf_ranges"):
-        return {}
-    found = {}
-    for buffer in part.buffers:
-        for parameter, (start, _, index) in buffer.param_index_map.items():
-            bucket = buffer.buckets[index]
-            found[parameter] = start - bucket.offset, bucket.param_data.numel()
-    return found
 
 
 def _masters(part: Any) -> dict[torch.nn.Parameter, torch.Tensor]:

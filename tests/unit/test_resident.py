@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bitcpm_megatron.nn.cache import CacheEpoch
 from bitcpm_megatron.nn.linear import StaleCacheError, TernaryState
-from bitcpm_megatron.parallel.resident import Share, share_of
+from bitcpm_megatron.parallel.shards import Share, share_of
 from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize, scales_of
 
 

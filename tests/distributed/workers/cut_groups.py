@@ -18,7 +18,7 @@ def case(rows: int, columns: int, group: int, before: int, behind: int) -> dict:
 
     from bitcpm_megatron.nn.cache import CacheEpoch
     from bitcpm_megatron.nn.linear import TernaryState
-    from bitcpm_megatron.parallel.resident import Shares
+    from bitcpm_megatron.parallel.shards import Shares
     from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize
 
     world = torch.distributed.group.WORLD
