@@ -6,7 +6,7 @@ Importing this imports no Megatron, so that a host's adaptor may do it before Me
 
 import argparse
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,16 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group.add_argument(
         "--ternary-cache",
         choices=("auto", "resident", "step", "none"),
-        default="auto",
+        default="step",
         help="where quantized weights are: resident, in the parameters (latents in the optimizer's masters alone); "
         "step, beside them; none, quantized in every forward; auto, resident where it is possible, else step",
+    )
+    group.add_argument(
+        "--ternary-param-gather",
+        choices=("bf16", "packed"),
+        default="bf16",
+        help="how data-parallel ranks hand out resident quantized weights: as bf16 values, or as 2-bit codes and "
+        "scales; bit-identical",
     )
     group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
     group.add_argument(
@@ -153,7 +160,7 @@ def ternary_mistakes(args: argparse.Namespace) -> list[str]:
             return ["--ternary-row-parallel-shards does nothing with a --ternary-group-size: leave it out"]
         if args.ternary_verify_cache and args.ternary_cache == "none":
             return ["--ternary-verify-cache has nothing to verify with --ternary-cache none"]
-        return []
+        return list(_gather_mistakes(args))
     parser = add_ternary_arguments(argparse.ArgumentParser())
     idle = [
         action.option_strings[0]
@@ -161,3 +168,14 @@ def ternary_mistakes(args: argparse.Namespace) -> list[str]:
         if action.dest.startswith("ternary_") and getattr(args, action.dest) != action.default
     ]
     return [f"{', '.join(idle)} without --ternary would do nothing"] if idle else []
+
+
+def _gather_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    if args.ternary_param_gather == "bf16":
+        return
+    asked = f"--ternary-param-gather {args.ternary_param_gather}"
+    if args.ternary_cache not in ("auto", "resident"):
+        cache = f"--ternary-cache {args.ternary_cache}"
+        yield f"{asked} needs quantized weights in the parameters, which {cache} does not keep there: use resident"
+    if not getattr(args, "use_distributed_optimizer", False):
+        yield f"{asked} needs --use-distributed-optimizer: without it no parameters are gathered"

@@ -9,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ..objectives.language_modeling import Objective, language_modeling
+from ..parallel.packed_gather import gather_packed
 from ..parallel.resident import hold_in_parameters
 from .model import Model, params_dtype
 
@@ -72,8 +73,10 @@ def build_run(args: argparse.Namespace, model: Model) -> Run:
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", params_dtype=params_dtype(args), **same), model.chunks
     )
-    if (note := hold_in_parameters(model.chunks, optimizer, args.ternary_cache)) is not None:
-        model.notes.append(note)
+    # The packed gather is of resident weights alone: where they cannot be, this says why.
+    cache = "resident" if args.ternary_param_gather == "packed" else args.ternary_cache
+    held = hold_in_parameters(model.chunks, optimizer, cache)
+    model.notes += filter(None, [held, gather_packed(model.chunks, args.ternary_param_gather)])
     model.config.grad_scale_func = optimizer.scale_loss
     samples, wsd = args.global_batch_size, args.lr_wsd_decay_iters
     scheduler = OptimizerParamScheduler(

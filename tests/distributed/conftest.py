@@ -38,6 +38,7 @@ def launch_runs(
         fused_mlp_on: dict[str, int] | None = None,
         masked: Collection[str] = (),
         digests: int | None = None,
+        bucket_size: dict[str, int] | None = None,
     ) -> tuple[dict, Path]:
         directory = tmp_path_factory.mktemp("runs")
         content = {name: {"argv": [*argv, *cache]} for name, argv in runs.items()}
@@ -47,6 +48,8 @@ def launch_runs(
             content[name]["fused_mlp_on"] = rank
         for run in content.values():
             run["digests"] = digests
+        for name, size in (bucket_size or {}).items():
+            content[name]["bucket_size"] = size
         for name in masked:
             content[name]["masked"] = True
         report: dict[str, dict] = {}

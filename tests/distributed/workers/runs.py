@@ -8,10 +8,12 @@
         "masked": whether samples count for the loss with numbers of tokens that differ
         "digests": every so many steps, or absent: the losses, and digests of masters and of quantized weights, of all
             steps and of these, go to <name>.digests.rank<N>.json
+        "bucket_size": elements of a bucket where gradients are reduced while more are computed; absent: megatron-core's
     }
 
-Reports each run's exit status and standard error, and writes the quantized weights that its first training forward
-used, gathered over the tensor-parallel ranks, to ``<name>.rank<N>.pt``.
+Reports each run's exit status, standard error and the sizes of the messages of bytes that it gathered, and writes the
+quantized weights that its first training forward used, gathered over the tensor-parallel ranks, to
+``<name>.rank<N>.pt``.
 """
 
 import contextlib
@@ -162,6 +164,37 @@ def fused_mlp(here: bool):
         yield
 
 
+@contextlib.contextmanager
+def buckets_of(size: int | None):
+    """Buckets are small enough for a small model to have several."""
+    from bitcpm_megatron.training import model
+
+    made = model.DistributedDataParallelConfig
+
+    def config(**fields):
+        return made(**{**fields, "bucket_size": size} if fields["overlap_grad_reduce"] else fields)
+
+    with mock.patch.object(model, "DistributedDataParallelConfig", config if size else made):
+        yield
+
+
+@contextlib.contextmanager
+def gathered_bytes():
+    """The sizes of all messages of bytes that are gathered meanwhile."""
+    import torch
+
+    sizes = []
+    gather = torch.distributed.all_gather_into_tensor
+
+    def counting(everything, own, *args, **kwargs):
+        if own.dtype == torch.uint8:
+            sizes.append(own.numel())
+        return gather(everything, own, *args, **kwargs)
+
+    with mock.patch.object(torch.distributed, "all_gather_into_tensor", counting):
+        yield sizes
+
+
 def main(directory: Path) -> None:
     import torch
     from megatron.core import parallel_state
@@ -180,11 +213,13 @@ def main(directory: Path) -> None:
             stack.enter_context(resaving(run.get("resave")))
             stack.enter_context(masking(run.get("masked", False)))
             weights = directory / f"{name}.rank{rank}.pt"
+            stack.enter_context(buckets_of(run.get("bucket_size")))
+            gathered = stack.enter_context(gathered_bytes())
             try:
                 status = cli.run(lambda run=run, to=weights: train(run["argv"], to, run.get("digests")))
             except SystemExit as leaving:
                 status = leaving.code
-        report[name] = {"status": status, "stderr": errors.getvalue()}
+        report[name] = {"status": status, "stderr": errors.getvalue(), "gathered": gathered}
         if parallel_state.model_parallel_is_initialized():
             leave_model_parallel()
             free_models()

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shards that are packed and unpacked are the same bit for bit, and what travels is short."""
+
+import argparse
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitcpm_megatron.nn.cache import CacheEpoch
+from bitcpm_megatron.nn.linear import TernaryState
+from bitcpm_megatron.parallel import packed_gather
+from bitcpm_megatron.parallel.packed_gather import PackedGather, Packing, Weight, gather_packed, rows_between
+from bitcpm_megatron.parallel.resident import ResidentError
+from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize
+from bitcpm_megatron.ternary_flags import add_ternary_arguments, ternary_mistakes
+
+PACKED = "--ternary-param-gather packed"
+COLUMNS_AND_GROUPS = [(32, 32), (33, 33), (64, 32), (96, 32), (96, 96), (7, 7), (1, 1)]
+SHAPES = st.tuples(st.integers(1, 9), st.sampled_from(COLUMNS_AND_GROUPS))
+
+
+def bucket_of(shapes: list[tuple[int, tuple[int, int]]], gaps: list[int], rest: int, ranks: int, seed: int):
+    """A bucket of quantized weights with other values between them, and where these weights lie."""
+    generator = torch.Generator().manual_seed(seed)
+    values, weights, place = [], [], 0
+    for (rows, (columns, group)), gap in zip(shapes, gaps, strict=True):
+        values.append(torch.randn(gap, generator=generator).to(torch.bfloat16))
+        latent = (torch.randn(rows, columns, generator=generator) * 10.0 ** -(seed % 7)).to(torch.bfloat16)
+        # Zeros as far as a shard may be, and values of which one in a group survives.
+        latent[:: 2 + seed % 3] = 0.0
+        latent[1::4, 0] = 2e-5
+        if seed % 5 == 0:
+            latent[-1, -1] = torch.inf if seed % 2 else torch.nan
+        config = QuantizerConfig(group_size=-1 if group == columns else group)
+        values.append(quantize_by_groups(latent, group, config).flatten())
+        weights.append(Weight(place + gap, latent.numel(), group))
+        place += gap + latent.numel()
+    values.append(torch.randn(rest + -(place + rest) % ranks, generator=generator).to(torch.bfloat16))
+    return torch.cat(values), weights
+
+
+def quantize_by_groups(latent: torch.Tensor, group: int, config: QuantizerConfig) -> torch.Tensor:
+    return quantize_dequantize(latent.view(-1, group), QuantizerConfig(group_size=-1, eps=config.eps))[0]
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """The bits of bf16 values; any NaN is one."""
+    return values.masked_fill(values.isnan(), torch.nan).view(torch.int16)
+
+
+LAYOUTS = {
+    "shapes": st.lists(SHAPES, max_size=5),
+    "gaps": st.lists(st.integers(0, 70), min_size=5, max_size=5),
+    "rest": st.integers(1, 200),
+    "ranks": st.integers(1, 9),
+    "seed": st.integers(0, 1000),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(**LAYOUTS, at_once=st.sampled_from([1, 100, 1 << 20]))
+def test_what_is_unpacked_is_what_was_packed(shapes, gaps, rest, ranks, seed, at_once) -> None:
+    bucket, weights = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_gather, "_UNPACKED_ELEMENTS", at_once)
+        packing = Packing(weights, bucket.numel(), ranks, bucket.device)
+    messages = [packing.pack(shard, rank) for rank, shard in enumerate(bucket.view(ranks, -1))]
+    assert {message.numel() for message in messages} == {packing.message}
+    found = torch.full_like(bucket, 123.0)
+    packing.unpack(torch.stack(messages), found)
+    assert torch.equal(bits(found), bits(bucket))
+
+
+def test_packing_waits_for_no_device() -> None:
+    bucket, weights = buckets_of(3)[0]
+    nowhere = bucket.to("meta")
+    packing = Packing(weights, bucket.numel(), 3, nowhere.device)
+    # Without values, whatever asks for one fails.
+    message = packing.pack(nowhere.view(3, -1)[1], 1)
+    packing.unpack(torch.stack([message] * 3), nowhere)
+
+
+@settings(max_examples=300, deadline=None)
+@given(**LAYOUTS)
+def test_rows_cover_the_weights_and_know_their_groups(shapes, gaps, rest, ranks, seed) -> None:
+    bucket, weights = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed)
+    group_of, groups = {}, 0
+    for weight in weights:
+        group_of |= {weight.start + i: groups + i // weight.group for i in range(weight.count)}
+        groups += weight.count // weight.group
+    seen = []
+    shard = bucket.numel() // ranks
+    for low in range(0, bucket.numel(), shard):
+        for rows in rows_between(weights, low, low + shard):
+            assert low <= rows.start < rows.end <= low + shard
+            for i in range(rows.end - rows.start):
+                assert group_of[rows.start + i] == rows.group + i // rows.width
+                seen.append(rows.start + i)
+    assert seen == sorted(group_of)
+
+
+class Wire:
+    """``all_gather_into_tensor`` over ranks that are played one after the other; counts what is handed to it."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.calls = ranks, [[] for _ in range(ranks)]
+        self.bytes = 0
+
+    def gather(self, everything: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool) -> SimpleNamespace:
+        """Of the rank that the group is; what arrives lies there after the wait only."""
+        assert async_op and everything.numel() == self.ranks * own.numel() and everything.dtype == own.dtype
+        calls = self.calls[group.rank]
+        calls.append(own.clone())
+        number = len(calls) - 1
+        self.bytes += everything.numel() * everything.element_size()
+        return SimpleNamespace(wait=lambda: everything.copy_(torch.cat([c[number] for c in self.calls])))
+
+
+def chunk_of(rank: int, ranks: int, buckets: list[tuple[torch.Tensor, list[Weight]]], overlap: bool):
+    """A chunk as megatron-core wraps it, of one rank: each bucket has its own shard only. And its modules."""
+    config = SimpleNamespace(use_distributed_optimizer=True, overlap_param_gather=overlap)
+    modules, made, index, offset = [], [], {}, 0
+    for number, (values, weights) in enumerate(buckets):
+        data = torch.full_like(values, 99.0)
+        data.view(ranks, -1)[rank] = values.view(ranks, -1)[rank]
+        made.append(SimpleNamespace(param_data=data, offset=offset))
+        for weight in weights:
+            view = data[weight.start : weight.start + weight.count].view(-1, weight.group)
+            module = SimpleNamespace(weight=torch.nn.Parameter(view))
+            index[module.weight] = (offset + weight.start, offset + weight.start + weight.count, number)
+            modules.append((TernaryState("layer", QuantizerConfig(), CacheEpoch()), module))
+        offset += values.numel()
+    buffer = SimpleNamespace(param_index_map=index, buckets=made)
+    group = SimpleNamespace(
+        buckets=made,
+        ddp_config=config,
+        intra_distributed_optimizer_instance_size=ranks,
+        intra_distributed_optimizer_instance_rank=rank,
+        intra_distributed_optimizer_instance_group=SimpleNamespace(rank=rank),
+        param_gather_handle=None,
+        param_gather_dispatched=False,
+        ordinary=[],
+    )
+    group.start_param_sync = lambda force_sync=False: group.ordinary.append(force_sync)
+    chunk = SimpleNamespace(
+        ddp_config=config,
+        buffers=[buffer],
+        expert_parallel_buffers=[],
+        bucket_groups=[group],
+        expert_parallel_bucket_groups=[],
+    )
+    return chunk, modules
+
+
+def played(monkeypatch: pytest.MonkeyPatch, ranks: int, buckets: list, overlap: bool):
+    """All ranks' chunks with a packed gather, what they hold, and the wire."""
+    wire, resident = Wire(ranks), SimpleNamespace(holds=True)
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", wire.gather)
+    chunks, gathers = [], []
+    for rank in range(ranks):
+        chunk, modules = chunk_of(rank, ranks, buckets, overlap)
+        monkeypatch.setattr(packed_gather, "ternary_modules", lambda chunks, modules=modules: modules)
+        chunks.append(chunk)
+        gathers.append(PackedGather([chunk], resident))
+    return chunks, gathers, wire, resident
+
+
+def buckets_of(ranks: int) -> list[tuple[torch.Tensor, list[Weight]]]:
+    """One of weights that shards cut, with a norm; one that is an embedding; one of both."""
+    wide, odd = (16, (512, 512)), (9, (33, 33))
+    return [
+        bucket_of([wide, odd, wide, wide], [0, 64, 3, 0], 5, ranks, 1),
+        bucket_of([], [], 4096, ranks, 2),
+        bucket_of([wide, wide], [0, 5000], 1, ranks, 3),
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_an_asynchronous_gather_unpacks_behind_its_wait(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    buckets = buckets_of(ranks)
+    chunks, gathers, wire, resident = played(monkeypatch, ranks, buckets, overlap=True)
+    groups = [chunk.bucket_groups[0] for chunk in chunks]
+    for group in groups:
+        group.start_param_sync()
+        assert group.param_gather_dispatched and group.param_gather_handle is not None
+    # On its way: what the parameters hold does not say any more how it left.
+    resident.holds = False
+    for rank, group in enumerate(groups):
+        other = (rank + 1) % ranks
+        assert (group.buckets[0].param_data.view(ranks, -1)[other] == 99.0).all()
+        group.param_gather_handle.wait()
+        for bucket, (values, _) in zip(group.buckets, buckets, strict=True):
+            assert torch.equal(bits(bucket.param_data), bits(values))
+        assert group.ordinary == []
+    assert wire.bytes == sum(gather.traffic.packed for gather in gathers)
+
+
+def test_a_gather_that_is_on_its_way_or_of_latent_weights_is_the_ordinary_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, _, wire, resident = played(monkeypatch, 2, buckets_of(2), overlap=True)
+    group = chunks[0].bucket_groups[0]
+    resident.holds = False
+    group.start_param_sync()
+    group.start_param_sync(force_sync=True)
+    resident.holds = True
+    group.param_gather_handle = object()
+    group.start_param_sync(force_sync=True)
+    assert group.ordinary == [False, True, True] and wire.bytes == 0
+
+
+def test_bytes_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, matrix = 4, (32, (512, 512))
+    norms = [bucket_of([matrix] * 6, [0, 64, 0, 64, 0, 64], 0, ranks, 1)]
+    _, gathers, wire, _ = played(monkeypatch, ranks, norms, overlap=False)
+    for gather in gathers:
+        assert gather.packed == gather.buckets == 1
+        assert gather.traffic.weights == 6 * 32 * 512 and gather.traffic.raw == 2 * 3 * 64
+        assert 0.25 < gather.traffic.per_weight <= 0.27
+        assert gather.traffic.packed < gather.traffic.plain / 7
+
+
+def test_a_bucket_without_gain_is_gathered_as_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The last of two shards is an embedding from end to end.
+    buckets = [bucket_of([(8, (32, 32))], [0], 600, 2, 1), bucket_of([], [], 64, 2, 1)]
+    chunks, gathers, wire, _ = played(monkeypatch, 2, buckets, overlap=False)
+    assert [gather.packed for gather in gathers] == [0, 0]
+    assert gathers[0].traffic.packed == gathers[0].traffic.plain == sum(2 * values.numel() for values, _ in buckets)
+    chunks[0].bucket_groups[0].start_param_sync()
+    assert chunks[0].bucket_groups[0].ordinary == [False] and wire.bytes == 0
+
+
+def test_one_rank_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (gather,), _, _ = played(monkeypatch, 1, buckets_of(1), overlap=False)
+    assert gather.packed == 0 and gather.traffic.packed == gather.traffic.plain
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk, modules = chunk_of(0, 2, buckets_of(2), overlap=False)
+    chunk.module = None
+    monkeypatch.setattr(packed_gather, "ternary_modules", lambda chunks: modules)
+    assert gather_packed([chunk], "bf16") is None
+    with pytest.raises(ResidentError, match="do not hold the quantized.*: use --ternary-cache resident, or leave"):
+        gather_packed([chunk], "packed")
+    chunk._ternary_resident = SimpleNamespace(holds=True)
+    assert "packed in 2 of 3 buckets" in gather_packed([chunk], "packed")
+    chunk.ddp_config.use_distributed_optimizer = False
+    with pytest.raises(ResidentError, match="use --use-distributed-optimizer, or leave"):
+        gather_packed([chunk], "packed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "distributed", "mistakes"),
+    [
+        ("--ternary", False, []),
+        (f"--ternary {PACKED}", True, []),
+        (f"--ternary {PACKED} --ternary-cache resident", True, []),
+        (f"--ternary {PACKED} --ternary-cache step", True, ["--ternary-cache step does not keep there: use resident"]),
+        (f"--ternary {PACKED} --ternary-cache none", False, ["use resident", "needs --use-distributed-optimizer"]),
+        (PACKED, True, ["--ternary-param-gather without --ternary would do nothing"]),
+    ],
+)
+def test_flags(flags: str, distributed: bool, mistakes: list[str]) -> None:
+    args = add_ternary_arguments(argparse.ArgumentParser()).parse_args(flags.split())
+    args.use_distributed_optimizer = distributed
+    found = ternary_mistakes(args)
+    assert len(found) == len(mistakes)
+    assert all(wanted in said for wanted, said in zip(mistakes, found, strict=True))
