@@ -11,7 +11,8 @@ timed, each backend's results are compared with the reference bit for bit, under
 
 On a CPU that others use as well, take one thread: then its own CPU time is counted, and not the time that passes.
 
-Writes ``kernel-DEVICE.csv`` and ``kernel-DEVICE.png``, and prints a Markdown table.
+Writes ``kernel-DEVICE.csv`` and ``kernel-DEVICE.png``, and prints two Markdown tables: the times, and how often a
+kernel is launched to quantize all weights of a model, which training does once per step.
 
 Exit status: 0 done, 1 a backend was wrong, 2 bad arguments.
 """
@@ -135,6 +136,8 @@ def _measure(args: argparse.Namespace, command: str) -> None:
     write_csv(rows, args.output_dir / f"kernel-{args.device}.csv", ".3f")
     draw(results, args.output_dir / f"kernel-{args.device}.png")
     print(table(results, command))
+    print()
+    print(launches(cases, chosen, args.device))
 
 
 def cases_of(models: Sequence[str], layers: Sequence[str], dtypes: Sequence[str], groups: Sequence[int]) -> list[Case]:
@@ -276,6 +279,26 @@ Medians of {results[0].rounds} interleaved rounds over {ring:.0f} MiB of weights
 read once and written once, and its scales.
 Hardware: {machine(results[0].device)}, {_threads(results[0].device)}. Versions: {packages}, {linux()}.
 Command: `{command}`"""
+
+
+def launches(cases: Sequence[Case], chosen: Sequence[Backend], device: str) -> str:
+    """How often the kernel of each backend is launched to quantize the weights of a step together, as Markdown.
+
+    That depends on how long rows and groups are, and not on how many: a row of each weight is quantized.
+    """
+    kinds: dict[tuple[str, str, int], list[int]] = {}
+    for case in cases:
+        model = case.name.split()[0]
+        kinds.setdefault((model, case.dtype, case.group), []).extend([case.columns] * preset(model, 1, 1).layers)
+    rows = []
+    for (model, dtype, group), columns in kinds.items():
+        for backend in chosen:
+            weights = [torch.zeros(1, count, dtype=_DTYPES[dtype], device=device) for count in columns]
+            counts = [count // effective_group(count, group) for count in columns]
+            scales = [torch.empty(1, count, dtype=torch.bfloat16, device=device) for count in counts]
+            made = backend.together(weights, weights, scales, [group] * len(weights), QuantizerConfig())
+            rows.append(f"{model} | {dtype} | {group} | {len(weights)} | {backend.name} | {made}")
+    return markdown("model | dtype | group | weights | backend | launches per step", rows)
 
 
 def _threads(device: str) -> str:

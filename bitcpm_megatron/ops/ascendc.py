@@ -21,12 +21,15 @@ LIBRARY_VARIABLE = "BITCPM_ASCENDC_LIBRARY"
 """Names a library elsewhere than the build folder of the checkout."""
 STATISTICS_KINDS = 2
 """Counts per weight: codes that are not zero, codes that changed."""
+MOST_LAUNCHES = 2
+"""Per call, for any number of weights."""
 
-# One list entry per weight; empty tensors stand for what is absent, for lists of optional tensors have no fake kernel.
+# One list entry per weight, or none for what is absent. Without weights the quantized ones are quantized where they
+# stand. Scales are written, or read where they are given. Returns counts, and the number of launches.
 torch.library.define(
     "bitcpm::ascendc_quantize",
-    "(Tensor[] weights, int[] groups, float eps, Tensor[] scales, Tensor[] previous, bool pack, bool count) "
-    "-> (Tensor[], Tensor[], Tensor[], Tensor[])",
+    "(Tensor[] weights, Tensor(a!)[] quantized, Tensor(b!)[] scales, Tensor(c!)[] packed, Tensor[] previous, "
+    "int[] groups, float eps, bool given, bool count) -> (Tensor[], int)",
 )
 torch.library.define(
     "bitcpm::ascendc_unpack", "(Tensor packed, Tensor scales, int columns, ScalarType dtype) -> Tensor"
@@ -36,20 +39,17 @@ torch.library.define(
 @torch.library.register_fake("bitcpm::ascendc_quantize")
 def _(
     weights: list[torch.Tensor],
+    quantized: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    packed: list[torch.Tensor],
+    previous: list[torch.Tensor],
     groups: list[int],
     eps: float,
-    scales: list[torch.Tensor],
-    previous: list[torch.Tensor],
-    pack: bool,
+    given: bool,
     count: bool,
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    quantized = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
-    own = [
-        w.new_empty((w.shape[0], w.shape[1] // g), dtype=torch.bfloat16) for w, g in zip(weights, groups, strict=True)
-    ]
-    packed = [w.new_empty((w.shape[0], packed_size(w.shape[1])), dtype=torch.uint8) for w in weights] if pack else []
-    counts = [w.new_empty((STATISTICS_KINDS,), dtype=torch.int64) for w in weights] if count or previous else []
-    return quantized, own, packed, counts
+) -> tuple[list[torch.Tensor], int]:
+    counts = [q.new_empty((STATISTICS_KINDS,), dtype=torch.int64) for q in quantized] if count or previous else []
+    return counts, MOST_LAUNCHES
 
 
 @torch.library.register_fake("bitcpm::ascendc_unpack")
@@ -66,12 +66,14 @@ class QuantizedWeights:
         scales: bf16 ``[out, groups]``.
         packed: uint8 ``[out, bytes]``, see :func:`bitcpm_megatron.quantization.pack`.
         counts: int64 ``[2]``: codes that are not zero, codes that differ from the previous ones.
+        launches: how many there were.
     """
 
     quantized: list[torch.Tensor]
     scales: list[torch.Tensor]
     packed: list[torch.Tensor]
     counts: list[torch.Tensor]
+    launches: int
 
 
 def library_path() -> Path:
@@ -127,12 +129,18 @@ def quantize_weights(
     """
     given: Sequence[torch.Tensor | None] = list(scales) or [None] * len(weights)
     groups = [check_weight(w, g, s) for w, g, s in zip(weights, group_sizes, given, strict=True)]
+    quantized = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+    # A launch may write its scales: never those that somebody has given.
+    own = [s.clone(memory_format=torch.contiguous_format) for s in scales] or [
+        w.new_empty((w.shape[0], w.shape[1] // g), dtype=torch.bfloat16) for w, g in zip(weights, groups, strict=True)
+    ]
+    packed = [w.new_empty((w.shape[0], packed_size(w.shape[1])), dtype=torch.uint8) for w in weights] if pack else []
     load()
-    latent = [w.detach().contiguous() for w in weights]
-    results = torch.ops.bitcpm.ascendc_quantize(
-        latent, groups, eps, [s.contiguous() for s in scales], [p.contiguous() for p in previous], pack, count
+    latent, before = ([t.detach().contiguous() for t in tensors] for tensors in (weights, previous))
+    counts, launches = torch.ops.bitcpm.ascendc_quantize(
+        latent, quantized, own, packed, before, groups, eps, bool(scales), count
     )
-    return QuantizedWeights(*results)
+    return QuantizedWeights(quantized, own, packed, counts, launches)
 
 
 def unpack_weight(
@@ -158,4 +166,21 @@ def _kernel(
     return result.quantized[0], result.scales[0]
 
 
-register_backend(Backend("ascendc", _kernel, unavailable, priority=20))
+def _grouped(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    group_sizes: Sequence[int],
+    config: QuantizerConfig,
+) -> int:
+    groups = [check_weight(w, g, s) for w, g, s in zip(weights, group_sizes, scales, strict=True)]
+    in_place = all(w is q for w, q in zip(weights, quantized, strict=True))
+    load()
+    latent = [] if in_place else [w.detach().contiguous() for w in weights]
+    launches: int = torch.ops.bitcpm.ascendc_quantize(
+        latent, list(quantized), list(scales), [], [], groups, config.eps, False, False
+    )[1]
+    return launches
+
+
+register_backend(Backend("ascendc", _kernel, unavailable, priority=20, grouped=_grouped))

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered op ``bitcpm::fake_quantize``: schema, backend dispatch, fake kernel, straight-through gradient."""
+"""The registered ops: schemas, backend dispatch, fake kernels, straight-through gradient.
 
+``bitcpm::fake_quantize`` quantizes one weight, differentiably; ``bitcpm::fake_quantize_all`` many in few launches.
+"""
+
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +15,23 @@ from ..quantization import QuantizerConfig, check_weight, quantize_dequantize
 from ..quantization.config import check_config
 from .registry import Backend, active_backend, register_backend
 
-register_backend(Backend(name="torch", kernel=quantize_dequantize, unavailable=lambda device_type: None))
+
+def _in_turn(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    group_sizes: Sequence[int],
+    config: QuantizerConfig,
+) -> int:
+    """The torch backend of many weights: one after the other, without a second copy of one."""
+    for weight, out, scale, group_size in zip(weights, quantized, scales, group_sizes, strict=True):
+        scale.copy_(quantize_dequantize(weight, replace(config, group_size=group_size), out=out)[1])
+    return len(weights)
+
+
+register_backend(
+    Backend(name="torch", kernel=quantize_dequantize, unavailable=lambda device_type: None, grouped=_in_turn)
+)
 
 
 # An op takes no objects: the quantizer travels as its fields, in their order.
@@ -24,13 +45,17 @@ _SCHEMA = (
 def _fake_quantize(weight: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *quantizer, scale = arguments
     config = QuantizerConfig(*quantizer)
-    backend = active_backend(weight.device.type).backend
+    return _backend(weight.device, config).kernel(weight, config, scale)
+
+
+def _backend(device: torch.device, config: QuantizerConfig) -> Backend:
+    backend = active_backend(device.type).backend
     if config.space not in backend.spaces:
         raise ValueError(
             f"the backend {backend.name} quantizes to {' and '.join(backend.spaces)}, not to {config.space!r}: use "
             "quantize and dequantize"
         )
-    return backend.kernel(weight, config, scale)
+    return backend
 
 
 @_fake_quantize.register_fake
@@ -51,6 +76,70 @@ def _straight_through(ctx, grad_quantized, grad_scale):  # noqa: ANN001, ANN202
 
 
 _fake_quantize.register_autograd(_straight_through, setup_context=_setup_context)
+
+# In place, `weights` is empty: torch lets no op write to an argument that it is given a second time as one that is only
+# read. And it functionalizes no op that returns a list, so that the scales are written, too.
+_SCHEMA_OF_ALL = (
+    "(Tensor[] weights, Tensor(a!)[] quantized, Tensor(b!)[] scales, str space, int[] group_sizes, float eps, "
+    "str statistic, float scale_multiplier) -> ()"
+)
+
+
+@torch.library.custom_op("bitcpm::fake_quantize_all", mutates_args=("quantized", "scales"), schema=_SCHEMA_OF_ALL)
+def _fake_quantize_all(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    space: str,
+    group_sizes: Sequence[int],
+    *quantizer: Any,
+) -> None:
+    config = QuantizerConfig(space, -1, *quantizer)
+    latent = weights or quantized
+    _check_all(latent, quantized, scales, group_sizes)
+    kinds: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for i, weight in enumerate(latent):
+        kinds[weight.device, weight.dtype].append(i)
+    for (device, _), chosen in kinds.items():
+        ours, results, own = ([items[i] for i in chosen] for items in (latent, quantized, scales))
+        _backend(device, config).together(ours, results, own, [group_sizes[i] for i in chosen], config)
+
+
+@_fake_quantize_all.register_fake
+def _(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    space: str,
+    group_sizes: Sequence[int],
+    *quantizer: Any,
+) -> None:
+    _check_all(weights or quantized, quantized, scales, group_sizes)
+
+
+def _check_all(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    group_sizes: Sequence[int],
+) -> None:
+    if not len(weights) == len(quantized) == len(scales) == len(group_sizes):
+        raise ValueError(
+            f"{len(weights)} weights, {len(quantized)} to be written, {len(scales)} scales and {len(group_sizes)} "
+            "group sizes: pass as many of each"
+        )
+    for weight, out, scale, group_size in zip(weights, quantized, scales, group_sizes, strict=True):
+        check_weight(weight, group_size, scale)
+        for written, like in ((out, weight), (scale, scale)):
+            if (written.shape, written.dtype, written.device) != (like.shape, like.dtype, weight.device):
+                raise ValueError(
+                    f"what is written has shape {tuple(written.shape)}, {written.dtype} on {written.device}: pass "
+                    f"{tuple(like.shape)}, {like.dtype} on {weight.device}"
+                )
+            if not written.is_contiguous():
+                raise ValueError(
+                    f"what is written, of shape {tuple(written.shape)}, is not contiguous: pass one that is"
+                )
 
 
 def quantize_weight(
@@ -76,24 +165,32 @@ def quantize_weight(
 
 
 @torch.no_grad()
-def quantize_in_place(weights: Sequence[torch.Tensor], config: QuantizerConfig) -> list[torch.Tensor]:
-    """Quantizes latent weights where they stand.
+def quantize_in_place(
+    weights: Sequence[torch.Tensor], config: QuantizerConfig, group_sizes: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """Quantizes latent weights where they stand, all together, without a second copy of one.
 
     Args:
-        weights: ``[out, in]`` each, contiguous, of one dtype on one device; overwritten.
+        weights: ``[out, in]`` each, contiguous; overwritten. Those of one dtype and device share launches.
         config: the quantizer of all of them.
+        group_sizes: of each, in place of the quantizer's.
 
     Returns:
         The bf16 scales ``[out, groups]`` of each.
 
     Raises:
-        ValueError: see :func:`quantize_weight`.
+        ValueError: see :func:`quantize_weight`; or a weight is not contiguous.
     """
-    scales = []
-    for weight in weights:
-        quantized, made = quantize_weight(weight, config)
-        weight.copy_(quantized)
-        scales.append(made)
+    if not weights:
+        return []
+    sizes = [config.group_size] * len(weights) if group_sizes is None else list(group_sizes)
+    scales = [
+        w.new_empty((w.shape[0], w.shape[1] // check_weight(w, size)), dtype=torch.bfloat16)
+        for w, size in zip(weights, sizes, strict=True)
+    ]
+    torch.ops.bitcpm.fake_quantize_all(
+        [], weights, scales, config.space, sizes, config.eps, config.statistic, config.scale_multiplier
+    )
     return scales
 
 

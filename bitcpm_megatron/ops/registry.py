@@ -2,8 +2,8 @@
 """Backends of the fused op: who they are, which one runs, and why."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,10 @@ from ..quantization import QuantizerConfig
 Kernel = Callable[[torch.Tensor, QuantizerConfig, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 """``(weight, config, scales or None) -> (quantized, scales)``, as
 :func:`bitcpm_megatron.quantization.quantize_dequantize`."""
+GroupedKernel = Callable[
+    [Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[int], QuantizerConfig], int
+]
+"""``(weights, quantized, scales, group_sizes, config) -> launches``, see :meth:`Backend.together`."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Backend:
         priority: ``auto`` takes the available backend with the highest one; None for a backend that only runs when it
             is asked for by name.
         spaces: the quantization spaces that it knows.
+        grouped: quantizes many weights in few launches; None: they are quantized one by one.
     """
 
     name: str
@@ -32,6 +37,35 @@ class Backend:
     unavailable: Callable[[str], str | None]
     priority: int | None = 0
     spaces: tuple[str, ...] = ("ternary",)
+    grouped: GroupedKernel | None = None
+
+    def together(
+        self,
+        weights: Sequence[torch.Tensor],
+        quantized: Sequence[torch.Tensor],
+        scales: Sequence[torch.Tensor],
+        group_sizes: Sequence[int],
+        config: QuantizerConfig,
+    ) -> int:
+        """Quantizes weights in as few launches as the backend can.
+
+        Args:
+            weights: latent weights ``[out, in]`` of one dtype on one device.
+            quantized: like them and contiguous, written; each may be the weight itself.
+            scales: bf16 ``[out, groups]`` of each, contiguous, written.
+            group_sizes: elements per scale of each, -1 for the row.
+            config: the quantizer of all of them, but for its group size.
+
+        Returns:
+            How often the backend's kernels were launched.
+        """
+        if self.grouped is not None:
+            return self.grouped(weights, quantized, scales, group_sizes, config)
+        for weight, result, scale, group_size in zip(weights, quantized, scales, group_sizes, strict=True):
+            values, own = self.kernel(weight, replace(config, group_size=group_size), None)
+            result.copy_(values)
+            scale.copy_(own)
+        return len(weights)
 
 
 @dataclass(frozen=True)

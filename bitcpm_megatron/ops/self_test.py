@@ -44,6 +44,27 @@ def self_test(backend: Backend, device: torch.device | str) -> str | None:
                 return f"{what}, {name}: {wrong} of {weight.numel()} weights differ from the reference"
         if not torch.equal(returned, given):
             return f"{what}: does not return the scale that was given"
+    return _together(backend, device)
+
+
+def _together(backend: Backend, device: torch.device | str) -> str | None:
+    """Compares the weights of a dtype, all quantized in place at once, with what the backend makes of each alone."""
+    for dtype in WEIGHT_DTYPES:
+        ours = [(weight.to(device), group) for weight, group in _weights() if weight.dtype == dtype]
+        alone = [backend.kernel(weight, QuantizerConfig(group_size=group), None) for weight, group in ours]
+        weights, groups = [weight for weight, _ in ours], [group for _, group in ours]
+        scales = [torch.zeros_like(own) for _, own in alone]
+        try:
+            backend.together(weights, weights, scales, groups, QuantizerConfig())
+        except Exception as error:  # as above
+            return f"{len(weights)} weights together, {dtype}: {type(error).__name__}: {error}"
+        for found in zip(weights, scales, strict=True):
+            wrong = [_different(mine.cpu(), other.cpu()) for mine, other in zip(found, alone.pop(0), strict=True)]
+            if any(wrong):
+                return (
+                    f"{len(weights)} weights together, {dtype}: {wrong[0]} values and {wrong[1]} scales of shape "
+                    f"{tuple(found[0].shape)} differ from those of one alone"
+                )
     return None
 
 

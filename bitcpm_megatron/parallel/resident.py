@@ -10,6 +10,7 @@ straight-through estimator. Every bit is that of ``--ternary-cache step``.
 
 import contextlib
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from ..nn.cache import find_attached
 from ..nn.linear import HostModule, StaleCacheError, TernaryState
 from ..ops import quantize_in_place
 from ..patches.megatron_core import schedules
+from ..quantization import QuantizerConfig
 from .probe import ternary_modules
-from .shards import Share, Shares, places_of
+from .shards import Share, Shares, per_row, places_of
 
 _ATTRIBUTE = "_ternary_resident"
 _FSDP = ("use_megatron_fsdp", "use_custom_fsdp")
@@ -84,10 +86,15 @@ class Resident:
         """Quantizes the latent weights in the parameters, in place; does nothing where they are quantized."""
         if self.holds:
             return
+        kinds: defaultdict[QuantizerConfig, list[tuple[TernaryState, HostModule]]] = defaultdict(list)
         for state, module in self._modules:
-            state.quantized = None
-            (state.scales,) = quantize_in_place([module.weight.detach()], state.config)
-            state.count += 1
+            kinds[per_row(state)].append((state, module))
+        for config, modules in kinds.items():
+            sizes = [state.config.group_size for state, _ in modules]
+            made = quantize_in_place([module.weight.detach() for _, module in modules], config, sizes)
+            for (state, _), scales in zip(modules, made, strict=True):
+                state.quantized, state.scales = None, scales
+                state.count += 1
         self._set(True)
 
     @contextlib.contextmanager

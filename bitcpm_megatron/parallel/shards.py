@@ -134,10 +134,10 @@ class Shares:
         for i, (share, piece) in enumerate(zip(self.shares, pieces, strict=True)):
             start, end = (offset - share.start for offset in share.whole)
             if start < end:
-                kinds[_per_row(share)].append((i, piece[start:end].view(-1, share.group)))
+                kinds[per_row(share.state)].append((i, piece[start:end].view(-1, share.group)))
         completed = self._complete(pieces)
         for i, groups in completed.items():
-            kinds[_per_row(self.shares[i])].append((i, groups))
+            kinds[per_row(self.shares[i].state)].append((i, groups))
         scales: list[list[torch.Tensor]] = [[] for _ in self.shares]
         for config, rows in kinds.items():
             for (i, _), made in zip(rows, quantize_in_place([row for _, row in rows], config), strict=True):
@@ -190,6 +190,6 @@ class Shares:
         return groups
 
 
-def _per_row(share: Share) -> QuantizerConfig:
-    """The quantizer of a weight that is seen as rows of one group each."""
-    return replace(share.state.config, group_size=-1)
+def per_row(state: TernaryState) -> QuantizerConfig:
+    """The quantizer of a weight that is seen as rows of one group each: those that share it go together."""
+    return replace(state.config, group_size=-1)

@@ -105,7 +105,10 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, config: QuantizerConfi
 
 
 def quantize_dequantize(
-    weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None = None
+    weight: torch.Tensor,
+    config: QuantizerConfig,
+    scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ternary ``dequantize(*quantize(weight))`` in one go: what every fused kernel computes, and the torch backend.
 
@@ -115,6 +118,7 @@ def quantize_dequantize(
         weight: latent weight ``[out, in]``; it is not differentiated here.
         config: the quantizer, of the ternary space.
         scales: given bf16 scales ``[out, groups]``, or None for the weight's own.
+        out: takes the quantized weight: a contiguous tensor like it, or, contiguous, the weight itself.
 
     Returns:
         The quantized weight ``[out, in]`` in the weight's dtype, and the bf16 scales ``[out, groups]``.
@@ -124,7 +128,9 @@ def quantize_dequantize(
     """
     group = check_weight(weight, config.group_size, scales)
     w = weight.detach().reshape(-1, group)
-    quantized = torch.empty_like(w, memory_format=torch.contiguous_format)
+    quantized = (
+        torch.empty_like(w, memory_format=torch.contiguous_format) if out is None else out.detach().view(w.shape)
+    )
     own = torch.empty(w.shape[0], 1, dtype=torch.bfloat16, device=w.device)
     if scales is not None:
         own.copy_(scales.reshape(-1, 1))

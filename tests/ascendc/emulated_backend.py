@@ -2,6 +2,7 @@
 """The AscendC kernels as a backend of ``bitcpm::fake_quantize`` on a CPU: slow, never chosen but by name."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from ascendc.emulator import Emulator, Weight
@@ -29,8 +30,27 @@ def kernel(
     return item.quantized, item.scales
 
 
+def grouped(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    group_sizes: Sequence[int],
+    config: QuantizerConfig,
+) -> int:
+    """As :meth:`bitcpm_megatron.ops.Backend.together`."""
+    items = []
+    for weight, out, own, group_size in zip(weights, quantized, scales, group_sizes, strict=True):
+        item = Weight(weight.detach().contiguous(), check_weight(weight, group_size, own), eps=config.eps)
+        item.quantized, item.scales = out, own
+        items.append(item)
+    return _emulator().run(items, CORES, late=True).launches
+
+
+def unavailable(device_type: str) -> str | None:
+    """Why it cannot run there, or None."""
+    return None if device_type == "cpu" else "emulates on a CPU only"
+
+
 def register() -> None:
     """Adds the backend to the registry."""
-    register_backend(
-        Backend(NAME, kernel, lambda device: None if device == "cpu" else "emulates on a CPU only", priority=None)
-    )
+    register_backend(Backend(NAME, kernel, unavailable, priority=None, grouped=grouped))

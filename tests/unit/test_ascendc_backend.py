@@ -7,7 +7,9 @@ from dataclasses import astuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from support import tiny_gpt
+from support.grouped import LATENTS, Latent, check_together
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize
@@ -53,17 +55,18 @@ def test_the_library_of_the_checkout_is_the_default(monkeypatch: pytest.MonkeyPa
     assert ascendc.library_path().parts[-3:] == ("build", "ascendc", "libbitcpm_ascendc.so")
 
 
-def test_shapes_without_a_device() -> None:
+def test_shapes_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ascendc, "load", lambda: None)
     with FakeTensorMode():
         weights = [torch.empty(6, 192, dtype=torch.bfloat16), torch.empty(4, 100, dtype=torch.bfloat16)]
-        quantized, scales, packed, counts = torch.ops.bitcpm.ascendc_quantize(
-            weights, [32, 100], 1e-5, [], [], True, True
-        )
+        made = ascendc.quantize_weights(weights, [32, 100], 1e-5, pack=True, count=True)
+        quantized, scales, packed, counts = made.quantized, made.scales, made.packed, made.counts
         assert [tuple(t.shape) for t in quantized] == [(6, 192), (4, 100)]
         assert [tuple(t.shape) for t in scales] == [(6, 6), (4, 1)] and scales[0].dtype == torch.bfloat16
         assert [tuple(t.shape) for t in packed] == [(6, packed_size(192)), (4, packed_size(100))]
         assert [tuple(t.shape) for t in counts] == [(2,), (2,)]
-        assert torch.ops.bitcpm.ascendc_quantize(weights, [32, 100], 1e-5, [], [], False, False)[2:] == ([], [])
+        made = ascendc.quantize_weights(weights, [32, 100], 1e-5)
+        assert (made.packed, made.counts) == ([], []) and made.launches <= 2
         back = torch.ops.bitcpm.ascendc_unpack(packed[0], scales[0], 192, torch.float16)
         assert tuple(back.shape) == (6, 192) and back.dtype == torch.float16
 
@@ -100,6 +103,17 @@ def test_the_emulated_backend_serves_the_op_by_name_only() -> None:
     torch.library.opcheck(
         torch.ops.bitcpm.fake_quantize.default, (leaf, *astuple(QuantizerConfig(group_size=32)), None)
     )
+
+
+@EMULATED
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(latents=LATENTS)
+def test_together_as_each_alone(latents: list[Latent]) -> None:
+    from ascendc import emulated_backend
+
+    emulated_backend.register()
+    set_backend(emulated_backend.NAME, "cpu")
+    check_together(latents)
 
 
 @EMULATED

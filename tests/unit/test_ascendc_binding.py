@@ -10,8 +10,8 @@ import torch
 from ascendc import binding, golden
 from ascendc.binding import Device, in_a_child
 
-from bitcpm_megatron.ops import ascendc
-from bitcpm_megatron.quantization import pack
+from bitcpm_megatron.ops import ascendc, quantize_in_place, registry
+from bitcpm_megatron.quantization import QuantizerConfig, pack, quantize_dequantize
 
 # Each check is a process of its own.
 pytestmark = [
@@ -54,7 +54,7 @@ def grouped_launch(device: Device) -> None:
         made = ascendc.quantize_weights(
             [w.to("npu") for w in latent], groups, EPS, previous=[p.to("npu") for p in previous], pack=True
         )
-        assert device.counts.launches - before == 2
+        assert device.counts.launches - before == made.launches == 2
         for i, (w, s, g) in enumerate(zip(latent, own, groups, strict=True)):
             codes = golden.codes(w, s)
             assert golden.same_bits(made.scales[i].cpu(), s), (dtype, g)
@@ -64,8 +64,34 @@ def grouped_launch(device: Device) -> None:
             assert made.counts[i].cpu().tolist() == [int((codes != 0).sum()), int(changed)], (dtype, g)
             back = ascendc.unpack_weight(made.packed[i], made.scales[i], w.shape[1], g, dtype)
             assert golden.same_bits(back.cpu(), made.quantized[i].cpu()), (dtype, g)
-        given = ascendc.quantize_weights([latent[0].to("npu")], [128], EPS, [(2 * own[0]).to("npu")])
+        double = (2 * own[0]).to("npu")
+        given = ascendc.quantize_weights([latent[0].to("npu")], [128], EPS, [double])
         assert golden.same_bits(given.quantized[0].cpu(), golden.quantized(latent[0], 2 * own[0]))
+        assert golden.same_bits(given.scales[0].cpu(), 2 * own[0]) and given.scales[0] is not double
+
+
+def in_place(device: Device) -> None:
+    """All weights of a step where they stand, through the op that training calls: two launches, and no copy of one."""
+    groups = [128, 32, -1, 96, -1, -1]
+    shapes = [(9, 384), (4, 64), (3, 33), (2, 192), (5, 5000), (1, 4224)]
+    latent = [gaussian(*shape, seed=i) for i, shape in enumerate(shapes)]
+    weights = [w.to("npu") for w in latent]
+    # It asks for torch_npu, which is not here.
+    registry._choices["npu"] = registry.Choice(registry._BACKENDS["ascendc"], "the stand-in")
+    blocks, uploads = device.counts.blocks, device.counts.uploads
+    for step in range(3):
+        for weight, start in zip(weights, latent, strict=True):
+            weight.copy_(start * (1 + step))
+        launches = device.counts.launches
+        scales = quantize_in_place(weights, QuantizerConfig(eps=EPS), groups)
+        assert device.counts.launches - launches == 2
+        # Scales and two tables, which are copied once: the weights are at the same addresses in every step.
+        assert device.counts.blocks - blocks == len(weights) + 2
+        assert device.counts.uploads - uploads == 2
+        for weight, own, start, group in zip(weights, scales, latent, groups, strict=True):
+            expected, theirs = quantize_dequantize(start * (1 + step), QuantizerConfig(group_size=group, eps=EPS))
+            assert golden.same_bits(weight.cpu(), expected) and golden.same_bits(own.cpu(), theirs)
+        del scales, own
 
 
 def wrong_tensors(device: Device) -> None:
@@ -73,15 +99,21 @@ def wrong_tensors(device: Device) -> None:
     w = gaussian(2, 64).to("npu:0")
     scales = torch.ones(2, 2, dtype=torch.bfloat16)
     codes = torch.zeros(2, 32, dtype=torch.uint8)
-    for arguments, message in (
-        (([w, w.to("npu:1")], [32, 32], EPS, [], [], False, False), "weight 1: not a contiguous matrix on the first"),
-        (([w], [32], EPS, [scales.to("npu:1")], [], False, False), "weight 0: the scales do not fit"),
-        (([w], [32], EPS, [scales.T.flatten().to("npu:0")], [], False, False), "weight 0: the scales do not fit"),
-        (([w], [32], EPS, [], [codes.to("npu:1")], False, False), "weight 0: the previous codes do not fit"),
-        (([w.int()], [32], EPS, [], [], False, False), "take bf16, fp16 and fp32"),
+    q, one = torch.empty_like(w), torch.ones(2, 2, dtype=torch.bfloat16).to("npu:0")
+    for lists, message in (
+        (([w, w.to("npu:1")], [q, q], [one, one], [], []), "weight 1: not a contiguous matrix on the first"),
+        (([w], [q.to("npu:1")], [one], [], []), "weight 0: the quantized values do not fit"),
+        (([w], [q.float()], [one], [], []), "weight 0: the quantized values do not fit"),
+        (([w], [q], [scales.to("npu:1")], [], []), "weight 0: the scales do not fit"),
+        (([w], [q], [scales.T.flatten().to("npu:0")], [], []), "weight 0: the scales do not fit"),
+        (([w], [q], [], [], []), "one quantized weight per weight, and its scales"),
+        (([w], [q], [one], [codes.to("npu:1")], []), "weight 0: the packed codes do not fit"),
+        (([w], [q], [one], [], [codes.to("npu:1")]), "weight 0: the previous codes do not fit"),
+        (([w.int()], [q], [one], [], []), "take bf16, fp16 and fp32"),
+        (([], [w.int()], [one], [], []), "take bf16, fp16 and fp32"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            op(*arguments)
+            op(*lists, [32] * max(1, len(lists[0])), EPS, False, False)
     with pytest.raises(RuntimeError, match="scales do not fit the packed codes"):
         torch.ops.bitcpm.ascendc_unpack(codes.to("npu:0"), scales.to("npu:1"), 64, torch.float32)
     assert device.counts.launches == 0
@@ -216,6 +248,7 @@ def chips_without_graphs(device: Device) -> None:
     "check",
     [
         grouped_launch,
+        in_place,
         wrong_tensors,
         failing_launch,
         tables_over_steps,

@@ -113,6 +113,23 @@ def test_one_grouped_launch_gives_what_single_ones_give(emulator: Emulator) -> N
                 assert (together.nonzeros, together.changes) == (single.nonzeros, single.changes)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_weights_where_they_stand(emulator: Emulator, dtype: torch.dtype) -> None:
+    """Every shape at once. The emulation ends where a byte is read by another core, or after it was stored."""
+    shapes = [*cases.SHAPES, *cases.LARGE]
+    for cores, late in itertools.product((1, 5, 40), (False, True)):
+        latent = [gaussian(rows, columns, dtype, seed=i) for i, (rows, columns, _) in enumerate(shapes)]
+        apart = [Weight(w.clone(), group) for w, (*_, group) in zip(latent, shapes, strict=True)]
+        weights = [Weight(w, group) for w, (*_, group) in zip(latent, shapes, strict=True)]
+        for weight in weights:
+            weight.quantized = weight.latent
+        assert emulator.run(weights, cores, late).launches == 2
+        emulator.run(apart, 3)
+        for weight, other in zip(weights, apart, strict=True):
+            assert golden.same_bits(weight.quantized, other.quantized)
+            assert golden.same_bits(weight.scales, other.scales)
+
+
 def test_what_is_packed_unpacks_to_the_same_weight(emulator: Emulator) -> None:
     for dtype, (rows, columns, group) in itertools.product(
         cases.DTYPES, [(5, 192, 32), (3, 384, 384), (2, 5000, 5000)]

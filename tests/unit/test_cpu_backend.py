@@ -100,6 +100,29 @@ def test_threads_and_layout_change_no_bit() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_threads_share_out_many_weights_and_change_no_bit(dtype: torch.dtype) -> None:
+    """Weights between which, and in the midst of which, a thread's share ends."""
+    shapes = [(3, 33, -1), (257, 1024, 128), (1, 70_001, -1), (1, 1, -1), (40, 4096, 32), (9, 100, -1)]
+    latent = [(torch.randn(rows, columns) * 0.02).to(dtype) for rows, columns, _ in shapes]
+    groups = [group for *_, group in shapes]
+    expected = [quantize_dequantize(w, QuantizerConfig(group_size=g)) for w, g in zip(latent, groups, strict=True)]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7, 13):
+            torch.set_num_threads(threads)
+            weights = [w.clone() for w in latent]
+            for targets in ([torch.empty_like(w) for w in weights], weights):
+                scales = [torch.empty_like(s) for _, s in expected]
+                assert cpu._grouped(weights, targets, scales, groups, QuantizerConfig()) == 1
+                for found, own, (quantized, theirs) in zip(targets, scales, expected, strict=True):
+                    assert_same(found, quantized)
+                    assert_same(own, theirs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
 def test_auto_takes_it_and_the_op_agrees_with_quantize_and_dequantize() -> None:
     assert active_backend("cpu").backend.name == "cpu"
     for dtype in WEIGHT_DTYPES:

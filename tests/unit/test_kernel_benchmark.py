@@ -3,6 +3,7 @@
 
 import csv
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +37,7 @@ def run(benchmark: ModuleType, tmp_path: Path, *arguments: str) -> int:
 def test_it_measures_every_backend_and_writes_a_table(
     benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    register_backend(Backend("also", quantize_dequantize, lambda device: None, 1))
+    register_backend(Backend("also", quantize_dequantize, lambda device: None, 1, grouped=lambda *lists: 1))
     register_backend(Backend("emulated", quantize_dequantize, lambda device: None, None))
     register_backend(Backend("chip", quantize_dequantize, lambda device: "needs the chip", 20))
     assert run(benchmark, tmp_path, "--layers", "fc1", "--dtypes", "bf16", "fp32") == 0
@@ -52,6 +53,10 @@ def test_it_measures_every_backend_and_writes_a_table(
         )
     assert (tmp_path / "kernel-cpu.png").stat().st_size > 1000
     printed = capsys.readouterr().out
+    # One weight in each of 2 layers.
+    for dtype, group in itertools.product(("bf16", "fp32"), ("-1", "32")):
+        assert f"| tiny-llama | {dtype} | {group} | 2 | also | 1 |\n" in printed
+        assert f"| tiny-llama | {dtype} | {group} | 2 | torch | 2 |\n" in printed
     assert printed.count("| tiny-llama fc1 |") == 8 and "Hardware: " in printed and "Command: `python " in printed
 
 

@@ -4,16 +4,32 @@
 What the values are is tested in ``test_quantizer.py``; here the op must give those values through every door.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.grouped import LATENTS, Latent, check_together
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.schema_check_mode import SchemaCheckMode
 
 from bitcpm_megatron import QuantizerConfig, dequantize, fake_quantize, quantize
-from bitcpm_megatron.ops import Backend, active_backend, backends, register_backend, registry, set_backend
-from bitcpm_megatron.quantization import SPACES, Space
+from bitcpm_megatron.ops import (
+    Backend,
+    active_backend,
+    backends,
+    quantize_in_place,
+    register_backend,
+    registry,
+    set_backend,
+)
+from bitcpm_megatron.quantization import SPACES, Space, quantize_dequantize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OP = torch.ops.bitcpm.fake_quantize
+ALL = torch.ops.bitcpm.fake_quantize_all
 
 
 def gaussian(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -127,6 +143,131 @@ def test_fake_tensors_have_the_layout_of_the_real_ones(dtype: torch.dtype, trans
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
     assert fake[1].shape == (weight.shape[0], weight.shape[1] // 32) and fake[1].dtype == torch.bfloat16
+
+
+# -------------------------------------------------------------------------------------------------- many weights
+
+
+@pytest.fixture(scope="module", params=["torch", "cpu", "one by one"])
+def serving(request: pytest.FixtureRequest) -> Backend:
+    """A backend that serves the CPU for the module's tests: those of a CPU, and one without a grouped kernel."""
+    before, known = registry._requested, dict(registry._BACKENDS)
+    register_backend(Backend("one by one", quantize_dequantize, lambda device: None, None))
+    reason = {b.name: b for b in backends()}[request.param].unavailable("cpu")
+    if reason is not None:
+        pytest.skip(f"{reason}; apt-get install gcc, then make test")
+    yield set_backend(request.param, "cpu").backend
+    registry._BACKENDS.clear()
+    registry._BACKENDS.update(known)
+    set_backend(before, "cpu")
+
+
+@settings(max_examples=100, deadline=None)
+@given(latents=LATENTS, eps=st.sampled_from([QuantizerConfig.eps, 2.0**-100, 0.25]))
+def test_together_as_each_alone(serving: Backend, latents: list[Latent], eps: float) -> None:
+    check_together(latents, eps)
+
+
+def test_a_weight_that_is_quantized_in_place_is_a_slice_of_something(serving: Backend) -> None:
+    """As in a buffer of parameters: at odd addresses, and what lies around it stays."""
+    buffer = gaussian(1, 4000, torch.bfloat16).flatten()
+    before = buffer.clone()
+    pieces = [buffer[7 : 7 + 5 * 33].view(5, 33), buffer[1001 : 1001 + 640].view(10, 64)]
+    expected = [quantize_dequantize(piece, QuantizerConfig())[0].flatten() for piece in pieces]
+    quantize_in_place(pieces, QuantizerConfig())
+    assert bits_equal(buffer, torch.cat([before[:7], expected[0], before[172:1001], expected[1], before[1641:]]))
+
+
+def test_how_often_the_kernel_was_launched(serving: Backend) -> None:
+    weights = [gaussian(4, 64), gaussian(2, 33), gaussian(3, 256)]
+    scales = [torch.empty(w.shape[0], 1, dtype=torch.bfloat16) for w in weights]
+    launches = serving.together(weights, weights, scales, [-1] * 3, QuantizerConfig())
+    assert launches == (1 if serving.name == "cpu" else 3)
+
+
+def in_lists(in_place: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Two weights, where they go, and their scales."""
+    weights = [gaussian(4, 64), gaussian(2, 96, torch.bfloat16)]
+    scales = [torch.empty(4, 1, dtype=torch.bfloat16), torch.empty(2, 3, dtype=torch.bfloat16)]
+    return ([], weights, scales) if in_place else (weights, [torch.empty_like(w) for w in weights], scales)
+
+
+def test_schema_of_many() -> None:
+    expected = (
+        "(Tensor[] weights, Tensor(a!)[] quantized, Tensor(b!)[] scales, str space, int[] group_sizes, float eps, "
+        "str statistic, float scale_multiplier) -> ()"
+    )
+    assert str(ALL.default._schema) == "bitcpm::fake_quantize_all" + expected
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_opcheck_of_many(in_place: bool) -> None:
+    torch.library.opcheck(ALL.default, (*in_lists(in_place), "ternary", [-1, 32], 1e-5, "absmean", 1.0))
+    with SchemaCheckMode():
+        ALL(*in_lists(in_place), "ternary", [-1, 32], 1e-5, "absmean", 1.0)
+
+
+def test_a_parameter_that_was_quantized_in_place_is_known_to_have_changed() -> None:
+    weight = torch.nn.Parameter(gaussian(4, 64))
+    x = gaussian(2, 64).requires_grad_()
+    out = torch.nn.functional.linear(x, weight)
+    quantize_in_place([weight.detach()], QuantizerConfig())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        (lambda weights, quantized, scales: scales.pop(), "1 scales and 2 group sizes: pass as many of each"),
+        (lambda weights, quantized, scales: weights.pop(), "1 weights, 2 to be written"),
+        (lambda weights, quantized, scales: quantized.reverse(), r"\(2, 96\), torch.bfloat16 on cpu: pass \(4, 64\)"),
+        (lambda weights, quantized, scales: scales.reverse(), r"do not fit a weight of shape \(4, 64\)"),
+        (lambda weights, quantized, scales: quantized.append(quantized.pop().t().contiguous().t()), "not contiguous"),
+        (lambda weights, quantized, scales: weights.append(weights.pop().double()), "float64"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused_by_the_kernel_and_by_its_fake(change, cure: str) -> None:  # noqa: ANN001
+    lists = in_lists(in_place=False)
+    change(*lists)
+    with pytest.raises(ValueError, match=cure):
+        ALL(*lists, "ternary", [-1, 32], 1e-5, "absmean", 1.0)
+    with FakeTensorMode() as mode, pytest.raises(ValueError, match=cure):
+        ALL(*([mode.from_tensor(t) for t in ts] for ts in lists), "ternary", [-1, 32], 1e-5, "absmean", 1.0)
+
+
+def test_in_place_the_cure_comes_before_anything_is_written() -> None:
+    weights = [gaussian(4, 64), gaussian(64, 4).t()]
+    before = [w.clone() for w in weights]
+    with pytest.raises(ValueError, match=r"\(4, 64\), is not contiguous"):
+        quantize_in_place(weights, QuantizerConfig())
+    with pytest.raises(ValueError, match="group_size=128 does not divide a row of 64"):
+        quantize_in_place(weights[:1], QuantizerConfig(group_size=128))
+    assert all(bits_equal(w, b) for w, b in zip(weights, before, strict=True))
+    assert quantize_in_place([], QuantizerConfig()) == []
+
+
+def test_weights_of_two_dtypes_share_no_launch(own_registry: None) -> None:
+    seen = []
+
+    def grouped(
+        weights: Sequence[torch.Tensor],
+        quantized: Sequence[torch.Tensor],
+        scales: Sequence[torch.Tensor],
+        group_sizes: Sequence[int],
+        config: QuantizerConfig,
+    ) -> int:
+        seen.append([(tuple(w.shape), w.dtype, size) for w, size in zip(weights, group_sizes, strict=True)])
+        assert all(w is q for w, q in zip(weights, quantized, strict=True)) and config.eps == 0.25
+        return 1
+
+    register_backend(replace(backend("fast", 10), grouped=grouped))
+    weights = [gaussian(4, 64), gaussian(2, 96, torch.bfloat16), gaussian(3, 32)]
+    quantize_in_place(weights, QuantizerConfig(eps=0.25), [-1, 32, 32])
+    assert seen == [
+        [((4, 64), torch.float32, -1), ((3, 32), torch.float32, 32)],
+        [((2, 96), torch.bfloat16, 32)],
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- gradient

@@ -115,6 +115,22 @@ def test_a_wrong_backend_is_found_and_decides_the_status(
     assert f"cpu: backend good: available; self-test: FAILED: {wrong}" in printed
 
 
+def test_a_wrong_grouped_kernel_is_found() -> None:
+    def grouped(weights, quantized, scales, group_sizes, config) -> int:  # noqa: ANN001
+        GOOD.together(weights, quantized, scales, group_sizes, config)
+        quantized[-1][0, 0] += 1
+        return 1
+
+    def broken(*arguments: object) -> int:
+        raise OSError("no such symbol")
+
+    assert self_test(dataclasses.replace(GOOD, grouped=GOOD.together), "cpu") is None
+    wrong = self_test(dataclasses.replace(GOOD, grouped=grouped), "cpu")
+    assert wrong is not None and re.search(r"4 weights together, .*: 1 values and 0 scales of shape \(2, 4096\)", wrong)
+    wrong = self_test(dataclasses.replace(GOOD, grouped=broken), "cpu")
+    assert wrong is not None and "together" in wrong and "no such symbol" in wrong
+
+
 def test_the_report(capsys: pytest.CaptureFixture) -> None:
     register_backend(dataclasses.replace(GOOD, name="emulated", priority=None))
     register_backend(Backend("chip", crash, lambda device: "needs the chip", 20))

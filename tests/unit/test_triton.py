@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny_gpt
+from support.grouped import LATENTS, Latent, check_together
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize
 from bitcpm_megatron.ops import backends, registry, set_backend
@@ -360,6 +361,59 @@ def test_packed_codes_of_a_poisoned_group_are_zero() -> None:
     assert values[0, :32].isnan().all() and values[1].eq(1).all()
 
 
+# ------------------------------------------------------------------------------------------------------ many weights
+
+
+MIXED = [(3, 33, -1), (40, 256, 32), (1, 4096, -1), (7, 1024, 128), (9, 300, -1), (5, 64, -1), (2, 128, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [
+        # Groups up to 64 at addresses of 16 and not, 32, 4096, 128, 512.
+        ({}, 6),
+        ({"tile": 256}, 6),
+        # Those of 4096 and of 300 elements do not fit: a launch each, read twice.
+        ({"resident": 128}, 6),
+    ],
+    ids=str,
+)
+def test_many_weights_together(dtype: torch.dtype, options: dict, launches: int) -> None:
+    weights = [gaussian(rows, columns, dtype, columns) for rows, columns, _ in MIXED]
+    groups = [group for *_, group in MIXED]
+    expected = [run(w, group) for w, group in zip(weights, groups, strict=True)]
+    ours = [w.to(DEVICE) for w in weights]
+    for targets in ([torch.empty_like(w) for w in ours], ours):
+        scales = [torch.empty_like(s, device=DEVICE) for _, s in expected]
+        assert launch.fake_quantize_all(ours, targets, scales, groups, EPS, **options) == launches
+        for q, s, (values, theirs) in zip(targets, scales, expected, strict=True):
+            assert bits_equal(q.cpu(), values) and torch.equal(s.cpu(), theirs)
+
+
+def test_weights_of_one_shape_need_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [gaussian(2, 64, torch.bfloat16, i).to(DEVICE) for i in range(37)]
+    expected = [run(w.cpu(), -1)[0] for w in weights]
+    scales = [torch.empty(2, 1, dtype=torch.bfloat16, device=DEVICE) for _ in weights]
+    again = [w.clone() for w in weights]
+    assert launch.fake_quantize_all(weights, weights, scales, [-1] * 37, EPS) == 1
+    assert all(bits_equal(w.cpu(), q) for w, q in zip(weights, expected, strict=True))
+    monkeypatch.setattr(launch, "GROUPED_WEIGHTS", 16)
+    assert launch.fake_quantize_all(again, again, scales, [-1] * 37, EPS) == 3
+    assert all(bits_equal(w.cpu(), q) for w, q in zip(again, expected, strict=True))
+
+
+@settings(max_examples=15, deadline=None)
+@given(latents=LATENTS)
+def test_together_as_each_alone(latents: list[Latent]) -> None:
+    before = registry._requested
+    set_backend("triton", DEVICE)
+    try:
+        check_together(latents, device=DEVICE)
+    finally:
+        set_backend(before, DEVICE)
+
+
 def test_bad_input() -> None:
     weight = torch.zeros(2, 96, device=DEVICE)
     for function in (launch.fake_quantize, launch.quantize_packed):
@@ -453,8 +507,10 @@ print({b.name: b.priority for b in backends()}["triton"], active_backend("cpu").
 # What a GPU machine would compile, in a process without the interpreter; ptxas is part of the wheel.
 _COMPILE = """
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from bitcpm_megatron.ops.triton.grouped import quantize_grouped
 from bitcpm_megatron.ops.triton.resident import quantize_resident
 from bitcpm_megatron.ops.triton.streamed import quantize_streamed
 from bitcpm_megatron.ops.triton.packed import pack_codes, unpack_weight
@@ -462,7 +518,8 @@ from bitcpm_megatron.ops.triton.packed import pack_codes, unpack_weight
 def compile(kernel, capability, pointers, numbers, **constants):
     names = kernel.arg_names
     signature = dict(zip(names, pointers + numbers)) | {name: "constexpr" for name in constants}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if i < len(pointers) + 2}
+    aligned = len(pointers) + 2 * (numbers[1] == "i32")
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(aligned)}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}).asm["ptx"]
     assert ".ftz" not in ptx and "div.full" not in ptx and "div.approx" not in ptx, "other arithmetic than fp32's"
@@ -475,6 +532,11 @@ ptx = compile(quantize_resident, 90, ["*i16"] * 3, ["i32", "i32", "fp32"],
 # 4096 weights of 2 bytes over 128 threads: each byte moves once, in pieces of 16.
 assert ptx.count("ld.global.v4.b32") == 4 and ptx.count("ld.global") == 4, ptx
 assert ptx.count("st.global.v4.b32") == 4 and ptx.count("st.global") == 5, ptx
+ptx = compile(quantize_grouped, 90, ["*i64"], ["i32", "fp32"],
+              STORED=tl.int16, BF16=True, ALIGNED=True, SIZE=4096, LEVELS=12, TILE=4096, WEIGHTS=256)
+assert ptx.count("ld.global.v4.b32") == 4 and ptx.count("st.global.v4.b32") == 4, ptx
+compile(quantize_grouped, 80, ["*i64"], ["i32", "fp32"],
+        STORED=tl.float32, BF16=False, ALIGNED=False, SIZE=128, LEVELS=7, TILE=4096, WEIGHTS=1)
 compile(quantize_resident, 80, ["*fp16", "*fp16", "*i16"], ["i32", "i32", "fp32"],
         GIVEN=True, BF16=False, SIZE=128, LEVELS=7, TILE=2048)
 compile(quantize_streamed, 100, ["*fp32", "*fp32", "*i16"], ["i32", "i32", "fp32"],
@@ -514,5 +576,6 @@ def test_nothing_waits_for_the_device() -> None:
         launch.fake_quantize(weight, -1, EPS)
         packed = launch.quantize_packed(weight, -1, EPS, scales, packed)[0]
         launch.unpack_weight(packed, scales, 1024, -1, weight.dtype)
+        launch.fake_quantize_all([weight], [weight], [scales], [-1], EPS)
     finally:
         torch.cuda.set_sync_debug_mode(before)

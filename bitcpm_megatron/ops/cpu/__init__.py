@@ -14,11 +14,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ...quantization import QuantizerConfig, check_weight
+from ...quantization import QuantizerConfig, check_weight, effective_group
 from ..registry import Backend, register_backend
 
 CACHE_VARIABLE = "BITCPM_CACHE_DIR"
@@ -57,9 +59,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or repr(error)
         return None, f"{shlex.join(compiler)} could not build it: {said.splitlines()[-1]}"
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.bitcpm_fake_quantize.argtypes = [
-        *(pointer, pointer, pointer, pointer, long, long, integer, integer, ctypes.c_float, integer)
-    ]
+    library.bitcpm_fake_quantize.argtypes = [*(pointer, long, pointer, long, integer, integer, ctypes.c_float, integer)]
     library.bitcpm_fake_quantize.restype = None
     return library, None
 
@@ -133,32 +133,60 @@ def _kernel(
     weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     group = check_weight(weight, config.group_size, scales)
-    library, why = _load()
-    if library is None:
-        raise RuntimeError(f"the CPU kernel cannot run: {why}")
-    if weight.device.type != "cpu":
-        raise RuntimeError(f"the CPU kernel cannot run on a weight on {weight.device}")
     w = weight.detach().contiguous()
     quantized = torch.empty_like(w)
-    groups = w.numel() // group
     own = torch.empty(w.shape[0], w.shape[1] // group, dtype=torch.bfloat16, device="cpu")
     if scales is not None:
         own.copy_(scales)
-    threads = max(1, min(torch.get_num_threads(), groups, w.numel() // _ELEMENTS_PER_THREAD))
-    scratch = torch.empty(threads * (group + 2), dtype=torch.float32, device="cpu")
-    library.bitcpm_fake_quantize(
-        w.data_ptr(),
-        quantized.data_ptr(),
-        own.data_ptr(),
-        scratch.data_ptr(),
-        groups,
-        group,
-        _DTYPES[w.dtype],
-        scales is not None,
-        config.eps,
-        threads,
-    )
+    _call([w], [quantized], [own], [group], config.eps, given=scales is not None)
     return quantized, own
 
 
-register_backend(Backend("cpu", _kernel, unavailable, priority=5))
+def _grouped(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    group_sizes: Sequence[int],
+    config: QuantizerConfig,
+) -> int:
+    groups = [effective_group(w.shape[1], size) for w, size in zip(weights, group_sizes, strict=True)]
+    _call([w.detach().contiguous() for w in weights], quantized, scales, groups, config.eps, given=False)
+    return 1
+
+
+def _call(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    groups: Sequence[int],
+    eps: float,
+    given: bool,
+) -> None:
+    """All weights, contiguous ones of one dtype, in one call; ``given`` scales are read, others written."""
+    library, why = _load()
+    if library is None:
+        raise RuntimeError(f"the CPU kernel cannot run: {why}")
+    table = array("q")  # the C source's struct Weight
+    segments = elements = 0
+    for weight, result, scale, group in zip(weights, quantized, scales, groups, strict=True):
+        if weight.device.type != "cpu":
+            raise RuntimeError(f"the CPU kernel cannot run on a weight on {weight.device}")
+        segments += (count := weight.numel() // group)
+        elements += weight.numel()
+        table.extend((weight.data_ptr(), result.data_ptr(), scale.data_ptr(), count, group))
+    threads = max(1, min(torch.get_num_threads(), segments, elements // _ELEMENTS_PER_THREAD))
+    room = max(groups) + 2
+    scratch = torch.empty(threads * room, dtype=torch.float32, device="cpu")
+    library.bitcpm_fake_quantize(
+        table.buffer_info()[0],
+        len(weights),
+        scratch.data_ptr(),
+        room,
+        _DTYPES[weights[0].dtype],
+        given,
+        eps,
+        threads,
+    )
+
+
+register_backend(Backend("cpu", _kernel, unavailable, priority=5, grouped=_grouped))

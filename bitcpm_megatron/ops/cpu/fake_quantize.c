@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bitcpm::fake_quantize on a CPU: each group of a latent weight is read once from memory and written once.
+// bitcpm::fake_quantize on a CPU: each group of a latent weight is read once from memory and written once, where the
+// weight stands or elsewhere.
 //
 // Bit for bit the arithmetic of bitcpm_megatron/quantization/quantizer.py. The scale: |w| in fp32, summed as one binary
 // tree over neighbours, divided by n, at least eps, rounded to bf16. The weight: under a scale s, w becomes +-s where
@@ -91,9 +92,11 @@ DEFINE_SUM(sum_bf16, uint16_t, MAGNITUDE_BF16)
 DEFINE_SUM(sum_fp16, uint16_t, MAGNITUDE_FP16)
 DEFINE_SUM(sum_fp32, uint32_t, MAGNITUDE_FP32)
 
-// A weight beyond the threshold keeps its sign and takes the magnitude `level`; NaN stays NaN.
+// A weight beyond the threshold keeps its sign and takes the magnitude `level`; NaN stays NaN. `out` is `w` itself or
+// lies elsewhere: no iteration needs another one, which the compiler has to be told.
 #define DEFINE_SELECT(name, word, sign_bit, infinity, nan)                                                    \
-    static inline void name(const word *restrict w, word *restrict out, int64_t n, word threshold, word level) { \
+    static inline void name(const word *w, word *out, int64_t n, word threshold, word level) {                \
+        _Pragma("omp simd")                                                                                   \
         for (int64_t i = 0; i < n; i++) {                                                                     \
             const word magnitude = w[i] & (word)~(word)(sign_bit);                                            \
             const word signed_level = level ? (word)(level | (w[i] & (word)(sign_bit))) : (word)0;            \
@@ -143,28 +146,57 @@ static inline __attribute__((always_inline)) void one_group(const void *w, void 
     else select_fp32(w, out, n, as_bits(s / 2), as_bits(s));
 }
 
-// Quantizes `groups` groups of n elements.
+// A weight of one call, in five words of 64 bits: contiguous [groups, n] of the call's dtype, one bf16 scale per group.
+typedef struct {
+    const void *latent;
+    void *quantized;  // `latent` itself, or not overlapping with it
+    uint16_t *scales;
+    int64_t groups;
+    int64_t n;
+} Weight;
+
+// The first group of a weight that begins at or after an element, counted from the weight's own first one.
+static inline int64_t group_from(const Weight *weight, int64_t element) {
+    if (element <= 0) return 0;
+    const int64_t group = (element + weight->n - 1) / weight->n;
+    return group < weight->groups ? group : weight->groups;
+}
+
+static void some_groups(const Weight *weight, int64_t first, int64_t last, float *scratch, int dtype, int given,
+                        float eps) {
+    const int64_t n = weight->n, bytes = n * (dtype == FP32 ? 4 : 2);
+    const char *w = (const char *)weight->latent + first * bytes;
+    char *out = (char *)weight->quantized + first * bytes;
+    uint16_t *scale = weight->scales + first;
+    for (int64_t g = first; g < last; g++, w += bytes, out += bytes, scale++) {
+        // The next group comes while this one is being computed.
+        if (n >= PREFETCHED)
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(w + bytes + i);
+        // Small groups pay for their loops: these are unrolled.
+        if (n == 32 && dtype == BF16) one_group(w, out, scale, scratch, 32, BF16, given, eps);
+        else if (n == 64 && dtype == BF16) one_group(w, out, scale, scratch, 64, BF16, given, eps);
+        else if (n == 128 && dtype == BF16) one_group(w, out, scale, scratch, 128, BF16, given, eps);
+        else one_group(w, out, scale, scratch, n, dtype, given, eps);
+    }
+}
+
+// Quantizes weights of one dtype, all in one parallel region: each thread takes an equal share of all elements.
 //
-//   weight, quantized   [groups, n] in dtype, contiguous, not overlapping
-//   scales              bf16 [groups]; read where `given` is set, else written
-//   scratch             fp32, n + 2 elements for each of `threads`
-void bitcpm_fake_quantize(const void *weight, void *quantized, uint16_t *scales, float *scratch, int64_t groups,
-                          int64_t n, int dtype, int given, float eps, int threads) {
-    const int64_t width = dtype == FP32 ? 4 : 2;
+//   given     whether the scales are read; else they are written
+//   scratch   fp32, `room` elements for each of `threads`: 2 more than the longest group
+void bitcpm_fake_quantize(const Weight *weights, int64_t count, float *scratch, int64_t room, int dtype, int given,
+                          float eps, int threads) {
+    int64_t elements = 0;
+    for (int64_t i = 0; i < count; i++) elements += weights[i].groups * weights[i].n;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++) {
-        float *own = scratch + t * (n + 2);
-        for (int64_t g = groups * t / threads; g < groups * (t + 1) / threads; g++) {
-            const void *w = (const char *)weight + g * n * width;
-            // The next group comes while this one is being computed.
-            if (n >= PREFETCHED)
-                for (int64_t i = 0; i < n * width; i += 64) __builtin_prefetch((const char *)w + n * width + i);
-            void *out = (char *)quantized + g * n * width;
-            // Small groups pay for their loops: these are unrolled.
-            if (n == 32 && dtype == BF16) one_group(w, out, scales + g, own, 32, BF16, given, eps);
-            else if (n == 64 && dtype == BF16) one_group(w, out, scales + g, own, 64, BF16, given, eps);
-            else if (n == 128 && dtype == BF16) one_group(w, out, scales + g, own, 128, BF16, given, eps);
-            else one_group(w, out, scales + g, own, n, dtype, given, eps);
+        int64_t begin = elements * t / threads, end = elements * (t + 1) / threads;
+        for (int64_t i = 0; i < count && end > 0; i++) {
+            const Weight *weight = weights + i;
+            const int64_t first = group_from(weight, begin), last = group_from(weight, end);
+            some_groups(weight, first, last, scratch + t * room, dtype, given, eps);
+            begin -= weight->groups * weight->n;
+            end -= weight->groups * weight->n;
         }
     }
 }

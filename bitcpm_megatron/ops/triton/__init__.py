@@ -2,13 +2,15 @@
 """The Triton backend. Importing this registers it and imports no triton: that waits for the first weight.
 
 The kernels keep to what triton-ascend has as well as upstream: plain masked loads and stores of blocks, elementwise
-arithmetic, comparisons and selections in fp32 and int32, bit casts, reshapes, and sums along an axis. There is no
-inline assembly, no libdevice, no atomics, no block pointer, no descriptor; the only tuned numbers are the tile and the
-warps, and on an NPU nothing is tuned and as many programs run as there are vector cores.
+arithmetic, comparisons and selections in fp32 and int32, bit casts, reshapes, sums along an axis, and, for many
+weights in one launch, pointers made of integers. There is no inline assembly, no libdevice, no atomics, no block
+pointer, no descriptor; the only tuned numbers are the tile and the warps, and on an NPU nothing is tuned and as many
+programs run as there are vector cores.
 
 ================  =============================================================
 ``arithmetic``    bf16 as bits, the ordered sum, the scale, the three values
 ``resident``      groups and rows that fit into a tile: one read, one write
+``grouped``       the same, of many weights in one launch
 ``streamed``      longer rows: two reads, one write
 ``packed``        codes in 2 bits, and their statistics
 ``launch``        the host's side, with the functions to call
@@ -17,6 +19,7 @@ warps, and on an NPU nothing is tuned and as many programs run as there are vect
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -52,5 +55,18 @@ def _kernel(
     return fake_quantize(weight, config.group_size, config.eps, scales)
 
 
+def _grouped(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    group_sizes: Sequence[int],
+    config: QuantizerConfig,
+) -> int:
+    from .launch import fake_quantize_all
+
+    return fake_quantize_all(weights, quantized, scales, group_sizes, config.eps)
+
+
 # The interpreter is for finding out what a kernel does, not for training: never chosen by itself.
-register_backend(Backend("triton", _kernel, unavailable, priority=None if _INTERPRETED else 10))
+_PRIORITY = None if _INTERPRETED else 10
+register_backend(Backend("triton", _kernel, unavailable, _PRIORITY, grouped=_grouped))

@@ -2,14 +2,18 @@
 """The host's side of the kernels: checks, tiles, tuning, launch. Importing it imports triton."""
 
 import contextlib
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
+import triton.language as tl
 
 from ...quantization import check_weight, packed_size
 from ...quantization.packing import BLOCK_BYTES
+from .grouped import TABLE_ROWS, quantize_grouped
 from .packed import pack_codes
 from .packed import unpack_weight as unpack_weight_kernel
 from .resident import quantize_resident
@@ -23,8 +27,10 @@ STREAMED_ELEMENTS = 4096
 PACKED_BLOCKS = 32
 TUNED_ELEMENTS = 1 << 20
 """Smaller weights take less time than their launch: there is nothing to tune."""
-_INTERPRETED_ELEMENTS = 1 << 17
+_UNTUNED_ELEMENTS = 1 << 17 if INTERPRETED else 4096
 """The interpreter's cost is per program, hardly per element."""
+GROUPED_WEIGHTS = 512
+"""Most weights of one launch: every program looks through all of them for its own."""
 _CONFIGS = [
     triton.Config({"TILE": tile}, num_warps=warps, num_stages=1)
     for tile, warps in (
@@ -83,16 +89,82 @@ def fake_quantize(
     """
     group = check_weight(weight, group_size, scales)
     weight = weight.detach().contiguous()
-    units = weight.numel() // group
     quantized = torch.empty_like(weight)
     own = scales.clone(memory_format=torch.contiguous_format) if scales is not None else None
     if own is None:
         own = torch.empty(weight.shape[0], weight.shape[1] // group, dtype=torch.bfloat16, device=weight.device)
+    _quantize(weight, quantized, own, group, eps, scales is not None, tile, resident)
+    return quantized, own
+
+
+def fake_quantize_all(
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    group_sizes: Sequence[int],
+    eps: float,
+    *,
+    tile: int | None = None,
+    resident: int | None = None,
+) -> int:
+    """Quantizes weights of one dtype, in place or not, in one launch for all groups of about one length.
+
+    About one length is: up to the same power of two, and all at addresses of a multiple of 16, or not; of more than
+    GROUPED_WEIGHTS weights there are several launches. Groups that do not fit into a tile have one launch per weight.
+    Nothing waits for the device, and nothing is tuned; a graph must not be captured meanwhile, for a launch's table is
+    copied from the host.
+
+    Args:
+        weights: as for :func:`fake_quantize`.
+        quantized: like them, contiguous, written; each may be the weight itself.
+        scales: bf16 ``[out, groups]`` of each, contiguous, written.
+        group_sizes: of each; see :func:`fake_quantize`.
+        eps: see there.
+        tile: elements per program and step instead of the device's number: a power of two.
+        resident: see :func:`fake_quantize`.
+
+    Returns:
+        The number of launches.
+
+    Raises:
+        ValueError: see :func:`~bitcpm_megatron.quantization.check_weight`.
+    """
+    launches = 0
+    # What is copied here to be contiguous lives until the last launch.
+    latent = [weight.detach().contiguous() for weight in weights]
+    kinds: defaultdict[tuple[int, bool], list[_Entry]] = defaultdict(list)
+    for weight, out, own, group_size in zip(latent, quantized, scales, group_sizes, strict=True):
+        group = check_weight(weight, group_size, own)
+        size = triton.next_power_of_2(group)
+        if size > _resident(resident, weight.device):
+            _quantize(weight, out, own, group, eps, False, tile, resident)
+            launches += 1
+            continue
+        entry = (weight.data_ptr(), out.data_ptr(), own.data_ptr(), weight.numel() // group, group)
+        kinds[size, all(number % 16 == 0 for number in (*entry[:2], group))].append(entry)
+    for (size, aligned), entries in kinds.items():
+        for start in range(0, len(entries), GROUPED_WEIGHTS):
+            _launch_grouped(entries[start : start + GROUPED_WEIGHTS], latent[0], eps, size, aligned, tile)
+            launches += 1
+    return launches
+
+
+def _quantize(
+    weight: torch.Tensor,
+    quantized: torch.Tensor,
+    own: torch.Tensor,
+    group: int,
+    eps: float,
+    given: bool,
+    tile: int | None,
+    resident: int | None,
+) -> None:
+    """One launch; ``own`` scales are read where they are given, else written."""
+    units = weight.numel() // group
     arguments = (_stored(weight), _stored(quantized), _stored(own), units, group, eps)
     kind = weight.device.type
-    constants: dict[str, Any] = {"GIVEN": scales is not None, "BF16": weight.dtype == torch.bfloat16}
-    if resident is None:
-        resident = RESIDENT_ELEMENTS.get(kind, RESIDENT_ELEMENTS_ELSEWHERE)
+    constants: dict[str, Any] = {"GIVEN": given, "BF16": weight.dtype == torch.bfloat16}
+    resident = _resident(resident, weight.device)
     size = triton.next_power_of_2(group)
     with _on(weight.device):
         if size > resident:
@@ -101,18 +173,50 @@ def fake_quantize(
             constants |= {"SIZE": piece, "LEVELS": piece.bit_length() - 1}
             constants |= {"PIECES": pieces, "PIECE_LEVELS": pieces.bit_length() - 1}
             quantize_streamed[(_programs(units, weight.device),)](*arguments, **constants, num_warps=8)
-            return quantized, own
+            return
         constants |= {"SIZE": size, "LEVELS": size.bit_length() - 1}
         if tile is None and (INTERPRETED or kind == "npu" or weight.numel() < TUNED_ELEMENTS):
-            tile = _INTERPRETED_ELEMENTS if INTERPRETED else 4096
+            tile = _UNTUNED_ELEMENTS
         grid = _grid(units, size, weight.device)
         if tile is None:
             _tuned[grid](*arguments, **constants)
         else:
             # No tile needs to be larger than the weight.
             tile = max(size, min(tile, triton.next_power_of_2(units) * size))
-            quantize_resident[grid](*arguments, **constants, TILE=tile, num_warps=min(16, max(4, tile // 1024)))
-    return quantized, own
+            quantize_resident[grid](*arguments, **constants, TILE=tile, num_warps=_warps(tile))
+
+
+_Entry: TypeAlias = tuple[int, int, int, int, int]
+"""Addresses of weight, quantized weight and scales; units; unit."""
+
+
+def _launch_grouped(
+    entries: Sequence[_Entry], like: torch.Tensor, eps: float, size: int, aligned: bool, tile: int | None
+) -> None:
+    """One launch for weights of the dtype and device of ``like``."""
+    longest = max(units for *_, units, _ in entries)
+    tile = max(size, min(tile or _UNTUNED_ELEMENTS, triton.next_power_of_2(longest) * size))
+    tiles = [triton.cdiv(units, tile // size) for *_, units, _ in entries]
+    firsts = [0, *itertools.accumulate(tiles)]
+    width = triton.next_power_of_2(len(entries))
+    table = torch.zeros(TABLE_ROWS, width, dtype=torch.int64, pin_memory=like.device.type != "cpu")
+    table[0] = firsts[-1]
+    table[:, : len(entries)] = torch.tensor([firsts[:-1], *zip(*entries, strict=True)])
+    bf16 = like.dtype == torch.bfloat16
+    with _on(like.device):
+        quantize_grouped[(_programs(firsts[-1], like.device),)](
+            table.to(like.device, non_blocking=True),
+            firsts[-1],
+            eps,
+            STORED=tl.int16 if bf16 else {torch.float16: tl.float16, torch.float32: tl.float32}[like.dtype],
+            BF16=bf16,
+            ALIGNED=aligned,
+            SIZE=size,
+            LEVELS=size.bit_length() - 1,
+            TILE=tile,
+            WEIGHTS=width,
+            num_warps=_warps(tile),
+        )
 
 
 def quantize_packed(
@@ -224,6 +328,14 @@ def unpack_weight(
 
 def _stored(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+def _resident(given: int | None, device: torch.device) -> int:
+    return RESIDENT_ELEMENTS.get(device.type, RESIDENT_ELEMENTS_ELSEWHERE) if given is None else given
+
+
+def _warps(tile: int) -> int:
+    return min(16, max(4, tile // 1024))
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

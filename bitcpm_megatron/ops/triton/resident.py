@@ -8,6 +8,41 @@ from .arithmetic import ordered_sum, scale_bits, ternary, widen
 
 
 @triton.jit
+def quantize_tile(
+    step,
+    weight,
+    quantized,
+    scales,
+    units,
+    unit,
+    eps,
+    GIVEN: tl.constexpr,
+    BF16: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One tile, the ``step``-th of ``[units, unit]``; all else as of :func:`quantize_resident`.
+
+    It is read before it is written, so that ``quantized`` may be the weight itself.
+    """
+    UNITS: tl.constexpr = TILE // SIZE
+    row = tl.arange(0, UNITS)[:, None]
+    column = tl.arange(0, SIZE)[None, :]
+    index = step * UNITS + row
+    known = index < units
+    inside = known & (column < unit)
+    offset = index.to(tl.int64) * unit + column
+    w = widen(tl.load(weight + offset, mask=inside, other=0), BF16)
+    if GIVEN:
+        bits = tl.load(scales + index, mask=known, other=0).to(tl.int32) & 0xFFFF
+    else:
+        bits = scale_bits(ordered_sum(tl.abs(w), UNITS, SIZE, LEVELS), unit, eps)
+        tl.store(scales + index, bits.to(tl.int16), mask=known)
+    tl.store(quantized + offset, ternary(w, bits, GIVEN, BF16, quantized.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def quantize_resident(
     weight,
     quantized,
@@ -36,18 +71,5 @@ def quantize_resident(
         LEVELS: see there.
         TILE: elements per program and step, a multiple of SIZE.
     """
-    UNITS: tl.constexpr = TILE // SIZE
-    row = tl.arange(0, UNITS)[:, None]
-    column = tl.arange(0, SIZE)[None, :]
-    for step in range(tl.program_id(0), tl.cdiv(units, UNITS), tl.num_programs(0)):
-        index = step * UNITS + row
-        known = index < units
-        inside = known & (column < unit)
-        offset = index.to(tl.int64) * unit + column
-        w = widen(tl.load(weight + offset, mask=inside, other=0), BF16)
-        if GIVEN:
-            bits = tl.load(scales + index, mask=known, other=0).to(tl.int32) & 0xFFFF
-        else:
-            bits = scale_bits(ordered_sum(tl.abs(w), UNITS, SIZE, LEVELS), unit, eps)
-            tl.store(scales + index, bits.to(tl.int16), mask=known)
-        tl.store(quantized + offset, ternary(w, bits, GIVEN, BF16, quantized.dtype.element_ty), mask=inside)
+    for step in range(tl.program_id(0), tl.cdiv(units, TILE // SIZE), tl.num_programs(0)):
+        quantize_tile(step, weight, quantized, scales, units, unit, eps, GIVEN, BF16, SIZE, LEVELS, TILE)

@@ -2,7 +2,6 @@
 // The ops of bitcpm_megatron/ops/ascendc.py on an NPU. Their schemas stand there.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <acl/acl.h>
 #include <c10/core/DeviceGuard.h>
@@ -92,7 +91,8 @@ Entry EntryOf(Kernel kernel, Dtype dtype)
     return entries[static_cast<uint32_t>(kernel)][static_cast<uint32_t>(dtype)];
 }
 
-void Run(const std::vector<WeightSpec>& specs, Dtype dtype, const at::Device& device, uint32_t cores)
+// Returns the number of launches.
+int64_t Run(const std::vector<WeightSpec>& specs, Dtype dtype, const at::Device& device, uint32_t cores)
 {
     const ternary::Plan plan = ternary::MakePlan(specs, dtype, cores);
     TORCH_CHECK(plan.error.empty(), "ternary kernels: ", plan.error);
@@ -113,66 +113,69 @@ void Run(const std::vector<WeightSpec>& specs, Dtype dtype, const at::Device& de
         });
         command.Run();
     }
+    return static_cast<int64_t>(plan.launches.size());
 }
 
-using Lists = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
-
-Lists Quantize(at::TensorList weights, at::IntArrayRef groups, double eps, at::TensorList scales,
-               at::TensorList previous, bool pack, bool count)
+// What a result or an input of weight `i` has to be; `what` names it in the error.
+void CheckTensor(const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type, const at::Device& device,
+                 std::size_t i, const char* what)
 {
-    TORCH_CHECK(!weights.empty() && weights.size() == groups.size(), "one group size per weight");
-    TORCH_CHECK(scales.empty() || scales.size() == weights.size(), "scales of all weights, or of none");
-    TORCH_CHECK(previous.empty() || previous.size() == weights.size(), "previous codes of all weights, or of none");
-    const at::Device device = weights[0].device();
+    TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous() && tensor.device() == device &&
+                    tensor.sizes() == sizes,
+                "weight ", i, ": the ", what, " do not fit");
+}
+
+// Without weights the quantized ones are quantized where they stand: every tile is read before it is written.
+std::tuple<std::vector<Tensor>, int64_t> Quantize(at::TensorList weights, at::TensorList quantized,
+                                                  at::TensorList scales, at::TensorList packed,
+                                                  at::TensorList previous, at::IntArrayRef groups, double eps,
+                                                  bool given, bool count)
+{
+    const at::TensorList latent = weights.empty() ? quantized : weights;
+    TORCH_CHECK(!latent.empty() && latent.size() == groups.size(), "one group size per weight");
+    TORCH_CHECK(quantized.size() == latent.size() && scales.size() == latent.size(),
+                "one quantized weight per weight, and its scales");
+    TORCH_CHECK(packed.empty() || packed.size() == latent.size(), "packed codes of all weights, or of none");
+    TORCH_CHECK(previous.empty() || previous.size() == latent.size(), "previous codes of all weights, or of none");
+    const at::Device device = latent[0].device();
+    const at::ScalarType type = latent[0].scalar_type();
     const c10::DeviceGuard guard(device);
-    const Dtype dtype = DtypeOf(weights[0].scalar_type());
+    const Dtype dtype = DtypeOf(type);
     const uint32_t cores = VectorCores(device);
     const bool counts = count || !previous.empty();
 
-    Lists results;
-    auto& [quantized, own, packed, totals] = results;
     std::vector<Tensor> statistics;
     std::vector<WeightSpec> specs;
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-        const Tensor& w = weights[i];
+    for (std::size_t i = 0; i < latent.size(); ++i) {
+        const Tensor& w = latent[i];
         TORCH_CHECK(w.dim() == 2 && w.is_contiguous() && w.device() == device, "weight ", i,
                     ": not a contiguous matrix on the first one's device");
-        TORCH_CHECK(w.scalar_type() == weights[0].scalar_type(), "weight ", i, " has another dtype than the first");
+        TORCH_CHECK(w.scalar_type() == type, "weight ", i, " has another dtype than the first");
         TORCH_CHECK(groups[i] > 0 && w.size(1) % groups[i] == 0, "weight ", i, ": groups do not divide the row");
-        const int64_t scaleColumns = w.size(1) / groups[i];
         const int64_t packedColumns = static_cast<int64_t>(ternary::PackedBytes(1, w.size(1)));
-        quantized.push_back(at::empty_like(w));
-        if (scales.empty()) {
-            own.push_back(at::empty({w.size(0), scaleColumns}, w.options().dtype(at::kBFloat16)));
-        } else {
-            const Tensor& s = scales[i];
-            TORCH_CHECK(s.scalar_type() == at::kBFloat16 && s.is_contiguous() && s.device() == device &&
-                            s.sizes() == at::IntArrayRef({w.size(0), scaleColumns}),
-                        "weight ", i, ": the scales do not fit");
-            own.push_back(s.clone());
+        CheckTensor(quantized[i], w.sizes(), type, device, i, "quantized values");
+        CheckTensor(scales[i], {w.size(0), w.size(1) / groups[i]}, at::kBFloat16, device, i, "scales");
+        if (!packed.empty()) {
+            CheckTensor(packed[i], {w.size(0), packedColumns}, at::kByte, device, i, "packed codes");
         }
-        if (pack) {
-            packed.push_back(at::empty({w.size(0), packedColumns}, w.options().dtype(at::kByte)));
+        if (!previous.empty()) {
+            CheckTensor(previous[i], {w.size(0), packedColumns}, at::kByte, device, i, "previous codes");
         }
         if (counts) {
             statistics.push_back(at::zeros({cores, 2, ternary::kStatisticsLanes}, w.options().dtype(at::kInt)));
         }
-        if (!previous.empty()) {
-            const Tensor& p = previous[i];
-            TORCH_CHECK(p.scalar_type() == at::kByte && p.is_contiguous() && p.device() == device &&
-                            p.sizes() == at::IntArrayRef({w.size(0), packedColumns}),
-                        "weight ", i, ": the previous codes do not fit");
-        }
-        specs.push_back({AddressOf(w), AddressOf(quantized[i]), AddressOf(own[i]), pack ? AddressOf(packed[i]) : 0,
-                         previous.empty() ? 0 : AddressOf(previous[i]), counts ? AddressOf(statistics[i]) : 0,
-                         static_cast<uint32_t>(w.size(0)), static_cast<uint32_t>(w.size(1)),
-                         static_cast<uint32_t>(groups[i]), static_cast<float>(eps), !scales.empty(), 0});
+        specs.push_back({AddressOf(w), AddressOf(quantized[i]), AddressOf(scales[i]),
+                         packed.empty() ? 0 : AddressOf(packed[i]), previous.empty() ? 0 : AddressOf(previous[i]),
+                         counts ? AddressOf(statistics[i]) : 0, static_cast<uint32_t>(w.size(0)),
+                         static_cast<uint32_t>(w.size(1)), static_cast<uint32_t>(groups[i]), static_cast<float>(eps),
+                         given, 0});
     }
-    Run(specs, dtype, device, cores);
+    const int64_t launches = Run(specs, dtype, device, cores);
+    std::vector<Tensor> totals;
     for (const Tensor& lanes : statistics) {
         totals.push_back(lanes.sum(at::IntArrayRef({0, 2}), false, at::kLong));
     }
-    return results;
+    return {totals, launches};
 }
 
 Tensor Unpack(const Tensor& packed, const Tensor& scales, int64_t columns, at::ScalarType type)

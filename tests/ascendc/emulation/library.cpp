@@ -31,8 +31,8 @@ void Explain(const std::string& text, char* error, uint32_t errorBytes)
 void AddRegion(uint64_t address, uint64_t bytes, bool writable)
 {
     if (address != 0) {
-        Machine::Get().regions.push_back({static_cast<uintptr_t>(address), bytes, writable,
-                                          std::vector<uint16_t>(writable ? bytes : 0)});
+        const std::vector<uint16_t> nobody(writable ? bytes : 0);
+        Machine::Get().regions.push_back({static_cast<uintptr_t>(address), bytes, writable, nobody, nobody});
     }
 }
 
@@ -41,7 +41,7 @@ void AddRegions(const WeightSpec& w, uint32_t elementBytes, uint32_t cores)
 {
     const uint64_t elements = static_cast<uint64_t>(w.rows) * w.columns;
     const bool readsScales = w.givenScales || w.unpack;
-    AddRegion(w.unpack ? 0 : w.input, elements * elementBytes, false);
+    AddRegion(w.unpack || w.input == w.output ? 0 : w.input, elements * elementBytes, false);
     AddRegion(w.output, elements * elementBytes, true);
     AddRegion(w.scales, elements / w.group * 2, !readsScales);
     AddRegion(w.packed, ternary::PackedBytes(w.rows, w.columns), true);
@@ -81,7 +81,8 @@ void AddRegions(const uint32_t* entry, uint32_t elementBytes, uint32_t blocks)
     const uint64_t lines = entry[ternary::kTiles] / entry[ternary::kTilesPerLine];
     const uint64_t elements = lines * entry[ternary::kLineLength];
     const uint64_t packedBytes = lines * entry[ternary::kLinePackedBytes];
-    AddRegion(address(ternary::kInput), elements * elementBytes, false);
+    const bool inPlace = address(ternary::kInput) == address(ternary::kOutput);
+    AddRegion(inPlace ? 0 : address(ternary::kInput), elements * elementBytes, false);
     AddRegion(address(ternary::kOutput), elements * elementBytes, true);
     AddRegion(address(ternary::kScales), elements / entry[ternary::kSegment] * 2,
               (flags & (ternary::kGivenScales | ternary::kUnpack)) == 0);

@@ -60,7 +60,15 @@ void Machine::CheckGlobal(uintptr_t address, uint64_t bytes, bool write)
         if (write) {
             for (uint64_t i = offset; i < offset + bytes; ++i) {
                 Require(region.writer[i] == 0, "gm-bounds", "a global byte is stored twice");
+                Require(region.reader[i] == 0 || region.reader[i] == core + 1, "gm-bounds",
+                        "a global byte is stored by another core than the one that reads it");
                 region.writer[i] = static_cast<uint16_t>(core + 1);
+            }
+        } else if (region.writable) {
+            for (uint64_t i = offset; i < offset + bytes; ++i) {
+                Require(region.writer[i] == 0, "gm-bounds", "a global byte is read after it was stored");
+                region.reader[i] = region.reader[i] == 0 || region.reader[i] == core + 1
+                                       ? static_cast<uint16_t>(core + 1) : kSeveralCores;
             }
         }
         return;

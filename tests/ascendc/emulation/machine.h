@@ -54,7 +54,10 @@ struct Region {
     uint64_t bytes;
     bool writable;
     std::vector<uint16_t> writer;   // per byte: core + 1, so that two cores on one byte are noticed
+    std::vector<uint16_t> reader;   // likewise, of weights that are quantized where they stand
 };
+
+constexpr uint16_t kSeveralCores = 0xFFFF;
 
 struct Range {
     uint32_t begin;

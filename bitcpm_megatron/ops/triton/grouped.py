@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many weights in one launch, for units that fit into one tile."""
+
+import triton
+import triton.language as tl
+
+from .resident import quantize_tile
+
+TABLE_ROWS = 6
+"""First step, the addresses of weight, quantized weight and scales, units, unit: see :func:`quantize_grouped`."""
+
+
+@triton.jit
+def quantize_grouped(
+    table,
+    steps,
+    eps,
+    STORED: tl.constexpr,
+    BF16: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+):
+    """As :func:`~bitcpm_megatron.ops.triton.resident.quantize_resident` with own scales, of many weights.
+
+    Args:
+        table: int64 ``[TABLE_ROWS, WEIGHTS]``, one column per weight; those beyond the last begin behind all steps.
+        steps: tiles of all weights.
+        eps: lower bound of a scale.
+        STORED: what is stored: int16 for bf16, else fp16 or fp32.
+        BF16: whether the weights are bf16.
+        ALIGNED: whether every address and unit is a multiple of 16.
+        SIZE: 2**LEVELS, the power of two from every ``unit`` up.
+        LEVELS: see there.
+        TILE: elements per program and step, a multiple of SIZE.
+        WEIGHTS: a power of two.
+    """
+    firsts = tl.load(table + tl.arange(0, WEIGHTS))
+    for step in range(tl.program_id(0), steps, tl.num_programs(0)):
+        entry = table + (tl.sum((firsts <= step).to(tl.int32), axis=0) - 1)
+        first = tl.load(entry).to(tl.int32)
+        weight = tl.load(entry + WEIGHTS).to(tl.pointer_type(STORED))
+        quantized = tl.load(entry + 2 * WEIGHTS).to(tl.pointer_type(STORED))
+        scales = tl.load(entry + 3 * WEIGHTS).to(tl.pointer_type(tl.int16))
+        units = tl.load(entry + 4 * WEIGHTS).to(tl.int32)
+        unit = tl.load(entry + 5 * WEIGHTS).to(tl.int32)
+        if ALIGNED:
+            weight = tl.multiple_of(weight, 16)
+            quantized = tl.multiple_of(quantized, 16)
+            unit = tl.multiple_of(unit, 16)
+        quantize_tile(step - first, weight, quantized, scales, units, unit, eps, False, BF16, SIZE, LEVELS, TILE)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that are quantized together: any shapes, group sizes and dtypes, in place and not, against the reference."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+from bitcpm_megatron.ops import quantize_in_place
+from bitcpm_megatron.quantization import WEIGHT_DTYPES, QuantizerConfig, quantize_dequantize
+
+OP = torch.ops.bitcpm.fake_quantize_all
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A weight: ``rows`` of ``groups`` groups, or of one of ``columns`` elements; its values follow from the seed."""
+
+    rows: int
+    groups: int
+    group_size: int
+    columns: int
+    dtype: torch.dtype
+    exponent: int
+    special: float
+    seed: int
+
+    def tensor(self, device: str = "cpu") -> torch.Tensor:
+        columns = self.columns if self.group_size == -1 else self.groups * self.group_size
+        g = torch.Generator().manual_seed(self.seed)
+        weight = torch.randn(self.rows, columns, generator=g) * 2.0**self.exponent
+        weight.view(-1)[self.seed % weight.numel()] = self.special
+        return weight.to(device, self.dtype)
+
+
+LATENTS = st.lists(
+    st.builds(
+        Latent,
+        rows=st.integers(1, 9),
+        groups=st.integers(1, 3),
+        group_size=st.sampled_from([-1, -1, 32, 64, 96, 128, 256]),
+        columns=st.integers(1, 700),
+        dtype=st.sampled_from(WEIGHT_DTYPES),
+        exponent=st.integers(-40, 12),
+        special=st.sampled_from([1.0, 0.0, -0.0, 1e-40, -6e-8, 65504.0, float("inf"), float("nan")]),
+        seed=st.integers(0, 2**32 - 1),
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal bit for bit, but for which NaN it is."""
+    integer = torch.int32 if found.dtype == torch.float32 else torch.int16
+    found, expected = (t.cpu().contiguous() for t in (found, expected))
+    same = (found.view(integer) == expected.view(integer)) | (found.isnan() & expected.isnan())
+    return found.dtype == expected.dtype and found.shape == expected.shape and bool(same.all())
+
+
+def check_together(latents: list[Latent], eps: float = QuantizerConfig.eps, device: str = "cpu") -> None:
+    """Quantizes them together where they stand and elsewhere, by the backend that serves the device."""
+    sizes = [latent.group_size for latent in latents]
+    expected = [
+        quantize_dequantize(latent.tensor(), QuantizerConfig(group_size=size, eps=eps))
+        for latent, size in zip(latents, sizes, strict=True)
+    ]
+    weights = [latent.tensor(device) for latent in latents]
+    elsewhere = [torch.full_like(w, 7.0) for w in weights]
+    scales = [torch.full(s.shape, 7.0, dtype=s.dtype, device=device) for _, s in expected]
+    OP(weights, elsewhere, scales, "ternary", sizes, eps, "absmean", 1.0)
+    for latent, weight in zip(latents, weights, strict=True):
+        assert same_bits(weight, latent.tensor()), (latent, "a weight changed that is quantized elsewhere")
+    places = [weight.data_ptr() for weight in weights]
+    own = quantize_in_place(weights, QuantizerConfig(eps=eps), sizes)
+    assert places == [weight.data_ptr() for weight in weights]
+    for quantized, made in ((elsewhere, scales), (weights, own)):
+        for latent, q, s, (values, theirs) in zip(latents, quantized, made, expected, strict=True):
+            assert same_bits(s, theirs), (latent, "scales")
+            assert same_bits(q, values), (latent, "quantized weight")
