@@ -24,7 +24,7 @@ CASES = {
 }
 SEVERAL_BUCKETS = ("overlaps", "experts")
 WAYS = {
-    "packed": ["--ternary-param-gather", "packed"],
+    "packed": ["--ternary-cache", "resident", "--ternary-param-gather", "packed"],
     "resident": ["--ternary-cache", "resident"],
     "step": ["--ternary-cache", "step"],
 }

@@ -130,6 +130,18 @@ def test_weights_where_they_stand(emulator: Emulator, dtype: torch.dtype) -> Non
             assert golden.same_bits(weight.scales, other.scales)
 
 
+def test_the_emulation_watches_weights_that_are_quantized_where_they_stand(emulator: Emulator) -> None:
+    latent = gaussian(2, 8192)
+    in_place = Weight(latent, 8192)
+    in_place.quantized = latent
+    with pytest.raises(EmulationError, match="a global byte is read after it was stored"):
+        emulator.run([in_place, in_place], 1)
+    # The tile kernel runs first, and its only core reads the row that the second core of the row kernel stores.
+    other = Weight(latent[1:].view(256, 32), 32)
+    with pytest.raises(EmulationError, match="stored by another core than the one that reads it"):
+        emulator.run([in_place, other], 2)
+
+
 def test_what_is_packed_unpacks_to_the_same_weight(emulator: Emulator) -> None:
     for dtype, (rows, columns, group) in itertools.product(
         cases.DTYPES, [(5, 192, 32), (3, 384, 384), (2, 5000, 5000)]

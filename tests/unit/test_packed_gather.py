@@ -255,7 +255,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     ("flags", "distributed", "mistakes"),
     [
         ("--ternary", False, []),
-        (f"--ternary {PACKED}", True, []),
+        (f"--ternary {PACKED} --ternary-cache auto", True, []),
         (f"--ternary {PACKED} --ternary-cache resident", True, []),
         (f"--ternary {PACKED} --ternary-cache step", True, ["--ternary-cache step does not keep there: use resident"]),
         (f"--ternary {PACKED} --ternary-cache none", False, ["use resident", "needs --use-distributed-optimizer"]),

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from bitcpm_megatron.nn.cache import CacheEpoch
 from bitcpm_megatron.nn.linear import StaleCacheError, TernaryState
-from bitcpm_megatron.parallel.shards import Share, share_of
+from bitcpm_megatron.ops import Backend
+from bitcpm_megatron.parallel.resident import Resident
+from bitcpm_megatron.parallel.shards import Share, Shares, share_of
 from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize, scales_of
 
 
@@ -89,3 +91,33 @@ def test_a_quantized_weight_is_never_quantized_again() -> None:
     assert torch.equal(found, quantized) and torch.equal(recovered, scales)
     with pytest.raises(StaleCacheError, match=r"layer: its parameter holds the quantized weight.*latents\(\)"):
         resident.quantize(quantized)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_all_weights_of_a_step_are_quantized_together(begins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of the backend for every weight, whatever their group sizes, where they stand."""
+    calls = []
+    original = Backend.together
+
+    def recorded(self: Backend, weights, *arguments) -> int:
+        calls.append(len(weights))
+        return original(self, weights, *arguments)
+
+    monkeypatch.setattr(Backend, "together", recorded)
+    linears = [torch.nn.Linear(64, rows, bias=False, dtype=torch.bfloat16) for rows in (3, 5, 96)]
+    modules = list(zip([state(), state(32), state(64)], linears, strict=True))
+    expected = [quantize_dequantize(m.weight.detach().clone(), s.config) for s, m in modules]
+    places = [m.weight.data_ptr() for m in linears]
+    if begins:
+        resident = Resident.__new__(Resident)
+        resident.holds, resident._modules = False, modules
+        resident.begin()
+        assert resident.holds and all(s.resident for s, _ in modules)
+    else:
+        # An optimizer without shards: every rank has all of every weight.
+        Shares(object(), [(s, m.weight) for s, m in modules]).quantize(
+            lambda share: share.parameter.detach().view(-1)[share.start : share.end]
+        )
+    assert calls == [3] and places == [m.weight.data_ptr() for m in linears]
+    for (s, m), (quantized, scales) in zip(modules, expected, strict=True):
+        assert torch.equal(m.weight, quantized) and torch.equal(s.scales.flatten(), scales.flatten()) and s.count == 1
