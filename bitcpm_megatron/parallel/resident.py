@@ -180,7 +180,7 @@ class Resident:
 def hold_in_parameters(chunks: Sequence[torch.nn.Module], optimizer: Any, cache: str) -> str | None:
     """Lets the parameters hold the quantized weights where ``--ternary-cache`` asks for it.
 
-    To be called once the optimizer is built and a checkpoint loaded.
+    To be called once the optimizer is built, before or after a checkpoint is loaded: it begins with the first schedule.
 
     Args:
         chunks: as for :class:`Resident`.

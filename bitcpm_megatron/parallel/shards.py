@@ -15,7 +15,7 @@ import torch
 
 from ..nn.linear import TernaryState
 from ..ops import quantize_in_place
-from ..quantization import QuantizerConfig
+from ..quantization import QuantizerConfig, effective_group
 
 
 def places_of(part: Any) -> dict[torch.nn.Parameter, tuple[int, int]]:
@@ -83,7 +83,7 @@ def share_of(
         ranks: shards of the buffer.
     """
     count = parameter.numel()
-    group = parameter.shape[1] if state.config.group_size == -1 else state.config.group_size
+    group = effective_group(parameter.shape[1], state.config.group_size)
     edges = [0, *(e for r in range(1, ranks) if 0 < (e := r * shard - first) < count), count]
     start, end = (min(max(r * shard - first, 0), count) for r in (rank, rank + 1))
     cuts = []
