@@ -45,10 +45,10 @@ def _process_group() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
-def single_rank(_process_group: None) -> Iterator[None]:
-    """megatron-core's parallel state at TP1, on the CPU, seeded."""
-    from megatron.core import parallel_state, tensor_parallel
+@pytest.fixture(scope="module")
+def _model_parallel(_process_group: None) -> Iterator[None]:
+    """megatron-core's groups at TP1: to make and destroy them takes longer than most tests."""
+    from megatron.core import parallel_state
 
     from bitcpm_megatron.patches import cpu
     from bitcpm_megatron.patches.megatron_core import without_te
@@ -57,6 +57,13 @@ def single_rank(_process_group: None) -> Iterator[None]:
         cpu.install()
     without_te.install()
     parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
     yield
     leave_model_parallel()
+
+
+@pytest.fixture
+def single_rank(_model_parallel: None) -> None:
+    """megatron-core's parallel state at TP1, on the CPU, seeded."""
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(1)

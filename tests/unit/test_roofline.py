@@ -407,6 +407,7 @@ def test_an_accelerator_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["cuda"]
 
 
+@pytest.mark.slow
 def test_tables_and_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     chosen = ["minicpm4-0.5b", "minicpm4-8b"]
     assert roofline.main(["--models", *chosen, "--output-dir", str(tmp_path)], machine_for_tests) == 0

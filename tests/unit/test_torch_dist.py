@@ -96,6 +96,7 @@ def test_the_same_checkpoint_is_the_same_bytes_wherever_it_is_written(tmp_path):
 slices = st.builds(slice, *[st.one_of(st.none(), st.integers(-7, 7))] * 2)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     grid=st.tuples(st.sampled_from([1, 3]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 6])),

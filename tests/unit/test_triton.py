@@ -138,6 +138,7 @@ def test_rows_that_do_not_fit_into_a_tile(resident: int, dtype: torch.dtype) -> 
         check(gaussian(rows, columns, dtype, columns), group, resident=resident)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 5),
@@ -197,6 +198,7 @@ def test_tuning_tries_the_tiles_that_fit(columns: int, tiles: set[int], monkeypa
     assert bits_equal(q, expected[0]) and torch.equal(s, expected[1])
 
 
+@pytest.mark.slow
 def test_a_scale_at_the_midpoint_does_not_follow_the_tile() -> None:
     """Rows whose mean is within rounding errors of the midpoint of two bf16 values, where any other order shows."""
     g = torch.Generator().manual_seed(1)
@@ -367,6 +369,7 @@ def test_packed_codes_of_a_poisoned_group_are_zero() -> None:
 MIXED = [(3, 33, -1), (40, 256, 32), (1, 4096, -1), (7, 1024, 128), (9, 300, -1), (5, 64, -1), (2, 128, 64)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("options", "launches"),
@@ -391,6 +394,7 @@ def test_many_weights_together(dtype: torch.dtype, options: dict, launches: int)
             assert bits_equal(q.cpu(), values) and torch.equal(s.cpu(), theirs)
 
 
+@pytest.mark.slow
 def test_weights_of_one_shape_need_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [gaussian(2, 64, torch.bfloat16, i).to(DEVICE) for i in range(37)]
     expected = [run(w.cpu(), -1)[0] for w in weights]
@@ -403,6 +407,7 @@ def test_weights_of_one_shape_need_one_launch(monkeypatch: pytest.MonkeyPatch) -
     assert all(bits_equal(w.cpu(), q) for w, q in zip(again, expected, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(latents=LATENTS)
 def test_together_as_each_alone(latents: list[Latent]) -> None:
