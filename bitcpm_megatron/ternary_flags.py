@@ -87,7 +87,7 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group.add_argument(
         "--ternary-cache",
         choices=("auto", "resident", "step", "none"),
-        default="step",
+        default="auto",
         help="where quantized weights are: resident, in the parameters (latents in the optimizer's masters alone); "
         "step, beside them; none, quantized in every forward; auto, resident where it is possible, else step",
     )

@@ -34,6 +34,6 @@ class TernarySettings:
     recipe: Recipe | str | Path | None = None
     row_parallel_shards: int | None = None
     backend: str = "auto"
-    cache: CacheChoice = "step"
+    cache: CacheChoice = "auto"
     verify_cache: bool = False
     activation_bits: int = 16

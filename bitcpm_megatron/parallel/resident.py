@@ -38,8 +38,8 @@ class ResidentError(ValueError):
 class Resident:
     """The quantized weights of a training run that live in the parameters.
 
-    They become so when the first schedule starts, or :meth:`begin` is called: until then, and again from a
-    ``load_state_dict`` to the next schedule, the parameters are the latent weights.
+    They become so when the first schedule starts, or :meth:`begin` is called: until then, and inside :meth:`latents`,
+    the parameters are the latent weights, and only then may a ``load_state_dict`` write them.
 
     Args:
         chunks: the model chunks of this rank, wrapped in DDP, after
@@ -73,7 +73,7 @@ class Resident:
             # Wrappers hand load_state_dict on to the chunk inside, some without a hook of their own.
             while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):
                 chunk = inner
-            chunk.register_load_state_dict_post_hook(self._loaded)
+            chunk.register_load_state_dict_pre_hook(self._refuse_load)
         schedules.announce_schedules(_begin)
 
     @property
@@ -101,7 +101,8 @@ class Resident:
     def latents(self) -> Iterator[None]:
         """While it lasts, the parameters are the latent weights of the optimizer; collective over all ranks.
 
-        For what reads weights: saving, exporting. The optimizer may not step meanwhile.
+        For what reads or writes weights: saving, exporting, loading (``load_state_dict`` and then the optimizer's
+        ``reload_model_params``, for its masters go on). The optimizer may not step meanwhile.
         """
         if not self.holds:
             yield
@@ -142,7 +143,7 @@ class Resident:
                     raise StaleCacheError(
                         f"{share.state.name}: its parameter, which holds the quantized weight, no longer is the "
                         "quantization of the optimizer's master weight: it was written by something else. Write "
-                        "weights by load_state_dict and optimizer.reload_model_params(), or run with "
+                        "weights inside Resident.latents(), and then optimizer.reload_model_params(), or run with "
                         "--ternary-cache step."
                     )
 
@@ -154,13 +155,17 @@ class Resident:
     def _reload(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         if self.holds:
             raise StaleCacheError(
-                "the optimizer's masters would be overwritten with quantized weights: load the latent weights by "
-                "load_state_dict first, or run with --ternary-cache step"
+                "the optimizer's masters would be overwritten with quantized weights: reload them inside "
+                "Resident.latents(), or run with --ternary-cache step"
             )
         original(*args, **kwargs)
 
-    def _loaded(self, module: torch.nn.Module, incompatible_keys: object) -> None:
-        self._set(False)
+    def _refuse_load(self, *arguments: object) -> None:
+        if self.holds:
+            raise StaleCacheError(
+                "the parameters hold quantized weights, and what is loaded would stand among them as one: load before "
+                "the first step or inside Resident.latents(), or run with --ternary-cache step"
+            )
 
     def _set(self, holds: bool) -> None:
         self.holds = holds
@@ -191,7 +196,7 @@ def hold_in_parameters(chunks: Sequence[torch.nn.Module], optimizer: Any, cache:
         One line for the log, None where nothing was asked for.
 
     Raises:
-        ResidentError: ``resident`` is not possible.
+        ResidentError: ``resident`` is not possible, with the cure.
     """
     if cache not in ("auto", "resident") or not ternary_modules(chunks):
         return None
@@ -199,7 +204,7 @@ def hold_in_parameters(chunks: Sequence[torch.nn.Module], optimizer: Any, cache:
         Resident(chunks, optimizer)
     except ResidentError as error:
         if cache == "resident":
-            raise
+            raise ResidentError(f"{error}: use --ternary-cache step") from None
         return f"cache: step, a quantized weight beside each latent one (not resident: {error})"
     return "cache: resident, the parameters hold the quantized weights and the optimizer's masters the latent ones"
 
@@ -248,25 +253,20 @@ def _masters(part: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
 def _check(
     modules: Sequence[tuple[TernaryState, HostModule]], parts: Sequence[Any], owner: dict[torch.nn.Parameter, int]
 ) -> None:
-    cure = "use --ternary-cache step"
     for part in parts:
         config = getattr(part, "config", None)
         if getattr(config, "use_precision_aware_optimizer", False):
-            raise ResidentError(
-                f"the precision-aware optimizer keeps no fp32 masters that could be written back: {cure}"
-            )
+            raise ResidentError("the precision-aware optimizer keeps no fp32 masters that could be written back")
         if getattr(config, "optimizer_cpu_offload", False):
-            raise ResidentError(f"an optimizer on the host writes the parameters by itself: {cure}")
+            raise ResidentError("an optimizer on the host writes the parameters by itself")
         kept = [getattr(type(part), name, None) for name in (_COPY, _RELOAD)]
         ours = all(method is not None and method.__module__.startswith("megatron.core.") for method in kept)
         if not ours or {_COPY, _RELOAD} & vars(part).keys():
-            raise ResidentError(f"{type(part).__name__} keeps its masters in a way that is not megatron-core's: {cure}")
+            raise ResidentError(f"{type(part).__name__} keeps its masters in a way that is not megatron-core's")
         if any(getattr(part, "ddp_config", None) and getattr(part.ddp_config, name, False) for name in _FSDP):
-            raise ResidentError(f"FSDP re-points the parameters: {cure}")
+            raise ResidentError("FSDP re-points the parameters")
     for state, module in modules:
         if module.weight.dtype != torch.bfloat16:
-            raise ResidentError(
-                f"{state.name} is trained in {module.weight.dtype}, without a master of its own: {cure}"
-            )
+            raise ResidentError(f"{state.name} is trained in {module.weight.dtype}, without a master of its own")
         if module.weight not in owner:
-            raise ResidentError(f"{state.name}: no optimizer keeps a master of its weight: {cure}")
+            raise ResidentError(f"{state.name}: no optimizer keeps a master of its weight")

@@ -60,7 +60,7 @@ class Options:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
-    ternary_cache: str = "step"
+    ternary_cache: str = "auto"
     flash_attention: bool = False  # whether attention never writes its scores to memory
     fused: bool = False  # whether norms, SwiGLU and softmax are single kernels that save their inputs alone
     recipe: Recipe | None = None  # of a ternary job

@@ -16,7 +16,7 @@ _listeners: defaultdict[str, list[Callable]] = defaultdict(list)
 
 
 def announce_schedules(
-    on_start: ScheduleListener,
+    on_start: ScheduleListener | None = None,
     on_first: ChunkListener | None = None,
     on_end: ScheduleListener | None = None,
     on_trained: ScheduleListener | None = None,

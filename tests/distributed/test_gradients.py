@@ -57,6 +57,22 @@ def test_a_frozen_weight_is_quantized_like_any_other(layout: str, results: dict[
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+@pytest.mark.parametrize("case", ["overlap=1 do=1", "overlap=0 do=1", "overlap=0 do=0"])
+def test_weights_that_live_in_the_parameters_change_no_bit(layout: str, case: str, results: dict[str, list]) -> None:
+    for places in results[f"{layout} {case} places"]:
+        step, resident = places["step"], places["resident"]
+        assert step["held"] is None and resident["held"].startswith("cache: resident")
+        assert resident["digest"] == step["digest"]
+        assert (resident["cuts"] > 0) == (layout == "DP2" and case.endswith("do=1"))
+        # What would make latent weights of quantized ones, in part or in whole.
+        assert [words.partition(":")[0] for words in resident["refused"]] == [
+            "the parameters hold quantized weights, and what is loaded would stand among them as one",
+            "the optimizer's masters would be overwritten with quantized weights",
+        ]
+        assert step["refused"] == []
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
 def test_int8_inputs_are_rounded_per_row_parallel_shard(layout: str, results: dict[str, list]) -> None:
     assert results[f"{layout} int8"] == ["equal"] * len(results[f"{layout} int8"])
 

@@ -5,9 +5,7 @@
 stage. A script for ``launch/pretrain_gpt.py --script``.
 """
 
-import functools
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -18,8 +16,9 @@ def gathered(state, module) -> torch.Tensor:
     from bitcpm_megatron.parallel.linears import parallel_kind, tensor_parallel_group
 
     group = tensor_parallel_group(module)
-    parts = [torch.empty_like(state.quantized) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, state.quantized.contiguous(), group=group)
+    quantized, _ = state.in_use(module.weight)
+    parts = [torch.empty_like(quantized) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, quantized.contiguous(), group=group)
     if parallel_kind(module) == "row":
         return torch.cat(parts, 1)
     if state.name.endswith("linear_fc1"):
@@ -28,28 +27,18 @@ def gathered(state, module) -> torch.Tensor:
     return torch.cat(parts, 0)
 
 
-def dump(original):
-    """``train_step`` that writes once what it used."""
+def dump(chunks) -> None:
+    """Writes once what a schedule has trained with; the optimizer, and with it other weights, comes behind it."""
+    from bitcpm_megatron.parallel import ternary_modules
 
-    @functools.wraps(original)
-    def train_step(forward_step_func, data_iterator, model, *args, **kwargs):
-        from bitcpm_megatron.parallel import ternary_modules
-
-        result = original(forward_step_func, data_iterator, model, *args, **kwargs)
-        path = Path(os.environ["DUMP_TO"]) / f"rank{torch.distributed.get_rank()}.pt"
-        if not path.exists():
-            torch.save({s.name: gathered(s, m) for s, m in ternary_modules(model)}, path)
-        return result
-
-    return train_step
+    path = Path(os.environ["DUMP_TO"]) / f"rank{torch.distributed.get_rank()}.pt"
+    if not path.exists():
+        torch.save({s.name: gathered(s, m) for s, m in ternary_modules(chunks)}, path)
 
 
 if __name__ == "__main__":
-    import megatron.training.training as loop
+    from bitcpm_megatron.patches.megatron_core.schedules import announce_schedules
 
-    original, replacement = loop.train_step, dump(loop.train_step)
-    # MindSpeed-LLM's loop holds it by name.
-    for holder in [module for module in sys.modules.values() if vars(module).get("train_step") is original]:
-        holder.train_step = replacement
+    announce_schedules(on_trained=dump)
     script = os.environ["DUMP_SCRIPT"]
     exec(compile(Path(script).read_text(encoding="utf-8"), script, "exec"))

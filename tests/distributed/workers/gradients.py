@@ -5,6 +5,7 @@ Reports for each case the largest relative error of a weight gradient over the s
 The gradient-accumulation GEMM is a stand-in that adds on the CPU: it proves the plumbing, not the CUDA kernel.
 """
 
+import hashlib
 import itertools
 import json
 import sys
@@ -35,7 +36,7 @@ from megatron.core.distributed import (  # noqa: E402
     finalize_model_grads,
 )
 from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
@@ -44,6 +45,7 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
 from bitcpm_megatron.nn import cache, linear  # noqa: E402
 from bitcpm_megatron.parallel import ProbeError, apply_recipe, probe, ternary_modules  # noqa: E402
+from bitcpm_megatron.parallel.resident import find_resident, hold_in_parameters, latents  # noqa: E402
 from bitcpm_megatron.patches import cpu  # noqa: E402
 from bitcpm_megatron.patches.megatron_core import without_te  # noqa: E402
 
@@ -65,6 +67,8 @@ class Block(torch.nn.Module):
 
 
 class Pair(MegatronModule):
+    shards: int | None = SHARDS
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         self.mlp = Block(config)
@@ -75,6 +79,19 @@ class Pair(MegatronModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(x)
+
+
+class NormedPair(Pair):
+    """With whole rows as groups, and what moves the edge between two shards of the buffer into one."""
+
+    shards = None
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.norm = torch.nn.LayerNorm(HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.mlp(x))
 
 
 def reference_quantizer(w: torch.Tensor, groups: int) -> torch.Tensor:
@@ -118,14 +135,17 @@ def share_gradient_shards(ddp: DistributedDataParallel) -> None:
         torch.distributed.all_gather(shards, shards[group.rank()].clone(), group=group)
 
 
-def run_case(
+def build(
+    kind: type[Pair],
     fusion: bool,
     sequence_parallel: bool,
     overlap: bool,
     distributed_optimizer: bool,
     cache_mode: str = "step",
     frozen: bool = False,
-) -> dict[str, object]:
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Pair, DistributedDataParallel, MegatronOptimizer]:
+    """A ternary pair, wrapped in DDP, and its optimizer."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -133,14 +153,15 @@ def run_case(
         gradient_accumulation_fusion=fusion,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         sequence_parallel=sequence_parallel,
-        params_dtype=torch.float32,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(7)
-    model = Pair(config)
+    model = kind(config).to(dtype)
     model.mlp.linear_fc2.weight.requires_grad_(not frozen)
     for p in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(p)
-    apply_recipe(model, default=QuantizerConfig(), row_parallel_shards=SHARDS, cache=cache_mode)
+    apply_recipe(model, default=QuantizerConfig(), row_parallel_shards=kind.shards, cache=cache_mode)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
@@ -160,27 +181,44 @@ def run_case(
             lr=2e-2,
             weight_decay=0.0,
             clip_grad=0.0,
-            params_dtype=torch.float32,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
             use_distributed_optimizer=distributed_optimizer,
             **gather,
         ),
         [ddp],
     )
+    return model, ddp, optimizer
+
+
+def schedule(ddp: DistributedDataParallel, step: int) -> list[dict[str, torch.Tensor]]:
+    """All micro-batches of a step, forwards and backwards; the losses."""
+    ddp.zero_grad_buffer()
+    return get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iter(samples(step, parallel_state.get_data_parallel_rank())),
+        model=[ddp],
+        num_microbatches=MICRO_BATCHES,
+        seq_length=SEQUENCE,
+        micro_batch_size=BATCH,
+    )
+
+
+def run_case(
+    fusion: bool,
+    sequence_parallel: bool,
+    overlap: bool,
+    distributed_optimizer: bool,
+    cache_mode: str = "step",
+    frozen: bool = False,
+) -> dict[str, object]:
+    model, ddp, optimizer = build(Pair, fusion, sequence_parallel, overlap, distributed_optimizer, cache_mode, frozen)
     made = [s for s, _ in ternary_modules(model)]
     before = [s.count for s in made]
     errors, versus_latent, moved, previous = [], [], [], None
     for step in range(STEPS):
-        data = samples(step, parallel_state.get_data_parallel_rank())
-        ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=iter(data),
-            model=[ddp],
-            num_microbatches=MICRO_BATCHES,
-            seq_length=SEQUENCE,
-            micro_batch_size=BATCH,
-        )
+        schedule(ddp, step)
         if distributed_optimizer:
             share_gradient_shards(ddp)
         layers = (model.mlp.linear_fc1, model.mlp.linear_fc2)
@@ -200,6 +238,40 @@ def run_case(
         "moved": min(moved),
         "quantizations": [s.count - b for s, b in zip(made, before, strict=True)],
     }
+
+
+def run_where(
+    place: str, fusion: bool, sequence_parallel: bool, overlap: bool, distributed_optimizer: bool
+) -> dict[str, object]:
+    """Three steps in bf16 with the quantized weights ``resident`` in the parameters, or beside them with ``step``: what
+    the steps computed, to the last bit, and what is refused between them."""
+    model, ddp, optimizer = build(
+        NormedPair, fusion, sequence_parallel, overlap, distributed_optimizer, dtype=torch.bfloat16
+    )
+    held = hold_in_parameters([ddp], optimizer, place)
+    resident = find_resident(ddp)
+    seen = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        losses = [float(loss["loss"]) for loss in schedule(ddp, step)]
+        used = [state.in_use(module.weight)[0].view(torch.uint8).tolist() for state, module in ternary_modules(model)]
+        _, norm, _ = optimizer.step()
+        masters = [m.detach().view(-1).tolist() for group in optimizer.param_groups for m in group["params"]]
+        seen.append([losses, float(norm), used, masters])
+    refused = []
+    for written in (lambda: ddp.load_state_dict(ddp.state_dict()), optimizer.reload_model_params):
+        try:
+            written()
+        except linear.StaleCacheError as error:
+            refused.append(str(error))
+    if overlap and distributed_optimizer:
+        ddp.start_param_sync(force_sync=True)
+    with latents([ddp]):
+        latent = [m.weight.detach().float().flatten().tolist() for _, m in ternary_modules(model)]
+        ddp.load_state_dict(ddp.state_dict())
+        optimizer.reload_model_params()
+    digest = hashlib.sha256(json.dumps([seen, latent]).encode()).hexdigest()
+    return {"digest": digest, "cuts": resident.cut_groups if resident else 0, "held": held, "refused": refused}
 
 
 def run_probe(sequence_parallel: bool) -> str:
@@ -267,7 +339,13 @@ def _forward_step(data: Iterator[tuple], model: torch.nn.Module) -> tuple[torch.
             parallel_state.get_tensor_model_parallel_world_size(),
         )
         x, target = x.chunk(size)[rank].contiguous(), target.chunk(size)[rank]
-    return model(x), lambda y: ((y * target).sum(), {})
+    x, target = x.to(model.config.params_dtype), target.to(model.config.params_dtype)
+
+    def loss(y: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        total = (y * target).sum()
+        return total, {"loss": total.detach()}
+
+    return model(x), loss
 
 
 def _keep_epoch(self: cache.CacheEpoch) -> None:
@@ -324,6 +402,9 @@ def main(directory: Path) -> None:
             results[name] = run_case(*flags)
         results[f"{layout} no cache"] = run_case(True, tp > 1, False, False, cache_mode="none")
         results[f"{layout} frozen"] = run_case(True, tp > 1, False, False, frozen=True)
+        for flags in ((True, tp > 1, True, True), (False, False, False, True), (True, False, False, False)):
+            places = {place: run_where(place, *flags) for place in ("step", "resident")}
+            results[f"{layout} overlap={int(flags[2])} do={int(flags[3])} places"] = places
         results[f"{layout} int8"] = run_int8()
         results[f"{layout} probe"] = run_probe(tp > 1)
         for bug, patch in PLANTED.items():

@@ -26,7 +26,7 @@ from unittest import mock
 # Imports stand where they are used: the checkpoint writer's helper process imports this file at each save.
 
 
-def gathered_weights(model) -> dict:
+def gathered_weights(chunks) -> dict:
     """Whole quantized weights by global module path, gate and up apart."""
     import torch
     from megatron.core import parallel_state
@@ -35,11 +35,10 @@ def gathered_weights(model) -> dict:
 
     group = parallel_state.get_tensor_model_parallel_group()
     whole = {}
-    for state, module in ternary_modules(model.bare):
-        if state.quantized is None:
-            continue
-        parts = [torch.empty_like(state.quantized) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, state.quantized.contiguous(), group=group)
+    for state, module in ternary_modules(chunks):
+        quantized, _ = state.in_use(module.weight)
+        parts = [torch.empty_like(quantized) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, quantized.contiguous(), group=group)
         if hasattr(module, "input_size_per_partition"):
             whole[state.name] = torch.cat(parts, 1)
         elif state.name.endswith("linear_fc1"):
@@ -84,34 +83,42 @@ def digests(step) -> dict:
 
 
 def train(argv: list[str], weights: Path, interval: int | None = None) -> None:
-    """What ``launch/pretrain.py`` does, but for leaving the process groups, and reports the first quantized weights."""
+    """What ``launch/pretrain.py`` does, but for leaving the process groups, and reports the quantized weights of the
+    first step."""
     import torch
 
     from bitcpm_megatron.launch.launcher import presets
     from bitcpm_megatron.parallel.resident import find_resident
+    from bitcpm_megatron.patches.megatron_core import schedules
     from bitcpm_megatron.training.flags import parse_args
     from bitcpm_megatron.training.initialize import initialize, world_size
     from bitcpm_megatron.training.loop import pretrain
 
     seen = []
 
-    def report_the_first(step):
-        # They stay where the forward left them until the next one.
+    def keep_the_first(chunks):
+        # The optimizer comes behind the schedule, and with it the weights of the next step.
         if not weights.exists():
-            torch.save(gathered_weights(step.run.model), weights)
-        if interval is not None:
-            resident = find_resident(step.run.model.chunks[0])
-            seen.append({"loss": step.loss, "grad_norm": step.grad_norm})
-            if step.iteration % interval == 0:
-                seen[-1] |= digests(step)
-            report = {"steps": seen, "cut_groups": 0 if resident is None else resident.cut_groups}
-            weights.with_name(weights.name.replace(".rank", ".digests.rank")).with_suffix(".json").write_text(
-                json.dumps(report)
-            )
+            torch.save(gathered_weights(chunks), weights)
+
+    def report(step):
+        if interval is None:
+            return
+        resident = find_resident(step.run.model.chunks[0])
+        seen.append({"loss": step.loss, "grad_norm": step.grad_norm})
+        if step.iteration % interval == 0:
+            seen[-1] |= digests(step)
+        of_all = {"steps": seen, "cut_groups": 0 if resident is None else resident.cut_groups}
+        name = weights.name.replace(".rank", ".digests.rank")
+        weights.with_name(name).with_suffix(".json").write_text(json.dumps(of_all))
 
     args = parse_args(presets.expand(argv), world_size())
     initialize(args)
-    pretrain(args, on_step=report_the_first)
+    schedules.announce_schedules(on_trained=keep_the_first)
+    try:
+        pretrain(args, on_step=report)
+    finally:
+        schedules._listeners["trained"].remove(keep_the_first)
 
 
 @contextlib.contextmanager
