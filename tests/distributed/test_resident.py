@@ -32,6 +32,8 @@ def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_ru
         cache: arguments(setting, cache, steps, ["--save", str(tmp_path / cache), "--save-interval", str(half)])
         for cache in ("resident", "step", "none")
     }
+    # While training goes on, and the parameters are quantized again.
+    runs["resident"].append("--async-save")
     # What one mode saved another goes on from.
     for mode, other in (("resident", "step"), ("step", "resident")):
         kept = str(tmp_path / f"half of {other}")
