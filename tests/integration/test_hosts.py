@@ -16,6 +16,7 @@ from host_runs import (
     LORA,
     MODEL,
     OTHER_SHAPES,
+    OVERLAPS,
     TERNARY,
     TP2,
     TRAINING,
@@ -119,6 +120,19 @@ def test_its_checkpoints_resume_and_convert_exactly(name: str, form: str, materi
     tool = [sys.executable, str(CHECKOUT / "checkpoint_tools" / "convert_megatron_to_hf.py"), "--weights", "fused"]
     _tool([*tool, "--load-dir", str(saved), "--save-dir", str(tmp_path / "hf"), "--vocab-size", "512", "--verify"])
     assert_same_weights(load_file(tmp_path / "hf" / "model.safetensors"), torch.load(tmp_path / "rank0.pt"))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_weights_that_live_in_the_parameters_change_no_loss(name: str, material: Material) -> None:
+    host = host_named(name)
+    common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *material.start, *OVERLAPS, *TERNARY]
+    common += ["--exit-interval", "6"]
+    resident = succeeded(run(host, 2, common), 6)
+    step = succeeded(run(host, 2, [*common, "--ternary-cache", "step"]), 6)
+    assert "cache: resident" in resident.output and "cache: resident" not in step.output
+    assert resident.losses == step.losses
+    norms = [re.findall(r"grad norm: ([0-9.]+)", result.output) for result in (resident, step)]
+    assert len(norms[0]) == 6 and norms[0] == norms[1]
 
 
 @pytest.mark.parametrize("case", OTHER_SHAPES)
