@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """When a cached quantized weight may be used: one epoch counter per model chunk."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+if TYPE_CHECKING:
+    from .linear import TernaryState
+
 _ATTRIBUTE = "_ternary_epoch"
+
+Cohort: TypeAlias = "Sequence[tuple[TernaryState, Any]]"
+"""Layers, each with its state, whose weights are all in place when any one of them may run."""
 
 
 @dataclass
@@ -18,15 +25,28 @@ class CacheEpoch:
     counter moves when a schedule announces its first micro-batch and when a checkpoint is loaded; the epoch is open
     from that micro-batch to the end of the schedule. Outside a schedule it is closed, and every forward quantizes anew:
     nobody there promises that the weights stand still.
+
+    Attributes:
+        number: of the epoch.
+        scheduled: whether a schedule runs.
+        open: whether quantized weights may be used again.
+        cohorts: while a schedule runs, the layers that are quantized together, by the name of each of them. Not kept
+            beyond it: a copy of one layer would take all others along.
     """
 
     number: int = 0
     scheduled: bool = False
     open: bool = False
+    cohorts: Mapping[str, Cohort] = field(default_factory=dict)
 
-    def start(self) -> None:
-        """A schedule starts: the weights will not change until it ends."""
+    def start(self, cohorts: Iterable[Cohort] = ()) -> None:
+        """A schedule starts: the weights will not change until it ends.
+
+        Args:
+            cohorts: the layers that are quantized together; one that is in none is quantized alone.
+        """
         self.scheduled = True
+        self.cohorts = {state.name: cohort for cohort in cohorts for state, _ in cohort}
 
     def begin(self) -> None:
         """The first micro-batch of a step: the weights may have changed before."""
@@ -40,6 +60,7 @@ class CacheEpoch:
     def end(self) -> None:
         """A schedule is over."""
         self.scheduled = self.open = False
+        self.cohorts = {}
 
 
 def attach_epoch(chunk: torch.nn.Module) -> CacheEpoch:
@@ -58,19 +79,19 @@ def find_epoch(model: torch.nn.Module) -> CacheEpoch | None:
 def find_attached(model: torch.nn.Module, attribute: str) -> Any:  # noqa: ANN401
     """What a chunk holds in its instance dictionary, looking through wrappers (DDP, Float16Module) that hold the chunk
     as ``module``; None where nothing does."""
+    return next((found for seen in _unwrapped(model) if (found := seen.__dict__.get(attribute)) is not None), None)
+
+
+def wrappers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The wrappers around a chunk that has an epoch, the outermost first."""
+    return list(itertools.takewhile(lambda seen: _ATTRIBUTE not in seen.__dict__, _unwrapped(model)))
+
+
+def _unwrapped(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     seen: torch.nn.Module | None = model
     while seen is not None:
-        found = seen.__dict__.get(attribute)
-        if found is not None:
-            return found
+        yield seen
         seen = getattr(seen, "module", None)
-    return None
-
-
-def schedule_started(chunks: Sequence[torch.nn.Module]) -> None:
-    """The weights of these chunks will not change until the schedule ends."""
-    for epoch in filter(None, map(find_epoch, chunks)):
-        epoch.start()
 
 
 def first_micro_batch(model: torch.nn.Module) -> None:

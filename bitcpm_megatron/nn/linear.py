@@ -7,12 +7,14 @@ function or ``_forward_impl`` (megatron-core 0.12.1 assigns the last one on the 
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, cast
 
 import torch
 
-from ..ops import fake_quantize, fake_quantize_activations, quantize_weight
+from ..ops import fake_quantize, fake_quantize_activations, quantize_all, quantize_weight
 from ..quantization import QuantizerConfig, scales_of
 from .cache import CacheEpoch
 from .settings import CacheMode
@@ -79,21 +81,39 @@ class TernaryState:
     def weight(self, latent: torch.Tensor, training: bool) -> torch.Tensor:
         """The quantized weight to use now: the cached one where it is valid, else a new one.
 
+        Within a schedule the first layer that asks has all others of its cohort quantized with it.
+
         Raises:
             StaleCacheError: in verify mode, when the cached one does not fit the latent weight.
         """
-        now = (self.epoch.number, training)
-        if self.quantized is not None and self.epoch.open and self.made_in == now:
+        quantized = self._cached(training)
+        if quantized is not None:
             if self.verify:
-                self._compare(latent, self.quantized)
-            return self.quantized
+                self._compare(latent, quantized)
+            return quantized
+        cohort = self.epoch.cohorts.get(self.name, ()) if self.epoch.open and self._waits(training) else ()
+        others = [(s, m.weight, m.training) for s, m in cohort if s is not self and s._waits(m.training)]
+        if others:
+            _quantize_together([(self, latent, training), *others])
+            return cast(torch.Tensor, self.quantized)
         # The old one first, so that there are never two.
         self.quantized = None
-        quantized, self.scales = self.quantize(latent)
+        quantized, scales = self.quantize(latent)
+        self._keep(quantized, scales, training)
+        return quantized
+
+    def _cached(self, training: bool) -> torch.Tensor | None:
+        return self.quantized if self.epoch.open and self.made_in == (self.epoch.number, training) else None
+
+    def _waits(self, training: bool) -> bool:
+        """Whether a weight has to be quantized before its layer runs."""
+        return self.cache == "step" and not self.resident and self._cached(training) is None
+
+    def _keep(self, quantized: torch.Tensor, scales: torch.Tensor, training: bool) -> None:
+        self.scales = scales
         self.count += 1
         if self.cache == "step":
-            self.quantized, self.made_in = quantized, now
-        return quantized
+            self.quantized, self.made_in = quantized, (self.epoch.number, training)
 
     def in_use(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantized weight and scales of the last forward, from the module's parameter where none are kept."""
@@ -112,6 +132,25 @@ class TernaryState:
                 "It was written during the optimizer step, probably through `.data`. Write weights only between "
                 "steps, call CacheEpoch.invalidate() after writing them, or run with --ternary-cache none."
             )
+
+
+def _quantize_together(members: Sequence[tuple[TernaryState, torch.Tensor, bool]]) -> None:
+    """Quantizes latent weights by one call of the op for each quantizer, and keeps the results in their states.
+
+    Args:
+        members: the state of each layer, its latent weight, and whether the layer trains.
+    """
+    kinds: defaultdict[QuantizerConfig, list[tuple[TernaryState, torch.Tensor, bool]]] = defaultdict(list)
+    for member in members:
+        # The old ones first, so that there are never two of a weight.
+        member[0].quantized = None
+        kinds[replace(member[0].config, group_size=-1)].append(member)
+    with torch.inference_mode(False):
+        for config, alike in kinds.items():
+            sizes = [state.config.group_size for state, _, _ in alike]
+            made = quantize_all([latent.detach() for _, latent, _ in alike], config, sizes)
+            for (state, _, training), quantized, scales in zip(alike, *made, strict=True):
+                state._keep(quantized, scales, training)
 
 
 def ternary_state(module: torch.nn.Module) -> TernaryState | None:

@@ -6,7 +6,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,22 @@ def _in_turn(
     return len(weights)
 
 
+@dataclass
+class Counts:
+    """What the ops did since the process started, for reports: take the difference of two readings.
+
+    Attributes:
+        calls: of either op, whatever the number of weights.
+        launches: of the backend's kernels, as :meth:`Backend.together` counts them; 1 for a weight alone.
+    """
+
+    calls: int = 0
+    launches: int = 0
+
+
+counts = Counts()
+
+
 register_backend(
     Backend(name="torch", kernel=quantize_dequantize, unavailable=lambda device_type: None, grouped=_in_turn)
 )
@@ -45,6 +61,8 @@ _SCHEMA = (
 def _fake_quantize(weight: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *quantizer, scale = arguments
     config = QuantizerConfig(*quantizer)
+    counts.calls += 1
+    counts.launches += 1
     return _backend(weight.device, config).kernel(weight, config, scale)
 
 
@@ -97,12 +115,14 @@ def _fake_quantize_all(
     config = QuantizerConfig(space, -1, *quantizer)
     latent = weights or quantized
     _check_all(latent, quantized, scales, group_sizes)
+    counts.calls += 1
     kinds: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for i, weight in enumerate(latent):
         kinds[weight.device, weight.dtype].append(i)
     for (device, _), chosen in kinds.items():
         ours, results, own = ([items[i] for i in chosen] for items in (latent, quantized, scales))
-        _backend(device, config).together(ours, results, own, [group_sizes[i] for i in chosen], config)
+        sizes = [group_sizes[i] for i in chosen]
+        counts.launches += _backend(device, config).together(ours, results, own, sizes, config)
 
 
 @_fake_quantize_all.register_fake
@@ -165,6 +185,27 @@ def quantize_weight(
 
 
 @torch.no_grad()
+def quantize_all(
+    weights: Sequence[torch.Tensor], config: QuantizerConfig, group_sizes: Sequence[int] | None = None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Quantizes latent weights all together, outside any graph.
+
+    Args:
+        weights: ``[out, in]`` each. Those of one dtype and device share launches.
+        config: the quantizer of all of them.
+        group_sizes: of each, in place of the quantizer's.
+
+    Returns:
+        The quantized weights, like the latent ones and contiguous, and the bf16 scales ``[out, groups]`` of each.
+
+    Raises:
+        ValueError: see :func:`quantize_weight`.
+    """
+    quantized = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+    return quantized, _quantize_into(quantized, weights, config, group_sizes)
+
+
+@torch.no_grad()
 def quantize_in_place(
     weights: Sequence[torch.Tensor], config: QuantizerConfig, group_sizes: Sequence[int] | None = None
 ) -> list[torch.Tensor]:
@@ -181,15 +222,25 @@ def quantize_in_place(
     Raises:
         ValueError: see :func:`quantize_weight`; or a weight is not contiguous.
     """
-    if not weights:
+    return _quantize_into(weights, [], config, group_sizes)
+
+
+def _quantize_into(
+    quantized: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    config: QuantizerConfig,
+    group_sizes: Sequence[int] | None,
+) -> list[torch.Tensor]:
+    """Writes quantized weights, of the given latent ones or where these stand; returns the scales."""
+    if not quantized:
         return []
-    sizes = [config.group_size] * len(weights) if group_sizes is None else list(group_sizes)
+    sizes = [config.group_size] * len(quantized) if group_sizes is None else list(group_sizes)
     scales = [
         w.new_empty((w.shape[0], w.shape[1] // check_weight(w, size)), dtype=torch.bfloat16)
-        for w, size in zip(weights, sizes, strict=True)
+        for w, size in zip(quantized, sizes, strict=True)
     ]
     torch.ops.bitcpm.fake_quantize_all(
-        [], weights, scales, config.space, sizes, config.eps, config.statistic, config.scale_multiplier
+        weights, quantized, scales, config.space, sizes, config.eps, config.statistic, config.scale_multiplier
     )
     return scales
 

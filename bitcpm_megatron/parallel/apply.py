@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from ..agreement import all_gathered
 from ..cli import Whole
-from ..nn.cache import attach_epoch, first_micro_batch, schedule_ended, schedule_started
+from ..nn.cache import attach_epoch, first_micro_batch, schedule_ended
 from ..nn.coverage import CoverageEntry, CoverageReport
 from ..nn.linear import TernaryState, check_unwrapped, make_ternary
 from ..nn.settings import CacheMode
@@ -17,6 +17,7 @@ from ..patches.megatron_core import schedules
 from ..quantization import QuantizerConfig, check_weight
 from ..quantization.config import check_config
 from ..quantization.recipe import Matcher, Recipe, RecipeError
+from .cohorts import schedule_started
 from .linears import Candidate, activation_groups, candidates, local_config, whole_shape
 from .sharded_scales import save_scales_with
 

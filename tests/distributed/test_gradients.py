@@ -39,13 +39,15 @@ def test_weight_gradients_equal_the_straight_through_reference(case: str, result
         assert result["moved"] > 1e-3, "weights that stand still cannot show a stale cache"
         assert result["versus_latent"] > 0.1, "a full-precision reference must be told apart"
         assert result["quantizations"] == [3, 3], "once per optimizer step"
+        # Both weights together, or each as its bucket arrives.
+        assert result["calls"] == (6 if case.endswith("overlap=1 do=1") else 3)
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
 def test_without_cache_every_micro_batch_quantizes(layout: str, results: dict[str, list]) -> None:
     for result in results[f"{layout} no cache"]:
         assert result["error"] < EXACT
-        assert result["quantizations"] == [9, 9]
+        assert result["quantizations"] == [9, 9] and result["calls"] == 18
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
@@ -97,3 +99,11 @@ def test_planted_bugs_are_caught(layout: str, bug: str, seen_by: str, results: d
     for result in results[f"{layout} planted {bug}"]:
         assert (not result["error"] < EXACT) == (seen_by in ("gradients", "both"))
         assert result["probe"].startswith("ProbeError") == (seen_by in ("probe", "both"))
+
+
+def test_a_bucket_that_has_not_arrived_must_not_be_quantized(results: dict[str, list]) -> None:
+    """Planted: with overlapped gathering, all weights of the chunk at its first layer."""
+    for result in results["DP2 planted early bucket"]:
+        assert result["calls"] == 3 and not result["error"] < EXACT
+    # Where there is nothing to gather, it does no harm.
+    assert all(result["error"] < EXACT for result in results["TP2 planted early bucket"])

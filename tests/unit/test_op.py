@@ -20,7 +20,10 @@ from bitcpm_megatron.ops import (
     Backend,
     active_backend,
     backends,
+    counts,
+    quantize_all,
     quantize_in_place,
+    quantize_weight,
     register_backend,
     registry,
     set_backend,
@@ -183,6 +186,19 @@ def test_how_often_the_kernel_was_launched(serving: Backend) -> None:
     scales = [torch.empty(w.shape[0], 1, dtype=torch.bfloat16) for w in weights]
     launches = serving.together(weights, weights, scales, [-1] * 3, QuantizerConfig())
     assert launches == (1 if serving.name == "cpu" else 3)
+
+
+def test_calls_and_launches_are_counted(serving: Backend) -> None:
+    """And all together, outside any graph, are what each is alone."""
+    weights = [gaussian(4, 64).requires_grad_(), gaussian(2, 96).t(), gaussian(3, 256, torch.bfloat16)]
+    sizes, before = [32, -1, 128], replace(counts)
+    quantized, scales = quantize_all(weights, QuantizerConfig(eps=0.5), sizes)
+    assert counts.calls - before.calls == 1
+    assert counts.launches - before.launches == (2 if serving.name == "cpu" else 3), "one for each dtype, or weight"
+    for weight, size, *made in zip(weights, sizes, quantized, scales, strict=True):
+        alone = quantize_weight(weight.detach(), QuantizerConfig(group_size=size, eps=0.5))
+        assert all(bits_equal(m, a) and not m.requires_grad for m, a in zip(made, alone, strict=True))
+    assert (counts.calls - before.calls, quantize_all([], QuantizerConfig())) == (1 + 3, ([], []))
 
 
 def in_lists(in_place: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:

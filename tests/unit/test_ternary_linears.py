@@ -13,9 +13,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, quantize
-from bitcpm_megatron.ops import fake_quantize_activations
+from bitcpm_megatron.nn import linear
+from bitcpm_megatron.ops import counts, fake_quantize_activations
 from bitcpm_megatron.parallel import (
     ProbeError,
     Recipe,
@@ -26,6 +28,7 @@ from bitcpm_megatron.parallel import (
     ternary_modules,
     ternary_state,
 )
+from bitcpm_megatron.parallel.cohorts import cohorts_of
 from bitcpm_megatron.parallel.linears import Candidate, local_config
 from bitcpm_megatron.patches import ORIGINAL
 
@@ -184,6 +187,102 @@ def test_once_per_schedule_and_anew_after_train_eval_and_loading() -> None:
     assert in_the_middle(lambda: None) == 1
     assert in_the_middle(lambda: model.load_state_dict(model.state_dict())) == 4
     assert in_the_middle(lambda: model.train(not model.training)) == 4
+
+
+MIXED = {
+    "configs": {"rows": {}, "fine": {"group_size": 32}, "coarse": {"group_size": 64}, "high": {"eps": 0.25}},
+    "matchers": {
+        "high": {"config": "high", "pattern": "decoder.layers.1.self_attention.linear_proj"},
+        "fine": {"config": "fine", "pattern": "*.linear_fc1"},
+        "coarse": {"config": "coarse", "pattern": "*.linear_fc2"},
+        "rest": {"config": "rows", "pattern": "*.linear_*"},
+    },
+}
+
+
+def test_all_weights_of_a_schedule_are_quantized_together() -> None:
+    """One call of the op for each quantizer, whatever the group sizes, and every bit as if each were alone."""
+    model = gpt()
+    apply_recipe(model, Recipe.from_mapping(MIXED, DEFAULT), default=DEFAULT)
+    model.model_type = None
+    modules = ternary_modules(model)
+
+    def calls(forward_step=gpt_step) -> int:
+        before = counts.calls
+        run_schedule(model, forward_step, 3)
+        return counts.calls - before
+
+    assert {state.config.group_size for state, _ in modules} == {-1, 32, 64}
+    for step in range(2):
+        with torch.no_grad():
+            for _, module in modules:
+                module.weight.mul_(-1.5)
+        assert calls() == 2, "the quantizer with an eps of its own, and the others"
+        for state, module in modules:
+            assert torch.equal(state.quantized, wq(module.weight, state.config)), state.name
+            assert torch.equal(state.scales, quantize(module.weight, state.config)[1]), state.name
+            assert state.count == step + 1
+    assert not find_epoch(model).cohorts, "what is kept beyond the schedule is copied and pickled with each layer"
+
+    def one_layer_evaluates(data, chunk: torch.nn.Module):
+        result = gpt_step(data, chunk)
+        modules[3][1].train(not modules[3][1].training)
+        return result
+
+    # Twice anew, for itself: the others stay valid.
+    assert calls(one_layer_evaluates) == 2 + 2
+    assert [state.count for state, _ in modules] == [3, 3, 3, 5, 3, 3, 3, 3]
+    before = counts.calls
+    gpt_step(None, model)
+    assert counts.calls - before == len(modules), "outside a schedule each forward quantizes its own"
+
+
+def test_old_quantized_weights_go_before_new_ones_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gpt()
+    apply_recipe(model, default=DEFAULT)
+    model.model_type = None
+    run_schedule(model, gpt_step, 1)
+    states = [state for state, _ in ternary_modules(model)]
+    old, alive = [weakref.ref(state.quantized) for state in states], []
+    quantize_all = linear.quantize_all
+
+    def watched(*arguments):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in old))
+        return quantize_all(*arguments)
+
+    monkeypatch.setattr(linear, "quantize_all", watched)
+    run_schedule(model, gpt_step, 1)
+    assert alive == [0]
+
+
+def test_who_is_quantized_by_others_has_a_cache_and_no_weight_in_the_parameters() -> None:
+    model = gpt()
+    apply_recipe(model, default=DEFAULT)
+    modules = ternary_modules(model)
+    states = [state for state, _ in modules]
+    states[1].cache, states[2].resident = "none", True
+    find_epoch(model).start(cohorts_of(model))
+    find_epoch(model).begin()
+    before = counts.calls
+    modules[0][1](torch.randn(3, 1, 64))
+    assert counts.calls - before == 1
+    assert [state.count for state in states] == [1, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_of_an_unknown_wrapper_nothing_is_assumed() -> None:
+    """One may hold the weights elsewhere until their layer runs."""
+
+    class Unknown(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = gpt(bf16=True)
+    apply_recipe(model, default=DEFAULT)
+    assert [len(cohort) for cohort in cohorts_of(model)] == [8]
+    assert [len(cohort) for cohort in cohorts_of(Float16Module(model.config, model))] == [8]
+    assert cohorts_of(Unknown(model)) == cohorts_of(Float16Module(model.config, Unknown(model))) == []
 
 
 def test_the_schedule_closes_the_epoch_also_when_it_fails() -> None:

@@ -44,7 +44,8 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
 from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
 from bitcpm_megatron.nn import cache, linear  # noqa: E402
-from bitcpm_megatron.parallel import ProbeError, apply_recipe, probe, ternary_modules  # noqa: E402
+from bitcpm_megatron.ops import counts  # noqa: E402
+from bitcpm_megatron.parallel import ProbeError, apply_recipe, cohorts, probe, ternary_modules  # noqa: E402
 from bitcpm_megatron.parallel.resident import find_resident, hold_in_parameters, latents  # noqa: E402
 from bitcpm_megatron.patches import cpu  # noqa: E402
 from bitcpm_megatron.patches.megatron_core import without_te  # noqa: E402
@@ -215,6 +216,7 @@ def run_case(
     model, ddp, optimizer = build(Pair, fusion, sequence_parallel, overlap, distributed_optimizer, cache_mode, frozen)
     made = [s for s, _ in ternary_modules(model)]
     before = [s.count for s in made]
+    calls = counts.calls
     errors, versus_latent, moved, previous = [], [], [], None
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -237,6 +239,7 @@ def run_case(
         "versus_latent": min(versus_latent),
         "moved": min(moved),
         "quantizations": [s.count - b for s, b in zip(made, before, strict=True)],
+        "calls": counts.calls - calls,
     }
 
 
@@ -375,6 +378,10 @@ def _wrong_main_grad(weight: torch.Tensor) -> dict[str, object]:
     return {**weight.__dict__, "main_grad": torch.zeros_like(weight)} if hasattr(weight, "main_grad") else {}
 
 
+def _whole_chunk(chunk: torch.nn.Module) -> list[cache.Cohort]:
+    return [ternary_modules(chunk)]
+
+
 PLANTED = {
     "stale cache": mock.patch.object(cache.CacheEpoch, "begin", _keep_epoch),
     "unquantized forward": mock.patch.object(linear.TernaryState, "weight", _full_precision),
@@ -413,6 +420,8 @@ def main(directory: Path) -> None:
                     **run_case(True, tp > 1, False, False),
                     "probe": run_probe(tp > 1),
                 }
+        with mock.patch.object(cohorts, "cohorts_of", _whole_chunk):
+            results[f"{layout} planted early bucket"] = run_case(True, tp > 1, True, True)
         parallel_state.destroy_model_parallel()
     (directory / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
