@@ -4,6 +4,7 @@
 import csv
 import importlib.util
 import itertools
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+import bitcpm_megatron.ops.cpu
+from bitcpm_megatron.cli import MismatchError
 from bitcpm_megatron.ops import Backend, register_backend, registry
 from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize
 
@@ -86,3 +89,23 @@ def test_bad_arguments(
     register_backend(Backend("chip", quantize_dequantize, lambda device: "needs the chip", 20))
     assert run(benchmark, tmp_path, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_another_commits_kernel_is_measured_beside_ours_and_leaves_no_trace(tmp_path: Path) -> None:
+    import kernel_against
+
+    before = dict(registry._BACKENDS)
+    if reason := before["cpu"].unavailable("cpu"):
+        pytest.skip(f"{reason}; apt-get install gcc, then make test")
+    other = shutil.copytree(Path(bitcpm_megatron.ops.cpu.__file__).parent, tmp_path / "cpu")
+    source = other / "fake_quantize.c"
+    source.write_text(f"// another commit\n{source.read_text(encoding='utf-8')}", encoding="utf-8")
+    there = kernel_against.load_kernel(other)
+    shutil.rmtree(other)
+    assert before == registry._BACKENDS and there is not before["cpu"].kernel
+    both = {"there": there, "here": before["cpu"].kernel}
+    found = kernel_against.row((4, 64), torch.bfloat16, 32, both, 6)
+    assert found.startswith("4 x 64 | bfloat16 | 32 | ") and found.count("|") == 4
+    both["here"] = lambda weight, config, scales: there(weight * 2, config, scales)
+    with pytest.raises(MismatchError, match=r"here and there differ on 4 x 64 \| float32 \| -1"):
+        kernel_against.row((4, 64), torch.float32, -1, both, 6)

@@ -59,8 +59,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or repr(error)
         return None, f"{shlex.join(compiler)} could not build it: {said.splitlines()[-1]}"
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.bitcpm_fake_quantize.argtypes = [*(pointer, long, pointer, long, integer, integer, ctypes.c_float, integer)]
-    library.bitcpm_fake_quantize.restype = None
+    how = (integer, integer, ctypes.c_float, integer)
+    library.bitcpm_fake_quantize.argtypes = [pointer, pointer, pointer, long, long, pointer, *how]
+    library.bitcpm_fake_quantize_all.argtypes = [pointer, long, pointer, long, *how]
+    library.bitcpm_fake_quantize.restype = library.bitcpm_fake_quantize_all.restype = None
     return library, None
 
 
@@ -133,12 +135,26 @@ def _kernel(
     weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     group = check_weight(weight, config.group_size, scales)
+    library = _library_for(weight)
     w = weight.detach().contiguous()
     quantized = torch.empty_like(w)
     own = torch.empty(w.shape[0], w.shape[1] // group, dtype=torch.bfloat16, device="cpu")
     if scales is not None:
         own.copy_(scales)
-    _call([w], [quantized], [own], [group], config.eps, given=scales is not None)
+    groups = w.numel() // group
+    threads, scratch = _threads(groups, w.numel(), group)
+    library.bitcpm_fake_quantize(
+        w.data_ptr(),
+        quantized.data_ptr(),
+        own.data_ptr(),
+        groups,
+        group,
+        scratch.data_ptr(),
+        _DTYPES[w.dtype],
+        scales is not None,
+        config.eps,
+        threads,
+    )
     return quantized, own
 
 
@@ -149,44 +165,34 @@ def _grouped(
     group_sizes: Sequence[int],
     config: QuantizerConfig,
 ) -> int:
-    groups = [effective_group(w.shape[1], size) for w, size in zip(weights, group_sizes, strict=True)]
-    _call([w.detach().contiguous() for w in weights], quantized, scales, groups, config.eps, given=False)
+    library = _library_for(weights[0])
+    latent = [w.detach().contiguous() for w in weights]
+    table = array("q")  # the C source's struct Weight
+    groups = elements = longest = 0
+    for weight, result, scale, group_size in zip(latent, quantized, scales, group_sizes, strict=True):
+        group = effective_group(weight.shape[1], group_size)
+        count = weight.numel() // group
+        table.extend((weight.data_ptr(), result.data_ptr(), scale.data_ptr(), count, group))
+        groups, elements, longest = groups + count, elements + weight.numel(), max(longest, group)
+    threads, scratch = _threads(groups, elements, longest)
+    how = (_DTYPES[latent[0].dtype], False, config.eps, threads)
+    library.bitcpm_fake_quantize_all(table.buffer_info()[0], len(latent), scratch.data_ptr(), longest + 2, *how)
     return 1
 
 
-def _call(
-    weights: Sequence[torch.Tensor],
-    quantized: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    groups: Sequence[int],
-    eps: float,
-    given: bool,
-) -> None:
-    """All weights, contiguous ones of one dtype, in one call; ``given`` scales are read, others written."""
+def _library_for(weight: torch.Tensor) -> ctypes.CDLL:
     library, why = _load()
     if library is None:
         raise RuntimeError(f"the CPU kernel cannot run: {why}")
-    table = array("q")  # the C source's struct Weight
-    segments = elements = 0
-    for weight, result, scale, group in zip(weights, quantized, scales, groups, strict=True):
-        if weight.device.type != "cpu":
-            raise RuntimeError(f"the CPU kernel cannot run on a weight on {weight.device}")
-        segments += (count := weight.numel() // group)
-        elements += weight.numel()
-        table.extend((weight.data_ptr(), result.data_ptr(), scale.data_ptr(), count, group))
-    threads = max(1, min(torch.get_num_threads(), segments, elements // _ELEMENTS_PER_THREAD))
-    room = max(groups) + 2
-    scratch = torch.empty(threads * room, dtype=torch.float32, device="cpu")
-    library.bitcpm_fake_quantize(
-        table.buffer_info()[0],
-        len(weights),
-        scratch.data_ptr(),
-        room,
-        _DTYPES[weights[0].dtype],
-        given,
-        eps,
-        threads,
-    )
+    if not weight.is_cpu:
+        raise RuntimeError(f"the CPU kernel cannot run on a weight on {weight.device}")
+    return library
+
+
+def _threads(groups: int, elements: int, longest: int) -> tuple[int, torch.Tensor]:
+    """How many threads are worth their while, and their scratch: 2 elements more than the longest group for each."""
+    threads = max(1, min(torch.get_num_threads(), groups, elements // _ELEMENTS_PER_THREAD))
+    return threads, torch.empty(threads * (longest + 2), dtype=torch.float32, device="cpu")
 
 
 register_backend(Backend("cpu", _kernel, unavailable, priority=5, grouped=_grouped))

@@ -162,30 +162,37 @@ static inline int64_t group_from(const Weight *weight, int64_t element) {
     return group < weight->groups ? group : weight->groups;
 }
 
-static void some_groups(const Weight *weight, int64_t first, int64_t last, float *scratch, int dtype, int given,
-                        float eps) {
-    const int64_t n = weight->n, bytes = n * (dtype == FP32 ? 4 : 2);
-    const char *w = (const char *)weight->latent + first * bytes;
-    char *out = (char *)weight->quantized + first * bytes;
-    uint16_t *scale = weight->scales + first;
-    for (int64_t g = first; g < last; g++, w += bytes, out += bytes, scale++) {
+// Neighbouring groups of n elements. Where n and dtype are constants, the compiler unrolls what is done per group.
+static inline __attribute__((always_inline)) void groups_of(const char *w, char *out, uint16_t *scale, int64_t count,
+                                                            float *scratch, int64_t n, int dtype, int given, float eps) {
+    const int64_t bytes = n * (dtype == FP32 ? 4 : 2);
+    for (int64_t g = 0; g < count; g++, w += bytes, out += bytes, scale++) {
         // The next group comes while this one is being computed.
         if (n >= PREFETCHED)
             for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(w + bytes + i);
-        // Small groups pay for their loops: these are unrolled.
-        if (n == 32 && dtype == BF16) one_group(w, out, scale, scratch, 32, BF16, given, eps);
-        else if (n == 64 && dtype == BF16) one_group(w, out, scale, scratch, 64, BF16, given, eps);
-        else if (n == 128 && dtype == BF16) one_group(w, out, scale, scratch, 128, BF16, given, eps);
-        else one_group(w, out, scale, scratch, n, dtype, given, eps);
+        one_group(w, out, scale, scratch, n, dtype, given, eps);
     }
+}
+
+static void some_groups(const Weight *weight, int64_t first, int64_t last, float *scratch, int dtype, int given,
+                        float eps) {
+    const int64_t n = weight->n, count = last - first, offset = first * n * (dtype == FP32 ? 4 : 2);
+    const char *w = (const char *)weight->latent + offset;
+    char *out = (char *)weight->quantized + offset;
+    uint16_t *scale = weight->scales + first;
+    // Small groups pay for their loops.
+    if (n == 32 && dtype == BF16) groups_of(w, out, scale, count, scratch, 32, BF16, given, eps);
+    else if (n == 64 && dtype == BF16) groups_of(w, out, scale, count, scratch, 64, BF16, given, eps);
+    else if (n == 128 && dtype == BF16) groups_of(w, out, scale, count, scratch, 128, BF16, given, eps);
+    else groups_of(w, out, scale, count, scratch, n, dtype, given, eps);
 }
 
 // Quantizes weights of one dtype, all in one parallel region: each thread takes an equal share of all elements.
 //
 //   given     whether the scales are read; else they are written
 //   scratch   fp32, `room` elements for each of `threads`: 2 more than the longest group
-void bitcpm_fake_quantize(const Weight *weights, int64_t count, float *scratch, int64_t room, int dtype, int given,
-                          float eps, int threads) {
+void bitcpm_fake_quantize_all(const Weight *weights, int64_t count, float *scratch, int64_t room, int dtype, int given,
+                              float eps, int threads) {
     int64_t elements = 0;
     for (int64_t i = 0; i < count; i++) elements += weights[i].groups * weights[i].n;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -199,4 +206,11 @@ void bitcpm_fake_quantize(const Weight *weights, int64_t count, float *scratch, 
             end -= weight->groups * weight->n;
         }
     }
+}
+
+// One weight, for a caller that would take longer to write a table of it than a small one takes to quantize.
+void bitcpm_fake_quantize(const void *latent, void *quantized, uint16_t *scales, int64_t groups, int64_t n,
+                          float *scratch, int dtype, int given, float eps, int threads) {
+    const Weight weight = {latent, quantized, scales, groups, n};
+    bitcpm_fake_quantize_all(&weight, 1, scratch, n + 2, dtype, given, eps, threads);
 }
