@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of ternary training against BF16: the same model, layout and data, steps interleaved in one job.
 
-    python benchmarks/throughput.py                               # on a CPU: the standard comparison, under 10 minutes
+    python benchmarks/throughput.py                               # on a CPU: the standard comparison, about 12 minutes
     python benchmarks/throughput.py --model minicpm4-0.5b --layouts TP1 TP2xDP4 --seq-length 4096 --micro-batches 1 8
     python benchmarks/throughput.py --peers                       # other quantizers inside the same linear layers
     python benchmarks/throughput.py --host megatron-lm --megatron-path DIR [--mindspeed-path DIR] ...
@@ -30,7 +30,7 @@ import torch
 from hardware import best_device, check_outputs, command_line
 from steps import host_jobs, report
 from steps.layouts import Layout
-from steps.plan import BASELINE, OURS, PROGRESS, RECOMPUTE, Job, asked, model_flags, standard, ternary_flags
+from steps.plan import BASELINE, MODES, PROGRESS, RECOMPUTE, RESIDENT, Job, asked, model_flags, standard, ternary_flags
 from steps.variants import PEERS, VARIANTS
 from tqdm import tqdm
 
@@ -64,7 +64,8 @@ def _measure(args: argparse.Namespace, command: str) -> None:
         jobs = jobs_of(args)
         for job in jobs:
             # What does not go together is told here, once, and not by every rank of a job hours from now.
-            parse_args([*job.arguments(), "--ternary", *job.ternary], job.layout.processes)
+            for variant in job.variants:
+                parse_args([*job.arguments(), *job.flags_of(variant)], job.layout.processes)
         rows = measure(jobs, args.peak_tflops)
     report.write(rows, args.output_dir, args.name, command)
     line = report.last_line(rows)
@@ -87,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         "--micro-batch-size", type=size, nargs="+", help="sequences; tokens are this times --seq-length"
     )
     parser.add_argument("--micro-batches", type=size, nargs="+", help="per step, default 1 8")
-    parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), help="default bf16 ternary ternary-no-cache")
-    parser.add_argument("--peers", action="store_true", help="all peers that are installed, beside bf16 and ternary")
+    parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), help=f"default {' '.join(MODES)}")
+    parser.add_argument("--peers", action="store_true", help="all peers that are installed, beside bf16 and resident")
     parser.add_argument("--recompute", nargs="+", choices=sorted(RECOMPUTE), help="default none")
     parser.add_argument(
         "--pairs", type=cli.Whole(1, 10**6), help="of steps, default 40; with --host of jobs, default 6"
@@ -123,7 +124,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     on_cpu = not torch.cuda.is_available()
     if on_cpu and not args.peers and all(getattr(args, name) is None for name in shaping):
         return [replace(job, ternary=ternary_flags(args)) for job in standard(_peers(1))]
-    variants = tuple(dict.fromkeys((BASELINE, *(args.variants or (OURS, "ternary-no-cache")))))
+    variants = tuple(dict.fromkeys((BASELINE, *(args.variants or MODES))))
     if args.variants and BASELINE not in args.variants:
         raise ValueError(f"--variants {' '.join(args.variants)}: name {BASELINE} too, to which all are compared")
 
@@ -132,7 +133,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             raise ValueError(f"--layouts {layout} needs {layout.processes} GPUs, here are {torch.cuda.device_count()}")
         if on_cpu and layout.processes > _PER_CORE * os.cpu_count():
             raise ValueError(f"--layouts {layout} needs {layout.processes} processes, here are {os.cpu_count()} cores")
-        chosen = (BASELINE, OURS, *_peers(layout.tensor)) if args.peers else variants
+        chosen = (BASELINE, RESIDENT, *_peers(layout.tensor)) if args.peers else variants
         for name in chosen:
             reason = VARIANTS[name].unavailable(layout.tensor)
             if reason is not None:
@@ -188,8 +189,7 @@ def run(job: Job, on_step: Callable[[int], object] = lambda micro_batches: None)
         FailedError: with the end of what they printed.
     """
     plan = {
-        "flags": job.arguments(),
-        "ternary": job.ternary,
+        "flags": {name: [*job.arguments(), *job.flags_of(name)] for name in job.variants},
         "costs": job.costs,
         "cost_micro_batches": job.cost_micro_batches,
         "sessions": [vars(session) for session in job.sessions],

@@ -14,18 +14,19 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from steps.meters import CollectiveBytes, live_copies, memory
+from steps.meters import CollectiveBytes, live_copies, memory, quantizer_work
 from steps.plan import COST_STEPS, PROGRESS, WARM_UP
 from steps.variants import VARIANTS, Variant, check_peers_use_their_weight, install_peer
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.files import read_json
 from bitcpm_megatron.parallel import ternary_modules
+from bitcpm_megatron.parallel.resident import latents
 from bitcpm_megatron.training.data import Batch, build_tokenizer
 from bitcpm_megatron.training.flags import parse_args
 from bitcpm_megatron.training.initialize import device, initialize, shutdown, world_size
@@ -57,14 +58,14 @@ class Subject:
         train_step(self.run, self.data)
 
 
-def build(name: str, flags: list[str], ternary: list[str]) -> Subject:
-    """A variant's model, optimizer and data.
+def build(name: str, flags: Sequence[str]) -> Subject:
+    """The model, optimizer and data of a variant with these flags.
 
     Raises:
         RuntimeError: a peer that is not in the forward, or a BF16 model with something of ours in it.
     """
     variant = VARIANTS[name]
-    args = parse_args([*flags, *variant.flags, *(ternary if variant.ternary else ())], world_size())
+    args = parse_args(flags, world_size())
     _, vocabulary = build_tokenizer(args)
     model = build_model(args, vocabulary)
     if variant.make_quantizer is not None:
@@ -89,10 +90,10 @@ def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[Batch]:
     return itertools.cycle(made)
 
 
-def costs(name: str, flags: list[str], ternary: list[str], micro_batches: int) -> dict:
+def costs(name: str, flags: Sequence[str], micro_batches: int) -> dict:
     """Memory of a variant, from a model that is alone on the machine; the most of any rank."""
     with memory(device()) as found:
-        subject = build(name, flags, ternary)
+        subject = build(name, flags)
         for _ in range(COST_STEPS - 1):
             subject.step(micro_batches)
     states = subject.run.model.states
@@ -157,58 +158,59 @@ def _timed(function) -> float:  # noqa: ANN001 - any callable
     return time.perf_counter() - started
 
 
-def quantizer(subject: Subject, micro_batches: int) -> dict:
-    """Quantizations in a step of one rank, and the time that they take by themselves."""
-    states = ternary_modules(subject.run.model.bare)
-    before = sum(state.count for state, _ in states)
-    subject.step(micro_batches)
-    made = sum(state.count for state, _ in states) - before
+def counted(subject: Subject, micro_batches: int) -> dict:
+    """What a step does, of the rank that does most: the payload of its collectives, and the quantizer's work."""
+    modules = ternary_modules(subject.run.model.bare)
+    before = sum(state.count for state, _ in modules)
+    with CollectiveBytes() as collectives, quantizer_work() as work:
+        subject.step(micro_batches)
+    found = {"collective_bytes": _most(collectives.total)}
+    if subject.variant.ternary:
+        found["quantizations"] = _most(sum(state.count for state, _ in modules) - before)
+        found["launches"] = _most(work.launches)
+        share = _most(work.elements) / max(1, sum(module.weight.numel() for _, module in modules))
+        found["quantizer_ms"] = 1e3 * quantizer_seconds(subject) * share
+    return found
+
+
+def quantizer_seconds(subject: Subject) -> float:
+    """That it takes to quantize every weight of this rank once, one after the other and beside it."""
+    modules = ternary_modules(subject.run.model.bare)
 
     def once() -> None:
-        for state, module in states:
+        for state, module in modules:
             state.quantize(module.weight)
 
-    seconds = statistics.median(_timed(once) for _ in range(_QUANTIZER_ROUNDS))
-    return {"quantizations": made, "quantizer_ms": 1e3 * seconds * made / max(1, len(states))}
-
-
-def collective_bytes(subject: Subject, micro_batches: int) -> int:
-    """Payload of a step's collectives, of the rank that has the most."""
-    with CollectiveBytes() as collectives:
-        subject.step(micro_batches)
-    return _most(collectives.total)
+    with latents(subject.run.model.chunks):
+        return statistics.median(_timed(once) for _ in range(_QUANTIZER_ROUNDS))
 
 
 def work(plan: dict) -> dict:
     """Carries out a plan.
 
     Args:
-        plan: ``flags`` of our training loop, ``ternary`` those of the ternary variants; ``costs``: variants whose
-            memory is measured, in steps of ``cost_micro_batches``; ``sessions``: each ``variants``,
-            ``micro_batches``, ``rounds``.
+        plan: ``flags`` of our training loop by variant; ``costs``: variants whose memory is measured, in steps of
+            ``cost_micro_batches``; ``sessions``: each ``variants``, ``micro_batches``, ``rounds``.
 
     Returns:
-        ``costs`` by variant, and ``sessions`` with ``seconds`` ``[variants][rounds]``, and by variant ``quantizer`` and
-        ``traffic``.
+        ``costs`` by variant, and ``sessions`` with ``seconds`` ``[variants][rounds]``, and by variant ``counted``.
     """
-    flags, ternary = plan["flags"], plan["ternary"]
+    flags = plan["flags"]
     for name in plan["costs"]:
         # Once for nothing: what a process allocates only once (imports, kernels) is not a variant's memory.
-        build(name, flags, ternary).step(plan["cost_micro_batches"])
-    results = {"costs": {name: costs(name, flags, ternary, plan["cost_micro_batches"]) for name in plan["costs"]}}
+        build(name, flags[name]).step(plan["cost_micro_batches"])
+    results = {"costs": {name: costs(name, flags[name], plan["cost_micro_batches"]) for name in plan["costs"]}}
     names = dict.fromkeys(name for session in plan["sessions"] for name in session["variants"])
-    subjects = {name: build(name, flags, ternary) for name in names}
+    subjects = {name: build(name, flags[name]) for name in names}
     results["sessions"] = []
     for session in plan["sessions"]:
         chosen = [subjects[name] for name in session["variants"]]
         seconds = interleave(chosen, session["micro_batches"], session["rounds"])
-        measured = {s.variant.name: quantizer(s, session["micro_batches"]) for s in chosen if s.variant.ternary}
-        results["sessions"].append({**session, "seconds": seconds, "quantizer": measured})
+        results["sessions"].append({**session, "seconds": seconds})
         _say(f"{session['micro_batches']} micro-batches, {session['rounds']} rounds: done")
     # After all timing: what torch.compile made is interpreted from its first call under a dispatch mode on.
     for session in results["sessions"]:
-        traffic = {name: collective_bytes(subjects[name], session["micro_batches"]) for name in session["variants"]}
-        session["traffic"] = traffic
+        session["counted"] = {n: counted(subjects[n], session["micro_batches"]) for n in session["variants"]}
     notes = {name: subject.run.model.notes for name, subject in subjects.items()}
     results["cost_micro_batches"] = plan["cost_micro_batches"]
     return {**results, "notes": notes, "device": _device_name(), "threads": torch.get_num_threads()}
@@ -248,7 +250,7 @@ def _carry_out(plan: dict, output: Path) -> None:
     ranks = cli.from_environment("LOCAL_WORLD_SIZE", cli.Whole(), 1)
     if world_size() > 1 and not torch.cuda.is_available():
         _keep_to_own_cores(cli.from_environment("LOCAL_RANK", cli.Whole(0), 0), ranks)
-    initialize(parse_args(plan["flags"], world_size()))
+    initialize(parse_args(next(iter(plan["flags"].values())), world_size()))
     results = work(plan)
     if torch.distributed.get_rank() == 0:
         output.write_text(json.dumps(results), encoding="utf-8")

@@ -118,7 +118,7 @@ def predict(machine: Machine, workload: Workload) -> Prediction:
     once = _quantization_seconds(machine, workload)
     passes = workload.quantizations
     memory = _memory(workload)
-    replicas = workload.layout.dp if workload.distributed_optimizer else 1
+    replicas = _replicas(workload)
     parameters = memory.gradients / 4
     linear, other = _flops(workload)
     optimizer = parameters / replicas * ADAM_BYTES
@@ -130,7 +130,8 @@ def predict(machine: Machine, workload: Workload) -> Prediction:
         communication_seconds=wire / machine.link_bandwidth,
         quantizer_seconds=passes * once,
         # Cached or not, a stage quantizes when its first micro-batch arrives, which waited for the stages before.
-        quantizer_step_seconds=(passes + (pp - 1) * (passes if workload.cache == "step" else passes / n)) * once,
+        # Resident weights are quantized behind the optimizer, by all stages at once.
+        quantizer_step_seconds=(passes + (pp - 1) * {"step": passes, "none": passes / n}.get(workload.cache, 0)) * once,
         quantizations=passes,
         memory=memory,
         scale_bytes=_scale_bytes(workload),
@@ -138,6 +139,11 @@ def predict(machine: Machine, workload: Workload) -> Prediction:
         wire_bytes=wire,
         model_flops=flops_per_token(workload.layout) * workload.tokens * n / (workload.layout.tp * pp),
     )
+
+
+def _replicas(workload: Workload) -> int:
+    """Ranks that share what belongs to the optimizer."""
+    return workload.layout.dp if workload.distributed_optimizer else 1
 
 
 def collectives(workload: Workload) -> list[Collective]:
@@ -204,13 +210,15 @@ def _flops(workload: Workload) -> tuple[float, float]:
 
 
 def _quantization_seconds(machine: Machine, workload: Workload) -> float:
-    """One quantization of all weights of a rank; a small weight takes as long as its launch."""
+    """One quantization of all weights of a rank, or of its shard; a small weight takes as long as its launch."""
     total = 0.0
     # Layers are alike: one of them, as often as there are.
     for linear in workload.layout.linears(0):
         moved = linear.weights / workload.layout.tp * QUANTIZER_BYTES[workload.quantizer]
         moved += BYTES * _scales(workload, linear)
         seconds = moved / machine.memory_bandwidth * (machine.quantizer_copies if workload.quantizer == "fused" else 1)
+        if workload.cache == "resident":
+            seconds /= _replicas(workload)
         total += max(seconds, machine.launch_us * 1e-6)
     return total * workload.layers
 
@@ -223,7 +231,8 @@ def _scales(workload: Workload, linear: Linear) -> float:
 
 
 def _scale_bytes(workload: Workload) -> float:
-    return BYTES * sum(_scales(workload, linear) for linear in workload.layout.linears(0)) * workload.layers
+    found = BYTES * sum(_scales(workload, linear) for linear in workload.layout.linears(0)) * workload.layers
+    return found / _replicas(workload) if workload.cache == "resident" else found
 
 
 def _memory(workload: Workload) -> Estimate:
@@ -233,7 +242,7 @@ def _memory(workload: Workload) -> Estimate:
     what a linear multiplied with until its backward: uncached, one copy of every weight per micro-batch in flight.
     """
     _, found = estimate(workload.layout, _options(workload))
-    copies = 1.0
+    copies = 0.0 if workload.cache == "resident" else 1.0
     if workload.cache == "none" and workload.recompute == "full":
         copies = 1 / workload.layers
     elif workload.cache == "none":

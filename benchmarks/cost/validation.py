@@ -10,6 +10,7 @@ from pathlib import Path
 from hardware import best_device, machine
 from report.tables import markdown, number
 from steps.plan import model_flags
+from steps.variants import CACHES
 
 from bitcpm_megatron.launch.launcher.presets import PresetError
 from bitcpm_megatron.ops import active_backend
@@ -17,7 +18,8 @@ from cost.calibration import calibrate
 from cost.model import Prediction, predict
 from cost.workload import MACHINES, BadInput, Machine, Workload, layout_of
 
-_VARIANTS = {"bf16": "step", "ternary": "step", "ternary-no-cache": "none"}
+# What files of earlier versions call the caches stands behind.
+_VARIANTS = {"bf16": "step", **{cache: cache for cache in CACHES}, "ternary": "step", "ternary-no-cache": "none"}
 _SIZES = ("tp", "pp", "dp", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _WHOLE = (*_SIZES, "kv_channels", "vocab_size", "seq_length", "micro_batch_size", "tokens", "micro_batches")
 _WORDS = ("layout", "device", "model", "recompute", "variant")

@@ -98,7 +98,8 @@ class Workload:
         layout: shapes and parallel sizes; a micro-batch has ``layout.sequence * layout.micro_batch`` tokens on each
             data-parallel rank.
         micro_batches: per optimizer step.
-        cache: ``step`` quantizes once per optimizer step, ``none`` in every forward.
+        cache: ``step`` quantizes once per optimizer step, ``resident`` likewise and in the parameters themselves, each
+            data-parallel rank its shard; ``none`` in every forward.
         group_size: weights per scale, -1 for a row.
         quantizer: of :data:`QUANTIZER_BYTES`.
         sequence_parallel: only with TP.
@@ -127,7 +128,11 @@ class Workload:
                 raise BadInput(f"{self.model}: {name} has to be positive, not {getattr(self.layout, name)}")
         if min(self.micro_batches, self.layout.tp, self.layout.pp, self.layout.dp) < 1:
             raise BadInput(f"{self.model}: micro-batches, TP, PP and DP have to be 1 or more")
-        known = {"cache": ("step", "none"), "quantizer": QUANTIZER_BYTES, "recompute": (None, "selective", "full")}
+        known = {
+            "cache": ("resident", "step", "none"),
+            "quantizer": QUANTIZER_BYTES,
+            "recompute": (None, "selective", "full"),
+        }
         for name, words in known.items():
             if getattr(self, name) not in words:
                 raise BadInput(f"{name} {getattr(self, name)!r} is none of {', '.join(map(str, words))}")
@@ -160,7 +165,7 @@ class Workload:
     @property
     def quantizations(self) -> int:
         """How often a rank quantizes each of its weights in a step. Full recomputation runs every forward twice."""
-        if self.cache == "step":
+        if self.cache != "none":
             return 1
         return self.micro_batches * (2 if self.recompute == "full" else 1)
 

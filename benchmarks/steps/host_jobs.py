@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
 def _results(job: Job, seconds: dict[str, list[float]]) -> dict:
     (session,) = job.sessions
     device = best_device() if best_device() == "cpu" else machine(best_device())
-    measured = {**vars(session), "seconds": [seconds[v] for v in session.variants], "quantizer": {}, "traffic": {}}
+    measured = {**vars(session), "seconds": [seconds[v] for v in session.variants], "counted": {}}
     return {"sessions": [measured], "costs": {}, "notes": {}, "device": device}
 
 
@@ -91,8 +91,7 @@ def _arguments(args: argparse.Namespace, job: Job, variant: str, accelerator: bo
     line += ["--mindspeed-path", args.mindspeed_path] if args.mindspeed_path else []
     # Megatron-LM has the names of our loop, and of a flag that is given twice the last one counts.
     line += [*job.arguments(), "--global-batch-size", str(batch), *_LOGGING, *([] if accelerator else _ON_CPU)]
-    line += ["--ternary", *job.ternary] if variant == OURS else []
-    return line + args.host_flags.split()
+    return [*line, *job.flags_of(variant), *args.host_flags.split()]
 
 
 def _median_seconds(args: argparse.Namespace, job: Job, variant: str, accelerator: bool) -> float:

@@ -5,13 +5,15 @@ import contextlib
 import ctypes
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitcpm_megatron.nn.linear import TernaryState
+from bitcpm_megatron.ops import Backend
 
 _NO_DATA = ("barrier", "monitored_barrier_")
 
@@ -127,8 +129,44 @@ def _bytes(argument: object) -> int:
 
 
 @dataclass
+class QuantizerWork:
+    """What the quantizer did.
+
+    Attributes:
+        launches: of a backend's kernels.
+        elements: quantized, all weights together.
+    """
+
+    launches: int = 0
+    elements: int = 0
+
+
+@contextlib.contextmanager
+def quantizer_work() -> Iterator[QuantizerWork]:
+    """Counts what the quantizer does inside, of one weight at a time and of many together."""
+    found = QuantizerWork()
+    one, many = TernaryState.quantize, Backend.together
+
+    def quantize(state: TernaryState, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found.launches, found.elements = found.launches + 1, found.elements + weight.numel()
+        return one(state, weight)
+
+    def together(backend: Backend, weights: Sequence[torch.Tensor], *others: Any) -> int:
+        launches = many(backend, weights, *others)
+        found.launches += launches
+        found.elements += sum(weight.numel() for weight in weights)
+        return launches
+
+    TernaryState.quantize, Backend.together = quantize, together
+    try:
+        yield found
+    finally:
+        TernaryState.quantize, Backend.together = one, many
+
+
+@dataclass
 class LiveCopies:
-    """How many quantized copies of one weight a rank holds at once, cache and autograd together.
+    """How many quantized copies of one weight a rank holds beside its parameter, cache and autograd together.
 
     Attributes:
         most: over all weights and moments.

@@ -9,9 +9,12 @@ from hardware import best_device
 
 from bitcpm_megatron.launch.launcher import presets
 from steps.layouts import Layout
-from steps.variants import PEERS, VARIANTS
+from steps.variants import CACHES, PACKED_GATHER, PEERS, VARIANTS
 
 BASELINE, OURS = "bf16", "ternary"
+RESIDENT, STEP = "resident", "step"
+MODES = (BASELINE, *CACHES)
+"""BF16 and ternary training, its quantized weights in each of the places that there are."""
 WARM_UP = 3
 """Steps of each variant before those that are timed."""
 COST_STEPS = 3
@@ -85,6 +88,16 @@ class Job:
     ternary: tuple[str, ...] = ()
 
     @property
+    def variants(self) -> tuple[str, ...]:
+        """All that it runs."""
+        return tuple(dict.fromkeys([*self.costs, *(name for session in self.sessions for name in session.variants)]))
+
+    def flags_of(self, variant: str) -> list[str]:
+        """Flags of our training loop that a variant has beside those of :meth:`arguments`."""
+        chosen = VARIANTS[variant]
+        return [*chosen.flags, *(self.ternary if chosen.ternary else ())]
+
+    @property
     def cost_micro_batches(self) -> int:
         """Micro-batches of a step whose memory is measured."""
         return max(2, self.layout.pipeline)
@@ -94,10 +107,8 @@ class Job:
         """Micro-batches of all steps: every variant's, timed or not."""
         found = self.cost_micro_batches * len(self.costs) * (1 + COST_STEPS)
         for session in self.sessions:
-            # One more of each for the traffic, and of what is quantized by us one for the quantizer's time.
-            steps = len(session.variants) * (WARM_UP + session.rounds + 1)
-            steps += sum(VARIANTS[name].ternary for name in session.variants)
-            found += session.micro_batches * steps
+            # One more of each, of which everything but the time is counted.
+            found += session.micro_batches * len(session.variants) * (WARM_UP + session.rounds + 1)
         return found
 
     @property
@@ -107,7 +118,7 @@ class Job:
 
     def _fusion(self) -> list[str]:
         # Peers return their gradients; with the fused weight-gradient GEMM the others would have an advantage.
-        peers = any(VARIANTS[v].make_quantizer for session in self.sessions for v in session.variants)
+        peers = any(VARIANTS[name].make_quantizer for name in self.variants)
         return ["--no-gradient-accumulation-fusion"] if peers else []
 
     def arguments(self) -> list[str]:
@@ -129,18 +140,18 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
     Args:
         peers: those that are installed.
     """
-    flags, pair = model_flags("0.5b-layers", None, None), (BASELINE, OURS)
-    both = (*pair, "ternary-no-cache")
-    job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), both)
-    beside_peers = (*both, *peers)
+    flags, pair = model_flags("0.5b-layers", None, None), (BASELINE, RESIDENT)
+    job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), MODES)
+    beside_peers, shared = (*pair, *peers), Layout(data=2, distributed_optimizer=True)
+    gathered = (BASELINE, STEP, RESIDENT, PACKED_GATHER)
     return [
-        replace(job, sessions=(Session(pair, 8, 60), Session(pair, 1, 40)), costs=pair),
-        replace(job, layout=Layout(tensor=2), sessions=(Session(pair, 8, 40), Session(pair, 1, 40)), costs=pair),
-        replace(job, sessions=(Session(beside_peers, 8, 8), Session(beside_peers, 1, 8)), costs=()),
+        replace(job, sessions=(Session(MODES, 8, 32), Session(MODES, 1, 32))),
+        replace(job, layout=Layout(tensor=2), sessions=(Session(MODES, 8, 32), Session(MODES, 1, 32))),
+        replace(job, sessions=(Session(beside_peers, 8, 7), Session(beside_peers, 1, 7)), costs=()),
         replace(job, seq_length=1024, sessions=(Session(pair, 1, 8),), costs=()),
         replace(job, recompute="full", sessions=(Session(pair, 8, 6),)),
-        replace(job, layout=Layout(pipeline=2), sessions=(Session(both, 8, 6),)),
-        replace(job, layout=Layout(data=2, distributed_optimizer=True), sessions=(Session(pair, 8, 6),), costs=()),
+        replace(job, layout=Layout(pipeline=2), sessions=(Session(pair, 8, 6),)),
+        replace(job, layout=shared, sessions=(Session(gathered, 8, 6), Session(gathered, 1, 24)), costs=gathered),
         # Only for what is alive at once; four processes share two cores.
         replace(job, flags=model_flags("0.5b-layers", 4, None), layout=Layout(pipeline=4), seq_length=32),
     ]

@@ -2,7 +2,7 @@
 """From measured steps to rows, and from rows to a CSV file, a picture and Markdown tables."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from report.pictures import picture
 from report.tables import markdown, number, write_csv
 
 from bitcpm_megatron.training.flags import parse_args
-from steps.plan import BASELINE, OURS, Job
+from steps.plan import BASELINE, RESIDENT, STEP, Job
 from steps.variants import PEERS, VARIANTS
 
 MIB = 2**20
@@ -30,14 +30,19 @@ class Row:
         tokens: per micro-batch and data-parallel rank.
         micro_batches: per step.
         ratio: median over pairs of this variant's step time and BF16's, with a 95 % interval.
+        of_step: the same of this variant's and that of the cache ``step``, where both were interleaved.
         tflops_per_device: by Megatron-LM's formula for the model, whatever a variant does beside it.
         peak_bytes: of tensors on one rank, building and stepping included.
         resident_bytes: of tensors on one rank after a step.
         quantized_weights: elements of quantized weights on one rank.
         quantizer_ms: per step on one rank, measured alone.
-        quantizations: of weights, per step on one rank.
+        quantizations: of weights, or of a rank's shards of them, per step on one rank.
+        launches: of the quantizer's kernels, likewise.
         collective_bytes: handed to collectives in a step by one rank.
-        live_copies: of one quantized weight at once, cache and autograd together.
+        live_copies: of one quantized weight at once beside its parameter, cache and autograd together.
+        peak_ratio: ``peak_bytes`` in units of BF16's.
+        gathered_per_weight: bytes per quantized weight in which the distributed optimizer's ranks hand it out, whatever
+            else ternary training sends included.
     """
 
     layout: str
@@ -65,6 +70,9 @@ class Row:
     ratio: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
+    of_step: float | None = None
+    of_step_low: float | None = None
+    of_step_high: float | None = None
     tokens_per_second_per_device: float | None = None
     tflops_per_device: float | None = None
     mfu: float | None = None
@@ -73,8 +81,11 @@ class Row:
     quantized_weights: int | None = None
     quantizer_ms: float | None = None
     quantizations: int | None = None
+    launches: int | None = None
     collective_bytes: int | None = None
     live_copies: int | None = None
+    peak_ratio: float | None = None
+    gathered_per_weight: float | None = None
 
 
 def rows_of(job: Job, results: dict, peak_tflops: float | None = None) -> list[Row]:
@@ -87,14 +98,14 @@ def rows_of(job: Job, results: dict, peak_tflops: float | None = None) -> list[R
     """
     rows = []
     for session in results["sessions"]:
-        baseline = session["seconds"][session["variants"].index(BASELINE)]
-        for name, seconds in zip(session["variants"], session["seconds"], strict=True):
+        taken = dict(zip(session["variants"], session["seconds"], strict=True))
+        for name, seconds in taken.items():
             row = _row(job, results, name, session["micro_batches"], len(seconds))
-            _timed(row, baseline, seconds, peak_tflops)
-            row.collective_bytes = session["traffic"].get(name)
-            for key, value in session["quantizer"].get(name, {}).items():
+            _timed(row, taken, peak_tflops)
+            for key, value in session["counted"].get(name, {}).items():
                 setattr(row, key, value)
             rows.append(row)
+            _gathered(row, job, session["counted"].get(BASELINE, {}).get("collective_bytes"))
     timed = {row.variant for row in rows}
     alone = [name for name in results["costs"] if name not in timed]
     return rows + [_row(job, results, name, results["cost_micro_batches"], 0) for name in alone]
@@ -124,14 +135,27 @@ def _row(job: Job, results: dict, name: str, micro_batches: int, pairs: int) -> 
     )
     for key, value in results["costs"].get(name, {}).items():
         setattr(row, key, value)
+    baseline = results["costs"].get(BASELINE, {}).get("peak_bytes")
+    if row.peak_bytes is not None and baseline:
+        row.peak_ratio = row.peak_bytes / baseline
     return row
 
 
-def _timed(row: Row, baseline: Sequence[float], seconds: Sequence[float], peak_tflops: float | None) -> None:
+def _gathered(row: Row, job: Job, baseline: int | None) -> None:
+    """BF16 hands a weight out in 2 bytes: ternary in as many more or less as its collectives have."""
+    weights = row.quantized_weights
+    if job.layout.distributed_optimizer and job.layout.data > 1 and weights and None not in (row.launches, baseline):
+        row.gathered_per_weight = 2 + (row.collective_bytes - baseline) / weights
+
+
+def _timed(row: Row, taken: Mapping[str, Sequence[float]], peak_tflops: float | None) -> None:
+    """Fills in what follows from the seconds of a session's steps, by variant."""
+    seconds = taken[row.variant]
     row.step_ms = 1e3 * statistics.median(seconds)
     if row.variant != BASELINE:
-        ratios = [s / b for s, b in zip(seconds, baseline, strict=True)]
-        row.ratio, row.ratio_low, row.ratio_high = median_interval(ratios)
+        row.ratio, row.ratio_low, row.ratio_high = _of_pairs(seconds, taken[BASELINE])
+    if STEP in taken and row.variant not in (BASELINE, STEP):
+        row.of_step, row.of_step_low, row.of_step_high = _of_pairs(seconds, taken[STEP])
     devices = row.tp * row.pp * row.dp
     row.tokens_per_second_per_device = row.tokens * row.micro_batches * row.dp / (row.step_ms / 1e3) / devices
     flops = flops_per_token(layout_of(vars(row), tied=True))
@@ -140,12 +164,19 @@ def _timed(row: Row, baseline: Sequence[float], seconds: Sequence[float], peak_t
     row.mfu = None if peak is None else row.tflops_per_device / peak
 
 
+def _of_pairs(seconds: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    return median_interval([s / o for s, o in zip(seconds, others, strict=True)])
+
+
 def last_line(rows: Sequence[Row]) -> str | None:
-    """The one number of ``make bench``, where it was measured."""
-    for row in rows:
-        if (row.layout, row.micro_batches, row.variant) == ("TP2", 8, OURS) and row.ratio is not None:
-            return f"bench: ternary/bf16 step time {row.ratio:.3f} (8 micro-batches, TP2)"
-    return None
+    """The two numbers of ``make bench``, where both were measured."""
+    resident = [row for row in rows if row.variant == RESIDENT and row.recompute == "none"]
+    times = (row.ratio for row in resident if (row.layout, row.micro_batches) == ("TP2", 8))
+    peaks = (row.peak_ratio for row in resident if row.layout == "TP1")
+    time, peak = (next((ratio for ratio in ratios if ratio is not None), None) for ratios in (times, peaks))
+    if time is None or peak is None:
+        return None
+    return f"bench: ternary/bf16 step time {time:.3f} (8 micro-batches, TP2), peak memory {peak:.3f} ({RESIDENT}, TP1)"
 
 
 def write(rows: Sequence[Row], directory: Path, name: str, command: str) -> None:
@@ -160,6 +191,9 @@ def write(rows: Sequence[Row], directory: Path, name: str, command: str) -> None
 def tables(rows: Sequence[Row], command: str) -> str:
     """Steps, peers and memory as Markdown, with what they were measured on."""
     parts = [_step_table([r for r in rows if r.step_ms is not None and r.variant not in PEERS])]
+    beside_step = [r for r in rows if r.of_step is not None and r.variant not in PEERS]
+    if beside_step:
+        parts += ["Against the cache `step`, in pairs of the same rounds:", _of_step_table(beside_step)]
     peers = _sessions_with_peers(rows)
     if peers:
         parts += ["Peers, quantizing inside the same linear layers, all interleaved in one job:", _peer_table(peers)]
@@ -170,24 +204,39 @@ def tables(rows: Sequence[Row], command: str) -> str:
 
 def _step_table(rows: Sequence[Row]) -> str:
     head = (
-        "layout | tokens per micro-batch | micro-batches | recompute | variant | step, ms | of BF16's (95 %) | pairs | "
-        "tokens/s per device | TFLOP/s per device | MFU | quantizer, ms per step | quantizations per step | "
-        "collectives, MiB per step"
+        "layout | tokens per micro-batch | micro-batches | variant | step, ms | of BF16's (95 %) | pairs | "
+        "peak memory of BF16's | quantizer launches per step | quantizer, ms per step | tokens/s per device | "
+        "TFLOP/s per device | MFU | collectives, MiB per step | gathered, bytes per quantized weight"
     )
     lines = (
-        f"{r.layout} | {r.tokens} | {r.micro_batches} | {r.recompute} | {r.variant} | {r.step_ms:.1f} | "
-        f"{_ratio(r, '**')} | {r.pairs} | {r.tokens_per_second_per_device:.0f} | {r.tflops_per_device:.3g} | "
-        f"{number(r.mfu, unit=' %', scale=100)} | {number(r.quantizer_ms)} | {number(r.quantizations, 0)} | "
-        f"{number(r.collective_bytes, scale=1 / MIB)}"
+        f"{_place(r)} | {r.tokens} | {r.micro_batches} | {r.variant} | {r.step_ms:.1f} | {_ratio(r, '**')} | "
+        f"{r.pairs} | {number(r.peak_ratio, 3)} | {number(r.launches, 0)} | {number(r.quantizer_ms)} | "
+        f"{r.tokens_per_second_per_device:.0f} | {r.tflops_per_device:.3g} | {number(r.mfu, unit=' %', scale=100)} | "
+        f"{number(r.collective_bytes, scale=1 / MIB)} | {number(r.gathered_per_weight, 3)}"
         for r in rows
     )
     return markdown(head, lines)
 
 
+def _of_step_table(rows: Sequence[Row]) -> str:
+    lines = (
+        f"{_place(r)} | {r.tokens} | {r.micro_batches} | {r.variant} | "
+        f"{_with_interval(r.of_step, r.of_step_low, r.of_step_high, '**')} | {r.pairs}"
+        for r in rows
+    )
+    return markdown("layout | tokens per micro-batch | micro-batches | variant | of step's (95 %) | pairs", lines)
+
+
+def _place(row: Row) -> str:
+    return row.layout if row.recompute == "none" else f"{row.layout}, {row.recompute} recompute"
+
+
 def _ratio(row: Row, emphasis: str = "") -> str:
-    if row.ratio is None:
-        return "1"
-    return f"{emphasis}{row.ratio:.3f}{emphasis} ({row.ratio_low:.3f} - {row.ratio_high:.3f})"
+    return "1" if row.ratio is None else _with_interval(row.ratio, row.ratio_low, row.ratio_high, emphasis)
+
+
+def _with_interval(ratio: float, low: float, high: float, emphasis: str) -> str:
+    return f"{emphasis}{ratio:.3f}{emphasis} ({low:.3f} - {high:.3f})"
 
 
 def _sessions_with_peers(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -201,8 +250,7 @@ def _sessions_with_peers(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _session_name(row: Row) -> str:
-    recompute = "" if row.recompute == "none" else f", recompute {row.recompute}"
-    return f"{row.layout}, {row.micro_batches} x {row.tokens} tokens{recompute}"
+    return f"{_place(row)}, {row.micro_batches} x {row.tokens} tokens"
 
 
 def _peer_table(sessions: dict[str, list[Row]]) -> str:
@@ -216,8 +264,8 @@ def _peer_table(sessions: dict[str, list[Row]]) -> str:
 
 def _memory_table(rows: Sequence[Row]) -> str:
     head = (
-        "layout | tokens per micro-batch | recompute | variant | peak, MiB | more than BF16 | in copies of the "
-        "quantized weights (bf16) | copies of a quantized weight alive at once"
+        "layout | tokens per micro-batch | variant | peak, MiB | of BF16's | more than BF16 | in copies of the "
+        "quantized weights (bf16) | copies of a quantized weight beside its parameter"
     )
     lines, baseline = [], None
     for r in {(r.layout, r.tokens, r.seq_length, r.recompute, r.variant): r for r in rows if r.peak_bytes}.values():
@@ -226,7 +274,7 @@ def _memory_table(rows: Sequence[Row]) -> str:
         more = None if baseline is None or r is baseline else r.peak_bytes - baseline.peak_bytes
         copies = None if more is None or not r.quantized_weights else more / (2 * r.quantized_weights)
         lines.append(
-            f"{r.layout} | {r.tokens} | {r.recompute} | {r.variant} | {r.peak_bytes / MIB:.1f} | "
+            f"{_place(r)} | {r.tokens} | {r.variant} | {r.peak_bytes / MIB:.1f} | {number(r.peak_ratio, 3)} | "
             f"{number(more, unit=' MiB', scale=1 / MIB)} | {number(copies, 2)} | {number(r.live_copies, 0)}"
         )
     return markdown(head, lines)
@@ -243,7 +291,8 @@ def _provenance(rows: Sequence[Row], command: str) -> str:
         f"Hardware: {_device(rows[0])}. Versions: {versions(megatron.core)}."
         + (f" Quantizer backend: {backends}." if backends else ""),
         *sorted(shapes),
-        "Collectives: what a rank hands to them, in groups of one rank, too.",
+        "Collectives: what a rank hands to them, in groups of one rank, too. Gathered: 2 bytes, and per weight what "
+        "ternary's collectives have beyond BF16's.",
         f"Command: `{command}`",
     ]
     return "\n".join(lines)
@@ -264,7 +313,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         compared = [r for r in session if r.ratio is not None]
         panels.append((f"beside its peers: {name}", [r.variant for r in compared], compared))
     title = f"{rows[0].model}, {_device(rows[0])}"
-    with picture(path, 5.5 * len(panels), 5, len(panels), title) as all_axes:
+    height = max(5, 0.3 * max((len(shown) for _, _, shown in panels), default=0))
+    with picture(path, 5.5 * len(panels), height, len(panels), title) as all_axes:
         for axes, (heading, labels, shown) in zip(all_axes, panels, strict=True):
             # With too few pairs there is no interval.
             finite = [r.ratio_high < float("inf") for r in shown]

@@ -16,6 +16,13 @@ from megatron.core import parallel_state
 
 from bitcpm_megatron.parallel.linears import candidates
 
+CACHES = {
+    "none": "quantized in every micro-batch",
+    "step": "quantized once per optimizer step, beside the latent weight",
+    "resident": "quantized behind the optimizer, in the parameter itself",
+}
+"""Where ``--ternary-cache`` keeps quantized weights: the variants of these names, and what each does."""
+PACKED_GATHER = "packed-gather"
 Quantizer = Callable[[torch.Tensor], torch.Tensor]
 """Latent weight ``[out, in]`` -> the differentiable weight to multiply with."""
 
@@ -127,8 +134,13 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("bf16", note="megatron-core's own linears"),
-        Variant("ternary", ("--ternary",), note="quantized once per optimizer step"),
-        Variant("ternary-no-cache", ("--ternary", "--ternary-cache", "none"), note="quantized in every micro-batch"),
+        Variant("ternary", ("--ternary",), note="with the default cache"),
+        *(Variant(cache, ("--ternary", "--ternary-cache", cache), note=note) for cache, note in CACHES.items()),
+        Variant(
+            PACKED_GATHER,
+            ("--ternary", "--ternary-cache", "resident", "--ternary-param-gather", "packed"),
+            note="resident, gathered as 2-bit codes and scales",
+        ),
         Variant("bitcpm-residual", (), _bitcpm_residual, note="the report's formula in eager PyTorch"),
         Variant("compiled", (), _compiled, note="torch.compile of the definition"),
         Variant("transformers", (), _transformers, package="transformers", note="WeightQuant, one scale per tensor"),

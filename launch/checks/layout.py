@@ -162,11 +162,15 @@ def _memory(subject: Subject) -> list[Finding]:
         recipe=recipe,
         communicator_mib=2.0 * (buffer or 0),
         runtime_gib=profile.runtime_memory_gib,
+        gloo=profile.device == "cpu",
     )
     stage, need = estimate(subject.layout, options)
     said = f"stage {stage}: {need} of {capacity:.4g} GiB"
+    said += "" if recipe is None else f", quantized weights: {options.cache}"
     if need.total > capacity * GIB:
         cure = "more tensor or pipeline parallelism, --use-distributed-optimizer, recomputation, a smaller micro-batch"
+        if recipe is not None and options.bf16 and options.cache != "resident":
+            cure += ", --ternary-cache auto (no second copy of the quantized weights)"
         return [failed("device-memory", said, cure)]
     if need.total > _FULL * capacity * GIB:
         cure = f"above {_FULL:.0%} the estimate is no promise: try a few steps, or shrink the micro-batch or recompute"

@@ -27,14 +27,20 @@ class Estimate:
 
     weights: float  # parameters in the dtype of the forward; of ternary layers these are the latent weights
     # The quantized weights (cached, or in the graphs of all micro-batches in flight; none where the parameters hold
-    # them) and their scales, and the fp32 scratch of the largest one, which the torch backend needs.
+    # them) and their scales, and the fp32 scratch of the largest one, which the torch backend needs: where the
+    # parameters hold them, what it exceeds the activations by, for it is needed behind the optimizer.
     quantized: float
     gradients: float  # fp32 buffer (main_grad), one element per parameter
     # fp32 master weights (bf16 only) and Adam's two moments; divided over the data-parallel ranks if distributed.
     optimizer: float
     activations: float  # what the backward needs, of all micro-batches in flight
     logits: float  # of one micro-batch, in the training dtype and in fp32, with the last norm; last stage only
-    communication: float  # buffers of the communicators
+    # Of one layer, unfused, beyond the logits, which are gone by then: a weight's gradient before it is added to the
+    # fp32 buffer, and gradients of activations.
+    backward: float
+    # Buffers of the communicators; over gloo also the copy of the gradients that it reduces and scatters, as far as
+    # the activations, which are gone by then, have left no room for it.
+    communication: float
     runtime: float  # driver, context, allocator: the profile's number
 
     @property
@@ -61,7 +67,9 @@ class Options:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     ternary_cache: str = "auto"
+    ternary_backend: str = "auto"
     flash_attention: bool = False  # whether attention never writes its scores to memory
+    gloo: bool = False  # whether ranks talk over gloo
     fused: bool = False  # whether norms, SwiGLU and softmax are single kernels that save their inputs alone
     recipe: Recipe | None = None  # of a ternary job
     communicator_mib: float = 0.0  # buffer of one communicator, both directions
@@ -71,6 +79,12 @@ class Options:
     def size(self) -> int:
         """Bytes of an element in the dtype of the forward."""
         return 2 if self.bf16 else 4
+
+    @property
+    def cache(self) -> str:
+        """Where quantized weights are; ``auto`` is taken to find nothing against resident ones but another dtype."""
+        automatic = "resident" if self.bf16 else "step"
+        return automatic if self.ternary_cache == "auto" else self.ternary_cache
 
     @property
     def dropout(self) -> bool:
@@ -96,20 +110,24 @@ def layer_activations(layout: Layout, options: Options) -> float:
     h, t, size = layout.hidden, layout.tp, options.size
     attention, groups = layout.heads * layout.head_dim, layout.groups * layout.head_dim
     dropped = size + 1 if options.dropout else 0
+    rotary = 0.0
     if options.fused:
         # q, k, v and the input of proj; the inner tensors of the ffn; the inputs of both norms, of qkv and of fc1.
         split = size * (2 * attention + 2 * groups) + size * layout.ffn * layout.topk * (3 if layout.gated else 2)
         whole = 4 * size * h
         score = size + dropped
     else:
-        # k and v are repeated for all heads; SwiGLU keeps five tensors; a norm keeps two in fp32; softmax is in fp32.
-        split = size * 4 * attention + size * layout.ffn * layout.topk * (5 if layout.gated else 3)
+        # k and v are repeated for all heads, or v holds the whole output of qkv; SwiGLU keeps five tensors; a norm
+        # keeps two in fp32; softmax is in fp32; q and k each have cosines and sines of the positions.
+        attended = (4 if layout.groups < layout.heads else 6) * attention
+        split = size * attended + size * layout.ffn * layout.topk * (5 if layout.gated else 3)
+        rotary = size * 4 * layout.sequence / layout.cp * layout.head_dim
         whole = 2 * 2 * 4 * h + 2 * size * h
         score = size + 4 + dropped
     whole += 2 * h if options.dropout else 0
     kept = not options.flash_attention and options.recompute_granularity is None
     scores = layout.heads * layout.sequence * score if kept else 0.0
-    return layout.tokens * (split / t + whole / _sharded(layout, options) + scores / t)
+    return layout.tokens * (split / t + whole / _sharded(layout, options) + scores / t) + rotary
 
 
 def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
@@ -131,21 +149,48 @@ def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
     logits = (options.size + 4) * vocab / layout.tp + norm * layout.hidden / _sharded(layout, options)
     # The world's group, and each parallel dimension's.
     groups = 1 + sum(n > 1 for n in (layout.tp, layout.dp, layout.cp, layout.ep)) + (3 if layout.pp > 1 else 0)
+    activations, loss = _in_flight(layout, options, stage), layout.tokens * logits if last else 0.0
+    # The gradient of an embedding that is the output layer, too, waits for the end of the backward.
+    waiting = options.size * vocab * layout.hidden / layout.tp if layout.tied and first and last else 0.0
+    waiting = 0.0 if options.fused else waiting
+    backward = max(0.0, waiting + _layer_backward(layout, options) - loss)
+    passing = activations + loss + backward
+    quantized = _quantized(mine, layout, options, stage, passing)
+    copied = waiting + 4 * (dense + expert) if options.gloo and replicas > 1 else 0.0
+    free = passing + (quantized if options.cache == "none" else 0.0)
     return Estimate(
         weights=options.size * (dense + expert),
-        quantized=_quantized(mine, layout, options, stage),
+        quantized=quantized,
         gradients=4 * (dense + expert),
         optimizer=state * (dense / replicas + expert / max(1, replicas / layout.ep)),
-        activations=_in_flight(layout, options, stage),
-        logits=layout.tokens * logits if last else 0,
-        communication=options.communicator_mib * 2**20 * (groups if layout.world > 1 else 0),
+        activations=activations,
+        logits=loss,
+        backward=backward,
+        communication=options.communicator_mib * 2**20 * (groups if layout.world > 1 else 0) + max(0.0, copied - free),
         runtime=options.runtime_gib * GIB,
     )
 
 
-def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int) -> float:
+def _layer_backward(layout: Layout, options: Options) -> float:
+    """What the backward of one layer's MLP adds at its peak to the activations that are kept; fused, nothing."""
+    if options.fused:
+        return 0.0
+    inner, outer = layout.ffn * layout.topk / layout.tp, layout.hidden
+    wide = inner * (2 if layout.gated else 1)
+    weight = layout.ffn * layout.hidden / layout.tp
+    # At fc2 the gradients of its output, its input and its weight; at fc1 the same, and what lies between is gone.
+    down = layout.tokens * (outer + inner) + weight
+    between = inner * (5 if layout.gated else 3)
+    up = layout.tokens * (2 * outer + wide - between) + weight * (2 if layout.gated else 1)
+    return options.size * max(down, up)
+
+
+def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int, passing: float) -> float:
     """No copy of a weight that its parameter holds, one where it is cached; else the graphs hold one per micro-batch in
-    flight, and under uniform full recomputation those of the layers that are being recomputed."""
+    flight, and under uniform full recomputation those of the layers that are being recomputed.
+
+    ``passing`` are the bytes that are free while the optimizer steps.
+    """
     total, scales, largest = 0.0, 0.0, 0.0
     for linear in mine:
         matcher = options.recipe.decide(linear.path) if options.recipe is not None else None
@@ -156,13 +201,15 @@ def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int)
         total += weights * options.size + weights / group * 2
         scales += weights / group * 2
         largest = max(largest, weights)
-    if options.bf16 and options.ternary_cache in ("auto", "resident"):
-        return scales / (layout.dp if options.use_distributed_optimizer else 1) + 4 * largest
-    if options.ternary_cache == "none":
+    scratch = 4 * largest if options.ternary_backend in ("auto", "torch") else 0.0
+    if options.cache == "resident":
+        replicas = layout.dp * layout.cp if options.use_distributed_optimizer else 1
+        return scales / replicas + max(0.0, scratch - passing)
+    if options.cache == "none":
         uniform = options.recompute_granularity == "full" and options.recompute_method != "block"
         again = min(1.0, (options.recompute_num_layers or 1) / layout.stage_layers)
         total *= again if uniform else _batches_in_flight(layout, stage)
-    return total + 4 * largest
+    return total + scratch
 
 
 def _in_flight(layout: Layout, options: Options, stage: int) -> float:

@@ -679,6 +679,51 @@ def test_parameters_and_states_are_counted() -> None:
     assert estimate(whole, recomputed)[1].quantized == copy * 2 / 96 + scratch
 
 
+def test_where_quantized_weights_are_decides_what_they_need() -> None:
+    whole = replace(PAPER, tp=1, pp=1, world=4)
+    scales = 2 * sum(x.out_features for x in whole.all_linears())
+    recipe = Recipe.all_linears(QuantizerConfig())
+    ternary = replace(PLAIN, recipe=recipe, use_distributed_optimizer=True, ternary_backend="ascendc")
+
+    def quantized(**changes) -> float:
+        return estimate(whole, replace(ternary, **changes))[1].quantized
+
+    copy = 96 * 12 * 12288**2 * 2 + scales
+    assert quantized(ternary_cache="step") == quantized(ternary_cache="none") == copy
+    assert quantized(ternary_cache="auto") == quantized(ternary_cache="resident") == scales / 4
+    assert quantized(ternary_cache="resident", use_distributed_optimizer=False) == scales
+    assert quantized(ternary_cache="auto", bf16=False) == 2 * copy - scales
+    # What the torch backend needs is free behind the optimizer, where activations were.
+    assert quantized(ternary_cache="step", ternary_backend="torch") == copy + 4 * 4 * 12288**2
+    assert quantized(ternary_cache="resident", ternary_backend="torch") == scales / 4
+
+
+def test_gloo_copies_the_gradients_that_it_scatters() -> None:
+    small = replace(PAPER, layers=2, tp=1, pp=1, world=2, sequence=32)
+    bare = replace(PLAIN, use_distributed_optimizer=True, fused=False)
+    need, over_gloo = (estimate(small, replace(bare, gloo=gloo))[1] for gloo in (False, True))
+    waiting = 2 * 51200 * 12288
+    passing = need.activations + need.logits + need.backward
+    assert need.communication == 0 and over_gloo.communication == need.gradients + waiting - passing
+    assert estimate(replace(small, world=1), replace(bare, gloo=True))[1].communication == 0
+    # At fc2 the gradients of its output, of its input and of its weight; the logits are gone.
+    assert need.backward == waiting + 2 * (32 * (1 + 4) + 4 * 12288) * 12288 - need.logits
+
+
+def test_the_finding_says_where_quantized_weights_are(place: Place) -> None:
+    for flags, expected in (
+        (["ternary.ternary-cache=step"], "step"),
+        (["ternary.ternary-cache=none"], "none"),
+        (["ternary.ternary-cache=auto"], "resident"),
+        (["ternary.ternary-cache=auto", "training.bf16=false"], "step"),
+    ):
+        (found,) = (f for f in place.findings(*flags) if f.check == "device-memory")
+        assert found.found.endswith(f"GiB, quantized weights: {expected}")
+    tight = [*BIG, "ternary.ternary=true", "ternary.ternary-cache=step"]
+    (found,) = (f for f in place.findings(*tight) if f.check == "device-memory")
+    assert found.status == "fail" and "--ternary-cache auto (no second copy" in found.cure
+
+
 @pytest.mark.parametrize("preset", presets.names())
 def test_the_weights_of_a_preset_are_all_counted(place: Place, preset: str) -> None:
     text = f"model: {{preset: {preset}, seq-length: 32, make-vocab-size-divisible-by: 1}}\n"

@@ -5,6 +5,7 @@ import csv
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from steps.variants import PEERS
 
 from bitcpm_megatron.nn.cache import CacheEpoch
 from bitcpm_megatron.nn.linear import TernaryState
+from bitcpm_megatron.ops import active_backend, quantize_in_place
 from bitcpm_megatron.quantization import QuantizerConfig
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -74,6 +76,19 @@ def test_collectives_are_counted_by_their_payload(single_rank: None) -> None:
     assert found.total == 192
 
 
+def test_the_work_of_the_quantizer_is_counted() -> None:
+    state = TernaryState("layer", QuantizerConfig(), CacheEpoch())
+    weights = [torch.randn(4, 32), torch.randn(8, 64)]
+    scales = [torch.empty(weight.shape[0], 1, dtype=torch.bfloat16) for weight in weights]
+    with meters.quantizer_work() as found:
+        state.weight(weights[1], True)
+        quantize_in_place(weights, QuantizerConfig())
+    together = active_backend("cpu").backend.together(weights, weights, scales, [-1, -1], QuantizerConfig())
+    assert (found.launches, found.elements) == (1 + together, 4 * 32 + 2 * 8 * 64)
+    state.weight(weights[1], True)
+    assert found.launches == 1 + together
+
+
 @pytest.mark.parametrize("cache, expected", [("step", 1), ("none", 3)])
 def test_live_copies_are_counted(cache: str, expected: int) -> None:
     """Three micro-batches in flight, then their backward passes, twice."""
@@ -114,7 +129,9 @@ def test_the_standard_comparison_is_what_is_promised() -> None:
     for layout in ("TP1", "TP2"):
         sessions = next(job.sessions for job in jobs if str(job.layout) == layout)
         assert {s.micro_batches: s.rounds >= 30 for s in sessions} == {8: True, 1: True}
-        assert all(s.variants == ("bf16", "ternary") for s in sessions)
+        assert all(s.variants == ("bf16", "none", "step", "resident") for s in sessions)
+    shared = next(job for job in jobs if job.layout.data > 1)
+    assert {"step", "resident", "packed-gather"} <= set(shared.costs) and shared.layout.distributed_optimizer
     assert all(job.seq_length == 256 for job in jobs[:3])
     beside_peers = next(job.sessions for job in jobs if any(set(PEERS) <= set(s.variants) for s in job.sessions))
     assert {s.micro_batches for s in beside_peers} == {1, 8}
@@ -126,6 +143,16 @@ def test_what_shapes_a_run_is_never_ignored() -> None:
     (job,) = throughput.jobs_of(asked)
     assert job.recompute == "full" and job.flags[job.flags.index("--vocab-size") + 1] == "4096"
     assert len(throughput.jobs_of(throughput._parser().parse_args([]))) == len(plan.standard(PEERS))
+
+
+def test_every_variant_has_its_flags_told_before_anything_starts(capsys: pytest.CaptureFixture) -> None:
+    job = replace(plan.standard(())[0], ternary=("--ternary-group-size", "64"))
+    assert job.variants == ("bf16", "none", "step", "resident")
+    assert job.flags_of("bf16") == [] and job.flags_of("compiled") == []
+    assert job.flags_of("none") == "--ternary --ternary-cache none --ternary-group-size 64".split()
+    with pytest.raises(SystemExit):
+        throughput.main(["--layouts", "DP2", "--variants", "bf16", "packed-gather"])
+    assert "needs --use-distributed-optimizer" in capsys.readouterr().err
 
 
 def test_the_order_of_steps_is_balanced() -> None:
@@ -253,10 +280,10 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
         --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --swiglu --normalization RMSNorm
         --disable-bias-linear --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --vocab-size 128
     """.split()
-    names = ("bf16", "ternary", "ternary-no-cache", "bitcpm-residual")
+    names = ("bf16", "none", "step", "resident", "bitcpm-residual")
     session = plan.Session(names, 3, 6)
     ternary_flags = tuple("--ternary-group-size -1 --ternary-backend auto".split())
-    job = plan.Job("tiny", tuple(flags), Layout(tensor=2), 32, 1, "none", (session,), names[:3], ternary_flags)
+    job = plan.Job("tiny", tuple(flags), Layout(tensor=2), 32, 1, "none", (session,), names[:4], ternary_flags)
     told: list[int] = []
     results = throughput.run(job, told.append)
     assert set(told) == {2, 3} and sum(told) == job.micro_batches  # 2: the steps whose memory is measured
@@ -264,10 +291,12 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     assert list(rows) == list(names)
 
     local = (3 * 64 * 64 + 64 * 64 + 3 * 64 * 128) // 2 * 2  # qkv, proj, fc1 and fc2 of two layers, on one of two ranks
-    ours, uncached = rows["ternary"], rows["ternary-no-cache"]
-    assert ours.quantized_weights == uncached.quantized_weights == local
-    assert (ours.quantizations, uncached.quantizations) == (8, 24)
-    assert ours.live_copies == 1
+    ours, cached, uncached = rows["resident"], rows["step"], rows["none"]
+    assert ours.quantized_weights == cached.quantized_weights == uncached.quantized_weights == local
+    assert (ours.quantizations, cached.quantizations, uncached.quantizations) == (8, 8, 24)
+    assert (cached.launches, uncached.launches) == (8, 24) and 1 <= ours.launches <= 8
+    assert (ours.live_copies, cached.live_copies, uncached.live_copies) == (0, 1, 1)
+    assert ours.gathered_per_weight is None
     assert len({row.collective_bytes for row in rows.values()}) == 1
     # The forward of a micro-batch reduces the embedding and two outputs per layer, the backward two inputs per layer
     # and the output layer's; then come the losses of tokens, the gradients in fp32 (the vocabulary is padded to 256)
@@ -275,20 +304,47 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     activations = 3 * (1 + 2 * 2 + 2 * 2 + 1) * 32 * 64 * 2
     gradients = 4 * (local + 256 // 2 * 64 + 5 * 64)
     assert 0 <= ours.collective_bytes - activations - gradients < 2048
-    assert 0 < ours.peak_bytes - rows["bf16"].peak_bytes < 3 * local * 2
+    assert 0 < cached.peak_bytes - rows["bf16"].peak_bytes < 3 * local * 2
+    assert ours.peak_bytes < cached.peak_bytes and ours.peak_ratio == ours.peak_bytes / rows["bf16"].peak_bytes
+    assert ours.of_step > 0 and cached.of_step is None and rows["bf16"].of_step is None
     assert all(row.step_ms > 0 and row.ratio > 0 for row in rows.values() if row.variant != "bf16")
 
     throughput_report.write(list(rows.values()), tmp_path, "throughput", "the command")
     with open(tmp_path / "throughput.csv", newline="") as file:
         written = {line["variant"]: line for line in csv.DictReader(file)}
-    assert float(written["ternary"]["ratio"]) == pytest.approx(ours.ratio, rel=1e-5)
+    assert float(written["resident"]["ratio"]) == pytest.approx(ours.ratio, rel=1e-5)
     text = (tmp_path / "throughput.md").read_text()
     assert f"{ours.ratio:.3f}" in text and "`the command`" in text and "bitcpm-residual" in text
     assert (tmp_path / "throughput.png").stat().st_size > 10_000
-    assert throughput_report.last_line(list(rows.values())) is None
-    ours.micro_batches = 8
-    line = throughput_report.last_line(list(rows.values()))
-    assert line == f"bench: ternary/bf16 step time {ours.ratio:.3f} (8 micro-batches, TP2)"
+
+
+def test_the_last_line_has_a_time_and_a_peak() -> None:
+    time = _row("resident", ratio=1.0036, peak_ratio=1.2)
+    peak = _row("resident", layout="TP1", micro_batches=1, peak_ratio=1.0004)
+    others = [_row("step", ratio=2.0, peak_ratio=2.0), _row("resident", layout="TP1", recompute="full", peak_ratio=3.0)]
+    expected = "bench: ternary/bf16 step time 1.004 (8 micro-batches, TP2), peak memory 1.000 (resident, TP1)"
+    assert throughput_report.last_line([*others, time, peak]) == expected
+    assert throughput_report.last_line([*others, time]) is None and throughput_report.last_line([*others, peak]) is None
+
+
+def test_what_is_gathered_is_told_per_quantized_weight() -> None:
+    """What ternary's collectives have less than BF16's, from the 2 bytes of a bf16 weight."""
+    session = plan.Session(("bf16", "step", "packed-gather"), 1, 1)
+    flags = (*plan.model_flags("0.5b-layers", None, None), "--make-vocab-size-divisible-by", "1")
+    job = plan.Job("m", flags, Layout(data=2, distributed_optimizer=True), 32, 1, "none", (session,), session.variants)
+    counted = {"bf16": {"collective_bytes": 10_000}}
+    counted |= {
+        name: {"collective_bytes": n, "launches": 1} for name, n in (("step", 10_000), ("packed-gather", 8_270))
+    }
+    results = {
+        "sessions": [{**vars(session), "seconds": [[2.0], [3.0], [4.0]], "counted": counted}],
+        "costs": {name: {"peak_bytes": 100, "quantized_weights": 1000} for name in session.variants},
+        **{"notes": {}, "device": "cpu", "cost_micro_batches": 2},
+    }
+    rows = {row.variant: row for row in throughput_report.rows_of(job, results)}
+    assert rows["bf16"].gathered_per_weight is None and rows["step"].gathered_per_weight == 2
+    assert rows["packed-gather"].gathered_per_weight == pytest.approx(0.27)
+    assert (rows["packed-gather"].ratio, rows["packed-gather"].of_step) == (2, pytest.approx(4 / 3))
 
 
 @pytest.mark.slow
@@ -315,9 +371,7 @@ def test_the_table_that_the_readme_shows_was_measured() -> None:
     directory = CHECKOUT / "docs" / "benchmarks"
     with open(directory / "throughput.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    (row,) = [
-        r for r in rows if (r["layout"], r["variant"], r["micro_batches"], r["pairs"]) == ("TP2", "ternary", "8", "40")
-    ]
+    row = [r for r in rows if (r["layout"], r["micro_batches"]) == ("TP2", "8") and r["ratio"]][-1]
     shown = f"{float(row['ratio']):.3f} ({float(row['ratio_low']):.3f} - {float(row['ratio_high']):.3f})"
     assert shown.replace(" (", "** (") in (directory / "throughput.md").read_text()
     assert shown.replace(" (", "** (") in (CHECKOUT / "README.md").read_text()

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a rank by where ternary training keeps its quantized weights, in units of BF16's.
+
+    python benchmarks/memory.py                                   # by formula: an 8B model at DP8 and DP64
+    python benchmarks/memory.py --model minicpm4-0.5b --tp 2 --dp 16
+    python benchmarks/memory.py --measure                         # small models on this machine, beside the formula
+
+The formula is that of the preflight (``launch/estimates/memory.py``). What is measured is the peak of bytes allocated
+from building a model to the end of its second step, as ``throughput.py`` measures it.
+
+Exit status: 0 done, 1 a job failed, 2 bad arguments, 3 a measurement is not what the formula says.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import throughput
+from cost.workload import PAD_TO, preset
+from report.tables import markdown, number
+from steps.layouts import Layout
+from steps.plan import BASELINE, MODES, Job
+
+from bitcpm_megatron import cli
+from bitcpm_megatron.launch.estimates import shapes
+from bitcpm_megatron.launch.estimates.memory import GIB, Estimate, Options, estimate, options_of
+from bitcpm_megatron.launch.launcher import job as job_files
+from bitcpm_megatron.launch.launcher import presets
+from bitcpm_megatron.quantization import QuantizerConfig
+from bitcpm_megatron.quantization.recipe import Recipe
+from bitcpm_megatron.training.flags import parse_args
+
+MIB = 2**20
+TOLERANCE = 0.02
+"""By which a measured peak may differ from the formula's, as a fraction of it."""
+RESIDENT_TOLERANCE = 0.01
+"""By which the peak with resident weights may exceed BF16's, as a fraction of it, beside the scales."""
+_LAYOUTS = ("TP1", "DP2+DO", "DP4+DO")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A measured peak of one rank beside the formula's, in bytes.
+
+    Attributes:
+        layout: of the job.
+        mode: ``bf16``, or where the quantized weights are.
+        measured: the most of any rank.
+        expected: by the formula.
+        baseline: measured of BF16.
+        scales: of the quantized weights that are resident, by the formula.
+    """
+
+    layout: str
+    mode: str
+    measured: int
+    expected: float
+    baseline: int
+    scales: float
+
+    def mistake(self) -> str | None:
+        """What is wrong with it, or None."""
+        off = self.measured / self.expected - 1
+        if abs(off) > TOLERANCE:
+            return f"{self.layout} {self.mode}: the peak is {off:+.1%} off the formula, {TOLERANCE:.0%} are allowed"
+        more = self.measured - self.baseline - self.scales
+        if self.mode == "resident" and more > RESIDENT_TOLERANCE * self.baseline:
+            beyond = more / self.baseline
+            return (
+                f"{self.layout} resident: {beyond:.1%} more than BF16 and the scales, {RESIDENT_TOLERANCE:.0%} allowed"
+            )
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table; returns the exit status."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ranks = cli.Whole(1, 2**16)
+    parser.add_argument("--model", choices=presets.names(), default="minicpm4-8b")
+    parser.add_argument("--tp", type=ranks, default=1)
+    parser.add_argument("--dp", type=ranks, nargs="+", default=[8, 64], help="with the distributed optimizer")
+    parser.add_argument("--tokens", type=cli.Whole(1, 2**24), default=4096, help="of a micro-batch: one sequence")
+    parser.add_argument("--measure", action="store_true", help="small models here, not --model")
+    parser.add_argument("--layouts", nargs="+", default=_LAYOUTS, metavar="DP2+DO", help="with --measure")
+    args = parser.parse_args(argv)
+    return cli.run(lambda: _measure(args) if args.measure else _estimate(args))
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    lines = []
+    for dp in args.dp:
+        baseline = needed(args.model, args.tokens, args.tp, dp, BASELINE)
+        for mode in MODES:
+            need = needed(args.model, args.tokens, args.tp, dp, mode)
+            parts = (need.weights, need.quantized, need.gradients, need.optimizer, need.activations + need.logits)
+            lines.append(
+                f"DP{dp} | {mode} | {' | '.join(number(part, 2, scale=1 / GIB) for part in parts)} | "
+                f"{number(_state(need), 2, scale=1 / GIB)} | {number(_state(need) / _state(baseline), 1, ' %', 100)} | "
+                f"{number(need.total, 2, scale=1 / GIB)} | {number(need.total / baseline.total, 1, ' %', 100)}"
+            )
+    head = (
+        "ranks | quantized weights | GiB: weights | quantized | gradients | optimizer | activations, logits | "
+        "all but activations | of BF16's | all | of BF16's"
+    )
+    print(markdown(head, lines))
+    print(
+        f"\nBy formula: {args.model}, TP{args.tp}, distributed optimizer, one sequence of {args.tokens} tokens, fused "
+        "kernels, full recomputation, a scale per row."
+    )
+
+
+def _state(need: Estimate) -> float:
+    return need.weights + need.quantized + need.gradients + need.optimizer
+
+
+def needed(model: str, tokens: int, tp: int, dp: int, mode: str) -> Estimate:
+    """What a rank of a preset needs by the formula, with fused kernels and full recomputation.
+
+    Raises:
+        ValueError: sizes that the model cannot be cut into.
+    """
+    options = Options(
+        bf16=True,
+        sequence_parallel=tp > 1,
+        use_distributed_optimizer=True,
+        make_vocab_size_divisible_by=PAD_TO,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        flash_attention=True,
+        fused=True,
+        # Whatever quantizes in one pass: ascendc and triton need no scratch either.
+        ternary_backend="ascendc",
+    )
+    if mode != BASELINE:
+        options = replace(options, ternary_cache=mode, recipe=Recipe.all_linears(QuantizerConfig()))
+    return estimate(preset(model, tokens, 1, tp=tp, dp=dp).layout, options)[1]
+
+
+def _measure(args: argparse.Namespace) -> None:
+    peaks = [peak for layout in args.layouts for peak in measured(measured_job(Layout.parse(layout)))]
+    lines = (
+        f"{p.layout} | {p.mode} | {number(p.measured, 2, scale=1 / MIB)} | {number(p.expected, 2, scale=1 / MIB)} | "
+        f"{number(p.measured / p.expected, 4)} | {number(p.measured / p.baseline, 4)}"
+        for p in peaks
+    )
+    head = "layout | quantized weights | peak, MiB | by formula | measured / formula | of BF16's peak"
+    print(markdown(head, lines))
+    if wrong := [mistake for peak in peaks if (mistake := peak.mistake())]:
+        raise cli.MismatchError("\n".join(wrong))
+
+
+def measured_job(layout: Layout) -> Job:
+    """A model of six million parameters in a layout: every mode's memory is measured, and no time."""
+    flags = {"num-layers": 2, "hidden-size": 512, "ffn-hidden-size": 1024, "num-attention-heads": 8}
+    line = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    line += "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope".split()
+    line += "--attention-dropout 0 --hidden-dropout 0 --vocab-size 1024".split()
+    return Job("small", tuple(line), layout, 128, 2, "none", (), MODES, ("--ternary-backend", "cpu"))
+
+
+def measured(job: Job) -> Iterator[Peak]:
+    """The peaks of a job's variants, BF16's first.
+
+    Raises:
+        FailedError: it failed.
+    """
+    costs = throughput.run(job)["costs"]
+    for mode, found in costs.items():
+        need = expected(job, mode)
+        yield Peak(
+            str(job.layout), mode, found["peak_bytes"], need.total, costs[BASELINE]["peak_bytes"], need.quantized
+        )
+
+
+def expected(job: Job, variant: str) -> Estimate:
+    """What a rank of a job of our own training loop on a CPU needs by the formula."""
+    args = parse_args([*job.arguments(), *job.flags_of(variant)], job.layout.processes)
+    file = job_files.Job(job.model, Path(), "", job_files.Host(), None, {}, job_files.Cluster())
+    layout = shapes.layout_of(file, args, job.layout.processes, args.vocab_size)
+    recipe = shapes.recipe_of(args) if args.ternary else None
+    return estimate(layout, options_of(args, recipe=recipe, gloo=True))[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
