@@ -30,7 +30,7 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 	tokenizers==0.22.2 attrs certifi charset-normalizer codetiming dill fsspec httpcore httpx multiprocess requests \
 	sniffio typer-slim urllib3
 
-.PHONY: setup demo test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-kill test-bad-input bench bench-conversion bench-kernel lint format clean
+.PHONY: setup demo test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-kill test-bad-input bench bench-conversion bench-kernel bench-memory lint format clean
 
 setup: $(READY)
 
@@ -109,7 +109,7 @@ test-kill: $(READY)
 test-bad-input: $(READY)
 	cd tests && $(CURDIR)/$(PY) -W ignore -m bad_input.campaign $(BAD_INPUT)
 
-# Ternary against BF16 and against other quantizers, in under 10 minutes on 2 cores: docs/benchmarks/throughput.*
+# Ternary, wherever its weights are, against BF16 and other quantizers, in 12 minutes on 2 cores: docs/benchmarks/throughput.*
 # Elsewhere: make bench BENCH='--model minicpm4-0.5b --layouts TP1 TP8 --seq-length 4096'
 bench: $(VENV)/.peers
 	$(PY) benchmarks/throughput.py $(BENCH)
@@ -121,6 +121,10 @@ $(VENV)/.peers: $(READY)
 # Time and memory of the converters against a plain copy; needs about 12 GB of disk. BENCH='--size 500MB --repeats 1'
 bench-conversion: $(READY)
 	$(PY) benchmarks/conversion.py $(BENCH)
+
+# Memory by where quantized weights are: by formula; measured here and compared with it: BENCH=--measure
+bench-memory: $(READY)
+	$(PY) benchmarks/memory.py $(BENCH)
 
 # The quantizer's backends against a copy, on the device that is there. BENCH='--models minicpm4-8b --groups -1 128'
 bench-kernel: $(READY)

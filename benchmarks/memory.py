@@ -142,7 +142,7 @@ def _measure(args: argparse.Namespace) -> None:
     peaks = [peak for layout in args.layouts for peak in measured(measured_job(Layout.parse(layout)))]
     lines = (
         f"{p.layout} | {p.mode} | {number(p.measured, 2, scale=1 / MIB)} | {number(p.expected, 2, scale=1 / MIB)} | "
-        f"{number(p.measured / p.expected, 4)} | {number(p.measured / p.baseline, 4)}"
+        f"{number(p.measured / p.expected, 3)} | {number(p.measured / p.baseline, 3)}"
         for p in peaks
     )
     head = "layout | quantized weights | peak, MiB | by formula | measured / formula | of BF16's peak"
@@ -152,12 +152,12 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def measured_job(layout: Layout) -> Job:
-    """A model of six million parameters in a layout: every mode's memory is measured, and no time."""
-    flags = {"num-layers": 2, "hidden-size": 512, "ffn-hidden-size": 1024, "num-attention-heads": 8}
+    """A model of 11 million parameters in a layout: every mode's memory is measured, and no time."""
+    flags = {"num-layers": 4, "hidden-size": 512, "ffn-hidden-size": 1024, "num-attention-heads": 8}
     line = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     line += "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope".split()
     line += "--attention-dropout 0 --hidden-dropout 0 --vocab-size 1024".split()
-    return Job("small", tuple(line), layout, 128, 2, "none", (), MODES, ("--ternary-backend", "cpu"))
+    return Job("small", tuple(line), layout, 128, 2, "none", (), MODES)
 
 
 def measured(job: Job) -> Iterator[Peak]:
@@ -180,7 +180,7 @@ def expected(job: Job, variant: str) -> Estimate:
     file = job_files.Job(job.model, Path(), "", job_files.Host(), None, {}, job_files.Cluster())
     layout = shapes.layout_of(file, args, job.layout.processes, args.vocab_size)
     recipe = shapes.recipe_of(args) if args.ternary else None
-    return estimate(layout, options_of(args, recipe=recipe, gloo=True))[1]
+    return estimate(layout, options_of(args, recipe=recipe, cpu=True))[1]
 
 
 if __name__ == "__main__":

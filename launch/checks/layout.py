@@ -162,7 +162,7 @@ def _memory(subject: Subject) -> list[Finding]:
         recipe=recipe,
         communicator_mib=2.0 * (buffer or 0),
         runtime_gib=profile.runtime_memory_gib,
-        gloo=profile.device == "cpu",
+        cpu=profile.device == "cpu",
     )
     stage, need = estimate(subject.layout, options)
     said = f"stage {stage}: {need} of {capacity:.4g} GiB"

@@ -69,7 +69,7 @@ class Options:
     ternary_cache: str = "auto"
     ternary_backend: str = "auto"
     flash_attention: bool = False  # whether attention never writes its scores to memory
-    gloo: bool = False  # whether ranks talk over gloo
+    cpu: bool = False  # whether ranks are processes on CPUs: they talk over gloo, and quantize block by block
     fused: bool = False  # whether norms, SwiGLU and softmax are single kernels that save their inputs alone
     recipe: Recipe | None = None  # of a ternary job
     communicator_mib: float = 0.0  # buffer of one communicator, both directions
@@ -151,12 +151,12 @@ def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
     groups = 1 + sum(n > 1 for n in (layout.tp, layout.dp, layout.cp, layout.ep)) + (3 if layout.pp > 1 else 0)
     activations, loss = _in_flight(layout, options, stage), layout.tokens * logits if last else 0.0
     # The gradient of an embedding that is the output layer, too, waits for the end of the backward.
-    waiting = options.size * vocab * layout.hidden / layout.tp if layout.tied and first and last else 0.0
-    waiting = 0.0 if options.fused else waiting
+    waits = layout.tied and first and last and not options.fused
+    waiting = options.size * vocab * layout.hidden / layout.tp if waits else 0.0
     backward = max(0.0, waiting + _layer_backward(layout, options) - loss)
     passing = activations + loss + backward
     quantized = _quantized(mine, layout, options, stage, passing)
-    copied = waiting + 4 * (dense + expert) if options.gloo and replicas > 1 else 0.0
+    copied = waiting + 4 * (dense + expert) if options.cpu and replicas > 1 else 0.0
     free = passing + (quantized if options.cache == "none" else 0.0)
     return Estimate(
         weights=options.size * (dense + expert),
@@ -201,7 +201,7 @@ def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int,
         total += weights * options.size + weights / group * 2
         scales += weights / group * 2
         largest = max(largest, weights)
-    scratch = 4 * largest if options.ternary_backend in ("auto", "torch") else 0.0
+    scratch = 4 * largest if options.ternary_backend in ("auto", "torch") and not options.cpu else 0.0
     if options.cache == "resident":
         replicas = layout.dp * layout.cp if options.use_distributed_optimizer else 1
         return scales / replicas + max(0.0, scratch - passing)

@@ -43,10 +43,10 @@ def main() -> None:
         model.chunks[0](tokens, positions, mask, labels=tokens)
     job = Job("measured", Path(), "", Host(), None, {}, Cluster())
     layout = layout_of(job, args, 1, args.vocab_size)
-    _, need = estimate(layout, options_of(args, recipe=recipe_of(args) if args.ternary else None))
-    # The quantized weights are saved for the backward; the scratch of the quantizer is not.
-    scratch = 4 * max(linear.weights for linear in layout.linears(0)) if args.ternary else 0
-    expected = need.activations + need.logits + need.quantized - scratch
+    options = options_of(args, cpu=True, recipe=recipe_of(args) if args.ternary else None)
+    _, need = estimate(layout, options)
+    # The quantized weights are saved for the backward; of the logits only those in fp32 are.
+    expected = need.activations + need.logits + need.quantized - options.size * layout.tokens * padded
     print(json.dumps({"saved": sum(s.nbytes() for s in saved.values()), "expected": expected}))
 
 

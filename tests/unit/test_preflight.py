@@ -695,17 +695,18 @@ def test_where_quantized_weights_are_decides_what_they_need() -> None:
     assert quantized(ternary_cache="auto", bf16=False) == 2 * copy - scales
     # What the torch backend needs is free behind the optimizer, where activations were.
     assert quantized(ternary_cache="step", ternary_backend="torch") == copy + 4 * 4 * 12288**2
+    assert quantized(ternary_cache="step", ternary_backend="torch", cpu=True) == copy
     assert quantized(ternary_cache="resident", ternary_backend="torch") == scales / 4
 
 
 def test_gloo_copies_the_gradients_that_it_scatters() -> None:
     small = replace(PAPER, layers=2, tp=1, pp=1, world=2, sequence=32)
     bare = replace(PLAIN, use_distributed_optimizer=True, fused=False)
-    need, over_gloo = (estimate(small, replace(bare, gloo=gloo))[1] for gloo in (False, True))
+    need, over_gloo = (estimate(small, replace(bare, cpu=cpu))[1] for cpu in (False, True))
     waiting = 2 * 51200 * 12288
     passing = need.activations + need.logits + need.backward
     assert need.communication == 0 and over_gloo.communication == need.gradients + waiting - passing
-    assert estimate(replace(small, world=1), replace(bare, gloo=True))[1].communication == 0
+    assert estimate(replace(small, world=1), replace(bare, cpu=True))[1].communication == 0
     # At fc2 the gradients of its output, of its input and of its weight; the logits are gone.
     assert need.backward == waiting + 2 * (32 * (1 + 4) + 4 * 12288) * 12288 - need.logits
 
@@ -738,11 +739,11 @@ def test_the_weights_of_a_preset_are_all_counted(place: Place, preset: str) -> N
 def test_the_activations_of_our_loop_are_those_that_it_saves() -> None:
     script = Path(__file__).parent / "saved_activations.py"
     flags = "--model tiny-llama --seq-length 128 --micro-batch-size 2 --mock-data --vocab-size 1000 --bf16 --ternary"
+    flags += " --ternary-cache step"
     command = [sys.executable, str(script), *flags.split(), "--train-iters", "1", "--lr", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     report = json.loads(done.stdout.splitlines()[-1])
-    # 0.1 % off for two layers of bitcpm-cann-1b at 512 tokens; in so small a model the rest shows.
-    assert report["saved"] == pytest.approx(report["expected"], rel=0.1), done.stderr
+    assert report["saved"] == pytest.approx(report["expected"], rel=0.02), done.stderr
 
 
 def test_the_megatron_hosts_flags_are_looked_up_in_its_sources(tmp_path: Path) -> None:
