@@ -37,7 +37,7 @@ TOLERANCE = 0.02
 """By which a measured peak may differ from the formula's, as a fraction of it."""
 RESIDENT_TOLERANCE = 0.01
 """By which the peak with resident weights may exceed BF16's, as a fraction of it, beside the scales."""
-_LAYOUTS = ("TP1", "DP2+DO", "DP4+DO")
+_LAYOUTS = ("TP1", "TP1+DO", "DP2+DO", "DP4+DO")
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,8 @@ def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
     backward = max(0.0, waiting + _layer_backward(layout, options) - loss)
     passing = activations + loss + backward
     quantized = _quantized(mine, layout, options, stage, passing)
-    copied = waiting + 4 * (dense + expert) if options.cpu and replicas > 1 else 0.0
+    # A group of one is no exception.
+    copied = waiting + 4 * (dense + expert) if options.cpu and options.use_distributed_optimizer else 0.0
     free = passing + (quantized if options.cache == "none" else 0.0)
     return Estimate(
         weights=options.size * (dense + expert),
