@@ -294,7 +294,7 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     ours, cached, uncached = rows["resident"], rows["step"], rows["none"]
     assert ours.quantized_weights == cached.quantized_weights == uncached.quantized_weights == local
     assert (ours.quantizations, cached.quantizations, uncached.quantizations) == (8, 8, 24)
-    assert (cached.launches, uncached.launches) == (8, 24) and 1 <= ours.launches <= 8
+    assert (ours.launches, cached.launches, uncached.launches) == (1, 1, 24)
     assert (ours.live_copies, cached.live_copies, uncached.live_copies) == (0, 1, 1)
     assert ours.gathered_per_weight is None
     assert len({row.collective_bytes for row in rows.values()}) == 1
