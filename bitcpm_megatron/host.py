@@ -120,6 +120,8 @@ def _refused(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             yield flag, why
     if args.ternary_param_gather == "packed":
         yield "ternary_param_gather", "a host gathers its parameters by itself: leave it out, or use launch/pretrain.py"
+    if args.ternary_cache == "packed":
+        yield "ternary_cache", "a host reads and gathers its parameters by itself: use resident, or launch/pretrain.py"
     if getattr(args, "ckpt_format", "torch_dist") not in ("torch", "torch_dist"):
         yield "ckpt_format", "use one of torch, torch_dist"
     if getattr(args, "non_persistent_ckpt_type", None) == "local":

@@ -86,9 +86,10 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     group.add_argument("--ternary-backend", choices=("auto", *_backends()), default="auto")
     group.add_argument(
         "--ternary-cache",
-        choices=("auto", "resident", "step", "none"),
+        choices=("auto", "resident", "packed", "step", "none"),
         default="auto",
         help="where quantized weights are: resident, in the parameters (latents in the optimizer's masters alone); "
+        "packed, the same as 2-bit codes and scales, unpacked when a layer runs; "
         "step, beside them; none, quantized in every forward; auto, resident where it is possible, else step",
     )
     group.add_argument(
@@ -160,7 +161,7 @@ def ternary_mistakes(args: argparse.Namespace) -> list[str]:
             return ["--ternary-row-parallel-shards does nothing with a --ternary-group-size: leave it out"]
         if args.ternary_verify_cache and args.ternary_cache == "none":
             return ["--ternary-verify-cache has nothing to verify with --ternary-cache none"]
-        return list(_gather_mistakes(args))
+        return [*_packed_mistakes(args), *_gather_mistakes(args)]
     parser = add_ternary_arguments(argparse.ArgumentParser())
     idle = [
         action.option_strings[0]
@@ -170,11 +171,19 @@ def ternary_mistakes(args: argparse.Namespace) -> list[str]:
     return [f"{', '.join(idle)} without --ternary would do nothing"] if idle else []
 
 
+def _packed_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    if args.ternary_cache == "packed" and not getattr(args, "use_distributed_optimizer", False):
+        yield (
+            "--ternary-cache packed needs --use-distributed-optimizer: without it there is no buffer of parameters to "
+            "free, use --ternary-cache resident"
+        )
+
+
 def _gather_mistakes(args: argparse.Namespace) -> Iterator[str]:
     if args.ternary_param_gather == "bf16":
         return
     asked = f"--ternary-param-gather {args.ternary_param_gather}"
-    if args.ternary_cache not in ("auto", "resident"):
+    if args.ternary_cache not in ("auto", "resident", "packed"):
         cache = f"--ternary-cache {args.ternary_cache}"
         yield f"{asked} needs quantized weights in the parameters, which {cache} does not keep there: use resident"
     if not getattr(args, "use_distributed_optimizer", False):

@@ -8,7 +8,7 @@ function or ``_forward_impl`` (megatron-core 0.12.1 assigns the last one on the 
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
@@ -19,6 +19,7 @@ from ..quantization import QuantizerConfig, scales_of
 from .cache import CacheEpoch
 from .settings import CacheMode
 from .straight_through import shadow
+from .unpacked import free_until_backward
 
 _ATTRIBUTE = "_ternary"
 
@@ -47,6 +48,8 @@ class TernaryState:
         scales: its bf16 scales ``[out, groups]``.
         count: quantizations made so far, for reports.
         resident: whether the module's parameter holds the quantized weight itself, and the optimizer the latent one.
+        unpack: writes the quantized weight of now into a tensor ``[out, in]``, where it is kept packed and the
+            parameter has no values; None elsewhere.
         used: whether a forward pass has run the layer since this was last reset; recompute in a backward pass is none.
     """
 
@@ -61,6 +64,7 @@ class TernaryState:
     scales: torch.Tensor | None = None
     count: int = 0
     resident: bool = False
+    unpack: Callable[[torch.Tensor], None] | None = None
     used: bool = False
     made_in: tuple[int, bool] | None = None
 
@@ -118,10 +122,19 @@ class TernaryState:
     def in_use(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantized weight and scales of the last forward, from the module's parameter where none are kept."""
         if self.resident:
-            return weight.detach(), scales_of(weight.detach(), self.config)
+            held = self.held(weight)
+            return held, scales_of(held, self.config)
         if self.quantized is not None and self.scales is not None:
             return self.quantized, self.scales
         return self.quantize(weight)
+
+    def held(self, weight: torch.Tensor) -> torch.Tensor:
+        """The quantized weight that a parameter stands for: what it holds, or unpacked into a tensor of its own."""
+        if self.unpack is None:
+            return weight.detach()
+        dense = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
+        self.unpack(dense)
+        return dense
 
     def _compare(self, latent: torch.Tensor, cached: torch.Tensor) -> None:
         fresh, _ = self.quantize(latent)
@@ -199,6 +212,8 @@ def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
     if state.resident:
         # The gradient of the parameter is that of the latent weight: nothing stands between them.
         state.used = state.used or not _in_backward()
+        if state.unpack is not None:
+            stand_in = _unpacked_stand_in(self, state, latent)
     elif torch.compiler.is_compiling():
         stand_in = _traceable_stand_in(self, state, latent)
         state.used = True
@@ -219,12 +234,21 @@ def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
     try:
         if self.weight is not stand_in:
             raise RuntimeError(f"{state.name}: something, such as a parametrization, hides the quantized weight")
-        return type(self).forward(self, *args, **kwargs)
+        result = type(self).forward(self, *args, **kwargs)
     finally:
         if before is None:
             del self.__dict__["weight"]
         else:
             self.__dict__["weight"] = before
+    if state.unpack is not None:
+        free_until_backward(stand_in, result, state.unpack)
+    return result
+
+
+def _unpacked_stand_in(module: HostModule, state: TernaryState, latent: torch.nn.Parameter) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{state.name}: torch.compile cannot trace packed weights: use --ternary-cache resident")
+    return shadow(latent, state.held(latent), getattr(module, "gradient_accumulation_fusion", False))
 
 
 def _in_backward() -> bool:

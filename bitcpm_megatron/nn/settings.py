@@ -10,8 +10,8 @@ from ..quantization.recipe import Recipe
 
 CacheMode = Literal["step", "none"]
 """How a layer keeps its quantized weight: until the weights change, or not at all."""
-CacheChoice = Literal["auto", "resident", "step", "none"]
-"""Of a training run: ``resident`` holds the quantized weights in the parameters themselves."""
+CacheChoice = Literal["auto", "resident", "packed", "step", "none"]
+"""Of a training run: ``resident`` holds the quantized weights in the parameters themselves, ``packed`` in 2 bits."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class TernarySettings:
             tensor-parallel size of the run.
         backend: that quantizes, by name; ``auto`` for the best one of the device.
         cache: ``step`` quantizes once per optimizer step and ``none`` in every forward; ``resident`` quantizes behind
-            the optimizer, in the parameters, and ``auto`` is this where it is possible, else ``step``.
+            the optimizer, in the parameters, and ``auto`` is this where it is possible, else ``step``; ``packed`` keeps
+            2-bit codes and scales alone.
         verify_cache: quantize again at every use of the cache, and raise where it is stale.
         activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
     """

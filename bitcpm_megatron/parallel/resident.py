@@ -46,9 +46,15 @@ class Resident:
             :func:`~bitcpm_megatron.parallel.apply_recipe`.
         optimizer: that trains them, as ``get_megatron_optimizer`` builds it.
 
+    Attributes:
+        holds: whether the parameters hold quantized weights now.
+        gathers_packed: whether they travel as codes and scales in any case.
+
     Raises:
         ResidentError: they cannot, with the reason.
     """
+
+    gathers_packed = False
 
     def __init__(self, chunks: Sequence[HostModule], optimizer: Any) -> None:
         self._chunks = list(chunks)
@@ -66,7 +72,7 @@ class Resident:
             self._shares.append((part, Shares(part, weights)))
         self.holds = False
         for part, shares in self._shares:
-            setattr(part, _COPY, functools.partial(self._copy, getattr(part, _COPY), shares))
+            setattr(part, _COPY, functools.partial(self._copy, part, getattr(part, _COPY), shares))
             setattr(part, _RELOAD, functools.partial(self._reload, getattr(part, _RELOAD)))
         for chunk in self._chunks:
             chunk.__dict__[_ATTRIBUTE] = self
@@ -125,7 +131,7 @@ class Resident:
             StaleCacheError: a parameter was written by somebody else.
         """
         for part, shares in self._shares:
-            masters = _masters(part)
+            masters = masters_of(part)
             kept = [(share.state.scales, share.state.count) for share in shares.shares]
             fresh: list[torch.Tensor] = []
 
@@ -139,15 +145,9 @@ class Resident:
             shares.quantize(latent)
             for share, made, (scales, count) in zip(shares.shares, fresh, kept, strict=True):
                 share.state.scales, share.state.count = scales, count
-                if not torch.equal(made.nan_to_num(), _flat(share).nan_to_num()):
-                    raise StaleCacheError(
-                        f"{share.state.name}: its parameter, which holds the quantized weight, no longer is the "
-                        "quantization of the optimizer's master weight: it was written by something else. Write "
-                        "weights inside Resident.latents(), and then optimizer.reload_model_params(), or run with "
-                        "--ternary-cache step."
-                    )
+                check_held(share.state, made, _flat(share))
 
-    def _copy(self, original: Callable[[], None], shares: Shares) -> None:
+    def _copy(self, part: Any, original: Callable[[], None], shares: Shares) -> None:
         original()
         if self.holds:
             shares.quantize(_flat)
@@ -223,6 +223,20 @@ def latents(chunks: Sequence[torch.nn.Module]) -> contextlib.AbstractContextMana
     return contextlib.nullcontext() if resident is None else resident.latents()
 
 
+def check_held(state: TernaryState, expected: torch.Tensor, found: torch.Tensor) -> None:
+    """Checks that what is held of a weight is what it should be; any NaN is one.
+
+    Raises:
+        StaleCacheError: it is not.
+    """
+    if not torch.equal(expected.nan_to_num(), found.nan_to_num()):
+        raise StaleCacheError(
+            f"{state.name}: its parameter, which holds the quantized weight, no longer is the quantization of the "
+            "optimizer's master weight: it was written by something else. Write weights inside Resident.latents(), "
+            "and then optimizer.reload_model_params(), or run with --ternary-cache step."
+        )
+
+
 def _begin(chunks: Sequence[torch.nn.Module]) -> None:
     for resident in dict.fromkeys(find_resident(chunk) for chunk in chunks):
         if resident is not None:
@@ -240,7 +254,7 @@ def _parts(optimizer: Any) -> list[Any]:
     return [optimizer] if chained is None else [part for inner in chained for part in _parts(inner)]
 
 
-def _masters(part: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
+def masters_of(part: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
     """fp32 masters of this rank's shard, by the parameter."""
     pairs: Iterable[tuple[Any, Any]]
     if hasattr(part, "model_float16_groups"):

@@ -19,7 +19,7 @@ from ..checkpoints.directory import CheckpointError, check_start, latest
 from ..checkpoints.directory_lock import held
 from ..cli import FailedError
 from ..objectives.language_modeling import LossOf, Objective, language_modeling
-from ..parallel import Telemetry
+from ..parallel import Telemetry, ternary_modules
 from ..quantization import scales_are_finite
 from ..ternary_flags import take_recorded_shards
 from . import checkpoint, data
@@ -251,6 +251,9 @@ def _introduce(run: Run, vocabulary: int, notes: list[str]) -> None:
 
 def _refuse_broken_weights(model: Model) -> None:
     """A checkpoint never holds a weight that is not finite; raises on every rank alike."""
-    weights = [p.detach() for chunk in model.bare for p in chunk.parameters()]
+    held = {module.weight: state for state, module in ternary_modules(model.bare) if state.resident}
+    parameters = [p for chunk in model.bare for p in chunk.parameters()]
+    # One at a time: of packed weights these are copies.
+    weights = (held[p].held(p) if p in held else p.detach() for p in parameters)
     if sum_over_ranks(int(sum((~weight.isfinite().all()).int() for weight in weights))):
         raise TrainingError(f"weights are not finite and will not be saved: training has diverged. {_CURE}")

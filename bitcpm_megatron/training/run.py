@@ -9,7 +9,8 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ..objectives.language_modeling import Objective, language_modeling
-from ..parallel.packed_gather import gather_packed
+from ..parallel.packed.gather import gather_packed
+from ..parallel.packed.weights import pack_weights
 from ..parallel.resident import hold_in_parameters
 from .model import Model, params_dtype
 
@@ -73,9 +74,12 @@ def build_run(args: argparse.Namespace, model: Model) -> Run:
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", params_dtype=params_dtype(args), **same), model.chunks
     )
-    # The packed gather is of resident weights alone: where they cannot be, this says why.
-    cache = "resident" if args.ternary_param_gather == "packed" else args.ternary_cache
-    held = hold_in_parameters(model.chunks, optimizer, cache)
+    if args.ternary_cache == "packed":
+        held = pack_weights(model.chunks, optimizer)
+    else:
+        # The packed gather is of resident weights alone: where they cannot be, this says why.
+        cache = "resident" if args.ternary_param_gather == "packed" else args.ternary_cache
+        held = hold_in_parameters(model.chunks, optimizer, cache)
     model.notes += filter(None, [held, gather_packed(model.chunks, args.ternary_param_gather)])
     model.config.grad_scale_func = optimizer.scale_loss
     samples, wsd = args.global_batch_size, args.lr_wsd_decay_iters

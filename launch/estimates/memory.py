@@ -25,10 +25,12 @@ GIB = 2**30
 class Estimate:
     """Bytes of one rank at its peak."""
 
-    weights: float  # parameters in the dtype of the forward; of ternary layers these are the latent weights
+    # Parameters in the dtype of the forward; of ternary layers these are the latent weights, and none if packed.
+    weights: float
     # The quantized weights (cached, or in the graphs of all micro-batches in flight; none where the parameters hold
-    # them) and their scales, and the fp32 scratch of the largest one, which the torch backend needs: where the
-    # parameters hold them, what it exceeds the activations by, for it is needed behind the optimizer.
+    # them; 2-bit codes if packed) and their scales, and the fp32 scratch of the largest one, which the torch backend
+    # needs: where the parameters hold them, what it exceeds the activations by, for it is needed behind the optimizer.
+    # Of packed ones the largest while it is unpacked.
     quantized: float
     gradients: float  # fp32 buffer (main_grad), one element per parameter
     # fp32 master weights (bf16 only) and Adam's two moments; divided over the data-parallel ranks if distributed.
@@ -159,8 +161,9 @@ def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
     # A group of one is no exception.
     copied = waiting + 4 * (dense + expert) if options.cpu and options.use_distributed_optimizer else 0.0
     free = passing + (quantized if options.cache == "none" else 0.0)
+    kept = dense + expert - (_ternary(mine, layout, options)[0] if options.cache == "packed" else 0)
     return Estimate(
-        weights=options.size * (dense + expert),
+        weights=options.size * kept,
         quantized=quantized,
         gradients=4 * (dense + expert),
         optimizer=state * (dense / replicas + expert / max(1, replicas / layout.ep)),
@@ -188,20 +191,15 @@ def _layer_backward(layout: Layout, options: Options) -> float:
 
 def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int, passing: float) -> float:
     """No copy of a weight that its parameter holds, one where it is cached; else the graphs hold one per micro-batch in
-    flight, and under uniform full recomputation those of the layers that are being recomputed.
+    flight, and under uniform full recomputation those of the layers that are being recomputed. Packed weights are all
+    on every rank, and unpacked one at a time, by way of a byte each.
 
     ``passing`` are the bytes that are free while the optimizer steps.
     """
-    total, scales, largest = 0.0, 0.0, 0.0
-    for linear in mine:
-        matcher = options.recipe.decide(linear.path) if options.recipe is not None else None
-        if matcher is None or matcher.config is None:
-            continue
-        weights = linear.weights / layout.tp / (layout.ep if linear.of_expert else 1)
-        group = matcher.config.group_size if matcher.config.group_size > 0 else linear.in_features
-        total += weights * options.size + weights / group * 2
-        scales += weights / group * 2
-        largest = max(largest, weights)
+    weights, scales, largest = _ternary(mine, layout, options)
+    total = weights * options.size + scales
+    if options.cache == "packed":
+        return weights / 4 + scales + (options.size + 1) * largest
     scratch = 4 * largest if options.ternary_backend in ("auto", "torch") and not options.cpu else 0.0
     if options.cache == "resident":
         replicas = layout.dp * layout.cp if options.use_distributed_optimizer else 1
@@ -211,6 +209,21 @@ def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int,
         again = min(1.0, (options.recompute_num_layers or 1) / layout.stage_layers)
         total *= again if uniform else _batches_in_flight(layout, stage)
     return total + scratch
+
+
+def _ternary(mine: list[Linear], layout: Layout, options: Options) -> tuple[float, float, float]:
+    """Of the quantized weights of a rank: how many, the bytes of their scales, and how many the largest has."""
+    count, scales, largest = 0.0, 0.0, 0.0
+    for linear in mine:
+        matcher = options.recipe.decide(linear.path) if options.recipe is not None else None
+        if matcher is None or matcher.config is None:
+            continue
+        weights = linear.weights / layout.tp / (layout.ep if linear.of_expert else 1)
+        group = matcher.config.group_size if matcher.config.group_size > 0 else linear.in_features
+        count += weights
+        scales += weights / group * 2
+        largest = max(largest, weights)
+    return count, scales, largest
 
 
 def _in_flight(layout: Layout, options: Options, stage: int) -> float:

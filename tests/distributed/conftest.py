@@ -39,6 +39,7 @@ def launch_runs(
         masked: Collection[str] = (),
         digests: int | None = None,
         bucket_size: dict[str, int] | None = None,
+        memory: bool = False,
     ) -> tuple[dict, Path]:
         directory = tmp_path_factory.mktemp("runs")
         content = {name: {"argv": [*argv, *cache]} for name, argv in runs.items()}
@@ -48,6 +49,7 @@ def launch_runs(
             content[name]["fused_mlp_on"] = rank
         for run in content.values():
             run["digests"] = digests
+            run["memory"] = memory
         for name, size in (bucket_size or {}).items():
             content[name]["bucket_size"] = size
         for name in masked:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.resident_cases import SETTINGS, Setting, arguments, compared
+from support.resident_cases import MODEL, SETTINGS, Setting, arguments, compared
 from support.small_model import succeeded
 
 from bitcpm_megatron.files import read_digests
@@ -28,30 +28,59 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_runs, tmp_path: Path) -> None:
     half = steps // 2
+    modes = ["resident", "step", "none", *(["packed"] if setting.distributed else [])]
     runs = {
         cache: arguments(setting, cache, steps, ["--save", str(tmp_path / cache), "--save-interval", str(half)])
-        for cache in ("resident", "step", "none")
+        for cache in modes
     }
     # While training goes on, and the parameters are quantized again.
     runs["resident"].append("--async-save")
     # What one mode saved another goes on from.
-    for mode, other in (("resident", "step"), ("step", "resident")):
+    most = "packed" if setting.distributed else "resident"
+    pairs = {"resident": "step", "step": most, **({"packed": "resident"} if setting.distributed else {})}
+    for mode, other in pairs.items():
         kept = str(tmp_path / f"half of {other}")
         runs[f"half of {other}"] = arguments(setting, other, steps, ["--save", kept, "--exit-interval", str(half)])
         runs[f"{mode} from {other}"] = arguments(setting, mode, steps, ["--load", kept])
     report, directory = launch_runs(runs, setting.ranks, digests=steps // 10)
     succeeded(report, *runs)
-    cuts = compared(directory, ("resident", "step", "none"), setting.ranks)
+    cuts = compared(directory, tuple(modes), setting.ranks)
     # Parameters begin at multiples of 64 elements: the edges of shards cut rows, and not groups of 64.
     assert cuts > 0 or setting.group != -1 or not setting.distributed or "DP2" not in setting.layout
     for rank in range(setting.ranks):
         whole = json.loads((directory / f"step.digests.rank{rank}.json").read_text())["steps"]
-        for name in ("resident from step", "step from resident"):
+        for name in (f"{mode} from {other}" for mode, other in pairs.items()):
             assert json.loads((directory / f"{name}.digests.rank{rank}.json").read_text())["steps"] == whole[half:]
     for iteration in (f"iter_{half:07}", f"iter_{steps:07}"):
-        resident, step = (read_digests(tmp_path / cache / iteration) for cache in ("resident", "step"))
+        step = read_digests(tmp_path / "step" / iteration)
         shards = [name for name in step if name.endswith(".distcp")]
-        assert shards and {n: resident[n] for n in shards} == {n: step[n] for n in shards}
+        for mode in modes:
+            found = read_digests(tmp_path / mode / iteration)
+            assert shards and {n: found[n] for n in shards} == {n: step[n] for n in shards}, mode
+
+
+# Of all weights the largest one is few, since one is unpacked at a time.
+DEEP = [*(flag for flag in MODEL if flag != "--ternary"), "--num-layers", "12", "--use-distributed-optimizer"]
+SMALLEST = 2 * 256 * 256
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_packed_weights_save_their_bf16_memory(ranks: int, launch_runs) -> None:
+    packed = ["--ternary", "--ternary-group-size", "128", "--ternary-cache", "packed"]
+    # What a process allocates once and for all is the first run's.
+    kinds = {"first": packed, "bf16": [], "packed": packed}
+    runs = {name: [*DEEP, *flags, "--train-iters", "2"] for name, flags in kinds.items()}
+    report, directory = launch_runs(runs, ranks, memory=True)
+    succeeded(report, *runs)
+    reports = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    peaks = {name: min(found[name]["memory"]["peak"] for found in reports) for name in runs}
+    weights = report["packed"]["memory"]["weights"]
+    assert weights == 12 * (4 * 256 * 256 + 3 * 256 * 512)
+    saved = (peaks["bf16"] - peaks["packed"]) / weights
+    # 2 bytes each less their codes and scales, and what is unpacked of the largest one.
+    assert saved >= 1.6, (saved, peaks)
+    # Scales are the most that stays, and no bf16 weight, whole or not.
+    assert all(found["packed"]["memory"]["dense"] < SMALLEST for found in reports)
 
 
 CUTS = {

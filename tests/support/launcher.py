@@ -22,7 +22,8 @@ WORKERS = CHECKOUT / "tests" / "distributed" / "workers"
 def environment() -> dict[str, str]:
     """For processes under test: one thread each, unless the environment says otherwise; a megatron-core that PYTHONPATH
     puts in front stays in front."""
-    paths = [p for p in (os.environ.get("PYTHONPATH"), str(CHECKOUT), str(CHECKOUT / "tests")) if p]
+    ours = (str(CHECKOUT / folder) for folder in ("", "tests", "benchmarks"))
+    paths = [p for p in (os.environ.get("PYTHONPATH"), *ours) if p]
     return {
         "OMP_NUM_THREADS": "1",
         **os.environ,

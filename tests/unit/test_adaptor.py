@@ -234,6 +234,7 @@ def test_the_attention_multiplier_reaches_the_configuration(megatron, monkeypatc
         "--ternary-telemetry-interval 5",
         "--ternary-verify-cache --ternary-cache none",
         "--ternary-param-gather packed",
+        "--ternary-cache packed",
         "--rope-scaling-type longrope",
         "--scale-depth 1.4 --residual-multiplier 0.2",
     ],

@@ -2,6 +2,7 @@
 """Shards that are packed and unpacked are the same bit for bit, and what travels is short."""
 
 import argparse
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 
 from bitcpm_megatron.nn.cache import CacheEpoch
 from bitcpm_megatron.nn.linear import TernaryState
-from bitcpm_megatron.parallel import packed_gather
-from bitcpm_megatron.parallel.packed_gather import PackedGather, Packing, Weight, gather_packed, rows_between
+from bitcpm_megatron.parallel.packed.gather import PackedGather, gather_packed
+from bitcpm_megatron.parallel.packed.packing import Packing, Weight, add_codes, rows_between
 from bitcpm_megatron.parallel.resident import ResidentError
 from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize
 from bitcpm_megatron.ternary_flags import add_ternary_arguments, ternary_mistakes
 
+GATHER = "bitcpm_megatron.parallel.packed.gather"
 PACKED = "--ternary-param-gather packed"
 COLUMNS_AND_GROUPS = [(32, 32), (33, 33), (64, 32), (96, 32), (96, 96), (7, 7), (1, 1)]
 SHAPES = st.tuples(st.integers(1, 9), st.sampled_from(COLUMNS_AND_GROUPS))
@@ -66,13 +68,46 @@ LAYOUTS = {
 def test_what_is_unpacked_is_what_was_packed(shapes, gaps, rest, ranks, seed, at_once) -> None:
     bucket, weights = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_gather, "_UNPACKED_ELEMENTS", at_once)
+        patch.setattr("bitcpm_megatron.parallel.packed.packing._UNPACKED_ELEMENTS", at_once)
         packing = Packing(weights, bucket.numel(), ranks, bucket.device)
     messages = [packing.pack(shard, rank) for rank, shard in enumerate(bucket.view(ranks, -1))]
     assert {message.numel() for message in messages} == {packing.message}
     found = torch.full_like(bucket, 123.0)
     packing.unpack(torch.stack(messages), found)
     assert torch.equal(bits(found), bits(bucket))
+
+
+@settings(max_examples=200, deadline=None)
+@given(**LAYOUTS, data=st.data())
+def test_codes_may_be_added_piece_by_piece(shapes, gaps, rest, ranks, seed, data) -> None:
+    bucket, weights = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed)
+    packing = Packing(weights, bucket.numel(), ranks, bucket.device)
+    rank = data.draw(st.integers(0, ranks - 1))
+    shard = bucket.view(ranks, -1)[rank]
+    whole, pieces = torch.zeros(2, packing.code_bytes, dtype=torch.uint8)
+    add_codes(whole, shard, 0)
+    assert torch.equal(whole, packing.pack(shard, rank)[: packing.code_bytes])
+    edges = sorted({0, shard.numel(), *data.draw(st.lists(st.integers(0, shard.numel()), max_size=4))})
+    for start, end in itertools.pairwise(edges):
+        add_codes(pieces, shard[start:end], start)
+    assert torch.equal(pieces, whole)
+
+
+@settings(max_examples=200, deadline=None)
+@given(**LAYOUTS)
+def test_one_weight_is_unpacked_as_the_whole_bucket_is(shapes, gaps, rest, ranks, seed) -> None:
+    bucket, weights = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed)
+    packing = Packing(weights, bucket.numel(), ranks, bucket.device)
+    shards = enumerate(bucket.view(ranks, -1))
+    messages = torch.stack([packing.pack(shard, rank) for rank, shard in shards])
+    codes = messages[:, : packing.code_bytes].contiguous()
+    scales = packing.merged_scales(messages.view(bucket.dtype)[:, packing.code_bytes // 2 :])
+    assert scales.numel() == packing.groups
+    for weight, rows in zip(weights, rows_between(weights, 0, bucket.numel()), strict=True):
+        assert (rows.start, rows.end, rows.width) == (weight.start, weight.end, weight.group)
+        found = torch.full((weight.count,), 123.0, dtype=bucket.dtype)
+        packing.multiply(codes, scales, [rows], found, weight.start)
+        assert torch.equal(bits(found), bits(bucket[weight.start : weight.end]))
 
 
 def test_packing_waits_for_no_device() -> None:
@@ -158,12 +193,12 @@ def chunk_of(rank: int, ranks: int, buckets: list[tuple[torch.Tensor, list[Weigh
 
 def played(monkeypatch: pytest.MonkeyPatch, ranks: int, buckets: list, overlap: bool):
     """All ranks' chunks with a packed gather, what they hold, and the wire."""
-    wire, resident = Wire(ranks), SimpleNamespace(holds=True)
+    wire, resident = Wire(ranks), SimpleNamespace(holds=True, gathers_packed=False)
     monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", wire.gather)
     chunks, gathers = [], []
     for rank in range(ranks):
         chunk, modules = chunk_of(rank, ranks, buckets, overlap)
-        monkeypatch.setattr(packed_gather, "ternary_modules", lambda chunks, modules=modules: modules)
+        monkeypatch.setattr(f"{GATHER}.ternary_modules", lambda chunks, modules=modules: modules)
         chunks.append(chunk)
         gathers.append(PackedGather([chunk], resident))
     return chunks, gathers, wire, resident
@@ -240,11 +275,11 @@ def test_one_rank_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk, modules = chunk_of(0, 2, buckets_of(2), overlap=False)
     chunk.module = None
-    monkeypatch.setattr(packed_gather, "ternary_modules", lambda chunks: modules)
+    monkeypatch.setattr(f"{GATHER}.ternary_modules", lambda chunks: modules)
     assert gather_packed([chunk], "bf16") is None
     with pytest.raises(ResidentError, match="do not hold the quantized.*: use --ternary-cache resident, or leave"):
         gather_packed([chunk], "packed")
-    chunk._ternary_resident = SimpleNamespace(holds=True)
+    chunk._ternary_resident = SimpleNamespace(holds=True, gathers_packed=False)
     assert "packed in 2 of 3 buckets" in gather_packed([chunk], "packed")
     chunk.ddp_config.use_distributed_optimizer = False
     with pytest.raises(ResidentError, match="use --use-distributed-optimizer, or leave"):

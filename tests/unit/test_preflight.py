@@ -668,6 +668,10 @@ def test_parameters_and_states_are_counted() -> None:
     scales = sum(x.out_features for x in linears) * 2
     copy, scratch = 96 * 12 * h * h * 2 + scales, 4 * 4 * h * h
     assert estimate(whole, ternary)[1].quantized == copy + scratch
+    # Packed, they are codes of 2 bits and scales, and no parameter; one is unpacked at a time.
+    packed = estimate(whole, replace(ternary, ternary_cache="packed"))[1]
+    assert packed.quantized == 96 * 12 * h * h / 4 + scales + 3 * 4 * h * h
+    assert packed.weights == 2 * (parameters - 96 * 12 * h * h)
     # Without the cache the graphs of the micro-batches in flight hold copies: PP of them on the first of PP stages.
     uncached = replace(ternary, ternary_cache="none")
     assert estimate(whole, uncached)[1].quantized == copy + scratch

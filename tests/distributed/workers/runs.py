@@ -8,12 +8,13 @@
         "masked": whether samples count for the loss with numbers of tokens that differ
         "digests": every so many steps, or absent: the losses, and digests of masters and of quantized weights, of all
             steps and of these, go to <name>.digests.rank<N>.json
+        "memory": whether to measure it: its peak, and what stays of quantized weights between steps
         "bucket_size": elements of a bucket where gradients are reduced while more are computed; absent: megatron-core's
     }
 
-Reports each run's exit status, standard error and the sizes of the messages of bytes that it gathered, and writes the
-quantized weights that its first training forward used, gathered over the tensor-parallel ranks, to
-``<name>.rank<N>.pt``.
+Reports each run's exit status, standard error, the sizes of the messages of bytes that it gathered, and what was
+measured of its memory, and writes the quantized weights that its first training forward used, gathered over the
+tensor-parallel ranks, to ``<name>.rank<N>.pt``.
 """
 
 import contextlib
@@ -77,17 +78,57 @@ def digests(step) -> dict:
             chunk.start_param_sync(force_sync=True)
     quantized = []
     for state, module in ternary_modules(step.run.model.bare):
-        quantized.append(module.weight if state.resident else state.quantize(module.weight)[0])
+        quantized.append(state.held(module.weight) if state.resident else state.quantize(module.weight)[0])
     masters = [master for group in step.run.optimizer.param_groups for master in group["params"]]
     return {"masters": digest(masters), "quantized": digest(quantized)}
 
 
-def train(argv: list[str], weights: Path, interval: int | None = None) -> None:
+def dense_bytes(step) -> int:
+    """The largest bf16 memory that any tensor of this process has, but for parameters that are not quantized."""
+    import gc
+
+    import torch
+
+    from bitcpm_megatron.parallel import ternary_modules
+
+    quantized = {module.weight for _, module in ternary_modules(step.run.model.bare)}
+    plain = {
+        parameter.untyped_storage().data_ptr()
+        for chunk in step.run.model.bare
+        for parameter in chunk.parameters()
+        if parameter not in quantized
+    }
+    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and found.dtype == torch.bfloat16]
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return max(storage.nbytes() for storage in storages if storage.data_ptr() not in plain)
+
+
+@contextlib.contextmanager
+def measured(here: bool):
+    """Measures memory where it is asked for: a dictionary, empty elsewhere."""
+    import torch
+
+    from bitcpm_megatron.parallel.packed import bucket
+
+    found: dict[str, int] = {}
+    if not here:
+        yield found
+        return
+    from steps.meters import memory
+
+    # Of so small a model a block must not be the whole of it.
+    with mock.patch.object(bucket, "_BLOCK_ELEMENTS", 1 << 16), memory(torch.device("cpu")) as bytes_:
+        yield found
+    found["peak"] = bytes_.peak
+
+
+def train(argv: list[str], weights: Path, interval: int | None = None, memory: dict | None = None) -> None:
     """What ``launch/pretrain.py`` does, but for leaving the process groups, and reports the quantized weights of the
     first step."""
     import torch
 
     from bitcpm_megatron.launch.launcher import presets
+    from bitcpm_megatron.parallel import ternary_modules
     from bitcpm_megatron.parallel.resident import find_resident
     from bitcpm_megatron.patches.megatron_core import schedules
     from bitcpm_megatron.training.flags import parse_args
@@ -98,10 +139,13 @@ def train(argv: list[str], weights: Path, interval: int | None = None) -> None:
 
     def keep_the_first(chunks):
         # The optimizer comes behind the schedule, and with it the weights of the next step.
-        if not weights.exists():
+        if memory is None and not weights.exists():
             torch.save(gathered_weights(chunks), weights)
 
     def report(step):
+        if memory is not None:
+            memory["dense"] = max(memory.get("dense", 0), dense_bytes(step))
+            memory["weights"] = sum(module.weight.numel() for _, module in ternary_modules(step.run.model.bare))
         if interval is None:
             return
         resident = find_resident(step.run.model.chunks[0])
@@ -222,11 +266,13 @@ def main(directory: Path) -> None:
             weights = directory / f"{name}.rank{rank}.pt"
             stack.enter_context(buckets_of(run.get("bucket_size")))
             gathered = stack.enter_context(gathered_bytes())
+            used = stack.enter_context(measured(run.get("memory", False)))
+            more = (run.get("digests"), used if run.get("memory") else None)
             try:
-                status = cli.run(lambda run=run, to=weights: train(run["argv"], to, run.get("digests")))
+                status = cli.run(lambda run=run, to=weights, more=more: train(run["argv"], to, *more))
             except SystemExit as leaving:
                 status = leaving.code
-        report[name] = {"status": status, "stderr": errors.getvalue(), "gathered": gathered}
+        report[name] = {"status": status, "stderr": errors.getvalue(), "gathered": gathered, "memory": used}
         if parallel_state.model_parallel_is_initialized():
             leave_model_parallel()
             free_models()

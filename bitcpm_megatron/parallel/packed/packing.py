@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a bucket of quantized and other values is packed: 2-bit codes, scales, and raw values.
+
+A group of a quantized weight has three values: 0 and plus and minus its scale. The codes of a shard lie in planes: code
+``e`` of it in byte ``e % code_bytes``, its two bits in place ``e // code_bytes``, so that neighbours stay neighbours.
+
+Codes and scales are read off the quantized values themselves. Of a group that a shard's edge cuts, each piece says its
+largest magnitude; the largest of these is the scale, which all members of the group that are not zero have. A piece of
+zeros says 0. Nothing here waits for a device.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_CODES_PER_BYTE = 4
+# Codes are unpacked into a byte each before they are multiplied: of so many elements at a time, or of one shard.
+_UNPACKED_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a quantized weight lies in a bucket: first element, elements, and elements per scale."""
+
+    start: int
+    count: int
+    group: int
+
+    @property
+    def end(self) -> int:
+        """Behind the last element."""
+        return self.start + self.count
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Neighbouring pieces of groups of one weight, equally wide: whole groups, or one piece of a group.
+
+    Attributes:
+        start: first element in the bucket.
+        count: pieces.
+        width: elements of each.
+        group: number of the first piece's group among all groups of the bucket.
+    """
+
+    start: int
+    count: int
+    width: int
+    group: int
+
+    @property
+    def end(self) -> int:
+        """Behind the last element."""
+        return self.start + self.count * self.width
+
+    def of(self, values: torch.Tensor, origin: int) -> torch.Tensor:
+        """These pieces ``[count, width]`` of a flat tensor that begins with an element of the bucket."""
+        return values[self.start - origin : self.end - origin].view(self.count, self.width)
+
+
+def rows_between(weights: Sequence[Weight], low: int, high: int) -> Iterator[Rows]:
+    """All pieces of groups that lie between two elements of a bucket, in its order."""
+    groups = 0
+    for weight in weights:
+        start, end = (min(max(edge - weight.start, 0), weight.count) for edge in (low, high))
+        first = min(-(-start // weight.group) * weight.group, end)
+        last = max(end // weight.group * weight.group, first)
+        for a, b, width in ((start, first, first - start), (first, last, weight.group), (last, end, end - last)):
+            if a < b:
+                yield Rows(weight.start + a, (b - a) // width, width, groups + a // weight.group)
+        groups += weight.count // weight.group
+
+
+class Shard:
+    """What one data-parallel rank holds of a bucket.
+
+    Attributes:
+        start: first element in the bucket.
+        end: behind the last one.
+        rows: of quantized weights, in order.
+        raw: what lies between them, each by its first element and the one behind its last.
+        scales: pieces of groups.
+        words: of 16 bits in its message, for scales and raw values.
+    """
+
+    def __init__(self, weights: Sequence[Weight], start: int, end: int) -> None:
+        self.start, self.end = start, end
+        self.rows = tuple(rows_between(weights, start, end))
+        edges = [start, *itertools.chain.from_iterable((rows.start, rows.end) for rows in self.rows), end]
+        self.raw = tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
+        self.scales = sum(rows.count for rows in self.rows)
+        self.words = self.scales + sum(b - a for a, b in self.raw)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a gather hands to every rank.
+
+    Attributes:
+        packed: those of the messages.
+        plain: those of the ordinary gather.
+        raw: those of values that are not quantized, in the ordinary gather.
+        weights: quantized ones.
+    """
+
+    packed: int = 0
+    plain: int = 0
+    raw: int = 0
+    weights: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    @property
+    def per_weight(self) -> float:
+        """Bytes per quantized weight, without the raw values."""
+        return (self.packed - self.raw) / self.weights
+
+
+class Packing:
+    """How the shards of one bucket are packed, and unpacked.
+
+    Args:
+        weights: the quantized ones in the bucket, in its order.
+        length: elements of the bucket.
+        ranks: equal shards that it is cut into.
+        device: of the bucket.
+
+    Attributes:
+        code_bytes: for the codes of a shard.
+        words: of 16 bits for scales and raw values of the fullest shard.
+        message: bytes of both.
+        groups: scales of the bucket.
+        traffic: of one gather of the bucket.
+    """
+
+    def __init__(self, weights: Sequence[Weight], length: int, ranks: int, device: torch.device) -> None:
+        self.ranks, self.shard = ranks, length // ranks
+        self.shards = [Shard(weights, rank * self.shard, (rank + 1) * self.shard) for rank in range(ranks)]
+        # Even, so that the words behind the codes are aligned.
+        self.code_bytes = -(-self.shard // (2 * _CODES_PER_BYTE)) * 2
+        self.words = max(shard.words for shard in self.shards)
+        self.message = self.code_bytes + 2 * self.words
+        self.groups = sum(weight.count // weight.group for weight in weights)
+        at_once = max(1, _UNPACKED_ELEMENTS // self.shard)
+        edges = [*range(0, ranks, at_once), ranks]
+        self._blocks = [
+            (a * self.shard, b * self.shard, tuple(rows_between(weights, a * self.shard, b * self.shard)))
+            for a, b in itertools.pairwise(edges)
+        ]
+        quantized = sum(weight.count for weight in weights)
+        self.traffic = Traffic(self.message * ranks, 2 * length, 2 * (length - quantized), quantized)
+        self._place_scales(device)
+
+    @property
+    def pays(self) -> bool:
+        """Whether the messages are shorter than the shards, and there is somebody to send them to."""
+        return self.ranks > 1 and self.traffic.packed < self.traffic.plain
+
+    def _place_scales(self, device: torch.device) -> None:
+        """Finds which words of each shard are scales that no shard before has, and those of groups that several shards
+        hold pieces of."""
+        self._fresh: list[tuple[int, int]] = []
+        places: dict[int, list[tuple[int, int]]] = {}
+        known = 0
+        for rank, shard in enumerate(self.shards):
+            first = shard.rows[0].group if shard.rows else known
+            last = first + shard.scales
+            self._fresh.append((known - first, shard.scales))
+            known = last
+            for group in dict.fromkeys((first, last - 1) if shard.rows else ()):
+                places.setdefault(group, []).append((rank, group - first))
+        cuts = {group: found for group, found in places.items() if len(found) > 1}
+        most = max(map(len, cuts.values()), default=0)
+        filled = [found + found[:1] * (most - len(found)) for found in cuts.values()]
+        self._cut_groups = torch.tensor(list(cuts), dtype=torch.int64, device=device)
+        self._cut_words = torch.tensor(filled, dtype=torch.int64, device=device).view(len(cuts), most, 2).unbind(2)
+
+    def pack(self, values: torch.Tensor, rank: int) -> torch.Tensor:
+        """The message of a rank: the codes of its shard, a scale for each group that it holds a piece of, raw values.
+
+        Args:
+            values: bf16 ``[shard]``, the rank's shard of the bucket, whose weights are quantized.
+            rank: whose it is.
+
+        Returns:
+            uint8 ``[message]``.
+        """
+        shard = self.shards[rank]
+        message = values.new_zeros(self.message, dtype=torch.uint8)
+        add_codes(message[: self.code_bytes], values, 0)
+        raw = [values[a - shard.start : b - shard.start] for a, b in shard.raw]
+        words = message[self.code_bytes :].view(values.dtype)[: shard.words]
+        torch.cat([*scales_in(shard.rows, values, shard.start), *raw], out=words)
+        return message
+
+    def unpack(self, messages: torch.Tensor, bucket: torch.Tensor) -> None:
+        """Writes what all ranks have packed.
+
+        Args:
+            messages: uint8 ``[ranks, message]``.
+            bucket: bf16 ``[length]``, which is overwritten, the own shard with what it holds.
+        """
+        codes, words = messages[:, : self.code_bytes], messages.view(bucket.dtype)[:, self.code_bytes // 2 :]
+        for shard, own in zip(self.shards, words, strict=True):
+            lengths = [b - a for a, b in shard.raw]
+            for (a, b), raw in zip(shard.raw, own[shard.scales : shard.words].split(lengths), strict=True):
+                bucket[a:b].copy_(raw)
+        scales = self.merged_scales(words)
+        for start, end, rows in self._blocks:
+            self.multiply(codes, scales, rows, bucket[start:end], start)
+
+    def merged_scales(self, words: torch.Tensor) -> torch.Tensor:
+        """The scales ``[groups]`` of a bucket, of the words ``[ranks, words]`` of all ranks."""
+        scales = torch.cat([own[a:b] for own, (a, b) in zip(words, self._fresh, strict=True)])
+        if self._cut_groups.numel():
+            scales.index_copy_(0, self._cut_groups, words[self._cut_words].amax(1))
+        return scales
+
+    def multiply(
+        self, codes: torch.Tensor, scales: torch.Tensor, rows: Sequence[Rows], values: torch.Tensor, start: int
+    ) -> None:
+        """Writes quantized values.
+
+        Args:
+            codes: uint8 ``[ranks, code_bytes]``.
+            scales: bf16 ``[groups]``.
+            rows: what to write.
+            values: neighbouring elements of the bucket, in which these are.
+            start: the first of them.
+        """
+        levels = self.levels(codes, start, start + values.numel()) if rows else values
+        for piece in rows:
+            own = scales[piece.group : piece.group + piece.count, None]
+            torch.mul(piece.of(levels, start), own, out=piece.of(values, start))
+
+    def levels(self, codes: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """The codes of neighbouring elements of the bucket, a byte each.
+
+        Args:
+            codes: uint8 ``[ranks, code_bytes]``.
+            start: first element.
+            end: behind the last one.
+
+        Returns:
+            int8 ``[end - start]`` of -1, 0 and 1.
+        """
+        fields, size = codes.view(torch.int8), self.code_bytes
+        made = torch.empty(end - start, dtype=torch.int8, device=codes.device)
+        done = 0
+        for first, last, low, high in self._pieces(start, end):
+            piece = made[done : (done := done + (last - first) * (high - low))].view(last - first, high - low)
+            for j, a, b in _planes(low, high, size):
+                # The two bits go to the top, and come down again with their sign.
+                field = fields[first:last, a - j * size : b - j * size]
+                torch.bitwise_left_shift(field, 6 - 2 * j, out=piece[:, a - low : b - low])
+        return made.bitwise_right_shift_(6)
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Neighbouring elements of the bucket as ranges of shards, and of elements in each of them: what lies in front
+        of the first whole shard, all whole ones, and what lies behind."""
+        first, last = -(-start // self.shard), end // self.shard
+        if first > last:
+            yield last, first, start - last * self.shard, end - last * self.shard
+            return
+        if start < first * self.shard:
+            yield first - 1, first, start - (first - 1) * self.shard, self.shard
+        if first < last:
+            yield first, last, 0, self.shard
+        if last * self.shard < end:
+            yield last, last + 1, 0, end - last * self.shard
+
+
+def scales_in(rows: Sequence[Rows], values: torch.Tensor, origin: int) -> list[torch.Tensor]:
+    """The scale of every piece of a group, as far as the piece tells, for all ``rows`` in turn.
+
+    Args:
+        rows: pieces.
+        values: bf16, quantized, neighbouring elements of the bucket in which the pieces are.
+        origin: the first of them.
+    """
+    return [piece.of(values, origin).abs().amax(1) for piece in rows]
+
+
+def add_codes(codes: torch.Tensor, values: torch.Tensor, start: int) -> None:
+    """Adds the codes of neighbouring elements of a shard to those that are there.
+
+    Args:
+        codes: uint8 ``[code_bytes]`` of the shard; those of the elements are 0.
+        values: bf16, quantized.
+        start: the first of the elements in the shard.
+    """
+    size, end = codes.numel(), start + values.numel()
+    # 0, 1 and, as -1 in two bits, 3. NaN has code 0 and a scale of NaN, of which any multiple is NaN.
+    new = (values > 0).view(torch.uint8).add_((values < 0).view(torch.uint8), alpha=3)
+    for j, a, b in _planes(start, end, size):
+        codes[a - j * size : b - j * size] |= new[a - start : b - start] << 2 * j
+
+
+def _planes(start: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """The planes that elements of a shard meet, each with the first element there and the one behind the last."""
+    for j in range(start // size, -(-end // size)):
+        yield j, max(start, j * size), min(end, (j + 1) * size)
