@@ -22,6 +22,7 @@ from cost.workload import PAD_TO, preset
 from report.tables import markdown, number
 from steps.layouts import Layout
 from steps.plan import BASELINE, MODES, Job
+from steps.variants import PACKED
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.launch.estimates import shapes
@@ -92,12 +93,12 @@ def _estimate(args: argparse.Namespace) -> None:
     lines = []
     for dp in args.dp:
         baseline = needed(args.model, args.tokens, args.tp, dp, BASELINE)
-        for mode in MODES:
+        for mode in (*MODES, PACKED):
             need = needed(args.model, args.tokens, args.tp, dp, mode)
             parts = (need.weights, need.quantized, need.gradients, need.optimizer, need.activations + need.logits)
             lines.append(
                 f"DP{dp} | {mode} | {' | '.join(number(part, 2, scale=1 / GIB) for part in parts)} | "
-                f"{number(_state(need), 2, scale=1 / GIB)} | {number(_state(need) / _state(baseline), 1, ' %', 100)} | "
+                f"{number(state_of(need), 2, scale=1 / GIB)} | {number(state_of(need) / state_of(baseline), 1, ' %', 100)} | "
                 f"{number(need.total, 2, scale=1 / GIB)} | {number(need.total / baseline.total, 1, ' %', 100)}"
             )
     head = (
@@ -111,7 +112,8 @@ def _estimate(args: argparse.Namespace) -> None:
     )
 
 
-def _state(need: Estimate) -> float:
+def state_of(need: Estimate) -> float:
+    """Bytes that stay from step to step."""
     return need.weights + need.quantized + need.gradients + need.optimizer
 
 
@@ -157,7 +159,8 @@ def measured_job(layout: Layout) -> Job:
     line = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     line += "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope".split()
     line += "--attention-dropout 0 --hidden-dropout 0 --vocab-size 1024".split()
-    return Job("small", tuple(line), layout, 128, 2, "none", (), MODES)
+    modes = (*MODES, PACKED) if layout.distributed_optimizer else MODES
+    return Job("small", tuple(line), layout, 128, 2, "none", (), modes)
 
 
 def measured(job: Job) -> Iterator[Peak]:

@@ -9,7 +9,7 @@ from hardware import best_device
 
 from bitcpm_megatron.launch.launcher import presets
 from steps.layouts import Layout
-from steps.variants import CACHES, PACKED_GATHER, PEERS, VARIANTS
+from steps.variants import CACHES, PACKED, PACKED_GATHER, PEERS, VARIANTS
 
 BASELINE, OURS = "bf16", "ternary"
 RESIDENT, STEP = "resident", "step"
@@ -143,7 +143,7 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
     flags, pair = model_flags("0.5b-layers", None, None), (BASELINE, RESIDENT)
     job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), MODES)
     beside_peers, shared = (*pair, *peers), Layout(data=2, distributed_optimizer=True)
-    gathered = (BASELINE, STEP, RESIDENT, PACKED_GATHER)
+    gathered = (BASELINE, STEP, RESIDENT, PACKED_GATHER, PACKED)
     return [
         replace(job, sessions=(Session(MODES, 8, 32), Session(MODES, 1, 32))),
         replace(job, layout=Layout(tensor=2), sessions=(Session(MODES, 8, 32), Session(MODES, 1, 32))),

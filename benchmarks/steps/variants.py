@@ -22,7 +22,8 @@ CACHES = {
     "resident": "quantized behind the optimizer, in the parameter itself",
 }
 """Where ``--ternary-cache`` keeps quantized weights: the variants of these names, and what each does."""
-PACKED_GATHER = "packed-gather"
+PACKED_GATHER, PACKED = "packed-gather", "packed"
+"""What else there is with the distributed optimizer."""
 Quantizer = Callable[[torch.Tensor], torch.Tensor]
 """Latent weight ``[out, in]`` -> the differentiable weight to multiply with."""
 
@@ -141,6 +142,7 @@ VARIANTS = {
             ("--ternary", "--ternary-cache", "resident", "--ternary-param-gather", "packed"),
             note="resident, gathered as 2-bit codes and scales",
         ),
+        Variant(PACKED, ("--ternary", "--ternary-cache", PACKED), note="2-bit codes and scales, unpacked at each use"),
         Variant("bitcpm-residual", (), _bitcpm_residual, note="the report's formula in eager PyTorch"),
         Variant("compiled", (), _compiled, note="torch.compile of the definition"),
         Variant("transformers", (), _transformers, package="transformers", note="WeightQuant, one scale per tensor"),

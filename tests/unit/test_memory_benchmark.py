@@ -14,7 +14,7 @@ CHECKOUT = Path(__file__).parents[2]
 def test_the_formula_is_what_two_ranks_need() -> None:
     """Every mode within 2 % of the formula; resident weights within 1 % and their scales of BF16."""
     peaks = {peak.mode: peak for peak in memory.measured(memory.measured_job(Layout.parse("DP2+DO")))}
-    assert list(peaks) == ["bf16", "none", "step", "resident"]
+    assert list(peaks) == ["bf16", "none", "step", "resident", "packed"]
     assert [peak.mistake() for peak in peaks.values()] == [None] * len(peaks)
     # The comparison sees a copy of the quantized weights: it is more than what is allowed.
     assert peaks["step"].measured > 1.08 * peaks["bf16"].measured
@@ -33,12 +33,14 @@ def test_a_peak_that_is_off_is_told() -> None:
 def test_eight_billion_parameters_by_formula() -> None:
     """Bytes per parameter: 2 and 4 and 12 / DP, and 2 per cached quantized weight."""
     for dp in (8, 64):
-        need = {mode: memory.needed("minicpm4-8b", 4096, 1, dp, mode) for mode in memory.MODES}
+        need = {mode: memory.needed("minicpm4-8b", 4096, 1, dp, mode) for mode in (*memory.MODES, memory.PACKED)}
         bf16 = need["bf16"]
         parameters = bf16.weights / 2
         assert (bf16.gradients, bf16.optimizer, bf16.quantized) == (4 * parameters, 12 * parameters / dp, 0)
         assert need["step"].quantized == pytest.approx(2 * 7_580_000_000, rel=0.01)
         assert need["resident"].total <= 1.001 * bf16.total
+        state = {mode: memory.state_of(found) for mode, found in need.items()}
+        assert 1.6 < (state["bf16"] - state["packed"]) / 7_580_000_000 < 1.75
         assert need["resident"].total < need["none"].total < need["step"].total
 
 
