@@ -95,10 +95,11 @@ def _estimate(args: argparse.Namespace) -> None:
         baseline = needed(args.model, args.tokens, args.tp, dp, BASELINE)
         for mode in (*MODES, PACKED):
             need = needed(args.model, args.tokens, args.tp, dp, mode)
+            state = state_of(need)
             parts = (need.weights, need.quantized, need.gradients, need.optimizer, need.activations + need.logits)
             lines.append(
                 f"DP{dp} | {mode} | {' | '.join(number(part, 2, scale=1 / GIB) for part in parts)} | "
-                f"{number(state_of(need), 2, scale=1 / GIB)} | {number(state_of(need) / state_of(baseline), 1, ' %', 100)} | "
+                f"{number(state, 2, scale=1 / GIB)} | {number(state / state_of(baseline), 1, ' %', 100)} | "
                 f"{number(need.total, 2, scale=1 / GIB)} | {number(need.total / baseline.total, 1, ' %', 100)}"
             )
     head = (
