@@ -5,15 +5,14 @@ import contextlib
 import ctypes
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitcpm_megatron.nn.linear import TernaryState
-from bitcpm_megatron.ops import Backend
+from bitcpm_megatron.ops import Counts, counts
 
 _NO_DATA = ("barrier", "monitored_barrier_")
 
@@ -128,40 +127,15 @@ def _bytes(argument: object) -> int:
     return 0
 
 
-@dataclass
-class QuantizerWork:
-    """What the quantizer did.
-
-    Attributes:
-        launches: of a backend's kernels.
-        elements: quantized, all weights together.
-    """
-
-    launches: int = 0
-    elements: int = 0
-
-
 @contextlib.contextmanager
-def quantizer_work() -> Iterator[QuantizerWork]:
-    """Counts what the quantizer does inside, of one weight at a time and of many together."""
-    found = QuantizerWork()
-    one, many = TernaryState.quantize, Backend.together
-
-    def quantize(state: TernaryState, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found.launches, found.elements = found.launches + 1, found.elements + weight.numel()
-        return one(state, weight)
-
-    def together(backend: Backend, weights: Sequence[torch.Tensor], *others: Any) -> int:
-        launches = many(backend, weights, *others)
-        found.launches += launches
-        found.elements += sum(weight.numel() for weight in weights)
-        return launches
-
-    TernaryState.quantize, Backend.together = quantize, together
+def quantizer_work() -> Iterator[Counts]:
+    """What the quantizer does inside, of one weight at a time and of many together."""
+    before, found = replace(counts), Counts()
     try:
         yield found
     finally:
-        TernaryState.quantize, Backend.together = one, many
+        for name, number in vars(before).items():
+            setattr(found, name, getattr(counts, name) - number)
 
 
 @dataclass

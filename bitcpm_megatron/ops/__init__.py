@@ -6,6 +6,6 @@
 """
 
 from . import ascendc, cpu, triton
-from .fake_quantize import counts, fake_quantize, quantize_all, quantize_in_place, quantize_weight
+from .fake_quantize import Counts, counts, fake_quantize, quantize_all, quantize_in_place, quantize_weight
 from .fake_quantize_activations import fake_quantize_activations
 from .registry import Backend, Choice, active_backend, backends, register_backend, set_backend

@@ -36,10 +36,16 @@ class Counts:
     Attributes:
         calls: of either op, whatever the number of weights.
         launches: of the backend's kernels, as :meth:`Backend.together` counts them; 1 for a weight alone.
+        elements: quantized.
     """
 
     calls: int = 0
     launches: int = 0
+    elements: int = 0
+
+    def add(self, launches: int, elements: int) -> None:
+        """One call more."""
+        self.calls, self.launches, self.elements = self.calls + 1, self.launches + launches, self.elements + elements
 
 
 counts = Counts()
@@ -61,8 +67,7 @@ _SCHEMA = (
 def _fake_quantize(weight: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *quantizer, scale = arguments
     config = QuantizerConfig(*quantizer)
-    counts.calls += 1
-    counts.launches += 1
+    counts.add(1, weight.numel())
     return _backend(weight.device, config).kernel(weight, config, scale)
 
 
@@ -115,14 +120,15 @@ def _fake_quantize_all(
     config = QuantizerConfig(space, -1, *quantizer)
     latent = weights or quantized
     _check_all(latent, quantized, scales, group_sizes)
-    counts.calls += 1
+    launches = 0
     kinds: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for i, weight in enumerate(latent):
         kinds[weight.device, weight.dtype].append(i)
     for (device, _), chosen in kinds.items():
         ours, results, own = ([items[i] for i in chosen] for items in (latent, quantized, scales))
         sizes = [group_sizes[i] for i in chosen]
-        counts.launches += _backend(device, config).together(ours, results, own, sizes, config)
+        launches += _backend(device, config).together(ours, results, own, sizes, config)
+    counts.add(launches, sum(weight.numel() for weight in latent))
 
 
 @_fake_quantize_all.register_fake

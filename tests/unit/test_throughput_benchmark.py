@@ -304,7 +304,7 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     activations = 3 * (1 + 2 * 2 + 2 * 2 + 1) * 32 * 64 * 2
     gradients = 4 * (local + 256 // 2 * 64 + 5 * 64)
     assert 0 <= ours.collective_bytes - activations - gradients < 2048
-    assert 0 < cached.peak_bytes - rows["bf16"].peak_bytes < 3 * local * 2
+    assert 0 < cached.peak_bytes - rows["bf16"].peak_bytes < 4 * local * 2
     # What gloo holds for a moment outweighs the copy in so small a model: test_memory_benchmark.py has a larger one.
     assert ours.peak_ratio == ours.peak_bytes / rows["bf16"].peak_bytes
     assert ours.of_step > 0 and cached.of_step is None and rows["bf16"].of_step is None
