@@ -62,9 +62,12 @@ def dense_storages(but: torch.Tensor) -> list[torch.UntypedStorage]:
     """Memory as large as the weight that a tensor or anybody in Python knows of."""
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.dtype == torch.bfloat16:
+        # By type(), for isinstance() asks a weak proxy's object, which may be gone. Other kinds of tensors, such as a
+        # compiler's fake ones that some other test has left, have no memory.
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.dtype == torch.bfloat16:
             thing = thing.untyped_storage()
-        if isinstance(thing, torch.UntypedStorage) and thing.nbytes() == 2 * OUT * IN:
+        real = type(thing) is torch.UntypedStorage and thing.device.type != "meta"
+        if real and thing.nbytes() == 2 * OUT * IN:
             found[thing.data_ptr()] = thing
     return [storage for address, storage in found.items() if address != but.data_ptr()]
 

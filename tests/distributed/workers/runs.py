@@ -98,7 +98,9 @@ def dense_bytes(step) -> int:
         for parameter in chunk.parameters()
         if parameter not in quantized
     }
-    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and found.dtype == torch.bfloat16]
+    # By type(), for isinstance() asks a weak proxy's object, which may be gone.
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    tensors = [found for found in gc.get_objects() if type(found) in kinds and found.dtype == torch.bfloat16]
     storages = (tensor.untyped_storage() for tensor in tensors)
     return max(storage.nbytes() for storage in storages if storage.data_ptr() not in plain)
 
