@@ -24,11 +24,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         assert len(settings) >= len(HERE)
         metafunc.parametrize("setting", settings, ids=str)
         metafunc.parametrize("steps", [50 if every else 10])
+    if "data_parallel" in metafunc.fixturenames:
+        metafunc.parametrize("data_parallel", [2, 4] if metafunc.config.getoption("every_setting") else [2])
 
 
 def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_runs, tmp_path: Path) -> None:
     half = steps // 2
-    modes = ["resident", "step", "none", *(["packed"] if setting.distributed else [])]
+    # tests/distributed/test_param_gather.py has packed weights in more layouts.
+    packed = setting.distributed and (steps == 50 or setting.layout == "DP2")
+    modes = ["resident", "step", "none", *(["packed"] if packed else [])]
     runs = {
         cache: arguments(setting, cache, steps, ["--save", str(tmp_path / cache), "--save-interval", str(half)])
         for cache in modes
@@ -36,8 +40,8 @@ def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_ru
     # While training goes on, and the parameters are quantized again.
     runs["resident"].append("--async-save")
     # What one mode saved another goes on from.
-    most = "packed" if setting.distributed else "resident"
-    pairs = {"resident": "step", "step": most, **({"packed": "resident"} if setting.distributed else {})}
+    most = "packed" if packed else "resident"
+    pairs = {"resident": "step", "step": most, **({"packed": "resident"} if packed else {})}
     for mode, other in pairs.items():
         kept = str(tmp_path / f"half of {other}")
         runs[f"half of {other}"] = arguments(setting, other, steps, ["--save", kept, "--exit-interval", str(half)])
@@ -64,15 +68,14 @@ DEEP = [*(flag for flag in MODEL if flag != "--ternary"), "--num-layers", "12", 
 SMALLEST = 2 * 256 * 256
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_packed_weights_save_their_bf16_memory(ranks: int, launch_runs) -> None:
+def test_packed_weights_save_their_bf16_memory(data_parallel: int, launch_runs) -> None:
     packed = ["--ternary", "--ternary-group-size", "128", "--ternary-cache", "packed"]
     # What a process allocates once and for all is the first run's.
     kinds = {"first": packed, "bf16": [], "packed": packed}
     runs = {name: [*DEEP, *flags, "--train-iters", "2"] for name, flags in kinds.items()}
-    report, directory = launch_runs(runs, ranks, memory=True)
+    report, directory = launch_runs(runs, data_parallel, memory=True)
     succeeded(report, *runs)
-    reports = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    reports = [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(data_parallel)]
     peaks = {name: max(found[name]["memory"]["peak"] for found in reports) for name in runs}
     weights = report["packed"]["memory"]["weights"]
     assert weights == 12 * (4 * 256 * 256 + 3 * 256 * 512)
