@@ -109,6 +109,8 @@ COMMANDS = {
         Command("kernel", "benchmarks", ("--output-dir", "out"), runs=False),
         Command("conversion", "benchmarks", ("--output-dir", "out"), runs=False),
         Command("roofline", "benchmarks", ("--output-dir", "out"), runs=False),
+        Command("memory", "benchmarks", ("--tp", "2")),
+        Command("kernel_against", "benchmarks", ("HEAD",), runs=False),
     )
 }
 
