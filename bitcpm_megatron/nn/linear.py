@@ -147,6 +147,11 @@ class TernaryState:
             )
 
 
+def per_row(state: TernaryState) -> QuantizerConfig:
+    """The quantizer of a weight that is seen as rows of one group each: those that share it go together."""
+    return replace(state.config, group_size=-1)
+
+
 def _quantize_together(members: Sequence[tuple[TernaryState, torch.Tensor, bool]]) -> None:
     """Quantizes latent weights by one call of the op for each quantizer, and keeps the results in their states.
 
@@ -157,7 +162,7 @@ def _quantize_together(members: Sequence[tuple[TernaryState, torch.Tensor, bool]
     for member in members:
         # The old ones first, so that there are never two of a weight.
         member[0].quantized = None
-        kinds[replace(member[0].config, group_size=-1)].append(member)
+        kinds[per_row(member[0])].append(member)
     with torch.inference_mode(False):
         for config, alike in kinds.items():
             sizes = [state.config.group_size for state, _, _ in alike]

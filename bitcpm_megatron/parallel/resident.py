@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from ..nn.cache import find_attached
-from ..nn.linear import HostModule, StaleCacheError, TernaryState
+from ..nn.linear import HostModule, StaleCacheError, TernaryState, per_row
 from ..ops import quantize_in_place
 from ..patches.megatron_core import schedules
 from ..quantization import QuantizerConfig
 from .probe import ternary_modules
-from .shards import Share, Shares, per_row, places_of
+from .shards import Share, Shares, places_of
 
 _ATTRIBUTE = "_ternary_resident"
 _FSDP = ("use_megatron_fsdp", "use_custom_fsdp")

@@ -8,12 +8,12 @@ backends have; sums of pieces would not be exact.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..nn.linear import TernaryState
+from ..nn.linear import TernaryState, per_row
 from ..ops import quantize_in_place
 from ..quantization import QuantizerConfig, effective_group
 
@@ -188,8 +188,3 @@ class Shares:
             for place, values in zip(places, received[peer].split([p.numel() for p in places]), strict=True):
                 place.copy_(values)
         return groups
-
-
-def per_row(state: TernaryState) -> QuantizerConfig:
-    """The quantizer of a weight that is seen as rows of one group each: those that share it go together."""
-    return replace(state.config, group_size=-1)
