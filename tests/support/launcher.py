@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -33,11 +34,19 @@ def environment() -> dict[str, str]:
     }
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this machine that nobody listens on now, and none that outgoing connections are given: those of other
+    tests would take it before the process under test listens there."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 30000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            if port not in _given_ports:
+                _given_ports.add(port)
+                return port
 
 
 class Ranks:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.launcher import free_port
 
 from bitcpm_megatron import QuantizerConfig
 from bitcpm_megatron.data.tokenizer import train_sentencepiece
@@ -96,14 +97,6 @@ def save_checkpoint(place: Place, iteration: int = 10, **changes: object) -> Pat
     (path / "arguments.json").write_text(json.dumps(saved, default=str))
     (path.parent / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Not one that outgoing connections use: the preflight warns of those.
-    return port % 10000 + 15000
 
 
 def test_a_sane_job_passes(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
