@@ -23,7 +23,7 @@ setup(
     ],
     package_data={
         "bitcpm_megatron": ["py.typed"],
-        "bitcpm_megatron.ops.cpu": ["fake_quantize.c"],
+        "bitcpm_megatron.ops.cpu": ["*.c", "*.h"],
         "bitcpm_megatron.launch": ["models/*.yaml", "jobs/*.yaml", "environments/*.yaml", "support.yaml"],
     },
     package_dir={f"bitcpm_megatron.{name}": name for name in INSIDE},

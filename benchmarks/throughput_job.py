@@ -25,6 +25,7 @@ from steps.variants import VARIANTS, Variant, check_peers_use_their_weight, inst
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.files import read_json
+from bitcpm_megatron.ops.int8.timing import time_gemms
 from bitcpm_megatron.parallel import ternary_modules
 from bitcpm_megatron.parallel.resident import latents
 from bitcpm_megatron.training.data import Batch, build_tokenizer
@@ -185,6 +186,21 @@ def quantizer_seconds(subject: Subject) -> float:
         return statistics.median(_timed(once) for _ in range(_QUANTIZER_ROUNDS))
 
 
+def gemms(subject: Subject) -> dict:
+    """Milliseconds of one forward through every quantized linear of this rank alone; nothing where none is in int8."""
+    if not subject.variant.ternary or subject.args.ternary_gemm == "bf16":
+        return {}
+    tokens = subject.args.seq_length * subject.args.micro_batch_size
+    weights = [module.weight for _, module in ternary_modules(subject.run.model.bare)]
+    times = {weight.shape: time_gemms(weight, tokens) for weight in weights}
+    found = [times[weight.shape] for weight in weights]
+    return {
+        "gemm_ms": sum(each.plain for each in found),
+        "int8_gemm_ms": sum(each.integers for each in found),
+        "int8_forward_ms": sum(each.int8 for each in found),
+    }
+
+
 def work(plan: dict) -> dict:
     """Carries out a plan.
 
@@ -210,7 +226,9 @@ def work(plan: dict) -> dict:
         _say(f"{session['micro_batches']} micro-batches, {session['rounds']} rounds: done")
     # After all timing: what torch.compile made is interpreted from its first call under a dispatch mode on.
     for session in results["sessions"]:
-        session["counted"] = {n: counted(subjects[n], session["micro_batches"]) for n in session["variants"]}
+        session["counted"] = {
+            n: counted(subjects[n], session["micro_batches"]) | gemms(subjects[n]) for n in session["variants"]
+        }
     notes = {name: subject.run.model.notes for name, subject in subjects.items()}
     results["cost_micro_batches"] = plan["cost_micro_batches"]
     return {**results, "notes": notes, "device": _device_name(), "threads": torch.get_num_threads()}

@@ -108,6 +108,18 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="8: int8 inputs, one scale per token",
     )
     group.add_argument(
+        "--ternary-gemm",
+        choices=("bf16", "int8"),
+        default="bf16",
+        help="int8: compute the forward of quantized layers from int8 inputs and ternary codes, as an integer GEMM",
+    )
+    group.add_argument(
+        "--ternary-gemm-backward",
+        choices=("bf16", "int8"),
+        default="bf16",
+        help="int8: the input gradients, too, from gradients rounded to 8 bits per token",
+    )
+    group.add_argument(
         "--ternary-telemetry-interval",
         type=Whole(1, 10**9),
         metavar="N",
@@ -136,6 +148,8 @@ def ternary_settings(args: argparse.Namespace) -> TernarySettings:
         cache=args.ternary_cache,
         verify_cache=args.ternary_verify_cache,
         activation_bits=args.ternary_activation_bits,
+        gemm=args.ternary_gemm,
+        gemm_backward=args.ternary_gemm_backward,
     )
 
 
@@ -161,7 +175,7 @@ def ternary_mistakes(args: argparse.Namespace) -> list[str]:
             return ["--ternary-row-parallel-shards does nothing with a --ternary-group-size: leave it out"]
         if args.ternary_verify_cache and args.ternary_cache == "none":
             return ["--ternary-verify-cache has nothing to verify with --ternary-cache none"]
-        return [*_packed_mistakes(args), *_gather_mistakes(args)]
+        return [*_packed_mistakes(args), *_gather_mistakes(args), *_gemm_mistakes(args)]
     parser = add_ternary_arguments(argparse.ArgumentParser())
     idle = [
         action.option_strings[0]
@@ -188,3 +202,21 @@ def _gather_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield f"{asked} needs quantized weights in the parameters, which {cache} does not keep there: use resident"
     if not getattr(args, "use_distributed_optimizer", False):
         yield f"{asked} needs --use-distributed-optimizer: without it no parameters are gathered"
+
+
+def _gemm_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    if args.ternary_gemm == "bf16":
+        if args.ternary_gemm_backward != "bf16":
+            yield "--ternary-gemm-backward int8 needs --ternary-gemm int8, whose codes it multiplies with"
+        return
+    if args.ternary_activation_bits != 8:
+        yield "--ternary-gemm int8 needs --ternary-activation-bits 8: it multiplies integers"
+    if args.ternary_group_size != -1 and args.ternary_recipe is None:
+        yield (
+            "--ternary-gemm int8 needs one scale per row, and so --ternary-group-size -1: sums of integers would have "
+            f"to be cut at every {args.ternary_group_size} products"
+        )
+    if args.ternary_space != "ternary":
+        yield f"--ternary-gemm int8 knows ternary codes only, not --ternary-space {args.ternary_space}"
+    if not (getattr(args, "bf16", True) or getattr(args, "fp16", False)):
+        yield "--ternary-gemm int8 needs --bf16: it stands against GEMMs of 16-bit numbers"

@@ -137,7 +137,7 @@ def observe() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "machine": platform.machine(),
     }
-    library, why = cpu._load()
+    library, why = cpu.load()
     facts["C kernel"] = why or _instructions(library._name)
     return facts
 

@@ -9,7 +9,7 @@ from hardware import best_device
 
 from bitcpm_megatron.launch.launcher import presets
 from steps.layouts import Layout
-from steps.variants import CACHES, PACKED, PACKED_GATHER, PEERS, VARIANTS
+from steps.variants import A8, CACHES, INT8, INT8_BACKWARD, PACKED, PACKED_GATHER, PEERS, VARIANTS
 
 BASELINE, OURS = "bf16", "ternary"
 RESIDENT, STEP = "resident", "step"
@@ -142,13 +142,14 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
     """
     flags, pair = model_flags("0.5b-layers", None, None), (BASELINE, RESIDENT)
     job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), MODES)
-    beside_peers, shared = (*pair, *peers), Layout(data=2, distributed_optimizer=True)
+    integers = (INT8, INT8_BACKWARD)
+    beside_peers, shared = (*pair, A8, *integers, *peers), Layout(data=2, distributed_optimizer=True)
     gathered = (BASELINE, STEP, RESIDENT, PACKED_GATHER, PACKED)
     return [
         replace(job, sessions=(Session(MODES, 8, 32), Session(MODES, 1, 32))),
         replace(job, layout=Layout(tensor=2), sessions=(Session(MODES, 8, 32), Session(MODES, 1, 32))),
         replace(job, sessions=(Session(beside_peers, 8, 7), Session(beside_peers, 1, 7)), costs=()),
-        replace(job, seq_length=1024, sessions=(Session(pair, 1, 8),), costs=()),
+        replace(job, seq_length=1024, sessions=(Session((*pair, *integers), 8, 10),), costs=()),
         replace(job, recompute="full", sessions=(Session(pair, 8, 6),)),
         replace(job, layout=Layout(pipeline=2), sessions=(Session(pair, 8, 6),)),
         replace(job, layout=shared, sessions=(Session(gathered, 8, 6), Session(gathered, 1, 24)), costs=gathered),

@@ -15,7 +15,7 @@ from report.tables import markdown, number, write_csv
 
 from bitcpm_megatron.training.flags import parse_args
 from steps.plan import BASELINE, RESIDENT, STEP, Job
-from steps.variants import PEERS, VARIANTS
+from steps.variants import INT8, PEERS, VARIANTS
 
 MIB = 2**20
 # Dense bf16, as NVIDIA's data sheets give it.
@@ -43,6 +43,9 @@ class Row:
         peak_ratio: ``peak_bytes`` in units of BF16's.
         gathered_per_weight: bytes per quantized weight in which the distributed optimizer's ranks hand it out, whatever
             else ternary training sends included.
+        gemm_ms: of one forward through all quantized linears of a rank, their GEMMs alone, as their weights are stored.
+        int8_gemm_ms: the same in int8, with the scaling of the sums.
+        int8_forward_ms: the same with the quantization of the activations, too.
     """
 
     layout: str
@@ -86,6 +89,9 @@ class Row:
     live_copies: int | None = None
     peak_ratio: float | None = None
     gathered_per_weight: float | None = None
+    gemm_ms: float | None = None
+    int8_gemm_ms: float | None = None
+    int8_forward_ms: float | None = None
 
 
 def rows_of(job: Job, results: dict, peak_tflops: float | None = None) -> list[Row]:
@@ -169,14 +175,17 @@ def _of_pairs(seconds: Sequence[float], others: Sequence[float]) -> tuple[float,
 
 
 def last_line(rows: Sequence[Row]) -> str | None:
-    """The two numbers of ``make bench``, where both were measured."""
+    """The numbers of ``make bench``, where they were measured."""
     resident = [row for row in rows if row.variant == RESIDENT and row.recompute == "none"]
     times = (row.ratio for row in resident if (row.layout, row.micro_batches) == ("TP2", 8))
     peaks = (row.peak_ratio for row in resident if row.layout == "TP1")
     time, peak = (next((ratio for ratio in ratios if ratio is not None), None) for ratios in (times, peaks))
     if time is None or peak is None:
         return None
-    return f"bench: ternary/bf16 step time {time:.3f} (8 micro-batches, TP2), peak memory {peak:.3f} ({RESIDENT}, TP1)"
+    line = f"bench: ternary/bf16 step time {time:.3f} (8 micro-batches, TP2), peak memory {peak:.3f} ({RESIDENT}, TP1)"
+    long = (r for r in rows if (r.variant, r.layout, r.micro_batches, r.tokens) == (INT8, "TP1", 8, 1024))
+    int8 = next((row.ratio for row in long), None)
+    return line if int8 is None else f"{line}, int8 {int8:.3f} (8 x 1,024 tokens, TP1)"
 
 
 def write(rows: Sequence[Row], directory: Path, name: str, command: str) -> None:
@@ -197,6 +206,9 @@ def tables(rows: Sequence[Row], command: str) -> str:
     peers = _sessions_with_peers(rows)
     if peers:
         parts += ["Peers, quantizing inside the same linear layers, all interleaved in one job:", _peer_table(peers)]
+    integers = [r for r in rows if r.int8_gemm_ms is not None]
+    if integers:
+        parts += ["One forward through all quantized linears, their GEMMs alone:", _gemm_table(integers)]
     if any(r.peak_bytes for r in rows):
         parts += ["Memory of one rank, of a model that is alone in the job:", _memory_table(rows)]
     return "\n\n".join([*parts, _provenance(rows, command)]) + "\n"
@@ -225,6 +237,16 @@ def _of_step_table(rows: Sequence[Row]) -> str:
         for r in rows
     )
     return markdown("layout | tokens per micro-batch | micro-batches | variant | of step's (95 %) | pairs", lines)
+
+
+def _gemm_table(rows: Sequence[Row]) -> str:
+    lines = (
+        f"{_place(r)} | {r.tokens} | {r.gemm_ms:.2f} | {r.int8_gemm_ms:.2f} | {r.gemm_ms / r.int8_gemm_ms:.2f} | "
+        f"{r.int8_forward_ms:.2f} | {r.gemm_ms / r.int8_forward_ms:.2f}"
+        for r in {(r.layout, r.tokens): r for r in rows}.values()
+    )
+    head = "layout | tokens | bf16, ms | int8, ms | times as fast | int8 with quantization, ms | times as fast"
+    return markdown(head, lines)
 
 
 def _place(row: Row) -> str:

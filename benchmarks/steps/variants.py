@@ -24,6 +24,10 @@ CACHES = {
 """Where ``--ternary-cache`` keeps quantized weights: the variants of these names, and what each does."""
 PACKED_GATHER, PACKED = "packed-gather", "packed"
 """What else there is with the distributed optimizer."""
+A8, INT8, INT8_BACKWARD = "a8", "int8", "int8-backward"
+"""W1.58A8: with bf16 GEMMs, with an int8 GEMM in the forward, and with one for the input gradient, too."""
+_A8 = ("--ternary", "--ternary-activation-bits", "8")
+_INT8 = (*_A8, "--ternary-gemm", "int8")
 Quantizer = Callable[[torch.Tensor], torch.Tensor]
 """Latent weight ``[out, in]`` -> the differentiable weight to multiply with."""
 
@@ -78,6 +82,13 @@ def _transformers() -> Quantizer:
     from transformers.integrations.bitnet import WeightQuant
 
     return WeightQuant.apply
+
+
+def _transformers_linear() -> Quantizer:
+    """``transformers.integrations.bitnet.AutoBitLinear``'s training: ``WeightQuant``, ``ActQuant`` and a BF16 GEMM."""
+    from transformers.integrations.bitnet import ActQuant, WeightQuant
+
+    return lambda x, weight: F.linear(ActQuant.apply(x), WeightQuant.apply(weight))
 
 
 def _torchao() -> Quantizer:
@@ -143,9 +154,20 @@ VARIANTS = {
             note="resident, gathered as 2-bit codes and scales",
         ),
         Variant(PACKED, ("--ternary", "--ternary-cache", PACKED), note="2-bit codes and scales, unpacked at each use"),
+        Variant(A8, _A8, note="int8 activations, one scale per token, bf16 GEMMs"),
+        Variant(INT8, _INT8, note="the same as int8 GEMMs in the forward"),
+        Variant(INT8_BACKWARD, (*_INT8, "--ternary-gemm-backward", "int8"), note="and for the input gradients"),
         Variant("bitcpm-residual", (), _bitcpm_residual, note="the report's formula in eager PyTorch"),
         Variant("compiled", (), _compiled, note="torch.compile of the definition"),
         Variant("transformers", (), _transformers, package="transformers", note="WeightQuant, one scale per tensor"),
+        Variant(
+            "transformers-linear",
+            (),
+            _transformers_linear,
+            True,
+            "transformers",
+            "WeightQuant and ActQuant, int8 activations, a BF16 GEMM",
+        ),
         Variant("torchao", (), _torchao, package="torchao", note="its weight quantizer, one scale per tensor"),
         Variant("torchao-linear", (), _torchao_linear, True, "torchao", "its int8 training linear, int8 activations"),
     )

@@ -15,10 +15,12 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from ..ops import fake_quantize, fake_quantize_activations, quantize_all, quantize_weight
+from ..ops.int8 import codes_of, quantize_tokens
 from ..quantization import QuantizerConfig, scales_of
 from .cache import CacheEpoch
-from .settings import CacheMode
-from .straight_through import shadow
+from .int8 import Int8Product
+from .settings import CacheMode, Gemm
+from .straight_through import pass_through, shadow
 from .unpacked import free_until_backward
 
 _ATTRIBUTE = "_ternary"
@@ -44,6 +46,8 @@ class TernaryState:
         like_all_layers: whether the same module of every other layer is quantized with the same number of groups.
         activation_groups: 0 to leave the layer's input alone; else it is quantized to 8 bits per token, in this many
             groups of its features.
+        gemm: ``int8`` multiplies the layer's input in int8 with the weight's codes; ``bf16`` both as they are stored.
+        gemm_backward: ``int8`` does so with the gradient of the output, too.
         quantized: the last quantized weight ``[out, in]`` (kept only with ``step``).
         scales: its bf16 scales ``[out, groups]``.
         count: quantizations made so far, for reports.
@@ -51,6 +55,9 @@ class TernaryState:
         unpack: writes the quantized weight of now into a tensor ``[out, in]``, where it is kept packed and the
             parameter has no values; None elsewhere.
         used: whether a forward pass has run the layer since this was last reset; recompute in a backward pass is none.
+        made_in: the epoch of the cached quantized weight, and whether the layer trained.
+        codes: int8 ``[out, in]`` and the scales ``[out]`` of the quantized weight, for ``gemm="int8"``; valid in
+            ``codes_made_in``, as above, and not kept where nothing else of the weight is.
     """
 
     name: str
@@ -60,6 +67,8 @@ class TernaryState:
     verify: bool = False
     like_all_layers: bool = True
     activation_groups: int = 0
+    gemm: Gemm = "bf16"
+    gemm_backward: Gemm = "bf16"
     quantized: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     count: int = 0
@@ -67,6 +76,8 @@ class TernaryState:
     unpack: Callable[[torch.Tensor], None] | None = None
     used: bool = False
     made_in: tuple[int, bool] | None = None
+    codes: tuple[torch.Tensor, torch.Tensor] | None = None
+    codes_made_in: tuple[int, bool] | None = None
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantized weight and scales of a latent weight, from the op, outside any graph.
@@ -135,6 +146,29 @@ class TernaryState:
         dense = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
         self.unpack(dense)
         return dense
+
+    def product(self, quantized: torch.Tensor, training: bool) -> Int8Product | None:
+        """What the layer multiplies with in one forward pass, and its backward; None where nothing is done in int8.
+
+        Args:
+            quantized: the weight of this forward.
+            training: whether the layer trains.
+
+        Raises:
+            StaleCacheError: in verify mode, when kept codes are not those of the weight.
+        """
+        if self.gemm == "bf16":
+            return None
+        here = (self.epoch.number, training)
+        if not self.epoch.open or self.unpack is not None or (self.cache == "none" and not self.resident):
+            self.codes = self.codes_made_in = None
+        elif self.codes_made_in != here:
+            # The old ones first, so that there are never two.
+            self.codes = None
+            self.codes, self.codes_made_in = codes_of(quantized), here
+        elif self.verify and self.codes is not None and not torch.equal(self.codes[0], codes_of(quantized)[0]):
+            raise StaleCacheError(f"{self.name}: its int8 codes are not those of the quantized weight any more")
+        return Int8Product(self.codes, self.gemm_backward == "int8")
 
     def _compare(self, latent: torch.Tensor, cached: torch.Tensor) -> None:
         fresh, _ = self.quantize(latent)
@@ -205,32 +239,33 @@ def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
     module.__dict__[_ATTRIBUTE] = state
     # A partial of a module-level function, not a bound method, which pickle cannot find again on the class. Copies get
     # one of their own, and a later change of the class is followed.
-    module.__dict__["forward"] = functools.partial(_ternary_forward, module)
+    forward = _untraced_forward if state.gemm == "int8" else _ternary_forward
+    module.__dict__["forward"] = functools.partial(forward, module)
+
+
+def _untraced_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
+    """Int8 GEMMs in the place of torch's are nothing for torch.compile, which compiles what is around the layer."""
+    return _untraced()(self, *args, **kwargs)
+
+
+@functools.cache
+def _untraced() -> Callable[..., Any]:
+    # Not before it is needed: this imports the compiler.
+    return torch.compiler.disable(_ternary_forward)
 
 
 def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
     state: TernaryState = self.__dict__[_ATTRIBUTE]
     if kwargs.get("weight") is not None or any(isinstance(a, torch.Tensor) for a in args[1:]):
         raise RuntimeError(f"{state.name}: a weight handed to forward() would bypass the quantizer")
+    state.used = state.used or torch.compiler.is_compiling() or not _in_backward()
     latent = self.weight
-    stand_in: torch.Tensor = latent
-    if state.resident:
-        # The gradient of the parameter is that of the latent weight: nothing stands between them.
-        state.used = state.used or not _in_backward()
-        if state.unpack is not None:
-            stand_in = _unpacked_stand_in(self, state, latent)
-    elif torch.compiler.is_compiling():
-        stand_in = _traceable_stand_in(self, state, latent)
-        state.used = True
-    else:
-        state.used = state.used or not _in_backward()
-        fused = getattr(self, "gradient_accumulation_fusion", False)
-        stand_in = shadow(latent, state.weight(latent, self.training), fused)
+    stand_in, product = _stand_in(self, state, latent)
     if state.activation_groups:
         if not args:
             raise RuntimeError(f"{state.name}: hand the input to forward() by position, so that it can be quantized")
         # Before any gather of the sequence: a token's scale needs its own features only.
-        args = (fake_quantize_activations(args[0], state.activation_groups), *args[1:])
+        args = (_quantized_input(state, args[0], product), *args[1:])
     if stand_in is latent:
         return type(self).forward(self, *args, **kwargs)
     # Usually nothing stands there, for parameters live elsewhere; FSDP1 puts views of its flat parameter there.
@@ -245,23 +280,49 @@ def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
             del self.__dict__["weight"]
         else:
             self.__dict__["weight"] = before
+    if product is not None:
+        product.tokens = None
+        if not product.count:
+            raise RuntimeError(
+                f"{state.name}: this host multiplies with the weight in a way that no int8 GEMM can take the place of: "
+                "use --ternary-gemm bf16"
+            )
     if state.unpack is not None:
         free_until_backward(stand_in, result, state.unpack)
     return result
 
 
-def _unpacked_stand_in(module: HostModule, state: TernaryState, latent: torch.nn.Parameter) -> torch.Tensor:
+def _stand_in(
+    module: HostModule, state: TernaryState, latent: torch.nn.Parameter
+) -> tuple[torch.Tensor, Int8Product | None]:
+    """What stands for the parameter in a forward: itself where it holds the quantized weight; and its int8 product."""
     if torch.compiler.is_compiling():
-        raise RuntimeError(f"{state.name}: torch.compile cannot trace packed weights: use --ternary-cache resident")
-    return shadow(latent, state.held(latent), getattr(module, "gradient_accumulation_fusion", False))
+        return _traceable_stand_in(module, state, latent), None
+    if state.resident and state.unpack is None and state.gemm == "bf16":
+        # The gradient of the parameter is that of the latent weight: nothing stands between them.
+        return latent, None
+    quantized = state.held(latent) if state.resident else state.weight(latent, module.training)
+    product = state.product(quantized, module.training)
+    return shadow(latent, quantized, getattr(module, "gradient_accumulation_fusion", False), product), product
+
+
+def _quantized_input(state: TernaryState, x: torch.Tensor, product: Int8Product | None) -> torch.Tensor:
+    if product is None:
+        return fake_quantize_activations(x, state.activation_groups)
+    product.tokens = quantize_tokens(x)
+    return pass_through(x, cast(torch.Tensor, product.tokens.values))
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _traceable_stand_in(module: torch.nn.Module, state: TernaryState, latent: torch.Tensor) -> torch.Tensor:
+def _traceable_stand_in(module: HostModule, state: TernaryState, latent: torch.nn.Parameter) -> torch.Tensor:
     """Under torch.compile the registered op itself, without cache: same values, a gradient the compiler can see."""
+    if state.unpack is not None:
+        raise RuntimeError(f"{state.name}: torch.compile cannot trace packed weights: use --ternary-cache resident")
+    if state.resident:
+        return latent
     if getattr(module, "gradient_accumulation_fusion", False):
         raise RuntimeError(
             f"{state.name}: torch.compile cannot trace gradient-accumulation fusion: switch one of the two off"

@@ -13,6 +13,9 @@ CacheMode = Literal["step", "none"]
 CacheChoice = Literal["auto", "resident", "packed", "step", "none"]
 """Of a training run: ``resident`` holds the quantized weights in the parameters themselves, ``packed`` in 2 bits."""
 
+Gemm = Literal["bf16", "int8"]
+"""How a layer's GEMMs are computed: as the weights are stored, or in integers."""
+
 
 @dataclass(frozen=True)
 class TernarySettings:
@@ -29,6 +32,8 @@ class TernarySettings:
             2-bit codes and scales alone.
         verify_cache: quantize again at every use of the cache, and raise where it is stale.
         activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
+        gemm: ``int8`` computes the forward of every quantized layer from int8 activations and ternary codes.
+        gemm_backward: ``int8`` computes the input gradients so, too, from gradients in int8.
     """
 
     default: QuantizerConfig = field(default_factory=QuantizerConfig)
@@ -38,3 +43,5 @@ class TernarySettings:
     cache: CacheChoice = "auto"
     verify_cache: bool = False
     activation_bits: int = 16
+    gemm: Gemm = "bf16"
+    gemm_backward: Gemm = "bf16"

@@ -2,6 +2,7 @@
 """From a recipe to ternary modules: apply all of it, or raise and change nothing."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from ..cli import Whole
 from ..nn.cache import attach_epoch, first_micro_batch, schedule_ended
 from ..nn.coverage import CoverageEntry, CoverageReport
 from ..nn.linear import TernaryState, check_unwrapped, make_ternary
-from ..nn.settings import CacheMode
+from ..nn.settings import CacheMode, Gemm
+from ..ops.int8 import check_int8
 from ..patches.megatron_core import schedules
-from ..quantization import QuantizerConfig, check_weight
+from ..quantization import QuantizerConfig, check_weight, effective_group
 from ..quantization.config import check_config
 from ..quantization.recipe import Matcher, Recipe, RecipeError
 from .cohorts import schedule_started
@@ -31,6 +33,8 @@ def apply_recipe(
     cache: CacheMode = "step",
     verify_cache: bool = False,
     activation_bits: int = 16,
+    gemm: Gemm = "bf16",
+    gemm_backward: Gemm = "bf16",
 ) -> CoverageReport:
     """Makes the linears of a model ternary.
 
@@ -46,6 +50,8 @@ def apply_recipe(
         cache: ``step`` quantizes once per optimizer step, ``none`` in every forward; the results are bit-identical.
         verify_cache: quantize again at every use of the cache, and raise where it is stale.
         activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
+        gemm: ``int8`` computes their forward from int8 inputs and ternary codes; needs ``activation_bits=8``.
+        gemm_backward: ``int8`` computes the input gradients so, too; needs ``gemm="int8"``.
 
     Returns:
         What was quantized and what was not, in the whole model.
@@ -57,35 +63,36 @@ def apply_recipe(
     """
     chunks = _chunks(model)
     _check_options(default, row_parallel_shards, cache, activation_bits)
+    _check_gemms(gemm, gemm_backward, activation_bits)
     chosen = _recipe(recipe, default)
     found = [[(c, chosen.decide(c.path)) for c in candidates(chunk)] for chunk in chunks]
     shards = row_parallel_shards or _tensor_parallel_size(c for chunk in found for c, _ in chunk)
-    report = _plan([pair for chunk in found for pair in chunk], chosen, shards, activation_bits, recipe is None)
-    by_path = {e.path: e for e in report.entries}
+    report = _plan([pair for chunk in found for pair in chunk], chosen, shards, activation_bits, gemm, recipe is None)
+    configs = {e.path: e.config for e in report.entries}
     uneven = report.uneven_layers()
     schedules.announce_schedules(schedule_started, first_micro_batch, schedule_ended)
     for chunk, pairs in zip(chunks, found, strict=True):
-        epoch = attach_epoch(chunk)
+        state = TernaryState(
+            "", default, attach_epoch(chunk), cache, verify_cache, gemm=gemm, gemm_backward=gemm_backward
+        )
         for candidate, _ in pairs:
-            config = by_path[candidate.path].config
+            path, config = candidate.path, configs[candidate.path]
             if config is not None:
-                state = TernaryState(
-                    name=candidate.path,
-                    config=config,
-                    epoch=epoch,
-                    cache=cache,
-                    verify=verify_cache,
-                    like_all_layers=candidate.path not in uneven,
-                    activation_groups=activation_groups(candidate, shards) if activation_bits == 8 else 0,
-                )
-                make_ternary(candidate.module, state)
+                groups = activation_groups(candidate, shards) if activation_bits == 8 else 0
+                mine = replace(state, name=path, config=config, activation_groups=groups)
+                make_ternary(candidate.module, replace(mine, like_all_layers=path not in uneven))
                 if candidate.kind != "dense":
                     save_scales_with(candidate.module)
     return report
 
 
 def _plan(
-    found: Sequence[tuple[Candidate, Matcher | None]], recipe: Recipe, shards: int, activation_bits: int, unnamed: bool
+    found: Sequence[tuple[Candidate, Matcher | None]],
+    recipe: Recipe,
+    shards: int,
+    activation_bits: int,
+    gemm: Gemm,
+    unnamed: bool,
 ) -> CoverageReport:
     """What becomes of every candidate of the whole model; raises on all ranks where one of them cannot go on."""
     mistakes: list[str] = []
@@ -96,7 +103,9 @@ def _plan(
             if unnamed:
                 _refuse_unnamed(candidate)
             if activation_bits == 8 and entries[-1].config is not None:
-                activation_groups(candidate, shards)
+                groups = activation_groups(candidate, shards)
+                if gemm == "int8":
+                    _refuse_split_sums(candidate, entries[-1].config, groups)
         except ValueError as error:
             mistakes.append(str(error))
     entries, mistakes = _whole_model(entries, mistakes)
@@ -116,6 +125,36 @@ def _check_options(
         raise ValueError(f"activation_bits={activation_bits} is not possible: use 8, or 16 for none")
     if row_parallel_shards is not None and (mistake := Whole(1, 2**16).mistake(row_parallel_shards)):
         raise ValueError(f"row_parallel_shards={row_parallel_shards!r} is not possible: {mistake}")
+
+
+def _check_gemms(gemm: Gemm, gemm_backward: Gemm, activation_bits: int) -> None:
+    for name, value in (("gemm", gemm), ("gemm_backward", gemm_backward)):
+        if value not in ("bf16", "int8"):
+            raise ValueError(f"{name}={value!r} is not possible: use bf16 or int8")
+    if gemm == "int8" and activation_bits != 8:
+        raise ValueError("gemm='int8' multiplies integers: it needs activation_bits=8")
+    if gemm_backward == "int8" and gemm != "int8":
+        raise ValueError("gemm_backward='int8' needs gemm='int8', whose codes it multiplies with")
+
+
+def _refuse_split_sums(candidate: Candidate, config: QuantizerConfig, activation_groups: int) -> None:
+    """An int8 GEMM sums a whole local row at once, so that there must be one scale for it, of weight and input."""
+    weight = candidate.module.weight
+    groups = max(activation_groups, weight.shape[1] // effective_group(weight.shape[1], config.group_size))
+    if config.space != "ternary":
+        raise ValueError(f"{candidate.path}: an int8 GEMM knows ternary codes, not {config.space}: use gemm bf16")
+    if groups > 1:
+        cure = "--ternary-group-size -1"
+        if candidate.kind == "row":
+            cure += " and as many --ternary-row-parallel-shards as tensor-parallel ranks"
+        raise ValueError(
+            f"{candidate.path}: an int8 GEMM sums a whole row of {weight.shape[1]}, which has {groups} scales here: "
+            f"use {cure}, or --ternary-gemm bf16"
+        )
+    try:
+        check_int8(weight)
+    except ValueError as error:
+        raise ValueError(f"{candidate.path}: {error}") from None
 
 
 def _recipe(recipe: Recipe | str | Path | None, default: QuantizerConfig) -> Recipe:

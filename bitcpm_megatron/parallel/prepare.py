@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from ..nn.coverage import CoverageReport
-from ..nn.linear import TernaryState
+from ..nn.linear import HostModule, TernaryState
 from ..nn.settings import TernarySettings
 from ..ops import set_backend
+from ..ops.int8.timing import time_gemms
 from ..quantization.record import QuantizerRecord
 from .apply import apply_recipe
 from .probe import probe, ternary_modules, watch_use
@@ -65,12 +66,15 @@ def prepare_ternary(
         cache="none" if settings.cache == "none" else "step",
         verify_cache=settings.verify_cache,
         activation_bits=settings.activation_bits,
+        gemm=settings.gemm,
+        gemm_backward=settings.gemm_backward,
     )
     modules = ternary_modules(chunks)
     if fill is not None:
         fill([module.weight for _, module in modules])
     notes = [f"quantizer backend: {choice.backend.name} ({choice.reason})"]
     notes.append(f"probe: y = x Wq^T holds bit for bit in {probe(chunks)} layers of this rank")
+    notes += _int8_notes([module for state, module in modules if state.gemm == "int8"])
     if will_train:
         watch_use(chunks)
     dtypes = {module.weight.dtype for _, module in modules}
@@ -81,6 +85,19 @@ def prepare_ternary(
     dtype = dtypes.pop() if dtypes else next(chunks[0].parameters()).dtype
     record = coverage.record(settings.default, _name(dtype), settings.activation_bits)
     return Prepared(coverage, record, [state for state, _ in modules], notes)
+
+
+def _int8_notes(modules: Sequence[HostModule]) -> list[str]:
+    """How fast the int8 GEMM of the largest layer is here: it is asked for, and never chosen for its speed."""
+    if not modules:
+        return []
+    weight = max((module.weight for module in modules), key=lambda w: w.numel())
+    found = time_gemms(weight)
+    slower = "; --ternary-gemm bf16 would be faster here" if found.int8 > found.plain else ""
+    return [
+        f"int8 GEMM ({found.kernels}): {found.int8:.2f} ms for {found.tokens} tokens x {weight.shape[1]} x "
+        f"{weight.shape[0]}, quantization and scaling included; {found.plain:.2f} ms in {_name(weight.dtype)}{slower}"
+    ]
 
 
 def _name(dtype: torch.dtype) -> str:

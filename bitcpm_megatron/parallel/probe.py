@@ -3,8 +3,8 @@
 
 A host may replace a linear's class, its forward or the functions below it, and a quantizer that is bypassed trains in
 full precision with a perfectly good-looking loss. So each layer is run, as it stands, on one-hot inputs: its outputs
-are then columns of the weight that the GEMM really used, exact in every dtype, and compared bit for bit. A norm inside
-the layer is left out meanwhile.
+are then columns of the weight that the GEMM really used, exact in every dtype, and compared bit for bit. An int8 GEMM
+is given integers, too, whose sums are known. A norm inside the layer is left out meanwhile.
 
 A fused kernel that reads the weights of layers which it never calls passes this. So the first training step must have
 run every quantized layer.
@@ -58,10 +58,12 @@ def probe(model: torch.nn.Module | Sequence[torch.nn.Module]) -> int:
     wrong = []
     modules = ternary_modules(model)
     for state, module in modules:
-        found, expected = _columns(state, module)
-        if not torch.equal(found, expected):
-            difference = (found.float() - expected.float()).abs().max().item()
-            wrong.append(f"{state.name} ({type(module).__name__}): largest difference {difference:g}")
+        for inputs in (_columns, _sums) if state.gemm == "int8" else (_columns,):
+            found, expected = inputs(state, module)
+            if not torch.equal(found, expected):
+                difference = (found.float() - expected.float()).abs().max().item()
+                wrong.append(f"{state.name} ({type(module).__name__}): largest difference {difference:g}")
+                break
     if wrong:
         raise ProbeError(
             "these layers do not compute x Wq^T, something bypasses the quantizer:\n  " + "\n  ".join(wrong)
@@ -71,40 +73,79 @@ def probe(model: torch.nn.Module | Sequence[torch.nn.Module]) -> int:
 
 def _columns(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns of the weight as the layer's forward used them, and as they should be; both ``[positions, out]``."""
-    weight = module.weight
-    group = tensor_parallel_group(module)
-    rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    row_parallel = parallel_kind(module) == "row"
-    local_in = weight.shape[1]
-    whole_in = local_in * size if row_parallel else local_in
-    positions = torch.linspace(0, whole_in - 1, _POSITIONS * size, device=weight.device).long()
-    one_hot = torch.nn.functional.one_hot(positions, whole_in).to(weight.dtype).unsqueeze(1)
-    local = positions
-    if row_parallel:
-        one_hot = one_hot[..., rank * local_in : (rank + 1) * local_in]
-        local = positions - rank * local_in
-    # Experts leave gathering, reducing and scattering to the token dispatcher.
-    communicates = size > 1 and not getattr(module, "explicit_expert_comm", False)
-    sequence_parallel = getattr(module, "sequence_parallel", False) and communicates
-    if sequence_parallel and not row_parallel:
-        one_hot = one_hot.chunk(size)[rank]
+    weight, place = module.weight, _Place(module)
+    positions = torch.linspace(0, place.whole_in - 1, _POSITIONS * place.size, device=weight.device).long()
+    one_hot = torch.nn.functional.one_hot(positions, place.whole_in).to(weight.dtype)
+    quantized, _ = _quantized(state, weight)
+    local = positions - place.first
+    inside = (local >= 0) & (local < weight.shape[1])
+    expected = quantized.t()[local.clamp(0, weight.shape[1] - 1)] * inside.unsqueeze(1)
+    return place.run(one_hot, expected)
 
-    with _without_norm(module):
-        output = module(one_hot.contiguous())
-    found, bias = output if isinstance(output, tuple) else (output, None)
-    found = found.squeeze(1)
 
-    _, scales = state.quantize(weight)
-    quantized, _ = quantize_dequantize(weight, state.config, scales)
-    inside = (local >= 0) & (local < local_in)
-    expected = quantized.t()[local.clamp(0, local_in - 1)] * inside.unsqueeze(1)
-    if row_parallel and communicates:
-        torch.distributed.all_reduce(expected, group=group)
-        if sequence_parallel:
-            expected = expected.chunk(size)[rank]
-    if bias is None and getattr(module, "bias", None) is not None:
-        expected = expected + module.bias
-    return found, expected.to(found.dtype)
+def _sums(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an int8 GEMM makes of integers, and what it should; both ``[positions, out]``.
+
+    Every rank's part of an input goes up to 127, so that the input is its own int8 codes and nothing but the weight's
+    scale is left to multiply with.
+    """
+    weight, place = module.weight, _Place(module)
+    numbers = torch.arange(_POSITIONS * place.size * place.whole_in, device=weight.device)
+    x = (numbers * 89 % 255 - 127).reshape(-1, place.whole_in)
+    x[:, :: weight.shape[1]] = 127
+    quantized, scales = _quantized(state, weight)
+    local = x[:, place.first : place.first + weight.shape[1]]
+    # fp32 holds the sums exactly, on a CPU in any case.
+    sums = (local.cpu().float() @ quantized.sign().cpu().float().t()).to(weight.device)
+    return place.run(x.to(weight.dtype), (sums * scales.float().t()).to(weight.dtype))
+
+
+def _quantized(state: TernaryState, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's quantization under the backend's scales, which may lie one bf16 step beside its own."""
+    return quantize_dequantize(weight, state.config, state.quantize(weight)[1])
+
+
+class _Place:
+    """Where a layer stands among the ranks, and what it makes of an input there."""
+
+    def __init__(self, module: HostModule) -> None:
+        self._module = module
+        self._group = tensor_parallel_group(module)
+        self._row_parallel = parallel_kind(module) == "row"
+        rank, self.size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
+        self._rank, local_in = rank, module.weight.shape[1]
+        self.whole_in = local_in * self.size if self._row_parallel else local_in
+        self.first = rank * local_in if self._row_parallel else 0
+
+    def run(self, x: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the layer on whole inputs.
+
+        Args:
+            x: ``[positions, whole in]``.
+            expected: ``[positions, out]`` of this rank's shard of the weight.
+
+        Returns:
+            What the layer makes of it, and what it should.
+        """
+        module, x = self._module, x.unsqueeze(1)
+        if self._row_parallel:
+            x = x[..., self.first : self.first + module.weight.shape[1]]
+        # Experts leave gathering, reducing and scattering to the token dispatcher.
+        communicates = self.size > 1 and not getattr(module, "explicit_expert_comm", False)
+        sequence_parallel = getattr(module, "sequence_parallel", False) and communicates
+        if sequence_parallel and not self._row_parallel:
+            x = x.chunk(self.size)[self._rank]
+        with _without_norm(module):
+            output = module(x.contiguous())
+        found, bias = output if isinstance(output, tuple) else (output, None)
+        found = found.squeeze(1)
+        if self._row_parallel and communicates:
+            torch.distributed.all_reduce(expected, group=self._group)
+            if sequence_parallel:
+                expected = expected.chunk(self.size)[self._rank]
+        if bias is None and getattr(module, "bias", None) is not None:
+            expected = expected + module.bias
+        return found, expected.to(found.dtype)
 
 
 @contextlib.contextmanager

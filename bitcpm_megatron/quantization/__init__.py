@@ -9,7 +9,7 @@ from .spaces import SPACES, Space
 
 # A login node, where jobs are checked and printed, may have none.
 if importlib.util.find_spec("torch") is not None:
-    from .activations import quantize_activations
+    from .activations import LEVELS, LONGEST_SUM, codes_of, integer_activations, quantize_activations, scale_sums
     from .fused import fused_group_size
     from .packing import pack, packed_size, unpack
     from .quantizer import dequantize, quantize, quantize_dequantize, scales_are_finite, scales_of

@@ -30,7 +30,8 @@ class Estimate:
     # The quantized weights (cached, or in the graphs of all micro-batches in flight; none where the parameters hold
     # them; 2-bit codes if packed) and their scales, and the fp32 scratch of the largest one, which the torch backend
     # needs: where the parameters hold them, what it exceeds the activations by, for it is needed behind the optimizer.
-    # Of packed ones the largest while it is unpacked.
+    # Of packed ones the largest while it is unpacked. For int8 GEMMs the codes of all of them, a byte each; of packed
+    # ones, and those that nothing is kept of, the codes of the largest.
     quantized: float
     gradients: float  # fp32 buffer (main_grad), one element per parameter
     # fp32 master weights (bf16 only) and Adam's two moments; divided over the data-parallel ranks if distributed.
@@ -70,6 +71,7 @@ class Options:
     recompute_num_layers: int | None = None
     ternary_cache: str = "auto"
     ternary_backend: str = "auto"
+    ternary_gemm: str = "bf16"
     flash_attention: bool = False  # whether attention never writes its scores to memory
     cpu: bool = False  # whether ranks are processes on CPUs: they talk over gloo, and quantize block by block
     fused: bool = False  # whether norms, SwiGLU and softmax are single kernels that save their inputs alone
@@ -190,13 +192,22 @@ def _layer_backward(layout: Layout, options: Options) -> float:
 
 
 def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int, passing: float) -> float:
+    """The quantized weights and, for int8 GEMMs, their codes."""
+    weights, scales, largest = _ternary(mine, layout, options)
+    kept = options.cache in ("resident", "step")
+    codes = 0.0 if options.ternary_gemm == "bf16" else weights + scales if kept else largest
+    return codes + _values(weights, scales, largest, layout, options, stage, passing)
+
+
+def _values(
+    weights: float, scales: float, largest: float, layout: Layout, options: Options, stage: int, passing: float
+) -> float:
     """No copy of a weight that its parameter holds, one where it is cached; else the graphs hold one per micro-batch in
     flight, and under uniform full recomputation those of the layers that are being recomputed. Packed weights are all
     on every rank, and unpacked one at a time, by way of a byte each.
 
     ``passing`` are the bytes that are free while the optimizer steps.
     """
-    weights, scales, largest = _ternary(mine, layout, options)
     total = weights * options.size + scales
     if options.cache == "packed":
         return weights / 4 + scales + (options.size + 1) * largest

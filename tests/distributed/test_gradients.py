@@ -74,6 +74,16 @@ def test_weights_that_live_in_the_parameters_change_no_bit(layout: str, case: st
         assert step["refused"] == []
 
 
+@pytest.mark.parametrize("fusion", [0, 1])
+@pytest.mark.parametrize("layout", ["TP1 sp=0", "TP2 sp=0", "TP2 sp=1"])
+def test_int8_gemms_are_exact_and_their_gradients_those_of_bf16_gemms(
+    layout: str, fusion: int, results: dict[str, list]
+) -> None:
+    name, sp = layout.split()
+    for result in results[f"{name} int8 gemm fusion={fusion} {sp}"]:
+        assert result == {"different": [], "fused": bool(fusion)}
+
+
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
 def test_int8_inputs_are_rounded_per_row_parallel_shard(layout: str, results: dict[str, list]) -> None:
     assert results[f"{layout} int8"] == ["equal"] * len(results[f"{layout} int8"])

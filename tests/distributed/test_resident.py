@@ -63,6 +63,16 @@ def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_ru
             assert shards and {n: found[n] for n in shards} == {n: step[n] for n in shards}, mode
 
 
+def test_int8_gemms_see_the_same_weights_in_every_mode(launch_runs, tmp_path: Path) -> None:
+    setting = Setting("DP2", overlaps=True, group=-1, fusion=True, distributed=True)
+    int8 = ["--ternary-activation-bits", "8", "--ternary-gemm", "int8", "--ternary-gemm-backward", "int8"]
+    modes = ("resident", "step", "none", "packed")
+    runs = {cache: [*arguments(setting, cache, 6, []), *int8] for cache in modes}
+    report, directory = launch_runs(runs, setting.ranks, digests=1)
+    succeeded(report, *runs)
+    compared(directory, modes, setting.ranks)
+
+
 # Of all weights the largest one is few, since one is unpacked at a time.
 DEEP = [*(flag for flag in MODEL if flag != "--ternary"), "--num-layers", "12", "--use-distributed-optimizer"]
 SMALLEST = 2 * 256 * 256

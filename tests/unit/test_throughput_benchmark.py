@@ -325,6 +325,8 @@ def test_the_last_line_has_a_time_and_a_peak() -> None:
     others = [_row("step", ratio=2.0, peak_ratio=2.0), _row("resident", layout="TP1", recompute="full", peak_ratio=3.0)]
     expected = "bench: ternary/bf16 step time 1.004 (8 micro-batches, TP2), peak memory 1.000 (resident, TP1)"
     assert throughput_report.last_line([*others, time, peak]) == expected
+    int8 = [_row("int8", layout="TP1", tokens=tokens, ratio=tokens / 1000) for tokens in (256, 1024)]
+    assert throughput_report.last_line([time, peak, *int8]) == expected + ", int8 1.024 (8 x 1,024 tokens, TP1)"
     assert throughput_report.last_line([*others, time]) is None and throughput_report.last_line([*others, peak]) is None
 
 

@@ -21,11 +21,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny_gpt
 from support.grouped import LATENTS, Latent, check_together
+from support.integers import activations, check_products, check_quantize
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize
 from bitcpm_megatron.ops import backends, registry, set_backend
 from bitcpm_megatron.ops import triton as backend
-from bitcpm_megatron.quantization import dequantize, pack, quantize, quantize_dequantize, unpack
+from bitcpm_megatron.ops.int8 import cuda
+from bitcpm_megatron.quantization import (
+    dequantize,
+    pack,
+    quantize,
+    quantize_activations,
+    quantize_dequantize,
+    unpack,
+)
 
 launch = pytest.importorskip("bitcpm_megatron.ops.triton.launch", reason="triton is not installed")
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
@@ -585,3 +594,16 @@ def test_nothing_waits_for_the_device() -> None:
         launch.fake_quantize_all([weight], [weight], [scales], [-1], EPS)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_stands_around_an_int8_gemm_is_the_reference(dtype: torch.dtype) -> None:
+    kernels = cuda.kernels()
+    assert kernels.name == "triton"
+    for shape in ((1, 1), (3, 37), (4, 1500)):
+        check_quantize(kernels, activations(*shape, dtype).to(DEVICE))
+    check_products(kernels, dtype, DEVICE)
+    wild = torch.tensor([[1.0, float("nan")], [float("inf"), 2.0], [1.0, -2.0]], dtype=dtype, device=DEVICE)
+    tokens = kernels.quantize(wild, 1e-5, None, True)
+    assert tokens.values[:2].isnan().all() and torch.equal(tokens.values[2], quantize_activations(wild[2:], 1, 1e-5)[0])
+    assert kernels.product(tokens, torch.ones(2, 3, dtype=torch.int8, device=DEVICE), None)[:2].isnan().all()

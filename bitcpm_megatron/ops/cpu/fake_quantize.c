@@ -12,28 +12,11 @@
 
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
+
+#include "bits.h"
 
 enum { BF16 = 0, FP16 = 1, FP32 = 2 };
 enum { PREFETCHED = 256 };  // elements of a group from which on it is worth its while
-
-static inline float as_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t as_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline uint16_t to_bf16(float value) {
-    const uint32_t bits = as_bits(value);
-    if (isnan(value)) return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 // fp32 of an fp16 magnitude (no sign bit); exact, and free of denormal fp32 values on the way.
 static inline float from_fp16(uint32_t magnitude) {

@@ -45,7 +45,7 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
 from bitcpm_megatron.nn import cache, linear  # noqa: E402
 from bitcpm_megatron.ops import counts  # noqa: E402
-from bitcpm_megatron.parallel import ProbeError, apply_recipe, cohorts, probe, ternary_modules  # noqa: E402
+from bitcpm_megatron.parallel import ProbeError, Recipe, apply_recipe, cohorts, probe, ternary_modules  # noqa: E402
 from bitcpm_megatron.parallel.resident import find_resident, hold_in_parameters, latents  # noqa: E402
 from bitcpm_megatron.patches import cpu  # noqa: E402
 from bitcpm_megatron.patches.megatron_core import without_te  # noqa: E402
@@ -327,6 +327,78 @@ def run_int8() -> str:
     return "equal" if torch.equal(found, expected.float()) else f"{int((found != expected).sum())} others"
 
 
+def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
+    """A pair with int8 GEMMs beside one with bf16 GEMMs: what is not equal to the last bit of what should be."""
+    size, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        gradient_accumulation_fusion=fusion,
+        tensor_model_parallel_size=size,
+        sequence_parallel=sequence_parallel,
+    )
+    pairs = {}
+    for gemm in ("int8", "bf16"):
+        tensor_parallel.model_parallel_cuda_manual_seed(7)
+        pairs[gemm] = Pair(config).mlp
+        apply_recipe(pairs[gemm], default=QuantizerConfig(), activation_bits=8, gemm=gemm, recipe=_EVERY_LINEAR)
+        for weight in pairs[gemm].parameters():
+            weight.main_grad = torch.zeros(weight.shape)
+            weight.grad_added_to_main_grad = False
+    pairs["bf16"].load_state_dict(pairs["int8"].state_dict())
+    different = [] if probe(pairs["int8"]) == 2 else ["probe"]
+    for tokens in (SEQUENCE, size if sequence_parallel else 1):
+        # On every rank the same, of which each takes its part; a token of zeros, and a saturated one.
+        draw = torch.Generator().manual_seed(tokens)
+        whole = {width: torch.randn(tokens, BATCH, width, generator=draw).bfloat16() for width in (HIDDEN, INNER)}
+        whole[HIDDEN][-1, 0], whole[INNER][-1, 0] = 0.0, whole[INNER][-1, 0].sign()
+        for name, width, column in (("linear_fc1", HIDDEN, True), ("linear_fc2", INNER, False)):
+            local = whole[width] if column else whole[width].chunk(size, -1)[rank]
+            given = local.chunk(size)[rank] if column and sequence_parallel else local
+            upstream = None
+            found = {}
+            for gemm, pair in pairs.items():
+                layer = getattr(pair, name)
+                layer.weight.grad, x = None, given.contiguous().clone().requires_grad_()
+                layer.weight.main_grad.zero_()
+                y = layer(x)[0]
+                upstream = torch.randn(y.shape, generator=draw).to(y.dtype) if upstream is None else upstream
+                y.backward(upstream)
+                gradient = layer.weight.main_grad.clone() if fusion else layer.weight.grad
+                found[gemm] = (y.detach(), gradient, x.grad)
+            expected = _integer_product(local, getattr(pairs["int8"], name).weight)
+            if not column and size > 1:
+                torch.distributed.all_reduce(expected, group=parallel_state.get_tensor_model_parallel_group())
+                expected = expected.chunk(size)[rank] if sequence_parallel else expected
+            if not torch.equal(found["int8"][0], expected):
+                different.append(f"{name} of {tokens} tokens")
+            different += [
+                f"{name} of {tokens} tokens, {what}"
+                for i, what in ((1, "weight gradient"), (2, "input gradient"))
+                if not torch.equal(found["int8"][i], found["bf16"][i])
+            ]
+    return {"different": different, "fused": all(w.grad_added_to_main_grad for w in pairs["int8"].parameters())}
+
+
+_EVERY_LINEAR = Recipe.from_mapping(
+    {"configs": {"q": {}}, "matchers": {"all": {"config": "q", "pattern": "*"}}}, QuantizerConfig()
+)
+
+
+def _integer_product(x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """An fp32 GEMM of the integers of a local input and weight, scaled and rounded once."""
+    codes, scales = quantize(latent.detach(), QuantizerConfig())
+    s = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    sums = (x.float() / s * 127).round() @ codes.float().t()
+    return (sums * scales.float().squeeze(-1) * (s / 127)).to(x.dtype)
+
+
 def _relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     pairs = list(zip(found, expected, strict=True))
     error = max(float((f.double() - e).abs().max() / e.abs().max()) for f, e in pairs)
@@ -366,8 +438,8 @@ def _residual(self: linear.TernaryState, latent: torch.Tensor, training: bool) -
 def _shadow_with(attributes) -> object:  # noqa: ANN001
     original = linear.shadow
 
-    def planted(weight: torch.Tensor, quantized: torch.Tensor, fused: bool) -> torch.Tensor:
-        stand_in = original(weight, quantized, fused)
+    def planted(weight: torch.Tensor, quantized: torch.Tensor, *others: object) -> torch.Tensor:
+        stand_in = original(weight, quantized, *others)
         stand_in.__dict__ = attributes(weight)
         return stand_in
 
@@ -413,6 +485,8 @@ def main(directory: Path) -> None:
             places = {place: run_where(place, *flags) for place in ("step", "resident")}
             results[f"{layout} overlap={int(flags[2])} do={int(flags[3])} places"] = places
         results[f"{layout} int8"] = run_int8()
+        for flags in itertools.product((False, True), (False, True) if tp > 1 else (False,)):
+            results[f"{layout} int8 gemm fusion={int(flags[0])} sp={int(flags[1])}"] = run_int8_gemm(*flags)
         results[f"{layout} probe"] = run_probe(tp > 1)
         for bug, patch in PLANTED.items():
             with patch:

@@ -158,6 +158,7 @@ def _load_operator(name: str, *args: Any, **kwargs: Any) -> types.SimpleNamespac
 torch.utils.cpp_extension.load = _load_operator
 
 from . import _C, npu  # noqa: E402, F401 - as in the real one, torch.npu is there once this is imported
+from .quant_matmul import npu_quant_matmul  # noqa: E402, F401
 
 torch.npu = npu
 sys.modules["torch.npu"] = npu

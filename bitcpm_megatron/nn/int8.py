@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for a ternary weight whose products are int8 GEMMs, inside an unchanged upstream linear.
+
+Upstream multiplies with the weight that it finds: ``torch.matmul(input, weight.t())`` in the forward,
+``grad_output.matmul(weight)`` in the backward. The stand-in sees these calls (``__torch_function__``) and computes them
+from its codes; gathering, reducing, fused weight gradients and everything else stay upstream's. What else it is asked,
+it does as the quantized weight that it holds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from ..ops.int8 import QuantizedTokens, codes_of, int8_input_gradient, int8_linear
+
+_TRANSPOSED = (torch.t, torch.Tensor.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
+_TRANSPOSE = (torch.transpose, torch.Tensor.transpose)
+_MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+
+
+class Int8Product:
+    """What one forward pass of a layer, and its backward, multiply with.
+
+    Args:
+        codes: int8 ``[out, in]`` and the scales ``[out]`` of the weight; None to take them from the weight at each use.
+        backward: whether the input gradient is an int8 GEMM, too.
+
+    Attributes:
+        tokens: the layer's input in int8, while its forward runs.
+        count: of forward products so far.
+    """
+
+    def __init__(self, codes: tuple[torch.Tensor, torch.Tensor] | None, backward: bool) -> None:
+        self.codes = codes
+        self.backward = backward
+        self.tokens: QuantizedTokens | None = None
+        self.count = 0
+
+    def of(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes and scales of the weight."""
+        return codes_of(weight) if self.codes is None else self.codes
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` -> ``[..., out]``."""
+        self.count += 1
+        # Gathered activations are others than those that were quantized; their codes are found again, exactly.
+        mine = self.tokens is not None and _same(self.tokens.values, x)
+        return int8_linear(self.tokens if mine and self.tokens is not None else x, *self.of(weight))
+
+    def input_gradient(self, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``[..., out]`` -> ``[..., in]``."""
+        if self.backward:
+            return int8_input_gradient(gradient, *self.of(weight))
+        return gradient.matmul(weight)
+
+
+class Int8Weight(torch.Tensor):
+    """See above. Made by :func:`as_int8`."""
+
+    __slots__ = ("product",)
+    product: Int8Product
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Carries out what torch is asked to do with a stand-in."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if type(args[0]) is Int8Weight and (func in _TRANSPOSED or (func in _TRANSPOSE and _last_two(args))):
+                return _with_product(func(*args, **kwargs), Int8WeightTransposed, args[0].product)
+            if len(args) > 1 and isinstance(args[1], Int8Weight):
+                computed = _multiplied(func, *args, **kwargs)
+                if computed is not None:
+                    return computed
+            return func(*args, **kwargs)
+
+
+class Int8WeightTransposed(Int8Weight):
+    """The transpose ``[in, out]`` of a stand-in."""
+
+    __slots__ = ()
+
+
+def as_int8(quantized: torch.Tensor, product: Int8Product) -> Int8Weight:
+    """A stand-in with the values of a quantized weight ``[out, in]``, not copied, in no graph."""
+    return _with_product(quantized.detach(), Int8Weight, product)
+
+
+def _with_product(tensor: torch.Tensor, kind: type[Int8Weight], product: Int8Product) -> Int8Weight:
+    made = tensor.as_subclass(kind)
+    made.product = product
+    return made
+
+
+def _last_two(args: tuple) -> bool:
+    return {d % 2 for d in args[1:]} == {0, 1}
+
+
+def _multiplied(
+    func: Callable[..., Any],
+    x: torch.Tensor,
+    weight: Int8Weight,
+    *rest: Any,
+    out: torch.Tensor | None = None,
+    **more: Any,
+) -> torch.Tensor | None:
+    """The product with a stand-in that torch is asked for, or None where it is asked for something else."""
+    transposed = type(weight) is Int8WeightTransposed
+    if func in _MATMUL and not rest and not more:
+        y = _Int8Linear.apply(x, weight, False) if transposed else weight.product.input_gradient(x, weight)
+    elif func is linear and not transposed:
+        y = _Int8Linear.apply(x, weight, True)
+        bias = rest[0] if rest else more.get("bias")
+        y = y if bias is None else y + bias
+    else:
+        return None
+    return y if out is None else out.copy_(y)
+
+
+class _Int8Linear(torch.autograd.Function):
+    """y = x W^T; for linears that leave the gradients to autograd."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: Int8Weight, as_stored: bool) -> torch.Tensor:  # noqa: ANN001
+        ctx.save_for_backward(x, weight)
+        ctx.product, ctx.as_stored = weight.product, as_stored
+        return weight.product.forward(x, weight if as_stored else weight.t())
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # noqa: ANN001
+        x, weight = ctx.saved_tensors
+        into = wgrad = None
+        with torch._C.DisableTorchFunctionSubclass():
+            if ctx.needs_input_grad[0]:
+                into = ctx.product.input_gradient(gradient, weight if ctx.as_stored else weight.t())
+            if ctx.needs_input_grad[1]:
+                wgrad = gradient.flatten(0, -2).t().matmul(x.flatten(0, -2))
+                wgrad = wgrad if ctx.as_stored else wgrad.t()
+        return into, wgrad, None
+
+
+def _same(values: torch.Tensor | None, x: torch.Tensor) -> bool:
+    """Whether two tensors are one: the same elements in memory."""
+    return values is not None and values.data_ptr() == x.data_ptr() and values.shape == x.shape and x.is_contiguous()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C sources of this folder as one library: compiled for the machine at hand, and kept in the user's cache."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CACHE_VARIABLE = "BITCPM_CACHE_DIR"
+"""Names another folder than ``$XDG_CACHE_HOME/bitcpm_megatron`` for the compiled library."""
+MARCH_VARIABLE = "BITCPM_MARCH"
+"""Names another value of the compiler's ``-march`` than ``native``, such as ``x86-64-v2``; the bits are the same."""
+SOURCES = tuple(sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".c", ".h")))
+# Bits must not depend on the compiler: no contraction into fused multiply-adds, no reordering.
+_FLAGS: tuple[str, ...] = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+if platform.machine() in ("x86_64", "AMD64"):
+    _FLAGS += ("-mprefer-vector-width=512",)
+_COMPILERS = ("cc", "gcc", "clang")
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    named = shlex.split(os.environ.get("CC", ""))
+    compiler = named or [name for name in _COMPILERS if shutil.which(name)][:1]
+    if not compiler or shutil.which(compiler[0]) is None:
+        return None, f"no C compiler: CC={compiler[0]} is not there" if named else "no C compiler (cc) on the PATH"
+    try:
+        library = _open(compiler)
+    # pathlib has a RuntimeError for a user without a home.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or repr(error)
+        return None, f"{shlex.join(compiler)} could not build it: {said.splitlines()[-1]}"
+    pointer, long, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    how = (integer, integer, number, integer)
+    signatures: dict[str, tuple[Any, ...]] = {
+        "bitcpm_fake_quantize": (pointer, pointer, pointer, long, long, pointer, *how),
+        "bitcpm_fake_quantize_all": (pointer, long, pointer, long, *how),
+        "bitcpm_quantize_rows": (*[pointer] * 5, long, long, number, integer),
+        "bitcpm_scale_sums": (*[pointer] * 4, long, long, integer),
+        "bitcpm_codes": (*[pointer] * 3, long, long, integer),
+    }
+    for name, arguments in signatures.items():
+        function = library[name]
+        function.argtypes, function.restype = arguments, None
+        setattr(library, name, function)
+    return library, None
+
+
+def _open(compiler: list[str]) -> ctypes.CDLL:
+    path = _compiled(compiler)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # cut short by a power failure, for instance
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled(compiler)))
+
+
+def _compiled(compiler: list[str]) -> Path:
+    """The library for these sources, compiler, flags and machine; compiled where the cache has none.
+
+    Raises:
+        OSError, subprocess.SubprocessError: the compiler fails, or the cache cannot be written.
+    """
+    version = _run([*compiler, "--version"]).encode()
+    sources = [path.read_bytes() for path in SOURCES]
+    command = [*compiler, *_FLAGS, f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}"]
+    key = hashlib.sha256(b"\0".join([*sources, version, shlex.join(command).encode(), _machine()]))
+    library = _cache() / f"fake_quantize-{key.hexdigest()[:32]}.so"
+    if not library.is_file():
+        # Processes of one job compile at the same time: each to a name of its own, and the last rename stays.
+        handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
+        os.close(handle)
+        try:
+            _run([*command, "-o", temporary, *(str(path) for path in SOURCES if path.suffix == ".c"), "-lm"])
+            os.replace(temporary, library)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    return library
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=300)
+    return done.stdout
+
+
+def _cache() -> Path:
+    """The user's own folder for compiled code; nobody else may write there.
+
+    Raises:
+        OSError: it cannot be made, or others may write to it.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    general = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(named) if named else Path(general) / "bitcpm_megatron"
+    mask = os.umask(0o077)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(mask)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{folder} can be written by others: name another folder by {CACHE_VARIABLE}")
+    return folder
+
+
+def _machine() -> bytes:
+    """What ``-march=native`` depends on: a cache may be shared by machines with different CPUs."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels around torch._int_mm, which is cuBLASLt's on a GPU."""
+
+import functools
+import importlib.util
+
+import torch
+
+from ...quantization import codes_of
+from . import reference
+from .kernels import Int8Kernels, QuantizedTokens
+
+_BLOCK = 1024
+
+
+@functools.cache
+def kernels() -> Int8Kernels:
+    """The Triton kernels; the reference where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return reference.kernels
+    return Int8Kernels("triton", reference.refuses, quantize, product, codes_of)
+
+
+def quantize(x: torch.Tensor, eps: float, factors: torch.Tensor | None, values: bool) -> QuantizedTokens:
+    """See :class:`~.kernels.Int8Kernels`."""
+    from ..triton.int8 import quantize_tokens
+
+    x = x.detach().contiguous()
+    width = x.shape[-1]
+    tokens = x.numel() // width if width else 0
+    fake = torch.empty_like(x) if values else None
+    codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    if tokens:
+        quantize_tokens[(tokens,)](
+            _bits(x),
+            codes if factors is None else factors.float().contiguous(),
+            codes if fake is None else _bits(fake),
+            codes,
+            scales,
+            width,
+            eps,
+            FACTORS=factors is not None,
+            FAKE=values,
+            BF16=x.dtype == torch.bfloat16,
+            BLOCK=_BLOCK,
+        )
+    return QuantizedTokens(x.shape, x.dtype, codes, scales, fake)
+
+
+def product(tokens: QuantizedTokens, weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """See :class:`~.kernels.Int8Kernels`."""
+    from ..triton.int8 import scale_sums
+
+    sums = reference.integer_product(tokens.codes, weight).contiguous()
+    y = torch.empty(sums.shape, dtype=tokens.dtype, device=sums.device)
+    if y.numel():
+        scale_sums[(sums.shape[0],)](
+            sums,
+            tokens.scales if scales is None else scales.float().contiguous(),
+            tokens.scales,
+            _bits(y),
+            sums.shape[1],
+            COLUMNS=scales is not None,
+            BF16=y.dtype == torch.bfloat16,
+            BLOCK=_BLOCK,
+        )
+    return y.reshape(*tokens.shape[:-1], weight.shape[1])
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """bf16 as its patterns, see :mod:`..triton.arithmetic`."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels of a device offer to int8 GEMMs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class QuantizedTokens:
+    """Activations, or gradients, in int8.
+
+    Attributes:
+        shape: ``[..., features]`` of what was quantized.
+        dtype: its dtype, and that of what is computed with it.
+        codes: int8 ``[tokens, features]``.
+        scales: fp32 ``[tokens]``; 127 codes make one.
+        values: what codes and scales stand for, ``[..., features]``; None where it was not asked for.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    codes: torch.Tensor
+    scales: torch.Tensor
+    values: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Int8Kernels:
+    """The kernels of a device.
+
+    Attributes:
+        name: for reports.
+        refuses: ``(device type, out, in)`` -> why weights of this shape cannot be used here, or None.
+        quantize: ``(x, eps, factors or None, with the values)`` -> the tokens of ``x``, multiplied by ``[features]``
+            factors first.
+        product: ``(tokens, codes [features, n], scales [n] or None)`` -> what the integer product stands for, as
+            :func:`bitcpm_megatron.quantization.scale_sums`.
+        codes: see :func:`bitcpm_megatron.quantization.codes_of`.
+    """
+
+    name: str
+    refuses: Callable[[str, int, int], str | None]
+    quantize: Callable[[torch.Tensor, float, torch.Tensor | None, bool], QuantizedTokens]
+    product: Callable[[QuantizedTokens, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    codes: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

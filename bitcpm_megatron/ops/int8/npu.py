@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch_npu.npu_quant_matmul: the integer product with both scales, by its documented signature.
+
+No NPU has run this: the tests check every call against the documentation (Atlas A2: x1 and x2 int8, x2 contiguous or
+the transpose of a contiguous one, scale float32 or bfloat16 ``[n]`` or ``[1]``, pertoken_scale float32 ``[m]``, output
+bfloat16, or float16 with a float32 scale; nothing empty, the last dimensions up to 65,535). The order in which the
+device multiplies with the two scales is not documented, so that its results may differ from the reference's in the last
+bit; the integers in them may not.
+"""
+
+import functools
+import importlib
+
+import torch
+
+from ...quantization import LEVELS, codes_of
+from . import reference
+from .kernels import Int8Kernels, QuantizedTokens
+
+_LONGEST = 65535
+
+
+@functools.cache
+def kernels() -> Int8Kernels:
+    """The op of torch_npu."""
+    return Int8Kernels("npu_quant_matmul", _refuses, reference.kernels.quantize, _product, codes_of)
+
+
+def _refuses(device_type: str, rows: int, columns: int) -> str | None:
+    if not hasattr(importlib.import_module("torch_npu"), "npu_quant_matmul"):
+        return "this torch_npu has no npu_quant_matmul: use --ternary-gemm bf16"
+    if max(rows, columns) > _LONGEST:
+        return f"npu_quant_matmul takes widths up to {_LONGEST}, not {rows} x {columns}: use --ternary-gemm bf16"
+    return None
+
+
+def _product(tokens: QuantizedTokens, weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    shape = (*tokens.shape[:-1], weight.shape[1])
+    if not tokens.codes.shape[0]:
+        return torch.empty(shape, dtype=tokens.dtype, device=tokens.codes.device)
+    columns = torch.ones(1, device=tokens.codes.device) if scales is None else scales.float()
+    multiply = importlib.import_module("torch_npu").npu_quant_matmul
+    return multiply(
+        tokens.codes, weight, columns, pertoken_scale=tokens.scales / LEVELS, output_dtype=tokens.dtype
+    ).reshape(shape)

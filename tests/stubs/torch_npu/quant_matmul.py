@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch_npu.npu_quant_matmul`` of int8 on an Atlas A2, by its documentation; what that does not allow raises."""
+
+import torch
+
+_LONGEST = 65535
+
+
+def npu_quant_matmul(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    offset: torch.Tensor | None = None,
+    pertoken_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``x1 x2 * scale * pertoken_scale`` of int8 matrices, with the sums in int32.
+
+    Args:
+        x1: int8 ``[m, k]``, contiguous.
+        x2: int8 ``[k, n]``, contiguous or the transpose of a contiguous one.
+        scale: ``[1]`` or ``[n]``.
+        offset: of an int8 output alone.
+        pertoken_scale: float32 ``[m]``.
+        bias: not modelled.
+        output_dtype: bfloat16, with a scale in float32 or bfloat16; float16, with one in float32.
+    """
+    (m, k), (rows, n) = x1.shape, x2.shape
+    wrong = {
+        "x1": x1.dtype != torch.int8 or not x1.is_contiguous() or not 0 < k <= _LONGEST or not m,
+        "x2": x2.dtype != torch.int8
+        or not (x2.is_contiguous() or x2.t().is_contiguous())
+        or rows != k
+        or not 0 < n <= _LONGEST,
+        "offset": offset is not None,
+        "bias": bias is not None,
+        "output_dtype": output_dtype not in (torch.bfloat16, torch.float16),
+        "scale": scale.dim() != 1
+        or scale.shape[0] not in (1, n)
+        or scale.dtype not in (torch.float32, *((torch.bfloat16,) if output_dtype == torch.bfloat16 else ())),
+        "pertoken_scale": pertoken_scale is None
+        or pertoken_scale.dtype != torch.float32
+        or pertoken_scale.shape != (m,),
+    }
+    if any(wrong.values()):
+        raise RuntimeError(
+            f"npu_quant_matmul takes no such {', '.join(name for name, is_wrong in wrong.items() if is_wrong)}"
+        )
+    sums = x1.long() @ x2.long()
+    return (sums.float() * scale.float() * pertoken_scale.unsqueeze(-1)).to(output_dtype)

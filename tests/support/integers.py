@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations and weights for int8 GEMMs, what they should give, and what kernels are held to."""
+
+import torch
+
+from bitcpm_megatron import QuantizerConfig, dequantize, quantize
+from bitcpm_megatron.ops.int8 import Int8Kernels
+from bitcpm_megatron.quantization import integer_activations, quantize_activations
+
+DEFAULT = QuantizerConfig()
+
+
+def activations(tokens: int, features: int, dtype: torch.dtype, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
+    """Tokens of very different magnitude, one of zeros, one saturated, and with signed zeros."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, features, generator=g) * 10 ** torch.empty(tokens, 1).uniform_(-spread, spread, generator=g)
+    x[:, 3::17] *= 0.0
+    x[-1] = 0.0
+    if tokens > 2:
+        x[1] = x[1].sign() * 3.0
+    return x.to(dtype)
+
+
+def ternary_weight(rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    """A quantized weight with one scale per row, one row of zeros."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
+    weight[rows // 2] = 0.0
+    return dequantize(*quantize(weight.to(dtype), DEFAULT), DEFAULT, dtype)
+
+
+def by_definition(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """y of quantized activations and a ternary weight: an fp32 GEMM of the integers, scaled and rounded once."""
+    s = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    q = (x.float() / s * 127).round()
+    return (q @ weight.float().sign().t() * weight.float().abs().amax(-1) * (s / 127)).to(x.dtype)
+
+
+def check_quantize(kernels: Int8Kernels, x: torch.Tensor) -> None:
+    """Codes, scales and values of activations, and of gradients times the scales of rows, bit for bit."""
+    factors = torch.linspace(0.01, 2.0, x.shape[-1]).to(x)
+    for eps, by in ((1e-5, None), (1.2e-38, factors)):
+        found = kernels.quantize(x, eps, by, by is None)
+        codes, scales = integer_activations(x, eps, by)
+        assert torch.equal(found.codes, codes) and torch.equal(found.scales, scales)
+        assert (found.shape, found.dtype) == (x.shape, x.dtype)
+        if by is None:
+            expected = quantize_activations(x, 1, eps)
+            assert torch.equal(found.values, expected) and not found.values[expected == 0].signbit().any()
+        else:
+            assert found.values is None
+
+
+def check_products(kernels: Int8Kernels, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Products with a weight's codes, both ways, and the codes themselves, bit for bit."""
+    weight = ternary_weight(40, 96, dtype).to(device)
+    codes, scales = kernels.codes(weight)
+    assert torch.equal(codes, weight.float().sign().char()) and torch.equal(scales, weight.abs().amax(-1))
+    for tokens in (1, 2, 7):
+        x = activations(tokens, 96, dtype, spread=1.0).to(device)
+        y = kernels.product(kernels.quantize(x, 1e-5, None, False), codes.t(), scales)
+        assert torch.equal(y, by_definition(x, weight)) and not y[y == 0].signbit().any()
+        back = kernels.product(kernels.quantize(y, 1e-30, scales, False), codes, None)
+        g = y.float() * scales.float()
+        s = g.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        assert torch.equal(back, ((g / s * 127).round() @ codes.float() * (s / 127)).to(dtype))
