@@ -13,7 +13,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-ROOMS = ("bitcpm_megatron", "patches", "launch", "checkpoint_tools", "benchmarks", "scripts", "examples", "csrc")
+ROOMS = (
+    "bitcpm_megatron",
+    "patches",
+    "launch",
+    "checkpoint_tools",
+    "benchmarks",
+    "studies",
+    "scripts",
+    "examples",
+    "csrc",
+)
 SOURCES = (".py", ".c", ".h", ".cpp")
 FILE_LINES, FUNCTION_LINES, MODULES, COMMANDS, EQUAL_LINES = 400, 60, 10, 14, 15
 

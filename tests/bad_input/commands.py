@@ -15,7 +15,7 @@ from .world import DATA, MODEL
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Where the interpreter would look for what these scripts import.
-sys.path += [str(CHECKOUT / room) for room in ("benchmarks", "examples/hf")]
+sys.path += [str(CHECKOUT / room) for room in ("benchmarks", "studies", "examples/hf")]
 _WRAPPERS = ("bind_cores", "pretrain_gpt")
 _HUGGING_FACE = tuple("--model_name_or_path latent --train_files corpus.txt --output_dir out --report_to none".split())
 _TRAIN = [*MODEL, *DATA, "--train-iters", "2", "--eval-iters", "1"]
@@ -111,13 +111,14 @@ COMMANDS = {
         Command("roofline", "benchmarks", ("--output-dir", "out"), runs=False),
         Command("memory", "benchmarks", ("--tp", "2")),
         Command("kernel_against", "benchmarks", ("HEAD",), runs=False),
+        Command("int8_quality", "studies", ("--work", "out", "--output", "out2"), runs=False),
     )
 }
 
 
 def scripts() -> Iterator[str]:
     """The names of all scripts that are commands, found on disk: one without a good line here is noticed."""
-    for room in ("launch", "checkpoint_tools", "benchmarks", "examples/hf"):
+    for room in ("launch", "checkpoint_tools", "benchmarks", "studies", "examples/hf"):
         for path in sorted((CHECKOUT / room).glob("*.py")):
             text = path.read_text(encoding="utf-8")
             if '__name__ == "__main__"' in text and "ArgumentParser(" in text.replace("Parser(", "ArgumentParser("):
