@@ -36,6 +36,7 @@ from bitcpm_megatron import QuantizerConfig, fake_quantize
 LLM_HOST = "core_v0.12.1 + MindSpeed-LLM, local"
 CASES = [(host, case) for host in HOSTS for case in HOSTS[host].cases]
 SP = [*TP2, "--sequence-parallel", "--use-distributed-optimizer"]
+INT8 = ["--ternary", "--ternary-activation-bits", "8", "--ternary-gemm", "int8"]
 
 
 def host_named(name: str) -> Host:
@@ -133,6 +134,18 @@ def test_weights_that_live_in_the_parameters_change_no_loss(name: str, material:
     assert resident.losses == step.losses
     norms = [re.findall(r"grad norm: ([0-9.]+)", result.output) for result in (resident, step)]
     assert len(norms[0]) == 6 and norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_int8_gemms_take_the_place_of_its_own(name: str, material: Material, ours) -> None:
+    host = host_named(name)
+    common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *material.start, *INT8, "--exit-interval", "2"]
+    alone = succeeded(run(host, 1, common), 2)
+    assert "int8 GEMM (" in alone.output and alone.proved == 16
+    assert alone.losses[0] == pytest.approx(ours(tuple(material.start), *INT8), rel=1e-4)
+    # With two row-parallel shards in the place of one it is nearly the same model.
+    shared = succeeded(run(host, 2, [*common, *SP, "--ternary-gemm-backward", "int8"]), 2)
+    assert shared.losses[0] == pytest.approx(alone.losses[0], rel=1e-2) and shared.losses[1] < shared.losses[0]
 
 
 @pytest.mark.parametrize("case", OTHER_SHAPES)
