@@ -2,10 +2,13 @@
 """Preflight: is the training plan sane, and does the quantizer fit the layout?"""
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 from ...quantization.record import QuantizerRecord
 from ...training.mistakes import mistakes
 from ..estimates.quantizer import expected_record, idle_matchers
+from ..estimates.shapes import Layout
 from ..launcher import presets
 from ..launcher.job import BUILT_IN, JobError
 from ..launcher.torchrun import host_argv
@@ -94,9 +97,23 @@ def _quantizer(subject: Subject) -> list[Finding]:
     if bad and args.ternary_activation_bits == 8:
         what = f"the inputs of {bad[0]} cannot be quantized in {shards} row-parallel shards at TP {x.tp}"
         return [failed("quantizer", what, "use a number of shards that TP divides")]
+    if args.ternary_gemm == "int8" and (split := _split_sums(modules, x)):
+        return [
+            failed("quantizer", split, "group size -1 and as many row-parallel shards as TP, or ternary-gemm: bf16")
+        ]
     sizes = ", ".join(sorted({str(module["group_size"]) for module in modules.values()}))
     said = f"{len(modules)} modules, groups of {sizes} (-1: the row), {shards} row-parallel shards"
     return [passed("quantizer", said)]
+
+
+def _split_sums(modules: Mapping[str, Mapping[str, Any]], layout: Layout) -> str | None:
+    """The layer whose local rows have more than one scale, which an int8 GEMM cannot take; None where none has."""
+    for linear in layout.all_linears():
+        local = linear.in_features // layout.tp if linear.row_parallel else linear.in_features
+        group = modules.get(linear.path, {}).get("group_size", -1)
+        if group not in (-1, local):
+            return f"an int8 GEMM takes one scale per row, and {linear.path} has one for {group} of {local} columns"
+    return None
 
 
 def _recipe(subject: Subject) -> list[Finding]:

@@ -229,6 +229,7 @@ NPU = ["cluster.profile=ascend910b"]
 BIG = [*NPU, "model.preset=minicpm4-8b", "data.vocab-size=73448", "model.seq-length=4096"]
 MATCHERS = "matchers: {{m: {{config: a, type: glob, pattern: '{}'}}}}"
 
+INT8 = ["ternary.ternary-activation-bits=8", "ternary.ternary-gemm=int8"]
 PLANTED: dict[str, tuple[list[str], Plant, str, str, str]] = {
     # name: overrides, what is planted, the check that finds it, how bad it is, what it says
     "world size": (["cluster.devices-per-node=3"], no_plan, "world-size", "fail", "groups of 2"),
@@ -396,6 +397,21 @@ PLANTED: dict[str, tuple[list[str], Plant, str, str, str]] = {
         "quantizer",
         "fail",
         "groups of 16",
+    ),
+    "int8 GEMMs of groups": ([*INT8, "ternary.ternary-group-size=32"], no_plan, "quantizer", "fail", "one for 32 of"),
+    "int8 GEMMs of shards": (
+        [*INT8, "ternary.ternary-row-parallel-shards=4"],
+        no_plan,
+        "quantizer",
+        "fail",
+        "as many row-parallel shards as TP",
+    ),
+    "int8 GEMMs of 16 bits": (
+        ["ternary.ternary-gemm=int8"],
+        no_plan,
+        "arguments",
+        "fail",
+        "needs --ternary-activation",
     ),
     "ternary flags without ternary": (["ternary.ternary=false"], no_plan, "quantizer", "fail", "would do nothing"),
     "recipe without a fit": (
@@ -605,6 +621,10 @@ def test_a_planted_mistake_is_found(place: Place, name: str) -> None:
     assert matching, preflight.table(read_job(str(place.directory / "job.yaml")), found)
     assert all(f.cure for f in found if f.status != "pass"), "a finding without a cure"
     assert (status == "fail") <= (preflight.status(found) == 3)
+
+
+def test_int8_gemms_of_whole_rows_pass(place: Place) -> None:
+    assert [f.status for f in place.findings(*INT8) if f.check in ("quantizer", "arguments")] == ["pass", "pass"]
 
 
 def test_the_scheduler_counts_the_nodes_where_it_does_not_say_which_this_is(place: Place) -> None:
