@@ -125,9 +125,7 @@ def gap(runs: Sequence[Run], one: str, other: str) -> dict[str, float]:
     last = {(run.kind, run.seed): run.losses()[run.iterations] for run in runs}
     differences = [last[one, seed] - last[other, seed] for seed in sorted({run.seed for run in runs})]
     mean = statistics.fmean(differences)
-    half = math.inf
-    if len(differences) > 1:
-        half = _QUANTILES[len(differences) - 2] * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = _QUANTILES[len(differences) - 2] * statistics.stdev(differences) / math.sqrt(len(differences))
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
@@ -140,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=CHECKOUT / "runs" / "int8-quality", metavar="DIR")
     parser.add_argument("--output", type=Path, default=Path("docs/studies/int8_quality.json"), metavar="FILE")
     args = parser.parse_args(argv)
-    if len(set(args.seeds)) != len(args.seeds) or len(args.seeds) > MOST_SEEDS:
-        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: name up to {MOST_SEEDS} different ones")
+    if len(args.seeds) != len(set(args.seeds)) or not 2 <= len(args.seeds) <= MOST_SEEDS:
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: name 2 to {MOST_SEEDS} different ones")
     return cli.run(lambda: _study(args))
 
 

@@ -39,6 +39,8 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
     args.sequence_parallel = False
     args.gradient_accumulation_fusion = False
     args.bf16 = args.bf16 and not fp32
+    # The same model to within rounding, at every tensor-parallel size, in fp32, and without the op.
+    args.ternary_gemm = args.ternary_gemm_backward = "bf16"
     record = QuantizerRecord.read(path)
     # Fused weights are ternary already.
     args.ternary = False

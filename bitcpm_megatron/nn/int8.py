@@ -8,52 +8,114 @@ it does as the quantized weight that it holds.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from ..ops.int8 import QuantizedTokens, codes_of, int8_input_gradient, int8_linear
+from ..ops.int8 import QuantizedTokens, codes_of, int8_input_gradient, int8_linear, quantize_tokens
 
 _TRANSPOSED = (torch.t, torch.Tensor.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
 _TRANSPOSE = (torch.transpose, torch.Tensor.transpose)
 _MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 
 
+@dataclass
+class Int8Gradients:
+    """Input gradients of a layer so far, over all its forward passes.
+
+    Attributes:
+        computed: as int8 GEMMs.
+        passed: that reached the layer's input.
+    """
+
+    computed: int = 0
+    passed: int = 0
+
+
 class Int8Product:
     """What one forward pass of a layer, and its backward, multiply with.
 
     Args:
+        name: of the layer.
         codes: int8 ``[out, in]`` and the scales ``[out]`` of the weight; None to take them from the weight at each use.
-        backward: whether the input gradient is an int8 GEMM, too.
+        gradients: of the layer, where the input gradient is an int8 GEMM, too; else None.
 
     Attributes:
         tokens: the layer's input in int8, while its forward runs.
         count: of forward products so far.
     """
 
-    def __init__(self, codes: tuple[torch.Tensor, torch.Tensor] | None, backward: bool) -> None:
+    def __init__(
+        self, name: str, codes: tuple[torch.Tensor, torch.Tensor] | None, gradients: Int8Gradients | None
+    ) -> None:
+        self.name = name
         self.codes = codes
-        self.backward = backward
+        self.gradients = gradients
         self.tokens: QuantizedTokens | None = None
         self.count = 0
+        self._version = 0
+
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """Takes the layer's input ``[..., in]``, and returns the values that its codes stand for."""
+        self.tokens = quantize_tokens(x)
+        values = self.tokens.values
+        assert values is not None  # quantize_tokens makes them
+        self._version = _version(values)
+        return values
 
     def of(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The codes and scales of the weight."""
         return codes_of(weight) if self.codes is None else self.codes
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` -> ``[..., out]``."""
+        """``[..., in]`` -> ``[..., out]``.
+
+        Raises:
+            RuntimeError: the input has another dtype than the weight.
+        """
+        if x.dtype != weight.dtype:
+            raise RuntimeError(f"{self.name}: an input in {x.dtype} for a weight in {weight.dtype}: cast it")
         self.count += 1
         # Gathered activations are others than those that were quantized; their codes are found again, exactly.
-        mine = self.tokens is not None and _same(self.tokens.values, x)
-        return int8_linear(self.tokens if mine and self.tokens is not None else x, *self.of(weight))
+        tokens = self.tokens if self.tokens is not None and self._is_own(x) else None
+        return int8_linear(x if tokens is None else tokens, *self.of(weight))
 
     def input_gradient(self, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``[..., out]`` -> ``[..., in]``."""
-        if self.backward:
-            return int8_input_gradient(gradient, *self.of(weight))
-        return gradient.matmul(weight)
+        if self.gradients is None:
+            return gradient.matmul(weight)
+        self.gradients.computed += 1
+        return int8_input_gradient(gradient, *self.of(weight))
+
+    def gradient_passed(self) -> None:
+        """An input gradient is complete.
+
+        Raises:
+            RuntimeError: it was asked for as an int8 GEMM and computed in another way.
+        """
+        if self.gradients is not None:
+            self.gradients.passed += 1
+            if self.gradients.computed < self.gradients.passed:
+                self.gradients.passed = self.gradients.computed
+                raise RuntimeError(
+                    f"{self.name}: the input gradient was not computed as an int8 GEMM, for something put another "
+                    "tensor in the place of the saved weight (saved-tensor hooks, non-reentrant recompute, a host's "
+                    "own backward): use --ternary-gemm-backward bf16"
+                )
+
+    def _is_own(self, x: torch.Tensor) -> bool:
+        """Whether a tensor is the quantized input itself: the same elements in memory, and none written since."""
+        values = None if self.tokens is None else self.tokens.values
+        if values is None or _version(values) != self._version or not x.is_contiguous():
+            return False
+        return values.data_ptr() == x.data_ptr() and values.shape == x.shape
+
+
+def _version(values: torch.Tensor) -> int:
+    """Counts what was written to a tensor, as far as torch does."""
+    return 0 if values.is_inference() else values._version
 
 
 class Int8Weight(torch.Tensor):
@@ -69,8 +131,9 @@ class Int8Weight(torch.Tensor):
         """Carries out what torch is asked to do with a stand-in."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if type(args[0]) is Int8Weight and (func in _TRANSPOSED or (func in _TRANSPOSE and _last_two(args))):
-                return _with_product(func(*args, **kwargs), Int8WeightTransposed, args[0].product)
+            asked = args[0] if args else None
+            if type(asked) is Int8Weight and (func in _TRANSPOSED or (func in _TRANSPOSE and _last_two(args))):
+                return _with_product(func(*args, **kwargs), Int8WeightTransposed, asked.product)
             if len(args) > 1 and isinstance(args[1], Int8Weight):
                 computed = _multiplied(func, *args, **kwargs)
                 if computed is not None:
@@ -86,11 +149,12 @@ class Int8WeightTransposed(Int8Weight):
 
 def as_int8(quantized: torch.Tensor, product: Int8Product) -> Int8Weight:
     """A stand-in with the values of a quantized weight ``[out, in]``, not copied, in no graph."""
-    return _with_product(quantized.detach(), Int8Weight, product)
+    return _with_product(quantized, Int8Weight, product)
 
 
 def _with_product(tensor: torch.Tensor, kind: type[Int8Weight], product: Int8Product) -> Int8Weight:
-    made = tensor.as_subclass(kind)
+    # Detached, and no view: what a view is asked its base is asked, too.
+    made = torch.Tensor._make_subclass(kind, tensor)
     made.product = product
     return made
 
@@ -137,11 +201,6 @@ class _Int8Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 into = ctx.product.input_gradient(gradient, weight if ctx.as_stored else weight.t())
             if ctx.needs_input_grad[1]:
-                wgrad = gradient.flatten(0, -2).t().matmul(x.flatten(0, -2))
+                wgrad = gradient.reshape(-1, gradient.shape[-1]).t().matmul(x.reshape(-1, x.shape[-1]))
                 wgrad = wgrad if ctx.as_stored else wgrad.t()
         return into, wgrad, None
-
-
-def _same(values: torch.Tensor | None, x: torch.Tensor) -> bool:
-    """Whether two tensors are one: the same elements in memory."""
-    return values is not None and values.data_ptr() == x.data_ptr() and values.shape == x.shape and x.is_contiguous()

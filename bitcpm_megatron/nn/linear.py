@@ -9,16 +9,16 @@ function or ``_forward_impl`` (megatron-core 0.12.1 assigns the last one on the 
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
 import torch
 
 from ..ops import fake_quantize, fake_quantize_activations, quantize_all, quantize_weight
-from ..ops.int8 import codes_of, quantize_tokens
+from ..ops.int8 import codes_of
 from ..quantization import QuantizerConfig, scales_of
 from .cache import CacheEpoch
-from .int8 import Int8Product
+from .int8 import Int8Gradients, Int8Product
 from .settings import CacheMode, Gemm
 from .straight_through import pass_through, shadow
 from .unpacked import free_until_backward
@@ -58,6 +58,7 @@ class TernaryState:
         made_in: the epoch of the cached quantized weight, and whether the layer trained.
         codes: int8 ``[out, in]`` and the scales ``[out]`` of the quantized weight, for ``gemm="int8"``; valid in
             ``codes_made_in``, as above, and not kept where nothing else of the weight is.
+        gradients: how many input gradients there were, and how many of them were int8 GEMMs.
     """
 
     name: str
@@ -78,6 +79,7 @@ class TernaryState:
     made_in: tuple[int, bool] | None = None
     codes: tuple[torch.Tensor, torch.Tensor] | None = None
     codes_made_in: tuple[int, bool] | None = None
+    gradients: Int8Gradients = field(default_factory=Int8Gradients)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantized weight and scales of a latent weight, from the op, outside any graph.
@@ -168,7 +170,7 @@ class TernaryState:
             self.codes, self.codes_made_in = codes_of(quantized), here
         elif self.verify and self.codes is not None and not torch.equal(self.codes[0], codes_of(quantized)[0]):
             raise StaleCacheError(f"{self.name}: its int8 codes are not those of the quantized weight any more")
-        return Int8Product(self.codes, self.gemm_backward == "int8")
+        return Int8Product(self.name, self.codes, self.gradients if self.gemm_backward == "int8" else None)
 
     def _compare(self, latent: torch.Tensor, cached: torch.Tensor) -> None:
         fresh, _ = self.quantize(latent)
@@ -280,13 +282,13 @@ def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
             del self.__dict__["weight"]
         else:
             self.__dict__["weight"] = before
-    if product is not None:
-        product.tokens = None
-        if not product.count:
-            raise RuntimeError(
-                f"{state.name}: this host multiplies with the weight in a way that no int8 GEMM can take the place of: "
-                "use --ternary-gemm bf16"
-            )
+        if product is not None:
+            product.tokens = None
+    if product is not None and not product.count:
+        raise RuntimeError(
+            f"{state.name}: this host multiplies with the weight in a way that no int8 GEMM can take the place of: "
+            "use --ternary-gemm bf16"
+        )
     if state.unpack is not None:
         free_until_backward(stand_in, result, state.unpack)
     return result
@@ -309,8 +311,9 @@ def _stand_in(
 def _quantized_input(state: TernaryState, x: torch.Tensor, product: Int8Product | None) -> torch.Tensor:
     if product is None:
         return fake_quantize_activations(x, state.activation_groups)
-    product.tokens = quantize_tokens(x)
-    return pass_through(x, cast(torch.Tensor, product.tokens.values))
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # what the product would be computed from
+    return pass_through(x, product)
 
 
 def _in_backward() -> bool:

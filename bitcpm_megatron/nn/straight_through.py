@@ -55,29 +55,30 @@ def shadow(
         stand_in = _alias(quantized, product).requires_grad_(True)
     else:
         stand_in = _StraightThrough.apply(weight, quantized, product)
-        if fused or product is not None:
-            # Upstream's backward reaches the attributes, or asks for an int8 product, through the saved tensor: its
-            # Python half must live until then.
+        if fused:
+            # Upstream's backward reaches the attributes through the saved tensor: its Python half must live until then.
             # Only then, for a graph that never runs backward (non-reentrant recompute makes such) would keep it alive.
             stand_in.grad_fn.shadow = stand_in
     stand_in.__dict__ = weight.__dict__
     return stand_in
 
 
-def pass_through(x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """The values of ``quantized`` with the gradient of ``x``, unchanged: the straight-through estimator."""
-    return _PassThrough.apply(x, quantized)
+def pass_through(x: torch.Tensor, product: Int8Product) -> torch.Tensor:
+    """A layer's input ``[..., in]`` quantized, with its gradient unchanged: the straight-through estimator."""
+    return _PassThrough.apply(x, product)
 
 
 class _PassThrough(torch.autograd.Function):
     """Of activations; another class than that of weights, see :func:`is_shadow`."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:  # noqa: ANN001
-        return quantized.detach()
+    def forward(ctx, x: torch.Tensor, product: Int8Product) -> torch.Tensor:  # noqa: ANN001
+        ctx.product = product
+        return product.quantize(x)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN001
+        ctx.product.gradient_passed()
         return grad, None
 
 

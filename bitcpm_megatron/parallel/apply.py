@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recipe to ternary modules: apply all of it, or raise and change nothing."""
 
+import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,15 +72,15 @@ def apply_recipe(
     uneven = report.uneven_layers()
     schedules.announce_schedules(schedule_started, first_micro_batch, schedule_ended)
     for chunk, pairs in zip(chunks, found, strict=True):
-        state = TernaryState(
-            "", default, attach_epoch(chunk), cache, verify_cache, gemm=gemm, gemm_backward=gemm_backward
-        )
+        epoch = attach_epoch(chunk)
+        make = functools.partial(TernaryState, epoch=epoch, cache=cache, verify=verify_cache, gemm=gemm)
         for candidate, _ in pairs:
             path, config = candidate.path, configs[candidate.path]
             if config is not None:
                 groups = activation_groups(candidate, shards) if activation_bits == 8 else 0
-                mine = replace(state, name=path, config=config, activation_groups=groups)
-                make_ternary(candidate.module, replace(mine, like_all_layers=path not in uneven))
+                state = make(name=path, config=config, activation_groups=groups, like_all_layers=path not in uneven)
+                state.gemm_backward = gemm_backward
+                make_ternary(candidate.module, state)
                 if candidate.kind != "dense":
                     save_scales_with(candidate.module)
     return report
@@ -144,12 +144,12 @@ def _refuse_split_sums(candidate: Candidate, config: QuantizerConfig, activation
     if config.space != "ternary":
         raise ValueError(f"{candidate.path}: an int8 GEMM knows ternary codes, not {config.space}: use gemm bf16")
     if groups > 1:
-        cure = "--ternary-group-size -1"
+        cure = "group size -1, on the command line or in the recipe,"
         if candidate.kind == "row":
-            cure += " and as many --ternary-row-parallel-shards as tensor-parallel ranks"
+            cure += " and as many --ternary-row-parallel-shards as tensor-parallel ranks,"
         raise ValueError(
             f"{candidate.path}: an int8 GEMM sums a whole row of {weight.shape[1]}, which has {groups} scales here: "
-            f"use {cure}, or --ternary-gemm bf16"
+            f"use {cure} or --ternary-gemm bf16"
         )
     try:
         check_int8(weight)

@@ -80,24 +80,25 @@ def _columns(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, tor
     local = positions - place.first
     inside = (local >= 0) & (local < weight.shape[1])
     expected = quantized.t()[local.clamp(0, weight.shape[1] - 1)] * inside.unsqueeze(1)
-    return place.run(one_hot, expected)
+    return place.run(one_hot[:, place.first : place.first + weight.shape[1]], expected)
 
 
 def _sums(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, torch.Tensor]:
     """What an int8 GEMM makes of integers, and what it should; both ``[positions, out]``.
 
-    Every rank's part of an input goes up to 127, so that the input is its own int8 codes and nothing but the weight's
-    scale is left to multiply with.
+    An input goes up to 127, so that it is its own int8 codes and nothing but the weight's scale is left to multiply
+    with. Of row-parallel layers one rank has all of an input, so that nothing is rounded when ranks add up.
     """
     weight, place = module.weight, _Place(module)
-    numbers = torch.arange(_POSITIONS * place.size * place.whole_in, device=weight.device)
-    x = (numbers * 89 % 255 - 127).reshape(-1, place.whole_in)
-    x[:, :: weight.shape[1]] = 127
+    positions = torch.arange(_POSITIONS * place.size, device=weight.device).unsqueeze(-1)
+    x = (positions * weight.shape[1] + torch.arange(weight.shape[1], device=weight.device)) * 89 % 255 - 127
+    x[:, 0] = 127
+    mine = positions % place.size == place.first // weight.shape[1] if place.row_parallel else True
+    local = (x * mine).to(weight.dtype)
     quantized, scales = _quantized(state, weight)
-    local = x[:, place.first : place.first + weight.shape[1]]
-    # fp32 holds the sums exactly, on a CPU in any case.
-    sums = (local.cpu().float() @ quantized.sign().cpu().float().t()).to(weight.device)
-    return place.run(x.to(weight.dtype), (sums * scales.float().t()).to(weight.dtype))
+    # fp32 holds the sums exactly, and every GEMM in it the factors, rounded to fewer bits or not.
+    sums = local.float() @ quantized.sign().float().t()
+    return place.run(local, (sums * scales.float().t()).to(weight.dtype))
 
 
 def _quantized(state: TernaryState, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,35 +112,33 @@ class _Place:
     def __init__(self, module: HostModule) -> None:
         self._module = module
         self._group = tensor_parallel_group(module)
-        self._row_parallel = parallel_kind(module) == "row"
+        self.row_parallel = parallel_kind(module) == "row"
         rank, self.size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
         self._rank, local_in = rank, module.weight.shape[1]
-        self.whole_in = local_in * self.size if self._row_parallel else local_in
-        self.first = rank * local_in if self._row_parallel else 0
+        self.whole_in = local_in * self.size if self.row_parallel else local_in
+        self.first = rank * local_in if self.row_parallel else 0
 
     def run(self, x: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the layer on whole inputs.
+        """Runs the layer.
 
         Args:
-            x: ``[positions, whole in]``.
+            x: ``[positions, in]``, this rank's part of the inputs.
             expected: ``[positions, out]`` of this rank's shard of the weight.
 
         Returns:
             What the layer makes of it, and what it should.
         """
         module, x = self._module, x.unsqueeze(1)
-        if self._row_parallel:
-            x = x[..., self.first : self.first + module.weight.shape[1]]
         # Experts leave gathering, reducing and scattering to the token dispatcher.
         communicates = self.size > 1 and not getattr(module, "explicit_expert_comm", False)
         sequence_parallel = getattr(module, "sequence_parallel", False) and communicates
-        if sequence_parallel and not self._row_parallel:
+        if sequence_parallel and not self.row_parallel:
             x = x.chunk(self.size)[self._rank]
         with _without_norm(module):
             output = module(x.contiguous())
         found, bias = output if isinstance(output, tuple) else (output, None)
         found = found.squeeze(1)
-        if self._row_parallel and communicates:
+        if self.row_parallel and communicates:
             torch.distributed.all_reduce(expected, group=self._group)
             if sequence_parallel:
                 expected = expected.chunk(self.size)[self._rank]

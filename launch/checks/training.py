@@ -97,7 +97,7 @@ def _quantizer(subject: Subject) -> list[Finding]:
     if bad and args.ternary_activation_bits == 8:
         what = f"the inputs of {bad[0]} cannot be quantized in {shards} row-parallel shards at TP {x.tp}"
         return [failed("quantizer", what, "use a number of shards that TP divides")]
-    if args.ternary_gemm == "int8" and (split := _split_sums(modules, x)):
+    if args.ternary_gemm == "int8" and (split := _split_sums(modules, x, shards)):
         return [
             failed("quantizer", split, "group size -1 and as many row-parallel shards as TP, or ternary-gemm: bf16")
         ]
@@ -106,9 +106,15 @@ def _quantizer(subject: Subject) -> list[Finding]:
     return [passed("quantizer", said)]
 
 
-def _split_sums(modules: Mapping[str, Mapping[str, Any]], layout: Layout) -> str | None:
-    """The layer whose local rows have more than one scale, which an int8 GEMM cannot take; None where none has."""
+def _split_sums(modules: Mapping[str, Mapping[str, Any]], layout: Layout, shards: int) -> str | None:
+    """Why an int8 GEMM cannot take a layer, whose local rows have to have one scale; None where it takes all."""
+    if shards != layout.tp:
+        return (
+            f"an int8 GEMM takes one scale per local row, and here are {shards} row-parallel shards at TP {layout.tp}"
+        )
     for linear in layout.all_linears():
+        if (space := modules.get(linear.path, {}).get("space", "ternary")) != "ternary":
+            return f"an int8 GEMM knows ternary codes, and {linear.path} is {space}"
         local = linear.in_features // layout.tp if linear.row_parallel else linear.in_features
         group = modules.get(linear.path, {}).get("group_size", -1)
         if group not in (-1, local):

@@ -192,10 +192,13 @@ def _layer_backward(layout: Layout, options: Options) -> float:
 
 
 def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int, passing: float) -> float:
-    """The quantized weights and, for int8 GEMMs, their codes."""
+    """The quantized weights and, for int8 GEMMs, their codes and sums."""
     weights, scales, largest = _ternary(mine, layout, options)
     kept = options.cache in ("resident", "step")
     codes = 0.0 if options.ternary_gemm == "bf16" else weights + scales if kept else largest
+    if options.ternary_gemm == "int8" and not options.cpu:
+        # The int32 sums of one layer, before they are scaled.
+        codes += 4 * layout.tokens * max((linear.out_features for linear in mine), default=0) / layout.tp
     return codes + _values(weights, scales, largest, layout, options, stage, passing)
 
 

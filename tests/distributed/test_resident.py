@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from support.resident_cases import MODEL, SETTINGS, Setting, arguments, compared
 from support.small_model import succeeded
 
@@ -63,14 +64,23 @@ def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_ru
             assert shards and {n: found[n] for n in shards} == {n: step[n] for n in shards}, mode
 
 
-def test_int8_gemms_see_the_same_weights_in_every_mode(launch_runs, tmp_path: Path) -> None:
+def test_int8_gemms_see_the_same_weights_in_every_mode(launch_runs, shared_ranks, tmp_path: Path) -> None:
     setting = Setting("DP2", overlaps=True, group=-1, fusion=True, distributed=True)
     int8 = ["--ternary-activation-bits", "8", "--ternary-gemm", "int8", "--ternary-gemm-backward", "int8"]
     modes = ("resident", "step", "none", "packed")
     runs = {cache: [*arguments(setting, cache, 6, []), *int8] for cache in modes}
+    shared = Setting("TP2", overlaps=False, group=-1, fusion=True, distributed=True)
+    runs["shared"] = [*arguments(shared, "auto", 1, ["--save", str(tmp_path / "saved")]), *int8]
     report, directory = launch_runs(runs, setting.ranks, digests=1)
     succeeded(report, *runs)
     compared(directory, modes, setting.ranks)
+    # One rank has two row-parallel shards of every weight, and fp32 has no int8 GEMM: the model is used all the same.
+    cases = {"alone": {"load": str(tmp_path / "saved"), "tokens": [[1, 2, 3]], "legacy": False}}
+    (tmp_path / "logits").mkdir()
+    (tmp_path / "logits" / "cases.json").write_text(json.dumps(cases))
+    shared_ranks(1).run("logits", tmp_path / "logits")
+    logits = torch.load(tmp_path / "logits" / "logits.pt", weights_only=True)["alone"]
+    assert logits.shape[:2] == (1, 3) and logits.isfinite().all()
 
 
 # Of all weights the largest one is few, since one is unpacked at a time.

@@ -18,6 +18,8 @@ def activations(tokens: int, features: int, dtype: torch.dtype, seed: int = 0, s
     x[-1] = 0.0
     if tokens > 2:
         x[1] = x[1].sign() * 3.0
+        # Of this magnitude some quotients lie nearest to the edge between two codes.
+        x[0] = x[0] / x[0].abs().max().clamp(min=1e-30) * 1.984375
     return x.to(dtype)
 
 

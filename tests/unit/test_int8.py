@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Int8 GEMMs: the integers and what is made of them, bit for bit; and ternary layers that compute with them."""
 
+import functools
+import gc
 import runpy
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +21,9 @@ from support.integers import DEFAULT, activations, by_definition, check_products
 from bitcpm_megatron import apply_recipe, dequantize, quantize
 from bitcpm_megatron.checkpoint_tools.hf_model.modeling_bitcpm import TernaryLinear
 from bitcpm_megatron.launch.launcher import presets
+from bitcpm_megatron.nn import linear
 from bitcpm_megatron.nn.cache import find_epoch
+from bitcpm_megatron.nn.int8 import Int8Product
 from bitcpm_megatron.ops import fake_quantize_activations
 from bitcpm_megatron.ops.int8 import (
     Int8Kernels,
@@ -30,7 +36,7 @@ from bitcpm_megatron.ops.int8 import (
     quantize_tokens,
     reference,
 )
-from bitcpm_megatron.parallel import ProbeError, Recipe, RecipeError, StaleCacheError, probe, ternary_state
+from bitcpm_megatron.parallel import ProbeError, Recipe, RecipeError, StaleCacheError, is_shadow, probe, ternary_state
 from bitcpm_megatron.quantization import LONGEST_SUM, integer_activations, quantize_activations
 
 HALF = (torch.bfloat16, torch.float16)
@@ -249,24 +255,90 @@ def test_verify_mode_finds_codes_that_are_not_the_weights() -> None:
 
 
 @single_rank
-def test_a_frozen_weight_recompute_and_no_grad_take_the_same_way() -> None:
-    model = ternary(Linears(), "int8")
+@pytest.mark.parametrize("gemm_backward", ["bf16", "int8"])
+def test_recompute_and_frozen_weights_change_no_gradient(gemm_backward: str) -> None:
+    model = ternary(Linears(), "int8", gemm_backward=gemm_backward)
     x = torch.randn(3, 1, 64).bfloat16().requires_grad_()
-    y = model(x)
-    with torch.no_grad():
-        assert torch.equal(model(x), y)
-    again = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
-    assert torch.equal(again, y)
-    again.sum().backward()
-    expected = x.grad.clone(), model.fc1.weight.grad.clone()
-    x.grad = model.fc1.weight.grad = None
-    y.sum().backward()
-    assert torch.equal(x.grad, expected[0]) and torch.equal(model.fc1.weight.grad, expected[1])
+
+    def gradients(compute) -> list[torch.Tensor]:
+        x.grad = None
+        model.zero_grad()
+        compute(x).square().sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = gradients(model)
+    counted = [ternary_state(layer).gradients for layer in (model.fc1, model.fc2, model.dense)]
+    assert len(expected) == 7 and all(c.computed == c.passed == (gemm_backward == "int8") for c in counted)
+    for reentrant in (True, False):
+        checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=reentrant)
+        if reentrant or gemm_backward == "bf16":
+            assert all(map(torch.equal, gradients(checkpointed), expected))
+        else:
+            # torch hands a plain tensor of the saved weight's values to upstream's backward.
+            with pytest.raises(RuntimeError, match="non-reentrant recompute.*use --ternary-gemm-backward bf16"):
+                gradients(checkpointed)
     model.requires_grad_(False)
-    x.grad = None
-    frozen = model(x)
-    frozen.sum().backward()
-    assert torch.equal(frozen, y) and torch.equal(x.grad, expected[0])
+    assert torch.equal(gradients(model)[0], expected[0])
+
+
+@single_rank
+def test_an_int8_gradient_that_was_computed_otherwise_is_an_error() -> None:
+    x = torch.randn(3, 1, 64).bfloat16().requires_grad_()
+    for gemm_backward, refused in (("bf16", False), ("int8", True)):
+        model = ternary(Linears(), "int8", gemm_backward=gemm_backward)
+        with torch.autograd.graph.save_on_cpu():
+            y = model(x).sum()
+        if refused:
+            with pytest.raises(RuntimeError, match="not computed as an int8 GEMM.*use --ternary-gemm-backward bf16"):
+                y.backward()
+        else:
+            y.backward()
+
+
+@single_rank
+def test_the_stand_in_is_known_as_a_weight_and_leaves_nothing_behind() -> None:
+    model, seen = ternary(Linears(), "int8"), []
+    x = torch.randn(3, 1, 64).bfloat16().requires_grad_()
+    products = weakref.WeakSet()
+    with mock.patch.object(linear, "Int8Product", lambda *given: made(products, Int8Product(*given))):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(is_shadow(t)) or t, lambda t: t):
+            y = model(x)
+        gc.disable()
+        try:
+            assert any(seen) and not all(seen) and len(products) == 3
+            y.sum().backward()
+            del y
+            assert not products
+        finally:
+            gc.enable()
+
+
+def made(products: weakref.WeakSet, product: Int8Product) -> Int8Product:
+    products.add(product)
+    return product
+
+
+@single_rank
+def test_inputs_of_another_dtype_and_under_autocast() -> None:
+    dense = ternary(Linears(), "int8").dense
+    with pytest.raises(RuntimeError, match="dense: an input in torch.float32 for a weight in torch.bfloat16"):
+        dense(torch.randn(2, 64))
+    x = torch.randn(64).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = dense(x)
+    assert torch.equal(y, dense(x.detach().bfloat16()))
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@single_rank
+def test_without_gradients_the_same_is_computed() -> None:
+    model = ternary(Linears(), "int8")
+    x = torch.randn(3, 1, 64).bfloat16()
+    expected = model(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(model(x), expected)
 
 
 @single_rank
@@ -322,7 +394,7 @@ def test_what_cannot_be_is_refused(recipe: dict, options: dict, message: str) ->
 def test_fp32_is_refused() -> None:
     model = Linears(params_dtype=torch.float32)
     model.dense.float()
-    with pytest.raises(RecipeError, match="fc1: a weight in torch.float32"):
+    with pytest.raises(RecipeError, match="fc1: an int8 GEMM stands .*not of torch.float32: use --bf16"):
         ternary(model, "int8")
 
 
@@ -345,9 +417,19 @@ def test_quantize_tokens_are_views_of_the_same_activations() -> None:
     assert torch.equal(int8_linear(tokens, *codes_of(weight)), int8_linear(tokens.values, *codes_of(weight)))
 
 
-def test_cuda_names_what_it_cannot_multiply() -> None:
-    if reference.refuses("cuda", 8, 8) is None:
-        assert "multiples of 8" in reference.refuses("cuda", 8, 12)
-    else:
-        assert "use --ternary-gemm bf16" in reference.refuses("cuda", 8, 8)
+def test_cuda_names_what_it_cannot_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.kernels().name in ("triton", "torch")
+    monkeypatch.setattr(reference, "_unavailable", lambda device_type: None)
+    assert reference.refuses("cuda", 8, 16) is None
+    assert "multiples of 8, not 8 x 12: use --ternary-gemm bf16" in reference.refuses("cuda", 8, 12)
+    monkeypatch.setattr(reference, "_unavailable", lambda device_type: f"no int8 GEMM on {device_type}")
+    assert reference.refuses("cuda", 8, 16) == "no int8 GEMM on cuda"
+
+
+def test_a_torch_without_the_op_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_compiled(*arguments) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    assert reference._unavailable.__wrapped__("cpu") is None
+    monkeypatch.setattr(torch, "_int_mm", not_compiled)
+    assert "no int8 GEMM on cpu (Torch not compiled" in reference._unavailable.__wrapped__("cpu")

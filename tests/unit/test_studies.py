@@ -2,7 +2,6 @@
 """Studies: the runs that they would start, and what they make of losses."""
 
 import json
-import math
 from pathlib import Path
 
 import int8_quality
@@ -40,10 +39,9 @@ def test_a_gap_is_the_mean_over_seeds_with_students_interval(tmp_path: Path) -> 
     assert found["mean"] == pytest.approx(0.01)
     assert found["high"] - found["mean"] == pytest.approx(0.0657, abs=1e-4)
     assert found["mean"] - found["low"] == pytest.approx(0.0657, abs=1e-4)
-    assert math.isinf(int8_quality.gap([r for r in runs if r.seed == 1], *losses)["high"])
 
 
-@pytest.mark.parametrize("seeds", [["1", "1"], [str(s) for s in range(1, 12)]])
+@pytest.mark.parametrize("seeds", [["1"], ["1", "1"], [str(s) for s in range(1, 12)]])
 def test_seeds_that_no_interval_is_known_for_are_refused(seeds: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as refused:
         int8_quality.main(["--seeds", *seeds])

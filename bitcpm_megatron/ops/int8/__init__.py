@@ -41,9 +41,11 @@ def check_int8(weight: torch.Tensor) -> None:
     """
     (rows, columns), device = weight.shape, weight.device.type
     if weight.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"a weight in {weight.dtype} has no activations that int8 codes could be taken from: use bf16")
+        raise ValueError(f"an int8 GEMM stands against one of 16-bit numbers, not of {weight.dtype}: use --bf16")
     if max(rows, columns) > LONGEST_SUM:
-        raise ValueError(f"fp32 cannot hold sums of {max(rows, columns)} products exactly: at most {LONGEST_SUM}")
+        raise ValueError(
+            f"fp32 holds sums of {LONGEST_SUM} products exactly, not of {max(rows, columns)}: use --ternary-gemm bf16"
+        )
     if reason := int8_kernels(device).refuses(device, rows, columns):
         raise ValueError(reason)
 

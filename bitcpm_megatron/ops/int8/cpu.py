@@ -23,11 +23,25 @@ def kernels() -> Int8Kernels:
     if library is None:
         return reference.kernels
     own = (
+        functools.partial(_values, library),
         functools.partial(_quantize, library),
         functools.partial(_product, library),
         functools.partial(_codes, library),
     )
     return Int8Kernels("cpu", reference.refuses, *own)
+
+
+def _values(library: ctypes.CDLL, x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    if x.dtype != torch.bfloat16:
+        return reference.kernels.values(x, groups, eps)
+    x = x.detach().contiguous()
+    width = x.shape[-1] // groups
+    tokens = x.numel() // width if width else 0
+    fake = torch.empty_like(x)
+    library.bitcpm_quantize_rows(
+        x.data_ptr(), None, fake.data_ptr(), None, None, tokens, width, eps, _threads(tokens, x.numel())
+    )
+    return fake
 
 
 def _quantize(

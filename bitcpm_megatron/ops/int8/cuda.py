@@ -11,6 +11,8 @@ from . import reference
 from .kernels import Int8Kernels, QuantizedTokens
 
 _BLOCK = 1024
+# A product that is rounded, and a sum of it with a number that rounds to integers, may not become one operation.
+_EXACT = {"enable_fp_fusion": False}
 
 
 @functools.cache
@@ -18,7 +20,15 @@ def kernels() -> Int8Kernels:
     """The Triton kernels; the reference where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return reference.kernels
-    return Int8Kernels("triton", reference.refuses, quantize, product, codes_of)
+    return Int8Kernels("triton", reference.refuses, _values, quantize, product, codes_of)
+
+
+def _values(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    if x.dtype == torch.float32:
+        return reference.kernels.values(x, groups, eps)
+    made = quantize(x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups), eps, None, True).values
+    assert made is not None  # it was asked for
+    return made.reshape(x.shape)
 
 
 def quantize(x: torch.Tensor, eps: float, factors: torch.Tensor | None, values: bool) -> QuantizedTokens:
@@ -44,6 +54,7 @@ def quantize(x: torch.Tensor, eps: float, factors: torch.Tensor | None, values: 
             FAKE=values,
             BF16=x.dtype == torch.bfloat16,
             BLOCK=_BLOCK,
+            **_EXACT,
         )
     return QuantizedTokens(x.shape, x.dtype, codes, scales, fake)
 
@@ -64,6 +75,7 @@ def product(tokens: QuantizedTokens, weight: torch.Tensor, scales: torch.Tensor 
             COLUMNS=scales is not None,
             BF16=y.dtype == torch.bfloat16,
             BLOCK=_BLOCK,
+            **_EXACT,
         )
     return y.reshape(*tokens.shape[:-1], weight.shape[1])
 

@@ -33,6 +33,7 @@ class Int8Kernels:
     Attributes:
         name: for reports.
         refuses: ``(device type, out, in)`` -> why weights of this shape cannot be used here, or None.
+        values: ``(x, groups, eps)`` -> see :func:`bitcpm_megatron.quantization.quantize_activations`.
         quantize: ``(x, eps, factors or None, with the values)`` -> the tokens of ``x``, multiplied by ``[features]``
             factors first.
         product: ``(tokens, codes [features, n], scales [n] or None)`` -> what the integer product stands for, as
@@ -42,6 +43,7 @@ class Int8Kernels:
 
     name: str
     refuses: Callable[[str, int, int], str | None]
+    values: Callable[[torch.Tensor, int, float], torch.Tensor]
     quantize: Callable[[torch.Tensor, float, torch.Tensor | None, bool], QuantizedTokens]
     product: Callable[[QuantizedTokens, torch.Tensor, torch.Tensor | None], torch.Tensor]
     codes: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

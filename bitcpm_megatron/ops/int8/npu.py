@@ -23,7 +23,8 @@ _LONGEST = 65535
 @functools.cache
 def kernels() -> Int8Kernels:
     """The op of torch_npu."""
-    return Int8Kernels("npu_quant_matmul", _refuses, reference.kernels.quantize, _product, codes_of)
+    same = reference.kernels
+    return Int8Kernels("npu_quant_matmul", _refuses, same.values, same.quantize, _product, codes_of)
 
 
 def _refuses(device_type: str, rows: int, columns: int) -> str | None:

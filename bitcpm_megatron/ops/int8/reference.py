@@ -18,7 +18,8 @@ def _unavailable(device_type: str) -> str | None:
     try:
         one = torch.ones(_CUDA_ROWS, _CUDA_WIDTH, dtype=torch.int8, device=device_type)
         torch._int_mm(one, one[:_CUDA_WIDTH].t())
-    except (AttributeError, RuntimeError) as error:
+    # A torch that was built without CUDA asserts.
+    except (AssertionError, AttributeError, RuntimeError) as error:
         return f"this torch has no int8 GEMM on {device_type} ({str(error).splitlines()[0]}): use --ternary-gemm bf16"
     return None
 
@@ -40,9 +41,13 @@ def integer_product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if codes.shape[1] == 1:
         # oneDNN takes a transposed matrix of one row for one of one column, and reads beyond its end.
         return codes.int() * weight.int()
-    if codes.is_cuda and tokens < _CUDA_ROWS:
-        return torch._int_mm(pad(codes, (0, 0, 0, _CUDA_ROWS - tokens)), weight)[:tokens]
-    return torch._int_mm(codes, weight)
+    if not codes.is_cuda:
+        return torch._int_mm(codes, weight)
+    # A number of rows that is no multiple has given wrong sums (pytorch/pytorch#107671), and not every GPU multiplies
+    # with a second factor that is no transpose (#169961).
+    rows = pad(codes, (0, 0, 0, -tokens % _CUDA_ROWS))
+    transposed = weight if weight.t().is_contiguous() else weight.t().contiguous().t()
+    return torch._int_mm(rows, transposed)[:tokens]
 
 
 def _quantize(x: torch.Tensor, eps: float, factors: torch.Tensor | None, values: bool) -> QuantizedTokens:
@@ -55,4 +60,4 @@ def _product(tokens: QuantizedTokens, weight: torch.Tensor, scales: torch.Tensor
     return y.reshape(*tokens.shape[:-1], weight.shape[1])
 
 
-kernels = Int8Kernels("torch", refuses, _quantize, _product, codes_of)
+kernels = Int8Kernels("torch", refuses, quantize_activations, _quantize, _product, codes_of)
