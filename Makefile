@@ -109,7 +109,7 @@ test-kill: $(READY)
 test-bad-input: $(READY)
 	cd tests && $(CURDIR)/$(PY) -W ignore -m bad_input.campaign $(BAD_INPUT)
 
-# Ternary, wherever its weights are, against BF16 and other quantizers, in 12 minutes on 2 cores: docs/benchmarks/throughput.*
+# Ternary, wherever its weights are, against BF16 and other quantizers, in 20 to 30 minutes on 2 cores: docs/benchmarks/throughput.*
 # Elsewhere: make bench BENCH='--model minicpm4-0.5b --layouts TP1 TP8 --seq-length 4096'
 bench: $(VENV)/.peers
 	$(PY) benchmarks/throughput.py $(BENCH)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of ternary training against BF16: the same model, layout and data, steps interleaved in one job.
 
-    python benchmarks/throughput.py                               # on a CPU: the standard comparison, about 12 minutes
+    python benchmarks/throughput.py                               # on a CPU: the standard comparison, 20 to 30 minutes
     python benchmarks/throughput.py --model minicpm4-0.5b --layouts TP1 TP2xDP4 --seq-length 4096 --micro-batches 1 8
     python benchmarks/throughput.py --peers                       # other quantizers inside the same linear layers
     python benchmarks/throughput.py --host megatron-lm --megatron-path DIR [--mindspeed-path DIR] ...
