@@ -133,7 +133,10 @@ class Int8Weight(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             asked = args[0] if args else None
             if type(asked) is Int8Weight and (func in _TRANSPOSED or (func in _TRANSPOSE and _last_two(args))):
-                return _with_product(func(*args, **kwargs), Int8WeightTransposed, asked.product)
+                # In the graph, for a linear that leaves the gradients to autograd.
+                transposed = func(*args, **kwargs).as_subclass(Int8WeightTransposed)
+                transposed.product = asked.product
+                return transposed
             if len(args) > 1 and isinstance(args[1], Int8Weight):
                 computed = _multiplied(func, *args, **kwargs)
                 if computed is not None:
@@ -149,12 +152,8 @@ class Int8WeightTransposed(Int8Weight):
 
 def as_int8(quantized: torch.Tensor, product: Int8Product) -> Int8Weight:
     """A stand-in with the values of a quantized weight ``[out, in]``, not copied, in no graph."""
-    return _with_product(quantized, Int8Weight, product)
-
-
-def _with_product(tensor: torch.Tensor, kind: type[Int8Weight], product: Int8Product) -> Int8Weight:
-    # Detached, and no view: what a view is asked its base is asked, too.
-    made = torch.Tensor._make_subclass(kind, tensor)
+    # No view: what a view is asked its base is asked, too.
+    made = torch.Tensor._make_subclass(Int8Weight, quantized)
     made.product = product
     return made
 

@@ -212,6 +212,25 @@ def test_a_layer_computes_the_integer_product_and_the_gradients_of_the_bf16_one(
 
 
 @single_rank
+@pytest.mark.parametrize(
+    "transposed", [torch.t, lambda w: w.T, lambda w: w.transpose(0, 1), lambda w: w.transpose(-1, 0)]
+)
+def test_a_linear_that_leaves_the_gradients_to_autograd(transposed, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = ternary(Linears(), "int8"), torch.randn(5, 2, 64).bfloat16().requires_grad_()
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        x.grad = None
+        model.zero_grad()
+        y = model.dense(x)
+        y.square().sum().backward()
+        return y.detach(), x.grad, model.dense.weight.grad
+
+    expected = gradients()
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: x @ transposed(self.weight) + self.bias)
+    assert all(map(torch.equal, gradients(), expected))
+
+
+@single_rank
 def test_an_int8_input_gradient_is_the_integer_product() -> None:
     model = ternary(Linears(), "int8", gemm_backward="int8")
     x = torch.randn(5, 2, 64).bfloat16().requires_grad_()
