@@ -81,7 +81,9 @@ def test_int8_gemms_are_exact_and_their_gradients_those_of_bf16_gemms(
 ) -> None:
     name, sp = layout.split()
     for result in results[f"{name} int8 gemm fusion={fusion} {sp}"]:
-        assert result == {"different": [], "fused": bool(fusion)}
+        assert result["different"] == [] and result["fused"] == bool(fusion)
+        # Against float64 with the quantized inputs; only main_grad is fp32, what is not fused is rounded to bf16.
+        assert result["error"] < (EXACT if fusion else 2**-8)
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])

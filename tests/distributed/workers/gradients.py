@@ -44,7 +44,7 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
 from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
 from bitcpm_megatron.nn import cache, linear  # noqa: E402
-from bitcpm_megatron.ops import counts  # noqa: E402
+from bitcpm_megatron.ops import counts, fake_quantize_activations  # noqa: E402
 from bitcpm_megatron.parallel import ProbeError, Recipe, apply_recipe, cohorts, probe, ternary_modules  # noqa: E402
 from bitcpm_megatron.parallel.resident import find_resident, hold_in_parameters, latents  # noqa: E402
 from bitcpm_megatron.patches import cpu  # noqa: E402
@@ -353,6 +353,7 @@ def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
             weight.grad_added_to_main_grad = False
     pairs["bf16"].load_state_dict(pairs["int8"].state_dict())
     different = [] if probe(pairs["int8"]) == 2 else ["probe"]
+    errors = []
     for tokens in (SEQUENCE, size if sequence_parallel else 1):
         # On every rank the same, of which each takes its part; a token of zeros, and a saturated one.
         draw = torch.Generator().manual_seed(tokens)
@@ -372,6 +373,10 @@ def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
                 y.backward(upstream)
                 gradient = layer.weight.main_grad.clone() if fusion else layer.weight.grad
                 found[gemm] = (y.detach(), gradient, x.grad)
+            # The gradient of scattered sums is gathered, from ranks that drew the same.
+            whole_gradient = upstream if column or not sequence_parallel else torch.cat([upstream] * size)
+            definition = [each.double().flatten(0, 1) for each in (whole_gradient, fake_quantize_activations(local))]
+            errors.append(_relative([found["int8"][1]], [definition[0].t() @ definition[1]]))
             expected = _integer_product(local, getattr(pairs["int8"], name).weight)
             if not column and size > 1:
                 torch.distributed.all_reduce(expected, group=parallel_state.get_tensor_model_parallel_group())
@@ -383,7 +388,11 @@ def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
                 for i, what in ((1, "weight gradient"), (2, "input gradient"))
                 if not torch.equal(found["int8"][i], found["bf16"][i])
             ]
-    return {"different": different, "fused": all(w.grad_added_to_main_grad for w in pairs["int8"].parameters())}
+    return {
+        "different": different,
+        "error": max(errors),
+        "fused": all(w.grad_added_to_main_grad for w in pairs["int8"].parameters()),
+    }
 
 
 _EVERY_LINEAR = Recipe.from_mapping(
