@@ -136,7 +136,8 @@ def test_weights_that_live_in_the_parameters_change_no_loss(name: str, material:
     assert len(norms[0]) == 6 and norms[0] == norms[1]
 
 
-@pytest.mark.parametrize("name", HOSTS)
+# Transformer Engine's layers normalise their input themselves: 8-bit activations are refused there.
+@pytest.mark.parametrize("name", [name for name in HOSTS if not name.endswith(", TE")])
 def test_int8_gemms_take_the_place_of_its_own(name: str, material: Material, ours) -> None:
     host = host_named(name)
     common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *material.start, *INT8, "--exit-interval", "2"]
