@@ -91,6 +91,7 @@ def test_bad_arguments(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_commits_kernel_is_measured_beside_ours_and_leaves_no_trace(tmp_path: Path) -> None:
     import kernel_against
 
