@@ -113,6 +113,7 @@ def test_one_grouped_launch_gives_what_single_ones_give(emulator: Emulator) -> N
                 assert (together.nonzeros, together.changes) == (single.nonzeros, single.changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_weights_where_they_stand(emulator: Emulator, dtype: torch.dtype) -> None:
     """Every shape at once. The emulation ends where a byte is read by another core, or after it was stored."""

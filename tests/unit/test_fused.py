@@ -47,6 +47,7 @@ def test_every_group_size_is_found(dtype, rows, columns, pick, seed) -> None:
     assert fused_group_size(-fused.t().contiguous().t()) == found, "layout and sign do not matter"
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),

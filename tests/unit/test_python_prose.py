@@ -65,6 +65,7 @@ def test_prose_comes_in_order_without_code_tests_and_copies(library: Path) -> No
     assert documents[3].startswith("Comment.\nThis paragraph") and "not whole" not in documents[3]
 
 
+@pytest.mark.slow
 def test_no_paragraph_of_the_real_texts_stands_on_both_sides() -> None:
     """pydoc's topics contain one another; one package stands for the library, which takes seconds to parse."""
     documents = list(python_prose(Path(sysconfig.get_path("stdlib"), "email")))

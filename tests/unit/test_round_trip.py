@@ -118,6 +118,7 @@ def loaded(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     config=configs(),

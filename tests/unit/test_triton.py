@@ -483,6 +483,7 @@ def test_the_gradient_passes_unchanged(active: None) -> None:
     assert bits_equal(weight.grad, upstream)
 
 
+@pytest.mark.slow
 def test_training_gives_the_losses_of_the_torch_backend(single_rank: None) -> None:
     before = registry._requested
     try:
