@@ -51,8 +51,8 @@ GROUPS = {
     "unit": [
         f"tests/unit/test_{name}.py"
         for name in (
-            *("quantizer", "op", "cpu_backend", "fused", "packing", "activations", "telemetry", "ternary_linears"),
-            *("use", "round_trip", "models", "modeling_bitcpm"),
+            *("quantizer", "op", "cpu_backend", "fused", "packing", "activations", "int8", "telemetry"),
+            *("ternary_linears", "use", "round_trip", "models", "modeling_bitcpm"),
         )
     ],
     "gradients": ["tests/distributed/test_gradients.py"],
@@ -61,7 +61,10 @@ GROUPS = {
 }
 SAMPLE = {
     "sample": [
-        *(f"tests/unit/test_{name}.py" for name in ("cpu_backend", "fused", "packing", "activations", "telemetry")),
+        *(
+            f"tests/unit/test_{name}.py"
+            for name in ("cpu_backend", "fused", "packing", "activations", "int8", "telemetry")
+        ),
         "tests/distributed/test_gradients.py",
     ]
 }
