@@ -78,9 +78,7 @@ class Int8Product:
         if x.dtype != weight.dtype:
             raise RuntimeError(f"{self.name}: an input in {x.dtype} for a weight in {weight.dtype}: cast it")
         self.count += 1
-        # Gathered activations are others than those that were quantized; their codes are found again, exactly.
-        tokens = self.tokens if self.tokens is not None and self._is_own(x) else None
-        return int8_linear(x if tokens is None else tokens, *self.of(weight))
+        return int8_linear(self._known(x), *self.of(weight))
 
     def input_gradient(self, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``[..., out]`` -> ``[..., in]``."""
@@ -105,12 +103,16 @@ class Int8Product:
                     "own backward): use --ternary-gemm-backward bf16"
                 )
 
-    def _is_own(self, x: torch.Tensor) -> bool:
-        """Whether a tensor is the quantized input itself: the same elements in memory, and none written since."""
-        values = None if self.tokens is None else self.tokens.values
-        if values is None or _version(values) != self._version or not x.is_contiguous():
-            return False
-        return values.data_ptr() == x.data_ptr() and values.shape == x.shape
+    def _known(self, x: torch.Tensor) -> torch.Tensor | QuantizedTokens:
+        """The layer's input in int8 where ``x`` is it: the same elements in memory, and none written since.
+
+        Gathered activations are others than those that were quantized; their codes are found again, exactly.
+        """
+        tokens = self.tokens
+        if tokens is None or tokens.values is None or _version(tokens.values) != self._version:
+            return x
+        same = x.is_contiguous() and x.shape == tokens.shape and x.data_ptr() == tokens.values.data_ptr()
+        return tokens if same else x
 
 
 def _version(values: torch.Tensor) -> int:

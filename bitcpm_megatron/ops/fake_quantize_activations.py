@@ -3,7 +3,7 @@
 
 import torch
 
-from ..quantization.activations import check_activations
+from ..quantization.activations import EPS, check_activations
 from .int8 import int8_kernels
 
 
@@ -25,7 +25,7 @@ def _straight_through(ctx, grad):  # noqa: ANN001, ANN202 - the autograd context
 _fake_quantize_activations.register_autograd(_straight_through)
 
 
-def fake_quantize_activations(x: torch.Tensor, groups: int = 1, eps: float = 1e-5) -> torch.Tensor:
+def fake_quantize_activations(x: torch.Tensor, groups: int = 1, eps: float = EPS) -> torch.Tensor:
     """Int8 fake quantization per token, differentiable by the straight-through estimator.
 
     See :func:`bitcpm_megatron.quantization.quantize_activations`.

@@ -16,6 +16,8 @@ import torch
 
 LEVELS = 127
 """Codes of int8 activations on each side of zero."""
+EPS = 1e-5
+"""Lower bound of a token's scale in training."""
 LONGEST_SUM = 2**24 // LEVELS
 """Terms of at most 127 times 1 whose sum fp32 holds exactly."""
 

@@ -13,11 +13,9 @@ import torch
 
 from ...quantization import QuantizerConfig, check_weight, effective_group
 from ..registry import Backend, register_backend
-from .library import load
+from .library import load, threads_for
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-# Below this a thread costs more than it brings.
-_ELEMENTS_PER_THREAD = 1 << 15
 
 
 def unavailable(device_type: str) -> str | None:
@@ -87,7 +85,7 @@ def _library_for(weight: torch.Tensor) -> ctypes.CDLL:
 
 def _threads(groups: int, elements: int, longest: int) -> tuple[int, torch.Tensor]:
     """How many threads are worth their while, and their scratch: 2 elements more than the longest group for each."""
-    threads = max(1, min(torch.get_num_threads(), groups, elements // _ELEMENTS_PER_THREAD))
+    threads = threads_for(groups, elements)
     return threads, torch.empty(threads * (longest + 2), dtype=torch.float32, device="cpu")
 
 

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 CACHE_VARIABLE = "BITCPM_CACHE_DIR"
 """Names another folder than ``$XDG_CACHE_HOME/bitcpm_megatron`` for the compiled library."""
 MARCH_VARIABLE = "BITCPM_MARCH"
@@ -23,6 +25,8 @@ _FLAGS: tuple[str, ...] = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fope
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS += ("-mprefer-vector-width=512",)
 _COMPILERS = ("cc", "gcc", "clang")
+# Below this a thread costs more than it brings.
+_ELEMENTS_PER_THREAD = 1 << 15
 
 
 @functools.cache
@@ -118,3 +122,8 @@ def _machine() -> bytes:
     except OSError:
         return platform.processor().encode()
     return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
+
+
+def threads_for(rows: int, elements: int) -> int:
+    """How many threads are worth their while for rows that are each one thread's."""
+    return max(1, min(torch.get_num_threads(), rows, elements // _ELEMENTS_PER_THREAD))

@@ -17,6 +17,7 @@ kernel where there is one, and the reference elsewhere. All of them give the bit
 import torch
 
 from ...quantization import LONGEST_SUM
+from ...quantization.activations import EPS
 from ..registry import active_backend
 from . import cpu, cuda, npu, reference
 from .kernels import Int8Kernels, QuantizedTokens
@@ -50,14 +51,13 @@ def check_int8(weight: torch.Tensor) -> None:
         raise ValueError(reason)
 
 
-def quantize_tokens(x: torch.Tensor, eps: float = 1e-5) -> QuantizedTokens:
+def quantize_tokens(x: torch.Tensor) -> QuantizedTokens:
     """The int8 codes of every token, its scale, and the values that they stand for, in one pass.
 
     Args:
         x: ``[..., features]`` in bf16 or fp16.
-        eps: lower bound of a scale.
     """
-    return int8_kernels(x.device.type).quantize(x, eps, None, True)
+    return int8_kernels(x.device.type).quantize(x, EPS, None, True)
 
 
 def int8_linear(x: torch.Tensor | QuantizedTokens, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def int8_linear(x: torch.Tensor | QuantizedTokens, codes: torch.Tensor, scales: 
         ``[..., out]`` in the dtype of the activations.
     """
     kernels = int8_kernels(codes.device.type)
-    tokens = x if isinstance(x, QuantizedTokens) else kernels.quantize(x, 1e-5, None, False)
+    tokens = x if isinstance(x, QuantizedTokens) else kernels.quantize(x, EPS, None, False)
     return kernels.product(tokens, codes.t(), scales)
 
 

@@ -7,12 +7,10 @@ import functools
 import torch
 
 from ...quantization import codes_of
-from ..cpu.library import load
+from ..cpu.library import load, threads_for
 from . import reference
 from .kernels import Int8Kernels, QuantizedTokens
 
-# Below this a thread costs more than it brings.
-_ELEMENTS_PER_THREAD = 1 << 15
 _SUMS_AT_ONCE, _FEWEST_ROWS = 1 << 21, 256
 
 
@@ -39,7 +37,7 @@ def _values(library: ctypes.CDLL, x: torch.Tensor, groups: int, eps: float) -> t
     tokens = x.numel() // width if width else 0
     fake = torch.empty_like(x)
     library.bitcpm_quantize_rows(
-        x.data_ptr(), None, fake.data_ptr(), None, None, tokens, width, eps, _threads(tokens, x.numel())
+        x.data_ptr(), None, fake.data_ptr(), None, None, tokens, width, eps, threads_for(tokens, x.numel())
     )
     return fake
 
@@ -50,24 +48,19 @@ def _quantize(
     if x.dtype != torch.bfloat16:
         return reference.kernels.quantize(x, eps, factors, values)
     x = x.detach().contiguous()
-    width = x.shape[-1]
-    tokens = x.numel() // width if width else 0
-    fake = torch.empty_like(x) if values else None
-    codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    made = QuantizedTokens.empty(x, values)
     columns = None if factors is None else factors.float().contiguous()
     library.bitcpm_quantize_rows(
         x.data_ptr(),
         _address(columns),
-        _address(fake),
-        codes.data_ptr(),
-        scales.data_ptr(),
-        tokens,
-        width,
+        _address(made.values),
+        made.codes.data_ptr(),
+        made.scales.data_ptr(),
+        *made.codes.shape,
         eps,
-        _threads(tokens, x.numel()),
+        threads_for(made.codes.shape[0], x.numel()),
     )
-    return QuantizedTokens(x.shape, x.dtype, codes, scales, fake)
+    return made
 
 
 def _product(
@@ -89,7 +82,7 @@ def _product(
             y[first:].data_ptr(),
             sums.shape[0],
             width,
-            _threads(sums.shape[0], sums.numel()),
+            threads_for(sums.shape[0], sums.numel()),
         )
     return y.reshape(*tokens.shape[:-1], width)
 
@@ -102,13 +95,9 @@ def _codes(library: ctypes.CDLL, quantized: torch.Tensor) -> tuple[torch.Tensor,
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
     scales = torch.empty(rows, dtype=torch.bfloat16, device=weight.device)
     addresses = (weight.data_ptr(), codes.data_ptr(), scales.data_ptr())
-    library.bitcpm_codes(*addresses, rows, width, _threads(rows, weight.numel()))
+    library.bitcpm_codes(*addresses, rows, width, threads_for(rows, weight.numel()))
     return codes, scales
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _threads(rows: int, elements: int) -> int:
-    return max(1, min(torch.get_num_threads(), rows, elements // _ELEMENTS_PER_THREAD))

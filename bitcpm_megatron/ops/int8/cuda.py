@@ -36,18 +36,15 @@ def quantize(x: torch.Tensor, eps: float, factors: torch.Tensor | None, values: 
     from ..triton.int8 import quantize_tokens
 
     x = x.detach().contiguous()
-    width = x.shape[-1]
-    tokens = x.numel() // width if width else 0
-    fake = torch.empty_like(x) if values else None
-    codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    made = QuantizedTokens.empty(x, values)
+    tokens, width = made.codes.shape
     if tokens:
         quantize_tokens[(tokens,)](
             _bits(x),
-            codes if factors is None else factors.float().contiguous(),
-            codes if fake is None else _bits(fake),
-            codes,
-            scales,
+            made.codes if factors is None else factors.float().contiguous(),
+            made.codes if made.values is None else _bits(made.values),
+            made.codes,
+            made.scales,
             width,
             eps,
             FACTORS=factors is not None,
@@ -56,7 +53,7 @@ def quantize(x: torch.Tensor, eps: float, factors: torch.Tensor | None, values: 
             BLOCK=_BLOCK,
             **_EXACT,
         )
-    return QuantizedTokens(x.shape, x.dtype, codes, scales, fake)
+    return made
 
 
 def product(tokens: QuantizedTokens, weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:

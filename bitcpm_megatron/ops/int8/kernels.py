@@ -25,6 +25,15 @@ class QuantizedTokens:
     scales: torch.Tensor
     values: torch.Tensor | None = None
 
+    @classmethod
+    def empty(cls, x: torch.Tensor, values: bool) -> "QuantizedTokens":
+        """Room for a kernel to write the tokens of ``x`` to, and their values where these are asked for."""
+        width = x.shape[-1]
+        tokens = x.numel() // width if width else 0
+        codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
+        scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+        return cls(x.shape, x.dtype, codes, scales, torch.empty_like(x) if values else None)
+
 
 @dataclass(frozen=True)
 class Int8Kernels:

@@ -41,6 +41,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from support.integers import by_definition  # noqa: E402
 
 from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
 from bitcpm_megatron.nn import cache, linear  # noqa: E402
@@ -136,6 +137,19 @@ def share_gradient_shards(ddp: DistributedDataParallel) -> None:
         torch.distributed.all_gather(shards, shards[group.rank()].clone(), group=group)
 
 
+def pair_config(dtype: torch.dtype, **changes: bool) -> TransformerConfig:
+    """Of a pair in this layout."""
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        **changes,
+    )
+
+
 def build(
     kind: type[Pair],
     fusion: bool,
@@ -147,16 +161,7 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Pair, DistributedDataParallel, MegatronOptimizer]:
     """A ternary pair, wrapped in DDP, and its optimizer."""
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        gradient_accumulation_fusion=fusion,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        sequence_parallel=sequence_parallel,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-    )
+    config = pair_config(dtype, gradient_accumulation_fusion=fusion, sequence_parallel=sequence_parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     model = kind(config).to(dtype)
     model.mlp.linear_fc2.weight.requires_grad_(not frozen)
@@ -279,15 +284,7 @@ def run_where(
 
 def run_probe(sequence_parallel: bool) -> str:
     """What the start-up probe says of a bf16 pair (in fp32 the residual form happens to be exact)."""
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        params_dtype=torch.bfloat16,
-        bf16=True,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        sequence_parallel=sequence_parallel,
-    )
+    config = pair_config(torch.bfloat16, sequence_parallel=sequence_parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     model = Pair(config)
     apply_recipe(model, default=QuantizerConfig(), row_parallel_shards=SHARDS)
@@ -303,13 +300,7 @@ def run_int8() -> str:
     Weights of +-1 have a scale of 1. The largest inputs of the two shards are 127 and 254, so that levels are 1 and 2
     apart; every input lies a quarter of a level above the one that it is rounded to, and no sum is rounded.
     """
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        params_dtype=torch.float32,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-    )
+    config = pair_config(torch.float32)
     model = Pair(config)
     apply_recipe(model, default=QuantizerConfig(), row_parallel_shards=SHARDS, activation_bits=8)
     generator = torch.Generator().manual_seed(8)
@@ -333,16 +324,7 @@ def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
     )
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        params_dtype=torch.bfloat16,
-        bf16=True,
-        gradient_accumulation_fusion=fusion,
-        tensor_model_parallel_size=size,
-        sequence_parallel=sequence_parallel,
-    )
+    config = pair_config(torch.bfloat16, gradient_accumulation_fusion=fusion, sequence_parallel=sequence_parallel)
     pairs = {}
     for gemm in ("int8", "bf16"):
         tensor_parallel.model_parallel_cuda_manual_seed(7)
@@ -377,7 +359,8 @@ def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
             whole_gradient = upstream if column or not sequence_parallel else torch.cat([upstream] * size)
             definition = [each.double().flatten(0, 1) for each in (whole_gradient, fake_quantize_activations(local))]
             errors.append(_relative([found["int8"][1]], [definition[0].t() @ definition[1]]))
-            expected = _integer_product(local, getattr(pairs["int8"], name).weight)
+            latent, quantizer = getattr(pairs["int8"], name).weight.detach(), QuantizerConfig()
+            expected = by_definition(local, dequantize(*quantize(latent, quantizer), quantizer, local.dtype))
             if not column and size > 1:
                 torch.distributed.all_reduce(expected, group=parallel_state.get_tensor_model_parallel_group())
                 expected = expected.chunk(size)[rank] if sequence_parallel else expected
@@ -398,14 +381,6 @@ def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
 _EVERY_LINEAR = Recipe.from_mapping(
     {"configs": {"q": {}}, "matchers": {"all": {"config": "q", "pattern": "*"}}}, QuantizerConfig()
 )
-
-
-def _integer_product(x: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    """An fp32 GEMM of the integers of a local input and weight, scaled and rounded once."""
-    codes, scales = quantize(latent.detach(), QuantizerConfig())
-    s = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
-    sums = (x.float() / s * 127).round() @ codes.float().t()
-    return (sums * scales.float().squeeze(-1) * (s / 127)).to(x.dtype)
 
 
 def _relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
