@@ -7,6 +7,7 @@ that gets slower slows all of them.
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -97,16 +98,17 @@ def costs(name: str, flags: Sequence[str], micro_batches: int) -> dict:
         subject = build(name, flags)
         for _ in range(COST_STEPS - 1):
             subject.step(micro_batches)
-    states = subject.run.model.states
-    with live_copies() as copies:
+    # Under the saved-tensor hooks that watch them there are no int8 input gradients.
+    watched = subject.run.model.states and subject.args.ternary_gemm_backward == "bf16"
+    with live_copies() if watched else contextlib.nullcontext() as copies:
         subject.step(micro_batches)
     result = {
         "peak_bytes": _most(found.peak),
         "resident_bytes": _most(found.resident),
-        "live_copies": _most(copies.most) if states else None,
+        "live_copies": _most(copies.most) if watched else None,
         "quantized_weights": _most(_quantized_weights(subject)),
     }
-    del subject, states
+    del subject, watched
     gc.collect()
     return result
 
@@ -187,9 +189,7 @@ def quantizer_seconds(subject: Subject) -> float:
 
 
 def gemms(subject: Subject) -> dict:
-    """Milliseconds of one forward through every quantized linear of this rank alone; nothing where none is in int8."""
-    if not subject.variant.ternary or subject.args.ternary_gemm == "bf16":
-        return {}
+    """Milliseconds of one forward through every quantized linear of this rank alone, as its weights are and in int8."""
     tokens = subject.args.seq_length * subject.args.micro_batch_size
     weights = [module.weight for _, module in ternary_modules(subject.run.model.bare)]
     times = {weight.shape: time_gemms(weight, tokens) for weight in weights}
@@ -226,9 +226,13 @@ def work(plan: dict) -> dict:
         _say(f"{session['micro_batches']} micro-batches, {session['rounds']} rounds: done")
     # After all timing: what torch.compile made is interpreted from its first call under a dispatch mode on.
     for session in results["sessions"]:
-        session["counted"] = {
-            n: counted(subjects[n], session["micro_batches"]) | gemms(subjects[n]) for n in session["variants"]
-        }
+        session["counted"] = {n: counted(subjects[n], session["micro_batches"]) for n in session["variants"]}
+    # Alike for all of them, and in all sessions.
+    integers = [n for n, s in subjects.items() if s.variant.ternary and s.args.ternary_gemm == "int8"]
+    alone = gemms(subjects[integers[0]]) if integers else {}
+    for session in results["sessions"]:
+        for name in set(integers) & set(session["variants"]):
+            session["counted"][name] |= alone
     notes = {name: subject.run.model.notes for name, subject in subjects.items()}
     results["cost_micro_batches"] = plan["cost_micro_batches"]
     return {**results, "notes": notes, "device": _device_name(), "threads": torch.get_num_threads()}
