@@ -280,10 +280,10 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
         --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --swiglu --normalization RMSNorm
         --disable-bias-linear --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --vocab-size 128
     """.split()
-    names = ("bf16", "none", "step", "resident", "bitcpm-residual")
+    names = ("bf16", "none", "step", "resident", "int8-backward", "bitcpm-residual")
     session = plan.Session(names, 3, 6)
     ternary_flags = tuple("--ternary-group-size -1 --ternary-backend auto".split())
-    job = plan.Job("tiny", tuple(flags), Layout(tensor=2), 32, 1, "none", (session,), names[:4], ternary_flags)
+    job = plan.Job("tiny", tuple(flags), Layout(tensor=2), 32, 1, "none", (session,), names[:5], ternary_flags)
     told: list[int] = []
     results = throughput.run(job, told.append)
     assert set(told) == {2, 3} and sum(told) == job.micro_batches  # 2: the steps whose memory is measured
@@ -297,6 +297,10 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     assert (ours.launches, cached.launches, uncached.launches) == (1, 1, 24)
     assert (ours.live_copies, cached.live_copies, uncached.live_copies) == (0, 1, 1)
     assert ours.gathered_per_weight is None
+    # Its graph must not be watched, and it alone has int8 GEMMs to measure.
+    integers = rows["int8-backward"]
+    assert integers.live_copies is None and integers.peak_bytes > 0 and integers.quantizations == 8
+    assert [row.variant for row in rows.values() if row.int8_gemm_ms is not None] == ["int8-backward"]
     assert len({row.collective_bytes for row in rows.values()}) == 1
     # The forward of a micro-batch reduces the embedding and two outputs per layer, the backward two inputs per layer
     # and the output layer's; then come the losses of tokens, the gradients in fp32 (the vocabulary is padded to 256)
