@@ -92,8 +92,9 @@ class Run:
             *("--valid-data-path", str(data / "valid_text_document")),
             *("--tokenizer-model", str(self.work / "tokenizer.model"), "--data-cache-path", str(self.work / "cache")),
             *("--eval-interval", str(max(1, self.iterations // 4)), "--eval-iters", "15", "--log-interval", "10"),
-            *("--save", str(self.directory / "checkpoint"), "--save-interval", str(max(1, self.iterations // 8))),
-            *("--log-dir", str(self.directory)),
+            # The same command goes on where it was stopped.
+            *("--load", str(self.directory / "checkpoint"), "--save", str(self.directory / "checkpoint")),
+            *("--save-interval", str(max(1, self.iterations // 8)), "--log-dir", str(self.directory)),
         ]
 
     def losses(self) -> dict[int, float]:

@@ -18,10 +18,11 @@ def test_runs_differ_in_the_flags_that_are_compared(kind: str, tmp_path: Path) -
             (tmp_path / "data" / f"{part}_text_document{suffix}").touch()
     (tmp_path / "tokenizer.model").touch()
     args, base = (parse_args(int8_quality.Run(name, 7, 2000, tmp_path).command()[2:], 1) for name in (kind, "W1.58A16"))
-    changed = {k for k, v in vars(args).items() if v != getattr(base, k)} - {"save", "log_dir"}
+    changed = {k for k, v in vars(args).items() if v != getattr(base, k)} - {"load", "save", "log_dir"}
     expected = {"W1.58A16": set(), "W1.58A8, bf16 GEMMs": {"ternary_activation_bits"}}
     assert changed == expected.get(kind, {"ternary_activation_bits", "ternary_gemm"})
     assert (args.seed, args.train_iters, args.tensor_model_parallel_size) == (7, 2000, 1)
+    assert args.load == args.save, "a run that was stopped would be refused, for it has checkpoints already"
 
 
 def test_a_gap_is_the_mean_over_seeds_with_students_interval(tmp_path: Path) -> None:
