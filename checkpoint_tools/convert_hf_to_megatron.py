@@ -29,11 +29,11 @@ import yaml
 from bitcpm_megatron.checkpoint_tools.command import DTYPES, Parser, check_input, progress, run
 from bitcpm_megatron.checkpoint_tools.hf_model.config import read_config
 from bitcpm_megatron.checkpoint_tools.hf_model.model import HfModel, checked_record, open_hf_model
-from bitcpm_megatron.checkpoint_tools.hf_model.side_files import HF_DIRECTORY, copy_side_files
+from bitcpm_megatron.checkpoint_tools.hf_model.side_files import copy_side_files
 from bitcpm_megatron.checkpoint_tools.megatron_model.writer import Layout, write_legacy, write_torch_dist
 from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
 from bitcpm_megatron.checkpoint_tools.storage.staging import staged
-from bitcpm_megatron.checkpoints.directory import RELEASE, TRACKER, write_arguments
+from bitcpm_megatron.checkpoints.directory import HF_DIRECTORY, RELEASE, TRACKER, write_arguments
 from bitcpm_megatron.cli import Whole
 from bitcpm_megatron.files import write_digests, write_text
 from bitcpm_megatron.models.from_arguments import arguments_of, flags_of

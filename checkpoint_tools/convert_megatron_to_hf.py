@@ -39,7 +39,7 @@ from bitcpm_megatron.checkpoint_tools.hf_model.config import (
     read_config,
 )
 from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import write_remote_code
-from bitcpm_megatron.checkpoint_tools.hf_model.side_files import HF_DIRECTORY, copy_side_files, side_files
+from bitcpm_megatron.checkpoint_tools.hf_model.side_files import copy_side_files, side_files
 from bitcpm_megatron.checkpoint_tools.megatron_model.checkpoint import MegatronCheckpoint, locate, open_checkpoint
 from bitcpm_megatron.checkpoint_tools.quantizer.fuse import fuse_blocks
 from bitcpm_megatron.checkpoint_tools.quantizer.megatron_record import checked_record, checked_scales
@@ -62,7 +62,7 @@ from bitcpm_megatron.checkpoint_tools.tensor_map import (
     split,
     to_hugging_face,
 )
-from bitcpm_megatron.checkpoints.directory import RELEASE
+from bitcpm_megatron.checkpoints.directory import HF_DIRECTORY, RELEASE
 from bitcpm_megatron.cli import Whole
 from bitcpm_megatron.files import write_digests, write_text
 from bitcpm_megatron.models.architecture import Architecture

@@ -15,10 +15,11 @@ if __package__ in (None, ""):
 import torch
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.checkpoints.directory import latest
-from bitcpm_megatron.data.vocabulary import padded_vocab_size
+from bitcpm_megatron.checkpoints.directory import kept_tokenizer, latest
+from bitcpm_megatron.data.tokenizers import Tokenizer
+from bitcpm_megatron.data.vocabulary import TOKENIZER_TYPES, padded_vocab_size
 from bitcpm_megatron.inference.generate import generate, load_for_inference
-from bitcpm_megatron.training.data import Tokenizer, build_tokenizer
+from bitcpm_megatron.training.data import build_tokenizer
 from bitcpm_megatron.training.initialize import shutdown, world_size
 
 
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--load", required=True, metavar="DIR", help="the --save directory of a run")
     parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT")
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="SentencePiece model, default the run's")
+    parser.add_argument("--tokenizer-model", metavar="PATH", help="default the run's")
+    parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: what --tokenizer-model holds")
     parser.add_argument("--num-tokens", type=cli.Whole(1, 2**20), default=64)
     parser.add_argument("--temperature", type=cli.Number(0, 1000), default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=cli.Whole(0, 2**32 - 1), default=0)
@@ -41,7 +43,9 @@ def _generate(args: argparse.Namespace) -> None:
     if path is None:
         raise ValueError(f"--load {args.load}: there is no checkpoint")
     run, model = load_for_inference(path)
-    tokenizer = _tokenizer(run, args.tokenizer_model, path)
+    if args.tokenizer_type is not None and args.tokenizer_model is None:
+        raise ValueError("--tokenizer-type says what --tokenizer-model is: give both")
+    tokenizer = _tokenizer(run, args.tokenizer_model, args.tokenizer_type, path)
     context = run.seq_length if hasattr(run, "seq_length") else run.max_position_embeddings
     for prompt in args.prompt:
         ids = tokenizer.tokenize(prompt)
@@ -53,8 +57,8 @@ def _generate(args: argparse.Namespace) -> None:
     shutdown()
 
 
-def _tokenizer(run: argparse.Namespace, given: str | None, path: Path) -> Tokenizer:
-    """The run's tokenizer, or another file that can be it.
+def _tokenizer(run: argparse.Namespace, given: str | None, kind: str | None, path: Path) -> Tokenizer:
+    """The run's tokenizer, that which came with a converted checkpoint, or another file that can be it.
 
     Raises:
         ValueError: there is none, or one of another size, whose pieces stand for other rows of the embedding.
@@ -62,9 +66,13 @@ def _tokenizer(run: argparse.Namespace, given: str | None, path: Path) -> Tokeni
     recorded, trained = run.tokenizer_model, run.vocab_size
     if run.mock_data and given is not None:
         raise ValueError(f"{path} was trained on mock data, whose tokens are numbers: leave out --tokenizer-model")
-    run.tokenizer_model = given or recorded
+    kept = kept_tokenizer(path)
+    if given is not None:
+        run.tokenizer_model, run.tokenizer_type = given, kind
+    elif kept is not None:
+        run.tokenizer_model, run.tokenizer_type = str(kept), None
     if run.tokenizer_model is None and not run.mock_data:
-        raise ValueError(f"{path} does not say which tokenizer it is for: give --tokenizer-model FILE")
+        raise ValueError(f"{path} does not say which tokenizer it is for: give --tokenizer-model PATH")
     # A run may have more rows than its own tokenizer has pieces (--vocab-size); with another file that is a mistake.
     if not run.mock_data:
         run.vocab_size = None

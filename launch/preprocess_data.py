@@ -2,8 +2,9 @@
 """Turn text into the token files that training reads.
 
 Documents come from plain text and JSON Lines files (also ``.gz``), or from the English prose inside of CPython. They
-are tokenized with a SentencePiece model, given or trained on the spot, into ``<prefix>_<key>_document.bin`` and
-``.idx``, the format of Megatron-LM; training then takes ``--data-path <prefix>_text_document``.
+are tokenized with a SentencePiece model, given or trained on the spot, or with a Hugging Face tokenizer, into
+``<prefix>_<key>_document.bin`` and ``.idx``, the format of Megatron-LM; training then takes
+``--data-path <prefix>_text_document``.
 
     python launch/preprocess_data.py --input corpus.jsonl --tokenizer-model tokenizer.model --append-eod \\
         --output-prefix data/corpus
@@ -39,7 +40,13 @@ from bitcpm_megatron import cli
 from bitcpm_megatron.data.corpus import FORM_FEED, TEXT_KEY, detect_format, document_split, read_documents
 from bitcpm_megatron.data.python_prose import python_prose
 from bitcpm_megatron.data.token_files import outputs, write_corpus
-from bitcpm_megatron.data.tokenizer import LARGEST_VOCABULARY, SentencePieceTokenizer, train_sentencepiece
+from bitcpm_megatron.data.tokenizers import (
+    LARGEST_VOCABULARY,
+    SentencePieceTokenizer,
+    open_tokenizer,
+    train_sentencepiece,
+)
+from bitcpm_megatron.data.vocabulary import TOKENIZER_TYPES
 from bitcpm_megatron.files.lock import PendingFiles
 
 Document = dict[str, str]
@@ -81,10 +88,16 @@ def _parser() -> cli.Parser:
     )
     tokens = parser.add_argument_group("tokenizer")
     model = tokens.add_mutually_exclusive_group(required=True)
-    model.add_argument("--tokenizer-model", type=Path, metavar="MODEL", help="SentencePiece model to use")
+    model.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        metavar="PATH",
+        help="to use: a SentencePiece .model file, or a directory with a tokenizer.json",
+    )
     model.add_argument(
         "--train-tokenizer", type=Path, metavar="MODEL", help="train one on the documents and write it here"
     )
+    tokens.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: what --tokenizer-model holds")
     tokens.add_argument(
         "--vocab-size",
         type=cli.Whole(1, LARGEST_VOCABULARY),
@@ -108,7 +121,7 @@ def prepare(args: argparse.Namespace) -> None:
         ValueError: bad input; the message says where and what to do.
     """
     documents = _documents(args)
-    tokenizer = SentencePieceTokenizer(args.tokenizer_model) if args.tokenizer_model else None
+    tokenizer = open_tokenizer(args.tokenizer_model, args.tokenizer_type) if args.tokenizer_model else None
     refusal = "what was tokenized with it needs it; pass it as --tokenizer-model, or --overwrite to replace it"
     written = [(args.train_tokenizer, refusal)] if args.train_tokenizer else []
     written += outputs(args.output_prefix, args.json_keys)
@@ -182,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Whatever would have no effect is an error.
     if (args.train_tokenizer is None) != (args.vocab_size is None):
         parser.error("--train-tokenizer and --vocab-size go together; a given --tokenizer-model has its own size")
+    if args.tokenizer_type is not None and args.tokenizer_model is None:
+        parser.error("--tokenizer-type says what --tokenizer-model is: give both")
     if args.valid_fraction is not None and args.split == "all":
         parser.error("--valid-fraction needs --split train or --split valid")
     if args.builtin_corpus and (args.json_keys or args.document_separator is not None or args.input_format != "auto"):

@@ -50,6 +50,10 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     # A shorter embedding would be cut silently; a longer one would hold rows that were never trained.
     vocabulary = _differences(args, saved, ["vocab_size"])
     checks.append((vocabulary, "the vocabulary is another one: give its tokenizer, or --vocab-size"))
+    # By content: a path may be another one. Checkpoints from before there were identities do not tell.
+    before, now = saved.get("tokenizer_identity"), getattr(args, "tokenizer_identity", None)
+    other = [f"the tokenizer {saved.get('tokenizer_model')}"] if None not in (before, now) and before != now else []
+    checks.append((other, f"{args.tokenizer_model} holds another one, whose ids mean other text: give the same"))
     if with_optimizer:
         optimizer = _differences(args, saved, _OPTIMIZER)
         checks.append((optimizer, "the optimizer state would not fit: give the same flags, or --no-load-optim"))

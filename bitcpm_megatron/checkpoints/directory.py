@@ -24,6 +24,8 @@ from ..files import FileError, fsync, incomplete, publish, read_json, read_text,
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+HF_DIRECTORY = "hf"
+"""Of a checkpoint that was converted: the small files of the model that it was, its tokenizer and ``config.json``."""
 _ARGUMENTS = "arguments.json"
 _METADATA = "metadata.json"
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -253,3 +255,9 @@ def _standing(directory: Path) -> list[int]:
 def _aside(path: Path) -> Path:
     """Where a checkpoint stands while it is replaced or deleted."""
     return path.with_name(f".{path.name}.aside")
+
+
+def kept_tokenizer(checkpoint: Path) -> Path | None:
+    """The directory of the tokenizer that a converted checkpoint brought along, or None."""
+    kept = checkpoint / HF_DIRECTORY
+    return kept if any((kept / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None

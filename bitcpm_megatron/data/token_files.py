@@ -15,7 +15,7 @@ from typing import Any
 
 from ..files.lock import PendingFiles
 from .corpus import TEXT_KEY
-from .tokenizer import SentencePieceTokenizer
+from .tokenizers import Tokenizer
 
 # Enough documents per call that native threads have work, few enough that memory stays flat.
 _BATCH_DOCUMENTS = 512
@@ -43,7 +43,7 @@ class CorpusSummary:
 def write_corpus(
     documents: Iterable[Mapping[str, str]],
     output_prefix: str | os.PathLike[str],
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     pending: PendingFiles,
     *,
     keys: Sequence[str] = (TEXT_KEY,),

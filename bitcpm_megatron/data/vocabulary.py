@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The size of a vocabulary as the embedding holds it."""
 
+SENTENCE_PIECE, HUGGING_FACE = "GPTSentencePieceTokenizer", "HuggingFaceTokenizer"
+TOKENIZER_TYPES = (SENTENCE_PIECE, HUGGING_FACE)
+"""What ``--tokenizer-type`` may say: Megatron-LM's names."""
+
 
 def padded_vocab_size(vocab_size: int, make_divisible_by: int = 128, tensor_parallel: int = 1) -> int:
     """Return `vocab_size` rounded up to a multiple of ``make_divisible_by * tensor_parallel`` (Megatron-LM's rule).

@@ -18,11 +18,10 @@ from ..agreement import together
 from ..data.blends import blend_of
 from ..data.sample_cache import key_of, sample_cache
 from ..data.token_headers import TokenFile, TokenFileError, read_token_file, split_mistake
-from ..data.tokenizer import NullTokenizer, SentencePieceTokenizer
+from ..data.tokenizers import NullTokenizer, Tokenizer, open_tokenizer
 from ..data.vocabulary import padded_vocab_size
 
 Batch = dict[str, torch.Tensor]
-Tokenizer = SentencePieceTokenizer | NullTokenizer
 _SOURCES = ("data_path", "train_data_path", "valid_data_path")
 # Another number for indices of the same data that are not what they were.
 _INDICES = 1
@@ -44,11 +43,20 @@ class Data:
 def build_tokenizer(args: argparse.Namespace) -> tuple[Tokenizer, int]:
     """The tokenizer and the padded size of the vocabulary; fills in ``vocab_size`` where it was not given.
 
+    Fills in ``tokenizer_identity`` of the arguments, too: what tells the tokenizer from others, wherever it stands.
+
     Raises:
-        ValueError: ``--vocab-size`` is less than the tokenizer needs.
+        ValueError: none is named, or ``--vocab-size`` is less than the tokenizer needs.
     """
-    # The last token of mock data ends documents.
-    tokenizer = NullTokenizer(args.vocab_size - 1) if args.mock_data else SentencePieceTokenizer(args.tokenizer_model)
+    tokenizer: Tokenizer
+    if args.mock_data:
+        # The last token of mock data ends documents.
+        tokenizer = NullTokenizer(args.vocab_size - 1)
+    elif args.tokenizer_model is None:
+        raise ValueError("no checkpoint says which tokenizer the data were written with: give --tokenizer-model")
+    else:
+        tokenizer = open_tokenizer(args.tokenizer_model, args.tokenizer_type)
+    args.tokenizer_identity = dict(tokenizer.unique_identifiers)
     if args.vocab_size is None:
         args.vocab_size = tokenizer.vocab_size
     if args.vocab_size < tokenizer.vocab_size:

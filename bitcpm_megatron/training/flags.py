@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..cli import Number, Parser, Whole
+from ..data.vocabulary import TOKENIZER_TYPES
 from ..models import family_flags
 from ..models.architecture import MAX_LAYERS
 from ..ternary_flags import add_ternary_arguments
@@ -129,7 +130,12 @@ def _data(add: _Add) -> None:
     add("--train-data-path", nargs="+", help="instead of --data-path and --split")
     add("--valid-data-path", nargs="+")
     add("--mock-data", action="store_true", help="synthetic tokens; needs --vocab-size")
-    add("--tokenizer-model", metavar="FILE", help="SentencePiece model")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: what --tokenizer-model holds")
+    add(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="a SentencePiece .model file, or a directory with a tokenizer.json; default the checkpoint's own",
+    )
     add("--vocab-size", type=_VOCABULARY, help="rows of the embedding before padding, default the tokenizer's")
     add("--data-cache-path", metavar="DIR", help="of the sample indices, default beside the data")
     add("--num-workers", type=Whole(0, 1024), default=0, help="data loading processes per rank")

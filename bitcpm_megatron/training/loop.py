@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..checkpoints.compatibility import check_quantizer
 from ..checkpoints.digests import verify_digests
-from ..checkpoints.directory import CheckpointError, check_start, latest
+from ..checkpoints.directory import CheckpointError, check_start, kept_tokenizer, latest, saved_arguments
 from ..checkpoints.directory_lock import held
 from ..cli import FailedError
 from ..objectives.language_modeling import LossOf, Objective, language_modeling
@@ -231,7 +231,17 @@ def _find_checkpoint(args: argparse.Namespace) -> Path | None:
         if args.verify_digests:
             verify_digests(found)
         take_recorded_shards(args, found)
+        if args.tokenizer_model is None and not args.mock_data:
+            _take_its_tokenizer(args, found)
     return found
+
+
+def _take_its_tokenizer(args: argparse.Namespace, checkpoint: Path) -> None:
+    """The tokenizer that a converted checkpoint brought along, or that of the run which wrote the checkpoint."""
+    saved = saved_arguments(checkpoint)
+    kept = kept_tokenizer(checkpoint)
+    args.tokenizer_model = saved.get("tokenizer_model") if kept is None else str(kept)
+    args.tokenizer_type = saved.get("tokenizer_type") if kept is None else None
 
 
 def _introduce(run: Run, vocabulary: int, notes: list[str]) -> None:

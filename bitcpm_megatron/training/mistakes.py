@@ -137,8 +137,12 @@ def _data_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield "give the data in one way: --data-path, --train-data-path, or --mock-data"
     if args.valid_data_path is not None and args.train_data_path is None:
         yield "--valid-data-path goes with --train-data-path"
-    if args.mock_data == (args.tokenizer_model is not None):
-        yield "--tokenizer-model is needed with real data, and only then"
+    if args.mock_data and (args.tokenizer_model or args.tokenizer_type) is not None:
+        yield "--tokenizer-model and --tokenizer-type are for real data: leave them out with --mock-data"
+    if not args.mock_data and args.tokenizer_model is None and (args.load or args.pretrained_checkpoint) is None:
+        yield "--tokenizer-model is needed with real data, where no checkpoint has a tokenizer"
+    if args.tokenizer_type is not None and args.tokenizer_model is None:
+        yield "--tokenizer-type says what --tokenizer-model is: give both"
     for name in ("data_path", "train_data_path", "valid_data_path", "split"):
         try:
             if getattr(args, name) is not None:

@@ -4,9 +4,6 @@
 import shutil
 from pathlib import Path
 
-HF_DIRECTORY = "hf"
-"""Where they stay in a Megatron checkpoint, with the model's ``config.json``, for the way back."""
-
 _NAMES = (
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "vocab.txt merges.txt chat_template.jinja chat_template.json generation_config.json tokenization_*.py "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoints.directory import RELEASE, TRACKER
+from ...checkpoints.directory import HF_DIRECTORY, RELEASE, TRACKER
 from ...files import FileError
 from ...models.architecture import Architecture, ArchitectureError
 from ...models.from_arguments import architecture_of as architecture_of_arguments
@@ -16,7 +16,6 @@ from ...quantization.record import QuantizerRecord, RecordError
 from ..hf_model.config import architecture_of, model_type_of, read_config
 from ..hf_model.model import mistakes
 from ..hf_model.remote_code import read_record
-from ..hf_model.side_files import HF_DIRECTORY
 from ..megatron_model.checkpoint import MegatronCheckpoint, open_checkpoint
 from ..storage.hf_reader import HfReader
 from ..storage.reader import ConversionError

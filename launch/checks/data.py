@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.blends import blend_of, split_bounds
+from ...data.vocabulary import HUGGING_FACE, TOKENIZER_TYPES
 from ..launcher.job import BUILT_IN
 from .subject import Finding, Subject, failed, passed, warned
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ...data.token_headers import TokenFile
 
 # Of the files' readers. A login node may have none of them.
-_READ_BY = ("numpy", "xxhash", "sentencepiece")
+_READ_BY = ("numpy", "xxhash", "sentencepiece", "tokenizers")
 _KEYS = ("data-path", "train-data-path", "valid-data-path")
 _EPOCHS = 4
 # Ids that a dtype can hold, of those that are narrow.
@@ -84,22 +85,23 @@ def _split(subject: Subject, files: "list[TokenFile]") -> list[Finding]:
 
 
 def _tokenizer(subject: Subject) -> Finding:
-    from ...data.tokenizer import SentencePieceTokenizer
+    from ...data.tokenizers import open_tokenizer
 
     size, model = subject.layout.vocab_size, subject.job.flags.get("tokenizer-model")
-    kind, ours = str(subject.job.host.flags.get("tokenizer-type", "")), subject.job.host.kind == BUILT_IN
+    kind = str({**subject.job.flags, **subject.job.host.flags}.get("tokenizer-type", ""))
+    ours = subject.job.host.kind == BUILT_IN
     if model is None:
         if ours or not kind or "SentencePiece" in kind or kind == "Llama2Tokenizer":
             return failed("tokenizer", "none is named", "give data.tokenizer-model")
         return warned("tokenizer", f"{kind} names no file", "make sure that every node has it")
     if not Path(model).exists():
         return failed("tokenizer", f"{model} is not there", "is the storage mounted here?")
-    if not (Path(model).is_file() and (ours or str(model).endswith(".model"))):
+    if not (ours or str(model).endswith(".model") or kind == HUGGING_FACE):
         return passed("tokenizer", f"{model} is there, its size was not read")
     try:
-        pieces = SentencePieceTokenizer(model).vocab_size
+        pieces = open_tokenizer(model, kind if kind in TOKENIZER_TYPES else None).vocab_size
     except ValueError as error:
-        return failed("tokenizer", str(error), "give the .model file that the data was written with")
+        return failed("tokenizer", str(error), "give the tokenizer that the data was written with")
     if size is not None and pieces > size:
         what = f"{model} has {pieces} pieces, the model's vocabulary {size}"
         return failed("tokenizer", what, "raise data.vocab-size, or take the preset's tokenizer")

@@ -17,7 +17,7 @@ import pytest
 from support.launcher import free_port
 
 from bitcpm_megatron import QuantizerConfig
-from bitcpm_megatron.data.tokenizer import train_sentencepiece
+from bitcpm_megatron.data.tokenizers import train_sentencepiece
 from bitcpm_megatron.launch import preflight
 from bitcpm_megatron.launch.checks import cluster as checks_cluster
 from bitcpm_megatron.launch.checks import software as checks_software

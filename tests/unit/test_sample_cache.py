@@ -17,7 +17,7 @@ from bitcpm_megatron.checkpoints.directory import CheckpointError
 from bitcpm_megatron.data import sample_cache as module
 from bitcpm_megatron.data.sample_cache import key_of, sample_cache
 from bitcpm_megatron.data.token_headers import TokenFile
-from bitcpm_megatron.data.tokenizer import train_sentencepiece
+from bitcpm_megatron.data.tokenizers import train_sentencepiece
 from bitcpm_megatron.training import data
 from bitcpm_megatron.training.data import DataError, batches, build_data, build_tokenizer, find_files
 from bitcpm_megatron.training.flags import parse_args

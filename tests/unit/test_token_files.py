@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bitcpm_megatron.data.token_files import CorpusSummary, outputs, write_corpus
-from bitcpm_megatron.data.tokenizer import NullTokenizer, SentencePieceTokenizer, train_sentencepiece
+from bitcpm_megatron.data.tokenizers import NullTokenizer, SentencePieceTokenizer, train_sentencepiece
 from bitcpm_megatron.files.lock import FileLock, PendingFiles
 from bitcpm_megatron.launch.preprocess_data import main
 

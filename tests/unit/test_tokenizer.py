@@ -14,7 +14,7 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bitcpm_megatron.data.tokenizer import NullTokenizer, SentencePieceTokenizer, train_sentencepiece
+from bitcpm_megatron.data.tokenizers import NullTokenizer, SentencePieceTokenizer, train_sentencepiece
 from bitcpm_megatron.data.vocabulary import padded_vocab_size
 
 TEXTS = [
@@ -108,7 +108,7 @@ def test_identity_is_the_content_of_the_model(
 
 def test_training_is_deterministic_also_when_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which lines are sampled must not depend on a global seed that a caller may have moved."""
-    monkeypatch.setattr("bitcpm_megatron.data.tokenizer._MAX_LINES", 101)
+    monkeypatch.setattr("bitcpm_megatron.data.tokenizers.sentence_piece._MAX_LINES", 101)
     generator = random.Random(0)
     texts = [" ".join(generator.choices("abcdefgh", k=30)).replace(" ", "", 20) for _ in range(1000)]
     models = []
@@ -170,7 +170,7 @@ def test_a_request_to_stop_does_not_wait_for_the_end_of_training() -> None:
     texts = [" ".join("".join(words.choices("abcdefghij", k=8)) for _ in range(100)) for _ in range(2000)]
     script = f"""
 import signal, sys, time
-from bitcpm_megatron.data.tokenizer import train_sentencepiece
+from bitcpm_megatron.data.tokenizers import train_sentencepiece
 def request(number, frame): raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, request)
 def texts():
@@ -261,13 +261,14 @@ def test_generation_takes_a_tokenizer_of_the_model_alone(model_path, trained, re
 
     run = argparse.Namespace(
         tokenizer_model=recorded,
+        tokenizer_type=None,
         vocab_size=trained,
         mock_data=False,
         make_vocab_size_divisible_by=128,
         tensor_model_parallel_size=1,
     )
     if fits:
-        assert generate._tokenizer(run, str(model_path), Path("run")).vocab_size == VOCAB
+        assert generate._tokenizer(run, str(model_path), None, Path("run")).vocab_size == VOCAB
         return
     with pytest.raises(ValueError, match=f"{model_path} has 340 pieces, and run was trained for {trained:,}"):
-        generate._tokenizer(run, str(model_path), Path("run"))
+        generate._tokenizer(run, str(model_path), None, Path("run"))

@@ -149,7 +149,7 @@ def data(world: Path) -> Iterator[Case]:
 
 def _tokenizer(pieces: int) -> Prepare:
     def prepare(root: Path) -> None:
-        from bitcpm_megatron.data.tokenizer import train_sentencepiece
+        from bitcpm_megatron.data.tokenizers import train_sentencepiece
 
         texts = [json.loads(line)["text"] for line in (root / "corpus.jsonl").read_text().splitlines()]
         (root / "other.model").write_bytes(train_sentencepiece(iter(texts), pieces))

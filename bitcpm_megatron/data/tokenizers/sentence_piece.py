@@ -1,26 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizers that data preparation, training and generation share.
-
-Both classes have the attributes that megatron-core's ``GPTDataset`` and ``MockGPTDataset`` read from
-``GPTDatasetConfig.tokenizer`` (``vocab_size``, ``eod``, ``eos``, ``pad``, ``unique_identifiers``) and need nothing but
-sentencepiece. megatron-core 0.16 has such a wrapper too (``megatron.core.tokenizers``), but that one is identified by
-its path, so that a model retrained in place would silently get the sample indices cached for the old one, and importing
-it imports transformers wherever that is installed.
-"""
+"""SentencePiece models: as a tokenizer, and trained on text."""
 
 import errno
 import hashlib
 import io
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import sentencepiece
 
-from ..cli import FailedError
+from ...cli import FailedError
+from .common import identifiers, outside_of_vocabulary, require_utf8
 
 _WITHOUT_TEXT = 3 + 256
 LARGEST_VOCABULARY = 1_000_000
@@ -72,7 +65,7 @@ class SentencePieceTokenizer:
         if self.eod < 0:
             raise ValueError(f"{path}: the model has no end-of-sentence piece to end documents with; train it with one")
         self.pad = self._processor.pad_id()
-        self.unique_identifiers = _identifiers(self, sha256=hashlib.sha256(model).hexdigest())
+        self.unique_identifiers = identifiers(self, sha256=hashlib.sha256(model).hexdigest())
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of `text`, without ``eod``. Special pieces written out in the text stay plain text."""
@@ -85,7 +78,7 @@ class SentencePieceTokenizer:
             ValueError: a text holds lone surrogates, which have no UTF-8 form.
         """
         for text in texts:
-            _require_utf8(text)
+            require_utf8(text)
         return self._processor.encode(list(texts), num_threads=threads)
 
     def detokenize(self, ids: Iterable[int]) -> str:
@@ -98,49 +91,8 @@ class SentencePieceTokenizer:
             ValueError: an id is outside of the vocabulary.
         """
         values = [int(token) for token in ids]
-        outside = [token for token in values if not 0 <= token < self.vocab_size]
-        if outside:
-            raise ValueError(
-                f"token id {outside[0]} is outside of the vocabulary of {self.vocab_size} pieces; cut the logits "
-                "of a padded vocabulary to tokenizer.vocab_size before choosing a token"
-            )
+        outside_of_vocabulary(values, self.vocab_size)
         return self._processor.decode(values)
-
-
-class NullTokenizer:
-    """A tokenizer for ``--mock-data``: its "text" is numbers separated by spaces.
-
-    As with Megatron-LM's ``NullTokenizer``, the argument `vocab_size` counts the ordinary ids; the end-of-document
-    token comes on top, so that the attribute is one larger. There is no padding token.
-
-    Raises:
-        ValueError: `vocab_size` is not positive.
-    """
-
-    pad = -1
-
-    def __init__(self, vocab_size: int) -> None:
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size is {vocab_size}; the null tokenizer needs at least 1 (--vocab-size)")
-        self.eod = self.eos = vocab_size
-        self.vocab_size = vocab_size + 1
-        self.unique_identifiers = _identifiers(self, vocab_size=str(vocab_size))
-
-    def tokenize(self, text: str) -> list[int]:
-        """Return the numbers in `text`.
-
-        Raises:
-            ValueError: a word is no id of the vocabulary.
-        """
-        words = text.split()
-        wrong = [word for word in words if not (word.isdecimal() and int(word) < self.vocab_size)]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is no id below {self.vocab_size}; the null tokenizer reads numbers only")
-        return [int(word) for word in words]
-
-    def detokenize(self, ids: Iterable[int]) -> str:
-        """Return `ids` as numbers separated by spaces."""
-        return " ".join(str(int(token)) for token in ids)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -193,21 +145,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _identifiers(tokenizer: object, **values: str) -> OrderedDict[str, str]:
-    kind = type(tokenizer)
-    return OrderedDict({"class": f"{kind.__module__}.{kind.__qualname__}", **values})
-
-
-def _require_utf8(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text has a lone surrogate at character {error.start}, which UTF-8 cannot express; repair the text at "
-            'its source, or pass it through text.encode("utf-8", "replace").decode()'
-        ) from error
-
-
 class _TrainingLines:
     """The lines of texts as the trainer takes them, until `stopped`; remembers their number and what went wrong."""
 
@@ -220,7 +157,7 @@ class _TrainingLines:
     def __iter__(self) -> Iterator[str]:
         try:
             for text in self._texts:
-                _require_utf8(text)
+                require_utf8(text)
                 for line in text.split("\n"):
                     for start in range(0, 0 if self.stopped else len(line), _MAX_LINE_CHARACTERS):
                         self.count += 1
