@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...checkpoints.directory import kept_tokenizer, saved_arguments
 from ...data.blends import blend_of, split_bounds
 from ...data.vocabulary import HUGGING_FACE, TOKENIZER_TYPES
 from ..launcher.job import BUILT_IN
@@ -90,6 +91,9 @@ def _tokenizer(subject: Subject) -> Finding:
     size, model = subject.layout.vocab_size, subject.job.flags.get("tokenizer-model")
     kind = str({**subject.job.flags, **subject.job.host.flags}.get("tokenizer-type", ""))
     ours = subject.job.host.kind == BUILT_IN
+    if model is None and ours and (checkpoint := subject.checkpoint()) is not None:
+        # What the run would take; of its own checkpoints the path that they record.
+        model, kind = kept_tokenizer(checkpoint) or saved_arguments(checkpoint).get("tokenizer_model"), ""
     if model is None:
         if ours or not kind or "SentencePiece" in kind or kind == "Llama2Tokenizer":
             return failed("tokenizer", "none is named", "give data.tokenizer-model")

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is told of each optimizer step to those who watch a run."""
 
+import argparse
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from bitcpm_megatron.checkpoints.directory import latest
+from bitcpm_megatron.training import loop
 from bitcpm_megatron.training.flags import parse_args
 from bitcpm_megatron.training.loop import pretrain
 from bitcpm_megatron.training.metrics import read_metrics
@@ -48,3 +51,15 @@ def test_what_a_watcher_raises_ends_the_run_before_anything_of_the_step_is_saved
     with pytest.raises(ZeroDivisionError):
         pretrain(parse_args([*RUN, "--save", str(tmp_path), "--save-interval", "1"], 1), on_step=stop)
     assert latest(tmp_path).name == "iter_0000001"
+
+
+def test_a_run_without_a_tokenizer_takes_its_checkpoints(tmp_path: Path) -> None:
+    args = argparse.Namespace(tokenizer_model=None, tokenizer_type=None)
+    recorded = {"tokenizer_model": "run.model", "tokenizer_type": "GPTSentencePieceTokenizer"}
+    (tmp_path / "arguments.json").write_text(json.dumps(recorded))
+    loop._take_its_tokenizer(args, tmp_path)
+    assert vars(args) == recorded
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "tokenizer.json").touch()
+    loop._take_its_tokenizer(args, tmp_path)
+    assert vars(args) == {"tokenizer_model": str(tmp_path / "hf"), "tokenizer_type": None}

@@ -204,6 +204,12 @@ def test_checkpoints_compare_multipliers_by_meaning(tmp_path) -> None:
     other = argparse.Namespace(**{**vars(args), "scale_emb": 1.0})
     with pytest.raises(CheckpointError, match="multipliers"):
         check_arguments(other, saved, tmp_path, with_optimizer=False)
+    # Tokenizers by content.
+    args.tokenizer_identity = {"sha256": "1"}
+    check_arguments(args, saved, tmp_path, with_optimizer=False)
+    check_arguments(args, {**saved, "tokenizer_identity": {"sha256": "1"}}, tmp_path, with_optimizer=False)
+    with pytest.raises(CheckpointError, match="holds another one, whose ids mean other text"):
+        check_arguments(args, {**saved, "tokenizer_identity": {"sha256": "2"}}, tmp_path, with_optimizer=False)
 
 
 @pytest.mark.parametrize("name", presets.names())
