@@ -15,7 +15,7 @@ if __package__ in (None, ""):
 import torch
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.checkpoints.directory import kept_tokenizer, latest
+from bitcpm_megatron.checkpoints.directory import check_ends, kept_tokenizer, latest
 from bitcpm_megatron.data.tokenizers import Tokenizer
 from bitcpm_megatron.data.vocabulary import TOKENIZER_TYPES, padded_vocab_size
 from bitcpm_megatron.inference.generate import generate, load_for_inference
@@ -77,6 +77,8 @@ def _tokenizer(run: argparse.Namespace, given: str | None, kind: str | None, pat
     if not run.mock_data:
         run.vocab_size = None
     tokenizer, _ = build_tokenizer(run)
+    if not run.mock_data:
+        check_ends(path, tokenizer.eod, run.tokenizer_model)
     pieces = tokenizer.vocab_size
     # Published models have their rows padded already, and say how many; a run of ours says how many pieces it had.
     multiple = run.make_vocab_size_divisible_by if recorded is None else 1

@@ -261,3 +261,25 @@ def kept_tokenizer(checkpoint: Path) -> Path | None:
     """The directory of the tokenizer that a converted checkpoint brought along, or None."""
     kept = checkpoint / HF_DIRECTORY
     return kept if any((kept / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None
+
+
+def check_ends(checkpoint: Path, eod: int, tokenizer: str) -> None:
+    """Checks that a tokenizer ends documents as the model of a converted checkpoint ends texts.
+
+    Args:
+        checkpoint: a directory; one that says nothing of it is passed.
+        eod: id of the token that ends a document.
+        tokenizer: its path, for the message.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    path = checkpoint / HF_DIRECTORY / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    ends = config.get("eos_token_id") if isinstance(config, dict) else None
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if ends and eod not in ends:
+        raise CheckpointError(
+            f"{path} says that the model ends texts with token {' or '.join(map(str, ends))}, and the tokenizer "
+            f"{tokenizer} ends documents with {eod}: give the model's own"
+        )

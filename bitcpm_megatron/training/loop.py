@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..checkpoints.compatibility import check_quantizer
 from ..checkpoints.digests import verify_digests
-from ..checkpoints.directory import CheckpointError, check_start, kept_tokenizer, latest, saved_arguments
+from ..checkpoints.directory import CheckpointError, check_ends, check_start, kept_tokenizer, latest, saved_arguments
 from ..checkpoints.directory_lock import held
 from ..cli import FailedError
 from ..objectives.language_modeling import LossOf, Objective, language_modeling
@@ -66,6 +66,8 @@ def _prepare(args: argparse.Namespace, signals: list[int], note: str | None) -> 
     """Builds the model, loads the checkpoint that ``--load`` names, finds the data, and prints what was decided."""
     found = _find_checkpoint(args)
     tokenizer, vocabulary = data.build_tokenizer(args)
+    if found is not None and not args.mock_data:
+        check_ends(found, tokenizer.eod, args.tokenizer_model)
     files = data.find_files(args)
     model = build_model(args, vocabulary)
     run = build_run(args, model)

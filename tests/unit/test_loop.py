@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitcpm_megatron.checkpoints.directory import latest
+from bitcpm_megatron.checkpoints.directory import CheckpointError, check_ends, latest
 from bitcpm_megatron.training import loop
 from bitcpm_megatron.training.flags import parse_args
 from bitcpm_megatron.training.loop import pretrain
@@ -63,3 +63,14 @@ def test_a_run_without_a_tokenizer_takes_its_checkpoints(tmp_path: Path) -> None
     (tmp_path / "hf" / "tokenizer.json").touch()
     loop._take_its_tokenizer(args, tmp_path)
     assert vars(args) == {"tokenizer_model": str(tmp_path / "hf"), "tokenizer_type": None}
+
+
+@pytest.mark.parametrize(("ends", "refused"), [(None, None), (2, None), ([5, 2], None), (7, "7"), ([5, 7], "5 or 7")])
+def test_a_tokenizer_ends_documents_as_the_model_ends_texts(tmp_path: Path, ends, refused: str | None) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"eos_token_id": ends}))
+    if refused is None:
+        check_ends(tmp_path, 2, "t.model")
+        return
+    with pytest.raises(CheckpointError, match=f"ends texts with token {refused}, and the tokenizer t.model ends .* 2"):
+        check_ends(tmp_path, 2, "t.model")
