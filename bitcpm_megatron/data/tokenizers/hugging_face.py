@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer, processors
 
 from ...files import parse_json
 from .common import identifiers, outside_of_vocabulary, require_utf8
 
-FILE, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+FILE, CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 # The library looks at it whenever it encodes.
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 # What an added token says of itself.
@@ -29,6 +29,8 @@ class HuggingFaceTokenizer:
         path: the directory, or the ``tokenizer.json`` in it.
 
     Attributes:
+        directory: where its files are.
+        config: what ``tokenizer_config.json`` and ``special_tokens_map.json`` hold, empty without them.
         vocab_size: one more than the largest id, added tokens included.
         eod: id of ``eos_token``, the same as ``eos``.
         pad: id of ``pad_token``, -1 without one.
@@ -40,7 +42,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         given = Path(path)
-        directory = given.parent if given.name == FILE else given
+        directory = self.directory = given.parent if given.name == FILE else given
         content = _read(directory / FILE)
         try:
             self._tokenizer = Tokenizer.from_buffer(content)
@@ -49,13 +51,15 @@ class HuggingFaceTokenizer:
         # What a file may ask for is for batches of tensors.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._config = _read_config(directory)
+        # It adds the special tokens, which we never ask for, and may cut spaces off the offsets of tokens.
+        self._tokenizer.post_processor = processors.Sequence([])
+        self.config = _read_config(directory)
         self._add_tokens()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         eos = self._special("eos_token")
         if eos is None:
             raise ValueError(
-                f"{directory}: no eos_token to end documents with: name one in {_CONFIG}, as the model's authors do"
+                f"{directory}: no eos_token to end documents with: name one in {CONFIG}, as the model's authors do"
             )
         self.eod = self.eos = eos
         self.pad = -1 if (pad := self._special("pad_token")) is None else pad
@@ -76,10 +80,30 @@ class HuggingFaceTokenizer:
         Raises:
             ValueError: a text holds lone surrogates, which have no UTF-8 form.
         """
-        for text in texts:
-            require_utf8(text)
-        os.environ[_PARALLEL] = "true" if threads > 1 else "false"
-        return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [found.ids for found in self._encode(texts, threads)]
+
+    def tokenize_with_offsets(
+        self, texts: Sequence[str], threads: int = 1
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return the ids of :meth:`tokenize_batch`, and for each the (start, end) of its characters in the text.
+
+        Tokens that are parts of one character all have that character.
+
+        Raises:
+            ValueError: see :meth:`tokenize_batch`.
+        """
+        return [(found.ids, found.offsets) for found in self._encode(texts, threads)]
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """What is one token wherever it is written: special tokens, and what else was added to the vocabulary."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens that the files name, such as ``bos_token`` and ``eos_token``, as they are written."""
+        named = {name: self._content(name) for name in self.config if name.endswith("_token")}
+        return {name: content for name, content in named.items() if isinstance(content, str)}
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` (a list, an array or a 1-D tensor); special tokens vanish.
@@ -93,7 +117,7 @@ class HuggingFaceTokenizer:
 
     def _added(self) -> dict[int, dict[str, Any]]:
         """Tokens that stand in the configuration alone, as Transformers writes them, by id."""
-        listed = self._config.get("added_tokens_decoder")
+        listed = self.config.get("added_tokens_decoder")
         return {int(number): dict(token) for number, token in (listed or {}).items()}
 
     def _add_tokens(self) -> None:
@@ -102,9 +126,18 @@ class HuggingFaceTokenizer:
                 how = {key: token[key] for key in _HOW if key in token}
                 self._tokenizer.add_tokens([AddedToken(token["content"], **how)])
 
+    def _encode(self, texts: Sequence[str], threads: int) -> list[Encoding]:
+        for text in texts:
+            require_utf8(text)
+        os.environ[_PARALLEL] = "true" if threads > 1 else "false"
+        return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+
+    def _content(self, name: str) -> Any:
+        token = self.config.get(name)
+        return token.get("content") if isinstance(token, dict) else token
+
     def _special(self, name: str) -> int | None:
-        token = self._config.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
+        content = self._content(name)
         return None if content is None else self._tokenizer.token_to_id(content)
 
 
@@ -120,7 +153,7 @@ def _read(path: Path) -> bytes:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in (_SPECIAL, _CONFIG):
+    for name in (_SPECIAL, CONFIG):
         path = directory / name
         if path.is_file():
             content = parse_json(path.read_text(encoding="utf-8"), str(path))

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the answers stand in a rendered conversation, proved or refused, and which tokens of it are learned."""
+
+import itertools
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from .chat_template import ChatTemplate, Message
+
+Span = tuple[int, int]
+REASONING = ("reasoning_content", "thinking")
+_CURE = "give one with {% generation %} blocks around what the model writes: --chat-template FILE"
+_LEFT_OUT = "give one that writes it (--chat-template FILE), or leave it out of the data"
+
+
+class AnswerFinder:
+    """Finds what a model is to write in the text of a conversation: each assistant message and its end-of-turn.
+
+    The end-of-turn is the first added token behind the message with nothing but white space in between. Where the
+    template has ``{% generation %}`` blocks, they say where the messages stand. Else a message is what changes in the
+    text when another one takes its place, and everything in front of it and behind it has to stay. Where the template
+    begins that other one differently (reasoning and tool calls have their own words), the message is what follows the
+    text that asks for it. No text is searched for the words of an answer.
+
+    Args:
+        template: renders the conversations.
+        added_tokens: what the tokenizer reads as one token wherever it is written.
+    """
+
+    def __init__(self, template: ChatTemplate, added_tokens: Collection[str]) -> None:
+        self._template = template
+        longest_first = sorted(filter(None, added_tokens), key=len, reverse=True)
+        token = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self._token_behind = re.compile(rf"\s*(?:{token})")
+        self._token_at_end = re.compile(rf"(?:{token})\s*\Z")
+
+    def find(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the (start, end) of each answer in it, in characters and in order.
+
+        Raises:
+            ValueError: the template refuses the conversation, leaves out a part of it, or writes it so that answers and
+                their ends cannot be told from the rest for certain; with the cure.
+        """
+        text = self._template.render(messages, tools)
+        self._require_whole(text, messages, tools)
+        if self._template.has_generation:
+            spans = [self._with_end(text, *span) for span in self._template.generated(messages, tools)]
+        else:
+            answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+            spans = [self._locate(text, messages, number, tools) for number in answers]
+        if not spans or any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+            raise ValueError(f"the chat template writes no answers one after another: {_CURE}")
+        return text, spans
+
+    def _require_whole(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+        """Refuses a template that drops what it does not know, which the data holds for a reason."""
+        word = _unused_word(text)
+        words = {number: f"{word}n{number}n" for number, message in enumerate(messages) if message.get("content")}
+        replaced = [{**message, "content": words.get(n, message.get("content"))} for n, message in enumerate(messages)]
+        written = self._rendered(replaced, tools)
+        for number in words if written is not None else ():
+            if words[number] not in written:
+                role = messages[number]["role"]
+                raise ValueError(
+                    f"the chat template leaves out the content of message {number + 1} ({role}): {_LEFT_OUT}"
+                )
+        if tools and self._rendered(messages, None) == text:
+            raise ValueError(f"the chat template leaves out the tools: {_LEFT_OUT}")
+        for field in ("tool_calls", *REASONING):
+            without = [{key: value for key, value in message.items() if key != field} for message in messages]
+            if without != list(messages) and self._rendered(without, tools) == text:
+                raise ValueError(f"the chat template leaves out {field}: {_LEFT_OUT}")
+
+    def _locate(self, text: str, messages: Sequence[Message], number: int, tools: Sequence[Any] | None) -> Span:
+        """The span of an assistant message and its end-of-turn."""
+        where = f"message {number + 1} (assistant)"
+        word = _unused_word(text)
+        other = [*messages[:number], {"role": "assistant", "content": word}, *messages[number + 1 :]]
+        before, found, behind = (self._rendered(other, tools) or "").partition(word)
+        once = bool(found) and word not in behind
+        if once and text.startswith(before) and text.endswith(behind):
+            start, end = len(before), len(text) - len(behind)
+            if start >= end:
+                raise ValueError(f"the chat template leaves out {where}: {_LEFT_OUT}")
+            token = self._token_behind.match(text, end)
+            if token is None:
+                raise ValueError(
+                    f"the chat template writes no end-of-turn token behind {where}, so that no model would learn to "
+                    "stop: give one that writes eos_token there (--chat-template FILE)"
+                )
+            return start, token.end()
+        asked = self._rendered(messages[:number], tools, prompt=True)
+        given = self._rendered(messages[: number + 1], tools)
+        if asked is not None and given is not None and text.startswith(asked) and text.startswith(given):
+            # A template without a prompt would leave the head of the message among what is learned.
+            prompts = asked != self._rendered(messages[:number], tools) or (once and before.rstrip() == asked.rstrip())
+            token = self._token_at_end.search(given, len(asked))
+            if prompts and token is not None and given[len(asked) : token.start()].strip():
+                return len(asked), len(given.rstrip())
+        raise ValueError(f"the chat template writes {where} so that it cannot be told from the rest: {_CURE}")
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool = False) -> str | None:
+        """The text of a conversation that nobody gave, or None where the template refuses it."""
+        try:
+            return self._template.render(messages, tools, prompt)
+        except ValueError:
+            return None
+
+    def _with_end(self, text: str, start: int, end: int) -> Span:
+        """A generation block, with the end-of-turn behind it unless it ends with one."""
+        token = None if self._token_at_end.search(text, start, end) else self._token_behind.match(text, end)
+        return start, end if token is None else token.end()
+
+
+def answer_mask(offsets: Sequence[Span], spans: Sequence[Span], size: int) -> np.ndarray:
+    """Which tokens are learned: those that have at least one character of an answer.
+
+    Args:
+        offsets: (start, end) of each token, in characters.
+        spans: of the answers.
+        size: of the text, in characters.
+
+    Returns:
+        uint8 [tokens], 1 for a token that is learned as a target.
+    """
+    answers_until = np.zeros(size + 1, np.int64)
+    for start, end in spans:
+        answers_until[start + 1 : end + 1] = 1
+    answers_until = np.cumsum(answers_until)
+    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    return (answers_until[ends] > answers_until[starts]).astype(np.uint8)
+
+
+def _unused_word(text: str) -> str:
+    return next(word for n in itertools.count() if (word := f"answer{n}") not in text)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat templates: Jinja programs that write a conversation as one text, run in a sandbox as Transformers runs them."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ...files import read_text
+from ..tokenizers.hugging_face import CONFIG, HuggingFaceTokenizer
+
+Message = Mapping[str, Any]
+FILE = "chat_template.jinja"
+# Noncharacters, which no text holds and no template looks for.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+_MARK = re.compile(f"([{_BEGIN}{_END}])")
+
+
+class ChatTemplate:
+    """A chat template, which renders conversations.
+
+    Nothing that it names is opened or downloaded, and it reaches no object of the interpreter. The present time, which
+    some templates write into the text, is that of this object's making: all conversations get the same.
+
+    Args:
+        source: the Jinja program.
+        name: what messages call it.
+        special: the special tokens that it may write, by name (``bos_token``, ``eos_token``, ...).
+
+    Attributes:
+        has_generation: whether it says by ``{% generation %}`` blocks what the model writes.
+
+    Raises:
+        ValueError: it is no Jinja program.
+    """
+
+    def __init__(self, source: str, name: str, special: Mapping[str, str]) -> None:
+        self._name, self._special = name, dict(special)
+        now = datetime.now()
+        plain, marking = _environment(now, _Generation), _environment(now, _MarkedGeneration)
+        try:
+            # No other extension makes such nodes.
+            self.has_generation = plain.parse(source).find(jinja2.nodes.ExtensionAttribute) is not None
+            self._plain, self._marking = plain.from_string(source), marking.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{name}:{error.lineno}: not a chat template in Jinja: {error.message}") from None
+        except RecursionError:
+            raise ValueError(f"{name}: nested too deeply to be meant") from None
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: each with ``role``, ``content`` and whatever else the template reads.
+            tools: JSON schemas of the functions that the model may call.
+            add_generation_prompt: ends the text where an answer would begin.
+
+        Raises:
+            ValueError: the template refuses the conversation or cannot render it, in its words.
+        """
+        return self._render(self._plain, messages, tools, add_generation_prompt)
+
+    def generated(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[tuple[int, int]]:
+        """Where the ``{% generation %}`` blocks stand in the text of :meth:`render`: their (start, end), in characters.
+
+        Raises:
+                ValueError: as for :meth:`render`; or a block is in another, or is changed after it was written.
+        """
+        parts = _MARK.split(self._render(self._marking, messages, tools, False))
+        texts, marks = parts[::2], parts[1::2]
+        if "".join(texts) != self.render(messages, tools):
+            raise ValueError(f"{self._name} changes what its generation blocks wrote: let them hold the final text")
+        if "".join(marks) != (_BEGIN + _END) * (len(marks) // 2):
+            raise ValueError(f"{self._name} has a generation block in another: let each stand alone")
+        ends = list(itertools.accumulate(map(len, texts)))
+        return list(zip(ends[:-1:2], ends[1::2], strict=True))
+
+    def _render(
+        self, template: jinja2.Template, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool
+    ) -> str:
+        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+        try:
+            return template.render(**self._special, **values)
+        except Exception as error:  # of any type: a template adds and cuts values that it did not expect
+            raise ValueError(f"{self._name} refuses this conversation: {error}") from None
+
+
+def open_chat_template(tokenizer: HuggingFaceTokenizer, given: Path | None = None) -> ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: its special tokens are what the template may write.
+        given: a file to take in the place of the one that came with the tokenizer.
+
+    Raises:
+        ValueError: there is none, or it is no Jinja program.
+    """
+    beside = tokenizer.directory / FILE
+    if given is not None or beside.is_file():
+        path = beside if given is None else given
+        return ChatTemplate(read_text(path), str(path), tokenizer.special_tokens)
+    source = tokenizer.config.get("chat_template")
+    if isinstance(source, list):
+        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+        source = named.get("default")
+    if not isinstance(source, str):
+        raise ValueError(
+            f"{tokenizer.directory}: no chat template, neither {FILE} nor a default one in {CONFIG}; name the one that "
+            "the model is to be asked with: --chat-template FILE"
+        )
+    return ChatTemplate(source, f"the chat template in {tokenizer.directory / CONFIG}", tokenizer.special_tokens)
+
+
+class _Generation(Extension):
+    """``{% generation %}`` blocks, as if the tags were not there."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """Called by Jinja at the tag."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
+
+    def _written(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _MarkedGeneration(_Generation):
+    """``{% generation %}`` blocks, with marks around what they write."""
+
+    def _written(self, caller: Callable[[], str]) -> str:
+        return _BEGIN + caller() + _END
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's, without the attributes by which a template could reach the interpreter."""
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        super().__init__()
+        for name, value in dict(*values, **named).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace has no {name!r} for templates")
+        super().__setitem__(name, value)
+
+
+def _environment(now: datetime, generation: type[Extension]) -> ImmutableSandboxedEnvironment:
+    """What Transformers offers to a template."""
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[generation, loopcontrols])
+    made.filters["tojson"] = _to_json
+    made.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": lambda format: now.strftime(format),
+        # Not the type itself, which leads to others.
+        "dict": lambda *values, **named: dict(*values, **named),
+        "namespace": _Namespace,
+    }
+    return made
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own escapes characters of HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
