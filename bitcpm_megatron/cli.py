@@ -7,6 +7,8 @@ Nothing here imports torch, so that a command line is refused before anything sl
 import argparse
 import contextlib
 import errno
+import hashlib
+import json
 import math
 import os
 import re
@@ -15,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -180,6 +182,12 @@ def _read(kind: "Whole | Number", text: str) -> Any:
         shown = text if len(text) <= 40 else f"{text[:40]}..."
         raise argparse.ArgumentTypeError(f"{shown!r}: {mistake}")
     return value
+
+
+def command_digest(args: argparse.Namespace, without: Collection[str]) -> str:
+    """A digest of a command line, `without` the arguments that do not change the output: the same one goes on."""
+    words = json.dumps({key: value for key, value in sorted(vars(args).items()) if key not in without}, default=str)
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

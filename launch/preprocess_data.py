@@ -22,14 +22,10 @@ Exit codes: 0 done, 1 failed, 2 bad input or arguments.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 try:
     import bitcpm_megatron  # noqa: F401
@@ -37,7 +33,15 @@ except ModuleNotFoundError:  # started as a script from a checkout that is not i
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.data.corpus import FORM_FEED, TEXT_KEY, detect_format, document_split, read_documents
+from bitcpm_megatron.data.corpus import (
+    FORM_FEED,
+    TEXT_KEY,
+    detect_format,
+    document_split,
+    read_documents,
+    reading_progress,
+    require_files,
+)
 from bitcpm_megatron.data.python_prose import python_prose
 from bitcpm_megatron.data.token_files import outputs, write_corpus
 from bitcpm_megatron.data.tokenizers import (
@@ -126,9 +130,7 @@ def prepare(args: argparse.Namespace) -> None:
     written = [(args.train_tokenizer, refusal)] if args.train_tokenizer else []
     written += outputs(args.output_prefix, args.json_keys)
     inputs = [*(args.input or []), *([args.tokenizer_model] if args.tokenizer_model else [])]
-    # What makes this the same command as one that was killed.
-    words = json.dumps({k: v for k, v in sorted(vars(args).items()) if k not in ("workers", "overwrite")}, default=str)
-    command = hashlib.sha256(words.encode()).hexdigest()
+    command = cli.command_digest(args, without=("workers", "overwrite"))
     with PendingFiles(written, command=command, inputs=inputs, overwrite=args.overwrite) as pending:
         if tokenizer is None:
             texts = (text for document in documents("reading for the tokenizer") for text in document.values())
@@ -163,9 +165,7 @@ def _documents(args: argparse.Namespace) -> Callable[[str], Iterator[Document]]:
         detect_format(p, args.input_format) for p in args.input
     }:
         raise ValueError("--document-separator is for plain text, and no --input is; leave it out")
-    for path in args.input or ():
-        if not path.exists():
-            raise ValueError(f"{path}: no such file; check --input")
+    require_files(args.input or ())
 
     def corpus(title: str) -> Iterator[Document]:
         documents = iter(prose) if args.builtin_corpus else _read_with_progress(args, title)
@@ -175,10 +175,7 @@ def _documents(args: argparse.Namespace) -> Callable[[str], Iterator[Document]]:
 
 
 def _read_with_progress(args: argparse.Namespace, title: str) -> Iterator[Document]:
-    total = sum(path.stat().st_size for path in args.input)
-    # A terminal gets a live bar, a log file a line every half minute.
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=total, unit="B", unit_scale=True, desc=title, mininterval=interval, file=sys.stderr) as bar:
+    with reading_progress(args.input, title) as bar:
         yield from read_documents(
             args.input,
             keys=args.json_keys,

@@ -10,10 +10,14 @@ import hashlib
 import io
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from gzip import GzipFile
 from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
 
 FORM_FEED = "\f"
 TEXT_KEY = "text"
@@ -47,7 +51,7 @@ def read_documents(
     """
     for path in map(Path, paths):
         if detect_format(path, input_format) == "jsonl":
-            for number, line in _lines(path, on_read):
+            for number, line in read_lines(path, on_read):
                 if line.strip():
                     yield _select(line, keys, f"{path}:{number}")
         elif list(keys) == [TEXT_KEY]:
@@ -109,7 +113,7 @@ def _read_text(path: Path, separator: str, on_read: Callable[[int], object]) -> 
     separator = separator.strip(" \t")
     lines: list[str] = []
     size = first = 0
-    for number, line in _lines(path, on_read):
+    for number, line in read_lines(path, on_read):
         if line.strip(" \t\n") == separator:
             if lines:
                 yield {TEXT_KEY: "".join(lines).strip("\n")}
@@ -127,8 +131,15 @@ def _read_text(path: Path, separator: str, on_read: Callable[[int], object]) -> 
         yield {TEXT_KEY: "".join(lines).strip("\n")}
 
 
-def _lines(path: Path, on_read: Callable[[int], object]) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its newline); ``\\r\\n`` becomes ``\\n``, a byte order mark goes."""
+def read_lines(path: Path, on_read: Callable[[int], object]) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file, plain or ``.gz``, as (number from 1, line with its newline).
+
+    ``\\r\\n`` becomes ``\\n``, and a byte order mark goes. `on_read` is called with the number of bytes that were just
+    read from disk.
+
+    Raises:
+        ValueError: the file cannot be read, is not UTF-8 or is damaged; names file and cure.
+    """
     if path.is_dir():
         raise ValueError(f"{path}: a directory; name the files in it")
     if path.exists() and not path.is_file():
@@ -156,6 +167,25 @@ def _lines(path: Path, on_read: Callable[[int], object]) -> Iterator[tuple[int, 
                 f"{path}: reading stopped after line {number} ({error}); fetch the file again, or "
                 "rename it if it is not what its suffix says"
             ) from error
+
+
+def reading_progress(paths: Sequence[Path], title: str) -> "tqdm[NoReturn]":
+    """A progress bar on stderr for the bytes of files, a context manager; its ``update`` is for `on_read`."""
+    total = sum(path.stat().st_size for path in paths)
+    # A terminal gets a live bar, a log file a line every half minute.
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, unit="B", unit_scale=True, desc=title, mininterval=interval, file=sys.stderr)
+
+
+def require_files(paths: Iterable[Path]) -> None:
+    """Refuses files of ``--input`` that are not there, before anything begins.
+
+    Raises:
+        ValueError: with the path.
+    """
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file; check --input")
 
 
 def document_split(text: str, valid_fraction: float = 0.05) -> str:

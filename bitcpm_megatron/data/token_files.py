@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..files.lock import PendingFiles
 from .corpus import TEXT_KEY
 from .tokenizers import Tokenizer
@@ -71,7 +73,7 @@ def write_corpus(
     with contextlib.ExitStack() as stack:
         builders = {}
         for key, summary in summaries.items():
-            builders[key] = _builder(PendingFiles.temporary(Path(f"{summary.prefix}.bin")), tokenizer.vocab_size)
+            builders[key] = open_builder(PendingFiles.temporary(Path(f"{summary.prefix}.bin")), tokenizer.vocab_size)
             stack.callback(builders[key].data_file.close)
         for batch in _batches(documents):
             for key, summary in summaries.items():
@@ -129,8 +131,14 @@ def _prefixes(output_prefix: str | os.PathLike[str], keys: Sequence[str]) -> dic
     return {key: Path(f"{os.fspath(output_prefix)}_{key}_document") for key in keys}
 
 
-def _builder(path: Path, vocab_size: int) -> Any:
-    """megatron-core's writer of a ``.bin`` file, under the name `path`; its ``finalize`` writes the index."""
+def open_builder(path: Path, vocab_size: int | None = None, dtype: type[np.generic] | None = None) -> Any:
+    """megatron-core's writer of a ``.bin`` file, under the name `path`; its ``finalize`` writes the index.
+
+    It writes `dtype`, or without one what holds the tokens of a vocabulary.
+
+    Raises:
+        ModuleNotFoundError: megatron-core is not installed.
+    """
     # Imported on use: reading a corpus needs no Megatron, and the import takes seconds. Its warnings about absent
     # accelerator packages do not concern a tool that writes files.
     try:
@@ -142,4 +150,4 @@ def _builder(path: Path, vocab_size: int) -> Any:
             "writing .bin/.idx needs megatron-core: pip install 'bitcpm-megatron[standalone]', or put your Megatron-LM "
             "checkout on PYTHONPATH"
         ) from error
-    return IndexedDatasetBuilder(str(path), dtype=DType.optimal_dtype(vocab_size))
+    return IndexedDatasetBuilder(str(path), dtype=dtype or DType.optimal_dtype(vocab_size))

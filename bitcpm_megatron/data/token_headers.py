@@ -56,8 +56,11 @@ class TokenFile:
 
     def tokens_between(self, begin: int, end: int) -> int:
         """Tokens of the sequences ``begin`` to ``end``."""
-        lengths = _mapped(Path(f"{self.prefix}.idx"), "<i4", _HEADER_BYTES, self.sequences)
-        return int(np.sum(lengths[begin:end], dtype=np.int64))
+        return int(np.sum(self.lengths()[begin:end], dtype=np.int64))
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int32 [sequences], mapped from the index."""
+        return _mapped(Path(f"{self.prefix}.idx"), "<i4", _HEADER_BYTES, self.sequences)
 
     def mistake(self, vocab_size: int | None = None) -> str | None:
         """Why nothing can be trained on it, or None; the vocabulary is that of the model, where it is known."""

@@ -60,13 +60,12 @@ class AnswerFinder:
         word = _unused_word(text)
         words = {number: f"{word}n{number}n" for number, message in enumerate(messages) if message.get("content")}
         replaced = [{**message, "content": words.get(n, message.get("content"))} for n, message in enumerate(messages)]
+        # A template that refuses such words looks at them, at least.
         written = self._rendered(replaced, tools)
-        for number in words if written is not None else ():
-            if words[number] not in written:
-                role = messages[number]["role"]
-                raise ValueError(
-                    f"the chat template leaves out the content of message {number + 1} ({role}): {_LEFT_OUT}"
-                )
+        for number, one in words.items():
+            if written is not None and one not in written:
+                where = f"the content of message {number + 1} ({messages[number]['role']})"
+                raise ValueError(f"the chat template leaves out {where}: {_LEFT_OUT}")
         if tools and self._rendered(messages, None) == text:
             raise ValueError(f"the chat template leaves out the tools: {_LEFT_OUT}")
         for field in ("tool_calls", *REASONING):

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn conversations into the token files that supervised fine-tuning reads.
+
+Conversations come from JSON Lines files (also ``.gz``) with ``messages`` (and ``tools``) or with ``instruction``,
+``input`` and ``output``. The tokenizer's chat template writes each as one text, and several share a sample. Of the
+tokens only the answers and their ends are learned. A template that does not show where those are is refused.
+
+    python launch/preprocess_sft.py --input conversations.jsonl --tokenizer-model MiniCPM4-0.5B --seq-length 4096 \\
+        --output-prefix data/sft
+
+writes ``.bin`` and ``.idx`` of ``data/sft_tokens``, ``data/sft_answers`` and ``data/sft_ends``.
+
+Exit codes: 0 done, 1 failed, 2 bad input or arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+try:
+    import bitcpm_megatron  # noqa: F401
+except ModuleNotFoundError:  # started as a script from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bitcpm_megatron import cli
+from bitcpm_megatron.data.corpus import document_split, reading_progress, require_files
+from bitcpm_megatron.data.sft.chat_template import open_chat_template
+from bitcpm_megatron.data.sft.conversations import Conversation, read_conversations
+from bitcpm_megatron.data.sft.samples import outputs, write_samples
+from bitcpm_megatron.data.tokenizers import open_tokenizer
+from bitcpm_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
+from bitcpm_megatron.data.vocabulary import TOKENIZER_TYPES
+from bitcpm_megatron.files.lock import PendingFiles
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reading = parser.add_argument_group("input")
+    reading.add_argument(
+        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSON Lines files, plain or .gz"
+    )
+    reading.add_argument(
+        "--split",
+        choices=["all", "train", "valid"],
+        default="all",
+        help="take all conversations, or one side of a fixed split by the hash of their words (default: all)",
+    )
+    reading.add_argument(
+        "--valid-fraction",
+        type=cli.Number(0, 1, open_minimum=True, open_maximum=True),
+        metavar="F",
+        help="share of the conversations in --split valid (default: 0.05)",
+    )
+    tokens = parser.add_argument_group("tokens")
+    tokens.add_argument(
+        "--tokenizer-model", type=Path, required=True, metavar="DIR", help="a directory with a tokenizer.json"
+    )
+    tokens.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: what --tokenizer-model holds")
+    tokens.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="a template in Jinja (default: the tokenizer's own)"
+    )
+    tokens.add_argument(
+        "--seq-length", type=cli.Whole(2, 2**24), required=True, metavar="N", help="the most tokens of a sample"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="leading part of the output names")
+    output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    output.add_argument(
+        "--workers", type=cli.Whole(1, 1024), default=1, metavar="N", help="tokenizer threads (default: 1)"
+    )
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Do what the command line asks for and print one line about the output.
+
+    Raises:
+        ValueError: bad input; the message says where and what to do.
+    """
+    require_files(args.input)
+    tokenizer = open_tokenizer(args.tokenizer_model, args.tokenizer_type)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ValueError(
+            f"{args.tokenizer_model}: SentencePiece models have no chat template and do not say where in a text their "
+            "pieces stand; give a directory with a tokenizer.json (AutoTokenizer ... save_pretrained writes one)"
+        )
+    template = open_chat_template(tokenizer, args.chat_template)
+    inputs = [*args.input, args.tokenizer_model, *([args.chat_template] if args.chat_template else [])]
+    command = cli.command_digest(args, without=("workers", "overwrite"))
+    with PendingFiles(outputs(args.output_prefix), command=command, inputs=inputs, overwrite=args.overwrite) as pending:
+        summary = write_samples(
+            _conversations(args),
+            args.output_prefix,
+            tokenizer,
+            template,
+            pending,
+            seq_length=args.seq_length,
+            threads=args.workers,
+        )
+    print(summary, flush=True)
+
+
+def _conversations(args: argparse.Namespace) -> Iterator[Conversation]:
+    with reading_progress(args.input, "tokenizing") as bar:
+        for conversation in read_conversations(args.input, on_read=bar.update):
+            if args.split == "all" or document_split(conversation.text, args.valid_fraction) == args.split:
+                yield conversation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 failed, 2 bad input (bad arguments exit with 2, too)."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.valid_fraction is not None and args.split == "all":
+        parser.error("--valid-fraction needs --split train or --split valid")
+    args.valid_fraction = 0.05 if args.valid_fraction is None else args.valid_fraction
+    with cli.interrupted_by_sigterm():
+        return cli.run(lambda: prepare(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
