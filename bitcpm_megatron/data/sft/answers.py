@@ -77,10 +77,10 @@ class AnswerFinder:
         """The span of an assistant message and its end-of-turn."""
         where = f"message {number + 1} (assistant)"
         word = _unused_word(text)
-        other = [*messages[:number], {"role": "assistant", "content": word}, *messages[number + 1 :]]
-        before, found, behind = (self._rendered(other, tools) or "").partition(word)
-        once = bool(found) and word not in behind
-        if once and text.startswith(before) and text.endswith(behind):
+        so_far, another = list(messages[:number]), {"role": "assistant", "content": word}
+        instead = self._rendered([*so_far, another, *messages[number + 1 :]], tools) or ""
+        before, found, behind = instead.partition(word)
+        if found and word not in behind and text.startswith(before) and text.endswith(behind):
             start, end = len(before), len(text) - len(behind)
             if start >= end:
                 raise ValueError(f"the chat template leaves out {where}: {_LEFT_OUT}")
@@ -91,13 +91,14 @@ class AnswerFinder:
                     "stop: give one that writes eos_token there (--chat-template FILE)"
                 )
             return start, token.end()
-        asked = self._rendered(messages[:number], tools, prompt=True)
+        asked = self._rendered(so_far, tools, prompt=True)
         given = self._rendered(messages[: number + 1], tools)
         if asked is not None and given is not None and text.startswith(asked) and text.startswith(given):
-            # A template without a prompt would leave the head of the message among what is learned.
-            prompts = asked != self._rendered(messages[:number], tools) or (once and before.rstrip() == asked.rstrip())
+            # Where nothing asks for a message, it may have a head, which must not be learned.
+            begun, _, _ = (self._rendered([*so_far, another], tools) or "").partition(word)
+            asks = asked != self._rendered(so_far, tools) or asked.rstrip() == begun.rstrip()
             token = self._token_at_end.search(given, len(asked))
-            if prompts and token is not None and given[len(asked) : token.start()].strip():
+            if asks and token is not None and given[len(asked) : token.start()].strip():
                 return len(asked), len(given.rstrip())
         raise ValueError(f"the chat template writes {where} so that it cannot be told from the rest: {_CURE}")
 
