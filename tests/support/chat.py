@@ -16,6 +16,12 @@ SPECIAL = (
     *("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOLS]", "[/TOOLS]", "[RESULT]", "[/RESULT]", "<turn>", "<end>"),
 )
 
+
+def written(value: object) -> str:
+    """What ``tojson`` writes in a chat template."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 CHATML = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0]['role'] == 'system' %}
@@ -51,11 +57,11 @@ def chatml(messages: list[dict], tools: list[dict] | None = None) -> Pieces:
         system = ""
         if messages[0]["role"] == "system":
             system, rest = messages[0]["content"] + "\n\n", messages[1:]
-        listed = "".join(json.dumps(tool) + "\n" for tool in tools)
+        listed = "".join(written(tool) + "\n" for tool in tools)
         yield f"<|im_start|>system\n{system}Tools:\n{listed}<|im_end|>\n", False
     for message in rest:
         answer = message["role"] == "assistant"
-        calls = [f"<tool_call>{json.dumps(call['function'])}</tool_call>" for call in message.get("tool_calls", [])]
+        calls = [f"<tool_call>{written(call['function'])}</tool_call>" for call in message.get("tool_calls", [])]
         yield f"<|im_start|>{message['role']}\n", False
         yield (message["content"] or "") + "".join(calls) + "<|im_end|>", answer
         yield "\n", False
@@ -83,7 +89,7 @@ def llama_3(messages: list[dict], tools: list[dict] | None = None) -> Pieces:
     for message in messages:
         calls = message.get("tool_calls")
         yield f"<|head|>{message['role']}<|/head|>\n\n", False
-        said = json.dumps(calls[0]["function"]) if calls else message["content"].strip()
+        said = written(calls[0]["function"]) if calls else message["content"].strip()
         yield said + "<|eot|>", message["role"] == "assistant"
 
 
@@ -123,12 +129,12 @@ def mistral(messages: list[dict], tools: list[dict] | None = None) -> Pieces:
     for number, message in enumerate(messages):
         content, calls = message["content"], message.get("tool_calls")
         if message["role"] == "user":
-            listed = f"[TOOLS]{json.dumps(tools)}[/TOOLS]" if tools and number == last else ""
+            listed = f"[TOOLS]{written(tools)}[/TOOLS]" if tools and number == last else ""
             yield f"{listed}[INST] {system if number == last else ''}{content}[/INST]", False
         elif message["role"] == "tool":
             yield f"[RESULT]{content}[/RESULT]", False
         elif calls:
-            yield f"[TOOL_CALLS]{json.dumps(calls)}</s>", True
+            yield f"[TOOL_CALLS]{written(calls)}</s>", True
         elif message["role"] == "assistant":
             yield " ", False
             yield f"{content} </s>", True
@@ -177,7 +183,7 @@ def chat_tokenizer(directory: Path, template: str | None = None, vocab_size: int
     made.train_from_iterator(["Hi there! What is the answer? There is none.\n\n"] * 9, trainer)
     directory.mkdir(parents=True, exist_ok=True)
     made.save(str(directory / "tokenizer.json"))
-    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": "</s>"}
+    config = {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": "</s>", "pad_token": "</s>"}
     if template is not None:
         config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat templates: what they write is what Transformers writes; the answers in it are found exactly, or refused."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.chat import SPECIAL, STYLES, chat_tokenizer
+
+from bitcpm_megatron.data.sft.answers import AnswerFinder, answer_mask
+from bitcpm_megatron.data.sft.chat_template import ChatTemplate, open_chat_template
+from bitcpm_megatron.data.tokenizers import open_tokenizer
+from bitcpm_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
+
+NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
+TOOLS = [{"type": "function", "function": {"name": "look", "description": 'Looks "at" <it>, ä'}}]
+TURNS = [
+    {"role": "user", "content": "Say it. "},
+    {"role": "assistant", "content": "  It, twice: It \n"},
+    {"role": "user", "content": "It, twice: It"},
+    {"role": "assistant", "content": "user\n"},
+]
+SYSTEM = [{"role": "system", "content": "Be brief.\n"}, *TURNS]
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "ä"}}}
+CALLING = [
+    *({"role": "user", "content": "Look"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
+    *({"role": "tool", "content": "blue"}, {"role": "assistant", "content": "Blue."}),
+]
+SERVED = [
+    *((style, TURNS, None) for style in STYLES),
+    *((style, SYSTEM, None) for style in ("chatml", "llama-3", "mistral")),
+    *((style, CALLING, None) for style in ("chatml", "llama-3", "mistral")),
+    *((style, talk, TOOLS) for style in ("chatml", "mistral") for talk in (SYSTEM, CALLING, [*TURNS, *CALLING])),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
+    return open_tokenizer(chat_tokenizer(tmp_path_factory.mktemp("chat") / "hf"))
+
+
+def finder(source: str) -> AnswerFinder:
+    return AnswerFinder(ChatTemplate(source, "t.jinja", NAMED), SPECIAL)
+
+
+def expected(pieces) -> tuple[str, list[tuple[int, int]]]:
+    """The text of pieces, and where those are that are answers."""
+    pieces = list(pieces)
+    ends = list(itertools.accumulate(len(piece) for piece, _ in pieces))
+    spans = [(end - len(piece), end) for end, (piece, answer) in zip(ends, pieces, strict=True) if answer]
+    return "".join(piece for piece, _ in pieces), spans
+
+
+# ----------------------------------------------------------------------------------------------- rendering
+
+
+FEATURES = """{# a comment #}
+{%- set ns = namespace(n=0) %}
+  {% for message in messages %}
+    {%- if loop.index > 3 %}{% break %}{% endif %}
+    {%- set ns.n = ns.n + message.content | length %}
+    {% generation %}
+    {{ message | tojson(indent=1) }} {{ message.content.strip().upper()[:4] }} {{ missing }}
+    {% endgeneration %}
+  {% endfor %}
+{{ ns.n }} {{ strftime_now('%Y') }} {{ tools | tojson }} {{ dict(a=[1, none]) | tojson }} {{ add_generation_prompt }}
+{{- pad_token }} {{ documents is none }} {% for k, v in messages[0].items() %}{{ k }}{% endfor %}
+"""
+
+
+@pytest.mark.parametrize("source", [FEATURES, *(source for source, _ in STYLES.values())])
+@pytest.mark.parametrize("messages", [TURNS, SYSTEM[1:], CALLING])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_a_template_writes_what_transformers_writes(
+    tmp_path: Path, source: str, messages: list[dict], prompt: bool
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="pip install transformers, then make test")
+    directory = chat_tokenizer(tmp_path / "hf", source)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    ours = open_chat_template(open_tokenizer(directory))
+    written = theirs.apply_chat_template(messages, tools=TOOLS, add_generation_prompt=prompt, tokenize=False)
+    assert ours.render(messages, TOOLS, prompt) == written
+
+
+def test_the_template_beside_the_tokenizer_comes_before_the_one_in_its_configuration(tmp_path: Path) -> None:
+    directory = chat_tokenizer(tmp_path, "config {{ eos_token }}")
+    tokenizer = open_tokenizer(directory)
+    assert open_chat_template(tokenizer).render(TURNS) == "config </s>"
+    (directory / "chat_template.jinja").write_text("file {{ bos_token }}")
+    assert open_chat_template(tokenizer).render(TURNS) == "file <s>"
+    (tmp_path / "named").write_text("named")
+    assert open_chat_template(tokenizer, tmp_path / "named").render(TURNS) == "named"
+    with pytest.raises(ValueError, match="nowhere: there is no such file"):
+        open_chat_template(tokenizer, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("listed", [["default", "tool_use"], ["tool_use"], None])
+def test_of_several_templates_the_default_one_is_taken(tmp_path: Path, listed: list[str] | None) -> None:
+    named = listed and [{"name": name, "template": f"{name}!"} for name in listed]
+    tokenizer = open_tokenizer(chat_tokenizer(tmp_path, named))
+    if listed and "default" in listed:
+        assert open_chat_template(tokenizer).render(TURNS) == "default!"
+    else:
+        with pytest.raises(ValueError, match=r"no chat template, .* --chat-template FILE"):
+            open_chat_template(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ raise_exception('no such role') }}", "t.jinja refuses this conversation: no such role"),
+        ("{{ messages[0].content + 1 }}", r"t.jinja refuses this conversation: can only concatenate str"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% set n = namespace(a=1) %}{% set n.__class__ = 1 %}", "a namespace has no '__class__' for templates"),
+        ("{{ namespace(__init__=1) }}", "a namespace has no '__init__' for templates"),
+        ("{{ dict.mro() }}", "has no attribute 'mro'"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% for n in range(10 ** 9) %}{% endfor %}", "Range too big"),
+    ],
+)
+def test_what_a_template_cannot_or_must_not_do_is_an_error_in_its_words(source: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ChatTemplate(source, "t.jinja", NAMED).render(TURNS)
+
+
+def test_what_is_no_template_is_refused_with_its_line() -> None:
+    with pytest.raises(ValueError, match=r"t.jinja:2: not a chat template in Jinja: .*endif"):
+        ChatTemplate("{% if 1 %}\n{% endfor %}", "t.jinja", NAMED)
+
+
+# ----------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(("style", "messages", "tools"), SERVED)
+def test_the_answers_and_their_ends_are_found_and_nothing_else(style: str, messages: list[dict], tools: list | None):
+    source, pieces = STYLES[style]
+    assert finder(source).find(messages, tools) == expected(pieces(messages, tools))
+
+
+FRAGMENTS = st.sampled_from(
+    [*SPECIAL, "answer0", "answer0n1n", " ", "\n", "assistant\n", "user", "{{ x }}", "{% generation %}", "\u00e4", "\0"]
+)
+CONTENT = st.lists(FRAGMENTS | st.text(max_size=3), min_size=1, max_size=5).map("".join).filter(str.strip)
+
+
+@given(st.data(), st.sampled_from(list(STYLES)), st.integers(1, 3), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_no_content_confuses_it(data: st.DataObject, style: str, turns: int, system: bool) -> None:
+    roles = ["system"] * (system and style != "gemma") + ["user", "assistant"] * turns
+    # Few contents, so that some are the same.
+    contents = data.draw(st.lists(CONTENT, min_size=1, max_size=3))
+    messages = [{"role": role, "content": data.draw(st.sampled_from(contents))} for role in roles]
+    source, pieces = STYLES[style]
+    assert finder(source).find(messages) == expected(pieces(messages))
+
+
+THINKING = """{% for message in messages %}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- set content = message.content %}
+{%- if message.role == 'assistant' %}
+    {%- set thoughts = message.reasoning_content or '' %}
+    {%- if '</think>' in content %}
+        {%- set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {%- if loop.last %}
+        {{- '<think>\\n' + thoughts + '\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+{{- content + '<|im_end|>\\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+
+
+def test_reasoning_is_learned_where_the_template_writes_it() -> None:
+    asked, again = TURNS[0], TURNS[2]
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt."}
+    text, spans = finder(THINKING).find([asked, thought, again, thought])
+    assert [text[start:end] for start, end in spans] == ["It.<|im_end|>", "<think>\nhm\n</think>\n\nIt.<|im_end|>"]
+    apart = {"role": "assistant", "content": "It.", "reasoning_content": "hm"}
+    assert finder(THINKING).find([asked, apart, again, apart]) == (text, spans)
+    # Thoughts that nobody had are words of the template, and not of the answer.
+    text, spans = finder(THINKING).find([asked, {"role": "assistant", "content": "It."}])
+    assert text.endswith("<think>\n\n</think>\n\nIt.<|im_end|>\n") and text[slice(*spans[0])] == "It.<|im_end|>"
+    with pytest.raises(ValueError, match="the chat template leaves out reasoning_content"):
+        finder(STYLES["chatml"][0]).find([asked, apart])
+
+
+def without_prompt(source: str) -> str:
+    return source[: source.index("{% if add_generation_prompt %}")]
+
+
+CANNOT = {
+    "an answer in two places": (
+        "{{ messages[-1].content }}{% for m in messages %}<turn>{{ m.content }}<end>{% endfor %}",
+        TURNS,
+        r"writes message 4 \(assistant\) so that it cannot be told from the rest: give one with {% generation %}",
+    ),
+    "an answer that changes the text in front of it": (
+        "{{ messages[1].content | length }}{% for m in messages %}<turn>{{ m.content }}<end>{% endfor %}",
+        TURNS,
+        r"writes message 2 \(assistant\) so that it cannot be told from the rest",
+    ),
+    "reasoning, and nothing that asks for an answer": (
+        without_prompt(THINKING),
+        [TURNS[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt."}],
+        r"writes message 2 \(assistant\) so that it cannot be told from the rest",
+    ),
+    "no end": (
+        "{% for m in messages %}<turn>{{ m.content }}{% endfor %}",
+        TURNS,
+        r"no end-of-turn token behind message 4 \(assistant\), .* give one that writes eos_token there",
+    ),
+    "an end that is no token": (
+        "{% for m in messages %}<turn>{{ m.content }}</turn>{% endfor %}",
+        TURNS,
+        r"no end-of-turn token behind message 2 \(assistant\)",
+    ),
+    "no system message": (
+        "{% for m in messages if m.role != 'system' %}<turn>{{ m.content }}<end>{% endfor %}",
+        SYSTEM,
+        r"leaves out the content of message 1 \(system\)",
+    ),
+    "no tool calls": (
+        "{% for m in messages %}<turn>{{ m.content }}<end>{% endfor %}",
+        CALLING,
+        "leaves out tool_calls: give one that writes it",
+    ),
+    "the last answer alone": (
+        "<turn>{{ messages[-1].content }}<end>",
+        TURNS,
+        r"leaves out the content of message 1 \(user\)",
+    ),
+    "blocks for no answer": (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if 0 %}{% generation %}{% endgeneration %}{% endif %}",
+        TURNS,
+        "writes no answers one after another",
+    ),
+    "a block in a block": (
+        "{% generation %}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{% endgeneration %}",
+        TURNS,
+        "t.jinja has a generation block in another",
+    ),
+    "a block that is changed": (
+        "{% for m in messages %}{% set x %}{% generation %} {{ m.content }} {% endgeneration %}{% endset %}"
+        "{{ x | trim }}{% endfor %}",
+        TURNS,
+        "t.jinja changes what its generation blocks wrote",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CANNOT)
+def test_a_template_that_leaves_doubt_is_refused_with_the_cure(what: str) -> None:
+    source, messages, said = CANNOT[what]
+    with pytest.raises(ValueError, match=said):
+        finder(source).find(messages)
+
+
+def test_tools_that_a_template_does_not_write_are_refused() -> None:
+    with pytest.raises(ValueError, match="leaves out the tools"):
+        finder(STYLES["gemma"][0]).find(TURNS, TOOLS)
+
+
+def test_generation_blocks_say_what_is_learned_and_their_ends_are_added() -> None:
+    source = """{{ messages[-1].content }}{% for m in messages %}{{ '<turn>' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ 'model: ' + m.content }}{{ inner }}{% endgeneration %}
+{%- else %}{{ m.content }}{% endif %}{{ outer }}{% endfor %}"""
+    messages = TURNS[:3]
+    for inner, outer, answer in (
+        ("", "<end>\n", "<end>"),
+        ("", " <end>", " <end>"),
+        ("<end>", "<|eot|>", "<end>"),
+        ("<end>\n", "<|eot|>", "<end>\n"),
+        ("", ".<end>", ""),
+    ):
+        template = source.replace("{{ inner }}", inner).replace("{{ outer }}", outer)
+        text, [(start, end)] = finder(template).find(messages)
+        assert text[start:end] == "model:   It, twice: It \n" + answer
+
+
+# ----------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize(("style", "messages", "tools"), SERVED)
+def test_the_tokens_of_answers_are_learned(tokenizer, style: str, messages: list[dict], tools: list | None) -> None:
+    source, pieces = STYLES[style]
+    text, spans = finder(source).find(messages, tools)
+    [(ids, offsets)] = tokenizer.tokenize_with_offsets([text])
+    # Without merges a text has the tokens of its pieces.
+    of_pieces = [(tokenizer.tokenize(piece), answer) for piece, answer in pieces(messages, tools)]
+    assert ids == [token for tokens, _ in of_pieces for token in tokens]
+    mask = answer_mask(offsets, spans, len(text))
+    assert mask.dtype == np.uint8
+    assert mask.tolist() == [int(answer) for tokens, answer in of_pieces for _ in tokens]
+
+
+def test_a_token_with_one_character_of_an_answer_is_learned(tmp_path: Path) -> None:
+    tokenizer = open_tokenizer(chat_tokenizer(tmp_path, vocab_size=400))
+    for text, span in (("\n\nHi there!", (1, 4)), ("Hi \u00e4\u00e4.", (3, 4)), ("a <end> Hi", (2, 3)), ("Hi", (1, 1))):
+        [(ids, offsets)] = tokenizer.tokenize_with_offsets([text])
+        covered = [set(range(*offset)) & set(range(*span)) != set() for offset in offsets]
+        assert answer_mask(offsets, [span], len(text)).tolist() == covered
+        assert "".join(text[start:end] for start, end in sorted(set(offsets))) == text
+        assert ids == tokenizer.tokenize(text)
+
+
+def test_offsets_hold_the_spaces_that_a_post_processor_would_cut_off(tmp_path: Path) -> None:
+    directory = chat_tokenizer(tmp_path)
+    described = json.loads((directory / "tokenizer.json").read_text())
+    described["post_processor"] = {
+        **{"type": "ByteLevel", "add_prefix_space": True},
+        **{"trim_offsets": True, "use_regex": True},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(described))
+    [(_, offsets)] = open_tokenizer(directory).tokenize_with_offsets(["a \n"])
+    assert offsets == [(0, 1), (1, 2), (2, 3)]
