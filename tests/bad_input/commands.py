@@ -88,6 +88,11 @@ COMMANDS = {
             "launch",
             tuple("--input corpus.jsonl --tokenizer-model tokenizer.model --append-eod --output-prefix out/c".split()),
         ),
+        Command(
+            "preprocess_sft",
+            "launch",
+            tuple("--input talks.jsonl --tokenizer-model chat --seq-length 900 --output-prefix out/c".split()),
+        ),
         Command("run", "launch", ("job.yaml", "--print")),
         Command("preflight", "launch", ("job.yaml",)),
         Command("presets", "launch", ()),

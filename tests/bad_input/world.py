@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from support.chat import CHATML, chat_tokenizer
 
 MODEL = """
     --num-layers 1 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --swiglu --normalization RMSNorm
@@ -44,6 +45,10 @@ def build(directory: Path, run: Callable[[str, list[str]], None]) -> None:
     documents = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(40)) for i in range(60)]
     (directory / "corpus.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     (directory / "corpus.txt").write_text("\n\f\n".join(documents))
+    talks = [[{"role": "user", "content": d[:40]}, {"role": "assistant", "content": d[40:]}] for d in documents]
+    (directory / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    chat_tokenizer(directory / "chat", CHATML)
+    (directory / "chat.jinja").write_text(CHATML)
     (directory / "recipe.yaml").write_text(RECIPE)
     (directory / "job.yaml").write_text(JOB)
     line = "--input corpus.jsonl --train-tokenizer tokenizer.model --vocab-size 300 --append-eod"

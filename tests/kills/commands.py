@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.chat import CHATML, chat_tokenizer
 from support.launcher import environment
 
 from bitcpm_megatron.files import digest
@@ -288,6 +289,17 @@ def make_text(directory: Path) -> None:
         path.unlink()
 
 
+def make_talks(directory: Path) -> None:
+    """Conversations of 3 MB, and a tokenizer with a chat template."""
+    rng = random.Random(1)
+    words = "the quick brown fox jumps over a lazy dog while seven wizards boil black quartz and mix pale ink".split()
+    chat_tokenizer(directory / "chat", CHATML)
+    with (directory / "talks.jsonl").open("w") as stream:
+        for _ in range(6000):
+            text = " ".join(rng.choices(words, k=rng.randint(20, 160)))
+            stream.write(json.dumps({"instruction": text[:60], "output": text}) + "\n")
+
+
 def converters() -> Iterator[Command]:
     """The three of them."""
     yield Command(
@@ -348,4 +360,16 @@ def preprocessing() -> Command:
             Line("overwritten", f"{given} --append-eod --overwrite", (pair,), old=given),
         ),
         make_text,
+    )
+
+
+def preprocessing_sft() -> Command:
+    """Conversations to the three token files of fine-tuning."""
+    together = tuple(f"c_{part}{suffix}" for part in ("tokens", "answers", "ends") for suffix in (".bin", ".idx"))
+    line = "--input {input}/talks.jsonl --tokenizer-model {input}/chat --seq-length 4096 --output-prefix {out}/c"
+    return Command(
+        "preprocess_sft",
+        "launch",
+        (Line("written", line, (together,)), Line("overwritten", f"{line} --overwrite", (together,), old=line)),
+        make_talks,
     )

@@ -118,6 +118,43 @@ def data(world: Path) -> Iterator[Case]:
             prepare=_latin("x.jsonl", text),
             says=("x.jsonl", "documents"),
         )
+    talks = tuple("--input x.jsonl --tokenizer-model chat --seq-length 900 --output-prefix out/c".split())
+    for what, text in {
+        "no messages": '{"text": "a"}\n',
+        "no message": '{"messages": []}\n',
+        "a stranger": '{"messages": [{"role": "bot", "content": "a"}]}\n',
+        "no answer": '{"messages": [{"role": "user", "content": "a"}]}\n',
+        "an answer of nothing": '{"instruction": "a", "output": " "}\n',
+        "nested": '{"messages": ' + "[" * 100_000 + "\n",
+        "half a surrogate": '{"instruction": "a", "output": "\\ud800"}\n',
+        "latin": '{"instruction": "\xe9", "output": "a"}\n',
+        "nothing": "",
+    }.items():
+        yield Case(
+            "data",
+            f"preprocess_sft {what}",
+            "preprocess_sft",
+            talks,
+            prepare=_latin("x.jsonl", text),
+            says=("x.jsonl:1", "no conversations"),
+        )
+    for what, template in {
+        "an endless text": "{{ 'a' * 10 ** 12 }}",
+        "no answers": "{{ messages[0].content }}",
+        "half a block": "{% for m in messages %}",
+        "code": "{{ ''.__class__.__base__.__subclasses__() }}",
+        "a file": "{% include 'talks.jsonl' %}",
+        "deep": "{{ " + "(" * 100_000 + " }}",
+    }.items():
+        yield Case(
+            "data",
+            f"preprocess_sft with a template of {what}",
+            "preprocess_sft",
+            (*COMMANDS["preprocess_sft"].good, "--chat-template", "x.jinja"),
+            prepare=_latin("x.jinja", template),
+            says=("x.jinja", "talks.jsonl:1"),
+            status=(1, 2),
+        )
     for name, content in (("x.txt.gz", b"no gzip"), ("x.unknown", b"text"), ("x.txt", b"\xff\xfe")):
         argv = tuple(f"--tokenizer-model tokenizer.model --append-eod --output-prefix out/c --input {name}".split())
         yield Case(

@@ -24,6 +24,7 @@ LINES = (
         "preprocess_data",
         tuple("--input corpus.txt --tokenizer-model tokenizer.model --append-eod --output-prefix out/c".split()),
     ),
+    ("preprocess_sft", (*COMMANDS["preprocess_sft"].good, "--chat-template", "chat.jinja")),
     ("inspect_checkpoint", ("fused",)),
     ("inspect_checkpoint", ("legacy",)),
     ("inspect_checkpoint", ("weights.bin",)),
