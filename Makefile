@@ -30,7 +30,9 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 	tokenizers==0.22.2 attrs certifi charset-normalizer codetiming dill fsspec httpcore httpx multiprocess requests \
 	sniffio typer-slim urllib3
 
-.PHONY: setup demo test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
+TEMPLATES := $(VENV)/chat-templates
+
+.PHONY: setup demo test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
 
 setup: $(READY)
 
@@ -96,6 +98,21 @@ test-hosts: $(HOST_PACKAGES)/.ready $(if $(MEGATRON_LM_019_PATH),$(HOST_PACKAGES
 # The numeric and distributed tests as other processors would run them, one factor at a time. PORTABLE='--settings AVX2'
 test-portable: $(READY)
 	$(PY) tests/portable_campaign.py $(PORTABLE)
+
+# Templates and vocabularies that models come with, out of the source of another package.
+$(TEMPLATES)/.ready: $(READY)
+	rm -rf $(TEMPLATES)
+	$(PY) -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(TEMPLATES) llama-cpp-python==0.3.36
+	tar -xzf $(TEMPLATES)/llama_cpp_python-0.3.36.tar.gz -C $(TEMPLATES) --strip-components=4 \
+		llama_cpp_python-0.3.36/vendor/llama.cpp/models
+	rm $(TEMPLATES)/llama_cpp_python-0.3.36.tar.gz
+	$(PY) -m pip install --quiet --no-deps --target $(TEMPLATES)/packages gguf==0.19.0
+	touch $@
+
+# Answers in 70 chat templates, and ids of real vocabularies against Transformers.
+test-templates: $(TEMPLATES)/.ready
+	CHAT_TEMPLATES_PATH=$(CURDIR)/$(TEMPLATES) PYTHONPATH=$(CURDIR)/$(TEMPLATES)/packages \
+		$(PY) -m pytest tests/integration/test_chat_templates.py
 
 # 50 steps with resident quantized weights against the cache and against none, in a pairwise cover of settings.
 test-resident: $(READY)

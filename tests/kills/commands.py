@@ -290,12 +290,12 @@ def make_text(directory: Path) -> None:
 
 
 def make_talks(directory: Path) -> None:
-    """Conversations of 3 MB, and a tokenizer with a chat template."""
+    """Conversations of 1 MB, and a tokenizer with a chat template."""
     rng = random.Random(1)
     words = "the quick brown fox jumps over a lazy dog while seven wizards boil black quartz and mix pale ink".split()
     chat_tokenizer(directory / "chat", CHATML)
     with (directory / "talks.jsonl").open("w") as stream:
-        for _ in range(6000):
+        for _ in range(2000):
             text = " ".join(rng.choices(words, k=rng.randint(20, 160)))
             stream.write(json.dumps({"instruction": text[:60], "output": text}) + "\n")
 

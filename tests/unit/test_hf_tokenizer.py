@@ -2,12 +2,12 @@
 """Hugging Face tokenizers: the ids of Transformers, documents' ends, and what is refused."""
 
 import json
-import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from support.texts import SPECIAL, strings
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from bitcpm_megatron.data.tokenizers import SentencePieceTokenizer, open_tokenizer, train_sentencepiece
@@ -20,16 +20,6 @@ TEXTS = [
     "你好，世界",
     "naïve café",
 ] * 20
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
-# Ordinary letters, spaces of all kinds, CJK, emoji with joiners and modifiers, combining marks and rare scripts.
-ALPHABETS = (
-    "abcdefghijklmnopqrstuvwxyz",
-    "ABC xyz 0123456789 .,;:!?()[]{}<>|_-+=/\\\"'",
-    " \t\n\r\u00a0\u2003\u200b",
-    "\u4f60\u597d\u4e16\u754c\u65e5\u672c\u8a9e\u3053\u3093\u306b\u3061\u306f\ud55c\uad6d\uc5b4",
-    "\U0001f600\U0001f44d\U0001f3fd\u200d\U0001f469\U0001f4bb\u2764\ufe0f",
-    "e\u0301a\u0308\u0915\u094d\u0937\u0639\u0631\u0628\u064a\U00010348\ufffd",
-)
 
 
 def byte_level(directory: Path) -> Path:
@@ -75,19 +65,6 @@ def saved(made: tokenizers.Tokenizer, trainer: trainers.BpeTrainer, directory: P
 @pytest.fixture(scope="module", params=[byte_level, byte_fallback], ids=lambda make: make.__name__)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return request.param(tmp_path_factory.mktemp("tokenizer") / "hf")
-
-
-def strings(count: int) -> list[str]:
-    chosen = random.Random(0)
-    parts = [*SPECIAL, "<think>", "The quick", " fox", "\n\n"]
-    made = []
-    for _ in range(count):
-        words = []
-        for _ in range(chosen.randint(1, 8)):
-            letters = chosen.choices(chosen.choice(ALPHABETS), k=chosen.randint(1, 6))
-            words.append(chosen.choice(parts) if chosen.random() < 0.2 else "".join(letters))
-        made.append("".join(words))
-    return made
 
 
 def test_ids_and_texts_are_those_of_transformers(directory: Path) -> None:
