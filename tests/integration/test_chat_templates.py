@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat templates and vocabularies that models come with: ``make test-templates`` downloads them and runs this."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -80,10 +81,13 @@ REFUSED["tools"] = {
 }
 
 
-def template(name: str, special: dict[str, str] = NAMED) -> tuple[ChatTemplate, AnswerFinder]:
+def template(name: str) -> tuple[ChatTemplate, AnswerFinder]:
     source = (MODELS / "templates" / f"{name}.jinja").read_text()
-    made = ChatTemplate(source, name, special)
-    return made, AnswerFinder(made, {*TOKEN.findall(source), *special.values()})
+    made = ChatTemplate(source, name, NAMED)
+    found = {*TOKEN.findall(source), *NAMED.values()}
+    with contextlib.suppress(ValueError):
+        found |= set(TOKEN.findall(made.render(TURNS)))  # some are put together
+    return made, AnswerFinder(made, found)
 
 
 def names() -> list[str]:
