@@ -13,12 +13,12 @@ from .directory import RELEASE, CheckpointError
 _ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels position_embedding_type "
     "rotary_base normalization norm_epsilon swiglu add_bias_linear untie_embeddings_and_output_weights num_experts "
-    "moe_router_topk moe_ffn_hidden_size"
+    "moe_router_topk moe_ffn_hidden_size window_size"
 ).split()
 _OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
 _TOLD = (
     "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
-    "weight_decay clip_grad"
+    "weight_decay clip_grad reset_position_ids reset_attention_mask eod_mask_loss"
 ).split()
 
 

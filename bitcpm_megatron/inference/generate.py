@@ -34,7 +34,7 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
     """
     args = recorded(saved_arguments(path), str(path))
     args.tensor_model_parallel_size = world_size()
-    args.pipeline_model_parallel_size = args.data_parallel_size = 1
+    args.pipeline_model_parallel_size = args.data_parallel_size = args.context_parallel_size = 1
     args.num_virtual_stages_per_pipeline_rank = None
     args.sequence_parallel = False
     args.gradient_accumulation_fusion = False

@@ -6,8 +6,11 @@ from functools import partial
 
 import torch
 
+from ..attention.documents import CUMULATIVE, packed_seq_params
+
 Batch = Mapping[str, torch.Tensor]
-"""``tokens``, ``labels`` and ``position_ids`` int64, ``loss_mask`` float; all ``[micro_batch_size, seq_length]``."""
+"""``tokens``, ``labels`` and ``position_ids`` int64, ``loss_mask`` float; all ``[micro_batch_size, seq_length]``, or one
+packed row with the lengths of its documents: see :func:`~bitcpm_megatron.attention.documents.pack`."""
 
 LossOf = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 """From a model's output to the loss sum, the tokens it is over, and by name what is reported: ``[sum, tokens]``."""
@@ -20,7 +23,8 @@ Megatron's schedules call the second part on the last pipeline stage alone."""
 
 def language_modeling(batch: Batch, model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
     """Cross entropy of the next token, over the tokens that ``loss_mask`` counts; of a GPTModel or a stage of one."""
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    packed = {"packed_seq_params": packed_seq_params(batch[CUMULATIVE])} if CUMULATIVE in batch else {}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **packed)
     return output, partial(_masked_sum, batch["loss_mask"])
 
 

@@ -45,7 +45,7 @@ from .model import Model
 from .run import Run
 
 _RESHARDABLE = "fully_reshardable"
-_LAYOUT = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "expert_model", "data")]
+_LAYOUT = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "expert_model", "data", "context")]
 
 
 class Saver:
@@ -208,7 +208,7 @@ def load(run: Run, checkpoint: Path) -> list[str]:
             f"{expert_ranks[0]} to {expert_ranks[1]}: add --no-load-optim, or keep the size"
         )
     with_rng = not (weights_alone or args.no_load_rng)
-    if with_rng and any(saved.get(name) != getattr(args, name) for name in _LAYOUT):
+    if with_rng and any(saved.get(name, 1) != getattr(args, name) for name in _LAYOUT):
         with_rng = False
         notes.append("random states: seeded anew, the parallel layout differs from the checkpoint's")
     state = without_scales(_model_state(run.model))
@@ -290,7 +290,8 @@ def _rng_state(args: argparse.Namespace) -> ShardedObject:
     }
     pp, tp = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
     shape = args.pipeline_model_parallel_size, args.tensor_model_parallel_size
-    return ShardedObject("rng_state", [state], shape, (pp, tp), replica_id=parallel_state.get_data_parallel_rank())
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", [state], shape, (pp, tp), replica_id=replica)
 
 
 def _set_rng_state(loaded: list[dict[str, Any]]) -> None:

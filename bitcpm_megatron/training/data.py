@@ -15,6 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
 from ..agreement import together
+from ..attention.documents import STARTS, pack, starts_after
 from ..data.blends import blend_of
 from ..data.sample_cache import key_of, sample_cache
 from ..data.token_headers import TokenFile, TokenFileError, read_token_file, split_mistake
@@ -163,9 +164,10 @@ def _config(args: argparse.Namespace, tokenizer: Tokenizer, directory: Path | No
         split=args.split if blends is None else None,
         path_to_cache=None if directory is None else str(directory),
         tokenizer=tokenizer,
-        reset_position_ids=False,
+        reset_position_ids=args.reset_position_ids,
+        # For masks, which nothing here makes: see batches().
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
     )
     if config.split_matrix is not None:
@@ -193,12 +195,12 @@ class _Builder(BlendedMegatronDatasetBuilder):
 
 
 def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[Batch]:
-    """Micro-batches of this data-parallel rank, from sample number ``consumed`` on, around for ever.
+    """Micro-batches of this data- and context-parallel rank, from sample number ``consumed`` on, around for ever.
 
     Every global batch is the next ``global_batch_size`` samples of the dataset, so that the order depends neither on
     where a run was stopped nor on the number of ranks.
     """
-    size = args.micro_batch_size
+    size, cp = args.micro_batch_size, args.context_parallel_size
     starts = itertools.count(consumed + parallel_state.get_data_parallel_rank() * size, size * args.data_parallel_size)
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -208,7 +210,15 @@ def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[B
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    for batch in loader:
+        if args.reset_attention_mask:
+            batch[STARTS] = starts_after(batch["tokens"], dataset.config.tokenizer.eod)
+        yield pack(batch, parallel_state.get_context_parallel_rank(), cp) if packs(args) else batch
+
+
+def packs(args: argparse.Namespace) -> bool:
+    """Whether micro-batches are one packed row each, of documents or, over context-parallel ranks, of samples."""
+    return args.reset_attention_mask or args.context_parallel_size > 1
 
 
 def withdraw_unknown_tokens(batches: Sequence[Batch], vocab_size: int) -> list[str]:

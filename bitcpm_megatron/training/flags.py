@@ -31,6 +31,26 @@ _EPSILON = Number(1e-30, 1)
 # What Python, NumPy and torch all take.
 _SEED = Whole(0, 2**32 - 1)
 _Add = Callable[..., argparse.Action]
+
+
+class _Window:
+    """Megatron-LM's pair ``W,0``: tokens to the left and to the right; as a list, which a checkpoint records."""
+
+    def __call__(self, text: str) -> list[int]:
+        parts = text.strip("()").split(",")
+        window = [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else None
+        if (mistake := self.mistake(window)) is not None:
+            raise argparse.ArgumentTypeError(f"{text!r} is {mistake}")
+        return window or []
+
+    def mistake(self, window: Any) -> str | None:
+        """What is wrong with the pair, if anything."""
+        good = isinstance(window, list | tuple) and len(window) == 2 and all(type(part) is int for part in window)
+        if good and _LENGTH.mistake(window[0]) is None and window[1] == 0:
+            return None
+        return f"no W,0 with W from 1 to {_LENGTH.maximum}: tokens before each one that it attends to, and none behind"
+
+
 _OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 
 
@@ -76,6 +96,7 @@ def _model(add: _Add) -> None:
     add("--hidden-dropout", type=_PROBABILITY, default=0.1)
     add("--init-method-std", type=Number(0, 10, open_minimum=True), default=0.02)
     add("--make-vocab-size-divisible-by", type=Whole(1, 2**20), default=128)
+    add("--window-size", type=_Window(), metavar="W,0", help="attend to this token and the W before it alone")
 
 
 def _parallel(add: _Add) -> None:
@@ -83,6 +104,8 @@ def _parallel(add: _Add) -> None:
     add("--pipeline-model-parallel-size", type=_RANKS, default=1)
     add("--num-virtual-stages-per-pipeline-rank", type=_LAYERS)
     add("--expert-model-parallel-size", type=_RANKS, default=1)
+    add("--context-parallel-size", type=_RANKS, default=1, help="ranks that share the tokens of a sequence")
+    add("--cp-comm-type", choices=("a2a",), default="a2a", help="how they attend: over heads (Ulysses)")
     add("--sequence-parallel", action="store_true")
     add("--use-distributed-optimizer", action="store_true")
     add("--overlap-grad-reduce", action="store_true")
@@ -137,6 +160,9 @@ def _data(add: _Add) -> None:
         help="a SentencePiece .model file, or a directory with a tokenizer.json; default the checkpoint's own",
     )
     add("--vocab-size", type=_VOCABULARY, help="rows of the embedding before padding, default the tokenizer's")
+    add("--reset-position-ids", action="store_true", help="positions start anew after an end-of-document token")
+    add("--reset-attention-mask", action="store_true", help="documents attend to themselves alone")
+    add("--eod-mask-loss", action="store_true", help="what follows an end-of-document token isn't learned")
     add("--data-cache-path", metavar="DIR", help="of the sample indices, default beside the data")
     add("--num-workers", type=Whole(0, 1024), default=0, help="data loading processes per rank")
     add("--eval-iters", type=Whole(0, 10**9), default=100)
@@ -221,7 +247,7 @@ def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
 
 def _mistake(action: argparse.Action, value: Any) -> str | None:
     for item in value if action.nargs == "+" and isinstance(value, list) else [value]:
-        if isinstance(action.type, Whole | Number) and (mistake := action.type.mistake(item)):
+        if isinstance(action.type, Whole | Number | _Window) and (mistake := action.type.mistake(item)):
             return mistake
         if action.choices is not None and item not in action.choices:
             return f"none of {', '.join(map(str, action.choices))}"

@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ..attention.documents import CUMULATIVE
 from ..checkpoints.compatibility import check_quantizer
 from ..checkpoints.digests import verify_digests
 from ..checkpoints.directory import CheckpointError, check_ends, check_start, kept_tokenizer, latest, saved_arguments
@@ -146,6 +147,8 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
         raise TrainingError(
             f"a latent weight is not finite or too large to be quantized: training has diverged. {_CURE}"
         )
+    if not tokens:
+        raise DataError(f"step {run.iteration + 1} has no token to learn: its samples are masked as a whole")
     loss = loss_sum / tokens
     if not math.isfinite(loss):
         raise TrainingError(f"the loss is {loss}: training has diverged. {_CURE}")
@@ -190,18 +193,23 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
     args, chunks = run.args, run.model.chunks
 
     def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
-        return objective({name: value.to(device(), non_blocking=True) for name, value in next(batches).items()}, model)
+        batch = next(batches)
+        # Lengths of documents stay here, where loops over them run.
+        moved = {name: value.to(device(), non_blocking=True) for name, value in batch.items() if name != CUMULATIVE}
+        return objective({**batch, **moved}, model)
 
     # The schedule's stages (and virtual stages) each read the same micro-batches.
     shared = list(islice(batches, args.num_microbatches))
     unknown = data.withdraw_unknown_tokens(shared, args.vocab_size)
+    # A packed row holds the tokens of all rows of its micro-batch.
+    rows, packed = args.micro_batch_size, data.packs(args)
     results = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(shared) for _ in chunks] if len(chunks) > 1 else iter(shared),
         model=chunks,
         num_microbatches=args.num_microbatches,
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length * rows if packed else args.seq_length,
+        micro_batch_size=1 if packed else rows,
         forward_only=forward_only,
     )
     total = torch.zeros(5, dtype=torch.float64, device=device())
@@ -253,7 +261,8 @@ def _introduce(run: Run, vocabulary: int, notes: list[str]) -> None:
     said = (
         f"{parameters:,} parameters, vocabulary {vocabulary:,} (padded), {params_dtype(args)}, "
         f"TP {parallel_state.get_tensor_model_parallel_world_size()} x "
-        f"PP {parallel_state.get_pipeline_model_parallel_world_size()} x DP {args.data_parallel_size}, "
+        f"PP {parallel_state.get_pipeline_model_parallel_world_size()} x DP {args.data_parallel_size}"
+        f"{f' x CP {args.context_parallel_size}' if args.context_parallel_size > 1 else ''}, "
         f"{args.num_microbatches} micro-batches of {args.micro_batch_size} x {args.seq_length} tokens per step, "
         f"{device().type} over {args.distributed_backend}"
     )

@@ -87,19 +87,21 @@ def ffn_channels(args: argparse.Namespace) -> int:
 
 def _parallel_mistakes(args: argparse.Namespace, world_size: int) -> Iterator[str]:
     tp, pp, ep = (getattr(args, f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline", "expert"))
-    vp = args.num_virtual_stages_per_pipeline_rank
-    if world_size % (tp * pp):
-        yield f"{world_size} processes cannot be split into groups of {tp} (tensor) x {pp} (pipeline)"
+    cp, vp = args.context_parallel_size, args.num_virtual_stages_per_pipeline_rank
+    if world_size % (tp * pp * cp):
+        context = f" x {cp} (context)" if cp > 1 else ""
+        yield f"{world_size} processes cannot be split into groups of {tp} (tensor) x {pp} (pipeline){context}"
         return
-    args.data_parallel_size = world_size // (tp * pp)
+    args.data_parallel_size = world_size // (tp * pp * cp)
     if args.data_parallel_size % ep:
         yield f"--expert-model-parallel-size {ep} does not divide the {args.data_parallel_size} data-parallel ranks"
     if args.num_experts is not None and tp > 1 and not args.sequence_parallel:
         yield "--num-experts with tensor parallelism needs --sequence-parallel"
     if args.sequence_parallel and tp == 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size > 1"
-    if args.sequence_parallel and args.seq_length % tp:
-        yield f"--sequence-parallel: --seq-length {args.seq_length} is not divisible by {tp}"
+    if args.sequence_parallel and args.seq_length % (tp * cp):
+        yield f"--sequence-parallel: --seq-length {args.seq_length} is not divisible by {tp * cp}"
+    yield from _context_mistakes(args, cp, tp)
     if args.num_layers % (pp * (vp or 1)):
         yield f"--num-layers {args.num_layers} cannot be split over {pp} stages" + (f" x {vp}" if vp else "")
     if vp is not None and pp == 1:
@@ -114,6 +116,18 @@ def _parallel_mistakes(args: argparse.Namespace, world_size: int) -> Iterator[st
         )
     if vp is not None and args.num_microbatches % pp:
         yield f"virtual stages need a multiple of {pp} micro-batches per step, got {args.num_microbatches}"
+
+
+def _context_mistakes(args: argparse.Namespace, cp: int, tp: int) -> Iterator[str]:
+    if cp > 1 and args.seq_length % (2 * cp):
+        yield f"--context-parallel-size {cp}: --seq-length {args.seq_length} is not divisible by {2 * cp}"
+    if cp > 1 and args.num_attention_heads % (tp * cp):
+        yield f"--context-parallel-size {cp}: {args.num_attention_heads} attention heads cannot be split over {tp} x {cp}"
+    if cp > 1 and args.num_experts is not None:
+        yield "--context-parallel-size does not go with --num-experts"
+    if args.position_embedding_type == "rope" and args.reset_position_ids != args.reset_attention_mask:
+        # Rotary embeddings know no positions but those within what attends to itself.
+        yield "with rope --reset-position-ids and --reset-attention-mask go together"
 
 
 def _schedule_mistakes(args: argparse.Namespace) -> Iterator[str]:

@@ -15,6 +15,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from ..attention.core import give_core_attention
+from ..attention.rotary import RotaryOfDocuments
 from ..models.customize import customize, softmax_scale
 from ..models.from_arguments import longrope_of, multipliers_of
 from ..nn.linear import HostModule, TernaryState
@@ -28,8 +30,8 @@ _FUSED_GEMM = "fused_weight_gradient_mlp_cuda"
 _SAME_NAMES = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
     "add_bias_linear moe_router_topk attention_dropout hidden_dropout init_method_std tensor_model_parallel_size "
-    "pipeline_model_parallel_size expert_model_parallel_size sequence_parallel bf16 use_cpu_initialization "
-    "recompute_granularity recompute_method recompute_num_layers"
+    "pipeline_model_parallel_size expert_model_parallel_size context_parallel_size sequence_parallel bf16 "
+    "use_cpu_initialization recompute_granularity recompute_method recompute_num_layers cp_comm_type"
 ).split()
 
 
@@ -98,6 +100,7 @@ def _transformer_config(args: argparse.Namespace) -> TransformerConfig:
         softmax_scale=softmax_scale(
             multipliers_of(vars(args)), longrope_of(vars(args)), args.kv_channels, args.max_position_embeddings
         ),
+        window_size=None if args.window_size is None else tuple(args.window_size),
         layernorm_epsilon=args.norm_epsilon,
         gated_linear_unit=args.swiglu,
         activation_func=torch.nn.functional.silu if args.swiglu else torch.nn.functional.gelu,
@@ -146,7 +149,7 @@ def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_s
     )
     model = GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=give_core_attention(spec),
         vocab_size=vocab,
         max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -159,6 +162,8 @@ def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_s
     )
     model.model_type = ModelType.encoder_or_decoder
     customize(model, multipliers_of(vars(args)), longrope_of(vars(args)))
+    if args.position_embedding_type == "rope":
+        model.rotary_pos_emb = RotaryOfDocuments(model.rotary_pos_emb)
     return model
 
 

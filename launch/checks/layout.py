@@ -157,7 +157,8 @@ def _memory(subject: Subject) -> list[Finding]:
     fused = profile.device != "npu" or bool(flags.get("use-fused-swiglu") and flags.get("use-fused-rmsnorm"))
     options = options_of(
         args,
-        flash_attention=upstream and bool(flags.get("use-flash-attn")),
+        # Our own core attention is torch's, which writes no scores where it drops none.
+        flash_attention=bool(flags.get("use-flash-attn")) if upstream else args.attention_dropout == 0,
         fused=upstream and fused,
         recipe=recipe,
         communicator_mib=2.0 * (buffer or 0),

@@ -108,7 +108,7 @@ def layout_of(job: Job, args: argparse.Namespace, world: int, vocab_size: int | 
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
         vpp=args.num_virtual_stages_per_pipeline_rank or 1,
-        cp=job.host.flags.get("context-parallel-size", 1),
+        cp=args.context_parallel_size,
         ep=args.expert_model_parallel_size,
         world=world,
     )

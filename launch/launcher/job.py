@@ -116,7 +116,7 @@ Text = Annotated[str, BeforeValidator(_text)]
 _VariableName = Annotated[str, _checked(r"[A-Za-z_][A-Za-z0-9_]*", "no name of a variable")]
 _HostName = Annotated[str, _checked(is_host_name, "no legal host name or address")]
 # Flags of our loop of which hosts know more values.
-_OF_HOSTS = ("tokenizer-type",)
+_OF_HOSTS = ("tokenizer-type", "cp-comm-type")
 _Name = Annotated[str, _checked(r"[A-Za-z0-9._-]{1,128}", "not a name of letters, digits, . _ -")]
 _Interface = Annotated[str, _checked(r"[A-Za-z0-9._:@-]{1,15}", "not the name of an interface")]
 _is_subnet = functools.partial(_reads, ipaddress.ip_network)
@@ -143,9 +143,6 @@ class Host(_Section):
                 raise ValueError(f"{key!r} is no name of a flag (write it without dashes in front)")
             if _section_of(key) is not None and key not in _OF_HOSTS:
                 raise ValueError(f"{key}: it belongs to section {_section_of(key)}")
-        mistake = Whole(1, 2**16).mistake(flags.get("context-parallel-size", 1))
-        if mistake is not None:
-            raise ValueError(f"context-parallel-size: {flags['context-parallel-size']!r}: {mistake}")
         return flags
 
     @model_validator(mode="after")

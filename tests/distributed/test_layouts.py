@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.small_model import MODEL, losses, quantized_weights, succeeded
+from support.token_data import write_documents, write_tokenizer
 
 from bitcpm_megatron import QuantizerConfig, quantize
 from bitcpm_megatron.checkpoints.directory import latest
@@ -31,6 +32,9 @@ TERNARY = [*MODEL, *SHARDS, "--eval-iters", "0"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 OVERLAPS = ["--overlap-grad-reduce", "--overlap-param-gather"]
+# With 4 heads in 2 groups: at CP 4 and TP 2 x CP 2 a rank has less than a group of its own.
+CP2, CP4 = (["--context-parallel-size", str(ranks)] for ranks in (2, 4))
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 LAYOUTS = {
     "TP1": (1, []),
     "TP2": (2, TP2),
@@ -41,14 +45,20 @@ LAYOUTS = {
     "DP2+overlaps": (2, OVERLAPS),
     "TP2xPP2": (4, [*TP2, *PP2, "--sequence-parallel"]),
     "TP2xDP2": (4, [*TP2, "--sequence-parallel", *OVERLAPS]),
+    "CP2": (2, CP2),
+    "CP4": (4, CP4),
+    "TP2xCP2": (4, [*TP2, "--sequence-parallel", *CP2]),
+    "CP2xDP2": (4, [*CP2, *OVERLAPS]),
 }
 # Cached and uncached must agree bit for bit where forwards are repeated, interleaved, or wait for their weights.
 CACHE_CASES = {
-    "recompute": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    "recompute": RECOMPUTE,
     "selective recompute": ["--recompute-granularity", "selective"],
     "VPP": LAYOUTS["PP2+VPP2"][1],
     "overlaps": OVERLAPS,
+    "CP": CP2,
 }
+PACKED = ["--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"]
 EXPERTS = [*TERNARY, "--num-experts", "4", "--moe-ffn-hidden-size", "64"]
 # Variants of the model that start alike at every layout, too: their own checkpoint, and one step at each.
 VARIANTS = {
@@ -60,16 +70,24 @@ VARIANTS = {
         [*TERNARY, "--micro-batch-size", "4"],
         {"TP1": 1, "in parts": 1, "DP2 in parts": 2, "TP2xPP2 in parts": 4},
     ),
+    # Documents of other lengths in each sample, of one token and longer than a sample; 3 micro-batches of 2.
+    "packed": (
+        [*TERNARY, *PACKED, "--micro-batch-size", "2", "--global-batch-size", "6"],
+        {"TP1": 1, "in parts": 1, "TP2+SP": 2, "PP2": 2, "CP2+recompute": 2, "CP4": 4, "TP2xCP2": 4},
+    ),
 }
 VARIANT_LAYOUTS = {name: flags for name, (_, flags) in LAYOUTS.items()}
 VARIANT_LAYOUTS["EP2"] = ["--expert-model-parallel-size", "2"]
+VARIANT_LAYOUTS["CP2+recompute"] = [*CP2, *RECOMPUTE]
 VARIANT_LAYOUTS |= {
     f"{layout} in parts".strip(): [*LAYOUTS.get(layout, (1, []))[1], "--micro-batch-size", "1"]
     for layout in ("", "DP2", "TP2xPP2")
 }
+MOCK = ("--mock-data", "--vocab-size", "300")
 TELEMETRY = ["--ternary-telemetry-interval", "1"]
 RESHARDINGS = [
     ("TP2", "PP2"),
+    ("CP2", "DP2"),
     ("DP2", "TP2"),
     ("TP2", "TP1"),
     ("TP2", "TP2"),
@@ -84,9 +102,15 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """All runs of this file, in as few batches as they allow: name -> (report, directory), and where logs lie."""
     where = tmp_path_factory.mktemp("layouts")
     results: dict = {"where": where}
+    lengths = [9, 1, 40, 3, 1, 1, 20, 5, 17, 2, 31, 8] * 6
+    real = ["--data-path", str(write_documents(where / "documents", lengths)), "--split", "1,0,0"]
+    real += ["--tokenizer-model", str(write_tokenizer(where / "tokenizer"))]
 
     def launch(ranks: int, wanted: dict[str, list[str]], resave: dict[str, Path] | None = None) -> None:
         masked = [name for name in wanted if name.startswith("masked ")]
+        for name in wanted:
+            if "packed" in name:
+                wanted[name] = [flag for flag in wanted[name] if flag not in MOCK] + real
         report, directory = launch_runs(wanted, ranks, resave, masked=masked)
         results.update({name: (report, directory) for name in wanted})
 

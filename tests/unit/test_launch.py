@@ -95,7 +95,7 @@ def test_a_job_is_strict(tmp_path: Path, override: str, said: str) -> None:
         (UPSTREAM.replace("use-flash-attn: true", "x: {y: 1}"), "expected true, a value or a list"),
         ("cluster: {network-interface: eth0, subnet: 10.0.0.0/8}", "give one"),
         (UPSTREAM.replace("use-flash-attn: true", "x: --y"), "would be taken for a flag"),
-        (UPSTREAM.replace("use-flash-attn: true", "context-parallel-size: two"), "'two': expected a whole number"),
+        (UPSTREAM.replace("use-flash-attn: true", "context-parallel-size: 2"), "it belongs to section parallelism"),
         ("model: {seq-length: 1, seq-length: 2}", "the key 'seq-length' stands there twice"),
         ("training: {train-iters: " + "9" * 5000 + "}", "so many digits"),
         ("training: {train-iters: 2024-13-45}", "training.train-iters: '2024-13-45': expected a whole number"),

@@ -290,7 +290,7 @@ PLANTED: dict[str, tuple[list[str], Plant, str, str, str]] = {
         [
             "host.kind=megatron-lm",
             "host.megatron-path=/m",
-            "host.flags.context-parallel-size=3",
+            "parallelism.context-parallel-size=3",
             "cluster.devices-per-node=6",
         ],
         no_plan,

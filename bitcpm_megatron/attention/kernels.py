@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention by the kernels of torch and torch_npu, document by document; none of them writes T x T scores.
+
+With a window of W a token attends to itself and to the W tokens before it.
+"""
+
+import functools
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+# Queries of one call in a sliding window, whose mask is a tensor of this by (this + W).
+_WINDOW_BLOCK = 512
+_COMPRESSED = 2048
+
+
+def attend_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, dropout: float
+) -> torch.Tensor:
+    """Attention within rows of one length.
+
+    Args:
+        query: ``[length, rows, heads, d]``.
+        key: ``[length, rows, groups, d]``; query head i attends with group ``i // (heads / groups)``.
+        value: like ``key``.
+        scale: of the scores, before the softmax.
+        window: tokens before itself that a token sees; None for all.
+        dropout: probability with which an attention weight is dropped.
+
+    Returns:
+        ``[length, rows, heads, d]``.
+    """
+    if query.device.type == "npu":
+        length, rows = query.shape[:2]
+        flat = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]
+        ends = [length * (row + 1) for row in range(rows)]
+        return _on_npu(*flat, ends, scale, window, dropout).unflatten(0, (rows, length)).transpose(0, 1)
+    by_head = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+    return _sdpa(*by_head, scale, window, dropout).permute(2, 0, 1, 3)
+
+
+def attend_documents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cumulative: torch.Tensor,
+    scale: float,
+    window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Attention within the documents of a packed row, as :func:`attend_rows` within rows.
+
+    Args:
+        query: ``[T, heads, d]``.
+        key: ``[T, groups, d]``.
+        value: like ``key``.
+        cumulative: int32 ``[documents + 1]``, from 0 to T, on the CPU.
+
+    Returns:
+        ``[T, heads, d]``.
+    """
+    if query.device.type == "npu":
+        return _on_npu(query, key, value, cumulative[1:].tolist(), scale, window, dropout)
+    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and not dropout and _has_varlen():
+        return _varlen(query, key, value, cumulative, scale, window)
+    lengths = cumulative.diff().tolist()
+    attended = [
+        attend_rows(*(x.unsqueeze(1) for x in document), scale, window, dropout).squeeze(1)
+        for document in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(attended)
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, dropout: float
+) -> torch.Tensor:
+    """Attention of ``[rows, heads, length, d]``, with ``[rows, groups, length, d]``."""
+    length = query.shape[2]
+    call = functools.partial(
+        scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+    )
+    if window is None or window >= length - 1:
+        return call(query, key, value, is_causal=True)
+    attended = []
+    for start in range(0, length, _WINDOW_BLOCK):
+        end = min(start + _WINDOW_BLOCK, length)
+        first = max(0, start - window)
+        back = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
+        seen = (back >= 0) & (back <= window)
+        block = (query[:, :, start:end], key[:, :, first:end], value[:, :, first:end])
+        attended.append(call(*block, attn_mask=seen))
+    return torch.cat(attended, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def _has_varlen() -> bool:
+    """Whether this torch has flash attention over cumulative lengths with everything that is asked of it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cumulative: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = int(cumulative.diff().max())
+    cumulative = cumulative.to(query.device, non_blocking=True)
+    return varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        cumulative,
+        cumulative,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window, 0),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+def _on_npu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: Sequence[int],
+    scale: float,
+    window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    """``torch_npu.npu_fusion_attention`` in layout TND, whose cumulative lengths have no leading 0."""
+    import torch_npu
+
+    # Modes 3 (causal) and 4 (band) of the operator take one compressed mask for all lengths.
+    mask = _compressed_mask(query.device)
+    banded = {"sparse_mode": 3} if window is None else {"sparse_mode": 4, "pre_tockens": window, "next_tockens": 0}
+    return torch_npu.npu_fusion_attention(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        query.shape[1],
+        "TND",
+        atten_mask=mask,
+        scale=scale,
+        keep_prob=1.0 - dropout,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        **banded,
+    )[0]
+
+
+@functools.lru_cache(maxsize=2)
+def _compressed_mask(device: torch.device) -> torch.Tensor:
+    return torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device).triu(1)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token files and a tokenizer for whole training runs whose documents have lengths that a test chooses."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+EOD = 299
+
+
+def write_tokenizer(directory: Path) -> Path:
+    """A tokenizer of 300 words, of which the last one ends documents."""
+    directory.mkdir()
+    words = {f"w{i}": i for i in range(EOD)} | {"<eod>": EOD}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    made.add_special_tokens(["<eod>"])
+    made.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eod>"}))
+    return directory
+
+
+def write_documents(prefix: Path, lengths: Sequence[int], seed: int = 0) -> Path:
+    """Random tokens in documents of these lengths, of which each ends with the last token."""
+    random = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in lengths:
+        tokens = [*random.integers(0, EOD, length - 1).tolist(), EOD]
+        builder.add_document(torch.tensor(tokens), [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
