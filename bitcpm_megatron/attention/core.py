@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Core attention for megatron-core's local layers, which by themselves have neither packed sequences, nor sliding windows
-in them, nor context parallelism, and write T x T scores.
+"""Core attention for megatron-core's local layers: packed sequences, sliding windows in them, context parallelism.
+
+By themselves these layers have none of it, and write T x T scores.
 
 It stands where megatron-core takes substitutes: ``core_attention`` of a layer spec's ``SelfAttentionSubmodules``
 (``megatron/core/models/backends.py``). There it displaces ``DotProductAttention``, and keeps its meanings: of

@@ -2,8 +2,8 @@
 """Packed sequences: the documents of a micro-batch one behind the other, as cumulative lengths, cut over the ranks of
 context parallelism.
 
-A packed micro-batch is one row of T tokens (``thd``, in the words of Transformer Engine). Rank r of N holds chunks r and
-2 N - 1 - r of its 2 N equal chunks, as everywhere in Megatron-LM (``get_batch_on_this_cp_rank``): this is what
+A packed micro-batch is one row of T tokens (``thd``, in the words of Transformer Engine). Rank r of N holds chunks r
+and 2 N - 1 - r of its 2 N equal chunks, as everywhere in Megatron-LM (``get_batch_on_this_cp_rank``): this is what
 megatron-core's rotary embeddings assume.
 """
 

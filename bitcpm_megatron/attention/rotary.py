@@ -12,9 +12,9 @@ class RotaryOfDocuments(torch.nn.Module):
     """Takes the place of ``GPTModel.rotary_pos_emb``; for what isn't packed it is the embedding that it was made of.
 
     megatron-core's own makes one table for the longest document, of which each takes the front. For a LongRoPE, whose
-    frequencies are those of a sequence's length, that would let the longest document choose for all the others, and one
-    that is as long as the row is looked up in another way (``_apply_rotary_pos_emb_thd``). This one makes a table with a
-    row per token, which upstream then only cuts by context-parallel rank.
+    frequencies are those of a sequence's length, that would let the longest document choose for all the others; and a
+    table as long as the row is looked up in another way (``_apply_rotary_pos_emb_thd``). This one makes a table with an
+    entry per token, which upstream then only cuts by context-parallel rank.
     """
 
     def __init__(self, rope: RotaryEmbedding) -> None:

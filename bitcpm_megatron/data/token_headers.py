@@ -62,6 +62,10 @@ class TokenFile:
         """Tokens of each sequence, int32 [sequences], mapped from the index."""
         return _mapped(Path(f"{self.prefix}.idx"), "<i4", _HEADER_BYTES, self.sequences)
 
+    def ends_with(self, token: int) -> bool:
+        """Whether the last of its documents ends with a token."""
+        return bool(self.tokens) and int(np.memmap(f"{self.prefix}.bin", self.dtype, "r")[-1]) == token
+
     def mistake(self, vocab_size: int | None = None) -> str | None:
         """Why nothing can be trained on it, or None; the vocabulary is that of the model, where it is known."""
         if self.dtype.startswith("float"):

@@ -9,8 +9,8 @@ import torch
 from ..attention.documents import CUMULATIVE, packed_seq_params
 
 Batch = Mapping[str, torch.Tensor]
-"""``tokens``, ``labels`` and ``position_ids`` int64, ``loss_mask`` float; all ``[micro_batch_size, seq_length]``, or one
-packed row with the lengths of its documents: see :func:`~bitcpm_megatron.attention.documents.pack`."""
+"""``tokens``, ``labels`` and ``position_ids`` int64, ``loss_mask`` float; all ``[micro_batch_size, seq_length]``, or
+one packed row with the lengths of its documents: see :func:`~bitcpm_megatron.attention.documents.pack`."""
 
 LossOf = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 """From a model's output to the loss sum, the tokens it is over, and by name what is reported: ``[sum, tokens]``."""

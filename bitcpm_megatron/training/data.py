@@ -24,6 +24,7 @@ from ..data.vocabulary import padded_vocab_size
 
 Batch = dict[str, torch.Tensor]
 _SOURCES = ("data_path", "train_data_path", "valid_data_path")
+_AT_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 # Another number for indices of the same data that are not what they were.
 _INDICES = 1
 
@@ -69,7 +70,7 @@ def build_tokenizer(args: argparse.Namespace) -> tuple[Tokenizer, int]:
     )
 
 
-def find_files(args: argparse.Namespace) -> dict[str, list[TokenFile]]:
+def find_files(args: argparse.Namespace, end_of_document: int) -> dict[str, list[TokenFile]]:
     """Reads what the token files say about themselves, on rank 0 for all ranks; collective.
 
     Fills in ``data_digests`` of the arguments: what tells the training data from others.
@@ -79,12 +80,12 @@ def find_files(args: argparse.Namespace) -> dict[str, list[TokenFile]]:
 
     Raises:
         ValueError: on every rank alike, naming the file: it is missing or damaged, holds tokens that the vocabulary
-            lacks, or ``--split`` leaves nothing of it.
+            lacks, ``--split`` leaves nothing of it, or it has no ends of documents that a flag asks for.
     """
     told: list[dict[str, list[TokenFile]]] = [{}]
     with together():
         if torch.distributed.get_rank() == 0:
-            told = [_read_files(args)]
+            told = [_read_files(args, end_of_document)]
     torch.distributed.broadcast_object_list(told)
     files = told[0]
     training = files.get("data_path") or files.get("train_data_path") or []
@@ -92,7 +93,7 @@ def find_files(args: argparse.Namespace) -> dict[str, list[TokenFile]]:
     return files
 
 
-def _read_files(args: argparse.Namespace) -> dict[str, list[TokenFile]]:
+def _read_files(args: argparse.Namespace, end_of_document: int) -> dict[str, list[TokenFile]]:
     blends = {name: blend_of(getattr(args, name)) for name in _SOURCES if getattr(args, name) is not None}
     files = {name: [read_token_file(prefix) for prefix in prefixes] for name, (prefixes, _) in blends.items()}
     found = [file.mistake(args.vocab_size) for some in files.values() for file in some]
@@ -100,6 +101,13 @@ def _read_files(args: argparse.Namespace) -> dict[str, list[TokenFile]]:
         needed = ("training", "validation") if args.eval_iters else ("training",)
         weighted = blends["data_path"][1] is not None
         found.append(split_mistake(files["data_path"], args.split, needed, args.seq_length, weighted))
+    asked = [f"--{name.replace('_', '-')}" for name in _AT_ENDS if getattr(args, name)]
+    for file in itertools.chain(*files.values()):
+        if asked and not file.ends_with(end_of_document):
+            found.append(
+                f"{file.prefix}: its documents do not end with token {end_of_document}, for {asked[0]}: tokenize the "
+                "text with --append-eod, and with this tokenizer"
+            )
     for mistake in filter(None, found):
         raise TokenFileError(mistake)
     return files

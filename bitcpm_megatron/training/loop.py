@@ -69,7 +69,7 @@ def _prepare(args: argparse.Namespace, signals: list[int], note: str | None) -> 
     tokenizer, vocabulary = data.build_tokenizer(args)
     if found is not None and not args.mock_data:
         check_ends(found, tokenizer.eod, args.tokenizer_model)
-    files = data.find_files(args)
+    files = data.find_files(args, tokenizer.eod)
     model = build_model(args, vocabulary)
     run = build_run(args, model)
     run.signals = signals

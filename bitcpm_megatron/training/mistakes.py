@@ -122,7 +122,8 @@ def _context_mistakes(args: argparse.Namespace, cp: int, tp: int) -> Iterator[st
     if cp > 1 and args.seq_length % (2 * cp):
         yield f"--context-parallel-size {cp}: --seq-length {args.seq_length} is not divisible by {2 * cp}"
     if cp > 1 and args.num_attention_heads % (tp * cp):
-        yield f"--context-parallel-size {cp}: {args.num_attention_heads} attention heads cannot be split over {tp} x {cp}"
+        heads = f"{args.num_attention_heads} attention heads"
+        yield f"--context-parallel-size {cp}: {heads} cannot be split over {tp} x {cp} ranks"
     if cp > 1 and args.num_experts is not None:
         yield "--context-parallel-size does not go with --num-experts"
     if args.position_embedding_type == "rope" and args.reset_position_ids != args.reset_attention_mask:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Core attention: equal to megatron-core's, within windows and documents, by every kernel, and never T x T."""
 
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch

@@ -69,9 +69,7 @@ def alone(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     ends = batch[STARTS].flatten().nonzero().flatten().tolist()[1:] + [batch[STARTS].numel()]
     starts = [0, *ends[:-1]]
     flat = {name: value.flatten() for name, value in batch.items() if name != STARTS}
-    return [
-        {name: value[a:b].unsqueeze(0) for name, value in flat.items()} for a, b in zip(starts, ends, strict=True)
-    ]
+    return [{name: value[a:b].unsqueeze(0) for name, value in flat.items()} for a, b in zip(starts, ends, strict=True)]
 
 
 def loss_and_gradients(model, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -53,7 +53,7 @@ def samples(directory: Path, *more: str) -> tuple[list[list[int]], str | None]:
     """The first batches, and what was said of the cache."""
     args = arguments(directory, *more)
     tokenizer, _ = build_tokenizer(args)
-    data = build_data(args, tokenizer, find_files(args))
+    data = build_data(args, tokenizer, find_files(args, 2))
     stream = batches(args, data.train, 0)
     return [next(stream)["tokens"].tolist() for _ in range(3)], data.note
 
@@ -208,14 +208,24 @@ def test_a_token_beyond_the_vocabulary_is_refused_in_the_step_that_reads_it(plac
         loop.pretrain(arguments(place))
 
 
+@pytest.mark.parametrize("flag", ["--reset-position-ids --reset-attention-mask", "--eod-mask-loss"])
+def test_documents_without_ends_are_refused_where_they_are_asked_for(place: Path, flag: str) -> None:
+    args = arguments(place, *flag.split())
+    args.vocab_size = VOCAB
+    first = flag.split()[0]
+    with pytest.raises(ValueError, match=rf"corpus: its documents do not end with token 7, for {first}.*--append-eod"):
+        find_files(args, 7)
+    find_files(args, 2599 % VOCAB)
+
+
 def test_a_run_goes_on_with_its_own_data_alone(place: Path) -> None:
     args = arguments(place, "--load", str(place / "save"))
     args.vocab_size = VOCAB
-    find_files(args)
+    find_files(args, 2)
     saved = dict(vars(args))
     assert check_data(args, saved, place) == [] == check_data(args, {}, place)
     write(place / "corpus", np.arange(2600, dtype=np.uint16) % 7)
-    find_files(args)
+    find_files(args, 2)
     with pytest.raises(CheckpointError, match="corpus holds now: .*--allow-data-change"):
         check_data(args, saved, place)
     args.allow_data_change = True
@@ -238,7 +248,7 @@ def test_a_blend_gives_the_samples_that_megatron_core_gives(place: Path, paths: 
     write(place / "other", np.arange(1300, dtype=np.uint16) % 11, documents=13)
     args = arguments(place, paths=paths)
     tokenizer, _ = build_tokenizer(args)
-    ours = build_data(args, tokenizer, find_files(args))
+    ours = build_data(args, tokenizer, find_files(args, 2))
     config = data._config(args, tokenizer, None)
     upstream = BlendedMegatronDatasetBuilder(GPTDataset, [6, 2, 0], lambda: True, config).build()
     for mine, theirs, wanted in ((ours.train, upstream[0], 6), (ours.valid, upstream[1], 2)):
