@@ -1,30 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From arguments to micro-batches: megatron-core's GPTDataset, and an order that resumes at the very next sample."""
+"""From arguments to micro-batches: megatron-core's GPTDataset, or conversations; resumes at the very next sample."""
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import megatron.core
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
 
 from ..agreement import together
 from ..attention.documents import STARTS, pack, starts_after
 from ..data.blends import blend_of
 from ..data.sample_cache import key_of, sample_cache
+from ..data.sft_files import ANSWERS, ENDS, TOKENS, read_sft_files, sft_prefixes
 from ..data.token_headers import TokenFile, TokenFileError, read_token_file, split_mistake
 from ..data.tokenizers import NullTokenizer, Tokenizer, open_tokenizer
 from ..data.vocabulary import padded_vocab_size
+from .mistakes import AT_ENDS
 
 Batch = dict[str, torch.Tensor]
 _SOURCES = ("data_path", "train_data_path", "valid_data_path")
-_AT_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 # Another number for indices of the same data that are not what they were.
 _INDICES = 1
 
@@ -95,13 +101,14 @@ def find_files(args: argparse.Namespace, end_of_document: int) -> dict[str, list
 
 def _read_files(args: argparse.Namespace, end_of_document: int) -> dict[str, list[TokenFile]]:
     blends = {name: blend_of(getattr(args, name)) for name in _SOURCES if getattr(args, name) is not None}
-    files = {name: [read_token_file(prefix) for prefix in prefixes] for name, (prefixes, _) in blends.items()}
+    read = functools.partial(_read_conversations, args.seq_length) if args.sft else read_token_file
+    files = {name: [read(prefix) for prefix in prefixes] for name, (prefixes, _) in blends.items()}
     found = [file.mistake(args.vocab_size) for some in files.values() for file in some]
-    if args.data_path is not None:
+    if args.data_path is not None and not args.sft:
         needed = ("training", "validation") if args.eval_iters else ("training",)
         weighted = blends["data_path"][1] is not None
         found.append(split_mistake(files["data_path"], args.split, needed, args.seq_length, weighted))
-    asked = [f"--{name.replace('_', '-')}" for name in _AT_ENDS if getattr(args, name)]
+    asked = [f"--{name.replace('_', '-')}" for name in AT_ENDS if getattr(args, name)]
     for file in itertools.chain(*files.values()):
         if asked and not file.ends_with(end_of_document):
             found.append(
@@ -111,6 +118,16 @@ def _read_files(args: argparse.Namespace, end_of_document: int) -> dict[str, lis
     for mistake in filter(None, found):
         raise TokenFileError(mistake)
     return files
+
+
+def _read_conversations(seq_length: int, prefix: str) -> TokenFile:
+    """The tokens of conversations, under the prefix of all three files and with a digest of them all."""
+    files = read_sft_files(prefix)
+    longest = int(files[TOKENS].lengths().max(initial=0))
+    if longest > seq_length:
+        cure = f"give --seq-length {longest}, or pack it again for {seq_length}"
+        raise TokenFileError(f"{prefix} has samples of up to {longest} tokens: {cure}")
+    return replace(files[TOKENS], digest="-".join(file.digest for file in files.values()))
 
 
 def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[str, Sequence[TokenFile]]) -> Data:
@@ -124,13 +141,15 @@ def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[st
     """
     # Every evaluation reads the same validation samples, from the first.
     sizes = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = ConversationDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
 
     def build(directory: Path | None) -> Any:
         return _Builder(kind, sizes, lambda: True, _config(args, tokenizer, directory)).build()
 
     paths, root, note = args.data_path or args.train_data_path, None, None
-    if args.data_cache_path is not None:
+    if args.sft:
+        pass  # the order of conversations is not kept: it takes no time
+    elif args.data_cache_path is not None:
         root = Path(args.data_cache_path)
     elif paths is not None:
         # Where megatron-core keeps them, too. The indices of synthetic data need not be kept.
@@ -202,6 +221,80 @@ class _Builder(BlendedMegatronDatasetBuilder):
         return [list(part) for part in zip(*built, strict=True)]
 
 
+class ConversationDataset(MegatronDataset):
+    """Samples of supervised fine-tuning, of which answers count; each epoch has an order of its own.
+
+    Sample i is the same however many are asked for. Its tensors are ``[sequence_length]``: ``tokens`` and ``labels``
+    (int64), ``loss_mask`` (float; 1 where the next token belongs to an answer), ``position_ids`` (int64, from 0 in each
+    conversation), and where conversations start (bool). What is behind the last conversation is one more, of padding:
+    it is told by its place, for many models end texts with the token that they pad with.
+
+    Args:
+        dataset: of :meth:`build_low_level_dataset`.
+        dataset_path: the prefix.
+        indices: of the samples that belong to this split.
+        num_samples: the least that there have to be, over epochs; None for one epoch.
+        index_split: train, validation or test.
+        config: its ``random_seed``, ``sequence_length`` and ``tokenizer`` are used.
+    """
+
+    def __init__(
+        self,
+        dataset: dict[str, IndexedDataset],
+        dataset_path: str | None,
+        indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        epochs = 1 if not num_samples or not len(indices) else -(-num_samples // len(indices))
+        self._length = epochs * len(indices)
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> dict[str, IndexedDataset]:
+        """The three token files of a prefix."""
+        return {part: IndexedDataset(path, mmap=True) for part, path in sft_prefixes(dataset_path).items()}
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: dict[str, IndexedDataset]) -> int:
+        """The number of samples, which ``--split`` divides."""
+        return len(low_level_dataset[TOKENS])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        epoch, place = divmod(index, len(self.indices))
+        return self._sample(int(self.indices[self._order(epoch)[place]]))
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.config.random_seed, epoch]).permutation(len(self.indices))
+
+    def _sample(self, number: int) -> dict[str, torch.Tensor]:
+        found = {part: torch.from_numpy(file[number].astype(np.int64)) for part, file in self.dataset.items()}
+        used, ends = len(found[TOKENS]), found[ENDS]
+        length, tokenizer = self.config.sequence_length, self.config.tokenizer
+        tokens = torch.full((length,), tokenizer.eod if tokenizer.pad < 0 else tokenizer.pad)
+        tokens[:used] = found[TOKENS]
+        # Every token is asked for the next one of its conversation; the last one of each, for none.
+        asked = torch.zeros(length)
+        asked[: used - 1] = found[ANSWERS][1:].float()
+        asked[ends - 1] = 0.0
+        starts = torch.zeros(length, dtype=torch.bool)
+        begins = torch.cat((ends.new_zeros(1), ends if used < length else ends[:-1]))
+        starts[begins] = True
+        lengths = torch.cat((begins, begins.new_tensor([length]))).diff()
+        return {
+            "tokens": tokens,
+            "labels": tokens.roll(-1),
+            "loss_mask": asked,
+            "position_ids": torch.arange(length) - begins.repeat_interleave(lengths),
+            STARTS: starts,
+        }
+
+
 def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[Batch]:
     """Micro-batches of this data- and context-parallel rank, from sample number ``consumed`` on, around for ever.
 
@@ -226,7 +319,7 @@ def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[B
 
 def packs(args: argparse.Namespace) -> bool:
     """Whether micro-batches are one packed row each, of documents or, over context-parallel ranks, of samples."""
-    return args.reset_attention_mask or args.context_parallel_size > 1
+    return args.sft or args.reset_attention_mask or args.context_parallel_size > 1
 
 
 def withdraw_unknown_tokens(batches: Sequence[Batch], vocab_size: int) -> list[str]:

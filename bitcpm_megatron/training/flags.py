@@ -160,6 +160,7 @@ def _data(add: _Add) -> None:
         help="a SentencePiece .model file, or a directory with a tokenizer.json; default the checkpoint's own",
     )
     add("--vocab-size", type=_VOCABULARY, help="rows of the embedding before padding, default the tokenizer's")
+    add("--sft", action="store_true", help="fine-tune on conversations of launch/preprocess_sft.py, on answers alone")
     add("--reset-position-ids", action="store_true", help="positions start anew after an end-of-document token")
     add("--reset-attention-mask", action="store_true", help="documents attend to themselves alone")
     add("--eod-mask-loss", action="store_true", help="what follows an end-of-document token isn't learned")

@@ -25,6 +25,8 @@ _NEEDED_BY = {
     "vocab_size": ["mock_data"],
     "log_dir": ["ternary_telemetry_interval"],
 }
+AT_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+"""Arguments that ask for something at the end of documents."""
 
 
 def mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
@@ -158,6 +160,9 @@ def _data_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield "--tokenizer-model is needed with real data, where no checkpoint has a tokenizer"
     if args.tokenizer_type is not None and args.tokenizer_model is None:
         yield "--tokenizer-type says what --tokenizer-model is: give both"
+    for name in ("mock_data", *AT_ENDS):
+        if args.sft and getattr(args, name):
+            yield f"{_flag(name)} is for plain text: conversations that --sft trains on say where they end"
     for name in ("data_path", "train_data_path", "valid_data_path", "split"):
         try:
             if getattr(args, name) is not None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.small_model import MODEL, losses, quantized_weights, succeeded
-from support.token_data import write_documents, write_tokenizer
+from support.token_data import write_conversations, write_documents, write_tokenizer
 
 from bitcpm_megatron import QuantizerConfig, quantize
 from bitcpm_megatron.checkpoints.directory import latest
@@ -75,6 +75,11 @@ VARIANTS = {
         [*TERNARY, *PACKED, "--micro-batch-size", "2", "--global-batch-size", "6"],
         {"TP1": 1, "in parts": 1, "TP2+SP": 2, "PP2": 2, "CP2+recompute": 2, "CP4": 4, "TP2xCP2": 4},
     ),
+    # A third of the samples has nothing to learn, and some of the micro-batches are such samples alone.
+    "sft": (
+        [*TERNARY, "--sft", "--micro-batch-size", "2", "--global-batch-size", "8"],
+        {"TP1": 1, "in parts": 1, "DP2 in parts": 2, "PP2": 2, "TP2xCP2": 4},
+    ),
 }
 VARIANT_LAYOUTS = {name: flags for name, (_, flags) in LAYOUTS.items()}
 VARIANT_LAYOUTS["EP2"] = ["--expert-model-parallel-size", "2"]
@@ -93,7 +98,10 @@ RESHARDINGS = [
     ("TP2", "TP2"),
     ("PP2", "TP2xDP2"),
     ("DP2+overlaps", "DP2+overlaps"),
+    ("packed DP2", "packed DP2"),
+    ("sft DP2", "sft DP2"),
 ]
+CONTINUED = {**LAYOUTS, "packed DP2": (2, PACKED), "sft DP2": (2, ["--sft"])}
 SAVED_AT, END = 3, 6
 
 
@@ -103,14 +111,20 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
     where = tmp_path_factory.mktemp("layouts")
     results: dict = {"where": where}
     lengths = [9, 1, 40, 3, 1, 1, 20, 5, 17, 2, 31, 8] * 6
-    real = ["--data-path", str(write_documents(where / "documents", lengths)), "--split", "1,0,0"]
-    real += ["--tokenizer-model", str(write_tokenizer(where / "tokenizer"))]
+    samples = [[9, 20], [32], [1, 2, 3, 26], [16, 12]] * 3
+    files = {
+        "packed": write_documents(where / "documents", lengths),
+        "sft": write_conversations(where / "chat", samples, answers=(0.5, 0.0, 0.2)),
+    }
+    tokenizer = ["--tokenizer-model", str(write_tokenizer(where / "tokenizer"))]
+    real = {kind: ["--data-path", str(path), "--split", "1,0,0", *tokenizer] for kind, path in files.items()}
 
     def launch(ranks: int, wanted: dict[str, list[str]], resave: dict[str, Path] | None = None) -> None:
         masked = [name for name in wanted if name.startswith("masked ")]
         for name in wanted:
-            if "packed" in name:
-                wanted[name] = [flag for flag in wanted[name] if flag not in MOCK] + real
+            for kind, flags in real.items():
+                if kind in name:
+                    wanted[name] = [flag for flag in wanted[name] if flag not in MOCK] + flags
         report, directory = launch_runs(wanted, ranks, resave, masked=masked)
         results.update({name: (report, directory) for name in wanted})
 
@@ -145,10 +159,10 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
                     steps = ["--bf16", "--train-iters", "20", "--ternary-cache", cache]
                     wanted[f"{name} {cache}"] = [*TERNARY, *flags, *steps, *logged(f"{name} {cache}")]
             for source in {source for source, _ in RESHARDINGS}:
-                flags = [*TERNARY, *LAYOUTS[source][1], "--save", str(where / f"saved {source}")]
+                flags = [*TERNARY, *CONTINUED[source][1], "--save", str(where / f"saved {source}")]
                 wanted[f"saved {source}"] = [*flags, "--train-iters", str(END), "--exit-interval", str(SAVED_AT)]
                 wanted[f"whole {source}"] = [
-                    *[*TERNARY, *LAYOUTS[source][1], "--train-iters", str(END)],
+                    *[*TERNARY, *CONTINUED[source][1], "--train-iters", str(END)],
                     *logged(f"whole {source}"),
                 ]
             recipe = str(Path(__file__).parent / "keep_last_layer.yaml")
@@ -161,9 +175,9 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
             wanted["uneven experts"] = [*uneven, "--train-iters", "1", "--save", str(where / "uneven experts")]
             wanted["other stage"] = [*TERNARY, *PP2, "--train-iters", "1", "--ternary-recipe", recipe]
         for source, target in RESHARDINGS:
-            if LAYOUTS[target][0] == ranks:
+            if CONTINUED[target][0] == ranks:
                 name = f"{source} to {target}"
-                flags = [*TERNARY, *LAYOUTS[target][1], "--load", str(where / f"saved {source}")]
+                flags = [*TERNARY, *CONTINUED[target][1], "--load", str(where / f"saved {source}")]
                 wanted[name] = [*flags, "--train-iters", str(END), *logged(name)]
                 resave[name] = where / f"resaved {name}"
         launch(ranks, wanted, resave)

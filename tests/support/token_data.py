@@ -33,3 +33,29 @@ def write_documents(prefix: Path, lengths: Sequence[int], seed: int = 0) -> Path
         builder.add_document(torch.tensor(tokens), [length])
     builder.finalize(f"{prefix}.idx")
     return prefix
+
+
+def write_conversations(
+    prefix: Path, samples: Sequence[Sequence[int]], seed: int = 0, answers: Sequence[float] = (0.4,)
+) -> Path:
+    """Packed samples of conversations of these lengths, in which about a share of the tokens is learned.
+
+    Shares are those of samples in turn; every conversation ends with the token that ends documents, and learns it
+    where its sample learns anything.
+    """
+    random = np.random.default_rng(seed)
+    dtypes = {"tokens": np.uint16, "answers": np.uint8, "ends": np.int32}
+    builders = {part: IndexedDatasetBuilder(f"{prefix}_{part}.bin", dtype=dtype) for part, dtype in dtypes.items()}
+    for number, lengths in enumerate(samples):
+        share = answers[number % len(answers)]
+        tokens, learned = [], []
+        for length in lengths:
+            tokens += [*random.integers(0, EOD, length - 1).tolist(), EOD]
+            learned += [0, *(random.random(length - 2) < share).astype(int).tolist(), int(share > 0)][-length:]
+        learned[0] = 0
+        ends = np.cumsum(lengths).tolist()
+        for part, values in (("tokens", tokens), ("answers", learned), ("ends", ends)):
+            builders[part].add_document(torch.tensor(values), [len(values)])
+    for part, builder in builders.items():
+        builder.finalize(f"{prefix}_{part}.idx")
+    return prefix

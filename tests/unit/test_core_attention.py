@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Core attention: equal to megatron-core's, within windows and documents, by every kernel, and never T x T."""
 
-
 import pytest
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
