@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-layers", type=cli.Whole(1, MAX_LAYERS), help="instead of the model's")
     parser.add_argument("--vocab-size", type=size, help="instead of the model's; default of 0.5b-layers 2048")
     parser.add_argument("--layouts", nargs="+", metavar="TP2xPP2xDP1", help="add +SP, +DO (distributed optimizer)")
+    parser.add_argument("--context-parallel-size", type=cli.Whole(1, 2**16), metavar="N", help="of all layouts")
+    parser.add_argument(
+        "--packed", action="store_true", help="documents of 1/2, 1/4, 1/8 and 1/8 of a sequence, each by itself"
+    )
     parser.add_argument("--seq-length", type=size, help="default 256, on a GPU 4096")
     parser.add_argument(
         "--micro-batch-size", type=size, nargs="+", help="sequences; tokens are this times --seq-length"
@@ -116,13 +120,13 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
         ValueError: variants that cannot be compared, or a layout that this machine has no devices for.
     """
     shaping = ("model", "num_layers", "vocab_size", "layouts", "seq_length", "micro_batch_size", "micro_batches")
-    shaping += ("variants", "recompute", "pairs")
+    shaping += ("variants", "recompute", "pairs", "context_parallel_size")
     if best_device() == "npu":
         raise ValueError("our own training loop knows no NPU: measure there with --host megatron-lm")
     if args.peers and args.variants:
         raise ValueError("--peers names the variants: leave --variants out, or name the peers there")
     on_cpu = not torch.cuda.is_available()
-    if on_cpu and not args.peers and all(getattr(args, name) is None for name in shaping):
+    if on_cpu and not args.peers and not args.packed and all(getattr(args, name) is None for name in shaping):
         return [replace(job, ternary=ternary_flags(args)) for job in standard(_peers(1))]
     variants = tuple(dict.fromkeys((BASELINE, *(args.variants or MODES))))
     if args.variants and BASELINE not in args.variants:

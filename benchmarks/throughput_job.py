@@ -21,15 +21,16 @@ from pathlib import Path
 
 import torch
 from steps.meters import CollectiveBytes, live_copies, memory, quantizer_work
-from steps.plan import COST_STEPS, PROGRESS, WARM_UP
+from steps.plan import COST_STEPS, DOCUMENTS, PROGRESS, WARM_UP
 from steps.variants import VARIANTS, Variant, check_peers_use_their_weight, install_peer
 
 from bitcpm_megatron import cli
+from bitcpm_megatron.attention.documents import STARTS
 from bitcpm_megatron.files import read_json
 from bitcpm_megatron.ops.int8.timing import time_gemms
 from bitcpm_megatron.parallel import ternary_modules
 from bitcpm_megatron.parallel.resident import latents
-from bitcpm_megatron.training.data import Batch, build_tokenizer
+from bitcpm_megatron.training.data import Batch, build_tokenizer, of_this_rank
 from bitcpm_megatron.training.flags import parse_args
 from bitcpm_megatron.training.initialize import device, initialize, shutdown, world_size
 from bitcpm_megatron.training.loop import train_step
@@ -88,8 +89,21 @@ def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[Batch]:
     for _ in range(4):
         tokens = torch.randint(0, min(args.vocab_size, vocabulary), shape, generator=g)
         batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": position}
-        made.append({**batch, "loss_mask": torch.ones(shape)})
+        batch["loss_mask"] = torch.ones(shape)
+        if args.reset_attention_mask:
+            _divide(batch)
+        made.append(of_this_rank(args, batch))
     return itertools.cycle(made)
+
+
+def _divide(batch: dict[str, torch.Tensor]) -> None:
+    """Makes the sequences of a batch documents one behind the other."""
+    length = batch["tokens"].shape[1]
+    ends = torch.tensor(DOCUMENTS).cumsum(0).mul(length).long()
+    batch[STARTS] = torch.zeros_like(batch["tokens"], dtype=torch.bool)
+    batch[STARTS][:, ends[:-1]] = True
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    batch["position_ids"] = batch["position_ids"] - (ends - lengths).repeat_interleave(lengths)
 
 
 def costs(name: str, flags: Sequence[str], micro_batches: int) -> dict:

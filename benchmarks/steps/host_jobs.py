@@ -49,6 +49,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
     flags = model_flags(args.model, args.num_layers, vocabulary)
     if args.peers or args.variants:
         raise ValueError("--host compares bf16 and ternary: leave --peers and --variants out")
+    if args.packed:
+        raise ValueError("--host: its mock data is one document; leave --packed out")
     if args.megatron_path is None:
         raise ValueError("--host needs --megatron-path, a Megatron-LM checkout")
     for flag, path, package in (

@@ -10,7 +10,7 @@ class Layout:
     """Parallel sizes of a job.
 
     Attributes:
-        tensor, pipeline, data: sizes.
+        tensor, pipeline, context, data: sizes.
         sequence_parallel: activations between the linears are split, too.
         distributed_optimizer: optimizer state is split over the data-parallel ranks.
     """
@@ -20,6 +20,7 @@ class Layout:
     data: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    context: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
@@ -29,27 +30,28 @@ class Layout:
             ValueError: it is not one.
         """
         sizes, *options = text.upper().split("+")
-        found = dict(re.findall(r"(TP|PP|DP)(\d{1,5})", sizes))
+        found = dict(re.findall(r"(TP|PP|CP|DP)(\d{1,5})", sizes))
         if "X".join(f"{k}{v}" for k, v in found.items()) != sizes or not set(options) <= {"SP", "DO"}:
-            raise ValueError(f"layout {text!r}: write it as TP2, TP2xPP2xDP2, TP2+SP or DP2+DO")
-        tp, pp, dp = (int(found.get(name, 1)) for name in ("TP", "PP", "DP"))
-        if min(tp, pp, dp) < 1:
+            raise ValueError(f"layout {text!r}: write it as TP2, TP2xPP2xCP2xDP2, TP2+SP or DP2+DO")
+        tp, pp, cp, dp = (int(found.get(name, 1)) for name in ("TP", "PP", "CP", "DP"))
+        if min(tp, pp, cp, dp) < 1:
             raise ValueError(f"layout {text!r}: sizes are 1 or more")
-        return cls(tp, pp, dp, "SP" in options, "DO" in options)
+        return cls(tp, pp, dp, "SP" in options, "DO" in options, cp)
 
     @property
     def processes(self) -> int:
         """Processes of the whole job, one per device."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
     def flags(self) -> list[str]:
         """For our training loop, and for Megatron-LM."""
         line = ["--tensor-model-parallel-size", str(self.tensor)]
         line += ["--pipeline-model-parallel-size", str(self.pipeline)]
+        line += ["--context-parallel-size", str(self.context)] if self.context > 1 else []
         line += ["--sequence-parallel"] * self.sequence_parallel
         return line + ["--use-distributed-optimizer"] * self.distributed_optimizer
 
     def __str__(self) -> str:
-        sizes = [f"{k}{v}" for k, v in (("TP", self.tensor), ("PP", self.pipeline), ("DP", self.data)) if v > 1]
+        sizes = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "DP": self.data}
         options = "+SP" * self.sequence_parallel + "+DO" * self.distributed_optimizer
-        return ("x".join(sizes) or "TP1") + options
+        return ("x".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "TP1") + options

@@ -39,6 +39,8 @@ LAYERS_05B = {
     "attention-dropout": 0,
     "hidden-dropout": 0,
 }
+DOCUMENTS = (1 / 2, 1 / 4, 1 / 8, 1 / 8)
+"""Of a packed sequence, the shares that its documents have."""
 RECOMPUTE = {
     "none": (),
     "selective": ("--recompute-granularity", "selective"),
@@ -75,6 +77,7 @@ class Job:
         sessions: what is timed, one after the other.
         costs: variants whose memory is measured.
         ternary: flags of the ternary variants alone, beside ``--ternary``.
+        packed: whether sequences are documents one behind the other, of the shares of it in :data:`DOCUMENTS`.
     """
 
     model: str
@@ -86,6 +89,7 @@ class Job:
     sessions: tuple[Session, ...]
     costs: tuple[str, ...]
     ternary: tuple[str, ...] = ()
+    packed: bool = False
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -130,6 +134,7 @@ class Job:
             *("--seq-length", str(self.seq_length), "--max-position-embeddings", str(self.seq_length)),
             *("--micro-batch-size", str(self.micro_batch_size), "--train-iters", "1000000"),
             *self._fusion(),
+            *(("--reset-position-ids", "--reset-attention-mask") if self.packed else ()),
             *("--lr", "1e-4", "--lr-decay-style", "constant", "--bf16", "--mock-data"),
         ]
 
@@ -173,7 +178,13 @@ def asked(
         ValueError: no layout.
     """
     jobs = []
-    for layout in map(Layout.parse, args.layouts or ["TP1"]):
+    named = map(Layout.parse, args.layouts or ["TP1"])
+    layouts = (
+        named
+        if args.context_parallel_size is None
+        else [replace(layout, context=args.context_parallel_size) for layout in named]
+    )
+    for layout in layouts:
         chosen = variants(layout)
         sessions = tuple(Session(chosen, n, args.pairs or rounds) for n in args.micro_batches or (1, 8))
         costs = tuple(name for name in chosen if name not in PEERS)
@@ -181,7 +192,7 @@ def asked(
         for size in args.micro_batch_size or [1]:
             for recompute in args.recompute or ["none"]:
                 shape = (length, size, recompute)
-                jobs.append(Job(args.model, flags, layout, *shape, sessions, costs, ternary_flags(args)))
+                jobs.append(Job(args.model, flags, layout, *shape, sessions, costs, ternary_flags(args), args.packed))
     return jobs
 
 

@@ -14,7 +14,7 @@ from report.pictures import picture
 from report.tables import markdown, number, write_csv
 
 from bitcpm_megatron.training.flags import parse_args
-from steps.plan import BASELINE, RESIDENT, STEP, Job
+from steps.plan import BASELINE, DOCUMENTS, RESIDENT, STEP, Job
 from steps.variants import INT8, PEERS, VARIANTS
 
 MIB = 2**20
@@ -27,7 +27,8 @@ class Row:
     """One variant at one layout, number of tokens and number of micro-batches; what was not measured is None.
 
     Attributes:
-        tokens: per micro-batch and data-parallel rank.
+        tokens: per micro-batch and data-parallel rank, over all its context-parallel ranks.
+        packed: whether a sequence is documents.
         micro_batches: per step.
         ratio: median over pairs of this variant's step time and BF16's, with a 95 % interval.
         of_step: the same of this variant's and that of the cache ``step``, where both were interleaved.
@@ -51,6 +52,7 @@ class Row:
     layout: str
     tp: int
     pp: int
+    cp: int
     dp: int
     device: str
     model: str
@@ -63,6 +65,7 @@ class Row:
     vocab_size: int
     seq_length: int
     micro_batch_size: int
+    packed: bool
     tokens: int
     micro_batches: int
     recompute: str
@@ -125,6 +128,7 @@ def _row(job: Job, results: dict, name: str, micro_batches: int, pairs: int) -> 
         layout=str(job.layout),
         tp=job.layout.tensor,
         pp=job.layout.pipeline,
+        cp=job.layout.context,
         dp=job.layout.data,
         device=results["device"],
         model=job.model,
@@ -132,6 +136,7 @@ def _row(job: Job, results: dict, name: str, micro_batches: int, pairs: int) -> 
         vocab_size=args.vocab_size,
         seq_length=job.seq_length,
         micro_batch_size=job.micro_batch_size,
+        packed=job.packed,
         tokens=job.seq_length * job.micro_batch_size,
         micro_batches=micro_batches,
         recompute=job.recompute,
@@ -162,9 +167,11 @@ def _timed(row: Row, taken: Mapping[str, Sequence[float]], peak_tflops: float | 
         row.ratio, row.ratio_low, row.ratio_high = _of_pairs(seconds, taken[BASELINE])
     if STEP in taken and row.variant not in (BASELINE, STEP):
         row.of_step, row.of_step_low, row.of_step_high = _of_pairs(seconds, taken[STEP])
-    devices = row.tp * row.pp * row.dp
+    devices = row.tp * row.pp * row.cp * row.dp
     row.tokens_per_second_per_device = row.tokens * row.micro_batches * row.dp / (row.step_ms / 1e3) / devices
-    flops = flops_per_token(layout_of(vars(row), tied=True))
+    # A token attends within its document.
+    attended = int(row.seq_length * sum(share**2 for share in DOCUMENTS)) if row.packed else row.seq_length
+    flops = flops_per_token(layout_of({**vars(row), "seq_length": attended}, tied=True))
     row.tflops_per_device = row.tokens_per_second_per_device * flops / 1e12
     peak = peak_tflops or next((peak for name, peak in PEAK_TFLOPS.items() if name in row.device), None)
     row.mfu = None if peak is None else row.tflops_per_device / peak
@@ -250,7 +257,8 @@ def _gemm_table(rows: Sequence[Row]) -> str:
 
 
 def _place(row: Row) -> str:
-    return row.layout if row.recompute == "none" else f"{row.layout}, {row.recompute} recompute"
+    packed = ", packed" if row.packed else ""
+    return row.layout + packed + ("" if row.recompute == "none" else f", {row.recompute} recompute")
 
 
 def _ratio(row: Row, emphasis: str = "") -> str:

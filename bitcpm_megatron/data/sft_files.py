@@ -5,6 +5,7 @@ Sequence `n` of each is sample `n`: its tokens; for each of them whether it is l
 where its conversations end (int32, in tokens from the beginning of the sample, the last one is its length).
 """
 
+import dataclasses
 import os
 
 import numpy as np
@@ -45,6 +46,21 @@ def read_sft_files(prefix: str | os.PathLike[str]) -> dict[str, TokenFile]:
     if (sample := _wrong_ends(ends, lengths)) is not None:
         raise TokenFileError(f"{ends.prefix}: the conversations of sample {sample} do not end where it does: {_CURE}")
     return found
+
+
+def read_samples(seq_length: int, prefix: str | os.PathLike[str]) -> TokenFile:
+    """The tokens of the three files as one, under their common prefix and with a digest of them all.
+
+    Raises:
+        TokenFileError: see :func:`read_sft_files`; or a sample has more than `seq_length` tokens.
+    """
+    files = read_sft_files(prefix)
+    longest = int(files[TOKENS].lengths().max(initial=0))
+    if longest > seq_length:
+        cure = f"give --seq-length {longest}, or pack them again for {seq_length}"
+        raise TokenFileError(f"{prefix} has samples of up to {longest} tokens: {cure}")
+    digest = "-".join(file.digest for file in files.values())
+    return dataclasses.replace(files[TOKENS], prefix=os.fspath(prefix), digest=digest)
 
 
 def _wrong_ends(file: TokenFile, lengths: np.ndarray) -> int | None:

@@ -5,7 +5,7 @@ import argparse
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..agreement import together
 from ..attention.documents import STARTS, pack, starts_after
 from ..data.blends import blend_of
 from ..data.sample_cache import key_of, sample_cache
-from ..data.sft_files import ANSWERS, ENDS, TOKENS, read_sft_files, sft_prefixes
+from ..data.sft_files import ANSWERS, ENDS, TOKENS, read_samples, sft_prefixes
 from ..data.token_headers import TokenFile, TokenFileError, read_token_file, split_mistake
 from ..data.tokenizers import NullTokenizer, Tokenizer, open_tokenizer
 from ..data.vocabulary import padded_vocab_size
@@ -101,7 +101,7 @@ def find_files(args: argparse.Namespace, end_of_document: int) -> dict[str, list
 
 def _read_files(args: argparse.Namespace, end_of_document: int) -> dict[str, list[TokenFile]]:
     blends = {name: blend_of(getattr(args, name)) for name in _SOURCES if getattr(args, name) is not None}
-    read = functools.partial(_read_conversations, args.seq_length) if args.sft else read_token_file
+    read = functools.partial(read_samples, args.seq_length) if args.sft else read_token_file
     files = {name: [read(prefix) for prefix in prefixes] for name, (prefixes, _) in blends.items()}
     found = [file.mistake(args.vocab_size) for some in files.values() for file in some]
     if args.data_path is not None and not args.sft:
@@ -118,16 +118,6 @@ def _read_files(args: argparse.Namespace, end_of_document: int) -> dict[str, lis
     for mistake in filter(None, found):
         raise TokenFileError(mistake)
     return files
-
-
-def _read_conversations(seq_length: int, prefix: str) -> TokenFile:
-    """The tokens of conversations, under the prefix of all three files and with a digest of them all."""
-    files = read_sft_files(prefix)
-    longest = int(files[TOKENS].lengths().max(initial=0))
-    if longest > seq_length:
-        cure = f"give --seq-length {longest}, or pack it again for {seq_length}"
-        raise TokenFileError(f"{prefix} has samples of up to {longest} tokens: {cure}")
-    return replace(files[TOKENS], digest="-".join(file.digest for file in files.values()))
 
 
 def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[str, Sequence[TokenFile]]) -> Data:
@@ -301,7 +291,7 @@ def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[B
     Every global batch is the next ``global_batch_size`` samples of the dataset, so that the order depends neither on
     where a run was stopped nor on the number of ranks.
     """
-    size, cp = args.micro_batch_size, args.context_parallel_size
+    size = args.micro_batch_size
     starts = itertools.count(consumed + parallel_state.get_data_parallel_rank() * size, size * args.data_parallel_size)
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -314,7 +304,14 @@ def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[B
     for batch in loader:
         if args.reset_attention_mask:
             batch[STARTS] = starts_after(batch["tokens"], dataset.config.tokenizer.eod)
-        yield pack(batch, parallel_state.get_context_parallel_rank(), cp) if packs(args) else batch
+        yield of_this_rank(args, batch)
+
+
+def of_this_rank(args: argparse.Namespace, batch: Batch) -> Batch:
+    """A micro-batch as the model takes it: as it is, or this context-parallel rank's part of one packed row."""
+    if not packs(args):
+        return batch
+    return pack(batch, parallel_state.get_context_parallel_rank(), args.context_parallel_size)
 
 
 def packs(args: argparse.Namespace) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preflight: are the token files and the tokenizer there, whole, and of the vocabulary that the model has?"""
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,13 +40,18 @@ def check(subject: Subject) -> list[Finding]:
         what = f"without {', '.join(missing)} neither token files nor tokenizer can be read here"
         return [warned("data-files", what, "run the preflight on a node of the job, too")]
     files: list[TokenFile] = []
-    found = [finding for key in _KEYS if key in flags for finding in _files(key, list(map(str, flags[key])), files)]
-    return [*found, *_split(subject, files), _tokenizer(subject), *_tokens(subject, files), *_amount(subject, files)]
+    found = [finding for key in _KEYS if key in flags for finding in _files(subject, key, files)]
+    split = [] if subject.args.sft else _split(subject, files)
+    return [*found, *split, _tokenizer(subject), *_tokens(subject, files), *_amount(subject, files)]
 
 
-def _files(key: str, paths: list[str], files: "list[TokenFile]") -> Iterator[Finding]:
+def _files(subject: Subject, key: str, files: "list[TokenFile]") -> Iterator[Finding]:
+    from ...data.sft_files import read_samples
     from ...data.token_headers import read_token_file
 
+    paths, command, read = list(map(str, subject.job.flags[key])), "preprocess_data.py", read_token_file
+    if subject.args.sft:
+        command, read = "preprocess_sft.py", functools.partial(read_samples, subject.layout.sequence)
     try:
         prefixes = blend_of(paths)[0]
     except ValueError as error:
@@ -53,9 +59,9 @@ def _files(key: str, paths: list[str], files: "list[TokenFile]") -> Iterator[Fin
         return
     for prefix in prefixes:
         try:
-            found = read_token_file(prefix)
+            found = read(prefix)
         except (ValueError, OSError) as error:
-            yield failed(key, str(error), "launch/preprocess_data.py writes such a pair; is the storage mounted here?")
+            yield failed(key, str(error), f"launch/{command} writes such files; is the storage mounted here?")
             continue
         if mistake := found.mistake():
             yield failed(key, *mistake.rsplit(": ", 1))
@@ -132,6 +138,10 @@ def _amount(subject: Subject, files: "list[TokenFile]") -> list[Finding]:
     have = sum(f.tokens for f in files)
     if not have:
         return []
+    if args.sft:
+        samples = sum(f.sequences for f in files)
+        epochs = args.train_iters * batch / samples
+        return [passed("data-amount", f"{samples:,} samples of conversations, {epochs:.2f} epochs of them")]
     said = (
         f"{wanted / 1e9:,.2f} billion tokens to train on, {have / 1e9:,.2f} billion there: {wanted / have:.2f} epochs"
     )

@@ -121,10 +121,13 @@ def layer_activations(layout: Layout, options: Options) -> float:
         whole = 4 * size * h
         score = size + dropped
     else:
-        # k and v are repeated for all heads, or v holds the whole output of qkv; SwiGLU keeps five tensors; a norm
-        # keeps two in fp32; softmax is in fp32; q and k each have cosines and sines of the positions.
-        attended = (4 if layout.groups < layout.heads else 6) * attention
-        split = size * attended + size * layout.ffn * layout.topk * (5 if layout.gated else 3)
+        # k and v are repeated for all heads, or v holds the whole output of qkv, and always where no scores are kept,
+        # beside a logarithm per head; SwiGLU keeps five tensors; a norm keeps two in fp32; softmax is in fp32; q and k
+        # each have cosines and sines of the positions.
+        attended = size * (4 if layout.groups < layout.heads else 6) * attention
+        if options.flash_attention:
+            attended = size * 3 * (attention + groups) + 4 * layout.heads
+        split = attended + size * layout.ffn * layout.topk * (5 if layout.gated else 3)
         rotary = size * 4 * layout.sequence / layout.cp * layout.head_dim
         whole = 2 * 2 * 4 * h + 2 * size * h
         score = size + 4 + dropped

@@ -51,7 +51,7 @@ def write_conversations(
         tokens, learned = [], []
         for length in lengths:
             tokens += [*random.integers(0, EOD, length - 1).tolist(), EOD]
-            learned += [0, *(random.random(length - 2) < share).astype(int).tolist(), int(share > 0)][-length:]
+            learned += [0, *(random.random(max(0, length - 2)) < share).astype(int).tolist(), int(share > 0)][-length:]
         learned[0] = 0
         ends = np.cumsum(lengths).tolist()
         for part, values in (("tokens", tokens), ("answers", learned), ("ends", ends)):

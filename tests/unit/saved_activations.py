@@ -38,12 +38,11 @@ def main() -> None:
 
     tokens = torch.randint(0, args.vocab_size, (args.micro_batch_size, args.seq_length))
     positions = torch.arange(args.seq_length).expand_as(tokens)
-    mask = torch.ones(1, 1, args.seq_length, args.seq_length).triu(1).bool()
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        model.chunks[0](tokens, positions, mask, labels=tokens)
+        model.chunks[0](tokens, positions, None, labels=tokens)
     job = Job("measured", Path(), "", Host(), None, {}, Cluster())
     layout = layout_of(job, args, 1, args.vocab_size)
-    options = options_of(args, cpu=True, recipe=recipe_of(args) if args.ternary else None)
+    options = options_of(args, cpu=True, flash_attention=True, recipe=recipe_of(args) if args.ternary else None)
     _, need = estimate(layout, options)
     # The quantized weights are saved for the backward; of the logits only those in fp32 are.
     expected = need.activations + need.logits + need.quantized - options.size * layout.tokens * padded

@@ -340,11 +340,11 @@ PLANTED: dict[str, tuple[list[str], Plant, str, str, str]] = {
     ),
     "memory": (BIG, no_plan, "device-memory", "fail", "of 64 GiB"),
     "memory is tight": (
-        [*BIG, "cluster.device-memory-gib=150"],
+        [*BIG, "cluster.device-memory-gib=97"],
         no_plan,
         "device-memory",
         "warn",
-        "of 150 GiB",
+        "of 97 GiB",
     ),
     "warm-up beyond the end": (["training.lr-warmup-iters=20"], no_plan, "schedule", "fail", "warm-up of 20"),
     "warm-up meets decay": (["training.lr-wsd-decay-iters=19"], no_plan, "schedule", "fail", "decay of 19"),

@@ -96,7 +96,7 @@ def test_several_prefixes_are_blended_and_split(place: Path) -> None:
 
 
 def test_what_cannot_be_trained_on_is_refused(place: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(ValueError, match="chat has samples of up to 8 tokens: give --seq-length 8, or pack it again"):
+    with pytest.raises(ValueError, match="chat has samples of up to 8 tokens: give --seq-length 8, or pack them again"):
         find_files(arguments(place, "--data-path", f"{place}/chat", "--seq-length", "7"), EOD)
     with pytest.raises(ValueError, match="absent_tokens.idx is not there"):
         find_files(arguments(place, "--data-path", f"{place}/absent"), EOD)

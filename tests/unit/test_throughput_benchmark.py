@@ -113,12 +113,12 @@ def test_live_copies_are_counted(cache: str, expected: int) -> None:
 # ------------------------------------------------------------------------------------------------- plans and layouts
 
 
-@pytest.mark.parametrize("text", ["TP1", "TP2", "TP2xPP2", "PP4", "DP2+DO", "TP2xDP3+SP+DO"])
+@pytest.mark.parametrize("text", ["TP1", "TP2", "TP2xPP2", "PP4", "DP2+DO", "TP2xDP3+SP+DO", "CP2", "TP2xPP2xCP4xDP2"])
 def test_layouts_are_read_as_they_are_written(text: str) -> None:
     assert str(Layout.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["TP", "TP0", "2", "TP2PP2", "TP2+FOO", "TP2xTP2", "CP2"])
+@pytest.mark.parametrize("text", ["TP", "TP0", "2", "TP2PP2", "TP2+FOO", "TP2xTP2", "CP0"])
 def test_other_layouts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="layout"):
         Layout.parse(text)
@@ -219,7 +219,7 @@ def test_the_flops_are_megatrons() -> None:
 def _row(variant: str, **changes) -> throughput_report.Row:
     shape = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
     numbers = {"num_query_groups": 2, "kv_channels": 16, "vocab_size": 128, "seq_length": 32, "micro_batch_size": 1}
-    layout = {"layout": "TP2", "tp": 2, "pp": 1, "dp": 1, "device": "cpu", "model": "tiny"}
+    layout = {"layout": "TP2", "tp": 2, "pp": 1, "cp": 1, "dp": 1, "packed": False, "device": "cpu", "model": "tiny"}
     rest = {"tokens": 32, "micro_batches": 8, "recompute": "none", "variant": variant, "backend": "", "pairs": 6}
     return throughput_report.Row(**{**layout, **shape, **numbers, **rest, **changes})
 
