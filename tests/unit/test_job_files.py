@@ -57,17 +57,22 @@ def test_a_job_prints_what_it_printed(name: str) -> None:
 
 
 def test_there_is_a_job_for_every_model_and_size() -> None:
-    assert {f"{model}-{npus}npu" for model in ("0.5b", "1b", "3b", "8b") for npus in (8, 16, 64)} | {"tiny-cpu"} == set(
-        names()
-    )
+    sizes = {f"{model}-{npus}npu" for model in ("0.5b", "1b", "3b", "8b") for npus in (8, 16, 64)}
+    assert sizes | {"3b-32k", "8b-32k", "sft", "tiny-cpu"} == set(names())
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name.endswith("npu")])
+DEVICES = {name: int(name.partition("-")[2].removesuffix("npu")) for name in names() if name.endswith("npu")}
+DEVICES |= {"3b-32k": 16, "8b-32k": 16, "sft": 8}
+
+
+@pytest.mark.parametrize("name", DEVICES)
 def test_a_job_divides_and_fits(name: str) -> None:
     subject = Subject(read_job(name, ["cluster.master-addr=127.0.0.1"]), environ={}, node_rank=0)
     found = [*checks_layout.check(subject), *checks_training.check(subject)]
     assert [f for f in found if f.status != "pass"] == []
-    assert subject.layout.world == int(name.partition("-")[2].removesuffix("npu"))
+    assert subject.layout.world == DEVICES[name]
+    if name.endswith("32k"):
+        assert (subject.layout.cp, subject.layout.sequence) == (8, 32768)
 
 
 def test_the_jobs_of_a_model_train_the_same() -> None:
