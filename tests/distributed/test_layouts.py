@@ -70,6 +70,11 @@ VARIANTS = {
         [*TERNARY, "--micro-batch-size", "4"],
         {"TP1": 1, "in parts": 1, "DP2 in parts": 2, "TP2xPP2 in parts": 4},
     ),
+    # Three groups cannot be handed out to two ranks, nor each group to ranks of its own.
+    "three groups": (
+        [*TERNARY, "--num-attention-heads", "6", "--num-query-groups", "3", "--kv-channels", "16"],
+        {"TP1": 1, "CP2": 2},
+    ),
     # Documents of other lengths in each sample, of one token and longer than a sample; 3 micro-batches of 2.
     "packed": (
         [*TERNARY, *PACKED, "--micro-batch-size", "2", "--global-batch-size", "6"],
