@@ -34,7 +34,6 @@ _REFUSED = {
     "mlp_bias": (False, None),
     "hidden_act": ("silu", "swish", None),
     "pretraining_tp": (1, None),
-    "sparse_config": (None,),
     "partial_rotary_factor": (1, 1.0, None),
     "quantization_config": (None,),
 }
@@ -88,6 +87,13 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         ConversionError: unknown architecture, a missing number, or a feature that the family does not have.
     """
     kind = model_type_of(config)
+    if config.get("sparse_config") is not None:
+        # Not converted up to dense_len by itself: no file says how long the sequences of a training will be, and in a
+        # converted model nothing would remember it.
+        raise ConversionError(
+            "config.json: sparse_config is InfLLM-v2's sparse attention, which is not supported; up to its dense_len "
+            "tokens the model attends densely: for such sequences alone, take sparse_config out of config.json"
+        )
     for name, accepted in _REFUSED.items():
         if config.get(name) not in accepted:
             raise ConversionError(

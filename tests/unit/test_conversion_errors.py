@@ -116,6 +116,12 @@ FROM_HF = {
         "RoPE scaling 'yarn' is not supported",
     ),
     "biases": (lambda d: change_config(d, attention_bias=True), "attention_bias True is not supported"),
+    "sparse attention": (
+        lambda d: change_config(
+            d, architectures=["MiniCPMForCausalLM"], model_type="minicpm", sparse_config={"topk": 64, "dense_len": 8192}
+        ),
+        "InfLLM-v2.* is not supported.*take sparse_config out of config.json",
+    ),
     "missing number": (
         lambda d: (d / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"})),
         "lacks 'hidden_size'",
