@@ -78,12 +78,28 @@ class LongRotaryEmbedding(RotaryEmbedding):
     long factors, also the early ones.
     """
 
+    inv_freq: torch.Tensor
+    short_inv_freq: torch.Tensor
+    long_inv_freq: torch.Tensor
+    original_length: int
+
+    def forward(self, max_seq_len: int, offset: int = 0, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Angles ``[max_seq_len, 1, 1, kv_channels]`` in fp32, without what other context-parallel ranks rotate.
+
+        MindSpeed's forward, which takes the place of megatron-core's for packed samples, reads ``inv_freq`` and asks
+        no method.
+        """
+        self._choose(max_seq_len + offset)
+        return super().forward(max_seq_len, offset, *args, **kwargs)
+
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
         """Angles ``[max_seq_len, kv_channels / 2]`` in fp32."""
-        inv_freq = self.long_inv_freq if max_seq_len + offset > self.original_length else self.short_inv_freq
-        inv_freq = inv_freq.to(self.inv_freq.device)
-        positions = torch.arange(max_seq_len, device=inv_freq.device, dtype=inv_freq.dtype) + offset
-        return torch.outer(positions, inv_freq)
+        self._choose(max_seq_len + offset)
+        return super().get_freqs_non_repeated(max_seq_len, offset)
+
+    def _choose(self, length: int) -> None:
+        frequencies = self.long_inv_freq if length > self.original_length else self.short_inv_freq
+        self.inv_freq = frequencies.to(self.inv_freq.device)
 
 
 def _give_longrope(model: GPTModel, longrope: LongRope) -> None:

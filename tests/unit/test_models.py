@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import yaml
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
@@ -231,3 +232,20 @@ def test_longrope_changes_lists_after_its_original_length(single_rank: None) -> 
     for change in ({"original_max_position_embeddings": 1}, {"short_factor": (0.0,)}, {"factor": -1.0}):
         with pytest.raises(ArchitectureError, match="LongRoPE"):
             LongRope(**{**vars(LONG), **change})
+
+
+def test_a_rotary_forward_that_a_host_replaced_rotates_by_longrope(
+    single_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MindSpeed's for packed samples computes angles from ``inv_freq``, and asks no method for them."""
+
+    def forward(self, max_seq_len, offset=0, packed_seq=False):
+        return torch.outer(torch.arange(max_seq_len) + offset, self.inv_freq)
+
+    model = gpt(softmax_scale(Multipliers(), LONG, 16, 64))
+    customize(model, Multipliers(), LONG)
+    expected = {length: model.rotary_pos_emb.get_freqs_non_repeated(length) for length in (33, 32)}
+    monkeypatch.setattr(RotaryEmbedding, "forward", forward)
+    for length in (33, 32):
+        assert torch.equal(model.rotary_pos_emb(length, packed_seq=True), expected[length])
+    assert torch.equal(model.rotary_pos_emb(32, 1), expected[33][1:])
