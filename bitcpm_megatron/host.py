@@ -122,6 +122,9 @@ def _refused(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield "ternary_param_gather", "a host gathers its parameters by itself: leave it out, or use launch/pretrain.py"
     if args.ternary_cache == "packed":
         yield "ternary_cache", "a host reads and gathers its parameters by itself: use resident, or launch/pretrain.py"
+    if "rope_scaling_type" in job.theirs and args.rope_scaling_type == "longrope" and args.reset_attention_mask:
+        # MindSpeed's rotary forward of packed samples takes the place of MindSpeed-LLM's, which applies the factors.
+        yield "reset_attention_mask", "packed samples would lose MindSpeed-LLM's LongRoPE: leave one of the two out"
     if getattr(args, "ckpt_format", "torch_dist") not in ("torch", "torch_dist"):
         yield "ckpt_format", "use one of torch, torch_dist"
     if getattr(args, "non_persistent_ckpt_type", None) == "local":

@@ -296,6 +296,14 @@ def test_weights_sharded_beyond_tensor_parallelism_are_refused(prefix: str) -> N
     check(**{shards: 2, derived: 1})
 
 
+def test_packed_samples_are_refused_where_they_lose_the_longrope_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.job, "theirs", ("rope_scaling_type",))
+    with pytest.raises(host.HostError, match="--reset-attention-mask True: packed samples would lose"):
+        check(rope_scaling_type="longrope", reset_attention_mask=True)
+    check(rope_scaling_type="longrope", reset_attention_mask=False)
+    check(rope_scaling_type="yarn", reset_attention_mask=True)
+
+
 def test_a_recipe_that_fits_nothing_is_refused(megatron, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("configs: {all: {}}\nmatchers: {none: {config: all, pattern: '*.linear_q'}}\n")
