@@ -202,6 +202,11 @@ class Result:
         return [float(x) for x in re.findall(r"lm loss: ([0-9.]+E[+-][0-9]+)", self.output)]
 
     @property
+    def norms(self) -> list[str]:
+        """The gradient norm of every iteration, as upstream prints it."""
+        return re.findall(r"grad norm: ([0-9.]+)", self.output)
+
+    @property
     def proved(self) -> int:
         """Layers of rank 0 that the probe confirmed; the other ranks' raise where they do not."""
         found = re.search(r"holds bit for bit in (\d+) layers", self.output)
@@ -340,11 +345,12 @@ def _write_instructions(prefix: Path) -> None:
 
 
 def _write_hf_tokenizer(directory: Path) -> None:
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ["<unk>", "<pad>", "</s>", *(f"w{i}" for i in range(3, 512))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
 

@@ -29,9 +29,8 @@ from host_runs import (
     run_ours,
     samples,
 )
+from packed_runs import quantized_as_shipped
 from safetensors.torch import load_file
-
-from bitcpm_megatron import QuantizerConfig, fake_quantize
 
 LLM_HOST = "core_v0.12.1 + MindSpeed-LLM, local"
 CASES = [(host, case) for host in HOSTS for case in HOSTS[host].cases]
@@ -45,12 +44,6 @@ def host_named(name: str) -> Host:
     if host.missing():
         pytest.skip(f"{', '.join(host.missing())} not set: {HOW_TO}")
     return host
-
-
-@pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    """Token files and the checkpoint that all runs start from."""
-    return Material.make(tmp_path_factory.mktemp("hosts"))
 
 
 @pytest.fixture(scope="session")
@@ -132,8 +125,7 @@ def test_weights_that_live_in_the_parameters_change_no_loss(name: str, material:
     step = succeeded(run(host, 2, [*common, "--ternary-cache", "step"]), 6)
     assert "cache: resident" in resident.output and "cache: resident" not in step.output
     assert resident.losses == step.losses
-    norms = [re.findall(r"grad norm: ([0-9.]+)", result.output) for result in (resident, step)]
-    assert len(norms[0]) == 6 and norms[0] == norms[1]
+    assert len(resident.norms) == 6 and resident.norms == step.norms
 
 
 # Transformer Engine's layers normalise their input themselves: 8-bit activations are refused there.
@@ -236,14 +228,6 @@ def test_mindspeed_llm_fine_tunes_ternary(material: Material, tmp_path: Path) ->
     assert abs(losses["full"][0] - expected) < abs(losses["full"][0] - of_latent) / 4
 
 
-def quantized_as_shipped(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A weight of a Hugging Face model as a training of two row-parallel shards sees it."""
-    if not name.endswith("_proj.weight"):
-        return weight
-    shards = 2 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-    return fake_quantize(weight, QuantizerConfig(group_size=weight.shape[1] // shards))
-
-
 def instruction_loss(weights: dict[str, torch.Tensor], material: Material) -> float:
     """Mean loss of the samples, as plain Transformers computes it from the answers alone."""
     from transformers import LlamaForCausalLM
@@ -272,6 +256,8 @@ REFUSALS = {
         "--ternary --ternary-activation-bits 8": "normalises its input itself",
     },
     LLM_HOST: {
+        "--ternary --reset-attention-mask --use-flash-attn --rope-scaling-type longrope --short-factor 1 "
+        "--long-factor 2 --rope-scaling-original-max-position-embeddings 32": "lose MindSpeed-LLM's LongRoPE",
         f"--ternary --lora-fusion {' '.join(LORA)}": "--lora-fusion True: its kernels read the latent weights",
     },
 }

@@ -44,59 +44,6 @@ def npu_swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:  # noqa: A00
     return torch.nn.functional.silu(gate) * up
 
 
-def npu_fusion_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    head_num: int,
-    input_layout: str,
-    *,
-    pse: torch.Tensor | None = None,
-    padding_mask: torch.Tensor | None = None,
-    atten_mask: torch.Tensor | None = None,
-    scale: float = 1.0,
-    keep_prob: float = 1.0,
-    pre_tockens: int = 2**31 - 1,
-    next_tockens: int = 2**31 - 1,
-    inner_precise: int = 0,
-    sparse_mode: int = 0,
-    actual_seq_qlen: list[int] | None = None,
-    actual_seq_kvlen: list[int] | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Attention over ``[sequence, batch, heads * size]`` (layout SBH), grouped heads included.
-
-    Sparse mode 0 takes the mask as it is (True hides), 2 is causal whatever the mask, for sequences of one length.
-
-    Returns:
-        The result, and the softmax's maximum and sum ``[batch, heads, sequence, 8]``, alike along the last axis.
-    """
-    odd = {
-        "input_layout": input_layout != "SBH",
-        "pse": pse is not None,
-        "padding_mask": padding_mask is not None,
-        "keep_prob": keep_prob != 1.0,
-        "sparse_mode": sparse_mode not in (0, 2),
-        "actual_seq_qlen": actual_seq_qlen is not None or actual_seq_kvlen is not None,
-        "next_tockens": sparse_mode == 0 and atten_mask is None and min(pre_tockens, next_tockens) < key.shape[0],
-    }
-    if any(odd.values()):
-        names = ", ".join(name for name, is_odd in odd.items() if is_odd)
-        raise NotImplementedError(f"the CPU stand-in for torch_npu does not model npu_fusion_attention with {names}")
-    size = query.shape[-1] // head_num
-    q, k, v = (t.reshape(*t.shape[:2], -1, size).permute(1, 2, 0, 3) for t in (query, key, value))
-    k, v = (t.repeat_interleave(head_num // t.shape[1], dim=1) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    hidden = atten_mask
-    if sparse_mode == 2:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, float("-inf"))
-    out = scores.softmax(-1).to(v.dtype) @ v
-    largest = scores.detach().amax(-1, keepdim=True)
-    total = (scores.detach() - largest).exp().sum(-1, keepdim=True)
-    return out.permute(2, 0, 1, 3).reshape(query.shape), largest.repeat(1, 1, 1, 8), total.repeat(1, 1, 1, 8)
-
-
 def _on_cpu(factory: Callable) -> Callable:
     @functools.wraps(factory)
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -112,6 +59,13 @@ def _on_cpu(factory: Callable) -> Callable:
 torch.utils._device._device_constructors()  # of the originals, or `with torch.device(...)` passes the wrappers by
 for _name in ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"):
     setattr(torch, _name, _on_cpu(getattr(torch, _name)))
+
+
+def _to_npu(tensor: torch.Tensor, device: Any = None, non_blocking: bool = False) -> torch.Tensor:
+    return tensor
+
+
+torch.Tensor.npu = _to_npu
 
 
 def _with_lists(all_to_all: Callable) -> Callable:
@@ -158,6 +112,7 @@ def _load_operator(name: str, *args: Any, **kwargs: Any) -> types.SimpleNamespac
 torch.utils.cpp_extension.load = _load_operator
 
 from . import _C, npu  # noqa: E402, F401 - as in the real one, torch.npu is there once this is imported
+from .fusion_attention import npu_fusion_attention  # noqa: E402, F401
 from .quant_matmul import npu_quant_matmul  # noqa: E402, F401
 
 torch.npu = npu

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch_npu.npu_fusion_attention`` of layouts SBH and TND, by its documentation; what that does not allow raises."""
+
+import torch
+
+# In sparse modes 2, 3 and 4 the operator reads one upper triangle of this size, however long the sequences are.
+_COMPRESSED = 2048
+
+
+def npu_fusion_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    head_num: int,
+    input_layout: str,
+    *,
+    pse: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    atten_mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    pre_tockens: int = 2**31 - 1,
+    next_tockens: int = 2**31 - 1,
+    inner_precise: int = 0,
+    sparse_mode: int = 0,
+    actual_seq_qlen: list[int] | None = None,
+    actual_seq_kvlen: list[int] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Attention over ``[sequence, batch, heads * size]`` (SBH) or packed ``[tokens, heads, size]`` (TND).
+
+    Heads may be grouped. Sparse mode 0 takes the mask as it is (True hides); 2 and 3 are causal and 4 is a band that
+    ends ``next_tockens`` behind the diagonal, of sequences that are as long in queries as in keys; these want the
+    compressed mask. In TND the tokens of every sequence see their own sequence alone: ``actual_seq_qlen`` and
+    ``actual_seq_kvlen`` are where each one ends, with no 0 in front.
+
+    Returns:
+        The result, and the softmax's maximum and sum ``[batch, heads, sequence, 8]`` or ``[tokens, heads, 8]``, alike
+        along the last axis.
+    """
+    packed = input_layout == "TND"
+    odd = {
+        "input_layout": input_layout not in ("SBH", "TND"),
+        "pse": pse is not None,
+        "padding_mask": padding_mask is not None,
+        "keep_prob": keep_prob != 1.0,
+        "sparse_mode": sparse_mode not in ((2, 3, 4) if packed else (0, 2, 3, 4)),
+        "actual_seq_qlen": actual_seq_qlen != actual_seq_kvlen or (actual_seq_qlen is not None) != packed,
+        "next_tockens": sparse_mode == 0 and atten_mask is None and min(pre_tockens, next_tockens) < key.shape[0],
+        "a band that is not causal": sparse_mode == 4 and (next_tockens != 0 or pre_tockens < len(key)),
+    }
+    if any(odd.values()):
+        names = ", ".join(name for name, is_odd in odd.items() if is_odd)
+        raise NotImplementedError(f"the CPU stand-in for torch_npu does not model npu_fusion_attention with {names}")
+    if sparse_mode != 0:
+        triangle = torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool).triu(1)
+        if atten_mask is None or not torch.equal(atten_mask, triangle):
+            raise ValueError(f"sparse mode {sparse_mode} wants the upper triangle {_COMPRESSED} x {_COMPRESSED}")
+    if not packed:
+        size = query.shape[-1] // head_num
+        q, k, v = (t.reshape(*t.shape[:2], -1, size).permute(1, 2, 0, 3) for t in (query, key, value))
+        out, *statistics = _attention(q, k, v, scale, atten_mask if sparse_mode == 0 else _future(len(query)))
+        return out.permute(2, 0, 1, 3).reshape(query.shape), *statistics
+    lengths = [end - start for start, end in zip([0, *actual_seq_qlen], actual_seq_qlen, strict=False)]
+    if min(lengths) < 1 or sum(lengths) != len(query) or query.shape[1] != head_num:
+        raise ValueError(
+            f"ends {actual_seq_qlen} are not those of {len(query)} tokens, {head_num} heads of {query.shape}"
+        )
+    parts = zip(*(t.transpose(0, 1).split(lengths, 1) for t in (query, key, value)), strict=True)
+    found = zip(*(_attention(q, k, v, scale, _future(q.shape[1])) for q, k, v in parts), strict=True)
+    return tuple(torch.cat(part, 1).transpose(0, 1) for part in found)
+
+
+def _future(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of ``[..., heads, sequence, size]``: the result, and the softmax's maximum and sum."""
+    k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
+    out = scores.softmax(-1).to(v.dtype) @ v
+    largest = scores.detach().amax(-1, keepdim=True)
+    total = (scores.detach() - largest).exp().sum(-1, keepdim=True)
+    repeats = [1] * (largest.dim() - 1) + [8]
+    return out, largest.repeat(repeats), total.repeat(repeats)
