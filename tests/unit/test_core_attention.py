@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Core attention: equal to megatron-core's, within windows and documents, by every kernel, and never T x T."""
 
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -123,6 +128,24 @@ def test_varlen_kernels_get_what_they_want(window: int | None, monkeypatch: pyte
     found = kernels._varlen(*inputs, LENGTHS, 0.3, window)
     expected = kernels.attend_documents(*inputs, LENGTHS, 0.3, window, 0.0)
     assert torch.allclose(found, expected, rtol=0, atol=24 * 2**-23)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_fused_attention_of_an_npu_gets_what_it_wants(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = runpy.run_path(str(Path(__file__).parents[1] / "stubs" / "torch_npu" / "fusion_attention.py"))
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs)
+        return stub["npu_fusion_attention"](*args, **kwargs)
+
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu_fusion_attention=recorded))
+    inputs = qkv(24)
+    found = kernels._on_npu(*inputs, LENGTHS[1:].tolist(), 0.3, window, 0.0)
+    expected = kernels.attend_documents(*inputs, LENGTHS, 0.3, window, 0.0)
+    assert torch.allclose(found, expected, rtol=0, atol=24 * 2**-23)
+    (call,) = calls
+    assert call["actual_seq_qlen"] == call["actual_seq_kvlen"] == [3, 4, 10, 24], "the operator wants no 0 in front"
 
 
 class Largest(TorchDispatchMode):

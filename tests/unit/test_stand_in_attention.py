@@ -30,6 +30,16 @@ def test_every_packed_sequence_attends_to_itself_alone(mode: dict) -> None:
     torch.testing.assert_close(attend(*heads(), **mode), torch.cat(alone, 1).transpose(0, 1))
 
 
+def test_a_band_ends_before_what_is_too_far_back() -> None:
+    q, k, v = heads()
+    near = attend(q, k, v, sparse_mode=4, pre_tockens=1, next_tockens=0)
+    # Token 7 is the last of five, and sees 6 and itself.
+    alone = scaled_dot_product_attention(
+        *(t.transpose(0, 1) for t in (q[7:], k[6:], v[6:])), scale=0.5, enable_gqa=True
+    )
+    torch.testing.assert_close(near[7:], alone.transpose(0, 1))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -41,6 +51,7 @@ def test_every_packed_sequence_attends_to_itself_alone(mode: dict) -> None:
         {"atten_mask": None},
         {"sparse_mode": 0},
         {"sparse_mode": 4},
+        {"sparse_mode": 4, "next_tockens": 1},
         {"input_layout": "BSH"},
     ],
 )

@@ -28,10 +28,10 @@ def npu_fusion_attention(
 ) -> tuple[torch.Tensor, ...]:
     """Attention over ``[sequence, batch, heads * size]`` (SBH) or packed ``[tokens, heads, size]`` (TND).
 
-    Heads may be grouped. Sparse mode 0 takes the mask as it is (True hides); 2 and 3 are causal and 4 is a band that
-    ends ``next_tockens`` behind the diagonal, of sequences that are as long in queries as in keys; these want the
-    compressed mask. In TND the tokens of every sequence see their own sequence alone: ``actual_seq_qlen`` and
-    ``actual_seq_kvlen`` are where each one ends, with no 0 in front.
+    Heads may be grouped. Sparse mode 0 takes the mask as it is (True hides); 2 and 3 are causal and 4 is the band from
+    ``pre_tockens`` before the diagonal to ``next_tockens`` behind it, here 0, of sequences that are as long in queries
+    as in keys; these want the compressed mask. In TND the tokens of every sequence see their own sequence alone:
+    ``actual_seq_qlen`` and ``actual_seq_kvlen`` are where each one ends, with no 0 in front.
 
     Returns:
         The result, and the softmax's maximum and sum ``[batch, heads, sequence, 8]`` or ``[tokens, heads, 8]``, alike
@@ -46,7 +46,7 @@ def npu_fusion_attention(
         "sparse_mode": sparse_mode not in ((2, 3, 4) if packed else (0, 2, 3, 4)),
         "actual_seq_qlen": actual_seq_qlen != actual_seq_kvlen or (actual_seq_qlen is not None) != packed,
         "next_tockens": sparse_mode == 0 and atten_mask is None and min(pre_tockens, next_tockens) < key.shape[0],
-        "a band that is not causal": sparse_mode == 4 and (next_tockens != 0 or pre_tockens < len(key)),
+        "a band that is not causal": sparse_mode == 4 and (next_tockens != 0 or pre_tockens < 0),
     }
     if any(odd.values()):
         names = ", ".join(name for name, is_odd in odd.items() if is_odd)
@@ -55,10 +55,11 @@ def npu_fusion_attention(
         triangle = torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool).triu(1)
         if atten_mask is None or not torch.equal(atten_mask, triangle):
             raise ValueError(f"sparse mode {sparse_mode} wants the upper triangle {_COMPRESSED} x {_COMPRESSED}")
+    before = pre_tockens if sparse_mode == 4 else None
     if not packed:
         size = query.shape[-1] // head_num
         q, k, v = (t.reshape(*t.shape[:2], -1, size).permute(1, 2, 0, 3) for t in (query, key, value))
-        out, *statistics = _attention(q, k, v, scale, atten_mask if sparse_mode == 0 else _future(len(query)))
+        out, *statistics = _attention(q, k, v, scale, atten_mask if sparse_mode == 0 else _hidden(len(query), before))
         return out.permute(2, 0, 1, 3).reshape(query.shape), *statistics
     lengths = [end - start for start, end in zip([0, *actual_seq_qlen], actual_seq_qlen, strict=False)]
     if min(lengths) < 1 or sum(lengths) != len(query) or query.shape[1] != head_num:
@@ -66,12 +67,14 @@ def npu_fusion_attention(
             f"ends {actual_seq_qlen} are not those of {len(query)} tokens, {head_num} heads of {query.shape}"
         )
     parts = zip(*(t.transpose(0, 1).split(lengths, 1) for t in (query, key, value)), strict=True)
-    found = zip(*(_attention(q, k, v, scale, _future(q.shape[1])) for q, k, v in parts), strict=True)
+    found = zip(*(_attention(q, k, v, scale, _hidden(q.shape[1], before)) for q, k, v in parts), strict=True)
     return tuple(torch.cat(part, 1).transpose(0, 1) for part in found)
 
 
-def _future(length: int) -> torch.Tensor:
-    return torch.ones(length, length, dtype=torch.bool).triu(1)
+def _hidden(length: int, before: int | None) -> torch.Tensor:
+    """What is behind a token, and what is more than so many before it."""
+    everything = torch.ones(length, length, dtype=torch.bool)
+    return everything.triu(1) if before is None else everything.triu(1) | everything.tril(-min(before, length) - 1)
 
 
 def _attention(
