@@ -19,7 +19,8 @@ ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_line
 NEW_MEGATRON := $(VENV)/megatron-core-0.19
 NEW_PYTHON ?= $(shell scripts/newer_python)
 NEW_PY := $(NEW_MEGATRON)/bin/python
-ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/unit/test_upstream_warnings.py tests/distributed/test_runs.py \
+ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/unit/test_upstream_warnings.py tests/unit/test_core_attention.py \
+	tests/unit/test_packed_sequences.py tests/unit/test_sft_samples.py tests/distributed/test_runs.py \
 	tests/distributed/test_signals.py::test_what_writes_checkpoints_dies_with_its_rank
 
 # What checkouts of Megatron-LM, MindSpeed and MindSpeed-LLM import beyond this environment; 0.12.1 needs an older numpy,
