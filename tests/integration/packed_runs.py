@@ -121,16 +121,15 @@ class Packed:
     def instructions(self, host: Host) -> Path:
         """Prefix of the token files that MindSpeed-LLM's preprocess_data.py packs, ends of samples recorded."""
         prefix = self.material.directory / "neat"
-        text = prefix.with_suffix(".jsonl")
-        if text.exists():
+        if Path(f"{prefix}_packed_labels_document.idx").exists():
             return prefix
         draw = random.Random(3)
-        with text.open("w") as lines:
-            for _ in range(3 * SAMPLES):
-                prompt, answer = (
-                    " ".join(f"w{draw.randrange(3, 512)}" for _ in range(draw.randrange(4, 14))) for _ in "ab"
-                )
-                lines.write(json.dumps({"instruction": prompt, "input": "", "output": answer}) + "\n")
+        texts = [
+            " ".join(f"w{draw.randrange(3, 512)}" for _ in range(draw.randrange(4, 14))) for _ in range(6 * SAMPLES)
+        ]
+        samples = [{"instruction": a, "input": "", "output": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
+        text = prefix.with_suffix(".jsonl")
+        text.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
         checkouts = [os.environ[name] for name in (host.megatron, host.mindspeed, host.llm) if name]
         packages = [os.environ.get(name, "") for name in (*host.packages, "HOST_SITE_PACKAGES")]
         flags = "--handler-name AlpacaStyleInstructionHandler --prompt-type empty --pack --neat-pack".split()
