@@ -20,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from .kernels import attend_documents, attend_rows
+from .kernels import Weighting, attend_documents, attend_rows
 from .ulysses import over_heads
 
 
@@ -95,13 +95,13 @@ class CoreAttention(MegatronModule):
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("core attention takes no mask and no bias: documents are told by their lengths")
         dropout = self.dropout if self.training else 0.0
-        options = {"scale": self.scale, "window": self.window, "dropout": dropout}
+        weighting = Weighting(self.scale, self.window, dropout)
         # As upstream: ranks that hold other heads of the same tokens must not drop the same weights.
         fork = dropout > 0 and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
             if packed_seq_params is None:
-                return attend_rows(query, key, value, **options).flatten(2)
-            attend = partial(attend_documents, cumulative=packed_seq_params.cu_seqlens_q, **options)
+                return attend_rows(query, key, value, weighting).flatten(2)
+            attend = partial(attend_documents, weighting=weighting, cumulative=packed_seq_params.cu_seqlens_q)
             if self.group.size() == 1:
                 return attend(query, key, value)
             return over_heads(attend, query, key, value, self.group)

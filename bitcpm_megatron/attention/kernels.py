@@ -7,6 +7,7 @@ With a window of W a token attends to itself and to the W tokens before it.
 import functools
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,39 +17,48 @@ _WINDOW_BLOCK = 512
 _COMPRESSED = 2048
 
 
-def attend_rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, dropout: float
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Weighting:
+    """How much a token attends to which others.
+
+    Attributes:
+        scale: of the scores, before the softmax.
+        window: tokens before itself that a token sees; None for all.
+        dropout: probability with which a weight is dropped.
+    """
+
+    scale: float
+    window: int | None = None
+    dropout: float = 0.0
+
+
+def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weighting: Weighting) -> torch.Tensor:
     """Attention within rows of one length.
 
     Args:
         query: ``[length, rows, heads, d]``.
         key: ``[length, rows, groups, d]``; query head i attends with group ``i // (heads / groups)``.
         value: like ``key``.
-        scale: of the scores, before the softmax.
-        window: tokens before itself that a token sees; None for all.
-        dropout: probability with which an attention weight is dropped.
+        weighting: of the tokens of a row.
 
     Returns:
         ``[length, rows, heads, d]``.
     """
     if query.device.type == "npu":
         length, rows = query.shape[:2]
-        flat = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]
+        query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         ends = [length * (row + 1) for row in range(rows)]
-        return _on_npu(*flat, ends, scale, window, dropout).unflatten(0, (rows, length)).transpose(0, 1)
-    by_head = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
-    return _sdpa(*by_head, scale, window, dropout).permute(2, 0, 1, 3)
+        return _on_npu(query, key, value, ends, weighting).unflatten(0, (rows, length)).transpose(0, 1)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    return _sdpa(query, key, value, weighting).permute(2, 0, 1, 3)
 
 
 def attend_documents(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    weighting: Weighting,
     cumulative: torch.Tensor,
-    scale: float,
-    window: int | None,
-    dropout: float,
 ) -> torch.Tensor:
     """Attention within the documents of a packed row, as :func:`attend_rows` within rows.
 
@@ -56,30 +66,31 @@ def attend_documents(
         query: ``[T, heads, d]``.
         key: ``[T, groups, d]``.
         value: like ``key``.
+        weighting: of the tokens of a document.
         cumulative: int32 ``[documents + 1]``, from 0 to T, on the CPU.
 
     Returns:
         ``[T, heads, d]``.
     """
     if query.device.type == "npu":
-        return _on_npu(query, key, value, cumulative[1:].tolist(), scale, window, dropout)
-    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and not dropout and _has_varlen():
-        return _varlen(query, key, value, cumulative, scale, window)
+        return _on_npu(query, key, value, cumulative[1:].tolist(), weighting)
+    halves = query.dtype in (torch.bfloat16, torch.float16)
+    if query.device.type == "cuda" and halves and not weighting.dropout and _has_varlen():
+        return _varlen(query, key, value, cumulative, weighting)
     lengths = cumulative.diff().tolist()
     attended = [
-        attend_rows(*(x.unsqueeze(1) for x in document), scale, window, dropout).squeeze(1)
-        for document in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        attend_rows(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), weighting).squeeze(1)
+        for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(attended)
 
 
-def _sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, dropout: float
-) -> torch.Tensor:
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weighting: Weighting) -> torch.Tensor:
     """Attention of ``[rows, heads, length, d]``, with ``[rows, groups, length, d]``."""
-    length = query.shape[2]
+    length, window = query.shape[2], weighting.window
+    grouped = key.shape[1] != query.shape[1]
     call = functools.partial(
-        scaled_dot_product_attention, dropout_p=dropout, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+        scaled_dot_product_attention, dropout_p=weighting.dropout, scale=weighting.scale, enable_gqa=grouped
     )
     if window is None or window >= length - 1:
         return call(query, key, value, is_causal=True)
@@ -89,8 +100,7 @@ def _sdpa(
         first = max(0, start - window)
         back = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
         seen = (back >= 0) & (back <= window)
-        block = (query[:, :, start:end], key[:, :, first:end], value[:, :, first:end])
-        attended.append(call(*block, attn_mask=seen))
+        attended.append(call(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], attn_mask=seen))
     return torch.cat(attended, 2)
 
 
@@ -105,18 +115,13 @@ def _has_varlen() -> bool:
 
 
 def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cumulative: torch.Tensor,
-    scale: float,
-    window: int | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, weighting: Weighting
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     longest = int(cumulative.diff().max())
     cumulative = cumulative.to(query.device, non_blocking=True)
-    return varlen_attn(
+    attended = varlen_attn(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
@@ -124,27 +129,25 @@ def _varlen(
         cumulative,
         longest,
         longest,
-        scale=scale,
-        window_size=(-1 if window is None else window, 0),
+        scale=weighting.scale,
+        window_size=(-1 if weighting.window is None else weighting.window, 0),
         enable_gqa=key.shape[1] != query.shape[1],
     )
+    assert isinstance(attended, torch.Tensor)  # a pair where more is asked for
+    return attended
 
 
 def _on_npu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ends: Sequence[int],
-    scale: float,
-    window: int | None,
-    dropout: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[int], weighting: Weighting
 ) -> torch.Tensor:
     """``torch_npu.npu_fusion_attention`` in layout TND, whose cumulative lengths have no leading 0."""
     import torch_npu
 
     # Modes 3 (causal) and 4 (band) of the operator take one compressed mask for all lengths.
     mask = _compressed_mask(query.device)
-    banded = {"sparse_mode": 3} if window is None else {"sparse_mode": 4, "pre_tockens": window, "next_tockens": 0}
+    banded = {"sparse_mode": 3}
+    if weighting.window is not None:
+        banded = {"sparse_mode": 4, "pre_tockens": weighting.window, "next_tockens": 0}
     return torch_npu.npu_fusion_attention(
         query.contiguous(),
         key.contiguous(),
@@ -152,8 +155,8 @@ def _on_npu(
         query.shape[1],
         "TND",
         atten_mask=mask,
-        scale=scale,
-        keep_prob=1.0 - dropout,
+        scale=weighting.scale,
+        keep_prob=1.0 - weighting.dropout,
         actual_seq_qlen=ends,
         actual_seq_kvlen=ends,
         **banded,

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitcpm_megatron.attention import kernels
 from bitcpm_megatron.attention.core import CoreAttention
 from bitcpm_megatron.attention.documents import packed_seq_params
+from bitcpm_megatron.attention.kernels import Weighting
 
 HEADS, GROUPS, SIZE = 4, 2, 16
 
@@ -125,8 +126,8 @@ def test_varlen_kernels_get_what_they_want(window: int | None, monkeypatch: pyte
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     inputs = qkv(24)
-    found = kernels._varlen(*inputs, LENGTHS, 0.3, window)
-    expected = kernels.attend_documents(*inputs, LENGTHS, 0.3, window, 0.0)
+    found = kernels._varlen(*inputs, LENGTHS, Weighting(0.3, window))
+    expected = kernels.attend_documents(*inputs, Weighting(0.3, window), LENGTHS)
     assert torch.allclose(found, expected, rtol=0, atol=24 * 2**-23)
 
 
@@ -141,8 +142,8 @@ def test_the_fused_attention_of_an_npu_gets_what_it_wants(window: int | None, mo
 
     monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu_fusion_attention=recorded))
     inputs = qkv(24)
-    found = kernels._on_npu(*inputs, LENGTHS[1:].tolist(), 0.3, window, 0.0)
-    expected = kernels.attend_documents(*inputs, LENGTHS, 0.3, window, 0.0)
+    found = kernels._on_npu(*inputs, LENGTHS[1:].tolist(), Weighting(0.3, window))
+    expected = kernels.attend_documents(*inputs, Weighting(0.3, window), LENGTHS)
     assert torch.allclose(found, expected, rtol=0, atol=24 * 2**-23)
     (call,) = calls
     assert call["actual_seq_qlen"] == call["actual_seq_kvlen"] == [3, 4, 10, 24], "the operator wants no 0 in front"
