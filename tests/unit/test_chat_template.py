@@ -208,6 +208,11 @@ CANNOT = {
         TURNS,
         r"writes message 2 \(assistant\) so that it cannot be told from the rest",
     ),
+    "an answer that changes the text behind it": (
+        "{% for m in messages %}<turn>{{ m.content }}<end>{% endfor %}{{ messages[1].content | length }}",
+        TURNS,
+        r"writes message 2 \(assistant\) so that it cannot be told from the rest",
+    ),
     "reasoning, and nothing that asks for an answer": (
         without_prompt(THINKING),
         [TURNS[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt."}],

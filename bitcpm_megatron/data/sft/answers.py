@@ -80,7 +80,8 @@ class AnswerFinder:
         so_far, another = list(messages[:number]), {"role": "assistant", "content": word}
         instead = self._rendered([*so_far, another, *messages[number + 1 :]], tools) or ""
         before, found, behind = instead.partition(word)
-        if found and word not in behind and text.startswith(before) and text.endswith(behind):
+        # A template that writes the word twice fails here, too: the text does not hold it.
+        if found and text.startswith(before) and text.endswith(behind):
             start, end = len(before), len(text) - len(behind)
             if start >= end:
                 raise ValueError(f"the chat template leaves out {where}: {_LEFT_OUT}")
