@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples text from a checkpoint: ``torchrun --nproc_per_node TP launch/generate.py --load DIR --prompt TEXT``.
 
-A ternary checkpoint computes with its ternary weights. Exit status: 0 done, 1 failed, 2 bad input or arguments.
+A ternary checkpoint computes with its ternary weights. With ``--chat`` prompts are what a user says, and answers are
+printed alone. Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -16,8 +18,11 @@ import torch
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.checkpoints.directory import check_ends, kept_tokenizer, latest
+from bitcpm_megatron.data.sft.chat_template import open_chat_template, require_chat_tokenizer
+from bitcpm_megatron.data.sft.questions import Questioner
 from bitcpm_megatron.data.tokenizers import Tokenizer
 from bitcpm_megatron.data.vocabulary import TOKENIZER_TYPES, padded_vocab_size
+from bitcpm_megatron.files import directory_mistake, write_text
 from bitcpm_megatron.inference.generate import generate, load_for_inference
 from bitcpm_megatron.training.data import build_tokenizer
 from bitcpm_megatron.training.initialize import shutdown, world_size
@@ -30,10 +35,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT")
     parser.add_argument("--tokenizer-model", metavar="PATH", help="default the run's")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: what --tokenizer-model holds")
-    parser.add_argument("--num-tokens", type=cli.Whole(1, 2**20), default=64)
+    parser.add_argument("--chat", action="store_true", help="ask by the tokenizer's chat template; answers alone")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="in Jinja, default the tokenizer's own")
+    parser.add_argument("--num-tokens", type=cli.Whole(1, 2**20), default=64, help="at most")
+    parser.add_argument(
+        "--stop-at-end", action="store_true", help="of a document; --chat stops at the end of an answer"
+    )
     parser.add_argument("--temperature", type=cli.Number(0, 1000), default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=cli.Whole(0, 2**32 - 1), default=0)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON Lines of prompt, text and whether the model ended it"
+    )
     args = parser.parse_args(argv)
+    if args.chat_template is not None and not args.chat:
+        parser.error("--chat-template needs --chat")
+    if args.output is not None and (mistake := directory_mistake(args.output.parent)) is not None:
+        parser.error(f"--output {args.output}: {mistake}")
     return cli.run(lambda: _generate(args))
 
 
@@ -46,15 +63,28 @@ def _generate(args: argparse.Namespace) -> None:
     if args.tokenizer_type is not None and args.tokenizer_model is None:
         raise ValueError("--tokenizer-type says what --tokenizer-model is: give both")
     tokenizer = _tokenizer(run, args.tokenizer_model, args.tokenizer_type, path)
+    questioner = _questioner(tokenizer, args.chat_template, path) if args.chat else None
+    ends = questioner.ends if questioner is not None else {tokenizer.eod} if args.stop_at_end else set()
     context = run.seq_length if hasattr(run, "seq_length") else run.max_position_embeddings
+    lines = []
     for prompt in args.prompt:
-        ids = tokenizer.tokenize(prompt)
+        ids = tokenizer.tokenize(prompt) if questioner is None else questioner.ask(prompt)
         if not ids:
             raise ValueError(f"--prompt {prompt!r} has no token")
-        new = generate(model, ids, args.num_tokens, context, tokenizer.vocab_size, args.temperature, args.seed)
+        new = generate(model, ids, args.num_tokens, context, tokenizer.vocab_size, args.temperature, args.seed, ends)
+        text = tokenizer.detokenize(ids + new if questioner is None else new)
+        lines.append(json.dumps({"prompt": prompt, "text": text, "ended": new[-1] in ends}) + "\n")
         if torch.distributed.get_rank() == 0:
-            print(tokenizer.detokenize(ids + new), flush=True)
+            print(text, flush=True)
+    if args.output is not None and torch.distributed.get_rank() == 0:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.output, "".join(lines))
     shutdown()
+
+
+def _questioner(tokenizer: Tokenizer, template: Path | None, checkpoint: Path) -> Questioner:
+    chats = require_chat_tokenizer(tokenizer, f"the tokenizer of {checkpoint}")
+    return Questioner(chats, open_chat_template(chats, template))
 
 
 def _tokenizer(run: argparse.Namespace, given: str | None, kind: str | None, path: Path) -> Tokenizer:

@@ -27,11 +27,10 @@ except ModuleNotFoundError:  # started as a script from a checkout that is not i
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.data.corpus import document_split, reading_progress, require_files
-from bitcpm_megatron.data.sft.chat_template import open_chat_template
+from bitcpm_megatron.data.sft.chat_template import open_chat_template, require_chat_tokenizer
 from bitcpm_megatron.data.sft.conversations import Conversation, read_conversations
 from bitcpm_megatron.data.sft.samples import outputs, write_samples
 from bitcpm_megatron.data.tokenizers import open_tokenizer
-from bitcpm_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from bitcpm_megatron.data.vocabulary import TOKENIZER_TYPES
 from bitcpm_megatron.files.lock import PendingFiles
 
@@ -81,12 +80,8 @@ def prepare(args: argparse.Namespace) -> None:
         ValueError: bad input; the message says where and what to do.
     """
     require_files(args.input)
-    tokenizer = open_tokenizer(args.tokenizer_model, args.tokenizer_type)
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise ValueError(
-            f"{args.tokenizer_model}: SentencePiece models have no chat template and do not say where in a text their "
-            "pieces stand; give a directory with a tokenizer.json (AutoTokenizer ... save_pretrained writes one)"
-        )
+    opened = open_tokenizer(args.tokenizer_model, args.tokenizer_type)
+    tokenizer = require_chat_tokenizer(opened, str(args.tokenizer_model))
     template = open_chat_template(tokenizer, args.chat_template)
     inputs = [*args.input, args.tokenizer_model, *([args.chat_template] if args.chat_template else [])]
     command = cli.command_digest(args, without=("workers", "overwrite"))

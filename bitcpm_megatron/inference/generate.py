@@ -2,6 +2,7 @@
 """Text from a trained model: plain sampling, one full forward per token. For looking at a model, not for serving it."""
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -65,9 +66,18 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
 
 @torch.inference_mode()
 def generate(
-    model: Model, prompt: list[int], count: int, context: int, vocab_size: int, temperature: float = 0.0, seed: int = 0
+    model: Model,
+    prompt: list[int],
+    count: int,
+    context: int,
+    vocab_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ends: Collection[int] = (),
 ) -> list[int]:
-    """The next ``count`` tokens of a prompt; every tensor-parallel rank must call this alike, and gets the same.
+    """The next ``count`` tokens of a prompt, or fewer where one of ``ends`` comes, which is then the last of them.
+
+    Every tensor-parallel rank must call this alike, and gets the same.
 
     Args:
         model: from :func:`load_for_inference`.
@@ -76,6 +86,7 @@ def generate(
         vocab_size: without padding; padded entries are never drawn.
         temperature: 0 takes the likeliest token.
         seed: of the draws.
+        ends: ids of tokens behind which nothing is drawn.
 
     Raises:
         ValueError: a prompt without tokens, or with one that is none of the vocabulary.
@@ -99,4 +110,6 @@ def generate(
         else:
             token = int(logits.argmax())
         tokens.append(token)
+        if token in ends:
+            break
     return tokens[len(prompt) :]

@@ -14,6 +14,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...files import read_text
+from ..tokenizers import Tokenizer
 from ..tokenizers.hugging_face import CONFIG, HuggingFaceTokenizer
 
 Message = Mapping[str, Any]
@@ -92,6 +93,24 @@ class ChatTemplate:
             return template.render(**self._special, **values)
         except Exception as error:  # of any type: a template adds and cuts values that it did not expect
             raise ValueError(f"{self._name} refuses this conversation: {error}") from None
+
+
+def require_chat_tokenizer(tokenizer: Tokenizer, name: str) -> HuggingFaceTokenizer:
+    """The tokenizer, which is one that can have a chat template.
+
+    Args:
+        tokenizer: of any kind.
+        name: what the message calls it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ValueError(
+            f"{name}: SentencePiece models have no chat template and do not say where in a text their pieces stand; "
+            "give a directory with a tokenizer.json (AutoTokenizer ... save_pretrained writes one)"
+        )
+    return tokenizer
 
 
 def open_chat_template(tokenizer: HuggingFaceTokenizer, given: Path | None = None) -> ChatTemplate:
