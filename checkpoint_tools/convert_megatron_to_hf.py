@@ -39,7 +39,7 @@ from bitcpm_megatron.checkpoint_tools.hf_model.config import (
     read_config,
 )
 from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import write_remote_code
-from bitcpm_megatron.checkpoint_tools.hf_model.side_files import copy_side_files, side_files
+from bitcpm_megatron.checkpoint_tools.hf_model.side_files import TOKENIZER, copy_side_files, side_files, special_ids
 from bitcpm_megatron.checkpoint_tools.megatron_model.checkpoint import MegatronCheckpoint, locate, open_checkpoint
 from bitcpm_megatron.checkpoint_tools.quantizer.fuse import fuse_blocks
 from bitcpm_megatron.checkpoint_tools.quantizer.megatron_record import checked_record, checked_scales
@@ -64,6 +64,7 @@ from bitcpm_megatron.checkpoint_tools.tensor_map import (
 )
 from bitcpm_megatron.checkpoints.directory import HF_DIRECTORY, RELEASE
 from bitcpm_megatron.cli import Whole
+from bitcpm_megatron.data.tokenizers import open_tokenizer
 from bitcpm_megatron.files import write_digests, write_text
 from bitcpm_megatron.models.architecture import Architecture
 from bitcpm_megatron.models.from_arguments import architecture_of as architecture_of_arguments
@@ -82,7 +83,8 @@ class Export:
         record: how training quantized, by Megatron's module names, or None.
         fuse: whether to write quantized weights.
         dtype: to write, or None to keep each tensor's own.
-        template: directory with the tokenizer's files and an earlier ``config.json``, or None.
+        template: directory with the tokenizer's files, or None.
+        earlier: its ``config.json``, or what one would say of its special tokens; empty where neither is known.
     """
 
     checkpoint: MegatronCheckpoint
@@ -92,6 +94,7 @@ class Export:
     fuse: bool
     dtype: torch.dtype | None
     template: Path | None
+    earlier: Mapping[str, Any]
 
     def blocks(self, tensor: MegatronTensor) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
         """The Hugging Face tensors of a Megatron tensor, each as blocks of rows, in the dtype to write.
@@ -133,7 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=("latent", "fused"), required=True)
     parser.add_argument("--hf-architecture", choices=("auto", LLAMA, GRANITE, MINICPM), default="auto")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="directory with tokenizer files and, if any, a config.json"
+        *("--tokenizer", "--tokenizer-model"),
+        type=Path,
+        metavar="DIR",
+        help="directory with tokenizer files and, if any, a config.json; default what came with the checkpoint, or the "
+        "tokenizer.json of its run",
     )
     parser.add_argument("--vocab-size", type=Whole(), help="without padding, where the checkpoint does not say")
     parser.add_argument(
@@ -191,13 +198,12 @@ def _open(args: argparse.Namespace) -> Export:
     path = locate(args.load_dir)
     check_input(path)
     checkpoint = open_checkpoint(path, args.allow_pickle)
-    # Else what a conversion left: with this checkpoint, or with the one that its run started from.
-    origin = checkpoint.arguments.get("pretrained_checkpoint")
-    kept = [path, *([] if origin is None else [Path(origin) / RELEASE, Path(origin)])]
-    template = args.tokenizer or next((p / HF_DIRECTORY for p in kept if (p / HF_DIRECTORY).is_dir()), None)
+    template = args.tokenizer or _template(checkpoint)
     if template is not None:
         check_input(template, ["config.json", *side_files(template)])
-    architecture = _architecture(checkpoint, template, args.vocab_size)
+    config = read_config(template) if template is not None and (template / "config.json").is_file() else None
+    architecture = _architecture(checkpoint, config, args.vocab_size)
+    earlier = config if config is not None else {} if template is None else special_ids(template)
     tensors = megatron_tensors(architecture)
     refuse_mistakes(f"{path} does not hold the model that its arguments describe", checkpoint.mistakes(tensors))
     record = checked_record(checkpoint, tensors, args.ternary_group_size)
@@ -215,12 +221,39 @@ def _open(args: argparse.Namespace) -> Export:
             "leave it out, or give --weights fused, which casts after quantizing"
         )
     fuse = args.weights == "fused" and record is not None and record.state == "latent"
-    return Export(checkpoint, architecture, tensors, record, fuse, dtype, template)
+    return Export(checkpoint, architecture, tensors, record, fuse, dtype, template, earlier)
 
 
-def _architecture(checkpoint: MegatronCheckpoint, template: Path | None, vocab_size: int | None) -> Architecture:
+def _template(checkpoint: MegatronCheckpoint) -> Path | None:
+    """What a conversion left, with this checkpoint or with the one that its run started from; else the run's tokenizer.
+
+    Raises:
+        ConversionError: where the run had its tokenizer there is another one by now.
+    """
+    arguments = checkpoint.arguments
+    origin, used = arguments.get("pretrained_checkpoint"), arguments.get("tokenizer_model")
+    kept = [checkpoint.path, *([] if origin is None else [Path(origin) / RELEASE, Path(origin)])]
+    for directory in (path / HF_DIRECTORY for path in kept):
+        if directory.is_dir():
+            return directory
+    # Checkpoints from before there were identities do not tell.
+    identity = arguments.get("tokenizer_identity")
+    if used is None or identity is None:
+        return None
+    directory = Path(used).parent if Path(used).name == TOKENIZER else Path(used)
+    if not (directory / TOKENIZER).is_file():
+        return None
+    if dict(open_tokenizer(used, arguments.get("tokenizer_type")).unique_identifiers) != identity:
+        raise ConversionError(
+            f"{used} holds another tokenizer than when {checkpoint.path} was written: name that one by --tokenizer DIR"
+        )
+    return directory
+
+
+def _architecture(
+    checkpoint: MegatronCheckpoint, config: Mapping[str, Any] | None, vocab_size: int | None
+) -> Architecture:
     """From the run's arguments; from an earlier ``config.json`` where it left none."""
-    config = read_config(template) if template is not None and (template / "config.json").is_file() else None
     if not checkpoint.arguments:
         if config is None:
             raise ConversionError(
@@ -259,14 +292,11 @@ def _kind(export: Export, wanted: str) -> str:
 
 def _write_side_files(export: Export, kind: str, plan: Mapping[str, TensorInfo], directory: Path) -> None:
     """The tokenizer's files, the quantizer record, and ``config.json``, which says the dtype of most bytes."""
-    earlier: dict[str, Any] = {}
     if export.template is not None:
         copy_side_files(export.template, directory)
-        if (export.template / "config.json").is_file():
-            earlier = read_config(export.template)
     dtypes = {info.dtype for info in plan.values()}
     dtype = max(dtypes, key=lambda d: sum(i.nbytes for i in plan.values() if i.dtype == d))
-    config = config_for(kind, export.architecture, earlier, dtype_name(dtype))
+    config = config_for(kind, export.architecture, export.earlier, dtype_name(dtype))
     record = None if export.record is None else to_hugging_face(export.record, export.tensors)
     if record is not None and export.fuse:
         record = replace(record, state="fused")

@@ -4,6 +4,7 @@
 import shutil
 from pathlib import Path
 
+TOKENIZER = "tokenizer.json"
 _NAMES = (
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "vocab.txt merges.txt chat_template.jinja chat_template.json generation_config.json tokenization_*.py "
@@ -22,3 +23,22 @@ def copy_side_files(source: Path, target: Path) -> None:
     for name in side_files(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
+
+
+def special_ids(source: Path) -> dict[str, int | None]:
+    """What a ``config.json`` says of a directory's ``tokenizer.json``; empty where there is none.
+
+    Where it says nothing, stock clients take the ids of Llama's first tokenizer, and do not stop where texts end.
+
+    Raises:
+        ValueError: it is no tokenizer, or names no ``eos_token``.
+    """
+    if not (source / TOKENIZER).is_file():
+        return {}
+    from ...data.tokenizers.hugging_face import HuggingFaceTokenizer
+
+    tokenizer, ids = HuggingFaceTokenizer(source), {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        found = tokenizer.tokenize(tokenizer.special_tokens.get(name, ""))
+        ids[f"{name}_id"] = found[0] if len(found) == 1 else None
+    return ids
