@@ -33,7 +33,7 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 
 TEMPLATES := $(VENV)/chat-templates
 
-.PHONY: setup demo test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
+.PHONY: setup demo demo-chat test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
 
 setup: $(READY)
 
@@ -46,6 +46,10 @@ $(READY): setup.py pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(PY) launch/demo.py
+
+# Fine-tuning on conversations: dialogues -> tokenizer -> packed samples -> ternary training -> answers -> Transformers.
+demo-chat: $(READY)
+	$(PY) launch/demo_chat.py
 
 test: $(READY)
 	$(PY) -m pytest
@@ -178,7 +182,7 @@ format: $(READY)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo runs/demo-chat
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The AscendC kernels and their binding, where CANN and torch_npu are installed. SOC_VERSION=ascend910b3, KERNEL_FLAGS='-D...'

@@ -60,7 +60,7 @@ def run(title: str, command: list[str], log: Path) -> str:
             print(line, end="", flush=True)
     log.write_text(text, encoding="utf-8")
     if process.returncode:
-        raise FailedError(f"demo: FAILED: {title}: exit status {process.returncode}; its output is in {log}")
+        raise FailedError(f"FAILED: {title}: exit status {process.returncode}; its output is in {log}")
     return text
 
 

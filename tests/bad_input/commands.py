@@ -97,6 +97,7 @@ COMMANDS = {
         Command("preflight", "launch", ("job.yaml",)),
         Command("presets", "launch", ()),
         Command("demo", "launch", ("--output", "out"), runs=False),
+        Command("demo_chat", "launch", ("--output", "out"), runs=False),
         Command("bind_cores", "launch/launcher", (), runs=False),
         Command("pretrain_gpt", "launch", tuple("--megatron-path corpus.txt".split()), runs=False),
         Command("convert_hf_to_megatron", "checkpoint_tools", tuple("--load-dir fused --save-dir out".split())),

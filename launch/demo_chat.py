@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From dialogues to a ternary model that answers: tokenizer, packed samples, fine-tuning on answers alone, export.
+
+    python launch/demo_chat.py [--output DIR] [--train-iters N]
+
+Everything runs on the CPU (or one GPU per process), trained from nothing on two data-parallel ranks. The model is then
+asked 50 questions about names and pairs of words that are in no dialogue, by ``launch/generate.py`` and, exported, by
+stock Transformers. A question counts as answered where the answer has the form that such answers have and the model
+ended it. The last line is ``demo-chat: N of 50 answered``. Everything is left in the output directory.
+
+Exit status: 0 ok, 1 a part failed, or fewer than 45 were answered or 35 exactly right, 3 Transformers answers in
+another way.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+if __package__ in (None, ""):
+    sys.path.insert(0, str(CHECKOUT))
+
+from bitcpm_megatron.cli import FailedError, MismatchError, Parser, Whole
+from bitcpm_megatron.cli import run as handled
+from bitcpm_megatron.files import directory_mistake, write_text
+from bitcpm_megatron.launch.chat_demo.dialogues import KINDS, dialogues, held_out
+from bitcpm_megatron.launch.chat_demo.tokenizer import write_chat_tokenizer
+from bitcpm_megatron.launch.demo import run, torchrun
+
+CONVERSATIONS, VOCABULARY, SEQ_LENGTH = 12000, 512, 256
+LONGEST_ANSWER = 32
+ANSWERED, EXACT = 45, 35
+JUDGED = ("answered", "exact", "same")
+"""Whether an answer has the form and was ended, is the right one, and is that of Transformers, too."""
+
+MODEL = f"""
+    --num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4
+    --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm --disable-bias-linear
+    --position-embedding-type rope --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH}
+    --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 64
+    --use-distributed-optimizer --bf16
+    --micro-batch-size 8 --global-batch-size 16 --lr 3e-3 --min-lr 1e-4 --lr-decay-style WSD
+    --lr-wsd-decay-style linear --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --seed 1234
+""".split()
+
+
+def prepare(out: Path) -> str:
+    """Dialogues, a tokenizer for them, and packed samples; returns what the packing says of itself."""
+    written = list(dialogues(CONVERSATIONS))
+    file, tokenizer = out / "dialogues.jsonl", out / "tokenizer"
+    write_text(file, "".join(json.dumps({"messages": messages}) + "\n" for messages in written))
+    write_chat_tokenizer(tokenizer, (m["content"] for messages in written for m in messages), VOCABULARY)
+    command = [sys.executable, "launch/preprocess_sft.py", "--input", str(file), "--tokenizer-model", str(tokenizer)]
+    command += ["--seq-length", str(SEQ_LENGTH), "--output-prefix", str(out / "samples")]
+    return run("packed samples", command, out / "prepare.log").strip()
+
+
+def train(out: Path, iterations: int) -> None:
+    """Fine-tuning of a new ternary model."""
+    command = torchrun("launch/pretrain.py") + MODEL + ["--sft", "--ternary", "--train-iters", str(iterations)]
+    command += ["--lr-wsd-decay-iters", str(iterations // 3), "--split", "99,1,0"]
+    command += ["--data-path", str(out / "samples"), "--tokenizer-model", str(out / "tokenizer")]
+    command += ["--eval-interval", str(iterations), "--eval-iters", "4", "--log-interval", "10"]
+    command += ["--save", str(out / "checkpoint"), "--log-dir", str(out / "log")]
+    run("ternary training", command, out / "training.log")
+
+
+def ask(out: Path) -> list[dict[str, Any]]:
+    """The answers to the held-out questions by our own generation: ``prompt``, ``text`` and ``ended`` of each."""
+    command = [sys.executable, "launch/generate.py", "--load", str(out / "checkpoint"), "--chat"]
+    command += ["--num-tokens", str(LONGEST_ANSWER), "--output", str(out / "answers.jsonl")]
+    run("answers", [*command, "--prompt", *(q.prompt for q in held_out())], out / "answers.log")
+    return [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def export(out: Path) -> None:
+    """An ordinary Llama of the checkpoint, with the tokenizer of the run."""
+    command = [sys.executable, "checkpoint_tools/convert_megatron_to_hf.py", "--load-dir", str(out / "checkpoint")]
+    run("export", [*command, "--save-dir", str(out / "exported"), "--weights", "fused", "--verify"], out / "export.log")
+
+
+def ask_transformers(directory: Path) -> list[dict[str, Any]]:
+    """The answers to the held-out questions by stock Transformers: ``text`` and ``ended`` of each."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print("\n== answers of stock Transformers", flush=True)
+    torch.set_num_threads(1)  # as the commands have; more would wait for each other in so small a model
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto")
+    answers = []
+    for question in held_out():
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question.prompt}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        written = model.generate(**asked, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        new = written[0, asked["input_ids"].shape[1] :]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        answers.append({"text": text, "ended": int(new[-1]) == tokenizer.eos_token_id})
+    return answers
+
+
+def judge(answers: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What became of each held-out question: the answer, the one that is right, and what :data:`JUDGED` names.
+
+    Args:
+        answers: of :func:`ask`, in order.
+        others: of :func:`ask_transformers`.
+    """
+    return [
+        {
+            **answer,
+            "expected": question.answer,
+            "answered": answer["ended"] and question.is_answer(answer["text"]),
+            "exact": answer["ended"] and answer["text"] == question.answer,
+            "same": (answer["text"], answer["ended"]) == (other["text"], other["ended"]),
+        }
+        for question, answer, other in zip(held_out(), answers, others, strict=True)
+    ]
+
+
+def report(judged: Sequence[Mapping[str, Any]]) -> None:
+    """A table of the counts by kind of question, with one of each kind and its answer."""
+    print(f"\n{'question':<32}{'answer':<32}{'asked':>6}" + "".join(f"{name:>10}" for name in JUDGED))
+    for kind in KINDS:
+        lines = [line for line, question in zip(judged, held_out(), strict=True) if question.kind == kind]
+        counts = "".join(f"{sum(line[name] for line in lines):>10}" for name in JUDGED)
+        print(f"{lines[0]['prompt']:<32}{lines[0]['text']!r:<32}{len(lines):>6}{counts}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit status."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=CHECKOUT / "runs" / "demo-chat", metavar="DIR")
+    parser.add_argument("--train-iters", type=Whole(100, 10**6), default=600, help="less than 100 is no training")
+    args = parser.parse_args(argv)
+    mistake = directory_mistake(args.output)
+    if mistake is not None:
+        parser.error(f"--output {args.output}: {mistake}")
+    if importlib.util.find_spec("transformers") is None:
+        parser.error("the export is loaded in Transformers, which is not installed: pip install 'bitcpm_megatron[hf]'")
+    return handled(lambda: _demo(args))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    out = args.output.resolve() / time.strftime("%Y%m%d-%H%M%S")
+    out.mkdir(parents=True)
+    seconds: dict[str, int] = {}
+
+    def timed(step: Callable[..., Any], *given: Any) -> Any:
+        started = time.perf_counter()
+        result = step(*given)
+        seconds[step.__name__] = round(time.perf_counter() - started)
+        return result
+
+    packing = timed(prepare, out)
+    timed(train, out, args.train_iters)
+    answers = timed(ask, out)
+    timed(export, out)
+    judged = judge(answers, timed(ask_transformers, out / "exported"))
+    counts = {name: sum(line[name] for line in judged) for name in JUDGED}
+    results = {**counts, "packing": packing, "seconds": seconds, "answers": judged}
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    report(judged)
+    times = ", ".join(f"{step} {taken}" for step, taken in seconds.items())
+    print(f"{packing}\nseconds: {times}; results: {out / 'results.json'}")
+    print(f"demo-chat: {counts['answered']} of {len(judged)} answered", flush=True)
+    if counts["answered"] < ANSWERED or counts["exact"] < EXACT:
+        raise FailedError(f"demo-chat: FAILED: {ANSWERED} answered and {EXACT} exactly right are the least")
+    if counts["same"] < len(judged):
+        raise MismatchError("demo-chat: FAILED: the export gives other answers in Transformers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
