@@ -72,7 +72,7 @@ def train(out: Path, iterations: int) -> None:
 
 def ask(out: Path) -> list[dict[str, Any]]:
     """The answers to the held-out questions by our own generation: ``prompt``, ``text`` and ``ended`` of each."""
-    command = [sys.executable, "launch/generate.py", "--load", str(out / "checkpoint"), "--chat"]
+    command = [sys.executable, "launch/generate.py", "--load", str(out / "checkpoint"), "--chat", "--fp32"]
     command += ["--num-tokens", str(LONGEST_ANSWER), "--output", str(out / "answers.jsonl")]
     run("answers", [*command, "--prompt", *(q.prompt for q in held_out())], out / "answers.log")
     return [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -85,14 +85,17 @@ def export(out: Path) -> None:
 
 
 def ask_transformers(directory: Path) -> list[dict[str, Any]]:
-    """The answers to the held-out questions by stock Transformers: ``text`` and ``ended`` of each."""
+    """The answers to the held-out questions by stock Transformers: ``text`` and ``ended`` of each.
+
+    Both sides compute in fp32: in bf16 the order of sums would choose between tokens that are almost equally likely.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("\n== answers of stock Transformers", flush=True)
     torch.set_num_threads(1)  # as the commands have; more would wait for each other in so small a model
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
     answers = []
     for question in held_out():
         asked = tokenizer.apply_chat_template(

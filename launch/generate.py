@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--temperature", type=cli.Number(0, 1000), default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=cli.Whole(0, 2**32 - 1), default=0)
+    parser.add_argument("--fp32", action="store_true", help="compute in fp32, with the same weights")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON Lines of prompt, text and whether the model ended it"
     )
@@ -59,7 +60,7 @@ def _generate(args: argparse.Namespace) -> None:
     path = latest(args.load)
     if path is None:
         raise ValueError(f"--load {args.load}: there is no checkpoint")
-    run, model = load_for_inference(path)
+    run, model = load_for_inference(path, args.fp32)
     if args.tokenizer_type is not None and args.tokenizer_model is None:
         raise ValueError("--tokenizer-type says what --tokenizer-model is: give both")
     tokenizer = _tokenizer(run, args.tokenizer_model, args.tokenizer_type, path)

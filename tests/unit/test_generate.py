@@ -79,8 +79,13 @@ def asked(single_rank: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         make_vocab_size_divisible_by=1,
         tensor_model_parallel_size=1,
     )
+
+    def load(path: Path, fp32: bool) -> tuple[argparse.Namespace, SimpleNamespace]:
+        main.fp32 = fp32
+        return run, model(follows, opened.vocab_size)
+
     monkeypatch.setattr(command, "latest", lambda directory: tmp_path)
-    monkeypatch.setattr(command, "load_for_inference", lambda path: (run, model(follows, opened.vocab_size)))
+    monkeypatch.setattr(command, "load_for_inference", load)
     monkeypatch.setattr(command, "shutdown", lambda: None)
     output = tmp_path / "made" / "answers.jsonl"
 
@@ -97,7 +102,9 @@ def test_a_chat_prints_answers_alone_and_says_whether_they_ended(asked, capsys: 
     answers = asked("--chat")
     assert capsys.readouterr().out == "AB\nAB\n"
     assert answers == [{"prompt": prompt, "text": "AB", "ended": True} for prompt in ("Hi!", "So\n")]
-    assert asked("--chat", "--num-tokens", "2")[0] == {"prompt": "Hi!", "text": "AB", "ended": False}
+    assert not asked.fp32
+    assert asked("--chat", "--num-tokens", "2", "--fp32")[0] == {"prompt": "Hi!", "text": "AB", "ended": False}
+    assert asked.fp32
 
 
 def test_plain_text_goes_on_unless_it_is_to_stop(asked) -> None:
