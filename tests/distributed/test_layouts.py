@@ -72,7 +72,7 @@ VARIANTS = {
     ),
     # Three groups cannot be handed out to two ranks, nor each group to ranks of its own.
     "three groups": (
-        [*TERNARY, "--num-attention-heads", "6", "--num-query-groups", "3", "--kv-channels", "16"],
+        [*TERNARY, "--num-attention-heads", "6", "--num-query-groups", "3", "--kv-channels", "32"],
         {"TP1": 1, "CP2": 2},
     ),
     # Documents of other lengths in each sample, of one token and longer than a sample; 3 micro-batches of 2.
