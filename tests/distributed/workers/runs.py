@@ -102,7 +102,7 @@ def dense_bytes(step) -> int:
     kinds = (torch.Tensor, torch.nn.Parameter)
     tensors = [found for found in gc.get_objects() if type(found) in kinds and found.dtype == torch.bfloat16]
     storages = (tensor.untyped_storage() for tensor in tensors)
-    return max(storage.nbytes() for storage in storages if storage.data_ptr() not in plain)
+    return max((storage.nbytes() for storage in storages if storage.data_ptr() not in plain), default=0)
 
 
 @contextlib.contextmanager
