@@ -68,7 +68,15 @@ def _measure(commits: Sequence[str], rounds: int, command: str) -> None:
 
 
 def _extracted(commit: str, folder: Path) -> Path:
-    """The kernel's package as it was."""
+    """The kernel's package as it was.
+
+    Raises:
+        ValueError: there is no such commit.
+        FailedError: it has no such kernel.
+    """
+    known = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}"]
+    if subprocess.run(known, cwd=_CHECKOUT, capture_output=True).returncode:
+        raise ValueError(f"{commit} is no commit of {_CHECKOUT}: name one by its hash, a branch or a tag")
     archive = ["git", "archive", "--format=tar", commit, _KERNEL]
     packed = subprocess.run(archive, cwd=_CHECKOUT, capture_output=True)
     if packed.returncode:
