@@ -107,7 +107,11 @@ def _tokenizer(run: argparse.Namespace, given: str | None, kind: str | None, pat
     # A run may have more rows than its own tokenizer has pieces (--vocab-size); with another file that is a mistake.
     if not run.mock_data:
         run.vocab_size = None
+    # By content, which a checkpoint from before there were identities does not tell.
+    trained_with = getattr(run, "tokenizer_identity", None)
     tokenizer, _ = build_tokenizer(run)
+    if trained_with not in (None, run.tokenizer_identity):
+        raise ValueError(f"{path} was trained with another tokenizer than {run.tokenizer_model}: give its own")
     if not run.mock_data:
         check_ends(path, tokenizer.eod, run.tokenizer_model)
     pieces = tokenizer.vocab_size

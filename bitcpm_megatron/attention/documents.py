@@ -36,7 +36,8 @@ def pack(batch: Mapping[str, torch.Tensor], rank: int = 0, ranks: int = 1) -> di
     Returns:
         The tensors as ``[1, rows * length / ranks]``, and :data:`CUMULATIVE` of the whole row.
     """
-    rows = {name: value for name, value in batch.items() if name != STARTS}
+    # Not what a dataset says of whole samples, such as which of several files one is from.
+    rows = {name: value for name, value in batch.items() if name != STARTS and value.shape == batch["tokens"].shape}
     shape = rows["tokens"].shape
     starts = batch[STARTS].clone() if STARTS in batch else torch.zeros(shape, dtype=torch.bool)
     starts[:, 0] = True

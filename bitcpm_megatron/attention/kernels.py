@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention by the kernels of torch and torch_npu, document by document; none of them writes T x T scores.
+"""Causal attention by the kernels of torch and torch_npu, document by document; T x T scores with dropout alone.
 
 With a window of W a token attends to itself and to the W tokens before it.
 """

@@ -41,7 +41,8 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     Raises:
         CheckpointError: the model, the optimizer or the order of samples is another one, with the flags by name.
     """
-    model = _differences(args, saved, _ARCHITECTURE)
+    # Checkpoints from before there were windows have none.
+    model = _differences(args, {"window_size": None, **saved}, _ARCHITECTURE)
     # By meaning: MiniCPM and Granite have different flags for the same numbers.
     for what, of in (("multipliers", multipliers_of), ("LongRoPE", longrope_of)):
         if (before := of(saved)) != (now := of(vars(args))):
@@ -52,8 +53,11 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     checks.append((vocabulary, "the vocabulary is another one: give its tokenizer, or --vocab-size"))
     # By content: a path may be another one. Checkpoints from before there were identities do not tell.
     before, now = saved.get("tokenizer_identity"), getattr(args, "tokenizer_identity", None)
-    other = [f"the tokenizer {saved.get('tokenizer_model')}"] if None not in (before, now) and before != now else []
-    checks.append((other, f"{args.tokenizer_model} holds another one, whose ids mean other text: give the same"))
+    if None not in (before, now) and before != now and not args.finetune:
+        was = "mock data" if saved.get("mock_data") else f"the tokenizer {saved.get('tokenizer_model')}"
+        tokens = f"{args.tokenizer_model or 'mock data'} has other tokens"
+        cure = f"{tokens}: give the same, or --finetune to begin with these"
+        checks.append(([was], cure))
     if with_optimizer:
         optimizer = _differences(args, saved, _OPTIMIZER)
         checks.append((optimizer, "the optimizer state would not fit: give the same flags, or --no-load-optim"))

@@ -49,7 +49,7 @@ def read_sft_files(prefix: str | os.PathLike[str]) -> dict[str, TokenFile]:
 
 
 def read_samples(seq_length: int, prefix: str | os.PathLike[str]) -> TokenFile:
-    """The tokens of the three files as one, under their common prefix and with a digest of them all.
+    """The tokens of the three files, with a digest of them all.
 
     Raises:
         TokenFileError: see :func:`read_sft_files`; or a sample has more than `seq_length` tokens.
@@ -60,7 +60,7 @@ def read_samples(seq_length: int, prefix: str | os.PathLike[str]) -> TokenFile:
         cure = f"give --seq-length {longest}, or pack them again for {seq_length}"
         raise TokenFileError(f"{prefix} has samples of up to {longest} tokens: {cure}")
     digest = "-".join(file.digest for file in files.values())
-    return dataclasses.replace(files[TOKENS], prefix=os.fspath(prefix), digest=digest)
+    return dataclasses.replace(files[TOKENS], digest=digest)
 
 
 def _wrong_ends(file: TokenFile, lengths: np.ndarray) -> int | None:

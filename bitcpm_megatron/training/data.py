@@ -104,10 +104,12 @@ def _read_files(args: argparse.Namespace, end_of_document: int) -> dict[str, lis
     read = functools.partial(read_samples, args.seq_length) if args.sft else read_token_file
     files = {name: [read(prefix) for prefix in prefixes] for name, (prefixes, _) in blends.items()}
     found = [file.mistake(args.vocab_size) for some in files.values() for file in some]
-    if args.data_path is not None and not args.sft:
+    if args.data_path is not None:
         needed = ("training", "validation") if args.eval_iters else ("training",)
         weighted = blends["data_path"][1] is not None
-        found.append(split_mistake(files["data_path"], args.split, needed, args.seq_length, weighted))
+        # Samples of conversations are whole ones, however short.
+        length = 0 if args.sft else args.seq_length
+        found.append(split_mistake(files["data_path"], args.split, needed, length, weighted))
     asked = [f"--{name.replace('_', '-')}" for name in AT_ENDS if getattr(args, name)]
     for file in itertools.chain(*files.values()):
         if asked and not file.ends_with(end_of_document):
@@ -240,7 +242,7 @@ class ConversationDataset(MegatronDataset):
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         epochs = 1 if not num_samples or not len(indices) else -(-num_samples // len(indices))
         self._length = epochs * len(indices)
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> dict[str, IndexedDataset]:
@@ -257,10 +259,10 @@ class ConversationDataset(MegatronDataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         epoch, place = divmod(index, len(self.indices))
-        return self._sample(int(self.indices[self._order(epoch)[place]]))
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.config.random_seed, epoch]).permutation(len(self.indices))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.config.random_seed, epoch]).permutation(len(self.indices))
+            self._epoch = epoch
+        return self._sample(int(self.indices[self._order[place]]))
 
     def _sample(self, number: int) -> dict[str, torch.Tensor]:
         found = {part: torch.from_numpy(file[number].astype(np.int64)) for part, file in self.dataset.items()}

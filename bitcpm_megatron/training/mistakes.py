@@ -126,6 +126,10 @@ def _context_mistakes(args: argparse.Namespace, cp: int, tp: int) -> Iterator[st
     if cp > 1 and args.num_attention_heads % (tp * cp):
         heads = f"{args.num_attention_heads} attention heads"
         yield f"--context-parallel-size {cp}: {heads} cannot be split over {tp} x {cp} ranks"
+    shares = {"--context-parallel-size": cp > 1, "--sft": args.sft, "--reset-attention-mask": args.reset_attention_mask}
+    for flag in (flag for flag, given in shares.items() if given and args.attention_dropout):
+        # Ranks would draw by the lengths of their documents, and other heads drop the same weights.
+        yield f"{flag} needs --attention-dropout 0"
     if cp > 1 and args.num_experts is not None:
         yield "--context-parallel-size does not go with --num-experts"
     if args.position_embedding_type == "rope" and args.reset_position_ids != args.reset_attention_mask:

@@ -41,8 +41,7 @@ def check(subject: Subject) -> list[Finding]:
         return [warned("data-files", what, "run the preflight on a node of the job, too")]
     files: list[TokenFile] = []
     found = [finding for key in _KEYS if key in flags for finding in _files(subject, key, files)]
-    split = [] if subject.args.sft else _split(subject, files)
-    return [*found, *split, _tokenizer(subject), *_tokens(subject, files), *_amount(subject, files)]
+    return [*found, *_split(subject, files), _tokenizer(subject), *_tokens(subject, files), *_amount(subject, files)]
 
 
 def _files(subject: Subject, key: str, files: "list[TokenFile]") -> Iterator[Finding]:
@@ -85,7 +84,8 @@ def _split(subject: Subject, files: "list[TokenFile]") -> list[Finding]:
         prefixes, weights = blend_of(list(map(str, flags["data-path"])))
         if len(files) != len(prefixes):
             return []  # and what is wrong with the others is said
-        mistake = split_mistake(files, text, needed, subject.layout.sequence, weights is not None)
+        length = 0 if subject.args.sft else subject.layout.sequence
+        mistake = split_mistake(files, text, needed, length, weights is not None)
     except ValueError as error:
         mistake = str(error)
     return [passed("split", text)] if mistake is None else [failed("split", *mistake.rsplit(": ", 1))]

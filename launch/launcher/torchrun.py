@@ -18,6 +18,7 @@ _UPSTREAM_NAMES = {
 }
 _NOT_UPSTREAM = {
     "keep-last-n": "Megatron-LM keeps every checkpoint: leave it out",
+    "sft": "Megatron-LM's own reads other files and knows other formats of conversations: use the built-in host",
     "verify-digests": "Megatron-LM knows no digests: leave it out",
     "log-dir": "Megatron-LM writes TensorBoard events alone: use host.flags.tensorboard-dir",
     "ternary-telemetry-interval": "it goes into the log of our own loop: leave it out",

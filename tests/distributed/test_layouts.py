@@ -123,6 +123,7 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
     }
     tokenizer = ["--tokenizer-model", str(write_tokenizer(where / "tokenizer"))]
     real = {kind: ["--data-path", str(path), "--split", "1,0,0", *tokenizer] for kind, path in files.items()}
+    real["packed"][1:2] = ["2", str(files["packed"]), "1", str(write_documents(where / "others", lengths, seed=1))]
 
     def launch(ranks: int, wanted: dict[str, list[str]], resave: dict[str, Path] | None = None) -> None:
         masked = [name for name in wanted if name.startswith("masked ")]

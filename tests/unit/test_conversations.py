@@ -32,6 +32,13 @@ def test_messages_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
     ]
 
 
+def test_fields_with_nothing_in_them_are_none(tmp_path: Path) -> None:
+    """Tables write every field of every message."""
+    full = [{**message, "tool_calls": None, "name": "", "reasoning_content": None} for message in (USER, ANSWER)]
+    (found,) = read(tmp_path / "talk.jsonl", {"messages": full, "tools": None})
+    assert found.messages == [USER, ANSWER] and found.tools is None
+
+
 @pytest.mark.parametrize(
     ("record", "said"),
     [

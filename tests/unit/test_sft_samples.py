@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples that --sft trains on: what is asked of each token, the order, and what is refused."""
 
+import pickle
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +21,7 @@ LENGTHS = [[5, 3], [8], [2, 2, 2], [7]]
 
 def arguments(directory: Path, *more: str):
     argv = f"""--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 10 --max-position-embeddings 10
-    --micro-batch-size 1 --train-iters 6 --lr 1e-3 --eval-iters 0 --bf16 --sft --split 1,0,0
+    --micro-batch-size 1 --train-iters 6 --lr 1e-3 --eval-iters 0 --bf16 --attention-dropout 0 --sft --split 1,0,0
     --tokenizer-model {directory}/tokenizer""".split()
     return parse_args([*argv, *(more or ["--data-path", f"{directory}/chat"])], 1)
 
@@ -109,3 +110,31 @@ def test_a_step_without_anything_to_learn_is_refused(place: Path) -> None:
     write_conversations(place / "mute", LENGTHS, answers=(0.0,))
     with pytest.raises(DataError, match="step 1 has no token to learn"):
         pretrain(arguments(place, "--data-path", f"{place}/mute"))
+
+
+def test_a_dataset_goes_to_other_processes(place: Path) -> None:
+    """Where workers of a loader are started anew, it is pickled."""
+    args = arguments(place)
+    tokenizer, _ = build_tokenizer(args)
+    train = build_data(args, tokenizer, find_files(args, tokenizer.eod)).train
+    expected = [train[i]["tokens"].tolist() for i in range(6)]
+    assert [pickle.loads(pickle.dumps(train))[i]["tokens"].tolist() for i in range(6)] == expected
+
+
+def test_a_split_that_leaves_a_file_without_samples_is_refused(place: Path) -> None:
+    write_conversations(place / "single", [[6]], seed=9)
+    for weights in ((), ("3", "1")):
+        paths = [f"{place}/chat", f"{place}/single"]
+        blend = [word for pair in zip(weights, paths, strict=True) for word in pair] if weights else paths
+        args = arguments(place, "--data-path", *blend, "--split", "3,1,0", "--eval-iters", "2")
+        with pytest.raises(ValueError, match="leaves no validation data of the 1 documents in .*single_tokens"):
+            find_files(args, EOD)
+
+
+@pytest.mark.parametrize("flag", ["--sft", "--context-parallel-size 2"])
+def test_attention_dropout_is_refused_where_ranks_would_draw_unlike_numbers(flag: str, place: Path, capsys) -> None:
+    argv = f"""--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 12 --max-position-embeddings 12
+    --micro-batch-size 1 --train-iters 6 --lr 1e-3 --data-path x --tokenizer-model y {flag}""".split()
+    with pytest.raises(SystemExit):
+        parse_args(argv, 2)
+    assert f"{flag.split()[0]} needs --attention-dropout 0" in capsys.readouterr().err

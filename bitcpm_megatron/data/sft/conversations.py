@@ -89,6 +89,13 @@ def _conversation(record: dict[str, Any], place: str) -> Conversation:
         raise ValueError(f"'system' beside {_MESSAGES!r}; make it the first message, of the role system")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{_MESSAGES!r} must be a list of at least one message")
+    # Tables write every field of every message, with nothing in it.
+    messages = [
+        {key: value for key, value in message.items() if key == "content" or value not in (None, "")}
+        if isinstance(message, dict)
+        else message
+        for message in messages
+    ]
     for number, message in enumerate(messages, start=1):
         if mistake := _mistake(message):
             raise ValueError(f"message {number} {mistake}")
