@@ -184,8 +184,7 @@ def expected(job: Job, variant: str) -> Estimate:
     file = job_files.Job(job.model, Path(), "", job_files.Host(), None, {}, job_files.Cluster())
     layout = shapes.layout_of(file, args, job.layout.processes, args.vocab_size)
     recipe = shapes.recipe_of(args) if args.ternary else None
-    flash = args.attention_dropout == 0
-    return estimate(layout, options_of(args, recipe=recipe, cpu=True, flash_attention=flash))[1]
+    return estimate(layout, options_of(args, recipe=recipe, cpu=True))[1]
 
 
 if __name__ == "__main__":

@@ -106,15 +106,27 @@ def unigram_entropy(prefix: Path) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=CHECKOUT / "runs" / "demo", metavar="DIR")
-    parser.add_argument("--train-iters", type=Whole(50, 10**6), default=200, help="less than 50 is no training")
+def parser_of(description: str | None, name: str, iterations: int, least: int) -> Parser:
+    """The command line of a demo: where its output goes, ``runs/NAME`` by default, and how long it trains."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=CHECKOUT / "runs" / name, metavar="DIR")
+    told = f"less than {least} is no training"
+    parser.add_argument("--train-iters", type=Whole(least, 10**6), default=iterations, help=told)
+    return parser
+
+
+def parsed(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of a demo; an ``--output`` that cannot be written to is an error of the parser."""
     args = parser.parse_args(argv)
     mistake = directory_mistake(args.output)
     if mistake is not None:
         parser.error(f"--output {args.output}: {mistake}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit status."""
+    args = parsed(parser_of(__doc__, "demo", iterations=200, least=50), argv)
     return handled(lambda: _demo(args))
 
 

@@ -25,12 +25,12 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):
     sys.path.insert(0, str(CHECKOUT))
 
-from bitcpm_megatron.cli import FailedError, MismatchError, Parser, Whole
+from bitcpm_megatron.cli import FailedError, MismatchError
 from bitcpm_megatron.cli import run as handled
-from bitcpm_megatron.files import directory_mistake, write_text
+from bitcpm_megatron.files import write_text
 from bitcpm_megatron.launch.chat_demo.dialogues import KINDS, dialogues, held_out
 from bitcpm_megatron.launch.chat_demo.tokenizer import write_chat_tokenizer
-from bitcpm_megatron.launch.demo import run, torchrun
+from bitcpm_megatron.launch.demo import parsed, parser_of, run, torchrun
 
 CONVERSATIONS, VOCABULARY, SEQ_LENGTH = 12000, 512, 256
 LONGEST_ANSWER = 32
@@ -141,13 +141,8 @@ def report(judged: Sequence[Mapping[str, Any]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=CHECKOUT / "runs" / "demo-chat", metavar="DIR")
-    parser.add_argument("--train-iters", type=Whole(100, 10**6), default=600, help="less than 100 is no training")
-    args = parser.parse_args(argv)
-    mistake = directory_mistake(args.output)
-    if mistake is not None:
-        parser.error(f"--output {args.output}: {mistake}")
+    parser = parser_of(__doc__, "demo-chat", iterations=600, least=100)
+    args = parsed(parser, argv)
     if importlib.util.find_spec("transformers") is None:
         parser.error("the export is loaded in Transformers, which is not installed: pip install 'bitcpm_megatron[hf]'")
     return handled(lambda: _demo(args))

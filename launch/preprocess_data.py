@@ -36,14 +36,16 @@ from bitcpm_megatron import cli
 from bitcpm_megatron.data.corpus import (
     FORM_FEED,
     TEXT_KEY,
+    add_split_arguments,
     detect_format,
     document_split,
     read_documents,
     reading_progress,
     require_files,
+    settle_split,
 )
 from bitcpm_megatron.data.python_prose import python_prose
-from bitcpm_megatron.data.token_files import outputs, write_corpus
+from bitcpm_megatron.data.token_files import add_output_arguments, outputs, write_corpus
 from bitcpm_megatron.data.tokenizers import (
     LARGEST_VOCABULARY,
     SentencePieceTokenizer,
@@ -78,18 +80,7 @@ def _parser() -> cli.Parser:
         help="a plain text line that ends a document, '' for blank lines (default: a form feed); a file without any is "
         "one document",
     )
-    reading.add_argument(
-        "--split",
-        choices=["all", "train", "valid"],
-        default="all",
-        help="take all documents, or one side of a fixed split by the hash of each document (default: all)",
-    )
-    reading.add_argument(
-        "--valid-fraction",
-        type=cli.Number(0, 1, open_minimum=True, open_maximum=True),
-        metavar="F",
-        help="share of the documents in --split valid (default: 0.05)",
-    )
+    add_split_arguments(reading, "documents")
     tokens = parser.add_argument_group("tokenizer")
     model = tokens.add_mutually_exclusive_group(required=True)
     model.add_argument(
@@ -109,12 +100,7 @@ def _parser() -> cli.Parser:
         help="number of pieces for --train-tokenizer",
     )
     tokens.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="leading part of the output names")
-    output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
-    output.add_argument(
-        "--workers", type=cli.Whole(1, 1024), default=1, metavar="N", help="tokenizer threads (default: 1)"
-    )
+    add_output_arguments(parser)
     return parser
 
 
@@ -194,13 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--train-tokenizer and --vocab-size go together; a given --tokenizer-model has its own size")
     if args.tokenizer_type is not None and args.tokenizer_model is None:
         parser.error("--tokenizer-type says what --tokenizer-model is: give both")
-    if args.valid_fraction is not None and args.split == "all":
-        parser.error("--valid-fraction needs --split train or --split valid")
+    settle_split(parser, args)
     if args.builtin_corpus and (args.json_keys or args.document_separator is not None or args.input_format != "auto"):
         parser.error("--json-keys, --document-separator and --input-format are for --input, not for --builtin-corpus")
     args.document_separator = FORM_FEED if args.document_separator is None else args.document_separator
     args.json_keys = args.json_keys or [TEXT_KEY]
-    args.valid_fraction = 0.05 if args.valid_fraction is None else args.valid_fraction
     with cli.interrupted_by_sigterm():
         return cli.run(lambda: prepare(args))
 

@@ -26,10 +26,17 @@ except ModuleNotFoundError:  # started as a script from a checkout that is not i
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.data.corpus import document_split, reading_progress, require_files
+from bitcpm_megatron.data.corpus import (
+    add_split_arguments,
+    document_split,
+    reading_progress,
+    require_files,
+    settle_split,
+)
 from bitcpm_megatron.data.sft.chat_template import open_chat_template, require_chat_tokenizer
 from bitcpm_megatron.data.sft.conversations import Conversation, read_conversations
 from bitcpm_megatron.data.sft.samples import outputs, write_samples
+from bitcpm_megatron.data.token_files import add_output_arguments
 from bitcpm_megatron.data.tokenizers import open_tokenizer
 from bitcpm_megatron.data.vocabulary import TOKENIZER_TYPES
 from bitcpm_megatron.files.lock import PendingFiles
@@ -41,18 +48,7 @@ def _parser() -> cli.Parser:
     reading.add_argument(
         "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSON Lines files, plain or .gz"
     )
-    reading.add_argument(
-        "--split",
-        choices=["all", "train", "valid"],
-        default="all",
-        help="take all conversations, or one side of a fixed split by the hash of their words (default: all)",
-    )
-    reading.add_argument(
-        "--valid-fraction",
-        type=cli.Number(0, 1, open_minimum=True, open_maximum=True),
-        metavar="F",
-        help="share of the conversations in --split valid (default: 0.05)",
-    )
+    add_split_arguments(reading, "conversations")
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument(
         "--tokenizer-model", type=Path, required=True, metavar="DIR", help="a directory with a tokenizer.json"
@@ -64,12 +60,7 @@ def _parser() -> cli.Parser:
     tokens.add_argument(
         "--seq-length", type=cli.Whole(2, 2**24), required=True, metavar="N", help="the most tokens of a sample"
     )
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="leading part of the output names")
-    output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
-    output.add_argument(
-        "--workers", type=cli.Whole(1, 1024), default=1, metavar="N", help="tokenizer threads (default: 1)"
-    )
+    add_output_arguments(parser)
     return parser
 
 
@@ -109,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 failed, 2 bad input (bad arguments exit with 2, too)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.valid_fraction is not None and args.split == "all":
-        parser.error("--valid-fraction needs --split train or --split valid")
-    args.valid_fraction = 0.05 if args.valid_fraction is None else args.valid_fraction
+    settle_split(parser, args)
     with cli.interrupted_by_sigterm():
         return cli.run(lambda: prepare(args))
 

@@ -73,7 +73,7 @@ def packed_seq_params(cumulative: torch.Tensor) -> PackedSeqParams:
     the whole row as one: the embedding of every token is in the table already
     (:class:`~bitcpm_megatron.attention.rotary.RotaryOfDocuments`), however documents lie across ranks.
     """
-    longest = int((cumulative[1:] - cumulative[:-1]).max())
+    longest = int(cumulative.diff().max())
     whole = cumulative[[0, -1]]
     return PackedSeqParams(
         qkv_format="thd",

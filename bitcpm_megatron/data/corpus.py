@@ -6,6 +6,7 @@ the key ``text``, as a book or an article would be, unless lines that hold nothi
 feed) split it. Blank lines do not split: they separate paragraphs, and a model should see paragraphs in their context.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -19,6 +20,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from ..cli import Number
+
 FORM_FEED = "\f"
 TEXT_KEY = "text"
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
@@ -26,6 +29,7 @@ _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst"}
 # SentencePiece needs about 50 bytes of memory per character of a document; a longer one has an unknown separator.
 _MAX_TEXT_CHARACTERS = 64_000_000
 _BUFFER_BYTES = 2**18
+_VALID_FRACTION = 0.05
 
 
 def read_documents(
@@ -177,6 +181,29 @@ def reading_progress(paths: Sequence[Path], title: str) -> "tqdm[NoReturn]":
     return tqdm(total=total, unit="B", unit_scale=True, desc=title, mininterval=interval, file=sys.stderr)
 
 
+def add_split_arguments(group: argparse._ArgumentGroup, what: str) -> None:
+    """Adds ``--split`` and ``--valid-fraction``, whose help speaks of `what`; :func:`settle_split` reads them."""
+    group.add_argument(
+        "--split",
+        choices=["all", "train", "valid"],
+        default="all",
+        help=f"take all {what}, or one side of a fixed split by the hash of their words (default: all)",
+    )
+    group.add_argument(
+        "--valid-fraction",
+        type=Number(0, 1, open_minimum=True, open_maximum=True),
+        metavar="F",
+        help=f"share of the {what} in --split valid (default: {_VALID_FRACTION})",
+    )
+
+
+def settle_split(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fills in the default of ``--valid-fraction``; one without a split is an error of the parser."""
+    if args.valid_fraction is not None and args.split == "all":
+        parser.error("--valid-fraction needs --split train or --split valid")
+    args.valid_fraction = _VALID_FRACTION if args.valid_fraction is None else args.valid_fraction
+
+
 def require_files(paths: Iterable[Path]) -> None:
     """Refuses files of ``--input`` that are not there, before anything begins.
 
@@ -188,7 +215,7 @@ def require_files(paths: Iterable[Path]) -> None:
             raise ValueError(f"{path}: no such file; check --input")
 
 
-def document_split(text: str, valid_fraction: float = 0.05) -> str:
+def document_split(text: str, valid_fraction: float = _VALID_FRACTION) -> str:
     """Return ``train`` or ``valid`` for a document, by a hash of its words.
 
     It depends on the text alone (not on its place in a file, its line breaks or the Python version), so that a

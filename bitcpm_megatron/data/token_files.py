@@ -4,6 +4,7 @@
 The files get their names when all of them are on disk, and existing ones are replaced only on demand.
 """
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cli import Whole
 from ..files.lock import PendingFiles
 from .corpus import TEXT_KEY
 from .tokenizers import Tokenizer
@@ -40,6 +42,14 @@ class CorpusSummary:
             f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, {self.text_bytes:,} bytes of text, "
             f"{self.text_bytes / max(self.tokens, 1):.2f} bytes per token{skipped}"
         )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--output-prefix``, ``--overwrite`` and ``--workers``, which every writer of token files has."""
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="leading part of the output names")
+    output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    output.add_argument("--workers", type=Whole(1, 1024), default=1, metavar="N", help="tokenizer threads (default: 1)")
 
 
 def write_corpus(

@@ -218,7 +218,7 @@ class ConversationDataset(MegatronDataset):
 
     Sample i is the same however many are asked for. Its tensors are ``[sequence_length]``: ``tokens`` and ``labels``
     (int64), ``loss_mask`` (float; 1 where the next token belongs to an answer), ``position_ids`` (int64, from 0 in each
-    conversation), and where conversations start (bool). What is behind the last conversation is one more, of padding:
+    conversation), and where conversations start (bool). The padding behind the last conversation counts as one more:
     it is told by its place, for many models end texts with the token that they pad with.
 
     Args:
@@ -270,10 +270,10 @@ class ConversationDataset(MegatronDataset):
         length, tokenizer = self.config.sequence_length, self.config.tokenizer
         tokens = torch.full((length,), tokenizer.eod if tokenizer.pad < 0 else tokenizer.pad)
         tokens[:used] = found[TOKENS]
-        # Every token is asked for the next one of its conversation; the last one of each, for none.
-        asked = torch.zeros(length)
-        asked[: used - 1] = found[ANSWERS][1:].float()
-        asked[ends - 1] = 0.0
+        # A token counts where the next one belongs to an answer; behind the last one of a conversation is none.
+        counted = torch.zeros(length)
+        counted[: used - 1] = found[ANSWERS][1:].float()
+        counted[ends - 1] = 0.0
         starts = torch.zeros(length, dtype=torch.bool)
         begins = torch.cat((ends.new_zeros(1), ends if used < length else ends[:-1]))
         starts[begins] = True
@@ -281,7 +281,7 @@ class ConversationDataset(MegatronDataset):
         return {
             "tokens": tokens,
             "labels": tokens.roll(-1),
-            "loss_mask": asked,
+            "loss_mask": counted,
             "position_ids": torch.arange(length) - begins.repeat_interleave(lengths),
             STARTS: starts,
         }

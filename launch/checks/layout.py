@@ -155,10 +155,10 @@ def _memory(subject: Subject) -> list[Finding]:
     buffer = subject.number(profile.communicator_buffer) if profile.communicator_buffer else None
     upstream = subject.job.host.kind == MEGATRON_LM
     fused = profile.device != "npu" or bool(flags.get("use-fused-swiglu") and flags.get("use-fused-rmsnorm"))
+    attention = {"flash_attention": bool(flags.get("use-flash-attn"))} if upstream else {}
     options = options_of(
         args,
-        # Our own core attention is torch's, which writes no scores where it drops none.
-        flash_attention=bool(flags.get("use-flash-attn")) if upstream else args.attention_dropout == 0,
+        **attention,
         fused=upstream and fused,
         recipe=recipe,
         communicator_mib=2.0 * (buffer or 0),

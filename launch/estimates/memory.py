@@ -97,9 +97,12 @@ class Options:
 
 
 def options_of(args: argparse.Namespace, **others: Any) -> Options:
-    """The options of a job: its flags as ``args`` has them, the others of :class:`Options` as given."""
+    """The options of a job: its flags as ``args`` has them, the others of :class:`Options` as given.
+
+    Unless it is told, attention is that of our own loop: torch's, which writes no scores where it drops none.
+    """
     flags = {f.name: getattr(args, f.name) for f in fields(Options) if f.name in args}
-    return Options(**flags, **others)
+    return Options(**{**flags, "flash_attention": args.attention_dropout == 0, **others})
 
 
 def estimate(layout: Layout, options: Options) -> tuple[int, Estimate]:

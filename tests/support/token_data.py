@@ -2,7 +2,7 @@
 """Token files and a tokenizer for whole training runs whose documents have lengths that a test chooses."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,18 @@ def write_documents(prefix: Path, lengths: Sequence[int], seed: int = 0) -> Path
     return prefix
 
 
+def write_samples(prefix: Path, samples: Iterable[Mapping[str, Sequence[int]]]) -> Path:
+    """Packed samples of conversations: ``tokens``, ``answers`` and ``ends`` of each, as they are given."""
+    dtypes = {"tokens": np.uint16, "answers": np.uint8, "ends": np.int32}
+    builders = {part: IndexedDatasetBuilder(f"{prefix}_{part}.bin", dtype=dtype) for part, dtype in dtypes.items()}
+    for sample in samples:
+        for part, builder in builders.items():
+            builder.add_document(torch.tensor(sample[part]), [len(sample[part])])
+    for part, builder in builders.items():
+        builder.finalize(f"{prefix}_{part}.idx")
+    return prefix
+
+
 def write_conversations(
     prefix: Path, samples: Sequence[Sequence[int]], seed: int = 0, answers: Sequence[float] = (0.4,)
 ) -> Path:
@@ -43,9 +55,7 @@ def write_conversations(
     Shares are those of samples in turn; every conversation ends with the token that ends documents, and learns it
     where its sample learns anything.
     """
-    random = np.random.default_rng(seed)
-    dtypes = {"tokens": np.uint16, "answers": np.uint8, "ends": np.int32}
-    builders = {part: IndexedDatasetBuilder(f"{prefix}_{part}.bin", dtype=dtype) for part, dtype in dtypes.items()}
+    random, made = np.random.default_rng(seed), []
     for number, lengths in enumerate(samples):
         share = answers[number % len(answers)]
         tokens, learned = [], []
@@ -53,9 +63,5 @@ def write_conversations(
             tokens += [*random.integers(0, EOD, length - 1).tolist(), EOD]
             learned += [0, *(random.random(max(0, length - 2)) < share).astype(int).tolist(), int(share > 0)][-length:]
         learned[0] = 0
-        ends = np.cumsum(lengths).tolist()
-        for part, values in (("tokens", tokens), ("answers", learned), ("ends", ends)):
-            builders[part].add_document(torch.tensor(values), [len(values)])
-    for part, builder in builders.items():
-        builder.finalize(f"{prefix}_{part}.idx")
-    return prefix
+        made.append({"tokens": tokens, "answers": learned, "ends": np.cumsum(lengths).tolist()})
+    return write_samples(prefix, made)

@@ -42,7 +42,7 @@ def main() -> None:
         model.chunks[0](tokens, positions, None, labels=tokens)
     job = Job("measured", Path(), "", Host(), None, {}, Cluster())
     layout = layout_of(job, args, 1, args.vocab_size)
-    options = options_of(args, cpu=True, flash_attention=True, recipe=recipe_of(args) if args.ternary else None)
+    options = options_of(args, cpu=True, recipe=recipe_of(args) if args.ternary else None)
     _, need = estimate(layout, options)
     # The quantized weights are saved for the backward; of the logits only those in fp32 are.
     expected = need.activations + need.logits + need.quantized - options.size * layout.tokens * padded

@@ -5,11 +5,8 @@ import pickle
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from support.token_data import EOD, write_conversations, write_tokenizer
+from support.token_data import EOD, write_conversations, write_samples, write_tokenizer
 
 from bitcpm_megatron.attention.documents import CUMULATIVE
 from bitcpm_megatron.training.data import DataError, batches, build_data, build_tokenizer, find_files
@@ -39,16 +36,10 @@ def stream(args, consumed: int = 0):
     return batches(args, built.train, consumed)
 
 
-def write_sample(prefix: Path, **parts: list[int]) -> None:
-    for part, dtype in (("tokens", np.uint16), ("answers", np.uint8), ("ends", np.int32)):
-        builder = IndexedDatasetBuilder(f"{prefix}_{part}.bin", dtype=dtype)
-        builder.add_document(torch.tensor(parts[part]), [len(parts[part])])
-        builder.finalize(f"{prefix}_{part}.idx")
-
-
 def test_answers_and_their_ends_are_asked_for_and_nothing_else(place: Path) -> None:
     """Padding is the token that ends answers, as in many models: it is told by its place."""
-    write_sample(place / "one", tokens=[1, 2, 3, EOD, 4, 5, 6, EOD], answers=[0, 0, 1, 1, 1, 0, 1, 1], ends=[4, 8])
+    sample = {"tokens": [1, 2, 3, EOD, 4, 5, 6, EOD], "answers": [0, 0, 1, 1, 1, 0, 1, 1], "ends": [4, 8]}
+    write_samples(place / "one", [sample])
     (batch,) = islice(stream(arguments(place, "--data-path", f"{place}/one")), 1)
     assert batch["tokens"].tolist() == [[1, 2, 3, EOD, 4, 5, 6, EOD, EOD, EOD]]
     asked = {
@@ -62,7 +53,7 @@ def test_answers_and_their_ends_are_asked_for_and_nothing_else(place: Path) -> N
 
 
 def test_a_full_sample_has_no_padding(place: Path) -> None:
-    write_sample(place / "full", tokens=list(range(10)), answers=[0] * 9 + [1], ends=[10])
+    write_samples(place / "full", [dict(tokens=list(range(10)), answers=[0] * 9 + [1], ends=[10])])
     (batch,) = islice(stream(arguments(place, "--data-path", f"{place}/full")), 1)
     assert batch[CUMULATIVE].tolist() == [0, 10]
     assert batch["loss_mask"].tolist() == [[0.0] * 8 + [1.0, 0.0]]

@@ -74,7 +74,7 @@ class ChatTemplate:
         """Where the ``{% generation %}`` blocks stand in the text of :meth:`render`: their (start, end), in characters.
 
         Raises:
-                ValueError: as for :meth:`render`; or a block is in another, or is changed after it was written.
+            ValueError: as for :meth:`render`; or a block is in another, or is changed after it was written.
         """
         parts = _MARK.split(self._render(self._marking, messages, tools, False))
         texts, marks = parts[::2], parts[1::2]

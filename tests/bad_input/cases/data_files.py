@@ -97,47 +97,40 @@ def data(world: Path) -> Iterator[Case]:
             (*train, "--data-path", *path.split()),
             says=("data", "weight", path.split()[0]),
         )
-    preprocess = tuple("--tokenizer-model tokenizer.model --append-eod --output-prefix out/c --input x.jsonl".split())
-    for what, text in {
-        "no key": '{"txt": "a"}\n',
-        "a number": '{"text": 3}\n',
-        "a list": "[1]\n",
-        "half a line": '{"text": "a\n',
-        "nested": '{"text": ' + "[" * 100_000 + "\n",
-        "nothing": "",
-        "white space": '{"text": "  "}\n',
-        "half a surrogate": '{"text": "\\ud800"}\n',
-        "latin": '{"text": "\xe9"}\n',
-        "a word": "word\n",
-    }.items():
-        yield Case(
-            "data",
-            f"preprocess_data {what}",
-            "preprocess_data",
-            preprocess,
-            prepare=_latin("x.jsonl", text),
-            says=("x.jsonl", "documents"),
-        )
-    talks = tuple("--input x.jsonl --tokenizer-model chat --seq-length 900 --output-prefix out/c".split())
-    for what, text in {
-        "no messages": '{"text": "a"}\n',
-        "no message": '{"messages": []}\n',
-        "a stranger": '{"messages": [{"role": "bot", "content": "a"}]}\n',
-        "no answer": '{"messages": [{"role": "user", "content": "a"}]}\n',
-        "an answer of nothing": '{"instruction": "a", "output": " "}\n',
-        "nested": '{"messages": ' + "[" * 100_000 + "\n",
-        "half a surrogate": '{"instruction": "a", "output": "\\ud800"}\n',
-        "latin": '{"instruction": "\xe9", "output": "a"}\n',
-        "nothing": "",
-    }.items():
-        yield Case(
-            "data",
-            f"preprocess_sft {what}",
-            "preprocess_sft",
-            talks,
-            prepare=_latin("x.jsonl", text),
-            says=("x.jsonl:1", "no conversations"),
-        )
+    yield from _lines(
+        "preprocess_data",
+        "--tokenizer-model tokenizer.model --append-eod --output-prefix out/c --input x.jsonl",
+        ("x.jsonl", "documents"),
+        {
+            "no key": '{"txt": "a"}\n',
+            "a number": '{"text": 3}\n',
+            "a list": "[1]\n",
+            "half a line": '{"text": "a\n',
+            "nested": '{"text": ' + "[" * 100_000 + "\n",
+            "nothing": "",
+            "white space": '{"text": "  "}\n',
+            "half a surrogate": '{"text": "\\ud800"}\n',
+            "latin": '{"text": "\xe9"}\n',
+            "a word": "word\n",
+        },
+    )
+    talks = "--input x.jsonl --tokenizer-model chat --seq-length 900 --output-prefix out/c"
+    yield from _lines(
+        "preprocess_sft",
+        talks,
+        ("x.jsonl:1", "no conversations"),
+        {
+            "no messages": '{"text": "a"}\n',
+            "no message": '{"messages": []}\n',
+            "a stranger": '{"messages": [{"role": "bot", "content": "a"}]}\n',
+            "no answer": '{"messages": [{"role": "user", "content": "a"}]}\n',
+            "an answer of nothing": '{"instruction": "a", "output": " "}\n',
+            "nested": '{"messages": ' + "[" * 100_000 + "\n",
+            "half a surrogate": '{"instruction": "a", "output": "\\ud800"}\n',
+            "latin": '{"instruction": "\xe9", "output": "a"}\n',
+            "nothing": "",
+        },
+    )
     for what, template in {
         "an endless text": "{{ 'a' * 10 ** 12 }}",
         "no answers": "{{ messages[0].content }}",
@@ -182,6 +175,13 @@ def data(world: Path) -> Iterator[Case]:
             says=("tokenizer other.model",),
             accepts=(root, pieces) == ("start", 288),  # within the padding of what was converted
         )
+
+
+def _lines(command: str, flags: str, says: tuple[str, ...], texts: dict[str, str]) -> Iterator[Case]:
+    """Inputs of lines that are no documents of a command."""
+    for what, text in texts.items():
+        prepare = _latin("x.jsonl", text)
+        yield Case("data", f"{command} {what}", command, tuple(flags.split()), prepare=prepare, says=says)
 
 
 def _tokenizer(pieces: int) -> Prepare:
