@@ -164,7 +164,8 @@ def _study(args: argparse.Namespace) -> None:
     for one in pending:
         one.result()
     found = {
-        "model": " ".join(runs[0].command()[2:]),
+        # Of no machine: the runs' directory is left out.
+        "model": " ".join(runs[0].command()[2:]).replace(f"{work}/", ""),
         "iterations": args.train_iters,
         "hours": round((time.perf_counter() - started) / 3600, 2),
         "machine": machine("cpu"),
