@@ -6,7 +6,6 @@ With a window of W a token attends to itself and to the W tokens before it.
 
 import functools
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +46,8 @@ def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, wei
     if query.device.type == "npu":
         length, rows = query.shape[:2]
         query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-        ends = [length * (row + 1) for row in range(rows)]
-        return _on_npu(query, key, value, ends, weighting).unflatten(0, (rows, length)).transpose(0, 1)
+        bounds = torch.arange(rows + 1) * length
+        return _on_npu(query, key, value, bounds, weighting).unflatten(0, (rows, length)).transpose(0, 1)
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     return _sdpa(query, key, value, weighting).permute(2, 0, 1, 3)
 
@@ -73,7 +72,7 @@ def attend_documents(
         ``[T, heads, d]``.
     """
     if query.device.type == "npu":
-        return _on_npu(query, key, value, cumulative[1:].tolist(), weighting)
+        return _on_npu(query, key, value, cumulative, weighting)
     halves = query.dtype in (torch.bfloat16, torch.float16)
     if query.device.type == "cuda" and halves and not weighting.dropout and _has_varlen():
         return _varlen(query, key, value, cumulative, weighting)
@@ -138,11 +137,12 @@ def _varlen(
 
 
 def _on_npu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: Sequence[int], weighting: Weighting
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, weighting: Weighting
 ) -> torch.Tensor:
     """``torch_npu.npu_fusion_attention`` in layout TND, whose cumulative lengths have no leading 0."""
     import torch_npu
 
+    ends = cumulative[1:].tolist()
     # Modes 3 (causal) and 4 (band) of the operator take one compressed mask for all lengths.
     mask = _compressed_mask(query.device)
     banded = {"sparse_mode": 3}
