@@ -80,6 +80,7 @@ _WEIGHT_SHARDS = {
     "tensor_parallel_num_weight_shards": "gtp_weight_remat_size",
     "expert_tensor_parallel_num_weight_shards": "expert_gtp_weight_remat_size",
 }
+_LOSES_LONGROPE = "--reset-attention-mask: packed samples would lose MindSpeed-LLM's LongRoPE: leave one of the two out"
 _UNINITIALISED = (
     "--init-model-with-meta-device without a checkpoint to load leaves the weights uninitialised: give --load"
 )
@@ -97,6 +98,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         HostError: naming every flag and its cure.
     """
     found = list(family_flags.mistakes(_ours(args)))
+    if "rope_scaling_type" in job.theirs and args.rope_scaling_type == "longrope" and args.reset_attention_mask:
+        # MindSpeed's rotary forward of packed samples takes the place of MindSpeed-LLM's, which applies the factors.
+        # A BF16 model to compare with would lose it, too.
+        found.append(_LOSES_LONGROPE)
     if args.ternary:
         found += [f"--{name.replace('_', '-')} {getattr(args, name)}: {why}" for name, why in _refused(args)]
         if getattr(args, "init_model_with_meta_device", False) and not (args.load or args.pretrained_checkpoint):
@@ -122,9 +127,6 @@ def _refused(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         yield "ternary_param_gather", "a host gathers its parameters by itself: leave it out, or use launch/pretrain.py"
     if args.ternary_cache == "packed":
         yield "ternary_cache", "a host reads and gathers its parameters by itself: use resident, or launch/pretrain.py"
-    if "rope_scaling_type" in job.theirs and args.rope_scaling_type == "longrope" and args.reset_attention_mask:
-        # MindSpeed's rotary forward of packed samples takes the place of MindSpeed-LLM's, which applies the factors.
-        yield "reset_attention_mask", "packed samples would lose MindSpeed-LLM's LongRoPE: leave one of the two out"
     if getattr(args, "ckpt_format", "torch_dist") not in ("torch", "torch_dist"):
         yield "ckpt_format", "use one of torch, torch_dist"
     if getattr(args, "non_persistent_ckpt_type", None) == "local":

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.chat_template is not None and not args.chat:
         parser.error("--chat-template needs --chat")
+    if args.tokenizer_type is not None and args.tokenizer_model is None:
+        parser.error("--tokenizer-type says what --tokenizer-model is: give both")
     if args.output is not None and (mistake := directory_mistake(args.output.parent)) is not None:
         parser.error(f"--output {args.output}: {mistake}")
     return cli.run(lambda: _generate(args))
@@ -61,8 +63,6 @@ def _generate(args: argparse.Namespace) -> None:
     if path is None:
         raise ValueError(f"--load {args.load}: there is no checkpoint")
     run, model = load_for_inference(path, args.fp32)
-    if args.tokenizer_type is not None and args.tokenizer_model is None:
-        raise ValueError("--tokenizer-type says what --tokenizer-model is: give both")
     tokenizer = _tokenizer(run, args.tokenizer_model, args.tokenizer_type, path)
     questioner = _questioner(tokenizer, args.chat_template, path) if args.chat else None
     ends = questioner.ends if questioner is not None else {tokenizer.eod} if args.stop_at_end else set()

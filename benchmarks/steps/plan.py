@@ -175,16 +175,14 @@ def asked(
         rounds: unless the command line says how many.
 
     Raises:
-        ValueError: no layout.
+        ValueError: no layout, or two sizes of its context parallelism.
     """
     jobs = []
-    named = map(Layout.parse, args.layouts or ["TP1"])
-    layouts = (
-        named
-        if args.context_parallel_size is None
-        else [replace(layout, context=args.context_parallel_size) for layout in named]
-    )
-    for layout in layouts:
+    for layout in map(Layout.parse, args.layouts or ["TP1"]):
+        context = args.context_parallel_size or layout.context
+        if layout.context not in (1, context):
+            raise ValueError(f"--layouts {layout} and --context-parallel-size {context}: leave one of the two out")
+        layout = replace(layout, context=context)
         chosen = variants(layout)
         sessions = tuple(Session(chosen, n, args.pairs or rounds) for n in args.micro_batches or (1, 8))
         costs = tuple(name for name in chosen if name not in PEERS)

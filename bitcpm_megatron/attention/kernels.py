@@ -73,8 +73,7 @@ def attend_documents(
     """
     if query.device.type == "npu":
         return _on_npu(query, key, value, cumulative, weighting)
-    halves = query.dtype in (torch.bfloat16, torch.float16)
-    if query.device.type == "cuda" and halves and not weighting.dropout and _has_varlen():
+    if _flash_takes(query, weighting):
         return _varlen(query, key, value, cumulative, weighting)
     lengths = cumulative.diff().tolist()
     attended = [
@@ -101,6 +100,19 @@ def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weighting
         seen = (back >= 0) & (back <= window)
         attended.append(call(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], attn_mask=seen))
     return torch.cat(attended, 2)
+
+
+def _flash_takes(query: torch.Tensor, weighting: Weighting) -> bool:
+    """Whether torch's flash attention over cumulative lengths computes this, by the checks in its CUDA sources."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and not weighting.dropout
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _has_varlen()
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,6 +19,7 @@ _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float6
 _BLOCK_BYTES = 2**20
 _BLOCKS = 256
 _ENTRIES = 4_000_000
+_DOCUMENTS = 256
 _CURES = {
     "training": "give more documents, or another --split",
     "validation": "give more documents or another --split, or --eval-iters 0",
@@ -63,8 +64,21 @@ class TokenFile:
         return _mapped(Path(f"{self.prefix}.idx"), "<i4", _HEADER_BYTES, self.sequences)
 
     def ends_with(self, token: int) -> bool:
-        """Whether the last of its documents ends with a token."""
-        return bool(self.tokens) and int(np.memmap(f"{self.prefix}.bin", self.dtype, "r")[-1]) == token
+        """Whether documents end with a token: all of up to 256, else 256 of them, evenly over the file, with the last.
+
+        Sequences that hold no token are passed.
+        """
+        index, tokens = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
+        if not (self.tokens and self.documents):
+            return False
+        ends = _mapped(index, "<i8", _HEADER_BYTES + 12 * self.sequences, self.documents + 1)[1:]
+        looked = np.linspace(0, self.documents - 1, min(self.documents, _DOCUMENTS)).round().astype(np.int64)
+        last = np.array(ends[looked]) - 1
+        last = last[last >= 0]
+        starts = _mapped(index, "<i8", _HEADER_BYTES + 4 * self.sequences, self.sequences)
+        lengths = np.array(self.lengths()[last], np.int64)
+        at = np.array(starts[last])[lengths > 0] // np.dtype(self.dtype).itemsize + lengths[lengths > 0] - 1
+        return bool((np.memmap(tokens, self.dtype, "r")[at] == token).all())
 
     def mistake(self, vocab_size: int | None = None) -> str | None:
         """Why nothing can be trained on it, or None; the vocabulary is that of the model, where it is known."""

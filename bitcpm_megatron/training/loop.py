@@ -168,7 +168,11 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
 
 @torch.no_grad()
 def evaluate(run: Run, batches: Iterator[Batch]) -> float:
-    """Mean validation loss, in nats per token, over ``--eval-iters`` global batches."""
+    """Mean validation loss, in nats per token, over ``--eval-iters`` global batches.
+
+    Raises:
+        DataError: they have no token to learn; on every rank alike.
+    """
     for chunk in run.model.chunks:
         chunk.eval()
     total = torch.zeros(2, dtype=torch.float64)
@@ -176,6 +180,8 @@ def evaluate(run: Run, batches: Iterator[Batch]) -> float:
         total += _run_schedule(run, batches, language_modeling, forward_only=True)[:2]
     for chunk in run.model.chunks:
         chunk.train()
+    if not total[1]:
+        raise DataError("the validation samples have no token to learn: change --split, or give --eval-iters 0")
     return float(total[0] / total[1])
 
 

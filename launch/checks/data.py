@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: are the token files and the tokenizer there, whole, and of the vocabulary that the model has?"""
+"""Preflight: are the token files there, whole, of the vocabulary that the model has, and enough?"""
 
 import functools
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...checkpoints.directory import kept_tokenizer, saved_arguments
 from ...data.blends import blend_of, split_bounds
-from ...data.vocabulary import HUGGING_FACE, TOKENIZER_TYPES
 from ..launcher.job import BUILT_IN
+from . import tokenizer
 from .subject import Finding, Subject, failed, passed, warned
 
 if TYPE_CHECKING:
@@ -41,7 +39,8 @@ def check(subject: Subject) -> list[Finding]:
         return [warned("data-files", what, "run the preflight on a node of the job, too")]
     files: list[TokenFile] = []
     found = [finding for key in _KEYS if key in flags for finding in _files(subject, key, files)]
-    return [*found, *_split(subject, files), _tokenizer(subject), *_tokens(subject, files), *_amount(subject, files)]
+    found += [*_split(subject, files), *tokenizer.check(subject, files)]
+    return [*found, *_tokens(subject, files), *_amount(subject, files)]
 
 
 def _files(subject: Subject, key: str, files: "list[TokenFile]") -> Iterator[Finding]:
@@ -89,33 +88,6 @@ def _split(subject: Subject, files: "list[TokenFile]") -> list[Finding]:
     except ValueError as error:
         mistake = str(error)
     return [passed("split", text)] if mistake is None else [failed("split", *mistake.rsplit(": ", 1))]
-
-
-def _tokenizer(subject: Subject) -> Finding:
-    from ...data.tokenizers import open_tokenizer
-
-    size, model = subject.layout.vocab_size, subject.job.flags.get("tokenizer-model")
-    kind = str({**subject.job.flags, **subject.job.host.flags}.get("tokenizer-type", ""))
-    ours = subject.job.host.kind == BUILT_IN
-    if model is None and ours and (checkpoint := subject.checkpoint()) is not None:
-        # What the run would take; of its own checkpoints the path that they record.
-        model, kind = kept_tokenizer(checkpoint) or saved_arguments(checkpoint).get("tokenizer_model"), ""
-    if model is None:
-        if ours or not kind or "SentencePiece" in kind or kind == "Llama2Tokenizer":
-            return failed("tokenizer", "none is named", "give data.tokenizer-model")
-        return warned("tokenizer", f"{kind} names no file", "make sure that every node has it")
-    if not Path(model).exists():
-        return failed("tokenizer", f"{model} is not there", "is the storage mounted here?")
-    if not (ours or str(model).endswith(".model") or kind == HUGGING_FACE):
-        return passed("tokenizer", f"{model} is there, its size was not read")
-    try:
-        pieces = open_tokenizer(model, kind if kind in TOKENIZER_TYPES else None).vocab_size
-    except ValueError as error:
-        return failed("tokenizer", str(error), "give the tokenizer that the data was written with")
-    if size is not None and pieces > size:
-        what = f"{model} has {pieces} pieces, the model's vocabulary {size}"
-        return failed("tokenizer", what, "raise data.vocab-size, or take the preset's tokenizer")
-    return passed("tokenizer", f"{model}: {pieces} pieces")
 
 
 def _tokens(subject: Subject, files: "list[TokenFile]") -> list[Finding]:

@@ -298,8 +298,9 @@ def test_weights_sharded_beyond_tensor_parallelism_are_refused(prefix: str) -> N
 
 def test_packed_samples_are_refused_where_they_lose_the_longrope_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host.job, "theirs", ("rope_scaling_type",))
-    with pytest.raises(host.HostError, match="--reset-attention-mask True: packed samples would lose"):
-        check(rope_scaling_type="longrope", reset_attention_mask=True)
+    for ternary in (True, False):
+        with pytest.raises(host.HostError, match="--reset-attention-mask: packed samples would lose"):
+            check(rope_scaling_type="longrope", reset_attention_mask=True, ternary=ternary)
     check(rope_scaling_type="longrope", reset_attention_mask=False)
     check(rope_scaling_type="yarn", reset_attention_mask=True)
 

@@ -131,6 +131,21 @@ def test_varlen_kernels_get_what_they_want(window: int | None, monkeypatch: pyte
     assert torch.allclose(found, expected, rtol=0, atol=24 * 2**-23)
 
 
+def test_varlen_kernels_are_chosen_for_what_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_has_varlen", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def taken(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, d: int = 128, dropout: float = 0.0) -> bool:
+        query = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(24, HEADS, d))
+        return kernels._flash_takes(query, Weighting(0.3, dropout=dropout))
+
+    capability = (8, 0)
+    assert taken() and taken(dtype=torch.float16) and taken(d=256) and taken(d=40)
+    assert not any((taken("cpu"), taken(dtype=torch.float32), taken(d=36), taken(d=264), taken(dropout=0.1)))
+    capability = (7, 5)
+    assert not taken()
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_fused_attention_of_an_npu_gets_what_it_wants(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = runpy.run_path(str(Path(__file__).parents[1] / "stubs" / "torch_npu" / "fusion_attention.py"))

@@ -126,6 +126,9 @@ def test_a_chat_without_a_template_is_refused_with_the_cure(
     with pytest.raises(SystemExit):
         command.main([*argv[:-1], "--chat-template", str(tmp_path / "chat.jinja")])
     assert "--chat-template needs --chat" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main([*argv, "--tokenizer-type", "HuggingFaceTokenizer"])
+    assert "--tokenizer-type says what --tokenizer-model is" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_can_have_no_template_is_refused(asked, monkeypatch, capsys) -> None:

@@ -188,6 +188,19 @@ def incomplete(place: Place) -> None:
     (save_checkpoint(place) / "metadata.json").unlink()
 
 
+def without_arguments(place: Place) -> None:
+    (save_checkpoint(place) / "arguments.json").unlink()
+
+
+def converted_with_ends(token: int) -> Plant:
+    def plant(place: Place) -> None:
+        kept = save_checkpoint(place) / "hf"
+        kept.mkdir()
+        (kept / "config.json").write_text(json.dumps({"eos_token_id": token}))
+
+    return plant
+
+
 def spoiled_record(place: Place) -> None:
     (save_checkpoint(place) / "ternary_quantizer.json").write_text("{")
 
@@ -480,6 +493,34 @@ PLANTED: dict[str, tuple[list[str], Plant, str, str, str]] = {
         "tokenizer",
         "fail",
         "not a SentencePiece",
+    ),
+    "documents without ends": (
+        ["data.eod-mask-loss=true"],
+        damage(tokens=np.where(np.arange(2600) == 1299, 5, 2).astype(np.uint16)),
+        "document-ends",
+        "fail",
+        "corpus do not end with token 2, for --eod-mask-loss",
+    ),
+    "a tokenizer of other content": (
+        [],
+        checkpoint(tokenizer_identity={"sha256": "0"}),
+        "checkpoint-tokenizer",
+        "fail",
+        "was trained with other tokens",
+    ),
+    "a tokenizer of other ends": (
+        [],
+        converted_with_ends(7),
+        "checkpoint-tokenizer",
+        "fail",
+        "ends texts with token 7",
+    ),
+    "a checkpoint that names no tokenizer": (
+        ["data.tokenizer-model="],
+        without_arguments,
+        "tokenizer",
+        "fail",
+        "without the arguments of the run",
     ),
     "save is a file": ([], a_file_for_a_directory, "save-writable", "fail", "is a file"),
     "save is relative": (

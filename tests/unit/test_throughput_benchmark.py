@@ -143,6 +143,11 @@ def test_what_shapes_a_run_is_never_ignored() -> None:
     (job,) = throughput.jobs_of(asked)
     assert job.recompute == "full" and job.flags[job.flags.index("--vocab-size") + 1] == "4096"
     assert len(throughput.jobs_of(throughput._parser().parse_args([]))) == len(plan.standard(PEERS))
+    shared = ["--variants", "bf16", "step", "--context-parallel-size", "2", "--layouts"]
+    layouts = [job.layout for job in throughput.jobs_of(throughput._parser().parse_args([*shared, "TP1", "CP2"]))]
+    assert list(map(str, layouts)) == ["CP2", "CP2"]
+    with pytest.raises(ValueError, match="--layouts CP4 and --context-parallel-size 2"):
+        throughput.jobs_of(throughput._parser().parse_args([*shared, "CP4"]))
 
 
 def test_every_variant_has_its_flags_told_before_anything_starts(capsys: pytest.CaptureFixture) -> None:
