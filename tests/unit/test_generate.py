@@ -94,7 +94,7 @@ def asked(single_rank: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         assert command.main(argv) == 0
         return [json.loads(line) for line in output.read_text().splitlines()]
 
-    main.directory = directory
+    main.directory, main.run = directory, run
     return main
 
 
@@ -129,6 +129,23 @@ def test_a_chat_without_a_template_is_refused_with_the_cure(
     with pytest.raises(SystemExit):
         command.main([*argv, "--tokenizer-type", "HuggingFaceTokenizer"])
     assert "--tokenizer-type says what --tokenizer-model is" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_other_tokens_is_refused_however_alike(asked, tmp_path: Path, capsys) -> None:
+    """Of the same size and ends: its content alone tells."""
+    asked.run.tokenizer_identity = dict(open_tokenizer(asked.directory).unique_identifiers)
+    argv = ["--load", "run", "--prompt", "Hi!", "--tokenizer-model"]
+    assert command.main([*argv, str(chat_tokenizer(tmp_path / "own"))]) == 0, "a copy elsewhere is the same"
+    other = chat_tokenizer(tmp_path / "other")
+    described = json.loads((other / "tokenizer.json").read_text())
+    words = described["model"]["vocab"]
+    words["A"], words["B"] = words["B"], words["A"]
+    (other / "tokenizer.json").write_text(json.dumps(described))
+    capsys.readouterr()
+    assert command.main([*argv, str(other)]) == 2
+    written = capsys.readouterr()
+    assert f"{tmp_path} was trained with another tokenizer than {other}: give its own" in written.err
+    assert not written.out
 
 
 def test_a_tokenizer_that_can_have_no_template_is_refused(asked, monkeypatch, capsys) -> None:
