@@ -58,17 +58,21 @@ def test_it_is_megatron_cores_attention(scale: float | None, window: tuple | Non
 
 @pytest.mark.parametrize("block", [4, 512])
 @pytest.mark.parametrize("window", [1, 3, 8])
-def test_a_token_beyond_the_window_has_no_gradient(block: int, window: int, single_rank: None, monkeypatch) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_beyond_the_window_has_no_gradient(
+    block: int, window: int, packed: bool, single_rank: None, monkeypatch
+) -> None:
     monkeypatch.setattr(kernels, "_WINDOW_BLOCK", block)
     attention = build(window_size=(window, 0))
-    lengths = torch.tensor([0, 20, 21, 40], dtype=torch.int32)
+    lengths = torch.tensor([0, 20, 21, 40] if packed else [0, 40], dtype=torch.int32)
+    options = {"packed_seq_params": packed_seq_params(lengths)} if packed else {}
     for token in (0, window, 19, 20, 21, 39):
         start = int(lengths[lengths <= token].max())
         seen = torch.arange(max(start, token - window), token + 1)
-        inputs = qkv(40)
-        out = attention(*inputs, None, packed_seq_params=packed_seq_params(lengths))
+        inputs = qkv(40) if packed else qkv(40, 1)
+        out = attention(*inputs, None, **options)
         for gradient in torch.autograd.grad(out[token].square().sum(), inputs[1:]):
-            touched = gradient.abs().sum((1, 2)).nonzero().flatten()
+            touched = gradient.flatten(1).abs().sum(1).nonzero().flatten()
             # With itself alone in sight the weight is 1, whatever the key.
             assert torch.equal(touched, seen) or (len(seen) == 1 and len(touched) == 0)
 

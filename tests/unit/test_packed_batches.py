@@ -48,6 +48,7 @@ def test_documents_of_a_micro_batch_begin_at_position_0_behind_each_end(place: P
         assert batch["position_ids"][0].tolist() == [position for length in parts for position in range(length)]
         # What would follow the end of a document is the first token of another one.
         assert batch["loss_mask"][0].tolist() == [float(token != EOD) for token in tokens]
+        assert all(value.numel() <= len(tokens) for value in batch.values()), "a mask would be larger"
         lengths |= set(parts)
     assert {1, LENGTH} <= lengths
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from test_core_attention import Largest
 
 from bitcpm_megatron.attention.documents import (
     CUMULATIVE,
@@ -156,6 +157,16 @@ def test_every_document_starts_at_position_0(flags, ranks: int, rank: int, singl
         expected.append(torch.arange(length)[:, None] / (10000**exponents * factor))
     whole = torch.cat(expected).repeat(1, 2)[:, None, None]
     assert torch.allclose(found, of_rank(whole, 0, rank, ranks), rtol=1e-6, atol=0)
+
+
+def test_nothing_in_a_step_of_the_model_is_a_square(single_rank: None) -> None:
+    """Nor what stands around attention: 32,768 tokens go through that in tests/unit/test_core_attention.py."""
+    tokens = 2048
+    model = model_of(*ROPE, "--seq-length", str(tokens), "--max-position-embeddings", str(tokens))
+    with Largest() as largest:
+        loss_and_gradients(model, [pack(rows([[1500, 1, tokens - 1501]]))])
+    # Gate and up are the widest of all.
+    assert largest.elements == tokens * 2 * 96
 
 
 def test_documents_start_behind_the_tokens_that_end_them() -> None:
