@@ -100,17 +100,13 @@ def test_what_cannot_be_trained_on_is_refused(place: Path, capsys: pytest.Captur
     assert "--data-cache-path keeps the order of plain text" in capsys.readouterr().err
 
 
-def test_a_step_without_anything_to_learn_is_refused(place: Path) -> None:
+def test_a_step_or_an_evaluation_without_anything_to_learn_is_refused(place: Path) -> None:
     write_conversations(place / "mute", LENGTHS, answers=(0.0,))
     with pytest.raises(DataError, match="step 1 has no token to learn"):
         pretrain(arguments(place, "--data-path", f"{place}/mute"))
-
-
-def test_an_evaluation_without_anything_to_learn_is_refused(place: Path) -> None:
-    write_conversations(place / "mute", LENGTHS, answers=(0.0,))
-    given = f"--train-data-path {place}/chat --valid-data-path {place}/mute --eval-iters 1 --eval-interval 1"
-    with pytest.raises(DataError, match="the validation samples have no token to learn"):
-        pretrain(arguments(place, *given.split()))
+    valid = ["--valid-data-path", f"{place}/mute", "--eval-iters", "1", "--eval-interval", "1"]
+    with pytest.raises(DataError, match="the validation samples have no token to learn: change --split"):
+        pretrain(arguments(place, "--train-data-path", f"{place}/chat", *valid))
 
 
 def test_a_dataset_goes_to_other_processes(place: Path) -> None:
