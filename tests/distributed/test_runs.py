@@ -62,6 +62,9 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
     recipe = str(Path(__file__).parent / "keep_last_layer.yaml")
     saved = ["--load", str(logs / "save step")]
     overridden = [*saved, "--override-opt-param-scheduler", "--log-dir", str(logs / "lower rate")]
+    one_step = [*MODEL, "--eval-iters", "0", "--train-iters", "1", "--ternary", "--finetune", "--load", str(base)]
+    # A packed row of two samples, of which each of two ranks has a part; or two rows in turn on either rank.
+    sharing = {"tokens": ["--context-parallel-size", "2", "--micro-batch-size", "2"], "samples": []}
     # Decay alone multiplies each weight by about -1e4 in every step: fp32 overflows after ten.
     explosive = "--lr 100 --weight-decay 100 --lr-decay-style constant --train-iters 30".split()
     runs |= {
@@ -92,6 +95,8 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
         ],
         "abbreviation refused": [*ternary, "--ternary-group", "32"],
     }
+    for what, flags in sharing.items():
+        runs[f"{what} shared"] = [*one_step, *flags, "--log-dir", str(logs / f"{what} shared")]
     for name in recipes:
         runs[f"{name} recipe refused"] = [*ternary, "--ternary-recipe", str(logs / f"{name}.yaml")]
     return *launch_runs(runs, 2, fused_mlp_on={"fused on rank 1": 1}), logs
@@ -123,6 +128,15 @@ def test_the_cache_changes_no_bit_across_evaluation_and_reload(two_ranks: tuple)
     assert losses(logs / "whole step") == losses(logs / "whole none")
     assert losses(logs / "stopped step") == losses(logs / "stopped none")
     assert len({loss for _, _, loss, *_ in losses(logs / "whole step")}) > STEPS / 2, "the weights must change"
+
+
+def test_ranks_that_share_tokens_take_the_step_of_ranks_that_share_samples(two_ranks: tuple) -> None:
+    """On every megatron-core: tests/distributed/test_layouts.py, which has more of it, takes minutes."""
+    report, _, logs = two_ranks
+    succeeded(report, "tokens shared", "samples shared")
+    (tokens,), (samples,) = (losses(logs / f"{what} shared") for what in ("tokens", "samples"))
+    assert tokens[:2] == samples[:2] == ("train", 1)
+    assert tokens[2:4] == pytest.approx(samples[2:4], rel=1e-6)
 
 
 def test_an_overriding_learning_rate_is_used(two_ranks: tuple) -> None:

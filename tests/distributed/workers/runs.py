@@ -12,12 +12,13 @@
         "bucket_size": elements of a bucket where gradients are reduced while more are computed; absent: megatron-core's
     }
 
-Reports each run's exit status, standard error, the sizes of the messages of bytes that it gathered, and what was
-measured of its memory, and writes the quantized weights that its first training forward used, gathered over the
-tensor-parallel ranks, to ``<name>.rank<N>.pt``.
+Reports each run's exit status, standard error, the sizes of the messages of bytes that it gathered, how often each
+weight was quantized, and what was measured of its memory, and writes the quantized weights that its first training
+forward used, gathered over the tensor-parallel ranks, to ``<name>.rank<N>.pt``.
 """
 
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -142,9 +143,11 @@ def measured(here: bool):
     found["peak"] = bytes_.peak
 
 
-def train(argv: list[str], weights: Path, interval: int | None = None, memory: dict | None = None) -> None:
+def train(
+    argv: list[str], weights: Path, counts: list[int], interval: int | None = None, memory: dict | None = None
+) -> None:
     """What ``launch/pretrain.py`` does, but for leaving the process groups, and reports the quantized weights of the
-    first step."""
+    first step, and how often each weight was quantized."""
     import torch
 
     from bitcpm_megatron.launch.launcher import presets
@@ -180,9 +183,10 @@ def train(argv: list[str], weights: Path, interval: int | None = None, memory: d
     initialize(args)
     schedules.announce_schedules(on_trained=keep_the_first)
     try:
-        pretrain(args, on_step=report)
+        run = pretrain(args, on_step=report)
     finally:
         schedules._listeners["trained"].remove(keep_the_first)
+    counts += [state.count for state in run.model.states]
 
 
 @contextlib.contextmanager
@@ -277,7 +281,7 @@ def main(directory: Path) -> None:
     rank = torch.distributed.get_rank()
     report = {}
     for name, run in json.loads((directory / "runs.json").read_text()).items():
-        errors = io.StringIO()
+        errors, counts = io.StringIO(), []
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stderr(errors))
             stack.enter_context(fused_mlp(run.get("fused_mlp_on") == rank))
@@ -288,11 +292,18 @@ def main(directory: Path) -> None:
             gathered = stack.enter_context(gathered_bytes())
             used = stack.enter_context(measured(run.get("memory", False)))
             more = (run.get("digests"), used if run.get("memory") else None)
+            work = functools.partial(train, run["argv"], weights, counts, *more)
             try:
-                status = cli.run(lambda run=run, to=weights, more=more: train(run["argv"], to, *more))
+                status = cli.run(work)
             except SystemExit as leaving:
                 status = leaving.code
-        report[name] = {"status": status, "stderr": errors.getvalue(), "gathered": gathered, "memory": used}
+        report[name] = {
+            "status": status,
+            "stderr": errors.getvalue(),
+            "gathered": gathered,
+            "quantizations": counts,
+            "memory": used,
+        }
         if parallel_state.model_parallel_is_initialized():
             leave_model_parallel()
             free_models()
