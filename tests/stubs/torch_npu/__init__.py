@@ -92,9 +92,18 @@ def npu_matmul_add_fp32(grad_output: torch.Tensor, total_input: torch.Tensor, gr
 
 
 def npu_rotary_position_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mode: int = 0) -> torch.Tensor:
-    """MindSpeed's: rotation of the two halves of the last axis."""
+    """MindSpeed's: rotation of the two halves of the last axis, of what its documentation says that it takes."""
     if mode != 0:
         raise NotImplementedError(f"the CPU stand-in for torch_npu rotates halves alone, not mode {mode}")
+    if x.dim() != 4 or cos.dim() != 4 or cos.shape != sin.shape or not x.dtype == cos.dtype == sin.dtype:
+        raise ValueError(f"npu_rotary_position_embedding: x {x.shape} {x.dtype}, cos {cos.shape} {cos.dtype}")
+    # Of x [S, B, N, D]: cos [S, 1 or B, 1, D] or [S, B, N, D]. MindSpeed rotates no other layout.
+    length, batch, heads, size = x.shape
+    fits = [(length, 1, 1, size), (length, batch, 1, size), (length, batch, heads, size)]
+    if tuple(cos.shape) not in fits or size % 2 or size >= 896 or batch >= 1000 or heads >= 1000:
+        raise ValueError(f"npu_rotary_position_embedding: x {x.shape} SBND and cos {cos.shape} do not fit")
+    if max(cos.abs().max(), sin.abs().max()) > 1 or not x.is_contiguous():
+        raise ValueError("npu_rotary_position_embedding: cos and sin lie in [-1, 1], and x is contiguous")
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
