@@ -44,7 +44,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
 
 
 def finder(source: str) -> AnswerFinder:
-    return AnswerFinder(ChatTemplate(source, "t.jinja", NAMED), SPECIAL)
+    return AnswerFinder(ChatTemplate(source, "t.jinja", NAMED), [*SPECIAL, "\n\n", " "])
 
 
 def expected(pieces) -> tuple[str, list[tuple[int, int]]]:
@@ -198,6 +198,17 @@ def without_prompt(source: str) -> str:
 
 
 CANNOT = {
+    "an end of white space": (
+        "{% for m in messages %}<turn>{{ m.content }}\n\n{% endfor %}",
+        TURNS,
+        r"no end-of-turn token behind message 4 \(assistant\)",
+    ),
+    "blocks for calls of tools alone": (
+        "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{% generation %}{{ m.tool_calls }}<end>"
+        "{% endgeneration %}{% endif %}{% endfor %}",
+        CALLING,
+        "writes no plain answer in a generation block: give one with {% generation %} blocks around what",
+    ),
     "an answer in two places": (
         "{{ messages[-1].content }}{% for m in messages %}<turn>{{ m.content }}<end>{% endfor %}",
         TURNS,
@@ -275,21 +286,56 @@ def test_tools_that_a_template_does_not_write_are_refused() -> None:
         finder(STYLES["gemma"][0]).find(TURNS, TOOLS)
 
 
-def test_generation_blocks_say_what_is_learned_and_their_ends_are_added() -> None:
-    source = """{{ messages[-1].content }}{% for m in messages %}{{ '<turn>' }}
-{%- if m.role == 'assistant' %}{% generation %}{{ 'model: ' + m.content }}{{ inner }}{% endgeneration %}
+BLOCKS = """{% if messages[0].role != 'user' %}{{ raise_exception('a user asks') }}{% endif %}
+{{ messages[-1].content }}{% for m in messages %}{{ '<turn>' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ 'model: ' + m.content }}
+    {%- if m.tool_calls %}{{ '[TOOL_CALLS]look[/TOOLS]' }}{% endif %}{{ inner }}{% endgeneration %}
 {%- else %}{{ m.content }}{% endif %}{{ outer }}{% endfor %}"""
-    messages = TURNS[:3]
-    for inner, outer, answer in (
+# Of the second turn and of the third, which says how its kind of message ends by itself.
+SAID, CALLED, ENDING = "  It, twice: It \n", "[TOOL_CALLS]look[/TOOLS]", "Write <end>"
+
+
+def of_blocks(inner: str, outer: str) -> AnswerFinder:
+    return AnswerFinder(
+        ChatTemplate(BLOCKS.replace("{{ inner }}", inner).replace("{{ outer }}", outer), "t.jinja", NAMED),
+        [*SPECIAL, "\n", " \n "],
+    )
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "end"),
+    [
         ("", "<end>\n", "<end>"),
         ("", " <end>", " <end>"),
+        ("<end>", "", "<end>"),
         ("<end>", "<|eot|>", "<end>"),
+        ("<end>", "<end>", "<end>"),
         ("<end>\n", "<|eot|>", "<end>\n"),
-        ("", ".<end>", ""),
-    ):
-        template = source.replace("{{ inner }}", inner).replace("{{ outer }}", outer)
-        text, [(start, end)] = finder(template).find(messages)
-        assert text[start:end] == "model:   It, twice: It \n" + answer
+    ],
+)
+def test_generation_blocks_say_what_is_learned_and_their_ends_are_added(inner: str, outer: str, end: str) -> None:
+    messages = [
+        *(TURNS[0], {"role": "assistant", "content": SAID}, TURNS[0], {"role": "assistant", "content": ENDING}),
+        *(TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "blue"}),
+    ]
+    text, spans = of_blocks(inner, outer).find(messages)
+    assert [text[slice(*span)] for span in spans] == [f"model: {said}{end}" for said in (SAID, ENDING, CALLED)]
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "where"),
+    [
+        ("", "", "a plain answer"),
+        ("", "\n", "a plain answer"),
+        ("", ".<end>", "its generation block 1"),
+        ("{{ '<end>' if not m.tool_calls }}", "", "its generation block 2"),
+        ("", "{{ '<end>' if not m.tool_calls }}", "its generation block 2"),
+    ],
+)
+def test_generation_blocks_without_an_end_of_turn_are_refused(inner: str, outer: str, where: str) -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    with pytest.raises(ValueError, match=f"no end-of-turn token behind {where}, .* give one that writes eos_token"):
+        of_blocks(inner, outer).find([*TURNS[:3], called, *TURNS[:1]])
 
 
 # ----------------------------------------------------------------------------------------------- tokens

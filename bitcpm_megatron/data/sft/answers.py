@@ -13,6 +13,7 @@ from .chat_template import ChatTemplate, Message
 Span = tuple[int, int]
 REASONING = ("reasoning_content", "thinking")
 _CURE = "give one with {% generation %} blocks around what the model writes: --chat-template FILE"
+_NO_END = "so that no model would learn to stop: give one that writes eos_token there (--chat-template FILE)"
 _LEFT_OUT = "give one that writes it (--chat-template FILE), or leave it out of the data"
 
 
@@ -20,10 +21,11 @@ class AnswerFinder:
     """Finds what a model is to write in the text of a conversation: each assistant message and its end-of-turn.
 
     The end-of-turn is the first added token behind the message with nothing but white space in between. Where the
-    template has ``{% generation %}`` blocks, they say where the messages stand. Else a message is what changes in the
-    text when another one takes its place, and everything in front of it and behind it has to stay. Where the template
-    begins that other one differently (reasoning and tool calls have their own words), the message is what follows the
-    text that asks for it. No text is searched for the words of an answer.
+    template has ``{% generation %}`` blocks, they say where the messages stand, and the end-of-turn is the first added
+    token behind a plain answer, in its block or behind it. Else a message is what changes in the text when another one
+    takes its place, and everything in front of it and behind it has to stay. Where the template begins that other one
+    differently (reasoning and tool calls have their own words), the message is what follows the text that asks for it.
+    No text is searched for the words of an answer.
 
     Args:
         template: renders the conversations.
@@ -32,8 +34,10 @@ class AnswerFinder:
 
     def __init__(self, template: ChatTemplate, added_tokens: Collection[str]) -> None:
         self._template = template
-        longest_first = sorted(filter(None, added_tokens), key=len, reverse=True)
+        # Some vocabularies have runs of white space as added tokens.
+        longest_first = sorted(filter(str.strip, added_tokens), key=len, reverse=True)
         token = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self._token = re.compile(token)
         self._token_behind = re.compile(rf"\s*(?:{token})")
         self._token_at_end = re.compile(rf"(?:{token})\s*\Z")
 
@@ -47,7 +51,7 @@ class AnswerFinder:
         text = self._template.render(messages, tools)
         self._require_whole(text, messages, tools)
         if self._template.has_generation:
-            spans = [self._with_end(text, *span) for span in self._template.generated(messages, tools)]
+            spans = self._generated(text, messages, tools)
         else:
             answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             spans = [self._locate(text, messages, number, tools) for number in answers]
@@ -87,10 +91,7 @@ class AnswerFinder:
                 raise ValueError(f"the chat template leaves out {where}: {_LEFT_OUT}")
             token = self._token_behind.match(text, end)
             if token is None:
-                raise ValueError(
-                    f"the chat template writes no end-of-turn token behind {where}, so that no model would learn to "
-                    "stop: give one that writes eos_token there (--chat-template FILE)"
-                )
+                raise ValueError(f"the chat template writes no end-of-turn token behind {where}, {_NO_END}")
             return start, token.end()
         asked = self._rendered(so_far, tools, prompt=True)
         given = self._rendered(messages[: number + 1], tools)
@@ -110,10 +111,38 @@ class AnswerFinder:
         except ValueError:
             return None
 
-    def _with_end(self, text: str, start: int, end: int) -> Span:
-        """A generation block, with the end-of-turn behind it unless it ends with one."""
-        token = None if self._token_at_end.search(text, start, end) else self._token_behind.match(text, end)
-        return start, end if token is None else token.end()
+    def _generated(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Span]:
+        """The generation blocks, each with the end-of-turn in it or behind it."""
+        blocks = self._template.generated(messages, tools)
+        if not blocks:
+            return []
+        token, within = self._end_of_turn(text, messages, tools)
+        at_end, after = re.compile(rf"{re.escape(token)}\s*\Z"), re.compile(rf"\s*{re.escape(token)}")
+        spans = []
+        for number, (start, end) in enumerate(blocks, start=1):
+            ended, behind = at_end.search(text, start, end), after.match(text, end)
+            # What a message says may end with such a token, and the next turn may begin with one.
+            if behind is not None and not (within and ended):
+                end = behind.end()
+            elif not ended:
+                where = f"its generation block {number}"
+                raise ValueError(f"the chat template writes no end-of-turn token behind {where}, {_NO_END}")
+            spans.append((start, end))
+        return spans
+
+    def _end_of_turn(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[str, bool]:
+        """What ends a plain answer in the place of the first one, and whether its generation block holds that."""
+        number = next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        word = _unused_word(text)
+        said = [*messages[:number], {"role": "assistant", "content": word}]
+        instead = self._rendered(said, tools) or ""
+        for start, end in self._template.generated(said, tools) if instead else ():
+            if (place := instead.find(word, start, end)) >= 0:
+                token = self._token.search(instead, place + len(word))
+                if token is None:
+                    raise ValueError(f"the chat template writes no end-of-turn token behind a plain answer, {_NO_END}")
+                return token[0], token.end() <= end
+        raise ValueError(f"the chat template writes no plain answer in a generation block: {_CURE}")
 
 
 def answer_mask(offsets: Sequence[Span], spans: Sequence[Span], size: int) -> np.ndarray:
