@@ -179,18 +179,36 @@ THINKING = """{% for message in messages %}
 {%- endif %}"""
 
 
+THOUGHT = {"role": "assistant", "content": "It.", "reasoning_content": "hm"}
+
+
 def test_reasoning_is_learned_where_the_template_writes_it() -> None:
     asked, again = TURNS[0], TURNS[2]
     thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt."}
     text, spans = finder(THINKING).find([asked, thought, again, thought])
     assert [text[start:end] for start, end in spans] == ["It.<|im_end|>", "<think>\nhm\n</think>\n\nIt.<|im_end|>"]
-    apart = {"role": "assistant", "content": "It.", "reasoning_content": "hm"}
-    assert finder(THINKING).find([asked, apart, again, apart]) == (text, spans)
+    assert finder(THINKING).find([asked, THOUGHT, again, THOUGHT]) == (text, spans)
     # Thoughts that nobody had are words of the template, and not of the answer.
     text, spans = finder(THINKING).find([asked, {"role": "assistant", "content": "It."}])
     assert text.endswith("<think>\n\n</think>\n\nIt.<|im_end|>\n") and text[slice(*spans[0])] == "It.<|im_end|>"
+    # What it drops of an earlier turn it drops wherever the later ones have none.
+    plain = {"role": "assistant", "content": "It."}
+    without = finder(THINKING).find([asked, plain, again, plain])
+    assert finder(THINKING).find([asked, THOUGHT, again, plain]) == without
+
+
+@pytest.mark.parametrize(
+    ("style", "messages"),
+    [
+        (STYLES["chatml"][0], [TURNS[0], THOUGHT]),
+        (STYLES["chatml"][0], [TURNS[0], THOUGHT, *TURNS[2:]]),
+        (THINKING, [TURNS[0], THOUGHT, {"role": "tool", "content": "blue"}, TURNS[1]]),
+        (THINKING.replace("loop.last", "loop.first"), [THOUGHT, TURNS[0], THOUGHT]),
+    ],
+)
+def test_reasoning_that_a_template_leaves_out_where_the_model_is_asked_for_it_is_refused(style: str, messages) -> None:
     with pytest.raises(ValueError, match="the chat template leaves out reasoning_content"):
-        finder(STYLES["chatml"][0]).find([asked, apart])
+        finder(style).find(messages)
 
 
 def without_prompt(source: str) -> str:

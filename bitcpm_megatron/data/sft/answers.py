@@ -72,10 +72,18 @@ class AnswerFinder:
                 raise ValueError(f"the chat template leaves out {where}: {_LEFT_OUT}")
         if tools and self._rendered(messages, None) == text:
             raise ValueError(f"the chat template leaves out the tools: {_LEFT_OUT}")
-        for field in ("tool_calls", *REASONING):
-            without = [{key: value for key, value in message.items() if key != field} for message in messages]
-            if without != list(messages) and self._rendered(without, tools) == text:
-                raise ValueError(f"the chat template leaves out {field}: {_LEFT_OUT}")
+        without = [_without(message, "tool_calls") for message in messages]
+        if without != list(messages) and self._rendered(without, tools) == text:
+            raise ValueError(f"the chat template leaves out tool_calls: {_LEFT_OUT}")
+        for field in REASONING:
+            if holding := [number for number, message in enumerate(messages) if field in message]:
+                # Templates may drop it once the user goes on, as they will when the model is asked.
+                goes_on = (n for n in range(holding[-1], len(messages)) if messages[n]["role"] == "user")
+                asked = list(messages[: next(goes_on, len(messages))])
+                written = self._rendered(asked, tools)
+                asked[holding[-1]] = _without(asked[holding[-1]], field)
+                if written is not None and written == self._rendered(asked, tools):
+                    raise ValueError(f"the chat template leaves out {field}: {_LEFT_OUT}")
 
     def _locate(self, text: str, messages: Sequence[Message], number: int, tools: Sequence[Any] | None) -> Span:
         """The span of an assistant message and its end-of-turn."""
@@ -162,6 +170,10 @@ def answer_mask(offsets: Sequence[Span], spans: Sequence[Span], size: int) -> np
     answers_until = np.cumsum(answers_until)
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
     return (answers_until[ends] > answers_until[starts]).astype(np.uint8)
+
+
+def _without(message: Message, field: str) -> Message:
+    return {key: value for key, value in message.items() if key != field}
 
 
 def _unused_word(text: str) -> str:
