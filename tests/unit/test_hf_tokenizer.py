@@ -2,17 +2,19 @@
 """Hugging Face tokenizers: the ids of Transformers, documents' ends, and what is refused."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from support.chat import STYLES, chat_tokenizer
 from support.texts import SPECIAL, strings
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from bitcpm_megatron.data.tokenizers import SentencePieceTokenizer, open_tokenizer, train_sentencepiece
 from bitcpm_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
-from bitcpm_megatron.launch import preprocess_data
+from bitcpm_megatron.launch import preprocess_data, preprocess_sft
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. " * 3,
@@ -97,8 +99,10 @@ def test_what_a_path_holds_decides_and_a_type_may_say_it(directory: Path, tmp_pa
     assert isinstance(open_tokenizer(tmp_path, "GPTSentencePieceTokenizer"), SentencePieceTokenizer)
     assert both.unique_identifiers == open_tokenizer(directory).unique_identifiers
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": SPECIAL[1]}))
-    assert open_tokenizer(tmp_path).unique_identifiers != both.unique_identifiers
+    # What is padding is not learned, so that it matters, too.
+    for name in ("eos_token", "pad_token"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, name: SPECIAL[1]}))
+        assert open_tokenizer(tmp_path).unique_identifiers != both.unique_identifiers
 
 
 def test_what_is_no_tokenizer_is_refused_with_the_cure(directory: Path, tmp_path: Path) -> None:
@@ -113,8 +117,161 @@ def test_what_is_no_tokenizer_is_refused_with_the_cure(directory: Path, tmp_path
     with pytest.raises(ValueError, match="no eos_token to end documents with"):
         open_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="tokenizer_config.json: not a JSON object"):
+    with pytest.raises(ValueError, match="tokenizer_config.json: the whole: expected a mapping"):
         open_tokenizer(tmp_path)
+
+
+def configure(directory: Path, **changed: object) -> Path:
+    """Changes its configuration."""
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    return directory
+
+
+THINK = {"__type": "AddedToken", "content": "<think>", "lstrip": True, "special": True}
+NEW = {"__type": "AddedToken", "content": "<new>", "special": True}
+CONFIGURED = [
+    ({"add_prefix_space": True, "legacy": False, "clean_up_tokenization_spaces": True}, None),
+    ({"add_bos_token": True, "add_eos_token": True, "bos_token": SPECIAL[1], "mask_token": None}, None),
+    ({"pad_token": SPECIAL[1], "image_token": THINK, "extra_special_tokens": [SPECIAL[2]]}, None),
+    (
+        {"add_prefix_space": False, "tokenizer_class": "LlamaTokenizer"},
+        {"byte_fallback": "json: add_prefix_space is F"},
+    ),
+    ({"add_prefix_space": True, "tokenizer_class": "GPT2Tokenizer"}, {"byte_level": "json: add_prefix_space is True"}),
+    ({"split_special_tokens": True}, "tokenizer_config.json: with split_special_tokens"),
+    ({"pad_token": "<new>"}, "tokenizer.json: no added token '<new>'"),
+    ({"bos_token": "o"}, "tokenizer.json: no added token 'o'"),
+    ({"image_token": NEW}, "tokenizer.json: no added token '<new>'"),
+    ({"additional_special_tokens": [SPECIAL[1], NEW]}, "tokenizer.json: no added token '<new>'"),
+    ({"extra_special_tokens": {"image_token": "fox"}}, "tokenizer.json: no added token 'fox'"),
+]
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+@pytest.mark.parametrize(("changed", "refused"), CONFIGURED)
+def test_a_configuration_is_followed_as_by_transformers_or_refused(tmp_path: Path, make, changed, refused) -> None:
+    transformers = pytest.importorskip("transformers", reason="pip install transformers, then make test")
+    directory = make(tmp_path / "hf")
+    texts = ["fox <new>", " a <think> b", *("".join(SPECIAL), "a b, c ."), *strings(100)]
+    ordinary = open_tokenizer(directory).tokenize_batch(texts)
+    configure(directory, **changed)
+    if isinstance(refused, dict):  # of one of the two, and what the other has
+        refused = refused.get(make.__name__)
+        if refused is None:
+            assert open_tokenizer(directory).tokenize_batch(texts) == ordinary
+            return
+    expected = transformers.AutoTokenizer.from_pretrained(directory)(texts, add_special_tokens=False)["input_ids"]
+    if refused is None:
+        assert open_tokenizer(directory).tokenize_batch(texts) == expected
+    else:
+        assert expected != ordinary, "nothing to refuse"
+        with pytest.raises(ValueError, match=refused):
+            open_tokenizer(directory)
+
+
+HOW = ("single_word", "lstrip", "rstrip", "normalized", "special")
+ADDED = {"content": "<late>", "special": True}
+DAMAGED = [
+    *(
+        (name, value)
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        for value in (5, ["</s>"], {}, {"content": None})
+    ),
+    *((name, value) for name in ("chat_template", "added_tokens_decoder") for value in (5, [None], [5], [[]])),
+    *(("chat_template", value) for value in ([{"name": "default"}], [{"name": "default", "template": None}], {})),
+    *(("added_tokens_decoder", {key: ADDED}) for key in ("", "a", "-1", "1.5")),
+    *(("added_tokens_decoder", {"300": value}) for value in (None, "<late>", [], {}, {"content": None})),
+    *(("added_tokens_decoder", {"300": {**ADDED, key: None}}) for key in ADDED),
+    *(("added_tokens_decoder", {"300": {**ADDED, key: "no"}}) for key in ("lstrip", "rstrip", "single_word")),
+    *(("extra_special_tokens", value) for value in (5, [None], {"one": 5})),
+    *(("additional_special_tokens", value) for value in ("</s>", [["</s>"]])),
+    *((name, "yes") for name in ("add_prefix_space", "split_special_tokens")),
+    ("tokenizer_class", ["LlamaTokenizer"]),
+]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
+    """A tokenizer, and functions that run what prepares data with it; nothing is written where it is damaged."""
+    root = tmp_path_factory.mktemp("damaged")
+    messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    (root / "in.jsonl").write_text(json.dumps({"text": "Hi", "messages": messages}))
+    model = chat_tokenizer(root / "hf", STYLES["chatml"][0])
+    line = f"--input {root}/in.jsonl --tokenizer-model {model} --overwrite --output-prefix".split()
+    return model, [
+        lambda: preprocess_data.main([*line, f"{root}/data", "--append-eod"]),
+        lambda: preprocess_sft.main([*line, f"{root}/sft", "--seq-length", "64"]),
+    ]
+
+
+@pytest.mark.parametrize(("name", "value"), DAMAGED)
+def test_a_damaged_configuration_is_one_message_with_its_file(commands, capsys, name: str, value: object) -> None:
+    model, mains = commands
+    path = model / "tokenizer_config.json"
+    sound = path.read_text()
+    try:
+        configure(model, **{name: value})
+        for main in mains:
+            assert main() == 2
+            [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+            assert f"{path}: {name}" in said
+    finally:
+        path.write_text(sound)
+    assert [main() for main in mains] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"])
+def test_a_file_that_is_no_text_is_named(commands, capsys, name: str) -> None:
+    model, (_, preprocess) = commands
+    sound = (model / name).read_bytes() if (model / name).exists() else None
+    (model / name).write_bytes(b"\xff")
+    assert preprocess() == 2
+    assert f"{model / name}: not UTF-8" in capsys.readouterr().err
+    (model / name).unlink() if sound is None else (model / name).write_bytes(sound)
+
+
+def parts(value: object, *path: object) -> Iterator[tuple[object, ...]]:
+    """Where the first parts of a JSON value are."""
+    yield path
+    for key in (
+        [*value][:9] if isinstance(value, dict) else range(min(len(value), 2)) if isinstance(value, list) else []
+    ):
+        yield from parts(value[key], *path, key)
+
+
+@pytest.mark.parametrize("damage", [None, -1, 2**40, 1.5, True, "x", [None], {"x": 1}], ids=repr)
+def test_a_damaged_tokenizer_is_an_error_with_its_file_or_still_one(tmp_path: Path, damage: object) -> None:
+    path = chat_tokenizer(tmp_path) / "tokenizer.json"
+    sound, refused = path.read_text(), 0
+    described = json.loads(sound)
+    for part in parts({**described, "added_tokens": described["added_tokens"][:2]}):
+        damaged = at = json.loads(sound)
+        for key in part[:-1]:
+            at = at[key]
+        if part:
+            at[part[-1]] = damage
+        path.write_text(json.dumps(damaged if part else damage))
+        try:
+            open_tokenizer(tmp_path).tokenize("Hi <end>\u00e4")
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 5
+
+
+def test_a_text_that_the_vocabulary_cannot_express_is_an_error_with_the_file(tmp_path: Path) -> None:
+    tokenizers.Tokenizer(models.BPE({"a": 0, "</s>": 1}, [], unk_token="gone")).save(str(tmp_path / "tokenizer.json"))
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    described["added_tokens"] = [{"id": 1, "content": "</s>", **dict.fromkeys(HOW, False), "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.tokenize("a</s>") == [0, 1]
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json cannot write this text as tokens: Unk token `gone` not found"
+    ):
+        tokenizer.tokenize("b")
 
 
 def test_text_and_ids_that_cannot_be_are_refused(directory: Path) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer, processors
 
-from ...files import parse_json
 from .common import identifiers, outside_of_vocabulary, require_utf8
+from .config import CONFIG, SPECIAL, all_special_tokens, content_of, read_config, special_tokens
 
-FILE, CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+FILE = "tokenizer.json"
 # The library looks at it whenever it encodes.
 _PARALLEL = "TOKENIZERS_PARALLELISM"
+_SAVED = "write both files with save_pretrained of the tokenizer that the model was trained with"
+# Classes of Transformers that take tokenizer.json as it stands; the others build it anew from its vocabulary.
+_GENERIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 # What an added token says of itself.
 _HOW = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -37,7 +40,8 @@ class HuggingFaceTokenizer:
         unique_identifiers: the content of ``tokenizer.json`` and the special tokens.
 
     Raises:
-        ValueError: a file is missing or damaged, or there is no ``eos_token``.
+        ValueError: a file is missing or damaged, there is no ``eos_token``, or the configuration asks for other ids
+            than ``tokenizer.json`` gives; it begins with the path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -53,8 +57,9 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         # It adds the special tokens, which we never ask for, and may cut spaces off the offsets of tokens.
         self._tokenizer.post_processor = processors.Sequence([])
-        self.config = _read_config(directory)
+        self.config = read_config(directory)
         self._add_tokens()
+        self._require_ids_of_transformers()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         eos = self._special("eos_token")
         if eos is None:
@@ -78,7 +83,7 @@ class HuggingFaceTokenizer:
         """Return the ids of each text, in order, computed by one native thread, or by all cores for more.
 
         Raises:
-            ValueError: a text holds lone surrogates, which have no UTF-8 form.
+            ValueError: a text holds lone surrogates, which have no UTF-8 form, or what the vocabulary cannot express.
         """
         return [found.ids for found in self._encode(texts, threads)]
 
@@ -102,8 +107,7 @@ class HuggingFaceTokenizer:
     @property
     def special_tokens(self) -> dict[str, str]:
         """The special tokens that the files name, such as ``bos_token`` and ``eos_token``, as they are written."""
-        named = {name: self._content(name) for name in self.config if name.endswith("_token")}
-        return {name: content for name, content in named.items() if isinstance(content, str)}
+        return special_tokens(self.config)
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` (a list, an array or a 1-D tensor); special tokens vanish.
@@ -126,18 +130,38 @@ class HuggingFaceTokenizer:
                 how = {key: token[key] for key in _HOW if key in token}
                 self._tokenizer.add_tokens([AddedToken(token["content"], **how)])
 
+    def _require_ids_of_transformers(self) -> None:
+        """Refuses what Transformers would follow and ``tokenizer.json`` does not say."""
+        added, where = set(self.added_tokens), self.directory / CONFIG
+        if absent := [token for token in all_special_tokens(self.config) if token and token not in added]:
+            raise ValueError(
+                f"{self.directory / FILE}: no added token {absent[0]!r}, which is special by {CONFIG} or {SPECIAL}, so "
+                f"that Transformers would add it: {_SAVED}"
+            )
+        if self.config.get("split_special_tokens"):
+            raise ValueError(f"{where}: with split_special_tokens no text could hold an end-of-turn: set it to false")
+        wanted = self.config.get("add_prefix_space")
+        if wanted is not None and self.config.get("tokenizer_class") not in _GENERIC and wanted != self._adds_space():
+            raise ValueError(f"{where}: add_prefix_space is {wanted}, {FILE} does the opposite: {_SAVED}")
+
+    def _adds_space(self) -> bool:
+        """Whether something is put in front of a text."""
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        text = "a" if normalizer is None else normalizer.normalize_str("a")
+        parts = [(text, None)] if splitter is None else splitter.pre_tokenize_str(text)
+        return not "".join(part for part, _ in parts).startswith("a")
+
     def _encode(self, texts: Sequence[str], threads: int) -> list[Encoding]:
         for text in texts:
             require_utf8(text)
         os.environ[_PARALLEL] = "true" if threads > 1 else "false"
-        return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-
-    def _content(self, name: str) -> Any:
-        token = self.config.get(name)
-        return token.get("content") if isinstance(token, dict) else token
+        try:
+            return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"{self.directory / FILE} cannot write this text as tokens: {error}") from None
 
     def _special(self, name: str) -> int | None:
-        content = self._content(name)
+        content = content_of(self.config.get(name))
         return None if content is None else self._tokenizer.token_to_id(content)
 
 
@@ -149,15 +173,3 @@ def _read(path: Path) -> bytes:
             f"{path}: {error.strerror}; give the directory of a fast tokenizer (AutoTokenizer ... save_pretrained "
             "writes one), on this machine: nothing is downloaded"
         ) from None
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in (_SPECIAL, CONFIG):
-        path = directory / name
-        if path.is_file():
-            content = parse_json(path.read_text(encoding="utf-8"), str(path))
-            if not isinstance(content, dict):
-                raise ValueError(f"{path}: not a JSON object")
-            found |= content
-    return found
