@@ -129,9 +129,8 @@ def open_chat_template(tokenizer: HuggingFaceTokenizer, given: Path | None = Non
         return ChatTemplate(read_text(path), str(path), tokenizer.special_tokens)
     source = tokenizer.config.get("chat_template")
     if isinstance(source, list):
-        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
-        source = named.get("default")
-    if not isinstance(source, str):
+        source = {one["name"]: one["template"] for one in source}.get("default")
+    if source is None:
         raise ValueError(
             f"{tokenizer.directory}: no chat template, neither {FILE} nor a default one in {CONFIG}; name the one that "
             "the model is to be asked with: --chat-template FILE"
