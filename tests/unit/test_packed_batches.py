@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Micro-batches of packed pretraining and of --sft, as a model gets them: boundaries, positions, and who reads them."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def test_documents_of_a_micro_batch_begin_at_position_0_behind_each_end(place: P
         assert all(value.numel() <= len(tokens) for value in batch.values()), "a mask would be larger"
         lengths |= set(parts)
     assert {1, LENGTH} <= lengths
+
+
+def test_ends_of_documents_are_seen_and_learned_where_padding_is_the_same_token(place: Path) -> None:
+    """As in many published models; GPTDataset looks for padding by its token, unless it is another special one, too."""
+    described = json.loads((place / "tokenizer" / "tokenizer_config.json").read_text())
+    plain = list(islice(stream(place, "documents"), 6))
+    (place / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**described, "pad_token": "<eod>"}))
+    padded = list(islice(stream(place, "documents"), 6))
+    assert any((batch["tokens"] == EOD).any() for batch in plain)
+    for mine, other in zip(plain, padded, strict=True):
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    learned = torch.cat([batch["labels"][batch["loss_mask"] > 0] for batch in padded])
+    assert (learned == EOD).any()
 
 
 @pytest.mark.slow
