@@ -164,7 +164,7 @@ def _data(add: _Add) -> None:
     add("--reset-position-ids", action="store_true", help="positions start anew after an end-of-document token")
     add("--reset-attention-mask", action="store_true", help="documents attend to themselves alone")
     add("--eod-mask-loss", action="store_true", help="what follows an end-of-document token isn't learned")
-    add("--data-cache-path", metavar="DIR", help="of the sample indices, default beside the data")
+    add("--data-cache-path", metavar="DIR", help="of the sample indices of plain text, default beside the data")
     add("--num-workers", type=Whole(0, 1024), default=0, help="data loading processes per rank")
     add("--eval-iters", type=Whole(0, 10**9), default=100)
     add("--eval-interval", type=_ITERATIONS, default=1000)

@@ -167,8 +167,6 @@ def _data_mistakes(args: argparse.Namespace) -> Iterator[str]:
     for name in ("mock_data", *AT_ENDS):
         if args.sft and getattr(args, name):
             yield f"{_flag(name)} is for plain text: conversations that --sft trains on say where they end"
-    if args.sft and args.data_cache_path is not None:
-        yield "--data-cache-path keeps the order of plain text: that of conversations takes no time, leave it out"
     for name in ("data_path", "train_data_path", "valid_data_path", "split"):
         try:
             if getattr(args, name) is not None:

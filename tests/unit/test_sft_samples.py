@@ -95,9 +95,6 @@ def test_what_cannot_be_trained_on_is_refused(place: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         arguments(place, "--data-path", f"{place}/chat", "--reset-attention-mask")
     assert "--reset-attention-mask is for plain text" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        arguments(place, "--data-path", f"{place}/chat", "--data-cache-path", f"{place}/cache")
-    assert "--data-cache-path keeps the order of plain text" in capsys.readouterr().err
 
 
 def test_a_step_or_an_evaluation_without_anything_to_learn_is_refused(place: Path) -> None:
