@@ -47,6 +47,8 @@ _BOUNDS = {
     "adam_beta2": _PROBABILITY,
     "adam_epsilon": cli.Number(1e-30, 1),
     "max_grad_norm": cli.Number(0),
+    "distill_alpha": cli.Number(0, 1),
+    "distill_temperature": cli.Number(0, 1000, open_minimum=True),
     "seed": cli.Whole(0, 2**32 - 1),
 }
 

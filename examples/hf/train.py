@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from distilling import DistillationArguments, DistillingTrainer, load_teacher
 from latent_model import ModelArguments, Parser, load, records_of, text_of, train_and_save
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, default_data_collator
+from transformers import PreTrainedTokenizerBase, TrainingArguments, default_data_collator
 
 from bitcpm_megatron import cli
 
@@ -79,10 +80,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str] | None) -> None:
-    parser = Parser(ModelArguments, DataArguments, TrainingArguments, description=__doc__)
-    model_arguments, data, training = parser.parse(argv)
+    parser = Parser(ModelArguments, DataArguments, DistillationArguments, TrainingArguments, description=__doc__)
+    model_arguments, data, distillation, training = parser.parse(argv)
     model, tokenizer = load(model_arguments)
-    trainer = Trainer(
+    teacher = load_teacher(distillation, tokenizer)
+    trainer = DistillingTrainer(
+        teacher,
+        distillation,
+        len(tokenizer),
         model=model,
         args=training,
         train_dataset=Blocks(tokenize(data.train_files, tokenizer), data.block_size),

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from distilling import DistillationArguments, DistillingTrainer, load_teacher
 from latent_model import ModelArguments, Parser, load, records_of, train_and_save
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from bitcpm_megatron import cli
 
@@ -147,14 +148,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str] | None) -> None:
-    parser = Parser(ModelArguments, DataArguments, TrainingArguments, description=__doc__)
-    model_arguments, data, training = parser.parse(argv)
+    parser = Parser(ModelArguments, DataArguments, DistillationArguments, TrainingArguments, description=__doc__)
+    model_arguments, data, distillation, training = parser.parse(argv)
     model, tokenizer = load(model_arguments)
+    teacher = load_teacher(distillation, tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE  # saved with the model, so that users prompt it as it was trained
     conversations = read(data.train_files, tokenizer, data.max_length)
-    trainer = Trainer(
-        model=model, args=training, train_dataset=conversations, data_collator=pad, processing_class=tokenizer
+    trainer = DistillingTrainer(
+        teacher,
+        distillation,
+        len(tokenizer),
+        model=model,
+        args=training,
+        train_dataset=conversations,
+        data_collator=pad,
+        processing_class=tokenizer,
     )
     train_and_save(trainer, training)
 

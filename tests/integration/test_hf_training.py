@@ -17,7 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny_hf
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from bitcpm_megatron.checkpoint_tools import qat_convert
 from bitcpm_megatron.checkpoint_tools.hf_model.modeling_bitcpm import BitCPMForCausalLM
@@ -148,13 +154,75 @@ def scripts() -> dict[str, ModuleType]:
     found = {}
     sys.path.insert(0, str(EXAMPLES))
     try:
-        for name in ("latent_model", "train", "train_sft"):
+        for name in ("latent_model", "distilling", "train", "train_sft"):
             spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
             found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(found[name])
     finally:
         sys.path.remove(str(EXAMPLES))
     return found
+
+
+@pytest.fixture(scope="module")
+def teacher(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock model that knows more of the text than the latent export."""
+    directory = tmp_path_factory.mktemp("teacher") / "fused"
+    qat_convert.main(["--input_bin", str(trained[1]), "--output", str(directory)])
+    return directory
+
+
+def test_a_teacher_is_asked_about_the_tokens_that_are_learned(trained, teacher: Path, scripts, tmp_path: Path) -> None:
+    """Loss and gradients are those of plain float64, of a step whose tokens lie in several micro-batches."""
+    distilling = scripts["distilling"]
+    arguments = distilling.DistillationArguments(str(teacher), 0.5, 2.0)
+    model, tokenizer = scripts["latent_model"].load(
+        scripts["latent_model"].ModelArguments(str(trained[0]), trust_remote_code=True)
+    )
+    taught = distilling.load_teacher(arguments, tokenizer)
+    options = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
+    trainer = distilling.DistillingTrainer(taught, arguments, len(tokenizer), model=model, args=options)
+    ids = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(4))
+    labels = ids.clone()
+    labels[0, :5] = labels[1, 9:] = -100
+    counted = labels[:, 1:] != -100
+    found = trainer.compute_loss(model.train(), {"input_ids": ids, "labels": labels.clone()}, num_items_in_batch=40)
+    found.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    z, t = (m(ids).logits[:, :-1][counted].double() for m in (model, taught))
+    q, p = ((x[:, : len(tokenizer)] / 2).log_softmax(-1) for x in (z, t))
+    entropy = torch.nn.functional.cross_entropy(z, labels[:, 1:][counted], reduction="sum")
+    expected = (0.5 * entropy + 0.5 * 4 * (p.exp() * (p - q)).sum()) / 40
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - gradients[name]).norm() <= 1e-5 * parameter.grad.norm(), name
+    assert all(parameter.grad is None for parameter in taught.parameters())
+    evaluated = trainer.compute_loss(model.eval(), {"input_ids": ids, "labels": labels.clone()})
+    assert evaluated.item() == pytest.approx(entropy.item() / int(counted.sum()), rel=1e-5)
+
+
+def test_both_scripts_learn_from_a_teacher(trained, teacher: Path, data: Path, tmp_path: Path) -> None:
+    asked = ("--teacher", str(teacher), "--distill_temperature", "2", "--max_steps", "4")
+    for script, file in (("train.py", "text.jsonl"), ("train_sft.py", "chats.jsonl")):
+        more = ("--block_size", "48") if script == "train.py" else ()
+        done = run(script, trained[0], tmp_path / script, [data / file], *asked, *more)
+        assert done.returncode == 0, done.stderr
+        curve = losses(tmp_path / script)
+        assert len(curve) == 4 and curve[-1] < curve[0]
+
+
+def test_who_cannot_teach_is_refused(trained, teacher: Path, scripts, tmp_path: Path) -> None:
+    distilling = scripts["distilling"]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained[0])
+    with pytest.raises(ValueError, match="need --teacher"):
+        distilling.load_teacher(distilling.DistillationArguments(None, 0.5), tokenizer)
+    with pytest.raises(ValueError, match="--teacher .*nowhere: Transformers cannot load it"):
+        distilling.load_teacher(distilling.DistillationArguments(str(tmp_path / "nowhere")), tokenizer)
+    tokenizer.add_tokens(["<more>"])
+    with pytest.raises(ValueError, match="its tokens are others"):
+        distilling.load_teacher(distilling.DistillationArguments(str(teacher)), tokenizer)
 
 
 def test_what_is_no_latent_export_is_refused(trained, scripts, tmp_path: Path, capsys) -> None:
