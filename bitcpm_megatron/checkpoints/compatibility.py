@@ -18,7 +18,8 @@ _ARCHITECTURE = (
 _OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
 _TOLD = (
     "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
-    "weight_decay clip_grad sft reset_position_ids reset_attention_mask eod_mask_loss"
+    "weight_decay clip_grad sft reset_position_ids reset_attention_mask eod_mask_loss "
+    "distill_teacher distill_alpha distill_temperature distill_direction"
 ).split()
 
 
@@ -57,6 +58,11 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
         was = "mock data" if saved.get("mock_data") else f"the tokenizer {saved.get('tokenizer_model')}"
         tokens = f"{args.tokenizer_model or 'mock data'} has other tokens"
         cure = f"{tokens}: give the same, or --finetune to begin with these"
+        checks.append(([was], cure))
+    teacher, other = saved.get("distill_identity"), getattr(args, "distill_identity", None)
+    if None not in (teacher, other) and teacher != other and not args.finetune:
+        was = f"the teacher {saved.get('distill_teacher')} ({teacher['checkpoint']})"
+        cure = f"{args.distill_teacher} ({other['checkpoint']}) is another one: give the same, or --finetune"
         checks.append(([was], cure))
     if with_optimizer:
         optimizer = _differences(args, saved, _OPTIMIZER)

@@ -9,16 +9,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from ..checkpoints.directory import saved_arguments
 from ..data.vocabulary import padded_vocab_size
-from ..models.architecture import uneven
-from ..quantization.recipe import Recipe
-from ..quantization.record import QuantizerRecord
-from ..training import checkpoint
-from ..training.flags import recorded
+from ..training.checkpoint import trained_model
+from ..training.flags import arguments_of
 from ..training.initialize import device, initialize, world_size
-from ..training.mistakes import ffn_channels
-from ..training.model import Model, build_model
+from ..training.model import Model
 
 
 def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespace, Model]:
@@ -33,35 +28,11 @@ def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespa
         ValueError: this number of processes does not fit the model or its row-parallel shards, or what the checkpoint
             says of its run cannot be.
     """
-    args = recorded(saved_arguments(path), str(path))
-    args.tensor_model_parallel_size = world_size()
-    args.pipeline_model_parallel_size = args.data_parallel_size = args.context_parallel_size = 1
-    args.num_virtual_stages_per_pipeline_rank = None
-    args.sequence_parallel = False
-    args.gradient_accumulation_fusion = False
+    args = arguments_of(path, world_size())
     args.bf16 = args.bf16 and not fp32
-    # The same model to within rounding, at every tensor-parallel size, in fp32, and without the op.
-    args.ternary_gemm = args.ternary_gemm_backward = "bf16"
-    record = QuantizerRecord.read(path)
-    # Fused weights are ternary already.
-    args.ternary = False
-    if record is not None and record.state == "latent":
-        args.ternary = True
-        args.ternary_recipe = Recipe.of(record)
-        args.ternary_row_parallel_shards = record.row_parallel_shards
-        args.ternary_activation_bits = record.activation_bits
-    channels = (args.num_experts and args.moe_ffn_hidden_size) or ffn_channels(args)
-    found = uneven({"query groups": args.num_query_groups, "ffn channels": channels}, world_size())
-    if found is not None:
-        raise ValueError(f"{world_size()} processes do not divide the model's {found}")
-    if args.vocab_size is None:
-        raise ValueError(f"{path} does not say how large its vocabulary is")
     initialize(args)
     vocabulary = padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
-    model = build_model(args, vocabulary, with_ddp=False)
-    checkpoint.load_weights(path, model)
-    model.chunks[0].eval()
-    return args, model
+    return args, trained_model(args, path, vocabulary)
 
 
 @torch.inference_mode()

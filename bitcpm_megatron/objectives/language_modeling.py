@@ -25,10 +25,10 @@ def language_modeling(batch: Batch, model: torch.nn.Module) -> tuple[torch.Tenso
     """Cross entropy of the next token, over the tokens that ``loss_mask`` counts; of a GPTModel or a stage of one."""
     packed = {"packed_seq_params": packed_seq_params(batch[CUMULATIVE])} if CUMULATIVE in batch else {}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **packed)
-    return output, partial(_masked_sum, batch["loss_mask"])
+    return output, partial(masked_sum, batch["loss_mask"])
 
 
-def _masked_sum(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def masked_sum(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     mask = mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
     tokens = mask.sum()

@@ -41,7 +41,7 @@ from ..parallel.resident import latents
 from ..parallel.sharded_scales import without_scales
 from ..patches.megatron_core import checkpointing
 from .initialize import sum_over_ranks
-from .model import Model
+from .model import Model, build_model
 from .run import Run
 
 _RESHARDABLE = "fully_reshardable"
@@ -250,6 +250,21 @@ def _load_schedule(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
 def load_weights(checkpoint: Path, model: Model) -> None:
     """Restores the latent weights alone; collective over all ranks, at any parallel layout."""
     _load(checkpoint, model, without_scales(_model_state(model)))
+
+
+def trained_model(args: argparse.Namespace, checkpoint: Path, padded_vocab_size: int) -> Model:
+    """The model of a checkpoint, to be read and not to be trained; collective over all ranks.
+
+    Args:
+        args: of :func:`~.flags.arguments_of`, with a layout that the process groups have.
+        checkpoint: whose weights it gets.
+        padded_vocab_size: rows of its embedding; what stands in those that the checkpoint lacks is undefined.
+    """
+    model = build_model(args, padded_vocab_size, with_ddp=False)
+    load_weights(checkpoint, model)
+    for chunk in model.chunks:
+        chunk.requires_grad_(False).eval()
+    return model
 
 
 def _load(checkpoint: Path, model: Model, state: dict[str, Any]) -> dict[str, Any]:

@@ -6,15 +6,20 @@ An unknown flag is an error (also an abbreviated one), and contradictions are re
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..checkpoints.directory import saved_arguments
 from ..cli import Number, Parser, Whole
 from ..data.vocabulary import TOKENIZER_TYPES
 from ..models import family_flags
-from ..models.architecture import MAX_LAYERS
+from ..models.architecture import MAX_LAYERS, uneven
+from ..quantization.recipe import Recipe
+from ..quantization.record import QuantizerRecord
 from ..ternary_flags import add_ternary_arguments
 from .mistakes import ffn_channels, has_cuda, mistakes
 
+DIRECTIONS = ("forward", "reverse")
 _DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 
@@ -67,6 +72,7 @@ def build_parser() -> Parser:
     _training(parser.add_argument_group("training").add_argument)
     _data(parser.add_argument_group("data").add_argument)
     _checkpoint(parser.add_argument_group("checkpoint").add_argument)
+    _distillation(parser.add_argument_group("distillation").add_argument)
     _logging(parser.add_argument_group("logging").add_argument)
     add_ternary_arguments(parser)
     return parser
@@ -186,6 +192,13 @@ def _checkpoint(add: _Add) -> None:
     add("--no-save-optim", action="store_true")
 
 
+def _distillation(add: _Add) -> None:
+    add("--distill-teacher", metavar="DIR", help="learn from this run of ours, too; its newest checkpoint")
+    add("--distill-alpha", type=Number(0, 1), help="share of the teacher in the loss, default 1")
+    add("--distill-temperature", type=Number(0, 1000, open_minimum=True), help="of both softmaxes, default 1")
+    add("--distill-direction", choices=DIRECTIONS, help="forward (default): KL(teacher || student)")
+
+
 def _logging(add: _Add) -> None:
     add("--log-interval", type=_ITERATIONS, default=100)
     add("--log-dir", metavar="DIR", help="metrics.jsonl, TensorBoard events, loss.png")
@@ -216,6 +229,10 @@ def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespac
     args.num_query_groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters
     args.distributed_backend = args.distributed_backend or ("nccl" if has_cuda() else "gloo")
+    if args.distill_teacher is not None:
+        args.distill_alpha = 1.0 if args.distill_alpha is None else args.distill_alpha
+        args.distill_temperature = args.distill_temperature or 1.0
+        args.distill_direction = args.distill_direction or DIRECTIONS[0]
     return args
 
 
@@ -244,6 +261,44 @@ def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
         if mistake is not None:
             raise ValueError(f"{where} records {action.dest} {value!r}: {mistake}; copy the checkpoint again")
     return found
+
+
+def arguments_of(checkpoint: Path, tensor_parallel: int) -> argparse.Namespace:
+    """The arguments that build the model of a checkpoint to be read: ternary where its weights are latent.
+
+    They ask for tensor parallelism alone: who wants more sets it.
+
+    Args:
+        checkpoint: an iteration directory, or a release.
+        tensor_parallel: ranks.
+
+    Raises:
+        ValueError: they do not divide the model or its row-parallel shards, or what the checkpoint says of its run
+            cannot be.
+    """
+    args = recorded(saved_arguments(checkpoint), str(checkpoint))
+    args.tensor_model_parallel_size = tensor_parallel
+    args.pipeline_model_parallel_size = args.data_parallel_size = args.context_parallel_size = 1
+    args.num_virtual_stages_per_pipeline_rank = None
+    args.recompute_granularity = args.recompute_method = args.recompute_num_layers = None
+    args.sequence_parallel = args.gradient_accumulation_fusion = False
+    # The same model to within rounding, at every tensor-parallel size, in fp32, and without the op.
+    args.ternary_gemm = args.ternary_gemm_backward = "bf16"
+    record = QuantizerRecord.read(checkpoint)
+    # Fused weights are ternary already.
+    args.ternary = False
+    if record is not None and record.state == "latent":
+        args.ternary = True
+        args.ternary_recipe = Recipe.of(record)
+        args.ternary_row_parallel_shards = record.row_parallel_shards
+        args.ternary_activation_bits = record.activation_bits
+    channels = (args.num_experts and args.moe_ffn_hidden_size) or ffn_channels(args)
+    found = uneven({"query groups": args.num_query_groups, "ffn channels": channels}, tensor_parallel)
+    if found is not None:
+        raise ValueError(f"{tensor_parallel} tensor-parallel ranks do not divide the {found} of {checkpoint}")
+    if args.vocab_size is None:
+        raise ValueError(f"{checkpoint} does not say how large its vocabulary is")
+    return args
 
 
 def _mistake(action: argparse.Action, value: Any) -> str | None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -25,6 +26,8 @@ from ..quantization import scales_are_finite
 from ..ternary_flags import take_recorded_shards
 from . import checkpoint, data
 from .data import Batch, Data, DataError
+from .distillation.objective import TARGETS
+from .distillation.teacher import learn_from_teacher
 from .initialize import device, exit_signals, sum_over_ranks
 from .model import Model, build_model, parameter_count, params_dtype
 from .report import RunReport
@@ -72,6 +75,8 @@ def _prepare(args: argparse.Namespace, signals: list[int], note: str | None) -> 
     files = data.find_files(args, tokenizer.eod)
     model = build_model(args, vocabulary)
     run = build_run(args, model)
+    if args.distill_teacher is not None:
+        learn_from_teacher(run, vocabulary)
     run.signals = signals
     notes = [*model.notes, *filter(None, [note])]
     if found is not None:
@@ -138,7 +143,7 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
     for chunk in run.model.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    loss_sum, tokens, broken, asked = _run_schedule(run, batches, run.objective).tolist()
+    loss_sum, tokens, broken, asked, apart = _run_schedule(run, batches, run.objective).tolist()
     run.stopping = asked > 0
     if broken:
         for state in run.model.states:
@@ -150,7 +155,7 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
     if not tokens:
         raise DataError(f"step {run.iteration + 1} has no token to learn: its samples are masked as a whole")
     loss = loss_sum / tokens
-    if not math.isfinite(loss):
+    if not math.isfinite(loss + apart):
         raise TrainingError(f"the loss is {loss}: training has diverged. {_CURE}")
     due = _due(run.iteration + 1, run.args.ternary_telemetry_interval)
     codes = telemetry.record() if telemetry is not None and due else None
@@ -163,7 +168,8 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
         run.scheduler.step(increment=run.args.global_batch_size)
     run.iteration += 1
     run.consumed_samples += run.args.global_batch_size
-    return Step(run.iteration, loss, grad_norm, rate, time.perf_counter() - started, codes, run)
+    distilled = None if run.teacher is None or not run.args.distill_alpha else apart / tokens
+    return Step(run.iteration, loss, grad_norm, rate, time.perf_counter() - started, codes, run, distilled)
 
 
 @torch.no_grad()
@@ -189,24 +195,29 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
     """Runs megatron-core's schedule over the micro-batches of one global batch.
 
     Returns:
-        float64 ``[loss sum, tokens, ranks with a scale that is not finite, ranks that were asked to stop]`` over the
-        whole job, on the CPU. Every tensor-parallel rank counts the same loss, which the quotient does not see. This is
-        the one point per step that waits for the device in any case.
+        float64 ``[sum of the cross entropy, tokens, ranks with a scale that is not finite, ranks that were asked to
+        stop, sum of the divergence from a teacher]`` over the whole job, on the CPU. Every tensor-parallel rank counts
+        the same loss, which the quotient does not see. This is the one point per step that waits for the device in any
+        case.
 
     Raises:
         DataError: a micro-batch of any rank holds tokens that the vocabulary lacks; on every rank alike.
     """
     args, chunks = run.args, run.model.chunks
+    teacher = None if forward_only else run.teacher
 
     def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
-        batch = next(batches)
-        # Lengths of documents stay here, where loops over them run.
-        moved = {name: value.to(device(), non_blocking=True) for name, value in batch.items() if name != CUMULATIVE}
-        return objective({**batch, **moved}, model)
+        batch = _on_device(next(batches))
+        if teacher is not None and not teacher.runs_ahead:
+            batch[TARGETS] = teacher.targets([batch], data.packs(args))[0]
+        return objective(batch, model)
 
     # The schedule's stages (and virtual stages) each read the same micro-batches.
     shared = list(islice(batches, args.num_microbatches))
     unknown = data.withdraw_unknown_tokens(shared, args.vocab_size)
+    if teacher is not None and teacher.runs_ahead:
+        said = teacher.targets([_on_device(batch) for batch in shared], data.packs(args))
+        shared = [{**batch, TARGETS: targets} for batch, targets in zip(shared, said, strict=True)] if said else shared
     # A packed row holds the tokens of all rows of its micro-batch.
     rows, packed = args.micro_batch_size, data.packs(args)
     results = get_forward_backward_func()(
@@ -218,19 +229,29 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
         micro_batch_size=1 if packed else rows,
         forward_only=forward_only,
     )
-    total = torch.zeros(5, dtype=torch.float64, device=device())
+    total = torch.zeros(6, dtype=torch.float64, device=device())
     for result in results:
         total[:2] += result["lm_loss"].to(total.dtype)
+        if "distill_loss" in result:
+            total[4] += result["distill_loss"][0]
     scales = [state.scales for state in run.model.states if state.scales is not None]
     if scales:
         total[2] = (~scales_are_finite(scales)).to(total.dtype)
     total[3] = float(bool(run.signals))
-    total[4] = len(unknown)
+    total[5] = len(unknown)
     torch.distributed.all_reduce(total)
     counted = total.cpu()
-    if counted[4]:
+    if counted[5]:
         data.refuse_unknown_tokens(args, unknown, training=not forward_only)
-    return counted[:4]
+    return counted[:5]
+
+
+def _on_device(batch: Batch) -> dict[str, Any]:
+    # Lengths of documents stay here, where loops over them run; what a teacher says is there already.
+    return {
+        name: value if name in (CUMULATIVE, TARGETS) else value.to(device(), non_blocking=True)
+        for name, value in batch.items()
+    }
 
 
 def _find_checkpoint(args: argparse.Namespace) -> Path | None:

@@ -24,6 +24,7 @@ _NEEDED_BY = {
     "overlap_grad_reduce": ["overlap_param_gather"],
     "vocab_size": ["mock_data"],
     "log_dir": ["ternary_telemetry_interval"],
+    "distill_teacher": ["distill_alpha", "distill_temperature", "distill_direction"],
 }
 AT_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 """Arguments that ask for something at the end of documents."""

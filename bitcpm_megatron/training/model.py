@@ -147,13 +147,15 @@ def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_s
     spec = get_gpt_layer_local_spec(
         num_experts=args.num_experts, moe_grouped_gemm=False, normalization=args.normalization
     )
+    # A teacher's stages are whole, whatever its student's are.
+    whole = vp_stage is None
     model = GPTModel(
         config=config,
         transformer_layer_spec=give_core_attention(spec),
         vocab_size=vocab,
         max_sequence_length=args.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=whole, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=whole, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,

@@ -37,13 +37,15 @@ class RunReport:
                 "train",
                 consumed_samples=self._run.consumed_samples,
                 lm_loss=step.loss,
+                **({} if step.divergence is None else {"distill_loss": step.divergence}),
                 grad_norm=step.grad_norm,
                 learning_rate=step.learning_rate,
                 tokens_per_second=tokens,
                 elapsed_ms=step.seconds * 1e3,
             )
             norm = "" if step.grad_norm is None else f"grad norm {step.grad_norm:.3f} | "
-            self.say(f"loss {step.loss:.4f} | {norm}lr {step.learning_rate:.3e} | {tokens:.0f} tokens/s")
+            apart = "" if step.divergence is None else f"from the teacher {step.divergence:.4f} | "
+            self.say(f"loss {step.loss:.4f} | {apart}{norm}lr {step.learning_rate:.3e} | {tokens:.0f} tokens/s")
         if step.codes is not None:
             modules = {name: statistics for name, statistics in step.codes.items() if name != "total"}
             self._write("ternary", total=step.codes["total"], modules=modules)

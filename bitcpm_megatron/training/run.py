@@ -4,6 +4,7 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -13,6 +14,9 @@ from ..parallel.packed.gather import gather_packed
 from ..parallel.packed.weights import pack_weights
 from ..parallel.resident import hold_in_parameters
 from .model import Model, params_dtype
+
+if TYPE_CHECKING:
+    from .distillation.teacher import Teacher
 
 _SAME_NAMES = (
     "lr min_lr weight_decay bf16 adam_beta1 adam_beta2 adam_eps clip_grad use_distributed_optimizer "
@@ -28,6 +32,7 @@ class Run:
         optimizer: Adam with fp32 master weights, gradient clipping, and the distributed optimizer where asked for.
         scheduler: learning rate over samples, as in Megatron-LM: warm-up, then constant / linear / cosine / WSD.
         objective: what a micro-batch is trained for.
+        teacher: that the objective learns from, or None.
         signals: that asked this process to stop.
         stopping: whether one has reached any process of the job, as all of them learned in the same step.
         iteration: optimizer steps taken.
@@ -39,6 +44,7 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     objective: Objective = language_modeling
+    teacher: "Teacher | None" = None
     signals: list[int] = field(default_factory=list)
     stopping: bool = False
     iteration: int = 0
@@ -57,6 +63,7 @@ class Step:
         seconds: it took.
         codes: telemetry, on rank 0 and where it was due (see :class:`~bitcpm_megatron.parallel.Telemetry`).
         run: after the step: its ``model.chunks``, ``optimizer``, ``scheduler`` and ``consumed_samples``.
+        divergence: from the teacher, mean over the same tokens, in nats times the temperature squared; None without.
     """
 
     iteration: int
@@ -66,6 +73,7 @@ class Step:
     seconds: float
     codes: Mapping[str, Mapping[str, float | None]] | None
     run: Run
+    divergence: float | None = None
 
 
 def build_run(args: argparse.Namespace, model: Model) -> Run:

