@@ -171,8 +171,8 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
     starts = {"start": [*TERNARY, *one_step, str(where / "start")]}
     for variant, (flags, _) in VARIANTS.items():
         starts[f"start {variant}"] = [*flags, *one_step, str(where / f"start {variant}")]
-    teachers = {name: [*MODEL, *TEACHER, "--save", str(where / name)] for name in ("teacher", "teacher packed")}
-    launch(1, teachers)
+    teachers = {"teacher": [], "teacher packed": PACKED}
+    launch(1, {name: [*MODEL, *TEACHER, *flags, "--save", str(where / name)] for name, flags in teachers.items()})
     launch(1, {name: [*flags, *taught(name)] for name, flags in starts.items()})
     succeeded(results["start"][0], *starts)
     for ranks in (2, 1, 4):
