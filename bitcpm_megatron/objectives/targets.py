@@ -31,8 +31,10 @@ class _OfTokens:
         return self._each(lambda tensor: tensor[index])
 
     def to(self: _T, device: torch.device | str) -> _T:
-        """The same on another device; from pinned memory without waiting for it."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same on another device; from pinned memory to an accelerator without waiting for it."""
+        # What comes to the CPU that way may be read before it is there.
+        overlapped = torch.device(device).type != "cpu"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=overlapped))
 
     def flatten(self: _T) -> _T:
         """The same with one axis of tokens."""
