@@ -60,7 +60,7 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
         cure = f"{tokens}: give the same, or --finetune to begin with these"
         checks.append(([was], cure))
     teacher, other = saved.get("distill_identity"), getattr(args, "distill_identity", None)
-    if None not in (teacher, other) and teacher != other and not args.finetune:
+    if teacher is not None and other is not None and teacher != other and not args.finetune:
         was = f"the teacher {saved.get('distill_teacher')} ({teacher['checkpoint']})"
         cure = f"{args.distill_teacher} ({other['checkpoint']}) is another one: give the same, or --finetune"
         checks.append(([was], cure))

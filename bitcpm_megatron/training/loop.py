@@ -213,7 +213,7 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
         return objective(batch, model)
 
     # The schedule's stages (and virtual stages) each read the same micro-batches.
-    shared = list(islice(batches, args.num_microbatches))
+    shared: list[Any] = list(islice(batches, args.num_microbatches))
     unknown = data.withdraw_unknown_tokens(shared, args.vocab_size)
     if teacher is not None and teacher.runs_ahead:
         said = teacher.targets([_on_device(batch) for batch in shared], data.packs(args))

@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -53,10 +54,11 @@ class DistillationObjective:
         """Per token, ``[micro_batch_size, seq_length]``, of logits ``[seq_length, micro_batch_size, V / TP]``."""
         if TARGETS not in self._batch:
             return original(labels, logits)
-        found = distillation(logits, labels.t().contiguous(), self._batch[TARGETS], self._rule, self._alpha)
-        total, entropy, apart = (None if part is None else part.t().contiguous() for part in found)
-        self._losses = Losses(total, entropy, apart)
-        return total
+        said: Any = self._batch[TARGETS]
+        found = distillation(logits, labels.t().contiguous(), said, self._rule, self._alpha)
+        apart = None if found.divergence is None else found.divergence.t().contiguous()
+        self._losses = Losses(found.total.t().contiguous(), found.cross_entropy.t().contiguous(), apart)
+        return self._losses.total
 
 
 def _sums(
