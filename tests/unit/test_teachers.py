@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import tensor_parallel
 
 from bitcpm_megatron.checkpoints.directory import CheckpointError, saved_arguments
 from bitcpm_megatron.objectives.distillation import Divergence
@@ -106,6 +107,25 @@ def test_nothing_touches_a_teacher_and_nobody_hears_of_it(teacher: Path, tmp_pat
     assert saved["distill_teacher"] == str(teacher) and saved["distill_identity"]["checkpoint"] == "iter_0000001"
 
 
+def test_what_a_teacher_says_of_ids_that_are_padding_is_not_heard(teacher: Path) -> None:
+    """Its checkpoint has 100 rows, and the student's embedding 104."""
+    found = []
+    for loud in (False, True):
+        steps: list[Step] = []
+
+        def watch(step: Step, steps: list[Step] = steps, loud: bool = loud) -> None:
+            steps.append(step)
+            if loud:
+                step.run.teacher._model.bare[0].output_layer.weight[100:] = 1e3
+
+        torch.manual_seed(1)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        flags = f"--ternary --train-iters 3 --distill-alpha 0.5 --distill-teacher {teacher}".split()
+        pretrain(parse_args([*STUDENT, *flags], 1), on_step=watch)
+        found.append([(step.loss, step.divergence, step.grad_norm) for step in steps])
+    assert len(found[0]) == 3 and found[0] == found[1]
+
+
 def test_who_is_its_own_teacher_learns_nothing(single_rank: None, tmp_path: Path) -> None:
     start = [*STUDENT, "--bf16", "--train-iters"]
     pretrain(parse_args([*start, "1", "--save", str(tmp_path / "self")], 1))
@@ -168,11 +188,9 @@ def test_a_teacher_that_is_not_there_is_refused(single_rank: None, tmp_path: Pat
 
 def test_building_a_teacher_draws_nothing_of_the_students_random_numbers(teacher: Path) -> None:
     """With dropout, that is: a run with a teacher of no weight is the run without one, bit for bit."""
-    drops = ["--hidden-dropout", "0.3", "--train-iters", "3", "--ternary"]
+    drops = "--hidden-dropout 0.3 --attention-dropout 0.3 --train-iters 3 --ternary".split()
     found = []
     for extra in ([], ["--distill-teacher", str(teacher), "--distill-alpha", "0"]):
-        from megatron.core import tensor_parallel
-
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         torch.manual_seed(1)
         run = pretrain(parse_args([*STUDENT, *drops, *extra], 1))
