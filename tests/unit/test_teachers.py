@@ -91,10 +91,10 @@ def test_nothing_touches_a_teacher_and_nobody_hears_of_it(teacher: Path, tmp_pat
         assert all(torch.equal(before[name], tensor) for name, tensor in now.items())
         assert not chunk.training and not any(p.requires_grad or p.grad is not None for p in chunk.parameters())
 
-    flags = f"--train-iters 20 --ternary --ternary-telemetry-interval 1 --log-dir {log} --save {save}"
+    flags = f"--train-iters 20 --ternary --ternary-telemetry-interval 1 --log-dir {log} --save {save} --eval-iters 1"
     args = parse_args([*STUDENT, *flags.split(), "--distill-teacher", str(teacher)], 1)
     run = pretrain(args, on_step=watch)
-    assert len(forwards) == 19 * args.num_microbatches, "one forward for each micro-batch"
+    assert len(forwards) == 19 * args.num_microbatches, "one forward for each micro-batch that is trained on"
     assert run.teacher._model.ternary is None and not any(hasattr(m, "_ternary") for m in run.teacher._model.bare)
     own = {id(p) for chunk in run.teacher._model.bare for p in chunk.parameters()}
     trained = {id(p) for chunk in run.model.chunks for p in chunk.parameters()}
