@@ -3,7 +3,8 @@
 
     python launch/preflight.py JOB.yaml [--json] [--node-rank N] [--set section.key=value]
 
-Prints a table of pass / warn / fail, each line with what was found and, where something is to be done, the cure.
+Prints a table of pass / warn / fail, each line with what was found and, where something is to be done, the cure; of a
+job with stages one for each of them.
 Nothing is written, no device is touched and no other node is asked. Exit status: 0 no failure (warnings allowed), 2 a
 job file that cannot be understood, 3 something fails.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -19,15 +21,24 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
-from bitcpm_megatron.launch.checks import checkpoint, cluster, data, layout, software, training
+from bitcpm_megatron.launch.checks import checkpoint, cluster, data, layout, software, stages, teacher, training
 from bitcpm_megatron.launch.checks.subject import Finding, Subject, in_turn
-from bitcpm_megatron.launch.launcher.job import Job, read_job
+from bitcpm_megatron.launch.launcher.job import Job, read_stages
 from bitcpm_megatron.launch.launcher.scheduler import Placement
 from bitcpm_megatron.launch.launcher.torchrun import host_argv
 
 _WIDTH = 116
 # Everything that the checks say of a subject.
-findings = in_turn(cluster.check, layout.check, training.check, data.check, checkpoint.check, software.check)
+findings = in_turn(
+    cluster.check,
+    layout.check,
+    training.check,
+    data.check,
+    teacher.check,
+    checkpoint.check,
+    stages.check,
+    software.check,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,17 +53,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    job = read_job(args.job, args.set)
-    host_argv(job)
-    return report(job, None, args.node_rank, args.json)
+    jobs = read_stages(args.job, args.set)
+    for job in jobs:
+        host_argv(job)
+    return report(jobs, [None] * len(jobs), args.node_rank, args.json)
 
 
-def report(job: Job, place: Placement | None, node_rank: int | None = None, as_json: bool = False) -> int:
-    """Checks a job on this node, whose place may be known, prints the table, and returns the exit status."""
-    found = findings(Subject(job, place, node_rank=node_rank))
-    listed = {"job": str(job.path), "findings": [vars(f) for f in found]}
-    print(json.dumps(listed, indent=1) if as_json else table(job, found), flush=True)
-    return status(found)
+def report(
+    jobs: Sequence[Job], places: Sequence[Placement | None], node_rank: int | None = None, as_json: bool = False
+) -> int:
+    """Checks a job, or all its stages, on this node, whose places may be known; prints the tables, and returns the exit
+    status."""
+    found = [findings(Subject(job, at, node_rank=node_rank)) for job, at in zip(jobs, places, strict=True)]
+    if as_json:
+        of = [{} if job.stage is None else {"stage": job.stage} for job in jobs]
+        listed = [{**stage, **vars(f)} for stage, fs in zip(of, found, strict=True) for f in fs]
+        print(json.dumps({"job": str(jobs[0].path), "findings": listed}, indent=1), flush=True)
+    else:
+        print("\n\n".join(map(table, jobs, found)), flush=True)
+    return max(map(status, found))
 
 
 def status(found: list[Finding]) -> int:

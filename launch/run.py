@@ -7,15 +7,17 @@
     python launch/run.py JOB.yaml --set training.lr=1e-4 --set cluster.nodes=4
 
 ``JOB.yaml`` is a job file (docs/cluster.md has the schema) or the name of one in ``launch/jobs``. The
-``torchrun`` command replaces this process; its exit status is torchrun's. Exit status of its own: 2 bad job or
-arguments, 3 the preflight (``--preflight``) found a mistake.
+``torchrun`` command replaces this process; its exit status is torchrun's. Of a job with stages it is run for the first
+one that has not ended, and for those behind it in turn; the job ends with a stage that fails or that is asked to stop.
+Exit status of its own: 2 bad job or arguments, 3 the preflight (``--preflight``) found a mistake.
 """
 
 import argparse
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -24,11 +26,12 @@ if __package__ in (None, ""):
 
 from bitcpm_megatron import cli
 from bitcpm_megatron.launch.launcher import environment
-from bitcpm_megatron.launch.launcher.job import read_job
+from bitcpm_megatron.launch.launcher.job import Job, read_stages
 from bitcpm_megatron.launch.launcher.network import choose_interface, interfaces
-from bitcpm_megatron.launch.launcher.scheduler import Placement, detect
+from bitcpm_megatron.launch.launcher.scheduler import Placement, place_of
+from bitcpm_megatron.launch.launcher.supervisor import Supervisor
 from bitcpm_megatron.launch.launcher.torchrun import environment as child_environment
-from bitcpm_megatron.launch.launcher.torchrun import resume, torchrun
+from bitcpm_megatron.launch.launcher.torchrun import is_finished, next_stage, resume, torchrun
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,15 +49,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _start(args: argparse.Namespace) -> int:
-    job = read_job(args.job, args.set)
-    cluster = job.cluster
-    place = detect(cluster, os.environ, args.node_rank)
-    interface = choose_interface(cluster)
+    jobs = read_stages(args.job, args.set)
+    first, cluster = jobs[0], jobs[0].cluster
+    places = [place_of(job, os.environ, args.node_rank) for job in jobs]
+    place, interface = places[0], choose_interface(cluster)
     settings = environment.resolve(environment.read_profile(cluster.profile), cluster, os.environ, interface)
-    job.arguments()
-    command = torchrun(job, place, _local_address(place, interface))
+    for job in jobs:
+        job.arguments()
+    commands = [torchrun(job, at, _local_address(at, interface)) for job, at in zip(jobs, places, strict=True)]
     restarts = f", up to {cluster.max_restarts} restarts" if cluster.max_restarts else ""
-    print(f"job: {job.name}: {job.description}")
+    print(f"job: {first.name.removesuffix(f'-{first.stage}')}: {first.description}")
     print(
         f"cluster: {place.source}: node {place.node_rank} of {place.nodes}, {place.devices_per_node} processes each, "
         f"{cluster.rendezvous} rendezvous at {place.master_addr}:{place.master_port}{restarts}"
@@ -63,18 +67,48 @@ def _start(args: argparse.Namespace) -> int:
         print(f"network interface: {interface}")
     for note in place.notes:
         print(f"note: {note}")
-    print(f"environment (profile {Path(cluster.profile).stem}):\n{environment.table(settings)}")
-    print(f"checkpoints: {resume(job).line}")
-    print(f"command:\n  {display(command)}", flush=True)
+    print(f"environment (profile {Path(cluster.profile).stem}):\n{environment.table(settings)}", flush=True)
+    for number in range(len(jobs)) if args.print else ():
+        _introduce(jobs, number, commands[number])
     if args.print:
         return 0
     if args.preflight:
         from bitcpm_megatron.launch import preflight
 
-        if status := preflight.report(job, place):
+        if status := preflight.report(jobs, places):
             return status
     variables = child_environment(os.environ, {s.name: s.value for s in settings})
-    os.execve(command[0], command, variables)
+    if first.stage is not None:
+        return _in_turn(jobs, commands, variables)
+    _introduce(jobs, 0, commands[0])
+    os.execve(commands[0][0], commands[0], variables)
+
+
+def _introduce(jobs: Sequence[Job], number: int, command: Sequence[str]) -> None:
+    """Says where a job, or a stage of it, starts, and by which command."""
+    job = jobs[number]
+    stage = "" if job.stage is None else f"stage {job.stage} ({number + 1} of {len(jobs)}), "
+    print(f"{stage}checkpoints: {resume(job).line}")
+    print(f"command:\n  {display(command)}", flush=True)
+
+
+def _in_turn(jobs: Sequence[Job], commands: Sequence[list[str]], variables: Mapping[str, str]) -> int:
+    """Runs the stages that have not ended; returns the exit status."""
+    with Supervisor() as supervisor:
+        while (job := next_stage(jobs)) is not None:
+            _introduce(jobs, job.number, commands[job.number])
+            status = supervisor.run(commands[job.number], variables)
+            if status < 0:
+                raise cli.FailedError(f"the agent of stage {job.stage} ended by {signal.Signals(-status).name}")
+            if status or not is_finished(job):
+                print(f"stage {job.stage} has not ended: the same command goes on from here", flush=True)
+                return status
+            print(f"stage {job.stage} has ended", flush=True)
+            if supervisor.asked:
+                print("asked to stop: the same command goes on from here", flush=True)
+                return cli.DONE
+    print("every stage has ended", flush=True)
+    return cli.DONE
 
 
 def display(command: Sequence[str]) -> str:

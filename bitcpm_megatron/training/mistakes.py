@@ -192,6 +192,27 @@ def _place_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield "--verify-digests needs --load or --pretrained-checkpoint"
 
 
+def teaching_mistakes(teacher: argparse.Namespace, args: argparse.Namespace) -> list[str]:
+    """Why a teacher cannot teach a student beside which it runs; empty where it can.
+
+    Args:
+        teacher: the arguments that its checkpoint records.
+        args: of the student. Tokenizers are compared where both have a ``tokenizer_identity``.
+    """
+    stages, heads = args.pipeline_model_parallel_size, args.tensor_model_parallel_size * args.context_parallel_size
+    positions = teacher.max_position_embeddings
+    theirs, ours = (getattr(of, "tokenizer_identity", None) for of in (teacher, args))
+    found = {
+        f"its {teacher.num_layers} layers cannot be split over {stages} stages": teacher.num_layers % stages,
+        f"its {teacher.num_attention_heads} heads cannot be split over {heads} ranks": (
+            teacher.num_attention_heads % heads
+        ),
+        f"it knows {positions} positions, less than --seq-length {args.seq_length}": args.seq_length > positions,
+        "it was trained with another tokenizer": None not in (theirs, ours) and theirs != ours,
+    }
+    return [said for said, wrong in found.items() if wrong]
+
+
 def has_cuda() -> bool:
     """Whether this machine can train on CUDA; one without torch cannot train at all."""
     if importlib.util.find_spec("torch") is None:

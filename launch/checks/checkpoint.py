@@ -65,10 +65,16 @@ def _resume(subject: Subject) -> list[Finding]:
     try:
         start = resume(job)
         if start.iteration is None and first is not None and not latest_of(job, str(first)):
+            if job.before is not None and first == job.before.flags["save"]:
+                return [
+                    passed("resume", f"starts from the weights that stage {job.before.stage} will leave in {first}")
+                ]
             return [failed("resume", f"{first} holds no checkpoint", "check checkpoint.pretrained-checkpoint")]
     except (OSError, ValueError) as error:
         return [failed("resume", str(error), "repair the tracker, or choose another directory")]
     if start.iteration is not None and start.iteration >= args.train_iters:
+        if job.stage is not None:
+            return [passed("resume", f"stage {job.stage} has ended at iteration {start.iteration}")]
         what = f"{start.line}, and --train-iters is {args.train_iters}"
         return [warned("resume", what, "nothing is left to train: raise train-iters")]
     if start.iteration is None and args.exit_on_missing_checkpoint:
@@ -95,7 +101,7 @@ def _record(subject: Subject) -> list[Finding]:
 
 def _model(subject: Subject) -> list[Finding]:
     """The checkpoint that will be loaded, against the model that the job asks for."""
-    checkpoint, name, flags, x = subject.checkpoint(), "checkpoint-model", subject.job.flags, subject.layout
+    checkpoint, name, flags = subject.checkpoint(), "checkpoint-model", subject.job.flags
     if checkpoint is None:
         return []
     if subject.job.host.kind != BUILT_IN:
@@ -103,18 +109,25 @@ def _model(subject: Subject) -> list[Finding]:
     if not (checkpoint / "arguments.json").is_file():
         return [warned(name, f"{checkpoint} does not say what model it holds", "loading will tell")]
     try:
-        saved, args = saved_arguments(checkpoint), argparse.Namespace(**vars(subject.args))
-        args.ffn_hidden_size, args.kv_channels, args.num_query_groups = ffn_channels(args), x.head_dim, x.groups
-        args.rotary_base = 10000 if args.rotary_base is None else args.rotary_base
-        args.moe_router_topk = 2 if args.moe_router_topk is None else args.moe_router_topk
+        saved, args = saved_arguments(checkpoint), filled(subject)
         if "vocab-size" not in flags:
             # The run takes its tokenizer's size.
             args.vocab_size = saved.get("vocab_size")
-        fresh = args.finetune or args.no_load_optim or checkpoint.parent != Path(str(args.load or args.save))
-        check_arguments(args, saved, checkpoint, with_optimizer=not fresh)
+        # As a run does with what --pretrained-checkpoint names.
+        args.finetune = args.finetune or checkpoint.parent != Path(str(args.load or args.save))
+        check_arguments(args, saved, checkpoint, with_optimizer=not (args.finetune or args.no_load_optim))
     except (OSError, ValueError) as error:
         return [failed(name, str(error), "give the flags that the checkpoint was trained with")]
     return [passed(name, f"{checkpoint} holds this model")]
+
+
+def filled(subject: Subject) -> argparse.Namespace:
+    """The job's arguments with the defaults that a run fills in, as far as they say which model it is."""
+    args, x = argparse.Namespace(**vars(subject.args)), subject.layout
+    args.ffn_hidden_size, args.kv_channels, args.num_query_groups = ffn_channels(args), x.head_dim, x.groups
+    args.rotary_base = 10000 if args.rotary_base is None else args.rotary_base
+    args.moe_router_topk = 2 if args.moe_router_topk is None else args.moe_router_topk
+    return args
 
 
 def _existing(path: Path) -> Path:

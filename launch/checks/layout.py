@@ -164,6 +164,7 @@ def _memory(subject: Subject) -> list[Finding]:
         communicator_mib=2.0 * (buffer or 0),
         runtime_gib=profile.runtime_memory_gib,
         cpu=profile.device == "cpu",
+        teacher=subject.teacher,
     )
     stage, need = estimate(subject.layout, options)
     said = f"stage {stage}: {need} of {capacity:.4g} GiB"
@@ -176,6 +177,9 @@ def _memory(subject: Subject) -> list[Finding]:
     if need.total > _FULL * capacity * GIB:
         cure = f"above {_FULL:.0%} the estimate is no promise: try a few steps, or shrink the micro-batch or recompute"
         return [warned("device-memory", said, cure)]
+    if args.distill_teacher is not None and subject.teacher is None:
+        what = f"{said}, and a teacher whose share is unknown until the checkpoint is there"
+        return [warned("device-memory", what, "ask again when there is one, or leave room for its weights and logits")]
     return [passed("device-memory", said)]
 
 

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Literal
 
 from ...cli import Whole
 from ..estimates.shapes import layout_of
+from ..estimates.teacher import Teacher, teacher_of
 from ..launcher.environment import read_profile, resolve
 from ..launcher.job import Job
 from ..launcher.network import NetworkError, choose_interface, interfaces
-from ..launcher.scheduler import ClusterError, Placement, detect
+from ..launcher.scheduler import ClusterError, Placement, place_of
 from ..launcher.torchrun import latest_of
 
 
@@ -39,11 +41,11 @@ class Subject:
         self.place, self.place_mistake = place, ""
         if place is None:
             try:
-                self.place = detect(cluster, self.environ, node_rank)
+                self.place = place_of(job, self.environ, node_rank)
             except ClusterError as error:
                 self.place_mistake = str(error)
                 with contextlib.suppress(ClusterError):
-                    self.place = detect(cluster, self.environ, node_rank=0)
+                    self.place = place_of(job, self.environ, node_rank=0)
         # Those of this machine, None where they cannot be listed; the job's, and why it cannot have it.
         self.interfaces: dict[str, list[str]] | None = None
         self.interface: str | None = None
@@ -70,6 +72,13 @@ class Subject:
             return Whole(0)(self.variable(name) or "")
         except argparse.ArgumentTypeError:
             return None
+
+    @functools.cached_property
+    def teacher(self) -> Teacher | None:
+        """The teacher that the job names; None where it is not there, or is none, of which its own check tells."""
+        with contextlib.suppress(ValueError, OSError):
+            return teacher_of(self.job, self.args, self.layout)
+        return None
 
     def checkpoint(self) -> Path | None:
         """The checkpoint that the job would load first; None where there is none, or none that can be found."""

@@ -22,7 +22,7 @@ def check(subject: Subject, files: "Sequence[TokenFile]") -> Iterator[Finding]:
 
     ours, size = subject.job.host.kind == BUILT_IN, subject.layout.vocab_size
     try:
-        model, kind = _named(subject)
+        model, kind = named(subject)
     except CheckpointError as error:
         yield failed("tokenizer", str(error), "give data.tokenizer-model")
         return
@@ -53,7 +53,7 @@ def check(subject: Subject, files: "Sequence[TokenFile]") -> Iterator[Finding]:
     yield from _of_the_checkpoint(subject, model, tokenizer)
 
 
-def _named(subject: Subject) -> tuple[str | None, str]:
+def named(subject: Subject) -> tuple[str | None, str]:
     """Path and type of the tokenizer that the job takes, None and an empty word for those that are not said."""
     model = subject.job.flags.get("tokenizer-model")
     kind = str({**subject.job.flags, **subject.job.host.flags}.get("tokenizer-type", ""))

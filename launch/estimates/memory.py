@@ -17,6 +17,7 @@ from typing import Any
 from ...data.vocabulary import padded_vocab_size
 from ...quantization.recipe import Recipe
 from .shapes import Layout, Linear
+from .teacher import Teacher
 
 GIB = 2**30
 
@@ -45,6 +46,8 @@ class Estimate:
     # the activations, which are gone by then, have left no room for it.
     communication: float
     runtime: float  # driver, context, allocator: the profile's number
+    # Of a teacher that runs along: its weights, what it has said of micro-batches, and the buffers of the divergence.
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
@@ -78,6 +81,7 @@ class Options:
     recipe: Recipe | None = None  # of a ternary job
     communicator_mib: float = 0.0  # buffer of one communicator, both directions
     runtime_gib: float = 0.0
+    teacher: Teacher | None = None  # of a student that has one
 
     @property
     def size(self) -> int:
@@ -141,17 +145,11 @@ def layer_activations(layout: Layout, options: Options) -> float:
 
 
 def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
-    first, last, layers = stage == 0, stage == layout.pp - 1, layout.stage_layers
+    first, last = stage == 0, stage == layout.pp - 1
     tokens, multiple = layout.vocab_size, options.make_vocab_size_divisible_by
     vocab = padded_vocab_size(tokens, multiple, layout.tp) if tokens else 0
-    # The layers of a stage are alike, up to the recipe: take the numbers that a contiguous share has.
-    share = range(stage * layers, min((stage + 1) * layers, layout.layers))
-    mine = [linear for layer in share for linear in layout.linears(layer)]
-    expert = sum(x.weights for x in mine if x.of_expert) / layout.tp / layout.ep
-    dense = sum(x.weights for x in mine if not x.of_expert) / layout.tp
-    dense += 2 * layout.hidden * layers + (layout.hidden if last else 0)
-    embeddings = int(first) + int(last and (not layout.tied or layout.pp > 1))
-    dense += embeddings * vocab * layout.hidden / layout.tp
+    mine = layout.share(stage)
+    dense, expert = layout.parameters(stage, vocab)
     state = 12 if options.bf16 else 8
     replicas = layout.dp * layout.cp if options.use_distributed_optimizer else 1
     # The logits in the training dtype and, for the loss, in fp32 (the gradient takes their place); the last norm.
@@ -180,6 +178,7 @@ def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
         backward=backward,
         communication=options.communicator_mib * 2**20 * (groups if layout.world > 1 else 0) + max(0.0, copied - free),
         runtime=options.runtime_gib * GIB,
+        teacher=0.0 if options.teacher is None else options.teacher.nbytes(stage, vocab, options.size),
     )
 
 

@@ -69,6 +69,26 @@ class Layout:
         """Tokens of a micro-batch on one rank."""
         return self.sequence / self.cp * self.micro_batch
 
+    def share(self, stage: int) -> list[Linear]:
+        """The linears of a pipeline stage, which are alike up to the recipe: those of a contiguous share."""
+        first = stage * self.stage_layers
+        return [x for layer in range(first, min(first + self.stage_layers, self.layers)) for x in self.linears(layer)]
+
+    def parameters(self, stage: int, padded_vocab: int) -> tuple[float, float]:
+        """Parameters of a rank of a pipeline stage: those of no expert, and those of experts."""
+        first, last, mine = stage == 0, stage == self.pp - 1, self.share(stage)
+        expert = sum(x.weights for x in mine if x.of_expert) / self.tp / self.ep
+        dense = sum(x.weights for x in mine if not x.of_expert) / self.tp
+        dense += 2 * self.hidden * self.stage_layers + (self.hidden if last else 0)
+        embeddings = int(first) + int(last and (not self.tied or self.pp > 1))
+        return dense + embeddings * padded_vocab * self.hidden / self.tp, expert
+
+    def multiplied(self) -> float:
+        """Weights that a token is multiplied with, of the whole model: a forward takes twice as many FLOPs."""
+        of_experts = self.topk / self.experts if self.experts else 0.0
+        linears = sum(x.weights * (of_experts if x.of_expert else 1) for x in self.all_linears())
+        return linears + (self.vocab_size or 0) * self.hidden
+
     def linears(self, layer: int) -> list[Linear]:
         """The linears of one layer; of all experts."""
         prefix = f"decoder.layers.{layer}"

@@ -4,7 +4,8 @@
 docs/cluster.md shows one with everything. The keys of ``model`` to ``logging`` are the flags of our loop without their
 dashes, under the heading that ``launch/pretrain.py --help`` gives them; ``preset`` is ``--model``. A switch takes
 ``true`` (``false`` leaves it out). An unknown key is an error that names the nearest known one; so is a value of the
-wrong type. Nothing is expanded, and nothing in the file is ever seen by a shell.
+wrong type. Nothing is expanded, and nothing in the file is ever seen by a shell. A file with ``stages`` is a job that
+trains in several, each a :class:`Job` of its own (``stages.py``).
 """
 
 import argparse
@@ -12,7 +13,7 @@ import functools
 import ipaddress
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -21,11 +22,11 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_v
 from ...cli import Number, Whole, bounded
 from ...files import FileError, Strict, nearest, parse_yaml, read_yaml, validated
 from ...training.flags import build_parser
-from . import packaged, presets
+from . import packaged, presets, stages
 
 BUILT_IN: Final = "built-in"
 MEGATRON_LM: Final = "megatron-lm"
-_SECTIONS = ("model", "parallelism", "training", "data", "checkpoint", "logging", "ternary")
+_SECTIONS = ("model", "parallelism", "training", "data", "checkpoint", "distillation", "logging", "ternary")
 
 
 class JobError(FileError):
@@ -43,7 +44,7 @@ def _flags() -> dict[str, tuple[str, argparse.Action]]:
     }
 
 
-def _section_of(flag: str) -> str | None:
+def section_of(flag: str) -> str | None:
     """The section that a flag of our loop belongs to; None for a flag it does not have."""
     return _flags()[flag][0] if flag in _flags() else None
 
@@ -54,7 +55,7 @@ def _section_value(section: str, key: Any, value: Any) -> Any:
     Raises:
         JobError: there is no such flag, or the value is none of it.
     """
-    where, home = f"{section}.{key}", _section_of(key)
+    where, home = f"{section}.{key}", section_of(key)
     if home != section:
         known = sorted(flag for flag, (of, _) in _flags().items() if of == section)
         hint = f": it belongs to section {home}" if home else nearest(str(key), known)
@@ -141,8 +142,8 @@ class Host(_Section):
         for key in flags:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", key):
                 raise ValueError(f"{key!r} is no name of a flag (write it without dashes in front)")
-            if _section_of(key) is not None and key not in _OF_HOSTS:
-                raise ValueError(f"{key}: it belongs to section {_section_of(key)}")
+            if section_of(key) is not None and key not in _OF_HOSTS:
+                raise ValueError(f"{key}: it belongs to section {section_of(key)}")
         return flags
 
     @model_validator(mode="after")
@@ -188,30 +189,59 @@ class Cluster(_Section):
         return self
 
 
-class _File(Strict):
-    description: str = ""
-    host: Host = Host()
+class _Flags(Strict):
     model: dict[str, Any] = {}
     parallelism: dict[str, Any] = {}
     training: dict[str, Any] = {}
     data: dict[str, Any] = {}
     checkpoint: dict[str, Any] = {}
+    distillation: dict[str, Any] = {}
     logging: dict[str, Any] = {}
     ternary: dict[str, Any] = {}
+
+    def read(self) -> tuple[dict[str, str | None], dict[str, Any]]:
+        """The preset, if one is named, and the flags."""
+        preset = {"preset": self.model["preset"]} if "preset" in self.model else {}
+        if not all(isinstance(name, str | None) for name in preset.values()):
+            raise JobError("model.preset: expected the name of a preset, or a file")
+        return preset, {
+            key: _section_value(section, key, value)
+            for section in _SECTIONS
+            for key, value in getattr(self, section).items()
+            if (section, key) != ("model", "preset")
+        }
+
+
+class _File(_Flags):
+    description: str = ""
+    host: Host = Host()
     cluster: Cluster = Cluster()
+    stages: list[dict[Any, Any]] = []  # each a name and, by section, what it changes
+
+
+class _Stage(_Flags):
+    # Also the name of a directory.
+    name: Annotated[str, _checked(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "not a name of letters, digits, . _ -")]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job file, understood."""
+    """A job file, understood, or one of its stages."""
 
-    name: str  # stem of the file, with the size where it has several
+    name: str  # stem of the file, with the size where it has several, and the stage
     path: Path
     description: str
     host: Host
     preset: str | None  # by name or file
     flags: Mapping[str, Any]  # what the sections say, by flag name without dashes, in the file's order
     cluster: Cluster
+    stage: str | None = None  # its name; None for a job that has no stages
+    before: "Job | None" = None  # the stage in front of it
+
+    @property
+    def number(self) -> int:
+        """Of the stage, from 0."""
+        return 0 if self.before is None else self.before.number + 1
 
     def arguments(self) -> argparse.Namespace:
         """What our parser makes of preset and flags, dependent defaults not filled in.
@@ -220,9 +250,10 @@ class Job:
             JobError: something required is missing, or the parser refuses a value.
             PresetError: the preset is not there, or not understood.
         """
-        preset = f" with the preset {self.preset}" if self.preset else ""
+        where = str(self.path) if self.stage is None else f"{self.path}: stage {self.stage}"
+        where += f" with the preset {self.preset}" if self.preset else ""
         argv = [*(presets.flags(self.preset) if self.preset else []), *presets.arguments(self.flags)]
-        return presets.parsed(argv, lambda message: JobError(f"{self.path}{preset}: {message}"))
+        return presets.parsed(argv, lambda message: JobError(f"{where}: {message}"))
 
     def vocab_size(self) -> int | None:
         """Tokens without padding, by ``data.vocab-size`` or else by the preset; None where neither says."""
@@ -256,15 +287,32 @@ def _find(name: str) -> tuple[Path, str | None]:
 
 
 def read_job(name: str, overrides: Sequence[str] = ()) -> Job:
+    """Reads a job that has no stages, as :func:`read_stages` does.
+
+    Raises:
+        JobError: as there; also for a job with stages.
+    """
+    jobs = read_stages(name, overrides)
+    if jobs[0].stage is not None:
+        raise JobError(
+            f"{jobs[0].path}: it has stages ({', '.join(str(job.stage) for job in jobs)}), and is not one job"
+        )
+    return jobs[0]
+
+
+def read_stages(name: str, overrides: Sequence[str] = ()) -> list[Job]:
     """Reads a job by file, or by the name of one that comes with the package.
 
     Args:
         name: file, ``FILE:SIZE`` where the file has sizes, or name.
         overrides: ``section.key=value`` (``cluster.nodes=2``, ``host.flags.use-flash-attn=true``), values in YAML; an
-            empty value takes the key out, or a whole section.
+            empty value takes the key out, or a whole section. ``stages.NAME.section.key=value`` is for one stage.
+
+    Returns:
+        Its stages in their order; of a job without stages the job itself, alone.
 
     Raises:
-        JobError: naming the file, the key and what is expected.
+        JobError: naming the file, the stage, the key and what is expected.
     """
     try:
         path, size = _find(name)
@@ -277,18 +325,39 @@ def read_job(name: str, overrides: Sequence[str] = ()) -> Job:
             for override in overrides:
                 _override(content, override)
         file = validated(_File, content, "the job")
-        preset = file.model.pop("preset", None)
-        if not isinstance(preset, str | None):
-            raise JobError("model.preset: expected the name of a preset, or a file")
-        flags = {
-            key: _section_value(section, key, value)
-            for section in _SECTIONS
-            for key, value in getattr(file, section).items()
-        }
+        preset, flags = file.read()
+        job_name = path.stem if size is None else f"{path.stem}-{size}"
+        job = Job(job_name, path, file.description, file.host, preset.get("preset"), flags, file.cluster)
+        return _stages(job, file.stages) or [job]
     except FileError as error:
         raise JobError(f"{path}: {str(error).removeprefix('the job: ')}") from None
-    job_name = path.stem if size is None else f"{path.stem}-{size}"
-    return Job(job_name, path, file.description, file.host, preset, flags, file.cluster)
+
+
+def _stages(job: Job, entries: Sequence[dict[Any, Any]]) -> list[Job]:
+    """The stages of a job, from what stands outside of them."""
+    found: list[Job] = []
+    for number, entry in enumerate(entries, 1):
+        of = f"stage {entry.get('name', number)}"
+        stage = validated(_Stage, entry, of)
+        try:
+            preset, own = stage.read()
+            flags = stages.flags_of(stage.name, job.flags, own, {str(j.stage): j.flags for j in found})
+        except FileError as error:
+            raise JobError(f"{of}: {error}") from None
+        # Agents of two stages never meet.
+        named = {"rendezvous_id": f"{job.cluster.rendezvous_id or job.name}-{stage.name}"}
+        found.append(
+            replace(
+                job,
+                name=f"{job.name}-{stage.name}",
+                preset=preset.get("preset", job.preset),
+                flags=flags,
+                cluster=job.cluster.model_copy(update=named),
+                stage=stage.name,
+                before=found[-1] if found else None,
+            )
+        )
+    return found
 
 
 def _choose_size(content: dict[Any, Any], size: str | None) -> None:
@@ -310,11 +379,15 @@ def _override(content: dict[Any, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or not all(parts):
         raise JobError(f"--set {override}: write section.key=value")
+    if own := stages.that_say(content, parts):
+        raise JobError(f"--set {override}: stages have their own ({', '.join(own)}): write stages.{own[0]}.{key}=...")
     value, target = parse_yaml(text, f"--set {key}"), content
     for part in parts[:-1]:
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
+        target = stages.named(target, part) if isinstance(target, list) else target.setdefault(part, {})
+        if not isinstance(target, dict) and part != "stages":
             raise JobError(f"--set {override}: {part} is no section")
+    if not isinstance(target, dict):
+        raise JobError(f"--set {override}: write stages.NAME.section.key=value")
     if value is None:
         target.pop(parts[-1], None)
     else:

@@ -9,10 +9,10 @@ import itertools
 import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...cli import Whole, from_environment
-from .job import Cluster, is_host_name
+from .job import Cluster, Job, is_host_name
 from .network import addresses_of, local_addresses
 
 _RANK, _NODES, _PORT = Whole(0, 2**16), Whole(1, 2**16), Whole(1, 65535)
@@ -48,6 +48,21 @@ class _Found:
     master_port: int | None = None
     hosts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def place_of(job: Job, environ: Mapping[str, str], node_rank: int | None = None) -> Placement:
+    """This node's place in a job, as :func:`detect` finds it; stage n, from 0, meets n ports above the first one.
+
+    Node 0 may still hold the rendezvous of the stage before when another node has begun to look for the next one.
+
+    Raises:
+        ClusterError: see :func:`detect`; also where there are no such ports.
+    """
+    place = detect(job.cluster, environ, node_rank)
+    port = place.master_port + job.number
+    if mistake := _PORT.mistake(port):
+        raise ClusterError(f"stage {job.stage} needs port {port}, {job.number} above the master's: it {mistake}")
+    return replace(place, master_port=port)
 
 
 def detect(cluster: Cluster, environ: Mapping[str, str], node_rank: int | None = None) -> Placement:

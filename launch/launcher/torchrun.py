@@ -2,13 +2,13 @@
 """From a job and this node's place to the ``torchrun`` command (of ``launch/agent.py``), as a list of arguments."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...checkpoints.directory import RELEASE, TRACKER, CheckpointError, iteration_of, latest, tracked, tracker_cure
 from . import presets
-from .job import MEGATRON_LM, Job, JobError
+from .job import MEGATRON_LM, Job, JobError, section_of
 from .scheduler import Placement
 
 _COMMANDS = Path(__file__).resolve().parents[1]
@@ -57,6 +57,9 @@ def host_argv(job: Job) -> list[str]:
     for flag, cure in _NOT_UPSTREAM.items():
         if flag in flags:
             raise JobError(f"{flag} with the {MEGATRON_LM} host: {cure}")
+    for flag in flags:
+        if section_of(flag) == "distillation":
+            raise JobError(f"{flag} with the {MEGATRON_LM} host: its loop has no teacher, use the built-in host")
     argv = [str(_COMMANDS / "pretrain_gpt.py"), "--megatron-path", str(job.host.megatron_path)]
     if job.host.mindspeed_path is not None:
         argv += ["--mindspeed-path", job.host.mindspeed_path]
@@ -117,6 +120,35 @@ def resume(job: Job) -> Resume:
     if found.name == RELEASE:
         return Resume(None, f"starts from the weights in {found}, at iteration 0")
     return Resume(iteration_of(found), f"goes on from {found}")
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the newest checkpoint that a job has saved is that of its last iteration.
+
+    Raises:
+        CheckpointError: see :func:`~bitcpm_megatron.checkpoints.directory.latest`.
+        JobError, PresetError: see :meth:`Job.arguments`.
+    """
+    found = latest_of(job, str(job.flags["save"])) if "save" in job.flags else None
+    return found is not None and iteration_of(found) >= job.arguments().train_iters
+
+
+def next_stage(jobs: Sequence[Job]) -> Job | None:
+    """The first stage of a job that has not ended, or None where all have.
+
+    Raises:
+        JobError: a later one has begun, which would not see what that one still learns.
+        CheckpointError: see :func:`~bitcpm_megatron.checkpoints.directory.latest`.
+    """
+    left = [job for job in jobs if not is_finished(job)]
+    for job in jobs[jobs.index(left[0]) + 1 :] if left else ():
+        if latest_of(job, str(job.flags["save"])) is not None:
+            raise JobError(
+                f"{job.path}: stage {job.stage} has begun in {job.flags['save']}, and stage {left[0].stage} ends at "
+                f"iteration {left[0].arguments().train_iters} only: give that stage its old train-iters, or name other "
+                f"directories to begin anew"
+            )
+    return left[0] if left else None
 
 
 def latest_of(job: Job, directory: str) -> Path | None:

@@ -18,7 +18,7 @@ from bitcpm_megatron.launch import run
 from bitcpm_megatron.launch.checks import layout as checks_layout
 from bitcpm_megatron.launch.checks import training as checks_training
 from bitcpm_megatron.launch.checks.subject import Subject
-from bitcpm_megatron.launch.launcher.job import JobError, names, read_job
+from bitcpm_megatron.launch.launcher.job import JobError, names, read_job, read_stages
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def printed(name: str) -> str:
     """``run.py NAME --print`` on the last node of a SLURM job, without what is particular to this machine."""
-    nodes = read_job(name).cluster.nodes or 1
+    nodes = read_stages(name)[0].cluster.nodes or 1
     environ = {
         "SLURM_JOB_ID": "7",
         "SLURM_NNODES": str(nodes),
@@ -58,7 +58,7 @@ def test_a_job_prints_what_it_printed(name: str) -> None:
 
 def test_there_is_a_job_for_every_model_and_size() -> None:
     sizes = {f"{model}-{npus}npu" for model in ("0.5b", "1b", "3b", "8b") for npus in (8, 16, 64)}
-    assert sizes | {"3b-32k", "8b-32k", "sft", "tiny-cpu"} == set(names())
+    assert sizes | {"3b-32k", "8b-32k", "sft", "tiny-cpu", "two-stage"} == set(names())
 
 
 DEVICES = {name: int(name.partition("-")[2].removesuffix("npu")) for name in names() if name.endswith("npu")}

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preflight: is the teacher there, and can it teach this student?"""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from ...checkpoints.directory import CheckpointError
+from ...training.mistakes import teaching_mistakes
+from ..estimates.teacher import teacher_of
+from .subject import Finding, Subject, failed, judged, passed
+from .tokenizer import named
+
+# Of a run: forward, and twice as much backward.
+_PASSES = 3
+
+
+def check(subject: Subject) -> list[Finding]:
+    """All checks of this module."""
+    directory, args, job = subject.args.distill_teacher, subject.args, subject.job
+    if directory is None:
+        return []
+    try:
+        teacher = teacher_of(job, args, subject.layout)
+    except (OSError, ValueError) as error:
+        return [failed("teacher", str(error), "give the --save directory of a run of ours that this layout can split")]
+    if teacher is None:
+        before = job.before
+        while before is not None and Path(before.flags["save"]) != Path(directory):
+            before = before.before
+        if before is not None:
+            return [passed("teacher", f"stage {before.stage} will leave it in {directory}")]
+        cure = "give the --save directory of a run of ours; is the storage mounted here?"
+        return [failed("teacher", f"{directory} holds no checkpoint", cure)]
+    student = argparse.Namespace(**vars(args), tokenizer_identity=_identity(subject))
+    cure = "choose another teacher, or another layout"
+    found = [(f"{directory}: {said}", cure) for said in teaching_mistakes(teacher.args, student)]
+    weights = teacher.layout.multiplied()
+    times = 1 + weights / subject.layout.multiplied() / _PASSES
+    kind = "ternary" if teacher.args.ternary else "bf16" if teacher.args.bf16 else "fp32"
+    said = f"{directory}: {kind}, {weights / 1e9:.3g} billion weights per token: {times:.1f} times the FLOPs of a step"
+    return judged("teacher", said, found)
+
+
+def _identity(subject: Subject) -> dict[str, str] | None:
+    """What tells the tokenizer of the run from others; None where it cannot be read here, of which others tell."""
+    if any(importlib.util.find_spec(name) is None for name in ("numpy", "xxhash", "sentencepiece", "tokenizers")):
+        return None
+    from ...data.tokenizers import NullTokenizer, open_tokenizer
+
+    if subject.args.mock_data:
+        size = subject.args.vocab_size
+        return None if size is None else dict(NullTokenizer(size - 1).unique_identifiers)
+    try:
+        model, kind = named(subject)
+        return None if model is None else dict(open_tokenizer(model, kind or None).unique_identifiers)
+    except (CheckpointError, ValueError, OSError):
+        return None
