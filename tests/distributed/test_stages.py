@@ -109,8 +109,7 @@ def test_two_stages_that_are_interrupted_end_as_those_that_are_not(launch_runs: 
     rates = [r["learning_rate"] for r in read_metrics(job.log / "distill") if r["kind"] == "train"]
     assert rates[0] == 0 and rates[4] == max(rates) == 2e-3, "a warm-up of its own"
     first = next(r for r in read_metrics(job.log / "distill") if r["kind"] == "train")
-    last = [r for r in read_metrics(job.log / "qat") if r["kind"] == "train"][-1]
-    assert abs(first["lm_loss"] - last["lm_loss"]) < 0.5, "the weights of the first stage"
+    assert first["lm_loss"] < 4, "the weights of the first stage: an untrained model has ln 300 = 5.7"
 
 
 def tensors(checkpoint: Path) -> dict[str, dict]:
