@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...checkpoints.compatibility import check_arguments
 from ...files import FileError
-from ...quantization.record import RecordError, check_change
+from ...quantization.record import QuantizerRecord, RecordError, check_change
 from ..estimates.quantizer import expected_record
 from ..launcher.job import JobError
 from ..launcher.torchrun import next_stage
@@ -43,16 +43,18 @@ def _weights(subject: Subject) -> list[Finding]:
         args.vocab_size = earlier.vocab_size
     try:
         check_arguments(args, vars(earlier), Path(first), with_optimizer=False)
-        records = [
-            expected_record(each.layout, each.args, row_parallel_shards(each)) if each.args.ternary else None
-            for each in (before, subject)
-        ]
-        check_change(Path(first), *records, args.allow_quantizer_change)
+        check_change(Path(first), _record(before), _record(subject), args.allow_quantizer_change)
     except (FileError, RecordError) as error:
         return [failed(name, str(error), f"give the flags of stage {job.before.stage}")]
     except ValueError as error:
         return [failed(name, str(error), "see the finding on the quantizer")]
     return [passed(name, f"the model of stage {job.before.stage}")]
+
+
+def _record(subject: Subject) -> QuantizerRecord | None:
+    """Of the checkpoints that a stage will leave."""
+    ternary = subject.args.ternary
+    return expected_record(subject.layout, subject.args, row_parallel_shards(subject)) if ternary else None
 
 
 check = in_turn(_order, _weights)
