@@ -19,7 +19,7 @@ _OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "
 _TOLD = (
     "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
     "weight_decay clip_grad sft reset_position_ids reset_attention_mask eod_mask_loss "
-    "distill_teacher distill_alpha distill_temperature distill_direction"
+    "distill_teacher distill_targets distill_alpha distill_temperature distill_direction"
 ).split()
 
 
@@ -61,8 +61,10 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
         checks.append(([was], cure))
     teacher, other = saved.get("distill_identity"), getattr(args, "distill_identity", None)
     if teacher is not None and other is not None and teacher != other and not args.finetune:
-        was = f"the teacher {saved.get('distill_teacher')} ({teacher['checkpoint']})"
-        cure = f"{args.distill_teacher} ({other['checkpoint']}) is another one: give the same, or --finetune"
+        what = "teacher" if saved.get("distill_targets") is None else "targets"
+        was = f"the {what} {saved.get(f'distill_{what}')} ({teacher['checkpoint']})"
+        now = f"{args.distill_targets or args.distill_teacher} ({other['checkpoint']})"
+        cure = f"{now} is another one: give the same, or --finetune"
         checks.append(([was], cure))
     if with_optimizer:
         optimizer = _differences(args, saved, _OPTIMIZER)

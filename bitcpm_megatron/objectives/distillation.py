@@ -161,11 +161,11 @@ class _Loss(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, targets: Targets, rule: Divergence, group: ProcessGroup
     ) -> torch.Tensor:
         rows, said = logits.flatten(0, -2), targets.flatten()
-        shard = _Shard(rows.shape[1] * group.rank(), rows.shape[1], rule.vocab_size, group)
+        shard = Shard(rows.shape[1] * group.rank(), rows.shape[1], rule.vocab_size, group)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         gradient = torch.empty_like(rows, dtype=torch.bfloat16 if logits.dtype == torch.bfloat16 else dtype)
         losses = rows.new_empty(len(rows), dtype=dtype)
-        for chunk in _chunks(rows):
+        for chunk in chunks(rows):
             z, part = shard.copied(rows[chunk], dtype), said[chunk]
             losses[chunk], gradient[chunk] = _FORMULAS[type(part)](z, part, rule, shard)
             if not isinstance(part, DenseTargets):
@@ -180,13 +180,13 @@ class _Loss(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         factors = grads[0].flatten().unsqueeze(-1)
         # In place: a second copy would be as large as the logits. In chunks: a product of two dtypes makes copies.
-        for chunk in _chunks(gradient):
+        for chunk in chunks(gradient):
             gradient[chunk].mul_(factors[chunk])
         return gradient.to(ctx.dtype).view(*grads[0].shape, -1), None, None, None
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     """The columns of this rank: ids from ``start``, of which those at or beyond ``vocab_size`` are padding."""
 
     start: int
@@ -221,9 +221,7 @@ class _Shard:
 # the gradient [n, V / TP] of the loss with it.
 
 
-def _dense(
-    z: torch.Tensor, targets: DenseTargets, rule: Divergence, shard: _Shard
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _dense(z: torch.Tensor, targets: DenseTargets, rule: Divergence, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(of || against) and its gradient with respect to the student, who is either of both."""
     t = shard.copied(targets.logits, z.dtype)
     for logits, maximum in zip((z, t), shard.reduced(torch.stack((z.amax(-1), t.amax(-1))), ReduceOp.MAX), strict=True):
@@ -241,7 +239,7 @@ def _dense(
     return (mean + (whole_other / whole).log()).squeeze(-1), gradient.mul_(rule.temperature)
 
 
-def _top_k(z: torch.Tensor, targets: TopKTargets, rule: Divergence, shard: _Shard) -> tuple[torch.Tensor, torch.Tensor]:
+def _top_k(z: torch.Tensor, targets: TopKTargets, rule: Divergence, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
     """KL between k + 1 buckets; the last one's gradient goes to the ids in it by their shares."""
     columns, here = shard.columns(targets.ids)
     kept = z.gather(1, columns).where(here, 0.0)
@@ -263,7 +261,7 @@ def _top_k(z: torch.Tensor, targets: TopKTargets, rule: Divergence, shard: _Shar
 
 
 def _sampled(
-    z: torch.Tensor, targets: SampledTargets, rule: Divergence, shard: _Shard
+    z: torch.Tensor, targets: SampledTargets, rule: Divergence, shard: Shard
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy with the frequencies."""
     columns, here = shard.columns(targets.ids)
@@ -290,12 +288,12 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Of each token, without a gradient, and without a copy of all logits in fp32 or a write into them."""
     rows, wanted = logits.flatten(0, -2), labels.flatten()
     found = [
-        vocab_parallel_cross_entropy(rows[chunk].to(torch.float32, copy=True), wanted[chunk]) for chunk in _chunks(rows)
+        vocab_parallel_cross_entropy(rows[chunk].to(torch.float32, copy=True), wanted[chunk]) for chunk in chunks(rows)
     ]
     return torch.cat(found).view(labels.shape)
 
 
-def _chunks(rows: torch.Tensor) -> Iterator[slice]:
+def chunks(rows: torch.Tensor) -> Iterator[slice]:
     """Rows of some millions of elements together; the same on every rank, since all have equal parts."""
     step = max(1, _CHUNK_ELEMENTS // rows.shape[1])
     return (slice(start, start + step) for start in range(0, len(rows), step))

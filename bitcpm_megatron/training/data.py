@@ -4,7 +4,7 @@
 import argparse
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from ..data.vocabulary import padded_vocab_size
 from .mistakes import AT_ENDS
 
 Batch = dict[str, torch.Tensor]
+STORED = "stored"
+"""In a batch: what a target store says of its samples; see :class:`~.distillation.store.StoredTargets`."""
 _SOURCES = ("data_path", "train_data_path", "valid_data_path")
 # Another number for indices of the same data that are not what they were.
 _INDICES = 1
@@ -125,14 +127,15 @@ def _read_files(args: argparse.Namespace, end_of_document: int) -> dict[str, lis
 def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[str, Sequence[TokenFile]]) -> Data:
     """Builds (or finds in the cache) the sample indices, for as many samples as the run will ask for; collective.
 
-    megatron-core shuffles exactly so many: the order of the training samples depends on ``--train-iters``. The files
-    are those that :func:`find_files` found.
+    megatron-core shuffles exactly so many: beyond one pass over the data the order of the training samples depends on
+    ``--train-iters``, which may be None for one pass. The files are those that :func:`find_files` found.
 
     Raises:
         ValueError: no training samples, or too few for evaluation; on every rank alike.
     """
     # Every evaluation reads the same validation samples, from the first.
-    sizes = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
+    wanted = None if args.train_iters is None else args.train_iters * args.global_batch_size
+    sizes = [wanted, args.eval_iters * args.global_batch_size, 0]
     kind = ConversationDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
 
     def build(directory: Path | None) -> Any:
@@ -258,14 +261,20 @@ class ConversationDataset(MegatronDataset):
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.sample(self.number(index))
+
+    def number(self, index: int) -> int:
+        """Which of the samples of this split, in the order of the files, comes at an index."""
         epoch, place = divmod(index, len(self.indices))
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.config.random_seed, epoch]).permutation(len(self.indices))
             self._epoch = epoch
-        return self._sample(int(self.indices[self._order[place]]))
+        return int(self._order[place])
 
-    def _sample(self, number: int) -> dict[str, torch.Tensor]:
-        found = {part: torch.from_numpy(file[number].astype(np.int64)) for part, file in self.dataset.items()}
+    def sample(self, number: int) -> dict[str, torch.Tensor]:
+        """One of the samples of this split, by its number in the order of the files."""
+        at = int(self.indices[number])
+        found = {part: torch.from_numpy(file[at].astype(np.int64)) for part, file in self.dataset.items()}
         used, ends = len(found[TOKENS]), found[ENDS]
         length, tokenizer = self.config.sequence_length, self.config.tokenizer
         tokens = torch.full((length,), tokenizer.eod if tokenizer.pad < 0 else tokenizer.pad)
@@ -295,9 +304,14 @@ def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[B
     """
     size = args.micro_batch_size
     starts = itertools.count(consumed + parallel_state.get_data_parallel_rank() * size, size * args.data_parallel_size)
+    return read_batches(args, dataset, ([i % len(dataset) for i in range(start, start + size)] for start in starts))
+
+
+def read_batches(args: argparse.Namespace, dataset: Any, indices: Iterable[list[int]]) -> Iterator[Batch]:
+    """The micro-batches with the samples at these indices, as this context-parallel rank takes them."""
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=([i % len(dataset) for i in range(start, start + size)] for start in starts),
+        batch_sampler=indices,
         num_workers=args.num_workers,
         # Of its own: from the global one each loader would draw, and a resumed run go on with other random numbers.
         generator=torch.Generator(),
@@ -306,7 +320,9 @@ def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[B
     for batch in loader:
         if args.reset_attention_mask:
             batch[STARTS] = starts_after(batch["tokens"], dataset.config.tokenizer.eod)
-        yield of_this_rank(args, batch)
+        # Of whole samples, whichever part of them is this rank's.
+        stored = {STORED: batch.pop(STORED)} if STORED in batch else {}
+        yield {**of_this_rank(args, batch), **stored}
 
 
 def of_this_rank(args: argparse.Namespace, batch: Batch) -> Batch:

@@ -5,7 +5,7 @@ An unknown flag is an error (also an abbreviated one), and contradictions are re
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +194,13 @@ def _checkpoint(add: _Add) -> None:
 
 def _distillation(add: _Add) -> None:
     add("--distill-teacher", metavar="DIR", help="learn from this run of ours, too; its newest checkpoint")
+    add("--distill-targets", metavar="DIR", help="learn from these targets, of launch/write_targets.py, too")
     add("--distill-alpha", type=Number(0, 1), help="share of the teacher in the loss, default 1")
-    add("--distill-temperature", type=Number(0, 1000, open_minimum=True), help="of both softmaxes, default 1")
+    add(
+        "--distill-temperature",
+        type=Number(0, 1000, open_minimum=True),
+        help="of both softmaxes, default 1 or the targets'",
+    )
     add("--distill-direction", choices=DIRECTIONS, help="forward (default): KL(teacher || student)")
 
 
@@ -230,10 +235,19 @@ def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespac
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters
     args.distributed_backend = args.distributed_backend or ("nccl" if has_cuda() else "gloo")
     if args.distill_teacher is not None:
-        args.distill_alpha = 1.0 if args.distill_alpha is None else args.distill_alpha
         args.distill_temperature = args.distill_temperature or 1.0
+    if args.distill_teacher is not None or args.distill_targets is not None:
+        args.distill_alpha = 1.0 if args.distill_alpha is None else args.distill_alpha
         args.distill_direction = args.distill_direction or DIRECTIONS[0]
     return args
+
+
+def add_flags_of_runs(parser: argparse.ArgumentParser, title: str, names: Collection[str]) -> None:
+    """Gives another command's parser flags of a run, by the names of their arguments: types, defaults and help."""
+    group = parser.add_argument_group(title)
+    for action in build_parser()._actions:
+        if action.dest in names:
+            group._add_action(action)
 
 
 def defaults() -> dict[str, Any]:

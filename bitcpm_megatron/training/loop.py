@@ -14,12 +14,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from ..agreement import together
 from ..attention.documents import CUMULATIVE
 from ..checkpoints.compatibility import check_quantizer
 from ..checkpoints.digests import verify_digests
 from ..checkpoints.directory import CheckpointError, check_ends, check_start, kept_tokenizer, latest, saved_arguments
 from ..checkpoints.directory_lock import held
 from ..cli import FailedError
+from ..data.target_store import StoreError
 from ..objectives.language_modeling import LossOf, Objective, language_modeling
 from ..parallel import Telemetry, ternary_modules
 from ..quantization import scales_are_finite
@@ -27,6 +29,7 @@ from ..ternary_flags import take_recorded_shards
 from . import checkpoint, data
 from .data import Batch, Data, DataError
 from .distillation.objective import TARGETS
+from .distillation.store import learn_from_targets, refuse_damage
 from .distillation.teacher import learn_from_teacher
 from .initialize import device, exit_signals, sum_over_ranks
 from .model import Model, build_model, parameter_count, params_dtype
@@ -57,7 +60,7 @@ def pretrain(args: argparse.Namespace, on_step: Callable[[Step], None] | None = 
         report, saver = RunReport(run), checkpoint.Saver(run)
         try:
             _train(run, samples, report, saver, on_step)
-        except (TrainingError, DataError):
+        except (TrainingError, DataError, StoreError):
             # Raised on all ranks alike, so that the checkpoint that is being written can be completed.
             saver.wait()
             raise
@@ -77,6 +80,8 @@ def _prepare(args: argparse.Namespace, signals: list[int], note: str | None) -> 
     run = build_run(args, model)
     if args.distill_teacher is not None:
         learn_from_teacher(run, vocabulary)
+    if args.distill_targets is not None:
+        learn_from_targets(run)
     run.signals = signals
     notes = [*model.notes, *filter(None, [note])]
     if found is not None:
@@ -89,6 +94,9 @@ def _prepare(args: argparse.Namespace, signals: list[int], note: str | None) -> 
     if args.save is not None:
         check_start(args.save, found, run.iteration)
     samples = data.build_data(args, tokenizer, files)
+    if run.stored is not None:
+        with together():
+            samples.train = run.stored.beside(samples.train)
     _introduce(run, vocabulary, [*notes, *filter(None, [samples.note])])
     return run, samples
 
@@ -168,7 +176,7 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
         run.scheduler.step(increment=run.args.global_batch_size)
     run.iteration += 1
     run.consumed_samples += run.args.global_batch_size
-    distilled = None if run.teacher is None or not run.args.distill_alpha else apart / tokens
+    distilled = apart / tokens if run.args.distill_alpha else None
     return Step(run.iteration, loss, grad_norm, rate, time.perf_counter() - started, codes, run, distilled)
 
 
@@ -202,6 +210,7 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
 
     Raises:
         DataError: a micro-batch of any rank holds tokens that the vocabulary lacks; on every rank alike.
+        StoreError: what a target store says of one is damaged; likewise.
     """
     args, chunks = run.args, run.model.chunks
     teacher = None if forward_only else run.teacher
@@ -215,6 +224,7 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
     # The schedule's stages (and virtual stages) each read the same micro-batches.
     shared: list[Any] = list(islice(batches, args.num_microbatches))
     unknown = data.withdraw_unknown_tokens(shared, args.vocab_size)
+    damaged = [] if run.stored is None else run.stored.attach(shared)
     if teacher is not None and teacher.runs_ahead:
         said = teacher.targets([_on_device(batch) for batch in shared], data.packs(args))
         shared = [{**batch, TARGETS: targets} for batch, targets in zip(shared, said, strict=True)] if said else shared
@@ -238,20 +248,22 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
     if scales:
         total[2] = (~scales_are_finite(scales)).to(total.dtype)
     total[3] = float(bool(run.signals))
-    total[5] = len(unknown)
+    total[5] = len(unknown) + len(damaged)
     torch.distributed.all_reduce(total)
     counted = total.cpu()
     if counted[5]:
+        refuse_damage(damaged)
         data.refuse_unknown_tokens(args, unknown, training=not forward_only)
     return counted[:5]
 
 
 def _on_device(batch: Batch) -> dict[str, Any]:
-    # Lengths of documents stay here, where loops over them run; what a teacher says is there already.
-    return {
-        name: value if name in (CUMULATIVE, TARGETS) else value.to(device(), non_blocking=True)
-        for name, value in batch.items()
-    }
+    here, moved = device(), {}
+    for name, value in batch.items():
+        # Lengths of documents stay here, where loops over them run; targets know how they move.
+        moves = {} if name == TARGETS else {"non_blocking": True}
+        moved[name] = value if name == CUMULATIVE else value.to(here, **moves)
+    return moved
 
 
 def _find_checkpoint(args: argparse.Namespace) -> Path | None:

@@ -24,7 +24,6 @@ _NEEDED_BY = {
     "overlap_grad_reduce": ["overlap_param_gather"],
     "vocab_size": ["mock_data"],
     "log_dir": ["ternary_telemetry_interval"],
-    "distill_teacher": ["distill_alpha", "distill_temperature", "distill_direction"],
 }
 AT_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 """Arguments that ask for something at the end of documents."""
@@ -44,7 +43,8 @@ def mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
         if getattr(args, name) not in (None, False) and getattr(args, needed) in (None, False)
     ]
     found = [*_shape_mistakes(args), *_parallel_mistakes(args, world_size), *_schedule_mistakes(args), *missing]
-    return [*found, *_data_mistakes(args), *_place_mistakes(args), *ternary_mistakes(args)]
+    found += [*data_mistakes(args), *_distillation_mistakes(args), *_place_mistakes(args)]
+    return [*found, *ternary_mistakes(args)]
 
 
 def _flag(name: str) -> str:
@@ -154,7 +154,8 @@ def _schedule_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield "--lr-warmup-iters and --lr-wsd-decay-iters together exceed the iterations of decay"
 
 
-def _data_mistakes(args: argparse.Namespace) -> Iterator[str]:
+def data_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    """What cannot go together among the flags that say which data there are."""
     if [args.data_path is not None, args.train_data_path is not None, args.mock_data].count(True) != 1:
         yield "give the data in one way: --data-path, --train-data-path, or --mock-data"
     if args.valid_data_path is not None and args.train_data_path is None:
@@ -174,6 +175,17 @@ def _data_mistakes(args: argparse.Namespace) -> Iterator[str]:
                 (split_bounds if name == "split" else blend_of)(getattr(args, name))
         except ValueError as error:
             yield str(error)
+
+
+def _distillation_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    if args.distill_teacher is not None and args.distill_targets is not None:
+        yield "--distill-teacher and --distill-targets exclude each other"
+    if args.distill_teacher is None and args.distill_targets is None:
+        for name in ("distill_alpha", "distill_temperature", "distill_direction"):
+            if getattr(args, name) is not None:
+                yield f"{_flag(name)} needs --distill-teacher or --distill-targets"
+    if args.distill_targets is not None and args.distill_direction == "reverse":
+        yield "--distill-direction reverse needs --distill-teacher: targets lack what the teacher says of other ids"
 
 
 def _place_mistakes(args: argparse.Namespace) -> Iterator[str]:

@@ -16,6 +16,7 @@ from ..parallel.resident import hold_in_parameters
 from .model import Model, params_dtype
 
 if TYPE_CHECKING:
+    from .distillation.store import StoredTargets
     from .distillation.teacher import Teacher
 
 _SAME_NAMES = (
@@ -33,6 +34,7 @@ class Run:
         scheduler: learning rate over samples, as in Megatron-LM: warm-up, then constant / linear / cosine / WSD.
         objective: what a micro-batch is trained for.
         teacher: that the objective learns from, or None.
+        stored: what a teacher said before, that the objective learns from; or None.
         signals: that asked this process to stop.
         stopping: whether one has reached any process of the job, as all of them learned in the same step.
         iteration: optimizer steps taken.
@@ -45,6 +47,7 @@ class Run:
     scheduler: OptimizerParamScheduler
     objective: Objective = language_modeling
     teacher: "Teacher | None" = None
+    stored: "StoredTargets | None" = None
     signals: list[int] = field(default_factory=list)
     stopping: bool = False
     iteration: int = 0

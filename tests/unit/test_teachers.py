@@ -182,7 +182,7 @@ def test_who_cannot_teach_is_refused_with_the_reason(teacher: Path, changes: str
 
 def test_a_teacher_that_is_not_there_is_refused(single_rank: None, tmp_path: Path) -> None:
     argv = [*STUDENT, "--train-iters", "1", "--distill-teacher", str(tmp_path / "nowhere")]
-    with pytest.raises(CheckpointError, match="--distill-teacher .*nowhere: there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="the teacher .*nowhere: there is no checkpoint"):
         pretrain(parse_args(argv, 1))
 
 

@@ -3,8 +3,9 @@
 
 import argparse
 import contextlib
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ _SHARED = (
 ).split()
 
 
+def _whole(logits: torch.Tensor, batch: Batch) -> Targets:
+    return DenseTargets(logits)
+
+
 class Teacher:
     """The model of a checkpoint of ours, of any size, that says what it thinks of a student's micro-batches.
 
@@ -54,7 +59,7 @@ class Teacher:
     def __init__(self, args: argparse.Namespace, padded_vocab_size: int) -> None:
         found = latest(args.distill_teacher)
         if found is None:
-            raise CheckpointError(f"--distill-teacher {args.distill_teacher}: there is no checkpoint")
+            raise CheckpointError(f"the teacher {args.distill_teacher}: there is no checkpoint")
         args.distill_identity = _identity(found)
         own = _arguments(args, found)
         with _undrawn():
@@ -74,10 +79,18 @@ class Teacher:
         return parallel_state.get_pipeline_model_parallel_world_size() > 1
 
     @torch.no_grad()
-    def targets(self, batches: Sequence[Batch], packed: bool) -> list[Targets]:
+    def targets(
+        self, batches: Sequence[Batch], packed: bool, keep: Callable[[torch.Tensor, Batch], Any] = _whole
+    ) -> list[Any]:
         """What it says of micro-batches on this device, in their order; nothing on any stage but the last one.
 
         Collective over the ranks that share the model.
+
+        Args:
+            batches: micro-batches.
+            packed: whether they are packed rows.
+            keep: what is kept of the logits ``[seq_length, micro_batch_size, V / TP]`` of each; by default
+                :class:`DenseTargets` of them all.
         """
         rows = self._args.micro_batch_size
         length = self._args.seq_length * rows if packed else self._args.seq_length
@@ -87,7 +100,7 @@ class Teacher:
             else schedules.forward_backward_no_pipelining
         )
         return schedule(
-            forward_step_func=_forward,
+            forward_step_func=functools.partial(_forward, keep),
             data_iterator=iter(batches),
             # Without the wrapper of half precision, which would make fp32 of the logits.
             model=self._model.bare,
@@ -114,11 +127,13 @@ def learn_from_teacher(run: Run, padded_vocab_size: int) -> None:
     run.model.notes += run.teacher.notes
 
 
-def _forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward(
+    keep: Callable[[torch.Tensor, Batch], Any], batches: Iterator[Batch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     packed = {"packed_seq_params": packed_seq_params(batch[CUMULATIVE])} if CUMULATIVE in batch else {}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **packed)
-    return output, lambda logits, non_loss_data: DenseTargets(logits)
+    return output, lambda logits, non_loss_data: keep(logits, batch)
 
 
 def _logits(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -149,7 +164,7 @@ def _arguments(args: argparse.Namespace, checkpoint: Path) -> argparse.Namespace
     }
     found = [said for said, wrong in mistakes.items() if wrong]
     if found:
-        raise ValueError(f"--distill-teacher {checkpoint} cannot teach this model: {'; '.join(found)}")
+        raise ValueError(f"the teacher {checkpoint} cannot teach this model: {'; '.join(found)}")
     return own
 
 

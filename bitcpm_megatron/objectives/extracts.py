@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of a teacher's logits where they cannot be: draws, or the likeliest ids; the logits are not gathered.
+
+The vocabulary is split over ranks, and every rank gets the whole of what is kept. Tokens are taken in chunks, as by the
+losses of :mod:`~bitcpm_megatron.objectives.distillation`.
+"""
+
+import torch
+from torch.distributed import ProcessGroup, ReduceOp
+
+from .distillation import Shard, chunks
+
+
+@torch.no_grad()
+def draws(
+    logits: torch.Tensor, uniform: torch.Tensor, vocab_size: int, temperature: float, group: ProcessGroup
+) -> torch.Tensor:
+    """Ids drawn with replacement from softmax(logits / T), by the inverse of its cumulative sums.
+
+    Each number finds its rank by the sums of all ranks, and its id within the rank's own: the same numbers give the
+    same ids over any number of ranks, but for the rounding of sums.
+
+    Args:
+        logits: bf16, fp16 or fp32 ``[..., V / TP]``, the columns of this rank.
+        uniform: fp32 ``[..., draws]``, from 0 to below 1, the same on every rank.
+        vocab_size: ids without padding; no other is drawn.
+        temperature: T.
+        group: the ranks that the vocabulary is split over, in equal parts by rank.
+
+    Returns:
+        int32 ``[..., draws]``, the same on every rank.
+
+    Raises:
+        ValueError: the logits of a token are not finite; on every rank alike.
+    """
+    rows, numbers = logits.flatten(0, -2), uniform.flatten(0, -2)
+    shard = Shard(rows.shape[1] * group.rank(), rows.shape[1], vocab_size, group)
+    found = torch.empty(numbers.shape, dtype=torch.int32, device=logits.device)
+    for chunk in chunks(rows):
+        below = _weights(shard.copied(rows[chunk], torch.float32), temperature, shard)[0].cumsum(-1)
+        sums = below.new_zeros(group.size(), len(below))
+        sums[group.rank()] = below[:, -1]
+        bounds = shard.reduced(sums).cumsum(0).t().contiguous()
+        _require_finite(bounds[:, -1])
+        wanted = numbers[chunk] * bounds[:, -1:]
+        # Rounding must not lead into the padding.
+        owner = torch.searchsorted(bounds, wanted, right=True).clamp_(max=(vocab_size - 1) // shard.width)
+        before = bounds[:, group.rank() - 1 : group.rank()] if group.rank() else torch.zeros_like(bounds[:, :1])
+        column = torch.searchsorted(below, wanted - before, right=True).clamp_(max=shard.real - 1)
+        mine = owner == group.rank()
+        found[chunk] = shard.reduced((column + shard.start).where(mine, 0).int())
+    return found.view(uniform.shape)
+
+
+@torch.no_grad()
+def likeliest(
+    logits: torch.Tensor, k: int, vocab_size: int, temperature: float, group: ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k ids of each token that softmax(logits / T) is largest for, and its logarithm there.
+
+    Args:
+        logits: bf16, fp16 or fp32 ``[..., V / TP]``, the columns of this rank.
+        k: below the vocabulary size.
+        vocab_size: ids without padding; no other is among them.
+        temperature: T.
+        group: the ranks that the vocabulary is split over, in equal parts by rank.
+
+    Returns:
+        Ids int32 ``[..., k]``, the likeliest first, and fp32 ``[..., k]``; the same on every rank.
+
+    Raises:
+        ValueError: the logits of a token are not finite; on every rank alike.
+    """
+    rows = logits.flatten(0, -2)
+    shard = Shard(rows.shape[1] * group.rank(), rows.shape[1], vocab_size, group)
+    ids = torch.empty(len(rows), k, dtype=torch.int32, device=logits.device)
+    log_p = torch.empty(len(rows), k, device=logits.device)
+    for chunk in chunks(rows):
+        weights, below = _weights(shard.copied(rows[chunk], torch.float32), temperature, shard)
+        whole = shard.reduced(weights.sum(-1, keepdim=True))
+        _require_finite(whole)
+        best, columns = below.topk(min(k, shard.width), -1)
+        candidates, names = (_gathered(part, group) for part in (best, columns + shard.start))
+        best, places = candidates.topk(k, -1)
+        ids[chunk] = names.gather(-1, places).int()
+        log_p[chunk] = best - whole.log()
+    return ids.view(*logits.shape[:-1], k), log_p.view(*logits.shape[:-1], k)
+
+
+def _weights(z: torch.Tensor, temperature: float, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exponentials of z / T below the maximum over all ranks, and their logarithms; those are in the place of z."""
+    below = z.sub_(shard.reduced(z.amax(-1, keepdim=True), ReduceOp.MAX)).div_(temperature)
+    return below.exp(), below
+
+
+def _require_finite(sums: torch.Tensor) -> None:
+    if not sums.isfinite().all():
+        raise ValueError("the teacher's logits are not finite: its weights are damaged, or it needs another precision")
+
+
+def _gathered(part: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """Those of all ranks, ``[n, k x ranks]``."""
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, part, group=group)
+    return torch.cat(parts, -1)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A student that learns from a target store: which one it is, what it serves, and the targets of each micro-batch."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_dataset import BlendedDataset
+
+from ...agreement import together
+from ...attention.documents import of_rank
+from ...data.target_records import decode_draws, decode_top_k, is_of
+from ...data.target_store import SAMPLED, StoreError, TargetStore
+from ...objectives.distillation import Divergence
+from ...objectives.targets import SampledTargets, TopKTargets
+from ..data import STORED, packs
+from ..run import Run
+from .objective import TARGETS, DistillationObjective
+from .parts import Samples, parts_of, shaping
+
+
+class StoredTargets:
+    """What a teacher said of the samples of a run, from a store.
+
+    Args:
+        args: of the run; gets ``distill_identity``, which tells this store from others, and the store's temperature.
+
+    Attributes:
+        notes: what is to be logged.
+
+    Raises:
+        StoreError: it is not there, damaged, not complete, or of another tokenizer, vocabulary or temperature.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._store = TargetStore(Path(args.distill_targets))
+        about = self._store.description
+        self.vocab_size = about.vocab_size
+        asked = args.distill_temperature
+        mistakes = {
+            "its samples were cut by another tokenizer": about.tokenizer != args.tokenizer_identity,
+            f"its targets are of {about.vocab_size} ids and the model has {args.vocab_size}: give --vocab-size "
+            f"{about.vocab_size}": about.vocab_size > args.vocab_size,
+            f"its targets were written at a temperature of {about.temperature:g}, and serve no other: leave out "
+            "--distill-temperature": asked not in (None, about.temperature),
+        }
+        found = [said for said, wrong in mistakes.items() if wrong]
+        if found:
+            raise StoreError(f"--distill-targets {args.distill_targets} cannot be learned from: {'; '.join(found)}")
+        args.distill_temperature = about.temperature
+        checkpoint = about.teacher.get("checkpoint", "?")
+        args.distill_identity = {"checkpoint": checkpoint, "digest": self._store.digest}
+        self.notes = [f"targets: {args.distill_targets}, {about.about()}, of {checkpoint}"]
+
+    def beside(self, dataset: Any) -> Any:
+        """The training samples with what the store says of them, where this rank computes a loss.
+
+        Raises:
+            StoreError: it does not hold all samples that the run is going to take.
+        """
+        wanted = self._args.train_iters * self._args.global_batch_size
+        parts = parts_of(self._args, dataset, wanted)
+        begins = {place: self._begin(samples) for place, samples in parts.items()}
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            return dataset
+        return _Taught(dataset, parts, begins, self._store)
+
+    def attach(self, batches: Sequence[dict[str, Any]]) -> list[str]:
+        """Gives micro-batches their :data:`TARGETS`, those of this context-parallel rank's tokens.
+
+        What is damaged says nothing; the messages are returned, and the ranks have yet to agree on them.
+        """
+        found: list[str] = []
+        for batch in batches:
+            if STORED in batch:
+                stored = batch.pop(STORED)
+                found += filter(None, stored["damage"])
+                batch[TARGETS] = self._targets(*(self._of_this_rank(stored[name]) for name in ("ids", "weights")))
+        return found
+
+    def _of_this_rank(self, rows: torch.Tensor) -> torch.Tensor:
+        """From ``[micro_batch_size, seq_length, k]`` to the axes of the logits."""
+        if packs(self._args):
+            whole = rows.reshape(1, -1, rows.shape[-1])
+            rows = of_rank(whole, 1, parallel_state.get_context_parallel_rank(), self._args.context_parallel_size)
+        return rows.transpose(0, 1)
+
+    def _targets(self, ids: torch.Tensor, weights: torch.Tensor) -> SampledTargets | TopKTargets:
+        about = self._store.description
+        if about.kind != SAMPLED:
+            return TopKTargets(ids.contiguous(), weights.contiguous(), about.temperature)
+        # Few tokens need a place for every draw.
+        width = max(int((weights > 0).sum(-1).max()), 1)
+        ids, weights = ids[..., :width].contiguous(), weights[..., :width].contiguous()
+        return SampledTargets(ids, weights, about.width, about.temperature)
+
+    def _begin(self, samples: Samples) -> int:
+        """The number of the first sample of a part in the store."""
+        about, part, where = self._store.description, samples.part, self._args.distill_targets
+        begin = 0
+        for held in about.parts:
+            if held.digest == part.digest:
+                if held.samples < part.samples:
+                    raise StoreError(
+                        f"--distill-targets {where} holds {held.samples:,} samples of {part.name}, and the run takes "
+                        f"{part.samples:,}: write targets with --train-samples, or give fewer --train-iters"
+                    )
+                return begin
+            begin += held.samples
+        now = shaping(self._args)
+        changed = [
+            f"--{name.replace('_', '-')} {about.data.get(name)} (now {now.get(name)})"
+            for name in sorted({*about.data, *now} - {"train_samples"})
+            if about.data.get(name) != now.get(name)
+        ]
+        wanted = self._args.train_iters * self._args.global_batch_size
+        why = (
+            f"they were written with {', '.join(changed)}"
+            if changed
+            else (
+                "its files are others, or the run makes more passes over them than the writer did (write targets with "
+                f"--train-samples {wanted}, or give fewer --train-iters)"
+            )
+        )
+        raise StoreError(f"--distill-targets {where} says nothing of the samples of {part.name}: {why}")
+
+
+class _Taught(torch.utils.data.Dataset):
+    """Training samples, each with what a store says of it.
+
+    Under :data:`STORED` a sample has ``ids`` and ``weights`` ``[seq_length, k]``, and why there are none, if so.
+    """
+
+    def __init__(
+        self, dataset: Any, parts: Mapping[int, Samples], begins: Mapping[int, int], store: TargetStore
+    ) -> None:
+        self._dataset, self._parts, self._begins, self._store = dataset, parts, begins, store
+        self.config = dataset.config
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self._dataset[index]
+        number = self._number(index)
+        about = self._store.description
+        damage = ""
+        try:
+            record = self._store.record(number)
+            if not is_of(record, sample["tokens"].numpy()):
+                raise StoreError(f"{self._store.directory} has other tokens in sample {number} than the data")
+            if about.kind == SAMPLED:
+                ids, weights = decode_draws(record, about.seq_length, about.width, about.vocab_size)
+            else:
+                ids, weights = decode_top_k(record, about.seq_length, about.width)
+        except StoreError as error:
+            # Other ranks wait for this one: see StoredTargets.attach().
+            damage = str(error)
+            shape = (about.seq_length, about.width)
+            ids, weights = np.zeros(shape, np.int32), np.zeros(shape, np.uint8 if about.kind == SAMPLED else np.float16)
+        stored = {"ids": torch.from_numpy(ids), "weights": torch.from_numpy(weights), "damage": damage}
+        return {**sample, STORED: stored}
+
+    def _number(self, index: int) -> int:
+        """In the store."""
+        place = 0
+        if isinstance(self._dataset, BlendedDataset):
+            place, index = int(self._dataset.dataset_index[index]), int(self._dataset.dataset_sample_index[index])
+        return self._begins[place] + self._parts[place].number(index)
+
+
+def learn_from_targets(run: Run) -> None:
+    """Gives a run the target store that its arguments name, and the objective to learn from it; collective.
+
+    Raises:
+        StoreError: see :class:`StoredTargets`; on every rank alike.
+    """
+    args = run.args
+    with together():
+        run.stored = StoredTargets(args)
+    rule = Divergence(run.stored.vocab_size, args.distill_temperature)
+    run.objective = DistillationObjective(run.model.bare, rule, args.distill_alpha)
+    run.model.notes += run.stored.notes
+
+
+def refuse_damage(found: Sequence[str]) -> None:
+    """Raises a StoreError on every rank for what :meth:`StoredTargets.attach` has found on some; collective."""
+    with together():
+        if found:
+            raise StoreError(found[0])
