@@ -3,10 +3,11 @@
 
     inspect_checkpoint.py PATH [--json] [--fast]
 
-PATH is a Megatron --save directory or one iteration of it (torch_dist or legacy), a Hugging Face model directory, or
-one .safetensors / .bin file. The table has a line for all layers that are alike: shape, dtype, whether the weights are
-latent or fused (ternary x scale already), scales per row, the share of zeros in the ternary weight, and the smallest,
-mean and largest scale. --fast reads no weights, so none of the values; --json has a line for every module.
+PATH is a Megatron --save directory or one iteration of it (torch_dist or legacy), a Hugging Face model directory, one
+.safetensors / .bin file, or a store of a teacher's targets. The table has a line for all layers that are alike: shape,
+dtype, whether the weights are latent or fused (ternary x scale already), scales per row, the share of zeros in the
+ternary weight, and the smallest, mean and largest scale. --fast reads no weights, so none of the values; --json has a
+line for every module.
 
 Where there is a DIGESTS.json, every file is compared with it (with --fast its size alone).
 
@@ -27,6 +28,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron.checkpoint_tools.command import Parser, progress, progress_of_reading, run
+from bitcpm_megatron.checkpoint_tools.inspection import targets
 from bitcpm_megatron.checkpoint_tools.inspection.inspection import Inspection, Statistics, Weight
 from bitcpm_megatron.checkpoint_tools.inspection.opening import open_inspection
 from bitcpm_megatron.checkpoint_tools.inspection.statistics import one_thread, statistics_of
@@ -179,6 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> None:
+        if targets.is_store(args.path):
+            facts, findings = targets.inspect_store(args.path, args.fast)
+            print(json.dumps(facts, indent=1) if args.json else targets.as_text(facts), flush=True)
+            if findings:
+                raise VerificationError(f"{args.path} is damaged: {len(findings)} findings")
+            return
         found = inspect(args.path, args.allow_pickle, args.fast)
         print(json.dumps(as_json(found), indent=1) if args.json else as_text(found, args.fast), flush=True)
         if found.findings:

@@ -63,9 +63,8 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     if teacher is not None and other is not None and teacher != other and not args.finetune:
         what = "teacher" if saved.get("distill_targets") is None else "targets"
         was = f"the {what} {saved.get(f'distill_{what}')} ({teacher['checkpoint']})"
-        now = f"{args.distill_targets or args.distill_teacher} ({other['checkpoint']})"
-        cure = f"{now} is another one: give the same, or --finetune"
-        checks.append(([was], cure))
+        given = f"{args.distill_targets or args.distill_teacher} ({other['checkpoint']})"
+        checks.append(([was], f"{given} is another one: give the same, or --finetune"))
     if with_optimizer:
         optimizer = _differences(args, saved, _OPTIMIZER)
         checks.append((optimizer, "the optimizer state would not fit: give the same flags, or --no-load-optim"))

@@ -14,7 +14,7 @@ store is opened, and every record with its digest when it is read: nothing damag
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,13 +38,14 @@ from ..files import (
 from .target_records import MAX_DRAWS, MAX_VOCABULARY
 
 DESCRIPTION = "store.json"
-SAMPLED, TOP_K = "sampled", "top-k"
+SAMPLED = "sampled"
 MAX_TOP_K = 1024
 _MAGIC = b"BITCPMT1"
 _END = struct.Struct("<8sQQ")
 _ENTRY = np.dtype([("end", "<u8"), ("digest", "<u8")])
 # A thousand shards, but none so small that files are all there is, and none so large that a kill costs much.
 _SHARDS, _LEAST_TOKENS, _MOST_TOKENS = 1024, 2**14, 2**20
+_MAX_SHARDS = 2**20
 _CURE = f"copy the store again, or delete this file and {DIGESTS} and let write_targets.py go on"
 
 
@@ -137,6 +138,8 @@ def read_description(directory: Path) -> Description:
         found = validated(Description, read_json(path), str(path))
     except FileError as error:
         raise StoreError(str(error)) from None
+    if found.samples // found.samples_per_shard > _MAX_SHARDS:
+        raise StoreError(f"{path}: {found.samples:,} samples in shards of {found.samples_per_shard} cannot be")
     if found.kind == SAMPLED and found.width > MAX_DRAWS:
         raise StoreError(f"{path}: {found.width} draws are more than {MAX_DRAWS}")
     return found
@@ -265,28 +268,3 @@ def read_table(path: Path, samples: int) -> np.ndarray:
 def missing(directory: Path, description: Description) -> int:
     """Shards that are not written yet."""
     return sum(not shard_path(directory, number).is_file() for number in range(len(description.shards)))
-
-
-def facts(directory: Path) -> Mapping[str, Any]:
-    """What a store is, complete or not, for people: name -> words.
-
-    Raises:
-        StoreError: it is no store, or its description is damaged.
-    """
-    found = read_description(directory)
-    lacking = missing(directory, found)
-    paths = (shard_path(directory, number) for number in range(len(found.shards)))
-    there = {path: samples for path, samples in zip(paths, found.shards, strict=True) if path.is_file()}
-    nbytes = sum(path.stat().st_size for path in there)
-    tokens = found.seq_length * sum(map(len, there.values()))
-    complete = (directory / DIGESTS).is_file()
-    return {
-        "targets": found.about(),
-        "teacher": f"{found.teacher.get('checkpoint')} ({found.teacher.get('digest')})",
-        "tokenizer": ", ".join(f"{name} {value}" for name, value in found.tokenizer.items()),
-        "samples": f"{found.samples:,} of {found.seq_length:,} tokens",
-        "data": ", ".join(f"{part.name} ({part.samples:,})" for part in found.parts),
-        "shaped by": ", ".join(f"{name} {value}" for name, value in found.data.items() if value not in (None, False)),
-        "bytes": f"{nbytes:,}" + (f", {nbytes / tokens:.1f} per token" if tokens else ""),
-        "complete": "yes" if complete else f"no: {lacking} of {len(found.shards)} shards are missing",
-    }

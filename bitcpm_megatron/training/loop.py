@@ -258,11 +258,10 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
 
 
 def _on_device(batch: Batch) -> dict[str, Any]:
-    here, moved = device(), {}
-    for name, value in batch.items():
-        # Lengths of documents stay here, where loops over them run; targets know how they move.
-        moves = {} if name == TARGETS else {"non_blocking": True}
-        moved[name] = value if name == CUMULATIVE else value.to(here, **moves)
+    moved: dict[str, Any] = dict(batch)
+    for name in moved.keys() - {CUMULATIVE}:  # lengths of documents stay here, where loops over them run
+        # Targets know for themselves how they move.
+        moved[name] = moved[name].to(device()) if name == TARGETS else moved[name].to(device(), non_blocking=True)
     return moved
 
 

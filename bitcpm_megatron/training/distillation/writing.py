@@ -24,7 +24,6 @@ from ...attention.documents import CUMULATIVE
 from ...data.target_records import encode_draws, encode_top_k
 from ...data.target_store import (
     SAMPLED,
-    TOP_K,
     Description,
     begin,
     read_table,
@@ -35,8 +34,9 @@ from ...data.target_store import (
 from ...files import DIGESTS, digest, write_digests
 from ...files.lock import FileLock
 from ...objectives.extracts import draws, likeliest
+from ...objectives.language_modeling import Batch
 from .. import data
-from ..data import Batch, DataError
+from ..data import DataError
 from ..initialize import device
 from .parts import Samples, parts_of, shaping
 from .teacher import Teacher
@@ -66,7 +66,7 @@ def write_targets(args: argparse.Namespace) -> None:
     if args.distill_top_k is not None and args.distill_top_k >= known:
         raise ValueError(f"--distill-top-k {args.distill_top_k} of {known} ids leaves no rest: use fewer")
     description = Description(
-        kind=SAMPLED if args.distill_top_k is None else TOP_K,
+        kind="sampled" if args.distill_top_k is None else "top-k",
         width=args.distill_draws if args.distill_top_k is None else args.distill_top_k,
         temperature=args.distill_temperature,
         vocab_size=known,
@@ -137,7 +137,7 @@ class _Writer:
                 pending.result()
         return list(mine) if self._writes else []
 
-    def _said(self, numbers: Sequence[Sequence[int]], batches: Sequence[Batch]) -> list[tuple[np.ndarray, ...]]:
+    def _said(self, numbers: Sequence[Sequence[int]], batches: Sequence[data.Batch]) -> list[tuple[np.ndarray, ...]]:
         """What the teacher says of micro-batches, arrays ``[micro_batch_size, seq_length, width]``; on the last stage.
 
         Raises:
@@ -190,11 +190,10 @@ class _Writer:
         for some, batch, arrays in zip(numbers, batches, said, strict=True):
             tokens = batch["tokens"].reshape(self._rows, -1).numpy()
             for row in range(len(set(some))):
-                of_row = [array[row] for array in arrays]
                 if self._about.kind == SAMPLED:
-                    records.append(encode_draws(tokens[row], *of_row, self._about.vocab_size))
+                    records.append(encode_draws(tokens[row], arrays[0][row], self._about.vocab_size))
                 else:
-                    records.append(encode_top_k(tokens[row], *of_row))
+                    records.append(encode_top_k(tokens[row], arrays[0][row], arrays[1][row]))
 
 
 class _Numbered(torch.utils.data.Dataset):
