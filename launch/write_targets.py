@@ -16,6 +16,7 @@ The same command goes on where a killed one stopped. Exit status: 0 done, 1 fail
 import argparse
 import logging
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -27,7 +28,9 @@ from bitcpm_megatron.data.blends import blend_of
 from bitcpm_megatron.data.target_records import MAX_DRAWS
 from bitcpm_megatron.data.target_store import MAX_TOP_K
 from bitcpm_megatron.files import directory_mistake
+from bitcpm_megatron.training.distillation.writing import write_targets
 from bitcpm_megatron.training.flags import add_flags_of_runs, defaults
+from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
 from bitcpm_megatron.training.mistakes import data_mistakes, has_cuda
 
 _DATA = (
@@ -42,73 +45,84 @@ _LAYOUT = (
 
 def main(argv: list[str] | None = None) -> int:
     """Writes a store, or what is missing of it; returns the exit status."""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--teacher", required=True, metavar="DIR", dest="distill_teacher", help="its --save directory; the newest"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="of the targets")
-    kinds = parser.add_argument_group("targets").add_mutually_exclusive_group()
-    kinds.add_argument(
-        "--distill-draws", type=cli.Whole(1, MAX_DRAWS), default=50, metavar="N", help="per token (default: 50)"
-    )
-    kinds.add_argument("--distill-top-k", type=cli.Whole(1, MAX_TOP_K), metavar="K", help="in place of draws")
-    parser.add_argument(
-        "--distill-temperature", type=cli.Number(0, 1000, open_minimum=True), default=1.0, help="(default: 1)"
-    )
-    parser.add_argument(
-        "--train-samples",
-        type=cli.Whole(1, 2**40),
-        dest="train_iters",
-        help="of a student, --train-iters x --global-batch-size, where they are more than one pass over the data",
-    )
-    add_flags_of_runs(parser, "data", _DATA)
-    add_flags_of_runs(parser, "layout", _LAYOUT)
-    parsed = parser.parse_args(argv)
-    args = argparse.Namespace(**{**defaults(), **vars(parsed), "eval_iters": 0, "global_batch_size": 1})
-    if found := list(_mistakes(args)):
-        parser.error("; ".join(found))
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    return cli.run(lambda: _write(args))
+    return cli.run(lambda: _write(argv))
 
 
-def _mistakes(args: argparse.Namespace) -> list[str]:
-    found = list(data_mistakes(args))
-    if args.mock_data and args.vocab_size is None:
-        found.append("--mock-data needs --vocab-size")
-    if args.mock_data and args.train_iters is None:
-        found.append("--mock-data has no end: give --train-samples")
-    if args.sequence_parallel and args.seq_length % args.tensor_model_parallel_size:
-        found.append(
-            f"--sequence-parallel: --seq-length {args.seq_length} is not divisible by the tensor-parallel ranks"
-        )
-    if args.distributed_backend == "nccl" and not has_cuda():
-        found.append("--distributed-backend nccl needs CUDA: use gloo")
-    if (mistake := directory_mistake(args.output)) is not None:
-        found.append(f"--output {args.output}: {mistake}")
-    return found
+def _write(argv: list[str] | None) -> None:
+    args = parse_args(argv, world_size())
+    initialize(args)
+    write_targets(args)
+    shutdown()
 
 
-def _write(args: argparse.Namespace) -> None:
-    # Only now, for they take seconds.
-    from bitcpm_megatron.training.distillation.writing import write_targets
-    from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
+def parse_args(argv: Sequence[str] | None, ranks: int) -> argparse.Namespace:
+    """Parses and checks the command line.
 
-    ranks, size = world_size(), args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    if ranks % size:
-        raise ValueError(
-            f"{ranks} processes cannot be split into groups of {args.tensor_model_parallel_size} (tensor) x "
-            f"{args.pipeline_model_parallel_size} (pipeline)"
-        )
-    args.data_parallel_size = ranks // size
+    Args:
+        argv: without the program's name; None for this process's.
+        ranks: number of processes of the job.
+
+    Returns:
+        The arguments of :func:`~bitcpm_megatron.training.distillation.writing.write_targets`.
+
+    Raises:
+        SystemExit: status 2, after naming every mistake.
+    """
+    parser = _parser()
+    args = argparse.Namespace(**{**defaults(), **vars(parser.parse_args(argv)), "eval_iters": 0})
+    # Samples are counted one by one.
+    args.global_batch_size = 1
+    found = list(_mistakes(args, ranks))
+    if found:
+        parser.error("; ".join(found))
+    args.data_parallel_size = ranks // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     args.distributed_backend = args.distributed_backend or ("nccl" if has_cuda() else "gloo")
     if args.train_iters is None:
         # One pass over each file, whatever their weights are.
         for name in ("data_path", "train_data_path"):
             if getattr(args, name) is not None:
                 setattr(args, name, blend_of(getattr(args, name))[0])
-    initialize(args)
-    write_targets(args)
-    shutdown()
+    return args
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("targets").add_argument
+    add("--teacher", required=True, metavar="DIR", dest="distill_teacher", help="a run of ours; its newest checkpoint")
+    add("--output", required=True, type=Path, metavar="DIR", help="of the targets")
+    add("--distill-draws", type=cli.Whole(1, MAX_DRAWS), metavar="N", help="per token, default 50")
+    add("--distill-top-k", type=cli.Whole(1, MAX_TOP_K), metavar="K", help="keep the likeliest ids in place of draws")
+    add("--distill-temperature", type=cli.Number(0, 1000, open_minimum=True), default=1.0, help="default 1")
+    add(
+        "--train-samples",
+        type=cli.Whole(1, 2**40),
+        dest="train_iters",
+        metavar="N",
+        help="--train-iters x --global-batch-size of students, where that is more than one pass over the data",
+    )
+    add_flags_of_runs(parser, "data", _DATA)
+    add_flags_of_runs(parser, "layout", _LAYOUT)
+    return parser
+
+
+def _mistakes(args: argparse.Namespace, ranks: int) -> Iterator[str]:
+    yield from data_mistakes(args)
+    if args.distill_top_k is not None and args.distill_draws is not None:
+        yield "--distill-draws and --distill-top-k exclude each other"
+    if args.mock_data and args.vocab_size is None:
+        yield "--mock-data needs --vocab-size"
+    if args.mock_data and args.train_iters is None:
+        yield "--mock-data needs --train-samples: it has no end"
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if ranks % (tp * pp):
+        yield f"{ranks} processes cannot be split into groups of {tp} (tensor) x {pp} (pipeline)"
+    if args.sequence_parallel and (tp == 1 or args.seq_length % tp):
+        yield f"--sequence-parallel: {tp} tensor-parallel ranks cannot share --seq-length {args.seq_length}"
+    if args.distributed_backend == "nccl" and not has_cuda():
+        yield "--distributed-backend nccl needs CUDA: use gloo"
+    if (mistake := directory_mistake(args.output)) is not None:
+        yield f"--output {args.output}: {mistake}"
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ from ..initialize import device
 from .parts import Samples, parts_of, shaping
 from .teacher import Teacher
 
+# About 12 distinct ids of a token.
+_DRAWS = 50
 # In a batch: the numbers of its samples in the store.
 _NUMBERS = "numbers"
 # Micro-batches that go through a pipeline together, for each of its stages.
@@ -67,7 +69,7 @@ def write_targets(args: argparse.Namespace) -> None:
         raise ValueError(f"--distill-top-k {args.distill_top_k} of {known} ids leaves no rest: use fewer")
     description = Description(
         kind="sampled" if args.distill_top_k is None else "top-k",
-        width=args.distill_draws if args.distill_top_k is None else args.distill_top_k,
+        width=args.distill_top_k or args.distill_draws or _DRAWS,
         temperature=args.distill_temperature,
         vocab_size=known,
         seq_length=args.seq_length,
