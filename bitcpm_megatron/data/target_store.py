@@ -13,6 +13,7 @@ store is opened, and every record with its digest when it is read: nothing damag
 """
 
 import json
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,8 +182,10 @@ def write_shard(path: Path, records: Sequence[bytes]) -> None:
                 stream.write(record)
             stream.write(table + _END.pack(_MAGIC, len(records), xxhash.xxh3_64_intdigest(table)))
         publish(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = os.fspath(path)  # of a full disk it says no more than that
         raise
 
 

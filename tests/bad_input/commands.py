@@ -93,6 +93,11 @@ COMMANDS = {
             "launch",
             tuple("--input talks.jsonl --tokenizer-model chat --seq-length 900 --output-prefix out/c".split()),
         ),
+        Command(
+            "write_targets",
+            "launch",
+            (*"--teacher run --seq-length 32 --micro-batch-size 1 --output out".split(), *DATA),
+        ),
         Command("run", "launch", ("job.yaml", "--print")),
         Command("preflight", "launch", ("job.yaml",)),
         Command("presets", "launch", ()),

@@ -29,18 +29,27 @@ from bitcpm_megatron import cli
 from .commands import converters, preprocessing, preprocessing_sft
 from .processes import Disk, Started
 from .subject import FULL_DISK, HOWS, Subject, TooLate
+from .targets import Targets
 from .training import Training
 
 _ATTEMPTS = 8
 """At a disturbance that comes too late, before it counts as a fault of the campaign."""
 _GROUPS = {"train": ("train-sync", "train-async"), "preprocess": ("preprocess_data", "preprocess_sft")}
+_GROUPS["targets"] = ("write_targets",)
 _GROUPS["convert"] = tuple(subject.name for subject in converters())
 _GROUPS["all"] = tuple(itertools.chain.from_iterable(_GROUPS.values()))
 
 
 def subjects(what: str, steps: int = 30) -> list[Subject]:
     """Those that a word on the command line means; a training has so many steps, enough for five disturbances of it."""
-    everything = [Training(False, steps), Training(True, steps), preprocessing(), preprocessing_sft(), *converters()]
+    everything = [
+        Training(False, steps),
+        Training(True, steps),
+        preprocessing(),
+        preprocessing_sft(),
+        Targets(),
+        *converters(),
+    ]
     names = _GROUPS.get(what, (what,))
     return [subject for subject in everything if subject.name in names]
 

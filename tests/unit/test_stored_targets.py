@@ -104,7 +104,6 @@ def content(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.iterdir()}
 
 
-@pytest.mark.slow
 def test_a_writer_goes_on_where_it_stopped(
     place: Path, tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -143,14 +142,12 @@ def test_a_store_serves_every_length_batch_and_blend_of_one_pass(place: Path, tm
         assert all(step.divergence > 0 for step in found)
 
 
-@pytest.mark.slow
 def test_conversations_are_served_in_every_epoch_and_under_every_seed(place: Path, tmp_path: Path, single_rank) -> None:
     store = write(place, tmp_path / "store", "sft")
     assert read_description(store).samples == 7
     assert len(steps(place, "sft", "--seed", "5", "--distill-targets", str(store), train_iters=5)) == 5
 
 
-@pytest.mark.slow
 def test_more_than_one_pass_needs_its_samples(place: Path, store: Path, tmp_path: Path, single_rank: None) -> None:
     assert len(steps(place, "plain", "--distill-targets", str(store), train_iters=10)) == 10
     with pytest.raises(StoreError, match="more passes over them than the writer did .*--train-samples 60"):
