@@ -55,6 +55,8 @@ def build(directory: Path, run: Callable[[str, list[str]], None]) -> None:
     run("preprocess_data", [*line.split(), "--output-prefix", "data/corpus"])
     train = [*MODEL, *DATA, "--train-iters", "2", "--eval-iters", "1", "--eval-interval", "2", "--log-dir", "log"]
     run("pretrain", [*train, "--ternary", "--save", "run"])
+    targets = "--teacher run --seq-length 32 --micro-batch-size 4 --output targets"
+    run("write_targets", [*targets.split(), *DATA])
     export = "--load-dir run --hf-architecture auto"
     run("convert_megatron_to_hf", [*export.split(), "--weights", "latent", "--save-dir", "latent"])
     run("convert_megatron_to_hf", [*export.split(), "--weights", "fused", "--save-dir", "fused"])

@@ -25,11 +25,15 @@ LINES = (
         tuple("--input corpus.txt --tokenizer-model tokenizer.model --append-eod --output-prefix out/c".split()),
     ),
     ("preprocess_sft", (*COMMANDS["preprocess_sft"].good, "--chat-template", "chat.jinja")),
+    ("pretrain", (*_TRAIN, "--distill-targets", "targets")),
+    ("inspect_checkpoint", ("targets",)),
     ("inspect_checkpoint", ("fused",)),
     ("inspect_checkpoint", ("legacy",)),
     ("inspect_checkpoint", ("weights.bin",)),
 )
 """Commands and arguments that succeed in the world, and what they read there."""
+_MADE = {("pretrain", "--load"), ("pretrain", "--data-path"), ("write_targets", "--data-path")}
+"""Flags of directories that a command makes where there are none."""
 
 
 def paths(world: Path) -> Iterator[Case]:
@@ -57,7 +61,7 @@ def paths(world: Path) -> Iterator[Case]:
                     prepare=damaging(word, function),
                     says=(target.name, before),
                     # ``--load`` names where the run will be that starts now; a directory beside data, its cache.
-                    accepts=way == "missing" and name == "pretrain" and before in ("--load", "--data-path"),
+                    accepts=way == "missing" and (name, before) in _MADE,
                 )
 
 
