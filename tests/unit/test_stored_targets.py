@@ -100,6 +100,23 @@ def test_the_micro_batch_size_of_the_writer_is_not_seen(place: Path, store: Path
     assert content(other) == content(store)
 
 
+def test_every_sample_is_drawn_for_with_numbers_of_its_own(
+    place: Path, tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, original = [], writing.draws
+
+    def watch(logits: torch.Tensor, uniform: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(uniform)
+        return original(logits, uniform, *rest)
+
+    monkeypatch.setattr(writing, "draws", watch)
+    for name, seed in (("one", "1"), ("other", "2")):
+        write(place, tmp_path / name, "plain", "--seed", seed, "--train-samples", "4", "--distill-draws", "3")
+    numbers = torch.cat([uniform.flatten() for uniform in seen])
+    # Of so few fp32 numbers two may be equal by chance, in no more than some thousandth of all cases.
+    assert len(numbers) == 2 * 4 * 16 * 3 and len(numbers.unique()) >= len(numbers) - 1
+
+
 def content(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.iterdir()}
 
