@@ -23,6 +23,7 @@ from ...objectives.language_modeling import Batch
 from ...objectives.targets import DenseTargets, Targets
 from ..checkpoint import trained_model
 from ..flags import arguments_of
+from ..mistakes import teaching_mistakes
 from ..run import Run
 from .objective import DistillationObjective
 
@@ -151,18 +152,7 @@ def _arguments(args: argparse.Namespace, checkpoint: Path) -> argparse.Namespace
     for name in _SHARED:
         setattr(own, name, getattr(args, name))
     own.expert_model_parallel_size = 1 if own.num_experts is None else args.expert_model_parallel_size
-    stages, heads = args.pipeline_model_parallel_size, args.tensor_model_parallel_size * args.context_parallel_size
-    mistakes = {
-        f"its {own.num_layers} layers cannot be split over {stages} stages": own.num_layers % stages,
-        f"its {own.num_attention_heads} heads cannot be split over {heads} ranks": own.num_attention_heads % heads,
-        f"it knows {own.max_position_embeddings} positions, less than --seq-length {args.seq_length}": (
-            args.seq_length > own.max_position_embeddings
-        ),
-        "it was trained with another tokenizer": (
-            getattr(own, "tokenizer_identity", args.tokenizer_identity) != args.tokenizer_identity
-        ),
-    }
-    found = [said for said, wrong in mistakes.items() if wrong]
+    found = teaching_mistakes(own, args)
     if found:
         raise ValueError(f"the teacher {checkpoint} cannot teach this model: {'; '.join(found)}")
     return own
