@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs that train in stages: what a stage changes in the job's flags, which one is next, and how they are run.
+"""Jobs that train in stages: what a stage makes of the job's flags, and where it stands in the content of a job file.
 
 A stage starts from the weights of the one before it, with a fresh optimizer, and saves in a directory of its own. Which
-stages have ended is read from the trackers in these directories and from nothing else: every node of a job that is
-started again decides alike, since no tracker changes before all of its nodes have met.
+stages have ended is read from the trackers in these directories and from nothing else
+(:func:`~.torchrun.next_stage`): every node of a job that is started again decides alike, since no tracker changes
+before all of its nodes have met.
 """
 
 from collections.abc import Mapping, Sequence
