@@ -10,7 +10,7 @@ from kills.campaign import Campaign, subjects
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for orphans in /proc")
-@pytest.mark.parametrize(("what", "kills"), [("train", 4), ("convert", 3), ("preprocess", 3)])
+@pytest.mark.parametrize(("what", "kills"), [("train", 4), ("convert", 3), ("preprocess", 3), ("targets", 2)])
 def test_what_is_disturbed_ends_with_the_artefact_of_an_undisturbed_run(what: str, kills: int, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
