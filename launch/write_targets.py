@@ -5,9 +5,9 @@
         --seq-length 4096 --micro-batch-size 4 --tensor-model-parallel-size TP --output TARGETS
 
 The data flags are those of ``launch/pretrain.py``; students give the same ones, and ``--distill-targets TARGETS``. The
-store serves them at any layout, micro-batch and global batch size. Of plain text it serves one pass over the data with
-the same ``--seq-length``, ``--seed`` and ``--split``, however long that student trains and whatever the weights of a
-blend; more passes with ``--train-samples``, to students with just so many samples. Of conversations (``--sft``) it
+store serves them at any layout, micro-batch and global batch size. Of plain text it serves one pass over the data under
+the same ``--seq-length``, ``--seed`` and ``--split``, however much of it a student takes and whatever the weights of
+its blend; more passes with ``--train-samples``, to students that take just so many. Of conversations (``--sft``) it
 serves any number of epochs under any seed. It refuses everything else: another tokenizer, other data, more samples.
 
 The same command goes on where a killed one stopped. Exit status: 0 done, 1 failed, 2 bad input or arguments.

@@ -30,11 +30,9 @@ class _OfTokens:
         index = (*axes, ..., slice(None))
         return self._each(lambda tensor: tensor[index])
 
-    def to(self: _T, device: torch.device | str) -> _T:
-        """The same on another device; from pinned memory to an accelerator without waiting for it."""
-        # What comes to the CPU that way may be read before it is there.
-        overlapped = torch.device(device).type != "cpu"
-        return self._each(lambda tensor: tensor.to(device, non_blocking=overlapped))
+    def to(self: _T, device: torch.device | str, non_blocking: bool = False) -> _T:
+        """The same on another device, moved as ``torch.Tensor.to`` moves."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def flatten(self: _T) -> _T:
         """The same with one axis of tokens."""

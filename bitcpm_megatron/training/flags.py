@@ -309,7 +309,7 @@ def arguments_of(checkpoint: Path, tensor_parallel: int) -> argparse.Namespace:
     channels = (args.num_experts and args.moe_ffn_hidden_size) or ffn_channels(args)
     found = uneven({"query groups": args.num_query_groups, "ffn channels": channels}, tensor_parallel)
     if found is not None:
-        raise ValueError(f"{tensor_parallel} tensor-parallel ranks do not divide the {found} of {checkpoint}")
+        raise ValueError(f"{checkpoint}: {tensor_parallel} tensor-parallel ranks do not divide the model's {found}")
     if args.vocab_size is None:
         raise ValueError(f"{checkpoint} does not say how large its vocabulary is")
     return args

@@ -258,11 +258,10 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
 
 
 def _on_device(batch: Batch) -> dict[str, Any]:
-    moved: dict[str, Any] = dict(batch)
-    for name in moved.keys() - {CUMULATIVE}:  # lengths of documents stay here, where loops over them run
-        # Targets know for themselves how they move.
-        moved[name] = moved[name].to(device()) if name == TARGETS else moved[name].to(device(), non_blocking=True)
-    return moved
+    # Lengths of documents stay here, where loops over them run.
+    return {
+        name: value if name == CUMULATIVE else value.to(device(), non_blocking=True) for name, value in batch.items()
+    }
 
 
 def _find_checkpoint(args: argparse.Namespace) -> Path | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bitcpm_megatron.inference import generate
+from bitcpm_megatron.training import flags as flags_of_runs
 from bitcpm_megatron.training.flags import parse_args
 
 GOOD = """
@@ -137,18 +138,22 @@ def test_all_mistakes_are_named_at_once(capsys) -> None:
 @pytest.mark.parametrize(
     ("flags", "processes", "message"),
     [
-        ([], 3, "3 processes do not divide the model's 4 query groups and 256 ffn channels; these sizes do: 1, 2, 4"),
+        (
+            [],
+            3,
+            "3 tensor-parallel ranks do not divide the model's 4 query groups and 256 ffn channels; .* do: 1, 2, 4",
+        ),
         (
             ["--ffn-hidden-size", "130"],
             4,
-            "4 processes do not divide the model's 130 ffn channels; these sizes do: 1, 2",
+            "4 tensor-parallel ranks do not divide the model's 130 ffn channels; these sizes do: 1, 2",
         ),
     ],
 )
 def test_generation_names_the_numbers_of_processes_that_fit(
     flags, processes, message, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "saved_arguments", lambda path: vars(parse(*flags)))
+    monkeypatch.setattr(flags_of_runs, "saved_arguments", lambda path: vars(parse(*flags)))
     monkeypatch.setattr(generate, "world_size", lambda: processes)
     with pytest.raises(ValueError, match=message):
         generate.load_for_inference(tmp_path)

@@ -181,7 +181,7 @@ def test_more_than_one_pass_needs_its_samples(place: Path, store: Path, tmp_path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ("--seed 5", r"of the samples of text: they were written with --seed 1234 \(now 5\)"),
+        ("--seed 5", r"of the samples of text: it was written with --seed 1234 \(now 5\)"),
         ("--seq-length 8", r"--seq-length 16 \(now 8\)"),
         ("--split 9,1,0", r"--split 1,0,0 \(now 9,1,0\)"),
         ("--reset-attention-mask --reset-position-ids", r"--reset-attention-mask False \(now True\)"),

@@ -80,6 +80,8 @@ def shaping(args: argparse.Namespace) -> dict[str, Any]:
     found = {name: getattr(args, name) for name in _SHAPING}
     if args.data_path is None:
         del found["split"]
+    if args.sft:
+        del found["seed"]
     return found
 
 

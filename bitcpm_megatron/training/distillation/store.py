@@ -120,13 +120,11 @@ class StoredTargets:
         ]
         wanted = self._args.train_iters * self._args.global_batch_size
         why = (
-            f"they were written with {', '.join(changed)}"
-            if changed
-            else (
-                "its files are others, or the run makes more passes over them than the writer did (write targets with "
-                f"--train-samples {wanted}, or give fewer --train-iters)"
-            )
+            "its files are others, or the run makes more passes over them than the writer did (write targets with "
+            f"--train-samples {wanted}, or give fewer --train-iters)"
         )
+        if changed:
+            why = f"it was written with {', '.join(changed)}"
         raise StoreError(f"--distill-targets {where} says nothing of the samples of {part.name}: {why}")
 
 
