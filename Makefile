@@ -33,7 +33,7 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 
 TEMPLATES := $(VENV)/chat-templates
 
-.PHONY: setup demo demo-chat test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
+.PHONY: setup demo demo-chat demo-distill test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
 
 setup: $(READY)
 
@@ -50,6 +50,10 @@ demo: $(READY)
 # Fine-tuning on conversations: dialogues -> tokenizer -> packed samples -> ternary training -> answers -> Transformers.
 demo-chat: $(READY)
 	$(PY) launch/demo_chat.py
+
+# Distillation: a BF16 teacher, and ternary students without it, with it in a second stage, and from the start. DISTILL='--seeds 3'
+demo-distill: $(READY)
+	$(PY) studies/distillation_stages.py $(DISTILL)
 
 test: $(READY)
 	$(PY) -m pytest

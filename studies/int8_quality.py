@@ -14,30 +14,21 @@ the JSON file that ``--output`` names, and a PNG beside it. Exit status: 0 done,
 
 import argparse
 import json
-import math
 import os
-import shutil
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "benchmarks")]
 
 from hardware import machine, versions  # noqa: E402
 from report.pictures import picture  # noqa: E402
+from training_runs import MOST_SEEDS, Run, carry_out, gap, last_losses, prepare  # noqa: E402
 
 from bitcpm_megatron import cli  # noqa: E402
 from bitcpm_megatron.files import write_text  # noqa: E402
-from bitcpm_megatron.launch import demo  # noqa: E402
-from bitcpm_megatron.training.metrics import read_metrics  # noqa: E402
 
 _A8 = ("--ternary", "--ternary-activation-bits", "8")
 KINDS = {
@@ -49,85 +40,11 @@ GAPS = {
     "int8 GEMMs - bf16 GEMMs": ("W1.58A8, int8 GEMMs", "W1.58A8, bf16 GEMMs"),
     "8-bit activations - 16-bit": ("W1.58A8, int8 GEMMs", "W1.58A16"),
 }
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-MOST_SEEDS = 1 + len(_QUANTILES)
-# The demo's model on one rank: what is compared does not depend on the layout.
-_LAYOUT = {"--tensor-model-parallel-size": "1"}
-_LEFT_OUT = ("--sequence-parallel",)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run.
-
-    Attributes:
-        kind: a key of :data:`KINDS`.
-        seed: of the initial weights and the order of the data.
-        iterations: optimizer steps.
-        work: directory of all runs and of their data.
-    """
-
-    kind: str
-    seed: int
-    iterations: int
-    work: Path
-
-    @property
-    def directory(self) -> Path:
-        """What it leaves behind."""
-        words = "".join(c if c.isalnum() or c == "." else "-" for c in self.kind.lower())
-        return self.work / f"{self.iterations}-steps" / f"{words}-seed{self.seed}"
-
-    def command(self) -> list[str]:
-        """Of the training loop."""
-        flags = [flag for flag in demo.MODEL if flag not in _LEFT_OUT]
-        for flag, value in {**_LAYOUT, "--seed": str(self.seed)}.items():
-            flags[flags.index(flag) + 1] = value
-        data = self.work / "data"
-        return [
-            *(sys.executable, "launch/pretrain.py", *flags, *KINDS[self.kind]),
-            *("--train-iters", str(self.iterations), "--lr-wsd-decay-iters", str(self.iterations // 4)),
-            *("--train-data-path", str(data / "train_text_document")),
-            *("--valid-data-path", str(data / "valid_text_document")),
-            *("--tokenizer-model", str(self.work / "tokenizer.model"), "--data-cache-path", str(self.work / "cache")),
-            *("--eval-interval", str(max(1, self.iterations // 4)), "--eval-iters", "15", "--log-interval", "10"),
-            # The same command goes on where it was stopped.
-            *("--load", str(self.directory / "checkpoint"), "--save", str(self.directory / "checkpoint")),
-            *("--save-interval", str(max(1, self.iterations // 8)), "--log-dir", str(self.directory)),
-        ]
-
-    def losses(self) -> dict[int, float]:
-        """Validation losses so far, by iteration."""
-        if not (self.directory / "metrics.jsonl").is_file():
-            return {}
-        return {r["iteration"]: r["lm_loss"] for r in read_metrics(self.directory) if r["kind"] == "valid"}
-
-    def carry_out(self) -> None:
-        """Trains to the end, from where it was stopped.
-
-        Raises:
-            FailedError: it did not end well.
-        """
-        if self.iterations in self.losses():
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "output.txt").open("a") as output:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                self.command(), cwd=CHECKOUT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
-            )
-        if done.returncode or self.iterations not in self.losses():
-            raise cli.FailedError(f"{self.kind}, seed {self.seed}: see {self.directory / 'output.txt'}")
-
-
-def gap(runs: Sequence[Run], one: str, other: str) -> dict[str, float]:
-    """Mean over seeds of the difference of the last validation losses of two kinds, and its 95 % interval."""
-    last = {(run.kind, run.seed): run.losses()[run.iterations] for run in runs}
-    differences = [last[one, seed] - last[other, seed] for seed in sorted({run.seed for run in runs})]
-    mean = statistics.fmean(differences)
-    half = _QUANTILES[len(differences) - 2] * statistics.stdev(differences) / math.sqrt(len(differences))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+def runs_of(seeds: Sequence[int], iterations: int, work: Path) -> list[Run]:
+    """A run of every kind for every seed."""
+    return [Run(kind, seed, iterations, work, flags) for seed in seeds for kind, flags in KINDS.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,23 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _study(args: argparse.Namespace) -> None:
     work = args.work.resolve()
-    if not (work / "data" / "valid_text_document.idx").is_file():
-        # What a stopped one left of it.
-        shutil.rmtree(work / "data", ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        demo.prepare(work)
-    runs = [Run(kind, seed, args.train_iters, work) for seed in args.seeds for kind in KINDS]
+    prepare(work)
+    runs = runs_of(args.seeds, args.train_iters, work)
     started = time.perf_counter()
-    with ThreadPoolExecutor(args.at_once) as pool, tqdm(total=len(runs) * args.train_iters, unit="step") as progress:
-        pending = [pool.submit(run.carry_out) for run in runs]
-        while not all(one.done() for one in pending):
-            time.sleep(2)
-            progress.update(sum(map(_steps, runs)) - progress.n)
-            if any(one.done() and one.exception() for one in pending):
-                pool.shutdown(cancel_futures=True)
-        progress.update(sum(map(_steps, runs)) - progress.n)
-    for one in pending:
-        one.result()
+    carry_out(runs, args.at_once)
     found = {
         # Of no machine: the runs' directory is left out.
         "model": " ".join(runs[0].command()[2:]).replace(f"{work}/", ""),
@@ -171,19 +75,13 @@ def _study(args: argparse.Namespace) -> None:
         "machine": machine("cpu"),
         "versions": versions(),
         "runs": [{"kind": run.kind, "seed": run.seed, "validation": run.losses()} for run in runs],
-        "gaps": {name: gap(runs, *kinds) for name, kinds in GAPS.items()},
+        "gaps": {name: gap(last_losses(runs), *kinds) for name, kinds in GAPS.items()},
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.output, json.dumps(found, indent=1) + "\n")
     draw(runs, args.output.with_suffix(".png"))
     for name, value in found["gaps"].items():
         print(f"{name}: {value['mean']:+.4f} nats ({value['low']:+.4f} to {value['high']:+.4f})")
-
-
-def _steps(run: Run) -> int:
-    if not (run.directory / "metrics.jsonl").is_file():
-        return 0
-    return max((r["iteration"] for r in read_metrics(run.directory)), default=0)
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:

@@ -123,6 +123,7 @@ COMMANDS = {
         Command("memory", "benchmarks", ("--tp", "2")),
         Command("kernel_against", "benchmarks", ("HEAD",), runs=False),
         Command("int8_quality", "studies", ("--work", "out", "--output", "out2"), runs=False),
+        Command("distillation_stages", "studies", ("--work", "out", "--output", "out2"), runs=False),
     )
 }
 

@@ -1,23 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies: the runs that they would start, and what they make of losses."""
+"""Studies: the runs that they would start, in which order, and what they make of losses."""
 
+import argparse
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import distillation_stages as stages
 import int8_quality
 import pytest
+import training_runs
+from training_runs import Run
 
+from bitcpm_megatron.cli import FailedError
 from bitcpm_megatron.training.flags import parse_args
 
 
-@pytest.mark.parametrize("kind", int8_quality.KINDS)
-def test_runs_differ_in_the_flags_that_are_compared(kind: str, tmp_path: Path) -> None:
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """Where runs lie, with data as far as the parser of arguments looks."""
     for part in ("train", "valid"):
         for suffix in (".idx", ".bin"):
             (tmp_path / "data").mkdir(exist_ok=True)
             (tmp_path / "data" / f"{part}_text_document{suffix}").touch()
     (tmp_path / "tokenizer.model").touch()
-    args, base = (parse_args(int8_quality.Run(name, 7, 2000, tmp_path).command()[2:], 1) for name in (kind, "W1.58A16"))
+    return tmp_path
+
+
+def arguments(run: Run) -> argparse.Namespace:
+    return parse_args(run.command()[2:], 1)
+
+
+def ended(run: Run, losses: Mapping[int, float], distill: tuple[float, ...] = ()) -> Run:
+    """Leaves what a run that is over leaves."""
+    run.directory.mkdir(parents=True)
+    records = [{"kind": "valid", "iteration": step, "lm_loss": loss} for step, loss in losses.items()]
+    records += [{"kind": "train", "iteration": i, "distill_loss": value} for i, value in enumerate(distill, start=1)]
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
+
+
+@pytest.mark.parametrize("kind", int8_quality.KINDS)
+def test_runs_differ_in_the_flags_that_are_compared(kind: str, work: Path) -> None:
+    runs = {run.kind: arguments(run) for run in int8_quality.runs_of([7], 2000, work)}
+    args, base = runs[kind], runs["W1.58A16"]
     changed = {k for k, v in vars(args).items() if v != getattr(base, k)} - {"load", "save", "log_dir"}
     expected = {"W1.58A16": set(), "W1.58A8, bf16 GEMMs": {"ternary_activation_bits"}}
     assert changed == expected.get(kind, {"ternary_activation_bits", "ternary_gemm"})
@@ -25,17 +52,15 @@ def test_runs_differ_in_the_flags_that_are_compared(kind: str, tmp_path: Path) -
     assert args.load == args.save, "a run that was stopped would be refused, for it has checkpoints already"
 
 
-def test_a_gap_is_the_mean_over_seeds_with_students_interval(tmp_path: Path) -> None:
-    runs, losses = [], {"W1.58A8, int8 GEMMs": (3.02, 2.98, 3.03), "W1.58A16": (3.0, 3.0, 3.0)}
-    for kind, values in losses.items():
-        for seed, loss in enumerate(values, start=1):
-            run = int8_quality.Run(kind, seed, 50, tmp_path)
-            run.directory.mkdir(parents=True)
-            lines = [{"kind": "valid", "iteration": i, "lm_loss": loss + (50 - i)} for i in (25, 50)]
-            (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            run.carry_out()  # it is over: nothing is started
-            runs.append(run)
-    found = int8_quality.gap(runs, *losses)
+def test_a_gap_is_the_mean_over_seeds_with_students_interval(work: Path) -> None:
+    losses = {"W1.58A8, int8 GEMMs": (3.02, 2.98, 3.03), "W1.58A16": (3.0, 3.0, 3.0)}
+    runs = [
+        ended(Run(kind, seed, 50, work), {25: loss + 1, 50: loss})
+        for kind, values in losses.items()
+        for seed, loss in enumerate(values, start=1)
+    ]
+    training_runs.carry_out(runs, 2)  # they are over: nothing is started
+    found = training_runs.gap(training_runs.last_losses(runs), *losses)
     # Differences 0.02, -0.02, 0.03: deviation 0.02646, and 4.303 / sqrt(3) of it.
     assert found["mean"] == pytest.approx(0.01)
     assert found["high"] - found["mean"] == pytest.approx(0.0657, abs=1e-4)
@@ -48,3 +73,86 @@ def test_seeds_that_no_interval_is_known_for_are_refused(seeds: list[str], capsy
         int8_quality.main(["--seeds", *seeds])
     assert refused.value.code == 2
     assert "different ones" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- distillation
+
+
+def test_students_see_equally_many_tokens_and_one_teacher(work: Path) -> None:
+    runs = stages.runs_of(2, 200, work)
+    found = {(run.kind, run.seed): arguments(run) for run in runs}
+    assert len(found) == len(runs) == 1 + 2 * 4
+    teacher, first, second = found[stages.TEACHER, 1], found[stages.FIRST, 2], found[stages.SECOND, 2]
+    taught, qat = found[stages.TAUGHT, 2], found[stages.QAT, 2]
+    assert first.train_iters + second.train_iters == taught.train_iters == qat.train_iters == 200
+    assert len({args.global_batch_size * args.seq_length for args in found.values()}) == 1
+    assert second.pretrained_checkpoint == first.save and taught.pretrained_checkpoint is None
+    assert second.distill_teacher == taught.distill_teacher == teacher.save and qat.distill_teacher is None
+    assert not teacher.ternary and all(args.ternary for (kind, _), args in found.items() if kind != stages.TEACHER)
+    assert second.lr == pytest.approx(qat.lr / 5) and teacher.hidden_size > qat.hidden_size
+    assert all(args.seed == seed for (_, seed), args in found.items())
+    # Whoever waits does not keep those from beginning that it waits for.
+    assert all(runs.index(earlier) < runs.index(run) for run in runs for earlier in run.after)
+
+
+def test_a_run_begins_when_those_before_it_have_ended(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, str]] = []
+
+    def carry_out(run: Run) -> None:
+        told.append(("begin", run.kind))
+        time.sleep(0.2 if run.kind == "slow" else 0.0)
+        told.append(("end", run.kind))
+
+    monkeypatch.setattr(Run, "carry_out", carry_out)
+    slow = Run("slow", 1, 10, work)
+    training_runs.carry_out([slow, Run("other", 1, 10, work), Run("late", 1, 10, work, after=(slow,))], 3)
+    assert told.index(("end", "slow")) < told.index(("begin", "late"))
+    assert told.index(("end", "other")) < told.index(("end", "slow"))
+
+
+def test_what_waits_for_a_run_that_failed_is_not_begun(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def carry_out(run: Run) -> None:
+        begun.append(run.kind)
+        if run.kind == "broken":
+            raise FailedError("broken")
+
+    monkeypatch.setattr(Run, "carry_out", carry_out)
+    broken = Run("broken", 1, 10, work)
+    with pytest.raises(FailedError, match="broken"):
+        training_runs.carry_out([broken, Run("late", 1, 10, work, after=(broken,))], 1)
+    assert begun == ["broken"]
+
+
+FALLING = (2.0, 1.9, 1.8, 1.7, 1.6, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "distill", "said"),
+    [
+        (3.0, FALLING, None),
+        (9.0, FALLING, "no less than the entropy 5.0000: taught from the start, seed 2"),
+        (3.0, FALLING[::-1], "taught from the start, seed 2: no nearer to its teacher"),
+        (3.0, (), "taught from the start, seed 2: no nearer to its teacher"),
+    ],
+)
+def test_the_demo_is_ok_where_every_part_worked(
+    loss: float, distill: tuple[float, ...], said: str | None, work: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    for run in stages.runs_of(2, 200, work):
+        odd = (run.kind, run.seed) == (stages.TAUGHT, 2)
+        learned = (distill if odd else FALLING) if run.kind in (stages.SECOND, stages.TAUGHT) else ()
+        ended(run, {run.iterations // 2: 4.0, run.iterations: loss if odd else 3.5}, learned)
+    monkeypatch.setattr(stages.demo, "unigram_entropy", lambda path: 5.0)
+    status = stages.main(["--seeds", "2", "--work", str(work)])
+    out, err = capsys.readouterr()
+    assert (work / "distillation_stages.png").is_file()
+    found = json.loads((work / "distillation_stages.json").read_text())
+    assert found["losses"]["QAT"] == {"1": 3.5, "2": 3.5}
+    if said is None:
+        assert status == 0 and out.splitlines()[-1] == "demo-distill: ok"
+        assert found["gaps"][stages.TAUGHT]["mean"] == pytest.approx(-0.25)
+        assert "taught from the start" in out and "-0.2500" in out
+    else:
+        assert status == 3 and said in err and "demo-distill: ok" not in out

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training runs of a study: the demo's model on the demo's text, several at a time, going on where they stopped."""
+
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "benchmarks")]
+
+from bitcpm_megatron import cli  # noqa: E402
+from bitcpm_megatron.launch import demo  # noqa: E402
+from bitcpm_megatron.training.metrics import read_metrics  # noqa: E402
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MOST_SEEDS = 1 + len(_QUANTILES)
+# The demo's model on one rank: what is compared does not depend on the layout.
+_LAYOUT = {"--tensor-model-parallel-size": "1"}
+_LEFT_OUT = ("--sequence-parallel",)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        kind: what it is called, and what tells it from others of its seed.
+        seed: of the initial weights and the order of the data.
+        iterations: optimizer steps.
+        work: directory of all runs and of their data.
+        flags: of this kind, behind those of the demo's model, which they override.
+        after: runs that have to end before it begins.
+    """
+
+    kind: str
+    seed: int
+    iterations: int
+    work: Path
+    flags: tuple[str, ...] = ()
+    after: tuple["Run", ...] = ()
+
+    @property
+    def directory(self) -> Path:
+        """What it leaves behind."""
+        words = "".join(c if c.isalnum() or c == "." else "-" for c in self.kind.lower())
+        return self.work / f"{self.iterations}-steps" / f"{words}-seed{self.seed}"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where it saves."""
+        return self.directory / "checkpoint"
+
+    def command(self) -> list[str]:
+        """Of the training loop."""
+        flags = [flag for flag in demo.MODEL if flag not in _LEFT_OUT]
+        for flag, value in {**_LAYOUT, "--seed": str(self.seed)}.items():
+            flags[flags.index(flag) + 1] = value
+        data = self.work / "data"
+        return [
+            *(sys.executable, "launch/pretrain.py", *flags, *self.flags),
+            *("--train-iters", str(self.iterations), "--lr-wsd-decay-iters", str(self.iterations // 4)),
+            *("--train-data-path", str(data / "train_text_document")),
+            *("--valid-data-path", str(data / "valid_text_document")),
+            *("--tokenizer-model", str(self.work / "tokenizer.model"), "--data-cache-path", str(self.work / "cache")),
+            *("--eval-interval", str(max(1, self.iterations // 4)), "--eval-iters", "15", "--log-interval", "10"),
+            # The same command goes on where it was stopped.
+            *("--load", str(self.checkpoints), "--save", str(self.checkpoints)),
+            *("--save-interval", str(max(1, self.iterations // 8)), "--log-dir", str(self.directory)),
+        ]
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """What it has logged of a kind so far, oldest first."""
+        if not (self.directory / "metrics.jsonl").is_file():
+            return []
+        return [record for record in read_metrics(self.directory) if record["kind"] == kind]
+
+    def losses(self) -> dict[int, float]:
+        """Validation losses so far, by iteration."""
+        return {record["iteration"]: record["lm_loss"] for record in self.records("valid")}
+
+    def steps(self) -> int:
+        """Steps that were logged so far."""
+        return max((record["iteration"] for record in self.records("train")), default=0)
+
+    def carry_out(self) -> None:
+        """Trains to the end, from where it was stopped.
+
+        Raises:
+            FailedError: it did not end well.
+        """
+        if self.iterations in self.losses():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / "output.txt").open("a") as output:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(
+                self.command(), cwd=CHECKOUT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+            )
+        if done.returncode or self.iterations not in self.losses():
+            raise cli.FailedError(f"{self.kind}, seed {self.seed}: see {self.directory / 'output.txt'}")
+
+
+def prepare(work: Path) -> None:
+    """The demo's text as tokens, unless it is there already."""
+    if not (work / "data" / "valid_text_document.idx").is_file():
+        # What a stopped one left of it.
+        shutil.rmtree(work / "data", ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        demo.prepare(work)
+
+
+def carry_out(runs: Sequence[Run], at_once: int) -> None:
+    """Carries runs out in their order, each behind those that it comes after, with a progress bar.
+
+    Raises:
+        FailedError: one did not end well; those that were not begun are left out.
+    """
+    total = sum(run.iterations for run in runs)
+    pending: dict[Run, Future] = {}
+
+    def in_turn(run: Run) -> None:
+        for earlier in run.after:
+            # Begun before: the pool takes them in their order.
+            pending[earlier].result()
+        run.carry_out()
+
+    with ThreadPoolExecutor(at_once) as pool, tqdm(total=total, unit="step") as progress:
+        for run in runs:
+            pending[run] = pool.submit(in_turn, run)
+        going = True
+        failed, going = False, True
+        while going and not failed:
+            done, waiting = wait(pending.values(), timeout=2, return_when=FIRST_EXCEPTION)
+            progress.update(sum(run.steps() for run in runs) - progress.n)
+            failed, going = any(one.exception() for one in done), bool(waiting)
+        if failed:
+            pool.shutdown(cancel_futures=True)
+    for one in pending.values():
+        one.result()
+
+
+def last_losses(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
+    """The last validation loss of each kind of run, by seed."""
+    found: dict[str, dict[int, float]] = {}
+    for run in runs:
+        found.setdefault(run.kind, {})[run.seed] = run.losses()[run.iterations]
+    return found
+
+
+def gap(losses: Mapping[str, Mapping[int, float]], one: str, other: str) -> dict[str, float]:
+    """Mean over seeds of the difference of two kinds' losses, and its 95 % interval by Student's t distribution.
+
+    Args:
+        losses: by kind, and of each by seed, at least two of them.
+        one: a kind.
+        other: that which is subtracted.
+    """
+    differences = [losses[one][seed] - losses[other][seed] for seed in sorted(losses[one])]
+    mean = statistics.fmean(differences)
+    half = _QUANTILES[len(differences) - 2] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
