@@ -124,9 +124,10 @@ def table(losses: dict[str, dict[int, float]], gaps: dict[str, dict[str, float]]
 
 
 def _divergence(run: Run) -> list[float]:
-    """From the teacher, mean over the first and over the last five records; empty for one that has none."""
+    """From the teacher, mean over the first and over the last records, up to five; empty for one that has none."""
     found = [record["distill_loss"] for record in run.records("train") if "distill_loss" in record]
-    return [sum(part) / len(part) for part in (found[:5], found[-5:])] if found else []
+    count = min(5, len(found) // 2)
+    return [sum(part) / count for part in (found[:count], found[-count:])] if count else []
 
 
 def _judge(runs: Sequence[Run], losses: dict[str, dict[int, float]], entropy: float) -> None:
