@@ -95,11 +95,13 @@ def test_who_keeps_almost_all_teaches_as_the_teacher_itself(
         assert other.loss == pytest.approx(one.loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_micro_batch_size_of_the_writer_is_not_seen(place: Path, store: Path, tmp_path: Path, single_rank) -> None:
     other = write(place, tmp_path / "other", "plain", "--micro-batch-size", "3")
     assert content(other) == content(store)
 
 
+@pytest.mark.slow
 def test_every_sample_is_drawn_for_with_numbers_of_its_own(
     place: Path, tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +123,7 @@ def content(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_writer_goes_on_where_it_stopped(
     place: Path, tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -159,12 +162,14 @@ def test_a_store_serves_every_length_batch_and_blend_of_one_pass(place: Path, tm
         assert all(step.divergence > 0 for step in found)
 
 
+@pytest.mark.slow
 def test_conversations_are_served_in_every_epoch_and_under_every_seed(place: Path, tmp_path: Path, single_rank) -> None:
     store = write(place, tmp_path / "store", "sft")
     assert read_description(store).samples == 7
     assert len(steps(place, "sft", "--seed", "5", "--distill-targets", str(store), train_iters=5)) == 5
 
 
+@pytest.mark.slow
 def test_more_than_one_pass_needs_its_samples(place: Path, store: Path, tmp_path: Path, single_rank: None) -> None:
     assert len(steps(place, "plain", "--distill-targets", str(store), train_iters=10)) == 10
     with pytest.raises(StoreError, match="more passes over them than the writer did .*--train-samples 60"):
@@ -178,6 +183,7 @@ def test_more_than_one_pass_needs_its_samples(place: Path, store: Path, tmp_path
         steps(place, "plain", "--distill-targets", str(part), train_iters=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -200,6 +206,7 @@ def test_others_are_refused_by_name(changes: str, words: str, place: Path, store
         steps(place, "plain", "--distill-targets", str(store), *changes.format(d=place).split(), train_iters=3)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_is_too_small_is_refused(place: Path, tmp_path: Path, single_rank: None) -> None:
     argv = [
         *shared(place, "plain"),
@@ -235,6 +242,7 @@ def test_damage_is_told_before_it_is_trained_on(place: Path, tmp_path: Path, sin
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(number // 4)
 
 
+@pytest.mark.slow
 def test_other_tokens_than_the_teacher_saw_are_told(place: Path, tmp_path: Path, single_rank, monkeypatch) -> None:
     """Whatever else may take one sample for another."""
     store = write(place, tmp_path / "store")
@@ -307,6 +315,7 @@ def test_a_writer_refuses_contradictions(flags: str, words: str, capsys: pytest.
     assert leaving.value.code == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_kept_is_refused(place: Path, tmp_path: Path, single_rank: None) -> None:
     with pytest.raises(ValueError, match="--distill-top-k 300 of 300 ids leaves no rest: use fewer"):
         write(place, tmp_path / "store", "plain", "--distill-top-k", "300")

@@ -78,6 +78,7 @@ def test_loss_and_gradients_are_those_of_plain_torch(
     assert torch.allclose(plain.double(), entropy, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_touches_a_teacher_and_nobody_hears_of_it(teacher: Path, tmp_path: Path) -> None:
     forwards, before = [], {}
     log, save = tmp_path / "log", tmp_path / "save"
@@ -107,6 +108,7 @@ def test_nothing_touches_a_teacher_and_nobody_hears_of_it(teacher: Path, tmp_pat
     assert saved["distill_teacher"] == str(teacher) and saved["distill_identity"]["checkpoint"] == "iter_0000001"
 
 
+@pytest.mark.slow
 def test_what_a_teacher_says_of_ids_that_are_padding_is_not_heard(teacher: Path) -> None:
     """Its checkpoint has 100 rows, and the student's embedding 104."""
     found = []
@@ -126,6 +128,7 @@ def test_what_a_teacher_says_of_ids_that_are_padding_is_not_heard(teacher: Path)
     assert len(found[0]) == 3 and found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_who_is_its_own_teacher_learns_nothing(single_rank: None, tmp_path: Path) -> None:
     start = [*STUDENT, "--bf16", "--train-iters"]
     pretrain(parse_args([*start, "1", "--save", str(tmp_path / "self")], 1))
@@ -143,6 +146,7 @@ def test_who_is_its_own_teacher_learns_nothing(single_rank: None, tmp_path: Path
     assert all(torch.equal(a, b) for found in weights for a, b in zip(found, taught, strict=True))
 
 
+@pytest.mark.slow
 def test_a_ternary_teacher_teaches_with_its_ternary_weights(single_rank: None, tmp_path: Path) -> None:
     start = [*STUDENT, "--ternary", "--train-iters"]
     pretrain(parse_args([*start, "1", "--save", str(tmp_path / "self")], 1))
@@ -156,6 +160,7 @@ def test_a_ternary_teacher_teaches_with_its_ternary_weights(single_rank: None, t
     assert with_latents[0].divergence > 1e-3
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused_by_name_where_a_run_goes_on(teacher: Path, tmp_path: Path) -> None:
     run = [*STUDENT, "--ternary", "--train-iters", "2", "--save", str(tmp_path / "save")]
     pretrain(parse_args([*run, "--distill-teacher", str(teacher), "--exit-interval", "1"], 1))
@@ -167,6 +172,7 @@ def test_another_teacher_is_refused_by_name_where_a_run_goes_on(teacher: Path, t
     pretrain(parse_args([*argv, "--finetune", "--save", str(tmp_path / "other")], 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -186,6 +192,7 @@ def test_a_teacher_that_is_not_there_is_refused(single_rank: None, tmp_path: Pat
         pretrain(parse_args(argv, 1))
 
 
+@pytest.mark.slow
 def test_building_a_teacher_draws_nothing_of_the_students_random_numbers(teacher: Path) -> None:
     """With dropout, that is: a run with a teacher of no weight is the run without one, bit for bit."""
     drops = "--hidden-dropout 0.3 --attention-dropout 0.3 --train-iters 3 --ternary".split()
