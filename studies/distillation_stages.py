@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +29,7 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "benchmarks")]
 
 from hardware import machine, versions  # noqa: E402
 from report.pictures import picture  # noqa: E402
-from training_runs import MOST_SEEDS, Run, carry_out, gap, last_losses, prepare  # noqa: E402
+from training_runs import MOST_SEEDS, Run, carry_out, gap, last_losses  # noqa: E402
 
 from bitcpm_megatron import cli  # noqa: E402
 from bitcpm_megatron.files import write_text  # noqa: E402
@@ -82,10 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _study(args: argparse.Namespace) -> None:
     work = args.work.resolve()
-    prepare(work)
     runs = runs_of(args.seeds, args.train_iters, work)
-    started = time.perf_counter()
-    carry_out(runs, args.at_once)
+    seconds = carry_out(runs, args.at_once)
     losses = last_losses(runs)
     students = {kind: losses[kind] for kind in STUDENTS}
     entropy = demo.unigram_entropy(work / "data" / "valid_text_document")
@@ -93,7 +90,7 @@ def _study(args: argparse.Namespace) -> None:
         # Of no machine: the runs' directory is left out.
         "commands": {run.kind: " ".join(run.command()[2:]).replace(f"{work}/", "") for run in runs if run.seed == 1},
         "iterations": args.train_iters,
-        "seconds": round(time.perf_counter() - started),
+        "seconds": round(seconds),
         "machine": machine("cpu"),
         "versions": versions(),
         "entropy": entropy,

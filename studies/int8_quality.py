@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "benchmarks")]
 
 from hardware import machine, versions  # noqa: E402
 from report.pictures import picture  # noqa: E402
-from training_runs import MOST_SEEDS, Run, carry_out, gap, last_losses, prepare  # noqa: E402
+from training_runs import MOST_SEEDS, Run, carry_out, gap, last_losses  # noqa: E402
 
 from bitcpm_megatron import cli  # noqa: E402
 from bitcpm_megatron.files import write_text  # noqa: E402
@@ -63,15 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _study(args: argparse.Namespace) -> None:
     work = args.work.resolve()
-    prepare(work)
     runs = runs_of(args.seeds, args.train_iters, work)
-    started = time.perf_counter()
-    carry_out(runs, args.at_once)
+    seconds = carry_out(runs, args.at_once)
     found = {
         # Of no machine: the runs' directory is left out.
         "model": " ".join(runs[0].command()[2:]).replace(f"{work}/", ""),
         "iterations": args.train_iters,
-        "hours": round((time.perf_counter() - started) / 3600, 2),
+        "hours": round(seconds / 3600, 2),
         "machine": machine("cpu"),
         "versions": versions(),
         "runs": [{"kind": run.kind, "seed": run.seed, "validation": run.losses()} for run in runs],

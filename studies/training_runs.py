@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Run:
             raise cli.FailedError(f"{self.kind}, seed {self.seed}: see {self.directory / 'output.txt'}")
 
 
-def prepare(work: Path) -> None:
+def _prepare(work: Path) -> None:
     """The demo's text as tokens, unless it is there already."""
     if not (work / "data" / "valid_text_document.idx").is_file():
         # What a stopped one left of it.
@@ -120,13 +121,14 @@ def prepare(work: Path) -> None:
         demo.prepare(work)
 
 
-def carry_out(runs: Sequence[Run], at_once: int) -> None:
-    """Carries runs out in their order, each behind those that it comes after, with a progress bar.
+def carry_out(runs: Sequence[Run], at_once: int) -> float:
+    """Carries runs out in their order, each behind those that it comes after, with a progress bar; returns the seconds.
 
     Raises:
         FailedError: one did not end well; those that were not begun are left out.
     """
-    total = sum(run.iterations for run in runs)
+    _prepare(runs[0].work)
+    started, total = time.perf_counter(), sum(run.iterations for run in runs)
     pending: dict[Run, Future] = {}
 
     def in_turn(run: Run) -> None:
@@ -148,6 +150,7 @@ def carry_out(runs: Sequence[Run], at_once: int) -> None:
             pool.shutdown(cancel_futures=True)
     for one in pending.values():
         one.result()
+    return time.perf_counter() - started
 
 
 def last_losses(runs: Sequence[Run]) -> dict[str, dict[int, float]]:

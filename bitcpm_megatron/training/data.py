@@ -20,13 +20,14 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from ..agreement import together
-from ..attention.documents import STARTS, pack, starts_after
+from ..attention.documents import CUMULATIVE, STARTS, pack, starts_after
 from ..data.blends import blend_of
 from ..data.sample_cache import key_of, sample_cache
 from ..data.sft_files import ANSWERS, ENDS, TOKENS, read_samples, sft_prefixes
 from ..data.token_headers import TokenFile, TokenFileError, read_token_file, split_mistake
 from ..data.tokenizers import NullTokenizer, Tokenizer, open_tokenizer
 from ..data.vocabulary import padded_vocab_size
+from .initialize import device
 from .mistakes import AT_ENDS
 
 Batch = dict[str, torch.Tensor]
@@ -330,6 +331,21 @@ def of_this_rank(args: argparse.Namespace, batch: Batch) -> Batch:
     if not packs(args):
         return batch
     return pack(batch, parallel_state.get_context_parallel_rank(), args.context_parallel_size)
+
+
+def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A micro-batch on this process's device, but for the lengths of documents, over which loops run on the CPU."""
+    return {
+        name: value if name == CUMULATIVE else value.to(device(), non_blocking=True) for name, value in batch.items()
+    }
+
+
+def schedule_shape(args: argparse.Namespace) -> dict[str, int]:
+    """What megatron-core's schedules are told of a micro-batch: a packed row holds the tokens of all of its rows."""
+    rows = args.micro_batch_size
+    if packs(args):
+        return {"seq_length": args.seq_length * rows, "micro_batch_size": 1}
+    return {"seq_length": args.seq_length, "micro_batch_size": rows}
 
 
 def packs(args: argparse.Namespace) -> bool:

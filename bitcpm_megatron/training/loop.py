@@ -15,7 +15,6 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from ..agreement import together
-from ..attention.documents import CUMULATIVE
 from ..checkpoints.compatibility import check_quantizer
 from ..checkpoints.digests import verify_digests
 from ..checkpoints.directory import CheckpointError, check_ends, check_start, kept_tokenizer, latest, saved_arguments
@@ -216,9 +215,9 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
     teacher = None if forward_only else run.teacher
 
     def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
-        batch = _on_device(next(batches))
+        batch = data.on_device(next(batches))
         if teacher is not None and not teacher.runs_ahead:
-            batch[TARGETS] = teacher.targets([batch], data.packs(args))[0]
+            batch[TARGETS] = teacher.targets([batch])[0]
         return objective(batch, model)
 
     # The schedule's stages (and virtual stages) each read the same micro-batches.
@@ -226,18 +225,15 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
     unknown = data.withdraw_unknown_tokens(shared, args.vocab_size)
     damaged = [] if run.stored is None else run.stored.attach(shared)
     if teacher is not None and teacher.runs_ahead:
-        said = teacher.targets([_on_device(batch) for batch in shared], data.packs(args))
+        said = teacher.targets([data.on_device(batch) for batch in shared])
         shared = [{**batch, TARGETS: targets} for batch, targets in zip(shared, said, strict=True)] if said else shared
-    # A packed row holds the tokens of all rows of its micro-batch.
-    rows, packed = args.micro_batch_size, data.packs(args)
     results = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(shared) for _ in chunks] if len(chunks) > 1 else iter(shared),
         model=chunks,
         num_microbatches=args.num_microbatches,
-        seq_length=args.seq_length * rows if packed else args.seq_length,
-        micro_batch_size=1 if packed else rows,
         forward_only=forward_only,
+        **data.schedule_shape(args),
     )
     total = torch.zeros(6, dtype=torch.float64, device=device())
     for result in results:
@@ -255,13 +251,6 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
         refuse_damage(damaged)
         data.refuse_unknown_tokens(args, unknown, training=not forward_only)
     return counted[:5]
-
-
-def _on_device(batch: Batch) -> dict[str, Any]:
-    # Lengths of documents stay here, where loops over them run.
-    return {
-        name: value if name == CUMULATIVE else value.to(device(), non_blocking=True) for name, value in batch.items()
-    }
 
 
 def _find_checkpoint(args: argparse.Namespace) -> Path | None:

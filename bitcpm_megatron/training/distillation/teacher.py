@@ -15,13 +15,13 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import schedules
 
 from ...agreement import together
-from ...attention.documents import CUMULATIVE, packed_seq_params
 from ...checkpoints.directory import CheckpointError, latest
 from ...files import digest, read_digests
 from ...objectives.distillation import Divergence
-from ...objectives.language_modeling import Batch
+from ...objectives.language_modeling import Batch, language_modeling
 from ...objectives.targets import DenseTargets, Targets
 from ..checkpoint import trained_model
+from ..data import schedule_shape
 from ..flags import arguments_of
 from ..mistakes import teaching_mistakes
 from ..run import Run
@@ -80,21 +80,16 @@ class Teacher:
         return parallel_state.get_pipeline_model_parallel_world_size() > 1
 
     @torch.no_grad()
-    def targets(
-        self, batches: Sequence[Batch], packed: bool, keep: Callable[[torch.Tensor, Batch], Any] = _whole
-    ) -> list[Any]:
+    def targets(self, batches: Sequence[Batch], keep: Callable[[torch.Tensor, Batch], Any] = _whole) -> list[Any]:
         """What it says of micro-batches on this device, in their order; nothing on any stage but the last one.
 
         Collective over the ranks that share the model.
 
         Args:
             batches: micro-batches.
-            packed: whether they are packed rows.
             keep: what is kept of the logits ``[seq_length, micro_batch_size, V / TP]`` of each; by default
                 :class:`DenseTargets` of them all.
         """
-        rows = self._args.micro_batch_size
-        length = self._args.seq_length * rows if packed else self._args.seq_length
         schedule = (
             schedules.forward_backward_pipelining_without_interleaving
             if self.runs_ahead
@@ -106,10 +101,9 @@ class Teacher:
             # Without the wrapper of half precision, which would make fp32 of the logits.
             model=self._model.bare,
             num_microbatches=len(batches),
-            seq_length=length,
-            micro_batch_size=1 if packed else rows,
             forward_only=True,
             collect_non_loss_data=True,
+            **schedule_shape(self._args),
         )
 
 
@@ -132,8 +126,7 @@ def _forward(
     keep: Callable[[torch.Tensor, Batch], Any], batches: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    packed = {"packed_seq_params": packed_seq_params(batch[CUMULATIVE])} if CUMULATIVE in batch else {}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **packed)
+    output, _ = language_modeling(batch, model)
     return output, lambda logits, non_loss_data: keep(logits, batch)
 
 

@@ -20,7 +20,6 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from ...agreement import all_gathered, together
-from ...attention.documents import CUMULATIVE
 from ...data.target_records import encode_draws, encode_top_k
 from ...data.target_store import (
     SAMPLED,
@@ -37,7 +36,6 @@ from ...objectives.extracts import draws, likeliest
 from ...objectives.language_modeling import Batch
 from .. import data
 from ..data import DataError
-from ..initialize import device
 from .parts import Samples, parts_of, shaping
 from .teacher import Teacher
 
@@ -149,13 +147,9 @@ class _Writer:
         if unknown:
             last = self._args.vocab_size - 1
             raise DataError(f"the data hold {unknown[0]}, and the vocabulary ends at {last}: give their tokenizer")
-        here = device()
-        there = [
-            {name: value if name == CUMULATIVE else value.to(here, non_blocking=True) for name, value in batch.items()}
-            for batch in batches
-        ]
+        there = map(data.on_device, batches)
         numbered = [{**batch, _NUMBERS: torch.tensor(some)} for batch, some in zip(there, numbers, strict=True)]
-        return self._teacher.targets(numbered, self._packed, self._drawn if self._about.kind == SAMPLED else self._best)
+        return self._teacher.targets(numbered, self._drawn if self._about.kind == SAMPLED else self._best)
 
     def _drawn(self, logits: torch.Tensor, batch: Batch) -> tuple[np.ndarray, ...]:
         about = self._about
