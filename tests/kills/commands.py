@@ -133,7 +133,9 @@ class Command(Subject):
             lost = [name for name, was in self._whole.old.items() if before.get(name) == was != after.get(name)]
             demand(lost == [], f"what stood there before is gone: {lost}", said)
         if how != KILL:
-            demand(strangers == [], f"left behind after {how}: {strangers}", said)
+            # One that ended before it looked there leaves what an earlier kill had left; a lock taken has other words.
+            left = [name for name in strangers if after[name] != before.get(name)]
+            demand(left == [], f"left behind after {how}: {left}", said)
         return f"{self._line.name}: {done}"
 
     def finish(self) -> None:
