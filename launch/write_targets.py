@@ -26,7 +26,7 @@ if __package__ in (None, ""):
 from bitcpm_megatron import cli
 from bitcpm_megatron.data.blends import blend_of
 from bitcpm_megatron.data.target_records import MAX_DRAWS
-from bitcpm_megatron.data.target_store import MAX_TOP_K
+from bitcpm_megatron.data.vocabulary import MAX_TOP_K
 from bitcpm_megatron.files import directory_mistake
 from bitcpm_megatron.training.distillation.writing import write_targets
 from bitcpm_megatron.training.flags import add_flags_of_runs, defaults

@@ -37,10 +37,10 @@ from ..files import (
     write_text,
 )
 from .target_records import MAX_DRAWS, MAX_VOCABULARY
+from .vocabulary import MAX_TOP_K
 
 DESCRIPTION = "store.json"
 SAMPLED = "sampled"
-MAX_TOP_K = 1024
 _MAGIC = b"BITCPMT1"
 _END = struct.Struct("<8sQQ")
 _ENTRY = np.dtype([("end", "<u8"), ("digest", "<u8")])

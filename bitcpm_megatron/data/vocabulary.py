@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of a vocabulary as the embedding holds it."""
+"""The size of a vocabulary as the embedding holds it, and other bounds that flags are checked with."""
 
 SENTENCE_PIECE, HUGGING_FACE = "GPTSentencePieceTokenizer", "HuggingFaceTokenizer"
 TOKENIZER_TYPES = (SENTENCE_PIECE, HUGGING_FACE)
 """What ``--tokenizer-type`` may say: Megatron-LM's names."""
+MAX_TOP_K = 1024
+"""Ids kept of a token's targets, at most."""
 
 
 def padded_vocab_size(vocab_size: int, make_divisible_by: int = 128, tensor_parallel: int = 1) -> int:

@@ -41,7 +41,7 @@ def draws(
         sums = below.new_zeros(group.size(), len(below))
         sums[group.rank()] = below[:, -1]
         bounds = shard.reduced(sums).cumsum(0).t().contiguous()
-        _require_finite(bounds[:, -1])
+        require_finite(bounds[:, -1])
         wanted = numbers[chunk] * bounds[:, -1:]
         # Rounding must not lead into the padding.
         owner = torch.searchsorted(bounds, wanted, right=True).clamp_(max=(vocab_size - 1) // shard.width)
@@ -66,10 +66,8 @@ def likeliest(
         group: the ranks that the vocabulary is split over, in equal parts by rank.
 
     Returns:
-        Ids int32 ``[..., k]``, the likeliest first, and fp32 ``[..., k]``; the same on every rank.
-
-    Raises:
-        ValueError: the logits of a token are not finite; on every rank alike.
+        Ids int32 ``[..., k]``, the likeliest first, and fp32 ``[..., k]``, NaN for a token whose logits are not finite;
+        the same on every rank.
     """
     rows = logits.flatten(0, -2)
     shard = Shard(rows.shape[1] * group.rank(), rows.shape[1], vocab_size, group)
@@ -78,7 +76,6 @@ def likeliest(
     for chunk in chunks(rows):
         weights, below = _weights(shard.copied(rows[chunk], torch.float32), temperature, shard)
         whole = shard.reduced(weights.sum(-1, keepdim=True))
-        _require_finite(whole)
         best, columns = below.topk(min(k, shard.width), -1)
         candidates, names = (_gathered(part, group) for part in (best, columns + shard.start))
         best, places = candidates.topk(k, -1)
@@ -93,8 +90,9 @@ def _weights(z: torch.Tensor, temperature: float, shard: Shard) -> tuple[torch.T
     return below.exp(), below
 
 
-def _require_finite(sums: torch.Tensor) -> None:
-    if not sums.isfinite().all():
+def require_finite(found: torch.Tensor) -> None:
+    """Waits for the device, and raises a ValueError where what was made of a teacher's logits is not finite."""
+    if not found.isfinite().all():
         raise ValueError("the teacher's logits are not finite: its weights are damaged, or it needs another precision")
 
 

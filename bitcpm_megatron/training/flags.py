@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoints.directory import saved_arguments
 from ..cli import Number, Parser, Whole
-from ..data.vocabulary import TOKENIZER_TYPES
+from ..data.vocabulary import MAX_TOP_K, TOKENIZER_TYPES
 from ..models import family_flags
 from ..models.architecture import MAX_LAYERS, uneven
 from ..quantization.recipe import Recipe
@@ -202,6 +202,12 @@ def _distillation(add: _Add) -> None:
         help="of both softmaxes, default 1 or the targets'",
     )
     add("--distill-direction", choices=DIRECTIONS, help="forward (default): KL(teacher || student)")
+    add(
+        "--distill-top-k",
+        type=Whole(1, MAX_TOP_K),
+        metavar="K",
+        help="keep the likeliest ids of --distill-teacher, and the rest as one, in place of all its logits",
+    )
 
 
 def _logging(add: _Add) -> None:

@@ -186,6 +186,10 @@ def _distillation_mistakes(args: argparse.Namespace) -> Iterator[str]:
                 yield f"{_flag(name)} needs --distill-teacher or --distill-targets"
     if args.distill_targets is not None and args.distill_direction == "reverse":
         yield "--distill-direction reverse needs --distill-teacher: targets lack what the teacher says of other ids"
+    if args.distill_top_k is not None and args.distill_teacher is None:
+        yield "--distill-top-k needs --distill-teacher: targets hold what launch/write_targets.py kept"
+    if args.distill_top_k is not None and args.distill_direction == "reverse":
+        yield "--distill-direction reverse needs what the teacher says of every id: leave out --distill-top-k"
 
 
 def _place_mistakes(args: argparse.Namespace) -> Iterator[str]:

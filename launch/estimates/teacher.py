@@ -12,6 +12,8 @@ from .shapes import Layout, layout_of
 
 # Elements of the chunks of logits whose divergence is computed at a time, in at most five tensors of fp32.
 _CHUNK, _TENSORS = 2**23, 5
+# Of one of the likeliest ids of a token: its int32, and the logarithm of its probability in fp32.
+_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Teacher:
 
     args: argparse.Namespace  # those that its checkpoint records
     layout: Layout
-    micro_batches: int  # whose logits are there at a time
+    micro_batches: int  # whose targets are there at a time
+    top_k: int | None = None  # ids kept of each token; None for all logits
 
     @property
     def size(self) -> int:
@@ -29,7 +32,7 @@ class Teacher:
 
     def nbytes(self, stage: int, padded_vocab: int, size: int) -> float:
         """Bytes on a rank of a pipeline stage: its weights, and of a ternary teacher the quantized ones beside them;
-        on the last stage its logits, and what the divergence from them needs besides the student's own.
+        on the last stage what is kept of its logits, and what the divergence needs besides the student's own.
 
         Its activations are those of one layer at a time, and find room where the student's will be.
 
@@ -47,8 +50,12 @@ class Teacher:
         if stage < self.layout.pp - 1:
             return total
         logits = self.layout.tokens * padded_vocab / self.layout.tp
+        total += 4 * _TENSORS * min(_CHUNK, logits)
         # The gradient is saved beside the student's logits.
-        return total + self.size * logits * self.micro_batches + size * logits + 4 * _TENSORS * min(_CHUNK, logits)
+        if self.top_k is None:
+            return total + self.size * logits * self.micro_batches + size * logits
+        # The teacher's logits of a micro-batch are gone before the student has any.
+        return total + _KEPT * self.layout.tokens * self.top_k * self.micro_batches + max(self.size, size) * logits
 
 
 def teacher_of(job: Job, args: argparse.Namespace, student: Layout) -> Teacher | None:
@@ -71,7 +78,8 @@ def teacher_of(job: Job, args: argparse.Namespace, student: Layout) -> Teacher |
     layout = replace(layout, pp=student.pp, cp=student.cp, ep=student.ep if layout.experts else 1)
     batch = args.global_batch_size or student.micro_batch * student.dp
     # Pipeline stages hear all of a step before the student begins.
-    return Teacher(own, layout, max(1, batch // (student.micro_batch * student.dp)) if student.pp > 1 else 1)
+    together = max(1, batch // (student.micro_batch * student.dp)) if student.pp > 1 else 1
+    return Teacher(own, layout, together, args.distill_top_k)
 
 
 def _is_quantized(recipe: Recipe, path: str) -> bool:

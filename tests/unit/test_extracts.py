@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitcpm_megatron.objectives import distillation as module
-from bitcpm_megatron.objectives.extracts import draws, likeliest
+from bitcpm_megatron.objectives.extracts import draws, likeliest, require_finite
 
 V, PADDED, DRAWS = 50, 64, 10_000
 
@@ -77,5 +77,7 @@ def test_logits_that_are_not_finite_are_refused(logits: torch.Tensor) -> None:
     logits[0, 1, 3] = torch.nan
     with pytest.raises(ValueError, match="logits are not finite"):
         draws(logits, uniform(3, 2, 5), V, 1.0, torch.distributed.group.WORLD)
+    _, log_p = likeliest(logits, 5, V, 1.0, torch.distributed.group.WORLD)
+    assert torch.equal(log_p.isfinite().all(-1), logits.isfinite().all(-1))
     with pytest.raises(ValueError, match="logits are not finite"):
-        likeliest(logits, 5, V, 1.0, torch.distributed.group.WORLD)
+        require_finite(log_p)

@@ -287,6 +287,10 @@ def test_loader_processes_read_the_same(place: Path, store: Path, single_rank: N
     [
         ("--distill-teacher a --distill-targets b", "--distill-teacher and --distill-targets exclude each other"),
         ("--distill-targets b --distill-direction reverse", "--distill-direction reverse needs --distill-teacher"),
+        ("--distill-targets b --distill-top-k 3", "--distill-top-k needs --distill-teacher: targets hold what"),
+        ("--distill-teacher a --distill-top-k 3 --distill-direction reverse", "leave out --distill-top-k"),
+        ("--distill-teacher a --distill-top-k 1025", "must be 1 to 1024"),
+        ("--distill-teacher a --distill-draws 3", "unknown arguments: --distill-draws"),
         ("--distill-alpha 0.5", "--distill-alpha needs --distill-teacher or --distill-targets"),
     ],
 )

@@ -18,8 +18,9 @@ from ...agreement import together
 from ...checkpoints.directory import CheckpointError, latest
 from ...files import digest, read_digests
 from ...objectives.distillation import Divergence
+from ...objectives.extracts import likeliest
 from ...objectives.language_modeling import Batch, language_modeling
-from ...objectives.targets import DenseTargets, Targets
+from ...objectives.targets import DenseTargets, Targets, TopKTargets
 from ..checkpoint import trained_model
 from ..data import schedule_shape
 from ..flags import arguments_of
@@ -34,10 +35,6 @@ _SHARED = (
 ).split()
 
 
-def _whole(logits: torch.Tensor, batch: Batch) -> Targets:
-    return DenseTargets(logits)
-
-
 class Teacher:
     """The model of a checkpoint of ours, of any size, that says what it thinks of a student's micro-batches.
 
@@ -50,7 +47,7 @@ class Teacher:
         padded_vocab_size: of the student.
 
     Attributes:
-        vocab_size: tokens that it knows, without padding.
+        vocab_size: ids that both know, without padding: of any other neither has learned anything.
         notes: what is to be logged.
 
     Raises:
@@ -69,7 +66,9 @@ class Teacher:
             if chunk.post_process:
                 chunk.compute_language_model_loss = _logits
         self._args = args
-        self.vocab_size: int = own.vocab_size
+        self.vocab_size: int = min(args.vocab_size, own.vocab_size)
+        if args.distill_top_k is not None and args.distill_top_k >= self.vocab_size:
+            raise ValueError(f"--distill-top-k {args.distill_top_k} of {self.vocab_size} ids leaves no rest: use fewer")
         numbers = sum(p.numel() for chunk in self._model.bare for p in chunk.parameters())
         kind = "ternary" if own.ternary else "bf16" if own.bf16 else "fp32"
         self.notes = [f"teacher: {found}, {kind}, {numbers:,} parameters on this rank"]
@@ -80,7 +79,7 @@ class Teacher:
         return parallel_state.get_pipeline_model_parallel_world_size() > 1
 
     @torch.no_grad()
-    def targets(self, batches: Sequence[Batch], keep: Callable[[torch.Tensor, Batch], Any] = _whole) -> list[Any]:
+    def targets(self, batches: Sequence[Batch], keep: Callable[[torch.Tensor, Batch], Any] | None = None) -> list[Any]:
         """What it says of micro-batches on this device, in their order; nothing on any stage but the last one.
 
         Collective over the ranks that share the model.
@@ -88,7 +87,7 @@ class Teacher:
         Args:
             batches: micro-batches.
             keep: what is kept of the logits ``[seq_length, micro_batch_size, V / TP]`` of each; by default
-                :class:`DenseTargets` of them all.
+                :class:`TopKTargets` of them where ``--distill-top-k`` says how many, else :class:`DenseTargets`.
         """
         schedule = (
             schedules.forward_backward_pipelining_without_interleaving
@@ -96,7 +95,7 @@ class Teacher:
             else schedules.forward_backward_no_pipelining
         )
         return schedule(
-            forward_step_func=functools.partial(_forward, keep),
+            forward_step_func=functools.partial(_forward, keep or self._said),
             data_iterator=iter(batches),
             # Without the wrapper of half precision, which would make fp32 of the logits.
             model=self._model.bare,
@@ -105,6 +104,14 @@ class Teacher:
             collect_non_loss_data=True,
             **schedule_shape(self._args),
         )
+
+    def _said(self, logits: torch.Tensor, batch: Batch) -> Targets:
+        k, temperature = self._args.distill_top_k, self._args.distill_temperature
+        if k is None:
+            return DenseTargets(logits)
+        group = parallel_state.get_tensor_model_parallel_group()
+        # Logits that are not finite give a loss that is not: nobody waits for the device here.
+        return TopKTargets(*likeliest(logits, k, self.vocab_size, temperature, group), temperature)
 
 
 def learn_from_teacher(run: Run, padded_vocab_size: int) -> None:
@@ -115,9 +122,7 @@ def learn_from_teacher(run: Run, padded_vocab_size: int) -> None:
     """
     args = run.args
     run.teacher = Teacher(args, padded_vocab_size)
-    # Ids that both know: of any other neither has learned anything.
-    known = min(args.vocab_size, run.teacher.vocab_size)
-    rule = Divergence(known, args.distill_temperature, args.distill_direction == "reverse")
+    rule = Divergence(run.teacher.vocab_size, args.distill_temperature, args.distill_direction == "reverse")
     run.objective = DistillationObjective(run.model.bare, rule, args.distill_alpha)
     run.model.notes += run.teacher.notes
 

@@ -32,7 +32,7 @@ from ...data.target_store import (
 )
 from ...files import DIGESTS, digest, write_digests
 from ...files.lock import FileLock
-from ...objectives.extracts import draws, likeliest
+from ...objectives.extracts import draws, likeliest, require_finite
 from ...objectives.language_modeling import Batch
 from .. import data
 from ..data import DataError
@@ -62,14 +62,11 @@ def write_targets(args: argparse.Namespace) -> None:
     teacher = Teacher(args, vocabulary)
     samples = data.build_data(args, tokenizer, files)
     parts = _distinct(parts_of(args, samples.train, args.train_iters))
-    known = min(args.vocab_size, teacher.vocab_size)
-    if args.distill_top_k is not None and args.distill_top_k >= known:
-        raise ValueError(f"--distill-top-k {args.distill_top_k} of {known} ids leaves no rest: use fewer")
     description = Description(
         kind="sampled" if args.distill_top_k is None else "top-k",
         width=args.distill_top_k or args.distill_draws or _DRAWS,
         temperature=args.distill_temperature,
-        vocab_size=known,
+        vocab_size=teacher.vocab_size,
         seq_length=args.seq_length,
         seed=args.seed,
         samples_per_shard=samples_per_shard(sum(one.part.samples for one in parts), args.seq_length),
@@ -166,6 +163,7 @@ class _Writer:
     def _best(self, logits: torch.Tensor, batch: Batch) -> tuple[np.ndarray, ...]:
         about = self._about
         found = likeliest(logits, about.width, about.vocab_size, about.temperature, self._group)
+        require_finite(found[1])
         return tuple(map(self._as_rows, found))
 
     def _as_rows(self, said: torch.Tensor) -> np.ndarray:
