@@ -37,6 +37,7 @@ def launch_runs(
         resave: dict[str, Path] | None = None,
         fused_mlp_on: dict[str, int] | None = None,
         masked: Collection[str] = (),
+        fused: Collection[str] = (),
         digests: int | None = None,
         bucket_size: dict[str, int] | None = None,
         memory: bool = False,
@@ -52,8 +53,9 @@ def launch_runs(
             run["memory"] = memory
         for name, size in (bucket_size or {}).items():
             content[name]["bucket_size"] = size
-        for name in masked:
-            content[name]["masked"] = True
+        for names, what in ((masked, "masked"), (fused, "fused")):
+            for name in names:
+                content[name][what] = True
         report: dict[str, dict] = {}
         fatal: list[str] = []
         while waiting := {name: run for name, run in content.items() if name not in report}:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from support.small_model import MODEL, losses, quantized_weights, succeeded
+from support.small_model import MODEL, first_moments, losses, quantized_weights, succeeded, tensors
 from support.token_data import write_conversations, write_documents, write_tokenizer
 
 from bitcpm_megatron import QuantizerConfig, quantize
@@ -245,10 +244,6 @@ def assert_one_step_alike(
         assert (gradients[key] - whole_gradient).norm() <= gradient * size, key
 
 
-def first_moments(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {key: t for key, t in tensors(checkpoint).items() if key.startswith("optimizer.state.exp_avg.")}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_takes_the_step_of_one_rank(layout: str, runs: dict) -> None:
     assert_one_step_alike(layout, "TP1", LAYOUTS[layout][0], runs)
@@ -318,15 +313,6 @@ def test_the_cache_changes_no_bit(case: str, runs: dict) -> None:
         # Once to prove that the layers are used, and once per step: resident ones behind each, and before the first.
         times = 1 + 20 + (cache != "step")
         assert set(report[f"{case} {cache}"]["quantizations"]) == {times}, cache
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, read without megatron."""
-    reader = dcp.FileSystemReader(checkpoint)
-    metadata = reader.read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
 
 
 @pytest.mark.parametrize(("source", "target"), RESHARDINGS)

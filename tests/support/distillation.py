@@ -2,12 +2,19 @@
 """Distillation by its definition: over whole rows of logits, in float64, differentiated by autograd."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from torch.nn.functional import kl_div
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from torch.nn.functional import cross_entropy, kl_div, pad
 
+from bitcpm_megatron import QuantizerConfig, fake_quantize
 from bitcpm_megatron.objectives.distillation import Divergence
 from bitcpm_megatron.objectives.targets import DenseTargets, SampledTargets, Targets, TopKTargets
+from bitcpm_megatron.quantization.record import QuantizerRecord
+from bitcpm_megatron.training.checkpoint import trained_model
+from bitcpm_megatron.training.flags import arguments_of
 
 
 def by_definition(logits: torch.Tensor, targets: Targets, rule: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,3 +70,52 @@ def relative(found: torch.Tensor, expected: torch.Tensor, least: float) -> float
     """The largest difference over the largest element, or over ``least``; infinite where something isn't finite."""
     error = float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=least))
     return error if bool(found.isfinite().all()) else float("inf")
+
+
+def in_float64(checkpoint: Path, padded_vocab_size: int) -> GPTModel:
+    """The model of a checkpoint on one rank, with quantized weights in the place of those that are quantized.
+
+    They are plain parameters: their gradients are those that go straight through to the latent weights.
+    """
+    args, record = arguments_of(checkpoint, 1), QuantizerRecord.read(checkpoint)
+    args.ternary = False
+    # The weights that are drawn are written over.
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    model = trained_model(args, checkpoint, padded_vocab_size).bare[0]
+    for name, said in ({} if record is None else record.modules).items():
+        weight = model.get_submodule(name).weight
+        weight.data = fake_quantize(weight, QuantizerConfig(group_size=said["group_size"]))
+    return model.double().requires_grad_()
+
+
+class WholeStep:
+    """What a step on some samples has to be, in float64 over whole logits.
+
+    Args:
+        student: from :func:`in_float64`.
+        logits: of the teacher ``[samples, seq_length, V]``.
+        batch: all samples of the step.
+        vocab_size: ids without padding.
+    """
+
+    def __init__(
+        self, student: GPTModel, logits: torch.Tensor, batch: dict[str, torch.Tensor], vocab_size: int
+    ) -> None:
+        self._student, self._teacher, self._vocab_size = student, logits, vocab_size
+        self._logits = student(batch["tokens"], batch["position_ids"], None)
+        self._share = batch["loss_mask"].double() / batch["loss_mask"].double().sum()
+        losses = cross_entropy(self._logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        self._entropy = losses.view_as(self._share)
+
+    def expected(self, alpha: float, temperature: float, k: int | None) -> tuple[float, float, dict[str, torch.Tensor]]:
+        """Means over the tokens that count: cross entropy, divergence, and the gradients of their mixture by name."""
+        real = self._teacher[..., : self._vocab_size]
+        targets = DenseTargets(real) if k is None else top_k(real, k, temperature)
+        apart, slope = by_definition(self._logits, targets, Divergence(self._vocab_size, temperature))
+        slope = pad(slope, (0, self._logits.shape[-1] - self._vocab_size))
+        (of_entropy,) = torch.autograd.grad(self._entropy.sum(), self._logits, retain_graph=True)
+        upstream = ((1 - alpha) * of_entropy + alpha * slope) * self._share.unsqueeze(-1)
+        names, weights = zip(*self._student.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(self._logits, weights, upstream, retain_graph=True)
+        entropy, divergence = (float((each * self._share).sum()) for each in (self._entropy, apart))
+        return entropy, divergence, dict(zip(names, gradients, strict=True))

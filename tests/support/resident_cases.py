@@ -3,8 +3,10 @@
 
 import itertools
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from .pairwise import cover
 
 MODEL = """
     --num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --swiglu --normalization RMSNorm
@@ -50,22 +52,7 @@ def _possible() -> list[Setting]:
     return [s for s in settings if s.distributed or not s.overlaps]
 
 
-def _pairs(setting: Setting) -> set[tuple]:
-    return set(itertools.combinations(enumerate(astuple(setting)), 2))
-
-
-def _pairwise() -> list[Setting]:
-    """Settings so that every two values that go together stand in one of them; greedy, the same on every machine."""
-    left = set().union(*map(_pairs, _possible()))
-    chosen = []
-    while left:
-        best = max(_possible(), key=lambda setting: len(_pairs(setting) & left))
-        chosen.append(best)
-        left -= _pairs(best)
-    return chosen
-
-
-SETTINGS = _pairwise()
+SETTINGS = cover(_possible())
 
 
 def arguments(setting: Setting, cache: str, steps: int, more: list[str]) -> list[str]:

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from bitcpm_megatron.training.metrics import read_metrics
 
@@ -39,3 +40,18 @@ def quantized_weights(directory: Path, name: str, ranks: int) -> dict[str, torch
         for path, weight in torch.load(directory / f"{name}.rank{rank}.pt", weights_only=True).items():
             assert torch.equal(merged.setdefault(path, weight), weight), path
     return merged
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, read without megatron."""
+    reader = dcp.FileSystemReader(checkpoint)
+    metadata = reader.read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def first_moments(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Adam's, by the name of the weight."""
+    prefix = "optimizer.state.exp_avg."
+    return {key.removeprefix(prefix): t for key, t in tensors(checkpoint).items() if key.startswith(prefix)}

@@ -5,6 +5,7 @@
         "argv": [...], of launch/pretrain.py
         "resave": "DIR or absent: save here at once what was loaded",
         "fused_mlp_on": rank or absent: whose MLPs compute with their weights and never call their linears
+        "fused": whether fused weight gradients are there, by the stand-in of tests/stubs/fusion
         "masked": whether samples count for the loss with numbers of tokens that differ
         "digests": every so many steps, or absent: the losses, and digests of masters and of quantized weights, of all
             steps and of these, go to <name>.digests.rank<N>.json
@@ -12,13 +13,14 @@
         "bucket_size": elements of a bucket where gradients are reduced while more are computed; absent: megatron-core's
     }
 
-Reports each run's exit status, standard error, the sizes of the messages of bytes that it gathered, how often each
-weight was quantized, and what was measured of its memory, and writes the quantized weights that its first training
-forward used, gathered over the tensor-parallel ranks, to ``<name>.rank<N>.pt``.
+Reports each run's exit status, standard error, the sizes of the messages of bytes that it gathered, how many weight
+gradients were fused, how often each weight was quantized, and what was measured of its memory, and writes the quantized
+weights that its first training forward used, gathered over the tensor-parallel ranks, to ``<name>.rank<N>.pt``.
 """
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import sys
@@ -225,6 +227,33 @@ def masking(here: bool):
 
 
 @contextlib.contextmanager
+def accumulating(here: bool):
+    """What adds weight gradients to those that are there is installed; the shapes that it added to."""
+    from megatron.core.tensor_parallel import layers
+
+    calls = []
+    if not here:
+        yield calls
+        return
+    name, stubs = "fused_weight_gradient_mlp_cuda", str(Path(__file__).resolve().parents[2] / "stubs" / "fusion")
+    sys.path.append(stubs)
+    gemm = importlib.import_module(name)
+    add = gemm.wgrad_gemm_accum_fp32
+
+    def counting(*tensors):
+        calls.append(tensors[-1].shape)
+        add(*tensors)
+
+    gemm.wgrad_gemm_accum_fp32 = counting
+    try:
+        with mock.patch.multiple(layers, create=True, _grad_accum_fusion_available=True, **{name: gemm}):
+            yield calls
+    finally:
+        sys.path.remove(stubs)
+        del sys.modules[name]
+
+
+@contextlib.contextmanager
 def fused_mlp(here: bool):
     """What a host's fused kernels do, in the place of every MLP of this process."""
     import torch
@@ -287,6 +316,7 @@ def main(directory: Path) -> None:
             stack.enter_context(fused_mlp(run.get("fused_mlp_on") == rank))
             stack.enter_context(resaving(run.get("resave")))
             stack.enter_context(masking(run.get("masked", False)))
+            accumulated = stack.enter_context(accumulating(run.get("fused", False)))
             weights = directory / f"{name}.rank{rank}.pt"
             stack.enter_context(buckets_of(run.get("bucket_size")))
             gathered = stack.enter_context(gathered_bytes())
@@ -301,6 +331,7 @@ def main(directory: Path) -> None:
             "status": status,
             "stderr": errors.getvalue(),
             "gathered": gathered,
+            "fused": len(accumulated),
             "quantizations": counts,
             "memory": used,
         }
