@@ -162,8 +162,13 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
     if not tokens:
         raise DataError(f"step {run.iteration + 1} has no token to learn: its samples are masked as a whole")
     loss = loss_sum / tokens
-    if not math.isfinite(loss + apart):
+    if not math.isfinite(loss):
         raise TrainingError(f"the loss is {loss}: training has diverged. {_CURE}")
+    if not math.isfinite(apart):
+        # A student whose logits are not finite has no finite cross entropy either.
+        raise TrainingError(
+            f"the divergence from the teacher is {apart}: its weights are damaged, or it needs another precision"
+        )
     due = _due(run.iteration + 1, run.args.ternary_telemetry_interval)
     codes = telemetry.record() if telemetry is not None and due else None
     taken, grad_norm, _ = run.optimizer.step()

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import tensor_parallel
+from support.small_model import tensors
 
 from bitcpm_megatron.checkpoints.directory import CheckpointError, saved_arguments
 from bitcpm_megatron.objectives.distillation import Divergence
 from bitcpm_megatron.objectives.targets import DenseTargets
+from bitcpm_megatron.quantization.record import QuantizerRecord
 from bitcpm_megatron.training.distillation.objective import TARGETS, DistillationObjective
 from bitcpm_megatron.training.flags import parse_args
-from bitcpm_megatron.training.loop import pretrain
+from bitcpm_megatron.training.loop import TrainingError, pretrain
 from bitcpm_megatron.training.metrics import read_metrics
 from bitcpm_megatron.training.model import build_model
 from bitcpm_megatron.training.run import Step
@@ -23,9 +25,9 @@ SHARED = """
     --position-embedding-type rope --swiglu --disable-bias-linear --log-interval 1 --init-method-std 0.1
 """.split()
 STUDENT = [*SHARED, *"--num-layers 1 --hidden-size 32 --num-attention-heads 2".split()]
-# Of other depth, width, heads, and rows of the embedding (100 in place of 104).
+# Of other depth, width, heads, precision, and rows of the embedding (100 in place of 104).
 LARGER = """
-    --num-layers 3 --hidden-size 48 --num-attention-heads 4 --make-vocab-size-divisible-by 4
+    --num-layers 3 --hidden-size 48 --num-attention-heads 4 --make-vocab-size-divisible-by 4 --bf16
     --untie-embeddings-and-output-weights
 """.split()
 
@@ -95,6 +97,7 @@ def test_nothing_touches_a_teacher_and_nobody_hears_of_it(teacher: Path, tmp_pat
     flags = f"--train-iters 20 --ternary --ternary-telemetry-interval 1 --log-dir {log} --save {save} --eval-iters 1"
     args = parse_args([*STUDENT, *flags.split(), "--distill-teacher", str(teacher)], 1)
     run = pretrain(args, on_step=watch)
+    assert {p.dtype for p in run.teacher._model.bare[0].parameters()} == {torch.bfloat16}
     assert len(forwards) == 19 * args.num_microbatches, "one forward for each micro-batch that is trained on"
     assert run.teacher._model.ternary is None and not any(hasattr(m, "_ternary") for m in run.teacher._model.bare)
     own = {id(p) for chunk in run.teacher._model.bare for p in chunk.parameters()}
@@ -104,7 +107,11 @@ def test_nothing_touches_a_teacher_and_nobody_hears_of_it(teacher: Path, tmp_pat
     modules = {name for record in read_metrics(log) if record["kind"] == "ternary" for name in record["modules"]}
     assert modules and all(".layers.0." in name for name in modules)
     assert all(record["distill_loss"] > 0 for record in read_metrics(log) if record["kind"] == "train")
-    saved = saved_arguments(save / "iter_0000020")
+    pretrain(parse_args([*STUDENT, *f"--train-iters 1 --ternary --save {tmp_path}/alone".split()], 1))
+    beside, alone = save / "iter_0000020", tmp_path / "alone" / "iter_0000001"
+    shapes = [{name: tensor.shape for name, tensor in tensors(directory).items()} for directory in (beside, alone)]
+    assert shapes[0] == shapes[1] and QuantizerRecord.read(beside) == QuantizerRecord.read(alone)
+    saved = saved_arguments(beside)
     assert saved["distill_teacher"] == str(teacher) and saved["distill_identity"]["checkpoint"] == "iter_0000001"
 
 
@@ -148,7 +155,7 @@ def test_who_is_its_own_teacher_learns_nothing(single_rank: None, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_ternary_teacher_teaches_with_its_ternary_weights(single_rank: None, tmp_path: Path) -> None:
-    start = [*STUDENT, "--ternary", "--train-iters"]
+    start = [*STUDENT, "--bf16", "--ternary", "--train-iters"]
     pretrain(parse_args([*start, "1", "--save", str(tmp_path / "self")], 1))
     again = f"--load {tmp_path}/self --finetune --distill-teacher {tmp_path}/self"
     steps: list[Step] = []
@@ -156,7 +163,9 @@ def test_a_ternary_teacher_teaches_with_its_ternary_weights(single_rank: None, t
     assert steps[0].divergence < 1e-6 and run.teacher._model.ternary is not None
     plain = [flag for flag in start if flag != "--ternary"]
     with_latents: list[Step] = []
-    pretrain(parse_args([*plain, "1", *again.split(), "--allow-quantizer-change"], 1), on_step=with_latents.append)
+    argv = [*plain, "1", *again.split(), "--allow-quantizer-change"]
+    run = pretrain(parse_args(argv, 1), on_step=with_latents.append)
+    assert run.model.ternary is None and run.teacher._model.ternary is not None
     assert with_latents[0].divergence > 1e-3
 
 
@@ -178,12 +187,24 @@ def test_another_teacher_is_refused_by_name_where_a_run_goes_on(teacher: Path, t
     [
         ("--seq-length 32 --max-position-embeddings 32", "knows 16 positions, less than --seq-length 32"),
         ("--vocab-size 99", "was trained with another tokenizer"),
+        ("--distill-top-k 100", "--distill-top-k 100 of 100 ids leaves no rest: use fewer"),
     ],
 )
 def test_who_cannot_teach_is_refused_with_the_reason(teacher: Path, changes: str, said: str) -> None:
     argv = [*STUDENT, "--train-iters", "1", *changes.split(), "--distill-teacher", str(teacher)]
     with pytest.raises(ValueError, match=said):
         pretrain(parse_args(argv, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["", "--distill-top-k 5"])
+def test_a_teacher_that_says_no_numbers_ends_the_run(teacher: Path, kept: str) -> None:
+    def damage(step: Step) -> None:
+        step.run.teacher._model.bare[0].decoder.final_layernorm.weight[0] = torch.nan
+
+    argv = [*STUDENT, "--train-iters", "2", *kept.split(), "--distill-teacher", str(teacher)]
+    with pytest.raises(TrainingError, match="the divergence from the teacher is nan: its weights are damaged"):
+        pretrain(parse_args(argv, 1), on_step=damage)
 
 
 def test_a_teacher_that_is_not_there_is_refused(single_rank: None, tmp_path: Path) -> None:
