@@ -126,8 +126,9 @@ RESHARDINGS = [
     ("DP2+overlaps", "DP2+overlaps"),
     ("packed DP2", "packed DP2"),
     ("sft DP2", "sft DP2"),
+    ("distilled PP2", "distilled PP2"),
 ]
-CONTINUED = {**LAYOUTS, "packed DP2": (2, PACKED), "sft DP2": (2, ["--sft"])}
+CONTINUED = {**LAYOUTS, "packed DP2": (2, PACKED), "sft DP2": (2, ["--sft"]), "distilled PP2": (2, PP2)}
 SAVED_AT, END = 3, 6
 
 
@@ -166,6 +167,9 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
         teacher = "teacher packed" if "packed" in name else "teacher"
         return ["--distill-teacher", str(where / teacher)] if "distilled" in name else []
 
+    def ended(name: str) -> list[str]:
+        return ["--save", str(where / f"ended {name}")] if "distilled" in name else []
+
     one_step = ["--train-iters", "1", "--save"]
     starts = {"start": [*TERNARY, *one_step, str(where / "start")]}
     for variant, (flags, _) in VARIANTS.items():
@@ -194,12 +198,10 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
                     steps = ["--bf16", "--train-iters", "20", "--ternary-cache", cache]
                     wanted[f"{name} {cache}"] = [*TERNARY, *flags, *steps, *logged(f"{name} {cache}")]
             for source in {source for source, _ in RESHARDINGS}:
-                flags = [*TERNARY, *CONTINUED[source][1], "--save", str(where / f"saved {source}")]
-                wanted[f"saved {source}"] = [*flags, "--train-iters", str(END), "--exit-interval", str(SAVED_AT)]
-                wanted[f"whole {source}"] = [
-                    *[*TERNARY, *CONTINUED[source][1], "--train-iters", str(END)],
-                    *logged(f"whole {source}"),
-                ]
+                flags = [*TERNARY, *CONTINUED[source][1], *taught(source), "--train-iters", str(END)]
+                saving = ["--save", str(where / f"saved {source}"), "--exit-interval", str(SAVED_AT)]
+                wanted[f"saved {source}"] = [*flags, *saving]
+                wanted[f"whole {source}"] = [*flags, *logged(f"whole {source}"), *ended(f"whole {source}")]
             recipe = str(Path(__file__).parent / "keep_last_layer.yaml")
             uneven = [
                 *EXPERTS,
@@ -212,8 +214,8 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
         for source, target in RESHARDINGS:
             if CONTINUED[target][0] == ranks:
                 name = f"{source} to {target}"
-                flags = [*TERNARY, *CONTINUED[target][1], "--load", str(where / f"saved {source}")]
-                wanted[name] = [*flags, "--train-iters", str(END), *logged(name)]
+                flags = [*TERNARY, *CONTINUED[target][1], *taught(target), "--load", str(where / f"saved {source}")]
+                wanted[name] = [*flags, "--train-iters", str(END), *logged(name), *ended(name)]
                 resave[name] = where / f"resaved {name}"
         launch(ranks, wanted, resave)
     return results
@@ -331,6 +333,10 @@ def test_another_layout_takes_over(source: str, target: str, runs: dict) -> None
     assert [r[1] for r in found] == [r[1] for r in expected] == list(range(SAVED_AT + 1, END + 1))
     if source == target:
         assert found == expected
+        if "distilled" in source:
+            assert found[-1][5] > 0
+            ends, whole = (tensors(latest(where / f"ended {run}")) for run in (name, f"whole {source}"))
+            assert sorted(ends) == sorted(whole) and all(torch.equal(ends[key], whole[key]) for key in whole)
     else:
         # One step from the very same state; the next ones start from weights that were rounded otherwise.
         assert found[0][2] == pytest.approx(expected[0][2], rel=ROUNDING)

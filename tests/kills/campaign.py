@@ -34,7 +34,10 @@ from .training import Training
 
 _ATTEMPTS = 8
 """At a disturbance that comes too late, before it counts as a fault of the campaign."""
-_GROUPS = {"train": ("train-sync", "train-async"), "preprocess": ("preprocess_data", "preprocess_sft")}
+_GROUPS = {
+    "train": ("train-distilled", "train-sync", "train-async"),
+    "preprocess": ("preprocess_data", "preprocess_sft"),
+}
 _GROUPS["targets"] = ("write_targets",)
 _GROUPS["convert"] = tuple(subject.name for subject in converters())
 _GROUPS["all"] = tuple(itertools.chain.from_iterable(_GROUPS.values()))
@@ -43,8 +46,9 @@ _GROUPS["all"] = tuple(itertools.chain.from_iterable(_GROUPS.values()))
 def subjects(what: str, steps: int = 30) -> list[Subject]:
     """Those that a word on the command line means; a training has so many steps, enough for five disturbances of it."""
     everything = [
-        Training(False, steps),
-        Training(True, steps),
+        Training(distilled=True, steps=steps),
+        Training(steps=steps),
+        Training(asynchronous=True, steps=steps),
         preprocessing(),
         preprocessing_sft(),
         Targets(),

@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from support.launcher import environment
-from support.small_model import MODEL, losses
+from support.small_model import MODEL, losses, tensors
 
 from bitcpm_megatron.checkpoints.directory import iteration_of, iterations, latest
 from bitcpm_megatron.files import find_damage
@@ -30,6 +31,7 @@ class Training(Subject):
 
     Args:
         asynchronous: whether it saves so.
+        distilled: whether it learns from the end of a run that nobody has disturbed.
         steps: of the whole run.
         batch: disturbances of one run, at most; it should not reach its end before them.
     """
@@ -37,28 +39,40 @@ class Training(Subject):
     _seconds: float
     """From the start to the first step of the undisturbed run."""
 
-    def __init__(self, asynchronous: bool, steps: int = 30, batch: int = 5) -> None:
-        self.name = "train-async" if asynchronous else "train-sync"
+    def __init__(self, asynchronous: bool = False, distilled: bool = False, steps: int = 30, batch: int = 5) -> None:
+        self.name = "train-distilled" if distilled else "train-async" if asynchronous else "train-sync"
         self.batch = batch
+        self._distilled = distilled
         self._steps = steps
         self._more = ["--async-save"] if asynchronous else []
 
     def prepare(self, scratch: Path) -> None:
         self._scratch = scratch
         self._output = scratch / f"{self.name}.txt"
-        place = scratch / "train-whole"
-        self._log = place / "log"
-        # However a run saves, its losses are the same: one undisturbed run serves both kinds.
-        if not place.is_dir():
-            place.mkdir()
-            began = time.time()
-            started = self._start(place)
-            self._wait_for_step(started)
-            Training._seconds = time.time() - began
-            status = started.wait(PATIENCE)
-            demand(status == 0, f"an undisturbed run ends with {status}", started.said)
-        self._losses, self._names = losses(self._log), _names(place)
+        # However a run saves, its losses are the same: one undisturbed run serves both kinds, and teaches the third.
+        whole = scratch / "train-whole"
+        self._undisturbed(whole)
+        if self._distilled:
+            self._more += ["--distill-teacher", str(whole / "save"), "--distill-alpha", "0.5"]
+            whole = scratch / "train-distilled-whole"
+            self._undisturbed(whole)
+        self._losses, self._names, self._end = losses(whole / "log"), _names(whole), tensors(latest(whole / "save"))
+        taught = [divergence for *_, divergence in self._losses if divergence is not None]
         demand(len(self._losses) > self._steps, f"it has logged {len(self._losses)} losses")
+        demand(len(taught) == self._steps * self._distilled, f"it was taught in {len(taught)} steps")
+
+    def _undisturbed(self, place: Path) -> None:
+        """A whole run in ``place``, unless it is there."""
+        if place.is_dir():
+            return
+        place.mkdir()
+        self._log = place / "log"
+        began = time.time()
+        started = self._start(place)
+        self._wait_for_step(started)
+        Training._seconds = time.time() - began
+        status = started.wait(PATIENCE)
+        demand(status == 0, f"an undisturbed run ends with {status}", started.said)
 
     def begin(self, place: Path, rng: random.Random) -> None:
         self._place = place
@@ -118,6 +132,9 @@ class Training(Subject):
         demand(status == 0, f"the same command again ends with {status}", started.said)
         demand(left == [], f"orphans: {left}", started.said)
         demand(losses(self._log) == self._losses, "the resumed run differs from the uninterrupted one", started.said)
+        end = tensors(latest(self._place / "save"))
+        changed = [key for key, tensor in self._end.items() if not torch.equal(tensor, end[key])]
+        demand(changed == [], f"its last checkpoint differs from that of the uninterrupted one: {changed}")
         names = _names(self._place)
         different = sorted(names ^ self._names)
         demand(names == self._names, f"its files differ from those of the uninterrupted one: {different}", started.said)
