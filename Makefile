@@ -55,8 +55,9 @@ demo-chat: $(READY)
 demo-distill: $(READY)
 	$(PY) studies/distillation_stages.py $(DISTILL)
 
+# Two processes: one goes through the tests of several ranks while another goes through those of one.
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2
 
 # While you work: the unit tests that start no process.
 test-fast: $(READY)

@@ -2,6 +2,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fast"):
         config.pluginmanager.register(FastTests())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes of tests: a file stays in one, and so do all the files whose tests share their ranks."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class SharedRanks(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope = super()._split_scope(nodeid)
+            alone = scope.endswith("test_kill.py") or not scope.startswith("tests/distributed/")
+            return scope if alone else "tests/distributed"
+
+    return SharedRanks(config, log)
 
 
 def pytest_report_header() -> str:

@@ -169,23 +169,20 @@ def test_a_request_to_stop_does_not_wait_for_the_end_of_training() -> None:
     words = random.Random(0)
     texts = [" ".join("".join(words.choices("abcdefghij", k=8)) for _ in range(100)) for _ in range(2000)]
     script = f"""
-import signal, sys, time
+import signal, threading
 from bitcpm_megatron.data.tokenizers import train_sentencepiece
 def request(number, frame): raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, request)
 def texts():
     yield from {texts!r}
     signal.setitimer(signal.ITIMER_REAL, 0.1)  # all are read: what follows is native code
-began = time.monotonic()
 try:
     train_sentencepiece(texts(), 20000)
 except KeyboardInterrupt:
-    asked = time.monotonic() - began
-    while threading.active_count() > 1: time.sleep(0.01)
-    print(asked / (time.monotonic() - began))
-""".replace("import signal,", "import threading, signal,")
+    print("training goes on" if threading.active_count() > 1 else "training is over")
+"""
     result = subprocess.run([sys.executable, "-"], input=script, capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 0.7
+    assert result.stdout == "training goes on\n"
 
 
 def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
