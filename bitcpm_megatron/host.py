@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from . import ternary_flags
+from .checkpoints.compatibility import change_of_teacher
 from .models import family_flags, from_arguments
 from .models.architecture import LongRope, Multipliers
 from .nn.linear import HostModule
@@ -24,6 +25,9 @@ from .nn.straight_through import is_shadow
 from .patches import HostError
 from .quantization.record import QuantizerRecord, RecordError, check_change
 from .ternary_flags import take_recorded_shards, ternary_mistakes, ternary_settings
+from .training import flags
+from .training.distillation.refusals import given, refused
+from .training.mistakes import distillation_mistakes
 
 _PREPARED = "_bitcpm_prepared"
 
@@ -89,6 +93,7 @@ _UNINITIALISED = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds our flags to the host's parser, and remembers which are the host's already."""
     job.theirs = ternary_flags.add_arguments(parser)
+    flags.add_flags_of_runs(parser, "distillation", flags.OF_DISTILLATION)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -102,23 +107,21 @@ def check_arguments(args: argparse.Namespace) -> None:
         # MindSpeed's rotary forward of packed samples takes the place of MindSpeed-LLM's, which applies the factors.
         # A BF16 model to compare with would lose it, too.
         found.append(_LOSES_LONGROPE)
-    if args.ternary:
-        found += [f"--{name.replace('_', '-')} {getattr(args, name)}: {why}" for name, why in _refused(args)]
-        if getattr(args, "init_model_with_meta_device", False) and not (args.load or args.pretrained_checkpoint):
-            found.append(_UNINITIALISED)
-    found += ternary_mistakes(args)
+    with_a_teacher = refused(args, "rope_scaling_type" in job.theirs)
+    impossible = [*(_refused(args) if args.ternary else ()), *with_a_teacher]
+    found += [f"--{name.replace('_', '-')} {getattr(args, name)}: {why}" for name, why in impossible]
+    empty = getattr(args, "init_model_with_meta_device", False)
+    if args.ternary and empty and not (args.load or args.pretrained_checkpoint):
+        found.append(_UNINITIALISED)
+    found += [*ternary_mistakes(args), *distillation_mistakes(args)]
     if found:
         raise HostError("these arguments cannot go together:\n  " + "\n  ".join(dict.fromkeys(found)))
+    flags.fill_in_distillation(args)
     job.allow_change = args.allow_quantizer_change
 
 
 def _refused(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    for why, names in _CANNOT.items():
-        for name in names.split():
-            value = getattr(args, name, None)
-            # By identity: a layer index of 0 is no False.
-            if not (value is None or value is False or value in ("none", "")):
-                yield name, why
+    yield from given(args, _CANNOT)
     for flag, derived in _WEIGHT_SHARDS.items():
         if getattr(args, derived, 1) > 1:
             why = "a rank would hold a part of its rows only until they are gathered, past the quantizer: leave it out"
@@ -141,8 +144,13 @@ def softmax_scale(args: argparse.Namespace, kv_channels: int) -> float | None:
     return wanted(multipliers, longrope, kv_channels, args.max_position_embeddings)
 
 
-def prepare(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None) -> list[str]:
-    """Gives bare model chunks their multipliers, LongRoPE and quantizer, and proves that every quantized layer is.
+def prepare(
+    args: argparse.Namespace,
+    chunks: Sequence[torch.nn.Module],
+    checkpoint: Path | None,
+    vocab_size: int | None = None,
+) -> list[str]:
+    """Gives bare model chunks their multipliers, LongRoPE, quantizer and teacher, and proves every quantized layer.
 
     Collective over all ranks. To be called before DDP and the optimizer are built, when the weights have the dtype
     that the forward sees.
@@ -152,6 +160,7 @@ def prepare(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpo
         chunks: all model chunks of this rank, without wrappers.
         checkpoint: the one that is going to be loaded, None for none: its record says how many row-parallel shards
             there are where no flag does.
+        vocab_size: tokens that the tokenizer knows, None where it does not say.
 
     Returns:
         Lines for the log, the coverage table last.
@@ -170,6 +179,8 @@ def prepare(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpo
                 customize(chunk, multipliers, longrope)
                 _check_attention(chunk)
             notes.append(f"{multipliers}" + ("" if longrope is None else ", LongRoPE"))
+        if args.distill_teacher is not None:
+            notes += _teach(args, chunks, vocab_size)
         job.record = _quantize(args, chunks, checkpoint, notes) if args.ternary else None
     except HostError:
         raise
@@ -264,6 +275,9 @@ def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Nam
         ):
             if theirs != ours:
                 raise HostError(f"{checkpoint} was saved with {what} {theirs} (now {ours}): give the same flags")
+    change = None if saved is None else change_of_teacher(args, vars(saved))
+    if change is not None:
+        raise HostError(f"{checkpoint} was saved with {': '.join(change)}")
     try:
         return check_change(checkpoint, QuantizerRecord.read(checkpoint), job.record, job.allow_change)
     except RecordError as error:
@@ -304,6 +318,14 @@ def _quantize(
     prepared = prepare_ternary(chunks, ternary_settings(args), fill=fill if meta else None)
     notes += [*prepared.notes, prepared.coverage.table()]
     return prepared.record
+
+
+def _teach(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], vocab_size: int | None) -> list[str]:
+    from .training.distillation.hosts import learn_in_host
+
+    if vocab_size is None:
+        raise HostError("--distill-teacher: the tokenizer does not say the size of its vocabulary: give --vocab-size")
+    return learn_in_host(args, chunks, vocab_size)
 
 
 def _multipliers(args: argparse.Namespace) -> tuple[Multipliers, LongRope | None]:

@@ -36,7 +36,11 @@ class Plugin(Protocol):
         """What attention multiplies its scores by; None for the job's own choice."""
 
     def prepare(
-        self, args: argparse.Namespace, chunks: Sequence[torch.nn.Module], checkpoint: Path | None
+        self,
+        args: argparse.Namespace,
+        chunks: Sequence[torch.nn.Module],
+        checkpoint: Path | None,
+        vocab_size: int | None,
     ) -> list[str]:
         """Changes the bare model chunks; returns lines for the log."""
 
@@ -145,7 +149,7 @@ class Replacements:
         result = original(model)
         args = get_args()
         bare = [chunk.module if isinstance(chunk, Float16Module) else chunk for chunk in model]
-        for note in self._plugin.prepare(args, bare, _checkpoint_to_load(args)):
+        for note in self._plugin.prepare(args, bare, _checkpoint_to_load(args), _vocabulary(args)):
             print_rank_0(note)
         return result
 
@@ -192,15 +196,12 @@ class Replacements:
         ``args.vocab_size`` where the tokenizer alone knew it: the padded rows of the vocabulary cannot be told from its
         own without it.
         """
-        from megatron.training import checkpointing, get_args, global_vars
+        from megatron.training import checkpointing, get_args
 
         args = get_args()
+        args.vocab_size = _vocabulary(args)
         if args.vocab_size is None:
-            args.vocab_size = getattr(getattr(global_vars, "_GLOBAL_TOKENIZER", None), "vocab_size", None)
-            if args.vocab_size is None:
-                logger.warning(
-                    "the tokenizer does not say the size of its vocabulary: converters will need --vocab-size"
-                )
+            logger.warning("the tokenizer does not say the size of its vocabulary: converters will need --vocab-size")
         legacy = args.ckpt_format == "torch" and not kwargs.get("non_persistent_ckpt", False)
         if legacy and torch.distributed.get_rank() == 0:
             release = kwargs.get("release", False)
@@ -321,6 +322,15 @@ def _compile_helpers(original: Callable) -> None:
             f"the dataset helpers of {directory} cannot be compiled (needed: make, a C++ compiler, pybind11):\n"
             f"{done.stdout[-2000:]}"
         )
+
+
+def _vocabulary(args: argparse.Namespace) -> int | None:
+    """Tokens without padding, as the arguments or else the tokenizer says; None where neither does."""
+    from megatron.training import global_vars
+
+    if args.vocab_size is not None:
+        return args.vocab_size
+    return getattr(getattr(global_vars, "_GLOBAL_TOKENIZER", None), "vocab_size", None)
 
 
 def _checkpoint_to_load(args: argparse.Namespace) -> Path | None:

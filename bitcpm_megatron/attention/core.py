@@ -52,11 +52,13 @@ class CoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
+        # Not in megatron-core 0.12.
+        softmax = getattr(config, "softmax_type", "vanilla")
         foreign = {
             "attention that isn't causal": attn_mask_type != AttnMaskType.causal,
             "cross attention": attention_type != "self",
             "apply_query_key_layer_scaling": config.apply_query_key_layer_scaling,
-            f"softmax_type {config.softmax_type}": config.softmax_type != "vanilla",
+            f"softmax_type {softmax}": softmax != "vanilla",
             f"cp_comm_type {cp_comm_type}": config.context_parallel_size > 1 and cp_comm_type != "a2a",
             "a window to the right": config.window_size is not None and config.window_size[1] != 0,
         }

@@ -10,11 +10,12 @@ from ..models.from_arguments import longrope_of, multipliers_of
 from ..quantization.record import QuantizerRecord, RecordError, check_change
 from .directory import RELEASE, CheckpointError
 
-_ARCHITECTURE = (
+ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels position_embedding_type "
     "rotary_base normalization norm_epsilon swiglu add_bias_linear untie_embeddings_and_output_weights num_experts "
     "moe_router_topk moe_ffn_hidden_size window_size"
 ).split()
+"""The arguments that say what a model is, by name."""
 _OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
 _TOLD = (
     "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
@@ -43,7 +44,7 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
         CheckpointError: the model, the optimizer or the order of samples is another one, with the flags by name.
     """
     # Checkpoints from before there were windows have none.
-    model = _differences(args, {"window_size": None, **saved}, _ARCHITECTURE)
+    model = _differences(args, {"window_size": None, **saved}, ARCHITECTURE)
     # By meaning: MiniCPM and Granite have different flags for the same numbers.
     for what, of in (("multipliers", multipliers_of), ("LongRoPE", longrope_of)):
         if (before := of(saved)) != (now := of(vars(args))):
@@ -59,12 +60,8 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
         tokens = f"{args.tokenizer_model or 'mock data'} has other tokens"
         cure = f"{tokens}: give the same, or --finetune to begin with these"
         checks.append(([was], cure))
-    teacher, other = saved.get("distill_identity"), getattr(args, "distill_identity", None)
-    if teacher is not None and other is not None and teacher != other and not args.finetune:
-        what = "teacher" if saved.get("distill_targets") is None else "targets"
-        was = f"the {what} {saved.get(f'distill_{what}')} ({teacher['checkpoint']})"
-        given = f"{args.distill_targets or args.distill_teacher} ({other['checkpoint']})"
-        checks.append(([was], f"{given} is another one: give the same, or --finetune"))
+    if (change := change_of_teacher(args, saved)) is not None:
+        checks.append(([change[0]], change[1]))
     if with_optimizer:
         optimizer = _differences(args, saved, _OPTIMIZER)
         checks.append((optimizer, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
@@ -74,6 +71,17 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     for different, cure in checks:
         if different:
             raise CheckpointError(f"{checkpoint} was saved with {', '.join(different)}: {cure}")
+
+
+def change_of_teacher(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Which teacher, or targets, the run that wrote a checkpoint had, and that these are others; None where not."""
+    before, now = saved.get("distill_identity"), getattr(args, "distill_identity", None)
+    if before is None or now is None or before == now or args.finetune:
+        return None
+    what = "teacher" if saved.get("distill_targets") is None else "targets"
+    given = f"{args.distill_targets or args.distill_teacher} ({now['checkpoint']})"
+    was = f"the {what} {saved.get(f'distill_{what}')} ({before['checkpoint']})"
+    return was, f"{given} is another one: give the same, or --finetune"
 
 
 def check_data(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> list[str]:

@@ -56,6 +56,8 @@ class _Window:
         return f"no W,0 with W from 1 to {_LENGTH.maximum}: tokens before each one that it attends to, and none behind"
 
 
+OF_DISTILLATION = ("distill_teacher", "distill_targets", "distill_alpha", "distill_temperature", "distill_direction")
+"""The arguments of distillation, by name."""
 _OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 
 
@@ -240,12 +242,17 @@ def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespac
     args.num_query_groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters
     args.distributed_backend = args.distributed_backend or ("nccl" if has_cuda() else "gloo")
+    fill_in_distillation(args)
+    return args
+
+
+def fill_in_distillation(args: argparse.Namespace) -> None:
+    """What the flags of distillation are where they are not given, which means nothing without a teacher."""
     if args.distill_teacher is not None:
         args.distill_temperature = args.distill_temperature or 1.0
     if args.distill_teacher is not None or args.distill_targets is not None:
         args.distill_alpha = 1.0 if args.distill_alpha is None else args.distill_alpha
         args.distill_direction = args.distill_direction or DIRECTIONS[0]
-    return args
 
 
 def add_flags_of_runs(parser: argparse.ArgumentParser, title: str, names: Collection[str]) -> None:

@@ -38,7 +38,11 @@ def world_size() -> int:
 
 def device() -> torch.device:
     """The device of this process."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # In a host on the CPU that one answers for CUDA, with a device in the place of a number.
+    current: int | torch.device = torch.cuda.current_device()
+    return current if isinstance(current, torch.device) else torch.device("cuda", current)
 
 
 def sum_over_ranks(number: int, group: torch.distributed.ProcessGroup | None = None) -> int:

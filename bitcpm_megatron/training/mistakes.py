@@ -43,7 +43,7 @@ def mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
         if getattr(args, name) not in (None, False) and getattr(args, needed) in (None, False)
     ]
     found = [*_shape_mistakes(args), *_parallel_mistakes(args, world_size), *_schedule_mistakes(args), *missing]
-    found += [*data_mistakes(args), *_distillation_mistakes(args), *_place_mistakes(args)]
+    found += [*data_mistakes(args), *distillation_mistakes(args), *_place_mistakes(args)]
     return [*found, *ternary_mistakes(args)]
 
 
@@ -177,7 +177,8 @@ def data_mistakes(args: argparse.Namespace) -> Iterator[str]:
             yield str(error)
 
 
-def _distillation_mistakes(args: argparse.Namespace) -> Iterator[str]:
+def distillation_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    """What cannot go together among the flags that say what a student learns from."""
     if args.distill_teacher is not None and args.distill_targets is not None:
         yield "--distill-teacher and --distill-targets exclude each other"
     if args.distill_teacher is None and args.distill_targets is None:

@@ -2,9 +2,11 @@
 """From arguments to model chunks: GPTModel, ternary linears, mixed precision, DDP."""
 
 import argparse
+import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -95,8 +97,10 @@ def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool
 def _transformer_config(args: argparse.Namespace) -> TransformerConfig:
     """megatron-core's configuration for these arguments (local spec, unfused element-wise operations)."""
     fusion = args.gradient_accumulation_fusion and importlib.util.find_spec(_FUSED_GEMM) is not None
-    return TransformerConfig(
-        **{name: getattr(args, name) for name in _SAME_NAMES},
+    # MindSpeed takes what is not given from the arguments of its job, and a teacher there is not that job's model.
+    given = {field.name: _default(field) for field in dataclasses.fields(TransformerConfig) if field.init}
+    given |= {name: getattr(args, name) for name in _SAME_NAMES}
+    given |= dict(
         softmax_scale=softmax_scale(
             multipliers_of(vars(args)), longrope_of(vars(args)), args.kv_channels, args.max_position_embeddings
         ),
@@ -122,6 +126,14 @@ def _transformer_config(args: argparse.Namespace) -> TransformerConfig:
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+    return TransformerConfig(**given)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    # Those without one are given.
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def params_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -147,20 +159,21 @@ def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_s
     spec = get_gpt_layer_local_spec(
         num_experts=args.num_experts, moe_grouped_gemm=False, normalization=args.normalization
     )
-    # A teacher's stages are whole, whatever its student's are.
+    # A teacher's stages are whole, whatever its student's are. megatron-core 0.12 knows no stage by number.
     whole = vp_stage is None
+    stage = {} if whole else {"vp_stage": vp_stage}
     model = GPTModel(
         config=config,
         transformer_layer_spec=give_core_attention(spec),
         vocab_size=vocab,
         max_sequence_length=args.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=whole, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=whole, vp_stage=vp_stage),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=whole, **stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=whole, **stage),
         parallel_output=True,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
         rotary_base=args.rotary_base,
-        vp_stage=vp_stage,
+        **stage,
     )
     model.model_type = ModelType.encoder_or_decoder
     customize(model, multipliers_of(vars(args)), longrope_of(vars(args)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of megatron-core's schedules: who wants to know hears when one starts, and when it is over."""
+"""Patches of megatron-core's schedules: who wants to know hears when one starts and when it is over, or changes it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,6 +12,9 @@ from .. import ORIGINAL, around, replace
 ChunkListener = Callable[[torch.nn.Module], None]
 ScheduleListener = Callable[[Sequence[torch.nn.Module]], None]
 
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+_CHANGE = "_bitcpm_change_of_training"
 _listeners: defaultdict[str, list[Callable]] = defaultdict(list)
 
 
@@ -41,6 +44,25 @@ def announce_schedules(
         if listener is not None and listener not in _listeners[moment]:
             _listeners[moment].append(listener)
     replace("megatron.core.transformer.module.MegatronModule.set_is_first_microbatch", _first_micro_batch)
+    _announce()
+
+
+def change_training(chunks: Sequence[torch.nn.Module], change: Change) -> None:
+    """Changes what a schedule that computes gradients is called with; a forward-only one stays what it is.
+
+    Displaces ``forward_backward_*``, as :func:`announce_schedules` does.
+
+    Args:
+        chunks: of the model that is trained, wrapped later or not.
+        change: gets the schedule's arguments by name and returns them as they shall be; called before the schedule
+            starts, on each rank.
+    """
+    for chunk in chunks:
+        setattr(chunk, _CHANGE, change)
+    _announce()
+
+
+def _announce() -> None:
     for kind in ("no_pipelining", "pipelining_without_interleaving", "pipelining_with_interleaving"):
         replace(f"megatron.core.pipeline_parallel.schedules.forward_backward_{kind}", _forward_backward)
 
@@ -62,6 +84,8 @@ def _first_micro_batch(original: Callable, chunk: torch.nn.Module) -> None:
 
 def _forward_backward(original: Callable, *args, model: torch.nn.Module | list[torch.nn.Module], **kwargs) -> Any:
     chunks = model if isinstance(model, list) else [model]
+    if not kwargs.get("forward_only", False):
+        kwargs = _change_of(chunks[0])(kwargs)
     _tell("start", chunks)
     try:
         result = original(*args, model=model, **kwargs)
@@ -70,3 +94,11 @@ def _forward_backward(original: Callable, *args, model: torch.nn.Module | list[t
     if not kwargs.get("forward_only", False):
         _tell("trained", chunks)
     return result
+
+
+def _change_of(chunk: torch.nn.Module) -> Change:
+    """What is to be changed for a chunk in its wrappers."""
+    seen: torch.nn.Module | None = chunk
+    while seen is not None and _CHANGE not in seen.__dict__:
+        seen = getattr(seen, "module", None)
+    return (lambda arguments: arguments) if seen is None else seen.__dict__[_CHANGE]

@@ -216,7 +216,7 @@ def test_the_attention_multiplier_reaches_the_configuration(megatron, monkeypatc
     job = megatron(builders=builders)
     adapt()
     monkeypatch.setattr(
-        host, "prepare", lambda args, chunks, checkpoint: [setattr(c, "_bitcpm_prepared", 1) for c in chunks] and []
+        host, "prepare", lambda args, chunks, *_: [setattr(c, "_bitcpm_prepared", 1) for c in chunks] and []
     )
     job.run(["--attention-multiplier", "0.125"])
     assert job.config.softmax_scale == 0.125

@@ -3,16 +3,19 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
 from ...objectives.distillation import Divergence, Losses, distillation
 from ...objectives.language_modeling import Batch, LossOf, language_modeling, masked_sum
+from ...objectives.targets import Targets
 
 TARGETS = "targets"
 """In a batch: what the teacher says of its tokens, ``[seq_length, micro_batch_size]``; on the last stage alone."""
+
+_T = TypeVar("_T")
 
 
 class DistillationObjective:
@@ -31,7 +34,7 @@ class DistillationObjective:
     def __init__(self, chunks: Sequence[GPTModel], rule: Divergence, alpha: float) -> None:
         self._rule, self._alpha = rule, alpha
         # Of the micro-batch that is in the model, what its teacher says, and what came out.
-        self._batch: Batch = {}
+        self._said: Targets | None = None
         self._losses: Losses | None = None
         for chunk in chunks:
             if chunk.post_process:
@@ -40,22 +43,36 @@ class DistillationObjective:
 
     def __call__(self, batch: Batch, model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
         """Runs the model on a micro-batch with :data:`TARGETS`; reports ``lm_loss``, and ``distill_loss`` of it."""
-        self._batch = batch
-        try:
-            output, _ = language_modeling(batch, model)
-        finally:
-            self._batch = {}
-        losses, self._losses = self._losses, None
+        said: Any = batch.get(TARGETS)
+        (output, _), losses = self.heed(said, lambda: language_modeling(batch, model))
         return output, functools.partial(_sums, batch["loss_mask"], losses)
+
+    def heed(self, said: Targets | None, forward: Callable[[], _T]) -> tuple[_T, Losses | None]:
+        """Runs the model on a micro-batch of which its teacher has said something.
+
+        Args:
+            said: of the tokens ``[seq_length, micro_batch_size]``; None on the stages that have no output layer.
+            forward: runs the model, once.
+
+        Returns:
+            What ``forward`` returns, and per token ``[micro_batch_size, seq_length]`` what the loss is made of; None
+            where no loss was computed.
+        """
+        self._said = said
+        try:
+            found = forward()
+        finally:
+            self._said = None
+        losses, self._losses = self._losses, None
+        return found, losses
 
     def _compute(
         self, original: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
         """Per token, ``[micro_batch_size, seq_length]``, of logits ``[seq_length, micro_batch_size, V / TP]``."""
-        if TARGETS not in self._batch:
+        if self._said is None:
             return original(labels, logits)
-        said: Any = self._batch[TARGETS]
-        found = distillation(logits, labels.t().contiguous(), said, self._rule, self._alpha)
+        found = distillation(logits, labels.t().contiguous(), self._said, self._rule, self._alpha)
         apart = None if found.divergence is None else found.divergence.t().contiguous()
         self._losses = Losses(found.total.t().contiguous(), found.cross_entropy.t().contiguous(), apart)
         return self._losses.total

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import xxhash
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import schedules
 
 from ...agreement import together
@@ -34,6 +35,8 @@ _SHARED = (
     "ternary_backend"
 ).split()
 
+Surrounding = Callable[[argparse.Namespace], contextlib.AbstractContextManager[None]]
+
 
 class Teacher:
     """The model of a checkpoint of ours, of any size, that says what it thinks of a student's micro-batches.
@@ -45,6 +48,7 @@ class Teacher:
     Args:
         args: of the student's run; gets ``distill_identity``, which tells this teacher from others.
         padded_vocab_size: of the student.
+        surrounding: what holds while it is built and while it runs, from the arguments that build it.
 
     Attributes:
         vocab_size: ids that both know, without padding: of any other neither has learned anything.
@@ -54,13 +58,19 @@ class Teacher:
         CheckpointError, ValueError: there is none, or it cannot teach this student, with the reason.
     """
 
-    def __init__(self, args: argparse.Namespace, padded_vocab_size: int) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        padded_vocab_size: int,
+        surrounding: Surrounding = lambda _: contextlib.nullcontext(),
+    ) -> None:
         found = latest(args.distill_teacher)
         if found is None:
             raise CheckpointError(f"the teacher {args.distill_teacher}: there is no checkpoint")
         args.distill_identity = _identity(found)
         own = _arguments(args, found)
-        with _undrawn():
+        self._surrounding = functools.partial(surrounding, own)
+        with _undrawn(), _whole_stages(), self._surrounding():
             self._model = trained_model(own, found, padded_vocab_size)
         for chunk in self._model.bare:
             if chunk.post_process:
@@ -74,11 +84,15 @@ class Teacher:
         self.notes = [f"teacher: {found}, {kind}, {numbers:,} parameters on this rank"]
 
     @property
+    def chunks(self) -> list[GPTModel]:
+        """Of its model on this rank: one."""
+        return self._model.bare
+
+    @property
     def runs_ahead(self) -> bool:
         """Whether it has to see all micro-batches of a step before the student sees one; its stages share the work."""
         return parallel_state.get_pipeline_model_parallel_world_size() > 1
 
-    @torch.no_grad()
     def targets(self, batches: Sequence[Batch], keep: Callable[[torch.Tensor, Batch], Any] | None = None) -> list[Any]:
         """What it says of micro-batches on this device, in their order; nothing on any stage but the last one.
 
@@ -89,23 +103,41 @@ class Teacher:
             keep: what is kept of the logits ``[seq_length, micro_batch_size, V / TP]`` of each; by default
                 :class:`TopKTargets` of them where ``--distill-top-k`` says how many, else :class:`DenseTargets`.
         """
+        forward = functools.partial(_forward, keep or (lambda logits, batch: self.said(logits)))
+        return self.hear(forward, iter(batches), len(batches), **schedule_shape(self._args))
+
+    @torch.no_grad()
+    def hear(self, forward: Callable, data_iterator: Any, count: int, **shape: Any) -> list[Any]:
+        """Runs it on micro-batches, in their order; collective over the ranks that share the model.
+
+        Args:
+            forward: as megatron-core's schedules take a ``forward_step_func`` whose second result is no loss.
+            data_iterator: that ``forward`` takes them from.
+            count: of micro-batches.
+            shape: what the schedule is told of one: ``seq_length``, ``micro_batch_size`` and the like.
+
+        Returns:
+            What ``forward`` kept of each; nothing on any stage but the last one.
+        """
         schedule = (
             schedules.forward_backward_pipelining_without_interleaving
             if self.runs_ahead
             else schedules.forward_backward_no_pipelining
         )
-        return schedule(
-            forward_step_func=functools.partial(_forward, keep or self._said),
-            data_iterator=iter(batches),
-            # Without the wrapper of half precision, which would make fp32 of the logits.
-            model=self._model.bare,
-            num_microbatches=len(batches),
-            forward_only=True,
-            collect_non_loss_data=True,
-            **schedule_shape(self._args),
-        )
+        with _whole_stages(), self._surrounding():
+            return schedule(
+                forward_step_func=forward,
+                data_iterator=data_iterator,
+                # Without the wrapper of half precision, which would make fp32 of the logits.
+                model=self._model.bare,
+                num_microbatches=count,
+                forward_only=True,
+                collect_non_loss_data=True,
+                **shape,
+            )
 
-    def _said(self, logits: torch.Tensor, batch: Batch) -> Targets:
+    def said(self, logits: torch.Tensor) -> Targets:
+        """What is kept of logits ``[seq_length, micro_batch_size, V / TP]`` for a student; collective over their ranks."""
         k, temperature = self._args.distill_top_k, self._args.distill_temperature
         if k is None:
             return DenseTargets(logits)
@@ -120,11 +152,15 @@ def learn_from_teacher(run: Run, padded_vocab_size: int) -> None:
     Raises:
         CheckpointError, ValueError: see :class:`Teacher`.
     """
-    args = run.args
-    run.teacher = Teacher(args, padded_vocab_size)
-    rule = Divergence(run.teacher.vocab_size, args.distill_temperature, args.distill_direction == "reverse")
-    run.objective = DistillationObjective(run.model.bare, rule, args.distill_alpha)
+    run.teacher = Teacher(run.args, padded_vocab_size)
+    run.objective = objective_of(run.args, run.teacher, run.model.bare)
     run.model.notes += run.teacher.notes
+
+
+def objective_of(args: argparse.Namespace, teacher: Teacher, chunks: Sequence[GPTModel]) -> DistillationObjective:
+    """What the chunks of a student are trained for, as the arguments of its run say."""
+    rule = Divergence(teacher.vocab_size, args.distill_temperature, args.distill_direction == "reverse")
+    return DistillationObjective(chunks, rule, args.distill_alpha)
 
 
 def _forward(
@@ -167,6 +203,20 @@ def _identity(checkpoint: Path) -> dict[str, str]:
             told = [xxhash.xxh3_128_hexdigest(json.dumps(recorded, sort_keys=True).encode())]
     torch.distributed.broadcast_object_list(told)
     return {"checkpoint": checkpoint.name, "digest": told[0]}
+
+
+@contextlib.contextmanager
+def _whole_stages() -> Iterator[None]:
+    """While it lasts this process has no virtual stages: a teacher's are whole, whatever its student's are.
+
+    megatron-core 0.12 asks the process, where later versions ask a chunk.
+    """
+    stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+    try:
+        yield
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(stages)
 
 
 @contextlib.contextmanager
