@@ -8,6 +8,7 @@ from pathlib import Path
 from ...checkpoints.directory import CheckpointError
 from ...training.mistakes import teaching_mistakes
 from ..estimates.teacher import teacher_of
+from ..launcher.job import MEGATRON_LM
 from .subject import Finding, Subject, failed, judged, passed
 from .tokenizer import named
 
@@ -28,6 +29,9 @@ def check(subject: Subject) -> list[Finding]:
         before = job.before
         while before is not None and Path(before.flags["save"]) != Path(directory):
             before = before.before
+        if before is not None and job.host.kind == MEGATRON_LM:
+            said = f"stage {before.stage} will leave a checkpoint of Megatron-LM in {directory}, and teachers are ours"
+            return [failed("teacher", said, "train the teacher with the built-in host, or bring it over by way of HF")]
         if before is not None:
             return [passed("teacher", f"stage {before.stage} will leave it in {directory}")]
         cure = "give the --save directory of a run of ours; is the storage mounted here?"

@@ -25,6 +25,7 @@ from bitcpm_megatron.ops import registry
 from bitcpm_megatron.parallel import ProbeError, find_epoch, linears, ternary_modules
 from bitcpm_megatron.patches import megatron_lm, mindspeed
 from bitcpm_megatron.ternary_flags import add_arguments
+from bitcpm_megatron.training.flags import OF_DISTILLATION
 
 # The second is what the first does at once, without the host that the rest of it needs.
 IMPORT = "import bitcpm_megatron.adaptor"
@@ -253,13 +254,14 @@ def test_flags_without_ternary_are_refused(megatron) -> None:
         job.run(["--ternary-group-size", "64"])
 
 
-def check(**of_the_host: object) -> None:
-    """Checks the arguments of a ternary job."""
+def check(**of_the_host: object) -> argparse.Namespace:
+    """Checks the arguments of a ternary job, and returns them."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(["--ternary"])
-    args.__dict__.update(of_the_host)
+    args.__dict__.update({**dict.fromkeys(OF_DISTILLATION), **of_the_host})
     host.check_arguments(args)
+    return args
 
 
 @pytest.mark.parametrize(
@@ -285,6 +287,37 @@ def test_so_is_what_hosts_have_beyond(name: str, value: object) -> None:
         check(**{name: value})
     for off in (None, False, ""):
         check(**{name: off})
+
+
+ALONE = {"context_parallel_size": 1, "eod_mask_loss": False}
+
+
+def test_the_flags_of_distillation_mean_in_hosts_what_they_mean_in_our_loop(megatron) -> None:
+    learning = check(distill_teacher="runs/8b", **ALONE)
+    assert (learning.distill_alpha, learning.distill_temperature, learning.distill_direction) == (1.0, 1.0, "forward")
+    assert check().distill_alpha is None
+    with pytest.raises(host.HostError, match="--distill-alpha needs --distill-teacher"):
+        check(distill_alpha=0.5)
+    with pytest.raises(host.HostError, match="--qad-enable True: it is MindSpeed's own distillation"):
+        check(distill_teacher="runs/8b", qad_enable=True, **ALONE)
+    with pytest.raises(host.HostError, match="--distill-targets store: samples of a host have no numbers"):
+        check(distill_targets="store", **ALONE)
+    job = megatron()
+    adapt()
+    with pytest.raises(SystemExit):
+        job.run(["--distill-teacher", "runs/8b", "--distill-alpha", "1.5"])
+
+
+def test_another_teacher_is_refused_where_a_host_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.job, "prepared", True)
+    first, second = ({"checkpoint": "iter_0000001", "digest": digest} for digest in ("1", "2"))
+    args = check(distill_teacher="runs/8b", finetune=False, distill_identity=first, **ALONE)
+    host.check_loaded(tmp_path, args, argparse.Namespace(distill_teacher="old", distill_identity=first))
+    saved = argparse.Namespace(distill_teacher="old", distill_identity=second)
+    with pytest.raises(host.HostError, match=r"saved with the teacher old \(iter_0000001\): runs/8b .* is another one"):
+        host.check_loaded(tmp_path, args, saved)
+    args.finetune = True
+    host.check_loaded(tmp_path, args, saved)
 
 
 @pytest.mark.parametrize("prefix", ["", "expert_"])

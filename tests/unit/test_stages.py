@@ -147,12 +147,25 @@ def test_what_a_stage_lacks_is_said_with_its_name(job: Path, capsys: pytest.Capt
     assert "stage distill with the preset tiny-minicpm4: " in capsys.readouterr().err
 
 
-def test_a_host_that_has_no_teacher_refuses_one(job: Path) -> None:
-    upstream = ["host={kind: megatron-lm, megatron-path: /opt/m}", "ternary.ternary-telemetry-interval="]
-    qat, distill = read_stages(str(job), [*upstream, "logging.log-dir="])
-    host_argv(qat)
-    with pytest.raises(JobError, match="distill-teacher with the megatron-lm host: its loop has no teacher"):
-        host_argv(distill)
+MEGATRON_HOST = [
+    "host={kind: megatron-lm, megatron-path: /opt/m}",
+    "ternary.ternary-telemetry-interval=",
+    "logging.log-dir=",
+]
+
+
+def test_a_megatron_host_gets_the_teacher_and_no_store(job: Path) -> None:
+    _, distill = read_stages(str(job), MEGATRON_HOST)
+    argv = host_argv(distill)
+    assert argv[argv.index("--distill-teacher") :][:4] == [
+        "--distill-teacher",
+        f"{job.parent}/teacher",
+        "--distill-alpha",
+        "0.5",
+    ]
+    store = ["stages.distill.distillation={distill-targets: /targets}"]
+    with pytest.raises(JobError, match="distill-targets with the megatron-lm host: .* use distill-teacher"):
+        host_argv(read_stages(str(job), [*MEGATRON_HOST, *store])[1])
     with pytest.raises(JobError, match="distill-teacher: it belongs to section distillation"):
         read_stages(str(job), ["host={kind: megatron-lm, megatron-path: /m, flags: {distill-teacher: x}}"])
 
@@ -375,6 +388,14 @@ def test_the_first_stage_may_be_the_teacher_of_the_second(job: Path) -> None:
     save(job.parent / "save" / "qat", 20, read_stages(str(job))[0])
     found = findings(job, 1, *own)
     assert [found[name].status for name in ("teacher", "device-memory")] == ["pass", "pass"]
+
+
+def test_what_a_megatron_host_leaves_is_no_teacher(job: Path) -> None:
+    found = findings(job, 1, f"stages.distill.distillation.distill-teacher={job.parent}/save/qat", *MEGATRON_HOST)
+    assert (
+        found["teacher"].status == "fail"
+        and "stage qat will leave a checkpoint of Megatron-LM" in found["teacher"].found
+    )
 
 
 def test_a_teacher_takes_its_weights_its_logits_and_the_buffers(job: Path, single_rank: None) -> None:
