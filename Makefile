@@ -104,7 +104,7 @@ test-hosts: $(HOST_PACKAGES)/.ready $(if $(MEGATRON_LM_019_PATH),$(HOST_PACKAGES
 	HOST_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/common HOST_012_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.12.1 \
 		HOST_LLM_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/llm HOST_019_PYTHON=$(CURDIR)/$(NEW_PY) \
 		HOST_019_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.19 $(PY) -m pytest tests/integration/test_hosts.py \
-		tests/integration/test_hosts_packed.py $(HOSTS)
+		tests/integration/test_hosts_packed.py tests/integration/test_hosts_distilled.py $(HOSTS)
 
 # The numeric and distributed tests as other processors would run them, one factor at a time. PORTABLE='--settings AVX2'
 test-portable: $(READY)

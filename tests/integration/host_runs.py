@@ -202,6 +202,11 @@ class Result:
         return [float(x) for x in re.findall(r"lm loss: ([0-9.]+E[+-][0-9]+)", self.output)]
 
     @property
+    def divergences(self) -> list[float]:
+        """From the teacher, of every iteration that learned from one."""
+        return [float(x) for x in re.findall(r"distill loss: ([0-9.]+E[+-][0-9]+)", self.output)]
+
+    @property
     def norms(self) -> list[str]:
         """The gradient norm of every iteration, as upstream prints it."""
         return re.findall(r"grad norm: ([0-9.]+)", self.output)
@@ -254,6 +259,11 @@ def run(host: Host, processes: int, flags: Sequence[str]) -> Result:
 
 def run_ours(processes: int, flags: Sequence[str], log_dir: Path) -> list[float]:
     """Runs our own loop, ``launch/pretrain.py``; gives back its losses."""
+    return [record["lm_loss"] for record in records_of_ours(processes, flags, log_dir)]
+
+
+def records_of_ours(processes: int, flags: Sequence[str], log_dir: Path) -> list[dict]:
+    """Runs our own loop; gives back what it logs of its steps."""
     shutil.rmtree(log_dir, ignore_errors=True)
     result = launch(
         [str(CHECKOUT / "launch" / "pretrain.py")],
@@ -262,7 +272,7 @@ def run_ours(processes: int, flags: Sequence[str], log_dir: Path) -> list[float]
     )
     assert result.status == 0, result.output[-4000:]
     records = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
-    return [r["lm_loss"] for r in records if r["kind"] == "train"]
+    return [record for record in records if record["kind"] == "train"]
 
 
 @dataclass(frozen=True)

@@ -248,9 +248,14 @@ REFUSALS = {
         "--ternary --init-model-with-meta-device": "without a checkpoint to load",
         "--ternary --rope-scaling-type longrope": "needs --rope-scaling-short-factor",
         "--ternary-group-size 64": "without --ternary",
+        "--distill-alpha 0.5": "--distill-alpha needs --distill-teacher",
+        "--distill-targets targets": "--distill-targets targets: samples of a host have no numbers",
+        "--distill-teacher teacher --reset-attention-mask": "--reset-attention-mask True: the teacher sees a sample as",
+        "--distill-teacher /no/where": "the teacher /no/where: there is no checkpoint",
     },
     "core_v0.12.1 + MindSpeed, local": {
         "--ternary --qat-scheme w4a16-mxfp4": "--qat-scheme w4a16-mxfp4",
+        "--distill-teacher teacher --swap-layer-input": "--swap-layer-input True: it changes the layers of every model",
     },
     "core_v0.12.1 + MindSpeed, TE": {
         "--ternary --ternary-activation-bits 8": "normalises its input itself",
@@ -258,6 +263,7 @@ REFUSALS = {
     LLM_HOST: {
         "--ternary --reset-attention-mask --use-flash-attn --rope-scaling-type longrope --short-factor 1 "
         "--long-factor 2 --rope-scaling-original-max-position-embeddings 32": "lose MindSpeed-LLM's LongRoPE",
+        "--distill-teacher teacher": "--distill-teacher teacher: MindSpeed-LLM would build it by",
         f"--ternary --lora-fusion {' '.join(LORA)}": "--lora-fusion True: its kernels read the latent weights",
     },
 }
