@@ -167,8 +167,9 @@ def _described(args: argparse.Namespace, own: argparse.Namespace) -> Iterator[No
 
 def _without_mask(chunk: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Its attention is causal by itself; whatever asks for another mask is refused."""
-    tokens, position_ids, _, *rest = args
-    return (tokens, position_ids, None, *rest), kwargs
+    if len(args) > 2:
+        return (*args[:2], None, *args[3:]), kwargs
+    return args, {**kwargs, "attention_mask": None}
 
 
 def _tokenizer_identity(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from ...objectives.targets import DenseTargets, Targets, TopKTargets
 from ..checkpoint import trained_model
 from ..data import schedule_shape
 from ..flags import arguments_of
+from ..initialize import device
 from ..mistakes import teaching_mistakes
 from ..run import Run
 from .objective import DistillationObjective
@@ -224,6 +225,7 @@ def _undrawn() -> Iterator[None]:
     """Leaves the random states as they were, whatever is drawn meanwhile."""
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states = tracker.get_states()
-    with torch.random.fork_rng():
+    # Of all devices of the machine by default, each of which would then hold memory of this process.
+    with torch.random.fork_rng([device()] if torch.cuda.is_available() else []):
         yield
     tracker.set_states(states)
