@@ -56,7 +56,9 @@ class _Window:
         return f"no W,0 with W from 1 to {_LENGTH.maximum}: tokens before each one that it attends to, and none behind"
 
 
-OF_DISTILLATION = ("distill_teacher", "distill_targets", "distill_alpha", "distill_temperature", "distill_direction")
+OF_DISTILLATION = (
+    "distill_teacher distill_targets distill_alpha distill_temperature distill_direction distill_top_k"
+).split()
 """The arguments of distillation, by name."""
 _OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 

@@ -73,6 +73,15 @@ def test_so_it_does_the_other_way_round_and_of_the_teacher_alone(
 
 
 @pytest.mark.parametrize("name", TEACHING)
+def test_likeliest_ids_may_stand_for_all(name: str, material: Material, teacher: Path, first_step) -> None:
+    likeliest = ["--distill-top-k", "5"]
+    found, ours = taught(name, "PP2", material, teacher, *likeliest), first_step(*likeliest)
+    assert found.divergences[0] == pytest.approx(ours["distill_loss"], rel=1e-4)
+    assert float(found.norms[0]) == pytest.approx(ours["grad_norm"], rel=5e-3)
+    assert abs(first_step()["grad_norm"] / ours["grad_norm"] - 1) > 0.05
+
+
+@pytest.mark.parametrize("name", TEACHING)
 def test_a_teacher_of_no_weight_changes_nothing(name: str, material: Material, teacher: Path) -> None:
     """Not even what dropout draws."""
     host = host_named(name)

@@ -23,7 +23,7 @@ from ...checkpoints.directory import latest, saved_arguments
 from ...data.tokenizers import open_tokenizer
 from ...data.vocabulary import TOKENIZER_TYPES
 from ...objectives.distillation import Losses
-from ...objectives.targets import DenseTargets, Targets
+from ...objectives.targets import Targets
 from ...patches.megatron_core import schedules
 from .objective import DistillationObjective
 from .teacher import Teacher, objective_of
@@ -90,7 +90,7 @@ class _Taught:
         # One for each chunk; None where the step reads nothing.
         read = [_taken(one, count) for one in (data if isinstance(data, list) else [data])]
         own = read[0] if parallel_state.is_pipeline_first_stage(ignore_virtual=True) else read[-1]
-        said = self._teacher.hear(functools.partial(_say, forward), _again(own), count, **shape)
+        said = self._teacher.hear(functools.partial(self._say, forward), _again(own), count, **shape)
         again = [_again(batches) for batches in read]
         return {
             **called,
@@ -103,7 +103,7 @@ class _Taught:
     ) -> tuple[Any, Callable]:
         """A forward step without pipeline stages: of each micro-batch the teacher's logits are there when needed."""
         batch = _taken(data, 1)
-        (said,) = self._teacher.hear(functools.partial(_say, forward), _again(batch), 1, **shape)
+        (said,) = self._teacher.hear(functools.partial(self._say, forward), _again(batch), 1, **shape)
         return self._learn(said, lambda: forward(_again(batch), model, *more))
 
     def _after(
@@ -116,6 +116,13 @@ class _Taught:
         heard = next(said) if get_attr_wrapped_model(model, "post_process") else None
         return self._learn(heard, lambda: forward(data, model, *more))
 
+    def _say(
+        self, forward: Callable, data: Iterator | None, model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable]:
+        """The host's forward step of the teacher, whose output is logits, with targets in the place of a loss."""
+        output, _ = forward(data, model)
+        return output, lambda logits, non_loss_data: self._teacher.said(logits)
+
     def _learn(self, said: Targets | None, forward: Callable[[], tuple[Any, Callable]]) -> tuple[Any, Callable]:
         (output, loss_of), losses = self._objective.heed(said, forward)
         return output, loss_of if losses is None else functools.partial(_reported, loss_of, losses)
@@ -127,12 +134,6 @@ def _taken(data: Iterator | None, count: int) -> list[Any] | None:
 
 def _again(batches: Iterable[Any] | None) -> Iterator | None:
     return None if batches is None else iter(batches)
-
-
-def _say(forward: Callable, data: Iterator | None, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-    """The host's forward step of the teacher, whose output is logits, with all of them kept in the place of a loss."""
-    output, _ = forward(data, model)
-    return output, lambda logits, non_loss_data: DenseTargets(logits)
 
 
 def _reported(loss_of: Callable, losses: Losses, output: torch.Tensor) -> tuple[Any, ...]:
