@@ -24,7 +24,10 @@ setup(
     package_data={
         "bitcpm_megatron": ["py.typed"],
         "bitcpm_megatron.ops.cpu": ["*.c", "*.h"],
-        "bitcpm_megatron.launch": ["models/*.yaml", "jobs/*.yaml", "environments/*.yaml", "support.yaml"],
+        "bitcpm_megatron.launch": [
+            *(f"{folder}/*.yaml" for folder in ("models", "jobs", "environments", "sweeps")),
+            "support.yaml",
+        ],
     },
     package_dir={f"bitcpm_megatron.{name}": name for name in INSIDE},
 )

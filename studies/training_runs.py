@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training runs of a study: the demo's model on the demo's text, several at a time, going on where they stopped."""
 
-import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -21,11 +19,10 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "benchmarks")]
 
 from bitcpm_megatron import cli  # noqa: E402
 from bitcpm_megatron.launch import demo  # noqa: E402
+from bitcpm_megatron.launch.sweeper.intervals import MOST_VALUES, mean_interval  # noqa: E402
 from bitcpm_megatron.training.metrics import read_metrics  # noqa: E402
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-MOST_SEEDS = 1 + len(_QUANTILES)
+MOST_SEEDS = MOST_VALUES
 # The demo's model on one rank: what is compared does not depend on the layout.
 _LAYOUT = {"--tensor-model-parallel-size": "1"}
 _LEFT_OUT = ("--sequence-parallel",)
@@ -169,7 +166,4 @@ def gap(losses: Mapping[str, Mapping[int, float]], one: str, other: str) -> dict
         one: a kind.
         other: that which is subtracted.
     """
-    differences = [losses[one][seed] - losses[other][seed] for seed in sorted(losses[one])]
-    mean = statistics.fmean(differences)
-    half = _QUANTILES[len(differences) - 2] * statistics.stdev(differences) / math.sqrt(len(differences))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return mean_interval([losses[one][seed] - losses[other][seed] for seed in sorted(losses[one])])

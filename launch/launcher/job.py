@@ -34,7 +34,7 @@ class JobError(FileError):
 
 
 @functools.cache
-def _flags() -> dict[str, tuple[str, argparse.Action]]:
+def known_flags() -> dict[str, tuple[str, argparse.Action]]:
     """Flag of our parser, without dashes -> its section and its argument."""
     return {
         action.option_strings[0].removeprefix("--"): (str(group.title), action)
@@ -46,10 +46,10 @@ def _flags() -> dict[str, tuple[str, argparse.Action]]:
 
 def section_of(flag: str) -> str | None:
     """The section that a flag of our loop belongs to; None for a flag it does not have."""
-    return _flags()[flag][0] if flag in _flags() else None
+    return known_flags()[flag][0] if flag in known_flags() else None
 
 
-def _section_value(section: str, key: Any, value: Any) -> Any:
+def section_value(section: str, key: Any, value: Any) -> Any:
     """The value of a key of a section, as it is.
 
     Raises:
@@ -57,10 +57,10 @@ def _section_value(section: str, key: Any, value: Any) -> Any:
     """
     where, home = f"{section}.{key}", section_of(key)
     if home != section:
-        known = sorted(flag for flag, (of, _) in _flags().items() if of == section)
+        known = sorted(flag for flag, (of, _) in known_flags().items() if of == section)
         hint = f": it belongs to section {home}" if home else nearest(str(key), known)
         raise JobError(f"unknown key {where}{hint}")
-    action = _flags()[key][1]
+    action = known_flags()[key][1]
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise JobError(f"{where}: expected true or false, got {value!r}")
@@ -205,7 +205,7 @@ class _Flags(Strict):
         if not all(isinstance(name, str | None) for name in preset.values()):
             raise JobError("model.preset: expected the name of a preset, or a file")
         return preset, {
-            key: _section_value(section, key, value)
+            key: section_value(section, key, value)
             for section in _SECTIONS
             for key, value in getattr(self, section).items()
             if (section, key) != ("model", "preset")
@@ -286,13 +286,13 @@ def _find(name: str) -> tuple[Path, str | None]:
     return path, size
 
 
-def read_job(name: str, overrides: Sequence[str] = ()) -> Job:
+def read_job(name: str, overrides: Sequence[str] = (), content: Any = None) -> Job:
     """Reads a job that has no stages, as :func:`read_stages` does.
 
     Raises:
         JobError: as there; also for a job with stages.
     """
-    jobs = read_stages(name, overrides)
+    jobs = read_stages(name, overrides, content)
     if jobs[0].stage is not None:
         raise JobError(
             f"{jobs[0].path}: it has stages ({', '.join(str(job.stage) for job in jobs)}), and is not one job"
@@ -300,13 +300,14 @@ def read_job(name: str, overrides: Sequence[str] = ()) -> Job:
     return jobs[0]
 
 
-def read_stages(name: str, overrides: Sequence[str] = ()) -> list[Job]:
+def read_stages(name: str, overrides: Sequence[str] = (), content: Any = None) -> list[Job]:
     """Reads a job by file, or by the name of one that comes with the package.
 
     Args:
         name: file, ``FILE:SIZE`` where the file has sizes, or name.
         overrides: ``section.key=value`` (``cluster.nodes=2``, ``host.flags.use-flash-attn=true``), values in YAML; an
             empty value takes the key out, or a whole section. ``stages.NAME.section.key=value`` is for one stage.
+        content: what such a file would hold, where it stands in a file of another kind, which then is the name.
 
     Returns:
         Its stages in their order; of a job without stages the job itself, alone.
@@ -315,8 +316,8 @@ def read_stages(name: str, overrides: Sequence[str] = ()) -> list[Job]:
         JobError: naming the file, the stage, the key and what is expected.
     """
     try:
-        path, size = _find(name)
-        content = read_yaml(path)
+        path, size = _find(name) if content is None else (Path(name), None)
+        content = read_yaml(path) if content is None else content
     except FileError as error:
         raise JobError(str(error)) from None
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The YAML files that come with the package, by name: ``launch/models``, ``launch/environments``, ``launch/jobs``."""
+"""The YAML files that come with the package, by name: ``launch/models``, ``environments``, ``jobs`` and ``sweeps``."""
 
 from collections.abc import Sequence
 from pathlib import Path

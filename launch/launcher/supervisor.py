@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agents of a job that trains in stages, one after the other, and who asks them to stop."""
+"""Commands that run as children of this process, and who asks them to stop."""
 
 import functools
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import IO, Any
 
 from ...patches import REQUESTS_TO_STOP, end_with_parent
 
@@ -14,36 +15,61 @@ from ...patches import REQUESTS_TO_STOP, end_with_parent
 class Supervisor:
     """Runs commands as children, which get what this process is asked (SIGTERM, SIGUSR1), and die with it.
 
-    Used as a context; the handlers of signals are what they were afterwards.
+    Used as a context; the handlers of signals are what they were afterwards, and no child is left.
+
+    Args:
+        interactive: whether Ctrl-C asks the children to stop, too, as SIGTERM; a second one interrupts this process.
 
     Attributes:
         asked: whether this process was asked to stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interactive: bool = False) -> None:
         self.asked = False
-        self._child: subprocess.Popen | None = None
+        self._requests = (*REQUESTS_TO_STOP, *([signal.SIGINT] if interactive else []))
+        self._children: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Supervisor":
-        self._before = {number: signal.signal(number, self._pass_on) for number in REQUESTS_TO_STOP}
+        self._before = {number: signal.signal(number, self._pass_on) for number in self._requests}
         return self
 
     def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            child.kill()
+            child.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], variables: Mapping[str, str]) -> int:
-        """Runs a command with these variables for its environment; its exit status, negative for a signal."""
+    def start(
+        self, command: Sequence[str], variables: Mapping[str, str], output: IO[Any] | None = None
+    ) -> subprocess.Popen:
+        """Starts a command with these variables for its environment.
+
+        One that prints into an `output` of its own has a session of its own, too: Ctrl-C reaches it through us alone.
+        """
         bound = functools.partial(end_with_parent, os.getpid())
-        with subprocess.Popen(command, env=dict(variables), preexec_fn=bound) as self._child:
-            if self.asked:
-                # That came while the child was being started.
-                self._child.terminate()
-            status = self._child.wait()
-        self._child = None
-        return status
+        child = subprocess.Popen(
+            command,
+            env=dict(variables),
+            preexec_fn=bound,
+            stdin=None if output is None else subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            start_new_session=output is not None,
+        )
+        self._children = [*(other for other in self._children if other.returncode is None), child]
+        if self.asked:
+            # That came while the child was being started.
+            child.terminate()
+        return child
+
+    def run(self, command: Sequence[str], variables: Mapping[str, str]) -> int:
+        """Runs a command to its end, as :meth:`start` does; its exit status, negative for a signal."""
+        return self.start(command, variables).wait()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt
         self.asked = True
-        if self._child is not None:
-            self._child.send_signal(number)
+        for child in self._children:
+            child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)

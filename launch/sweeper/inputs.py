@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs read: a training is another one where these files hold something else, whatever their names."""
+
+import argparse
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ...checkpoints.directory import latest
+from ...data.blends import blend_of
+from ...data.sft_files import read_samples
+from ...data.token_headers import read_token_file
+from ...files import FileError, Strict, digest, read_digests, read_json, require_file, validated, write_text
+
+_DATA = ("data_path", "train_data_path", "valid_data_path")
+_OTHERS = ("tokenizer_model", "ternary_recipe", "pretrained_checkpoint", "distill_teacher", "distill_targets")
+_RECORD = "inputs.json"
+
+
+class _Record(Strict):
+    digests: dict[str, str]  # by path
+
+
+class Inputs:
+    """The digests of everything that the arguments of runs name, each taken once.
+
+    Args:
+        known: path -> digest, of those that are not to be looked at.
+    """
+
+    def __init__(self, known: Mapping[str, str] | None = None) -> None:
+        self._digests = dict(known or {})
+
+    @classmethod
+    def recorded(cls, directory: Path) -> "Inputs":
+        """As a sweep has recorded them when it was last run, if it has: they need not be there any more.
+
+        Raises:
+            FileError: the record is damaged.
+        """
+        path = directory / _RECORD
+        return cls(validated(_Record, read_json(path), str(path)).digests if path.exists() else None)
+
+    def record(self, directory: Path) -> None:
+        """Writes them into a sweep's directory."""
+        write_text(directory / _RECORD, json.dumps({"digests": self._digests}, indent=1) + "\n")
+
+    def of(self, args: argparse.Namespace) -> dict[str, Any]:
+        """What stands in the place of the paths: by argument a digest, of data weights and digests.
+
+        Raises:
+            ValueError: something is not there or damaged; it is named.
+        """
+        read = functools.partial(read_samples, args.seq_length) if args.sft else read_token_file
+        found: dict[str, Any] = {}
+        for name in _DATA:
+            if getattr(args, name) is not None:
+                prefixes, weights = blend_of(getattr(args, name))
+                found[name] = [weights, [self._digest(prefix, lambda p: read(p).digest) for prefix in prefixes]]
+        for name in _OTHERS:
+            if getattr(args, name) is not None:
+                found[name] = self._digest(getattr(args, name), _content)
+        return found
+
+    def _digest(self, path: str, take: Any) -> str:
+        if path not in self._digests:
+            self._digests[path] = take(path)
+        return self._digests[path]
+
+
+def _content(name: str) -> str:
+    """The digest of a file, or of a directory: of its newest checkpoint, where it holds some."""
+    path = Path(name)
+    if not path.is_dir():
+        require_file(path)
+        return digest(path)["xxh3_128"]
+    place = latest(path) or path
+    files = read_digests(place)
+    if files is None:
+        files = {p.relative_to(place).as_posix(): digest(p) for p in sorted(place.rglob("*")) if p.is_file()}
+    if not files:
+        raise FileError(f"{path}: there is nothing in this directory")
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the logs of a sweep's runs say together: means over seeds, and differences seed by seed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .intervals import mean_interval
+from .runs import FAILED, FINISHED, Result, Run
+from .sweep_file import Arm, Sweep
+
+Loss = Literal["training", "validation"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm, over those of its seeds that have finished.
+
+    Attributes:
+        results: by seed.
+        training: :func:`~.intervals.mean_interval` of the losses; None without a finished run.
+        validation: the same; None also where one of them has none.
+        reference: the arm that it is compared with, or None.
+        difference: from it, seed by seed, of those that both have finished, in the loss that is judged; or None.
+        at_the_edge: whether it is the best along the axis that shall have an optimum, and the first or last there.
+    """
+
+    arm: Arm
+    results: Mapping[int, Result]
+    training: dict[str, float] | None
+    validation: dict[str, float] | None
+    reference: Arm | None
+    difference: dict[str, float] | None
+    at_the_edge: bool
+
+
+@dataclass(frozen=True)
+class Results:
+    """All arms of a sweep, in its order.
+
+    Attributes:
+        judged: the loss by which arms are compared: the validation loss where every finished run has one.
+    """
+
+    sweep: Sweep
+    runs: Sequence[Run]
+    judged: Loss
+    rows: Sequence[Row]
+
+    def of(self, run: Run) -> Result:
+        """That of a run."""
+        return next(row for row in self.rows if row.arm == run.arm).results[run.seed]
+
+    def count(self, state: str) -> int:
+        """How many runs are in a state."""
+        return sum(result.state == state for row in self.rows for result in row.results.values())
+
+
+def results_of(sweep: Sweep, runs: Sequence[Run]) -> Results:
+    """Reads the logs of all runs."""
+    found: dict[str, dict[int, Result]] = {}
+    for run in runs:
+        found.setdefault(run.arm.name, {})[run.seed] = run.result(sweep.last_records)
+    finished = [result for of in found.values() for result in of.values() if result.state == FINISHED]
+    judged: Loss = "training" if any(result.validation is None for result in finished) else "validation"
+    losses = {name: _losses(of, judged) for name, of in found.items()}
+    edges = _edges(sweep, found, losses)
+    rows = []
+    for arm in sweep.arms:
+        reference, of = sweep.reference(arm), found[arm.name]
+        pairs = [] if reference is None else sorted(losses[arm.name].keys() & losses[reference.name].keys())
+        apart = [losses[arm.name][seed] - losses[reference.name][seed] for seed in pairs if reference is not None]
+        training, validation = (_mean(of, loss) for loss in ("training", "validation"))
+        difference = mean_interval(apart) if apart else None
+        rows.append(Row(arm, of, training, validation, reference, difference, arm.name in edges))
+    return Results(sweep, runs, judged, rows)
+
+
+def _losses(results: Mapping[int, Result], loss: Loss) -> dict[int, float]:
+    """Of the finished runs, by seed."""
+    return {seed: getattr(result, loss) for seed, result in results.items() if result.state == FINISHED}
+
+
+def _mean(results: Mapping[int, Result], loss: Loss) -> dict[str, float] | None:
+    values = list(_losses(results, loss).values())
+    return mean_interval(values) if values and None not in values else None
+
+
+def _edges(
+    sweep: Sweep, found: Mapping[str, Mapping[int, Result]], losses: Mapping[str, Mapping[int, float]]
+) -> set[str]:
+    """The arms that are best among those which differ from them along the axis of the optimum alone, and stand at its
+    end. Of arms that have not ended nothing is said, and one that has failed with a seed is not the best."""
+    if sweep.optimum is None:
+        return set()
+    groups: dict[str, list[Arm]] = {}
+    for arm in sweep.arms:
+        groups.setdefault(repr({k: v for k, v in arm.values.items() if k != sweep.optimum}), []).append(arm)
+    edges = set()
+    for arms in groups.values():
+        ended = all(result.state in (FINISHED, FAILED) for arm in arms for result in found[arm.name].values())
+        whole = [arm for arm in arms if len(losses[arm.name]) == len(sweep.seeds)]
+        if ended and whole:
+            best = min(whole, key=lambda arm: sum(losses[arm.name].values()))
+            ends = sorted(arm.values[sweep.optimum] for arm in arms)
+            if best.values[sweep.optimum] in (ends[0], ends[-1]):
+                edges.add(best.name)
+    return edges
