@@ -108,6 +108,7 @@ def failure(status: int, said: str) -> tuple[str, str]:
         status: of its exit, negative for a signal.
         said: the end of its output.
     """
+    said = said.replace("\r", "\n")  # of a progress bar
     errors = [" ".join(found.split()) for found in re.findall(r"(?m)^error: (.*(?:\n[ \t]+\S.*)*)", said)]
     of_agent = [found for error in errors if (found := _AGENT.fullmatch(error))]
     number = signal.Signals(-status).name if status < 0 else next((found[1] for found in of_agent if found[1]), None)
@@ -115,7 +116,7 @@ def failure(status: int, said: str) -> tuple[str, str]:
         return f"ended by {number}", number if number in _KILLS else ""
     causes = [error for error in errors if not _AGENT.fullmatch(error)]
     # A fault of the program has a traceback, which ends with its words.
-    lines = [line for line in re.split(r"[\r\n]+", said) if line.strip() and not line.startswith("error: ")]
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith("error: ")]
     return (causes or lines or [f"exit status {status}"])[-1].strip()[:_MOST_WORDS], ""
 
 

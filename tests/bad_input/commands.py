@@ -100,6 +100,7 @@ COMMANDS = {
         ),
         Command("run", "launch", ("job.yaml", "--print")),
         Command("preflight", "launch", ("job.yaml",)),
+        Command("sweep", "launch", ("sweep.yaml", "--output", "swept", "--report-only")),
         Command("presets", "launch", ()),
         Command("demo", "launch", ("--output", "out"), runs=False),
         Command("demo_chat", "launch", ("--output", "out"), runs=False),

@@ -31,6 +31,14 @@ ternary: {ternary: true, ternary-recipe: recipe.yaml}
 checkpoint: {save: out, save-interval: 1}
 cluster: {profile: cpu, nodes: 1, devices-per-node: 1}
 """
+# What has run of it is nothing yet.
+SWEEP = """
+description: a sweep of the campaign
+base: job.yaml
+grid: {lr: [1.0e-3, 2.0e-3]}
+seeds: [1, 2]
+last-records: 1
+"""
 
 
 def build(directory: Path, run: Callable[[str, list[str]], None]) -> None:
@@ -51,6 +59,8 @@ def build(directory: Path, run: Callable[[str, list[str]], None]) -> None:
     (directory / "chat.jinja").write_text(CHATML)
     (directory / "recipe.yaml").write_text(RECIPE)
     (directory / "job.yaml").write_text(JOB)
+    (directory / "sweep.yaml").write_text(SWEEP)
+    (directory / "swept").mkdir()
     line = "--input corpus.jsonl --train-tokenizer tokenizer.model --vocab-size 300 --append-eod"
     run("preprocess_data", [*line.split(), "--output-prefix", "data/corpus"])
     train = [*MODEL, *DATA, "--train-iters", "2", "--eval-iters", "1", "--eval-interval", "2", "--log-dir", "log"]

@@ -29,6 +29,7 @@ from bitcpm_megatron import cli
 from .commands import converters, preprocessing, preprocessing_sft
 from .processes import Disk, Started
 from .subject import FULL_DISK, HOWS, Subject, TooLate
+from .sweeps import Sweep
 from .targets import Targets
 from .training import Training
 
@@ -39,12 +40,14 @@ _GROUPS = {
     "preprocess": ("preprocess_data", "preprocess_sft"),
 }
 _GROUPS["targets"] = ("write_targets",)
+_GROUPS["sweep"] = ("sweep",)
 _GROUPS["convert"] = tuple(subject.name for subject in converters())
 _GROUPS["all"] = tuple(itertools.chain.from_iterable(_GROUPS.values()))
 
 
 def subjects(what: str, steps: int = 30) -> list[Subject]:
-    """Those that a word on the command line means; a training has so many steps, enough for five disturbances of it."""
+    """Those that a word on the command line means, large enough for five disturbances: a training has so many steps,
+    and a sweep two runs for five of them."""
     everything = [
         Training(distilled=True, steps=steps),
         Training(steps=steps),
@@ -52,6 +55,7 @@ def subjects(what: str, steps: int = 30) -> list[Subject]:
         preprocessing(),
         preprocessing_sft(),
         Targets(),
+        Sweep(steps // 5),
         *converters(),
     ]
     names = _GROUPS.get(what, (what,))

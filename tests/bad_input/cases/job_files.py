@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job files, recipes and presets that are no YAML, or not what they should be."""
+"""Job and sweep files, recipes and presets that are no YAML, or not what they should be."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,11 +31,12 @@ _BAD_YAML = {
 
 
 def yaml(world: Path) -> Iterator[Case]:
-    """Job files, recipes and presets that are no YAML, or not what they should be."""
+    """Job and sweep files, recipes and presets that are no YAML, or not what they should be."""
     train = COMMANDS["pretrain"].good
     for command, argv, name, key in (
         ("run", ("job.yaml", "--print"), "job.yaml", "model"),
         ("preflight", ("job.yaml",), "job.yaml", "model"),
+        ("sweep", COMMANDS["sweep"].good, "sweep.yaml", "base"),
         ("pretrain", (*train, "--ternary-recipe", "recipe.yaml"), "recipe.yaml", "configs"),
         ("pretrain", ("--model", "preset.yaml", *train), "preset.yaml", "flags"),
     ):

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sweep whose runs and whose runner are disturbed: in the end its table is, byte for byte, an undisturbed one's."""
+
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from support.launcher import environment
+from support.small_model import losses
+
+from bitcpm_megatron.files import digest
+
+from .processes import Disk, Started, everyone, first
+from .subject import FULL_DISK, KILL, TERMINATE, Subject, TooLate, demand, one_message
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PATIENCE = 600.0
+"""Seconds after which a sweep hangs."""
+_RESULTS = ("results.md", "results.json", "results.png")
+_SWEEP = """
+description: two arms, killed
+base:
+  model: {{preset: tiny-minicpm4, num-layers: 1, seq-length: 32, make-vocab-size-divisible-by: 64}}
+  training: {{micro-batch-size: 2, train-iters: 9, lr: 1.0e-2, bf16: true}}
+  data: {{mock-data: true, vocab-size: 300, eval-iters: 1, eval-interval: 9}}
+  checkpoint: {{save-interval: 4, keep-last-n: 1}}
+  logging: {{log-interval: 1}}
+arms:
+  BF16: {{}}
+  ternary: {{ternary: true}}
+seeds: {seeds}
+baseline: BF16
+last-records: 5
+"""
+
+
+class Sweep(Subject):
+    """A sweep of two arms, two runs at a time.
+
+    Args:
+        seeds: how many.
+    """
+
+    name = "sweep"
+    batch = 5
+
+    def __init__(self, seeds: int) -> None:
+        self._count = 2 * seeds
+        self._seeds = list(range(1, seeds + 1))
+
+    def prepare(self, scratch: Path) -> None:
+        self._file, self._said = scratch / "sweep.yaml", scratch / "sweep.txt"
+        self._file.write_text(_SWEEP.format(seeds=self._seeds))
+        began = time.monotonic()
+        self._begin_in(scratch / "undisturbed")
+        self._succeed()
+        self._seconds = time.monotonic() - began
+        self._whole, self._losses = self._results(), self._logged()
+        demand(len(self._losses) == self._count, f"{len(self._losses)} runs have logged, expected {self._count}")
+
+    def begin(self, place: Path, rng: random.Random) -> None:
+        self._begin_in(place)
+
+    def disturb(self, how: str, rng: random.Random, disk: Disk | None) -> str:
+        before = self._finished()
+        moment = rng.uniform(0.0, self._seconds * (1 - len(before) / self._count))
+        started = self._start()
+        try:
+            started.wait(moment)
+            done = f"{moment:.1f} s after the start"
+            if how == FULL_DISK:
+                disk.fill()
+                done = f"a disk that is full {done}"
+                self._retry = True
+            else:
+                done = f"{how} to {self._signal(started, signal.Signals[how], rng)} {done}"
+            status = started.wait(PATIENCE)
+            demand(status is not None, f"{done}: hangs", started.said)
+            demand((left := started.orphans()) == [], f"{done}: orphans {left}", started.said)
+        finally:
+            started.clear()
+            if how == FULL_DISK:
+                disk.empty()
+        after = self._finished()
+        lost = [name for name, log in before.items() if after.get(name) != log]
+        demand(lost == [], f"{done}: runs that had finished have changed: {lost}", started.said)
+        if status == 0:
+            raise TooLate
+        # Before its own handler stands a command dies of the signal.
+        if how == FULL_DISK or (how == TERMINATE and status != -signal.SIGTERM):
+            one_message(started.said, status, 1)
+        elif how == KILL:
+            demand(status == -signal.SIGKILL, f"{done}: exit status {status}", started.said)
+        return f"{done}; {len(after)} of {self._count} runs have finished"
+
+    def finish(self) -> None:
+        before = self._finished()
+        self._succeed()
+        after = self._finished()
+        demand(all(after[name] == log for name, log in before.items()), "a run that had finished was run again")
+        demand(self._logged() == self._losses, "the losses of a run differ from those of an undisturbed one")
+        different = [name for name, content in self._results().items() if content != self._whole[name]]
+        demand(
+            different == [], f"not those of an undisturbed sweep: {different}", (self._place / "results.md").read_text()
+        )
+        demand((left := [path.name for path in self._place.glob(".*")]) == [], f"left behind: {left}")
+
+    def _begin_in(self, place: Path) -> None:
+        self._place, self._retry = place, False
+
+    def _start(self) -> Started:
+        """Starts the sweep, or goes on with it; what a full disk has ended has failed, and is run again if asked."""
+        command = [sys.executable, "launch/sweep.py", str(self._file), "--output", str(self._place), "--parallel", "2"]
+        command += ["--retry-failed"] * self._retry
+        return Started(command, CHECKOUT, self._said, {**environment(), "PYTHONUNBUFFERED": "1"})
+
+    def _signal(self, started: Started, number: signal.Signals, rng: random.Random) -> str:
+        """Sends a signal, and says to whom; SIGKILL to a run alone is followed by one to the runner."""
+        runs = [process for process in started.family() if _is_a_run(process)]
+        whom = rng.choice(
+            ("everyone", "the runner", "a run") if number == signal.SIGKILL and runs else ("everyone", "the runner")
+        )
+        if whom != "a run":
+            started.signal(number, everyone if whom == "everyone" else first)
+            return whom
+        started.signal(number, lambda family: [rng.choice(runs)])
+        pause = rng.uniform(0.0, 3.0)
+        started.wait(pause)
+        started.signal(number, first)
+        return f"a run, and to the runner {pause:.1f} s later,"
+
+    def _succeed(self) -> None:
+        started = self._start()
+        status = started.wait(PATIENCE)
+        left = started.orphans()
+        started.clear()
+        demand(status == 0, f"the same command again ends with {status}", started.said)
+        demand(left == [], f"orphans: {left}", started.said)
+
+    def _finished(self) -> dict[str, str]:
+        """The logs of the runs whose end the runner has seen, by digest."""
+        runs = (path.parent for path in self._place.glob("runs/*/outcome.json") if "finished" in path.read_text())
+        return {run.name: digest(run / "metrics.jsonl")["xxh3_128"] for run in runs}
+
+    def _logged(self) -> dict[str, list[tuple]]:
+        return {run.name: losses(run) for run in (self._place / "runs").iterdir()}
+
+    def _results(self) -> dict[str, bytes]:
+        return {name: (self._place / name).read_bytes() for name in _RESULTS}
+
+
+def _is_a_run(process: psutil.Process) -> bool:
+    try:
+        return any(part.endswith("pretrain.py") for part in process.cmdline())
+    except psutil.Error:
+        return False
