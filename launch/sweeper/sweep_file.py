@@ -185,9 +185,9 @@ def _arms(file: _File) -> list[Arm]:
     axes: dict[str, list[Any]] = {**({ARM: list(named)} if named else {}), **file.grid}
     found = []
     for combination in itertools.product(*axes.values()):
-        values = dict(zip(axes, combination, strict=True))
-        changes = named.get(values.get(ARM, ""), {})
-        found.append(Arm(values, {**changes, **{flag: v for flag, v in values.items() if flag != ARM}}))
+        place = dict(zip(axes, combination, strict=True))
+        changes = named.get(place.get(ARM, ""), {})
+        found.append(Arm(place, {**changes, **{flag: value for flag, value in place.items() if flag != ARM}}))
     return found
 
 
