@@ -13,7 +13,7 @@ Exit status: 0 every run has finished (``--report-only``: the table is made), 1 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -26,7 +26,7 @@ from bitcpm_megatron.files.lock import FileLock, LockedError
 from bitcpm_megatron.launch.sweeper import report
 from bitcpm_megatron.launch.sweeper.inputs import Inputs
 from bitcpm_megatron.launch.sweeper.results import results_of
-from bitcpm_megatron.launch.sweeper.running import carry_out
+from bitcpm_megatron.launch.sweeper.running import carry_out, variables_of
 from bitcpm_megatron.launch.sweeper.runs import FAILED, FINISHED, UNFINISHED, Run, runs_of, strangers
 from bitcpm_megatron.launch.sweeper.sweep_file import Sweep, read_sweep
 
@@ -54,11 +54,12 @@ def _sweep(args: argparse.Namespace) -> None:
         raise FileError(f"--output {output}: nothing of this sweep has run there, leave out --report-only")
     inputs = Inputs.recorded(output) if args.report_only else Inputs()
     runs = runs_of(sweep, output, inputs)
+    variables = {} if args.report_only else variables_of(sweep.base)
     lock = _lock(output)
     try:
         if not args.report_only:
             inputs.record(output)
-        asked = not args.report_only and _run(sweep, runs, output, args.parallel or 1, args.retry_failed)
+        asked = not args.report_only and _run(sweep, runs, output, variables, args)
         results = results_of(sweep, runs)
         report.write(results, output)
     finally:
@@ -83,10 +84,12 @@ def _lock(output: Path) -> FileLock:
         ) from None
 
 
-def _run(sweep: Sweep, runs: Sequence[Run], output: Path, at_once: int, retry: bool) -> bool:
+def _run(
+    sweep: Sweep, runs: Sequence[Run], output: Path, variables: Mapping[str, str], args: argparse.Namespace
+) -> bool:
     """Carries out what is left; returns whether it was asked to stop."""
     states = [run.state(sweep.last_records) for run in runs]
-    again = (UNFINISHED, FAILED) if retry else (UNFINISHED,)
+    again = (UNFINISHED, FAILED) if args.retry_failed else (UNFINISHED,)
     left = [run for run, state in zip(runs, states, strict=True) if state in again]
     print(
         f"{len(runs)} runs of {len(sweep.arms)} arms: {states.count(FINISHED)} have finished, "
@@ -95,7 +98,10 @@ def _run(sweep: Sweep, runs: Sequence[Run], output: Path, at_once: int, retry: b
     )
     if others := strangers(runs, output):
         print(f"note: {output} holds {others} runs that this file does not name; they are left alone", flush=True)
-    return carry_out(left, at_once, sweep.last_records, lambda: report.write(results_of(sweep, runs), output))
+    at_once = args.parallel or 1
+    return carry_out(
+        left, variables, at_once, sweep.last_records, lambda: report.write(results_of(sweep, runs), output)
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,11 @@ _OF_A_RANK = frozenset("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK M
 
 
 def variables_of(job: Job) -> dict[str, str]:
-    """The environment of a job's runs: that of this process, with the profile's variables."""
+    """The environment of a job's runs: that of this process, with the profile's variables.
+
+    Raises:
+        JobError, NetworkError: there is no such profile, or this machine lacks the job's network.
+    """
     interface = choose_interface(job.cluster)
     profile = environment.read_profile(job.cluster.profile)
     settings = environment.resolve(profile, job.cluster, os.environ, interface)
@@ -120,11 +124,14 @@ def failure(status: int, said: str) -> tuple[str, str]:
     return (causes or lines or [f"exit status {status}"])[-1].strip()[:_MOST_WORDS], ""
 
 
-def carry_out(runs: Sequence[Run], at_once: int, last_records: int, ended: Callable[[], None]) -> bool:
+def carry_out(
+    runs: Sequence[Run], variables: Mapping[str, str], at_once: int, last_records: int, ended: Callable[[], None]
+) -> bool:
     """Carries runs out in their order, with a progress bar over their steps; returns whether it was asked to stop.
 
     Args:
         runs: those that have not ended.
+        variables: of their environment.
         at_once: how many go on at the same time.
         last_records: see :meth:`Run.result`.
         ended: is called when a run has ended, well or not.
@@ -139,7 +146,7 @@ def carry_out(runs: Sequence[Run], at_once: int, last_records: int, ended: Calla
             while waiting and len(active) < at_once and not supervisor.asked:
                 run = waiting.popleft()
                 bar.write(f"{run.title}: {'goes on' if steps[run.name] else 'begins'} in {run.directory}")
-                active.append(Attempt(run, supervisor, variables_of(run.job)))
+                active.append(Attempt(run, supervisor, variables))
             if not active:
                 return supervisor.asked
             time.sleep(_SECONDS)

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field
 from ...cli import Whole, bounded
 from ...files import FileError, Strict, nearest
 from ..launcher import packaged
+from ..launcher.environment import read_profile
 from ..launcher.job import BUILT_IN, Job, JobError, known_flags, read_job, section_of, section_value
 from .intervals import MOST_VALUES
 
@@ -150,6 +151,7 @@ def _base(base: Any, path: Path) -> Job:
         raise FileError(f"base: expected the name of a job, its file, or what such a file holds, got {base!r}")
     try:
         job = read_job(base) if isinstance(base, str) else read_job(str(path), content=base)
+        read_profile(job.cluster.profile)
     except JobError as error:
         raise FileError(f"base: {str(error).removeprefix(f'{path}: ')}") from None
     if job.host.kind != BUILT_IN:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -254,10 +255,41 @@ time.sleep(60)
 
 
 @pytest.mark.slow
+def test_ctrl_c_asks_all_children_and_a_second_one_does_not_wait(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: print(sys.argv[1], os.getpid() == os.getsid(0), flush=True))
+print("ready", flush=True)
+for _ in range(600):
+    time.sleep(0.1)
+"""
+    path = tmp_path / "output.txt"
+
+    def said(lines: int) -> list[str]:
+        deadline = time.monotonic() + 60
+        while len(path.read_text().splitlines()) < lines:
+            assert time.monotonic() < deadline, path.read_text()
+            time.sleep(0.02)
+        return path.read_text().splitlines()
+
+    with path.open("ab") as output, pytest.raises(KeyboardInterrupt), Supervisor(interactive=True) as supervisor:
+        children = [supervisor.start([sys.executable, "-c", script, name], os.environ, output) for name in "ab"]
+        said(2)
+        signal.raise_signal(signal.SIGINT)
+        # Each in a session of its own: the terminal asks this process alone.
+        assert supervisor.asked and sorted(said(4)[2:]) == ["a True", "b True"]
+        assert [child.poll() for child in children] == [None, None]
+        signal.raise_signal(signal.SIGINT)
+    assert [child.poll() for child in children] == [-signal.SIGKILL] * 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a process when its parent dies")
 def test_an_agent_dies_with_who_started_it() -> None:
     script = """
 import sys
+import time
 from bitcpm_megatron.launch.launcher.supervisor import Supervisor
 with Supervisor() as supervisor:
     supervisor.run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], {})

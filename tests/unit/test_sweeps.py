@@ -450,6 +450,7 @@ MEGATRON_LM = {**BASE, "host": {"kind": "megatron-lm", "megatron-path": "/m"}}
         ({"base": MEGATRON_LM}, "base: host.kind megatron-lm: a sweep trains with the built-in host"),
         ({"base": based_on("training", lrr=1)}, "base: unknown key training.lrr"),
         ({"base": based_on("cluster", nodes=2)}, "base: cluster.nodes 2: a sweep runs on the machine"),
+        ({"base": based_on("cluster", profile="no-such")}, "base: cluster.profile no-such: no such profile file"),
         ({"base": based_on("cluster", max_restarts=1)}, "base: cluster.max-restarts: a sweep's runs meet nobody"),
         ({"base": based_on("checkpoint", load="a")}, "base: checkpoint.load: a run goes to its end"),
         (
