@@ -104,6 +104,8 @@ def test_names_are_of_the_content(runs: Callable) -> None:
     assert names(runs()) == before and len(set(before.values())) == 6
     turned = {key: dict(reversed(list(BASE[key].items()))) for key in reversed(BASE)}
     assert names(runs(base=turned, grid={"lr": [4e-3, 1e-3, 2e-3]}, seeds=[2, 1])) == before
+    exported = [names(runs(base=based_on("cluster", environment=dict.fromkeys(order, "1")))) for order in ("AB", "BA")]
+    assert exported[0] == exported[1]
     # What is not the training's: where and how often it saves, what the sweep says of itself, a default in full.
     assert names(runs(base=based_on("checkpoint", save="elsewhere", save_interval=3))) == before
     assert names(runs(base=based_on("training", lr=7e-3, seed=5), description="other", baseline="lr=0.001")) == before
