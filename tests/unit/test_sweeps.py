@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,9 @@ def test_what_failed_or_has_not_ended_stands_in_the_table(runs: Callable, tmp_pa
     assert f"| {found['lr=0.001', 2].name} | lr=0.001 | 2 | unfinished | - | - | 10 of 20 steps |" in text
     assert f"| {found['lr=0.004', 1].name} | lr=0.004 | 1 | failed | - | - | x: the loss is nan \\| diverged |" in text
     assert str(tmp_path) not in text, "the same table wherever a sweep lies"
+    # The other way round, it is the baseline that lacks a seed.
+    turned = results_of(replace(results.sweep, baseline={"lr": 1e-3}), list(found.values()))
+    assert [row.difference for row in turned.rows] == [None, {"mean": pytest.approx(-0.5)}, None]
 
 
 def test_a_log_that_lacks_the_last_validation_is_of_no_finished_run(runs: Callable) -> None:
