@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sweeps: what a file stands for, how runs are named, what their logs say together, and every refusal."""
 
+import argparse
 import json
 import os
 import signal
@@ -149,11 +150,25 @@ def test_names_are_of_the_content_of_files(runs: Callable, tmp_path: Path) -> No
     assert found[0] == found[1] and not set(found[0].values()) & set(changed.values())
 
 
+def reading(**paths: object) -> argparse.Namespace:
+    """As much of a run's arguments as says what it reads."""
+    names = "data_path train_data_path valid_data_path tokenizer_model ternary_recipe pretrained_checkpoint".split()
+    nothing = dict.fromkeys([*names, "distill_teacher", "distill_targets"])
+    return argparse.Namespace(**{**nothing, "sft": False, "seq_length": 1, **paths})
+
+
+def test_data_are_their_content_and_their_weights() -> None:
+    told = Inputs({"a": "one", "b": "two", "copy": "one"})
+    blends = ["1 a 2 b", "1 copy 2 b", "2 a 1 b", "1 b 2 a", "a b"]
+    found = [told.of(reading(data_path=blend.split())) for blend in blends]
+    assert found[0] == found[1] and all(found.count(one) == 1 for one in found[2:])
+    assert told.of(reading(train_data_path=["a"])) != told.of(reading(valid_data_path=["a"]))
+
+
 def test_what_was_read_need_not_be_there_for_a_report(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.model"
     file.write_bytes(b"one")
-    told, args = Inputs(), {"tokenizer_model": str(file), "sft": False, "seq_length": 1}
-    args = type("Arguments", (), {**dict.fromkeys(_paths()), **args})
+    told, args = Inputs(), reading(tokenizer_model=str(file))
     before = told.of(args)
     told.record(tmp_path)
     file.unlink()
@@ -162,11 +177,19 @@ def test_what_was_read_need_not_be_there_for_a_report(tmp_path: Path) -> None:
         Inputs().of(args)
 
 
-def _paths() -> list[str]:
-    return [
-        *("data_path", "train_data_path", "valid_data_path", "tokenizer_model", "ternary_recipe"),
-        *("pretrained_checkpoint", "distill_teacher", "distill_targets"),
-    ]
+def test_a_checkpoint_is_its_newest_iteration(tmp_path: Path) -> None:
+    def saved(iteration: int, content: str) -> dict:
+        directory = tmp_path / f"iter_{iteration:07d}"
+        directory.mkdir(exist_ok=True)
+        (directory / "metadata.json").write_text(content)
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+        return Inputs().of(reading(distill_teacher=str(tmp_path)))
+
+    first = saved(1, "one")
+    assert saved(1, "one") == first and saved(2, "two") != first and saved(3, "one") == first
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileError, match="there is nothing in this directory"):
+        Inputs().of(reading(distill_teacher=str(tmp_path / "empty")))
 
 
 # ---------------------------------------------------------------------------------------------------------- results
