@@ -211,16 +211,28 @@ def check_prepared(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def trains_with(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], optimizer: Any) -> str | None:
-    """Lets the parameters hold the quantized weights, where ``--ternary-cache`` asks for it and the host allows it.
+    """Lets the parameters hold the quantized weights, where ``--ternary-cache`` asks for it and the host allows it, and
+    the optimizer step with the gradients of ``--ternary-estimator``.
 
     Returns:
-        One line for the log, None without a quantizer.
+        Lines for the log, None without a quantizer.
 
     Raises:
-        HostError: ``--ternary-cache resident`` is not possible.
+        HostError: ``--ternary-cache resident`` or the estimator is not possible.
     """
     if not args.ternary:
         return None
+    from .parallel.estimators import EstimatorError, shape_gradients
+
+    held = _hold(args, chunks, optimizer)
+    try:
+        shaped = shape_gradients(chunks, optimizer, args.ternary_estimator)
+    except EstimatorError as error:
+        raise HostError(f"--ternary-estimator {args.ternary_estimator}: {error}") from None
+    return "\n".join(filter(None, [held, shaped])) or None
+
+
+def _hold(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], optimizer: Any) -> str | None:
     from .parallel.resident import ResidentError, hold_in_parameters
 
     names = [name for name in _OTHER_MASTERS if getattr(args, name, False)]

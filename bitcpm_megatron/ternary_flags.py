@@ -100,6 +100,19 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         "scales; bit-identical",
     )
     group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
+    _add_integer_arguments(group)
+    _add_gradient_arguments(group)
+    group.add_argument(
+        "--ternary-telemetry-interval",
+        type=Whole(1, 10**9),
+        metavar="N",
+        help="every N iterations: zeros, changed codes and scales of every module, into --log-dir",
+    )
+    group.add_argument("--allow-quantizer-change", action="store_true", help="load a checkpoint of another quantizer")
+    return parser
+
+
+def _add_integer_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ternary-activation-bits",
         type=Whole(8, 16),
@@ -119,14 +132,16 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         default="bf16",
         help="int8: the input gradients, too, from gradients rounded to 8 bits per token",
     )
+
+
+def _add_gradient_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--ternary-telemetry-interval",
-        type=Whole(1, 10**9),
-        metavar="N",
-        help="every N iterations: zeros, changed codes and scales of every module, into --log-dir",
+        "--ternary-estimator",
+        choices=("identity", "clipped"),
+        default="identity",
+        help="of the gradient through the quantizer: identity, straight through; clipped, none for a latent "
+        "weight more than half a step beyond the outermost level",
     )
-    group.add_argument("--allow-quantizer-change", action="store_true", help="load a checkpoint of another quantizer")
-    return parser
 
 
 def _backends() -> Iterable[str]:

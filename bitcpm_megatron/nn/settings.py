@@ -16,6 +16,9 @@ CacheChoice = Literal["auto", "resident", "packed", "step", "none"]
 Gemm = Literal["bf16", "int8"]
 """How a layer's GEMMs are computed: as the weights are stored, or in integers."""
 
+Estimator = Literal["identity", "clipped"]
+"""What stands for the gradient of the quantizer: the straight-through estimator, or that within the levels' reach."""
+
 
 @dataclass(frozen=True)
 class TernarySettings:

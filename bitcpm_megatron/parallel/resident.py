@@ -59,7 +59,7 @@ class Resident:
     def __init__(self, chunks: Sequence[HostModule], optimizer: Any) -> None:
         self._chunks = list(chunks)
         self._modules = [(s, m) for s, m in ternary_modules(chunks) if m.weight.requires_grad]
-        parts = [part for part in _parts(optimizer) if not getattr(part, "is_stub_optimizer", False)]
+        parts = [part for part in optimizers_of(optimizer) if not getattr(part, "is_stub_optimizer", False)]
         owner: dict[torch.nn.Parameter, int] = {}
         for i, part in enumerate(parts):
             whole = [parameter for group in getattr(part, "float16_groups", ()) for parameter in group]
@@ -146,6 +146,14 @@ class Resident:
             for share, made, (scales, count) in zip(shares.shares, fresh, kept, strict=True):
                 share.state.scales, share.state.count = scales, count
                 check_held(share.state, made, _flat(share))
+
+    def masters(self) -> Iterator[tuple[Share, torch.Tensor]]:
+        """The shards of quantized weights that this rank trains, each with its fp32 master, flat."""
+        for part, shares in self._shares:
+            masters = masters_of(part)
+            for share in shares.shares:
+                if share.start < share.end:
+                    yield share, masters[share.parameter].detach().view(-1)
 
     def _copy(self, part: Any, original: Callable[[], None], shares: Shares) -> None:
         original()
@@ -249,9 +257,10 @@ def _flat(share: Share) -> torch.Tensor:
     return share.parameter.detach().view(-1)[share.start : share.end]
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def optimizers_of(optimizer: Any) -> list[Any]:
+    """The optimizers that one of megatron-core's is chained of; itself where it is not."""
     chained = getattr(optimizer, "chained_optimizers", None)
-    return [optimizer] if chained is None else [part for inner in chained for part in _parts(inner)]
+    return [optimizer] if chained is None else [part for inner in chained for part in optimizers_of(inner)]
 
 
 def masters_of(part: Any) -> dict[torch.nn.Parameter, torch.Tensor]:

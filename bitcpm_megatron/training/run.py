@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ..objectives.language_modeling import Objective, language_modeling
+from ..parallel.estimators import shape_gradients
 from ..parallel.packed.gather import gather_packed
 from ..parallel.packed.weights import pack_weights
 from ..parallel.resident import hold_in_parameters
@@ -91,7 +92,8 @@ def build_run(args: argparse.Namespace, model: Model) -> Run:
         # The packed gather is of resident weights alone: where they cannot be, this says why.
         cache = "resident" if args.ternary_param_gather == "packed" else args.ternary_cache
         held = hold_in_parameters(model.chunks, optimizer, cache)
-    model.notes += filter(None, [held, gather_packed(model.chunks, args.ternary_param_gather)])
+    shaped = shape_gradients(model.chunks, optimizer, args.ternary_estimator)
+    model.notes += filter(None, [held, gather_packed(model.chunks, args.ternary_param_gather), shaped])
     model.config.grad_scale_func = optimizer.scale_loss
     samples, wsd = args.global_batch_size, args.lr_wsd_decay_iters
     scheduler = OptimizerParamScheduler(

@@ -74,6 +74,44 @@ def test_weights_that_live_in_the_parameters_change_no_bit(layout: str, case: st
         assert step["refused"] == []
 
 
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+@pytest.mark.parametrize("case", [f"fusion={f} overlap={o} do={d}" for f in (0, 1) for o in (0, 1) for d in (0, 1)])
+def test_clipped_gradients_equal_those_of_clamped_weights(layout: str, case: str, results: dict[str, list]) -> None:
+    for result in results[f"{layout} clipped {case}"]:
+        assert result["error"] < EXACT
+        assert result["versus_identity"] > 0.1, "the straight-through gradients must be told apart"
+        assert all(0.1 < share < 0.9 for share in result["clipped"]), "of the weights, in both layers"
+
+
+@pytest.mark.parametrize("fusion", [0, 1])
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+def test_a_mask_in_the_straight_through_function_is_lost_under_fusion(
+    layout: str, fusion: int, results: dict[str, list]
+) -> None:
+    """Planted: the same mask in the backward of the function that stands between the latent weight and its stand-in."""
+    for result in results[f"{layout} fusion={fusion} planted mask in the function"]:
+        assert (result["error"] < EXACT) == (not fusion)
+        assert (result["versus_identity"] < EXACT) == bool(fusion)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+def test_the_estimator_identity_changes_no_bit(layout: str, results: dict[str, list]) -> None:
+    with_it, without = (results[f"{layout} {name}"] for name in ("identity", "no estimator"))
+    assert [r["gradients"] for r in with_it] == [r["gradients"] for r in without]
+    clipped = results[f"{layout} clipped fusion=1 overlap=1 do=1"]
+    assert {r["gradients"] for r in with_it}.isdisjoint(r["gradients"] for r in clipped)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+def test_clipped_steps_are_the_same_wherever_quantized_weights_are(layout: str, results: dict[str, list]) -> None:
+    others = results[f"{layout} overlap=1 do=1 places"]
+    for places, straight in zip(results[f"{layout} clipped places"], others, strict=True):
+        assert places["step"]["digest"] == places["resident"]["digest"] == places["packed"]["digest"]
+        assert (places["resident"]["cuts"] > 0) == (layout == "DP2")
+        assert places["packed"]["held"].startswith("cache: packed")
+        assert places["step"]["digest"] != straight["step"]["digest"]
+
+
 @pytest.mark.parametrize("fusion", [0, 1])
 @pytest.mark.parametrize("layout", ["TP1 sp=0", "TP2 sp=0", "TP2 sp=1"])
 def test_int8_gemms_are_exact_and_their_gradients_those_of_bf16_gemms(

@@ -128,6 +128,21 @@ def test_weights_that_live_in_the_parameters_change_no_loss(name: str, material:
     assert len(resident.norms) == 6 and resident.norms == step.norms
 
 
+@pytest.mark.parametrize("name", HOSTS)
+def test_clipped_gradients_are_the_same_wherever_quantized_weights_are(name: str, material: Material) -> None:
+    host = host_named(name)
+    common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *material.start, *OVERLAPS, *TERNARY]
+    common += ["--exit-interval", "3"]
+    straight = succeeded(run(host, 2, common), 3)
+    clipped = [*common, "--ternary-estimator", "clipped"]
+    resident = succeeded(run(host, 2, clipped), 3)
+    step = succeeded(run(host, 2, [*clipped, "--ternary-cache", "step"]), 3)
+    assert "estimator: clipped" in resident.output and "estimator:" not in straight.output
+    assert resident.losses == step.losses and resident.norms == step.norms
+    # Before any weight has moved.
+    assert straight.losses[0] == resident.losses[0] and straight.norms[0] > resident.norms[0]
+
+
 # Transformer Engine's layers normalise their input themselves: 8-bit activations are refused there.
 @pytest.mark.parametrize("name", [name for name in HOSTS if not name.endswith(", TE")])
 def test_int8_gemms_take_the_place_of_its_own(name: str, material: Material, ours) -> None:

@@ -136,6 +136,13 @@ def test_a_job_trains_ternary_after_one_import(megatron) -> None:
     assert job.printed[-1].startswith("cache: step, a quantized weight beside each latent one (not resident: ")
 
 
+def test_an_optimizer_that_would_not_take_the_gradients_of_an_estimator_is_refused(megatron) -> None:
+    job = megatron()
+    adapt()
+    with pytest.raises(host.HostError, match="--ternary-estimator clipped: .*use --ternary-estimator identity"):
+        job.run(["--ternary", "--ternary-estimator", "clipped"])
+
+
 def test_so_does_a_host_whose_builders_make_the_model(megatron) -> None:
     """Megatron-LM from core_v0.18 on: without get_model, and with arguments become a configuration elsewhere."""
     job = megatron(builders=True)

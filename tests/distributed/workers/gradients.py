@@ -44,9 +44,11 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from support.integers import by_definition  # noqa: E402
 
 from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
-from bitcpm_megatron.nn import cache, linear  # noqa: E402
+from bitcpm_megatron.nn import cache, linear, straight_through  # noqa: E402
 from bitcpm_megatron.ops import counts, fake_quantize_activations  # noqa: E402
 from bitcpm_megatron.parallel import ProbeError, Recipe, apply_recipe, cohorts, probe, ternary_modules  # noqa: E402
+from bitcpm_megatron.parallel.estimators import shape_gradients  # noqa: E402
+from bitcpm_megatron.parallel.packed.weights import pack_weights  # noqa: E402
 from bitcpm_megatron.parallel.resident import find_resident, hold_in_parameters, latents  # noqa: E402
 from bitcpm_megatron.patches import cpu  # noqa: E402
 from bitcpm_megatron.patches.megatron_core import without_te  # noqa: E402
@@ -110,9 +112,26 @@ def reference_quantizer(w: torch.Tensor, groups: int) -> torch.Tensor:
 def reference_gradients(weights: list[torch.Tensor], data: list[tuple], quantized: bool = True) -> list[torch.Tensor]:
     leaves = [w.double().requires_grad_() for w in weights]
     w1, w2 = (reference_quantizer(w, g) if quantized else w for w, g in zip(leaves, (1, SHARDS), strict=True))
-    for x, target in data:
-        y = torch.nn.functional.gelu(x.double() @ w1.t()) @ w2.t()
-        ((y * target.double()).sum() / len(data)).backward()
+    return dense_gradients(leaves, w1, w2, data)
+
+
+def clipped_gradients(weights: list[torch.Tensor], data: list[tuple]) -> list[torch.Tensor]:
+    """Those of weights that are clamped to 1.5 scales in front of the straight-through quantizer."""
+    leaves = [w.double().requires_grad_() for w in weights]
+    made = []
+    for w, groups in zip(leaves, (1, SHARDS), strict=True):
+        rows = w.detach().float().reshape(w.shape[0] * groups, -1)
+        reach = 1.5 * quantize(rows, QuantizerConfig())[1].double()
+        clamped = w.reshape(rows.shape).clamp(-reach, reach).reshape(w.shape)
+        made.append(clamped + (reference_quantizer(w.detach(), groups) - clamped).detach())
+    return dense_gradients(leaves, *made, data)
+
+
+def dense_gradients(
+    leaves: list[torch.Tensor], w1: torch.Tensor, w2: torch.Tensor, data: list[tuple]
+) -> list[torch.Tensor]:
+    made = [torch.nn.functional.gelu(x.double() @ w1.t()) @ w2.t() for x, _ in data]
+    (sum((y * target.double()).sum() for y, (_, target) in zip(made, data, strict=True)) / len(data)).backward()
     return [w.grad for w in leaves]
 
 
@@ -248,15 +267,46 @@ def run_case(
     }
 
 
-def run_where(
-    place: str, fusion: bool, sequence_parallel: bool, overlap: bool, distributed_optimizer: bool
+def run_estimator(
+    estimator: str, fusion: bool, sequence_parallel: bool, overlap: bool, distributed_optimizer: bool
 ) -> dict[str, object]:
-    """Three steps in bf16 with the quantized weights ``resident`` in the parameters, or beside them with ``step``: what
-    the steps computed, to the last bit, and what is refused between them."""
+    """The gradients that the second of two optimizer steps was taken with, and how far from references they are."""
+    model, ddp, optimizer = build(Pair, fusion, sequence_parallel, overlap, distributed_optimizer)
+    shape_gradients([ddp], optimizer, estimator)
+    layers = (model.mlp.linear_fc1, model.mlp.linear_fc2)
+    for step in range(2):
+        optimizer.zero_grad()
+        schedule(ddp, step)
+        weights = [gathered(m.weight.detach().clone(), axis) for m, axis in zip(layers, (0, 1), strict=True)]
+        optimizer.step()
+    if distributed_optimizer:
+        share_gradient_shards(ddp)
+    found = [gathered(m.weight.main_grad, axis) for m, axis in zip(layers, (0, 1), strict=True)]
+    everything = [d for r in range(parallel_state.get_data_parallel_world_size()) for d in samples(step, r)]
+    expected = clipped_gradients(weights, everything)
+    return {
+        "error": _relative(found, expected),
+        "versus_identity": _relative(found, reference_gradients(weights, everything)),
+        "clipped": [float((e == 0).float().mean()) for e in expected],
+        "gradients": hashlib.sha256(json.dumps([f.tolist() for f in found]).encode()).hexdigest(),
+    }
+
+
+def run_where(
+    place: str,
+    fusion: bool,
+    sequence_parallel: bool,
+    overlap: bool,
+    distributed_optimizer: bool,
+    estimator: str = "identity",
+) -> dict[str, object]:
+    """Three steps in bf16 with the quantized weights ``resident`` in the parameters or ``packed``, or beside them with
+    ``step``: what the steps computed, to the last bit, and what is refused between them."""
     model, ddp, optimizer = build(
         NormedPair, fusion, sequence_parallel, overlap, distributed_optimizer, dtype=torch.bfloat16
     )
-    held = hold_in_parameters([ddp], optimizer, place)
+    held = pack_weights([ddp], optimizer) if place == "packed" else hold_in_parameters([ddp], optimizer, place)
+    shape_gradients([ddp], optimizer, estimator)
     resident = find_resident(ddp)
     seen = []
     for step in range(STEPS):
@@ -434,6 +484,23 @@ def _wrong_main_grad(weight: torch.Tensor) -> dict[str, object]:
     return {**weight.__dict__, "main_grad": torch.zeros_like(weight)} if hasattr(weight, "main_grad") else {}
 
 
+def _masked_backward(ctx, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN001
+    """Where one would look for the place of an estimator first."""
+    ctx.shadow = None
+    weight, scales = ctx.latent
+    rows = weight.reshape(scales.numel(), -1)
+    mask = (rows.abs() <= 1.5 * scales.float().reshape(-1, 1)).reshape(weight.shape)
+    return None if grad is None else grad * mask, None, None
+
+
+def _masked_forward(ctx, weight: torch.Tensor, quantized: torch.Tensor, product: None = None) -> torch.Tensor:  # noqa: ANN001
+    groups = 1 if weight.shape[1] == HIDDEN else SHARDS // parallel_state.get_tensor_model_parallel_world_size()
+    rows = weight.detach().reshape(weight.shape[0] * groups, -1)
+    ctx.latent = weight.detach().clone(), quantize(rows, QuantizerConfig())[1]
+    ctx.set_materialize_grads(False)
+    return quantized.detach()
+
+
 def _whole_chunk(chunk: torch.nn.Module) -> list[cache.Cohort]:
     return [ternary_modules(chunk)]
 
@@ -468,6 +535,24 @@ def main(directory: Path) -> None:
         for flags in ((True, tp > 1, True, True), (False, False, False, True), (True, False, False, False)):
             places = {place: run_where(place, *flags) for place in ("step", "resident")}
             results[f"{layout} overlap={int(flags[2])} do={int(flags[3])} places"] = places
+        for flags in itertools.product((False, True), repeat=3):
+            numbers = dict(zip(("fusion", "overlap", "do"), map(int, flags), strict=True))
+            name = " ".join([layout, "clipped", *(f"{key}={value}" for key, value in numbers.items())])
+            results[name] = run_estimator("clipped", flags[0], tp > 1, *flags[1:])
+        flags = (True, tp > 1, True, True)
+        results[f"{layout} identity"] = run_estimator("identity", *flags)
+        with mock.patch(f"{__name__}.shape_gradients"):
+            results[f"{layout} no estimator"] = run_estimator("identity", *flags)
+        places = ("step", "resident", "packed")
+        where = {place: run_where(place, *flags, estimator="clipped") for place in places}
+        results[f"{layout} clipped places"] = where
+        for fusion in (False, True):
+            with (
+                mock.patch.object(straight_through._StraightThrough, "forward", _masked_forward),
+                mock.patch.object(straight_through._StraightThrough, "backward", _masked_backward),
+            ):
+                name = f"{layout} fusion={int(fusion)} planted mask in the function"
+                results[name] = run_estimator("identity", fusion, tp > 1, False, False)
         results[f"{layout} int8"] = run_int8()
         for flags in itertools.product((False, True), (False, True) if tp > 1 else (False,)):
             results[f"{layout} int8 gemm fusion={int(flags[0])} sp={int(flags[1])}"] = run_int8_gemm(*flags)

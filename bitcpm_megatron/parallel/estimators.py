@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the optimizer takes for the gradient of a latent weight: estimators of the gradient through the quantizer.
+
+The gradient with respect to a quantized weight, summed over micro-batches and reduced over ranks, stands in its
+``main_grad`` when the optimizer steps, and during a step the latent weight W and its scale s stand still. So an
+estimator that is elementwise in W, s and the gradient is one product per optimizer step, in front of the norm and the
+clipping. It works wherever the gradient came from: fused into ``main_grad``, overlapped with the backward pass, or
+scattered over the shards of the distributed optimizer, of which each is multiplied by its slice of the factors. Inside
+the straight-through function it would do nothing under gradient-accumulation fusion, which goes past it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from ..nn.linear import TernaryState
+from ..nn.settings import Estimator
+from ..quantization import effective_group
+from ..quantization.spaces import SPACES, Space
+from .probe import ternary_modules
+from .resident import find_resident, optimizers_of
+
+Factor: TypeAlias = Callable[[torch.Tensor, torch.Tensor, Space], torch.Tensor]
+"""From fp32 weights and their scales, both ``[n]``, to what their gradient is multiplied by, ``[n]``."""
+
+# The factors of a weight are made block by block, so that they take 16 MiB each.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+class EstimatorError(ValueError):
+    """The gradients of this run cannot be shaped."""
+
+
+def clipped(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor:
+    """Whether a weight lies at most half a step beyond the outermost levels; elsewhere it has no gradient.
+
+    That is ``|W| <= 1.5 s`` for ternary: where the quantizer clamps by more than it rounds, moving W changes nothing.
+    The mask of the clipped straight-through estimator (Hubara et al., "Quantized Neural Networks", 2016, eq. 4), with
+    the range of ``torch.fake_quantize_per_channel_affine``, whose gradient passes where ``round(W / s)`` is a level.
+    In fp32 the bounds are exact, and a weight on one of them keeps its gradient.
+
+    Args:
+        w: fp32 latent weights ``[n]``.
+        s: their scales ``[n]`` in fp32, each of them a bf16 number.
+        space: that they are quantized to.
+
+    Returns:
+        bool ``[n]``.
+    """
+    low, high = space.levels[0], space.levels[-1]
+    below, above = (space.levels[1] - low) / 2, (high - space.levels[-2]) / 2
+    return (w >= s * (low - below)) & (w <= s * (high + above))
+
+
+ESTIMATORS: Mapping[str, Factor] = {"clipped": clipped}
+"""By the name after ``--ternary-estimator``; ``identity`` does nothing and is in no table."""
+
+
+def shape_gradients(chunks: Sequence[torch.nn.Module], optimizer: Any, estimator: Estimator) -> str | None:
+    """Lets an optimizer step with the gradients that an estimator makes of the straight-through ones.
+
+    To be called once the optimizer is built, after :func:`~.resident.hold_in_parameters` or without it. It wraps the
+    optimizer's ``step``, which computes norm, clipping and update from what it finds in ``main_grad``.
+
+    Args:
+        chunks: the model chunks of this rank, wrapped in DDP, after :func:`~.apply.apply_recipe`.
+        optimizer: that trains them, as ``get_megatron_optimizer`` builds it.
+        estimator: ``identity`` changes nothing; else a name in :data:`ESTIMATORS`.
+
+    Returns:
+        One line for the log, None for ``identity``.
+
+    Raises:
+        EstimatorError: there is no ``main_grad`` to shape, or the optimizer does not step with it.
+    """
+    if estimator == "identity":
+        return None
+    if estimator not in ESTIMATORS:
+        raise EstimatorError(f"estimator {estimator!r} is unknown: use identity or one of {', '.join(ESTIMATORS)}")
+    _check(chunks, optimizer, estimator)
+    optimizer.step = functools.partial(_step, optimizer.step, list(chunks), ESTIMATORS[estimator])
+    return f"estimator: {estimator}, once per optimizer step, in front of the gradient's norm"
+
+
+def _step(original: Callable[[], Any], chunks: Sequence[torch.nn.Module], factor: Factor) -> Any:
+    for state, parameter, latent, start in _latents(chunks):
+        _shape(state, parameter, latent, start, factor)
+    return original()
+
+
+def _latents(
+    chunks: Sequence[torch.nn.Module],
+) -> Iterator[tuple[TernaryState, torch.nn.Parameter, torch.Tensor, int]]:
+    """Of every weight that is trained and quantized: its state, itself, and from an element on its latent values, flat.
+
+    Where the parameters hold quantized weights, the latent ones are this rank's masters, of its shard alone; and that
+    of the reduced gradient is all that the rank has, too.
+    """
+    resident = find_resident(chunks[0])
+    if resident is not None and resident.holds:
+        for share, master in resident.masters():
+            yield share.state, share.parameter, master, share.start
+    else:
+        for state, module in ternary_modules(chunks):
+            if module.weight.requires_grad:
+                yield state, module.weight, module.weight.detach().view(-1), 0
+
+
+@torch.no_grad()
+def _shape(
+    state: TernaryState, parameter: torch.nn.Parameter, latent: torch.Tensor, start: int, factor: Factor
+) -> None:
+    scales = state.in_use(parameter)[1].flatten()
+    group = effective_group(parameter.shape[1], state.config.group_size)
+    gradient = parameter.main_grad.view(-1)  # type: ignore[attr-defined] # DDP's
+    for first in range(start, start + latent.numel(), _BLOCK_ELEMENTS):
+        last = min(first + _BLOCK_ELEMENTS, start + latent.numel())
+        # As the forward saw it, which of a master is less.
+        w = latent[first - start : last - start].to(parameter.dtype).float()
+        cut = scales[first // group : (last - 1) // group + 1].float()
+        s = cut.repeat_interleave(group)[first % group :][: last - first]
+        # A product, and no filling with zeros: what is not finite must not go unnoticed.
+        gradient[first:last].mul_(factor(w, s, SPACES[state.config.space]))
+
+
+def _check(chunks: Sequence[torch.nn.Module], optimizer: Any, estimator: str) -> None:
+    cure = "use --ternary-estimator identity"
+    for part in optimizers_of(optimizer):
+        method = getattr(type(part), "prepare_grads", None)
+        if method is None or not method.__module__.startswith("megatron.core."):
+            where = "of its own" if method is None else f"that {method.__module__} has put there"
+            raise EstimatorError(
+                f"{type(part).__name__} takes gradients in a way {where}, and was not proved to take those of the "
+                f"estimator {estimator}: {cure}"
+            )
+    for state, module in ternary_modules(chunks):
+        if module.weight.requires_grad and not hasattr(module.weight, "main_grad"):
+            raise EstimatorError(
+                f"{state.name}: its gradient is in no buffer of megatron-core's DDP, where the estimator {estimator} "
+                f"would shape it: wrap the model before, or {cure}"
+            )
