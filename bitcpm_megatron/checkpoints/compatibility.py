@@ -19,7 +19,8 @@ ARCHITECTURE = (
 _OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
 _TOLD = (
     "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
-    "weight_decay clip_grad sft reset_position_ids reset_attention_mask eod_mask_loss "
+    "weight_decay start_weight_decay end_weight_decay weight_decay_incr_style clip_grad "
+    "sft reset_position_ids reset_attention_mask eod_mask_loss "
     "distill_teacher distill_targets distill_alpha distill_temperature distill_direction distill_top_k "
     "ternary_estimator"
 ).split()

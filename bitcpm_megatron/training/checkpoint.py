@@ -236,15 +236,16 @@ def _load_schedule(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         run.scheduler.load_state_dict(state)
     except AssertionError as error:
         raise CheckpointError(
-            f"{checkpoint} was trained with another learning-rate schedule ({error}): give the same --lr, --min-lr, "
-            "--train-iters and --lr-... flags, or --override-opt-param-scheduler for these, or "
-            "--use-checkpoint-opt-param-scheduler for the checkpoint's"
+            f"{checkpoint} was trained with another schedule of learning rate or weight decay ({error}): give the same "
+            "--lr, --min-lr, --train-iters, --lr-... and --...weight-decay... flags, or --override-opt-param-scheduler "
+            "for these, or --use-checkpoint-opt-param-scheduler for the checkpoint's"
         ) from None
     if run.args.override_opt_param_scheduler:
         # The scheduler asks the parameter groups first, which came with the optimizer state.
         for group in run.optimizer.param_groups:
             group["max_lr"], group["min_lr"] = run.args.lr, run.args.min_lr
-        run.scheduler.step(0)
+    # It has set the weight decay of this moment before it took the checkpoint's.
+    run.scheduler.step(0)
 
 
 def load_weights(checkpoint: Path, model: Model) -> None:

@@ -27,6 +27,8 @@ _NEEDED_BY = {
 }
 AT_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 """Arguments that ask for something at the end of documents."""
+WEIGHT_DECAY_STYLES = ("linear", "cosine")
+"""Of a weight decay that is another one from step to step."""
 
 
 def mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
@@ -152,6 +154,19 @@ def _schedule_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield "--lr-decay-style WSD and --lr-wsd-decay-iters go together"
     elif args.lr_wsd_decay_iters is not None and args.lr_warmup_iters + args.lr_wsd_decay_iters > decay:
         yield "--lr-warmup-iters and --lr-wsd-decay-iters together exceed the iterations of decay"
+    yield from _weight_decay_mistakes(args)
+
+
+def _weight_decay_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    style = f"--weight-decay-incr-style {args.weight_decay_incr_style}"
+    for name in ("start_weight_decay", "end_weight_decay"):
+        given = getattr(args, name) is not None
+        if given and args.weight_decay_incr_style not in WEIGHT_DECAY_STYLES:
+            yield f"{_flag(name)} does nothing with {style}: say {' or '.join(WEIGHT_DECAY_STYLES)}"
+        elif not given and args.weight_decay_incr_style in WEIGHT_DECAY_STYLES:
+            yield f"{style} needs {_flag(name)}"
+    if args.weight_decay is not None and args.weight_decay_incr_style in WEIGHT_DECAY_STYLES:
+        yield f"--weight-decay does nothing with {style}, which goes from --start- to --end-weight-decay: leave it out"
 
 
 def data_mistakes(args: argparse.Namespace) -> Iterator[str]:

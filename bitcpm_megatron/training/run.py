@@ -4,7 +4,7 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -32,7 +32,8 @@ class Run:
 
     Attributes:
         optimizer: Adam with fp32 master weights, gradient clipping, and the distributed optimizer where asked for.
-        scheduler: learning rate over samples, as in Megatron-LM: warm-up, then constant / linear / cosine / WSD.
+        scheduler: learning rate and weight decay over samples, as in Megatron-LM: warm-up, then constant / linear /
+            cosine / WSD; and a decay that is constant, or linear / cosine from its start to its end.
         objective: what a micro-batch is trained for.
         teacher: that the objective learns from, or None.
         stored: what a teacher said before, that the objective learns from; or None.
@@ -80,6 +81,20 @@ class Step:
     divergence: float | None = None
 
 
+class Schedule(OptimizerParamScheduler):
+    """megatron-core's schedule of learning rate and weight decay, whose weight decay may fall, too.
+
+    After ``n`` of ``wd_incr_steps`` samples the weight decay is ``start_wd + c (end_wd - start_wd)``, with
+    ``c = n / wd_incr_steps`` for ``linear`` and ``(1 - cos(pi n / wd_incr_steps)) / 2`` for ``cosine``. That is
+    upstream's formula (``OptimizerParamScheduler.get_wd``), of which its constructor alone demands that it rises.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer, *, start_wd: float, end_wd: float, **others: Any) -> None:
+        super().__init__(optimizer, start_wd=end_wd, end_wd=end_wd, **others)
+        self.start_wd = start_wd
+        self.step(0)
+
+
 def build_run(args: argparse.Namespace, model: Model) -> Run:
     """Optimizer and schedule for a model that was built for training."""
     same = {name: getattr(args, name) for name in _SAME_NAMES}
@@ -96,7 +111,8 @@ def build_run(args: argparse.Namespace, model: Model) -> Run:
     model.notes += filter(None, [held, gather_packed(model.chunks, args.ternary_param_gather), shaped])
     model.config.grad_scale_func = optimizer.scale_loss
     samples, wsd = args.global_batch_size, args.lr_wsd_decay_iters
-    scheduler = OptimizerParamScheduler(
+    falls_or_rises = args.weight_decay_incr_style != "constant"
+    scheduler = Schedule(
         optimizer,
         init_lr=0.0,
         max_lr=args.lr,
@@ -104,10 +120,10 @@ def build_run(args: argparse.Namespace, model: Model) -> Run:
         lr_warmup_steps=args.lr_warmup_iters * samples,
         lr_decay_steps=args.lr_decay_iters * samples,
         lr_decay_style=args.lr_decay_style,
-        start_wd=args.weight_decay,
-        end_wd=args.weight_decay,
+        start_wd=args.start_weight_decay if falls_or_rises else args.weight_decay,
+        end_wd=args.end_weight_decay if falls_or_rises else args.weight_decay,
         wd_incr_steps=args.train_iters * samples,
-        wd_incr_style="constant",
+        wd_incr_style=args.weight_decay_incr_style,
         override_opt_param_scheduler=args.override_opt_param_scheduler,
         use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
         wsd_decay_steps=None if wsd is None else wsd * samples,

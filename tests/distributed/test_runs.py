@@ -187,7 +187,7 @@ def test_a_recipe_that_keeps_a_layer_trains_and_saves(two_ranks: tuple) -> None:
         "group refused": ("linear_proj", "group_size=64 does not divide a row of 32", "use -1 or one of [32]"),
         "no quantizer refused": ("--ternary is not given", "--allow-quantizer-change"),
         "other quantizer refused": ("group_size -1 in the checkpoint, 32 asked for", "--allow-quantizer-change"),
-        "schedule refused": ("another learning-rate schedule", "--override-opt-param-scheduler"),
+        "schedule refused": ("another schedule of learning rate or weight decay", "--override-opt-param-scheduler"),
         "other model refused": ("--rotary-base 10000 (now 500)", "give the same flags"),
         "unknown flag refused": ("unknown arguments", "did you mean --ternary-cache?"),
         "abbreviation refused": ("unknown arguments", "--ternary-group: did you mean --ternary-group-size?"),

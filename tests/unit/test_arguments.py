@@ -30,7 +30,7 @@ def test_defaults_that_depend_on_others() -> None:
     args = parse("--swiglu", "--global-batch-size", "8", world_size=2)
     assert (args.data_parallel_size, args.num_microbatches) == (2, 2)
     assert (args.ffn_hidden_size, args.kv_channels, args.num_query_groups, args.lr_decay_iters) == (128, 16, 4, 10)
-    assert parse().ffn_hidden_size == 256
+    assert (parse().ffn_hidden_size, parse().weight_decay) == (256, 0.01)
     assert parse("--num-query-groups", "2").num_query_groups == 4, "as in Megatron-LM: without the GQA flag, no groups"
 
 
@@ -98,6 +98,21 @@ def test_defaults_that_depend_on_others() -> None:
         (["--lr-warmup-iters", "10"], 1, "must be less than the 10 iterations"),
         (["--min-lr", "1"], 1, "--min-lr 1.0 is above --lr 0.001"),
         (["--lr-decay-style", "WSD"], 1, "WSD and --lr-wsd-decay-iters go together"),
+        (
+            ["--start-weight-decay", "0.1"],
+            1,
+            "--start-weight-decay does nothing with --weight-decay-incr-style constant",
+        ),
+        (
+            ["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.1"],
+            1,
+            "--weight-decay-incr-style linear needs --end-weight-decay",
+        ),
+        (
+            "--weight-decay-incr-style cosine --start-weight-decay 1 --end-weight-decay 0 --weight-decay 0.01".split(),
+            1,
+            "--weight-decay does nothing with --weight-decay-incr-style cosine",
+        ),
         (["--data-path", "x"], 1, "give the data in one way"),
         (["--tokenizer-model", "x"], 1, "--tokenizer-model and --tokenizer-type are for real data"),
         (["--tokenizer-type", "HuggingFaceTokenizer"], 1, "says what --tokenizer-model is: give both"),

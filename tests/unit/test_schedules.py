@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What changes from step to step: its values, and that a resumed run goes on with them."""
+
+import argparse
+import dataclasses
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import tensor_parallel
+
+from bitcpm_megatron.checkpoints.directory import CheckpointError
+from bitcpm_megatron.training import checkpoint
+from bitcpm_megatron.training.flags import parse_args
+from bitcpm_megatron.training.loop import pretrain
+from bitcpm_megatron.training.run import Schedule, Step
+
+RUN = """
+    --num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16
+    --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 --lr-decay-style constant --eval-iters 0
+    --mock-data --vocab-size 100 --ternary --bf16 --attention-dropout 0 --hidden-dropout 0
+""".split()
+FALLING = "--weight-decay-incr-style linear --start-weight-decay 8 --end-weight-decay 0".split()
+
+
+def schedule(start: float, end: float, style: str, **more: Any) -> Schedule:
+    """Of ten steps of three samples, and two groups, of which one decays."""
+    groups = [{"wd_mult": 1.0}, {"wd_mult": 0.0}]
+    settings = {"init_lr": 0.0, "max_lr": 1.0, "min_lr": 0.0, "lr_warmup_steps": 0, "lr_decay_steps": 30}
+    settings |= {"lr_decay_style": "constant", "wd_incr_steps": 30, "use_checkpoint_opt_param_scheduler": False}
+    optimizer = types.SimpleNamespace(param_groups=groups)
+    return Schedule(optimizer, start_wd=start, end_wd=end, wd_incr_style=style, **{**settings, **more})
+
+
+def decays(of: Schedule, steps: int) -> list[float]:
+    """That the next steps are taken with."""
+    found = []
+    for _ in range(steps):
+        decayed, other = of.optimizer.param_groups
+        assert other["weight_decay"] == 0
+        found.append(decayed["weight_decay"])
+        of.step(3)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "style", "expected"),
+    [
+        (0.1, 0.0, "linear", [0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01, 0.0, 0.0]),
+        (0.0, 0.1, "linear", [0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.1]),
+        # 1 + cos(pi k / 10) over 2: cos of 36 and 72 degrees are (sqrt(5) +- 1) / 4.
+        (1.0, 0.0, "cosine", {0: 1.0, 2: (5 + 5**0.5) / 8, 4: (3 + 5**0.5) / 8, 5: 0.5, 10: 0.0, 11: 0.0}),
+        (0.1, 0.1, "constant", [0.1] * 12),
+    ],
+)
+def test_weight_decay_goes_from_its_start_to_its_end(start: float, end: float, style: str, expected: Any) -> None:
+    found = decays(schedule(start, end, style), 12)
+    wanted = expected if isinstance(expected, dict) else dict(enumerate(expected))
+    assert {step: found[step] for step in wanted} == pytest.approx(wanted, abs=1e-15)
+
+
+def resumed(state: dict, own: Schedule, **choice: bool) -> list[float]:
+    choices = {"override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False, **choice}
+    args = argparse.Namespace(lr=1.0, min_lr=0.0, **choices)
+    checkpoint._load_schedule(
+        types.SimpleNamespace(scheduler=own, args=args, optimizer=own.optimizer), Path("x"), state
+    )
+    return decays(own, 8)
+
+
+def test_a_resumed_schedule_goes_on_where_it_stopped() -> None:
+    stopped = schedule(0.1, 0.0, "cosine")
+    whole = [*decays(stopped, 4), *resumed(stopped.state_dict(), schedule(0.1, 0.0, "cosine"))]
+    assert whole == decays(schedule(0.1, 0.0, "cosine"), 12)
+
+
+def test_a_resumed_schedule_of_another_weight_decay_is_refused_or_chosen() -> None:
+    stopped = schedule(0.1, 0.0, "linear")
+    decays(stopped, 4)
+    state = stopped.state_dict()
+    for other in (schedule(0.2, 0.0, "linear"), schedule(0.1, 0.05, "linear"), schedule(0.1, 0.0, "cosine")):
+        with pytest.raises(CheckpointError, match="weight decay.*--override-opt-param-scheduler"):
+            resumed(state, other)
+    theirs = schedule(0.5, 0.5, "constant", use_checkpoint_opt_param_scheduler=True)
+    # From the very next step on.
+    assert resumed(state, theirs, use_checkpoint_opt_param_scheduler=True) == decays(stopped, 8)
+    ours = schedule(0.5, 0.5, "constant", override_opt_param_scheduler=True)
+    assert resumed(state, ours, override_opt_param_scheduler=True) == [0.5] * 8
+
+
+@dataclasses.dataclass
+class Taken:
+    """Of a step: its loss, the masters behind it, and the weight decay of the next."""
+
+    loss: float
+    masters: list[torch.Tensor]
+    decay: float
+
+
+def taken(*flags: str) -> list[Taken]:
+    """The steps of a run."""
+    steps: list[Taken] = []
+
+    def watch(step: Step) -> None:
+        groups = step.run.optimizer.param_groups
+        made = [p.detach().clone() for group in groups for p in group["params"]]
+        steps.append(Taken(step.loss, made, max(group["weight_decay"] for group in groups)))
+
+    torch.manual_seed(1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    pretrain(parse_args([*RUN, *flags], 1), on_step=watch)
+    return steps
+
+
+def equal(some: Taken, other: Taken) -> bool:
+    pairs = zip(some.masters, other.masters, strict=True)
+    return (some.loss, some.decay) == (other.loss, other.decay) and all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_each_step_is_taken_with_the_weight_decay_of_its_moment(single_rank: None) -> None:
+    falls, stays = taken(*FALLING), taken("--weight-decay", "8")
+    assert [step.decay for step in falls] == [6, 4, 2, 0] and {step.decay for step in stays} == {8}
+    # The first step decays as the start says: the second is the first to see other weights.
+    assert all(torch.equal(a, b) for a, b in zip(falls[0].masters, stays[0].masters, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(falls[1].masters, stays[1].masters, strict=True) if a.dim() == 2)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_with_the_same_steps(single_rank: None, tmp_path: Path) -> None:
+    whole, saved = taken(*FALLING), ["--save", str(tmp_path), "--load", str(tmp_path), "--exit-interval", "2"]
+    parts = [*taken(*FALLING, *saved), *taken(*FALLING, *saved)]
+    assert all(equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert not equal(whole[1], whole[2])
