@@ -126,6 +126,8 @@ def _refused(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         if getattr(args, derived, 1) > 1:
             why = "a rank would hold a part of its rows only until they are gathered, past the quantizer: leave it out"
             yield flag, why
+    if args.ternary_ramp_iters:
+        yield "ternary_ramp_iters", "hosts do not tell which step they take: leave it out, or use launch/pretrain.py"
     if args.ternary_param_gather == "packed":
         yield "ternary_param_gather", "a host gathers its parameters by itself: leave it out, or use launch/pretrain.py"
     if args.ternary_cache == "packed":
@@ -291,7 +293,13 @@ def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Nam
     if change is not None:
         raise HostError(f"{checkpoint} was saved with {': '.join(change)}")
     try:
-        return check_change(checkpoint, QuantizerRecord.read(checkpoint), job.record, job.allow_change)
+        found = QuantizerRecord.read(checkpoint)
+        if found is not None and found.ramp < 1.0 and not getattr(args, "finetune", False):
+            raise HostError(
+                f"{checkpoint} was saved in the middle of a ramp, on which hosts cannot go on: train on with "
+                "launch/pretrain.py until --ternary-ramp-iters are over, or --finetune to begin with its weights"
+            )
+        return check_change(checkpoint, found, job.record, job.allow_change)
     except RecordError as error:
         raise HostError(str(error)) from None
 

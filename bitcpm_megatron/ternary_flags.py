@@ -142,6 +142,13 @@ def _add_gradient_arguments(group: argparse._ArgumentGroup) -> None:
         help="of the gradient through the quantizer: identity, straight through; clipped, none for a latent "
         "weight more than half a step beyond the outermost level",
     )
+    group.add_argument(
+        "--ternary-ramp-iters",
+        type=Whole(0, 10**9),
+        default=0,
+        metavar="N",
+        help="step k of the first N uses W + (k - 1) / N (Wq - W) in the place of the quantized weight Wq",
+    )
 
 
 def _backends() -> Iterable[str]:
@@ -190,7 +197,7 @@ def ternary_mistakes(args: argparse.Namespace) -> list[str]:
             return ["--ternary-row-parallel-shards does nothing with a --ternary-group-size: leave it out"]
         if args.ternary_verify_cache and args.ternary_cache == "none":
             return ["--ternary-verify-cache has nothing to verify with --ternary-cache none"]
-        return [*_packed_mistakes(args), *_gather_mistakes(args), *_gemm_mistakes(args)]
+        return [*_packed_mistakes(args), *_gather_mistakes(args), *_gemm_mistakes(args), *_ramp_mistakes(args)]
     parser = add_ternary_arguments(argparse.ArgumentParser())
     idle = [
         action.option_strings[0]
@@ -217,6 +224,19 @@ def _gather_mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield f"{asked} needs quantized weights in the parameters, which {cache} does not keep there: use resident"
     if not getattr(args, "use_distributed_optimizer", False):
         yield f"{asked} needs --use-distributed-optimizer: without it no parameters are gathered"
+
+
+def _ramp_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    if not args.ternary_ramp_iters:
+        return
+    asked = f"--ternary-ramp-iters {args.ternary_ramp_iters}"
+    if args.ternary_cache in ("resident", "packed"):
+        kept = f"--ternary-cache {args.ternary_cache} keeps the quantized one alone"
+        yield f"{asked} needs the latent weight in every forward, and {kept}: use step"
+    if args.ternary_param_gather != "bf16":
+        yield f"{asked} does not go with --ternary-param-gather {args.ternary_param_gather}: latents have no codes"
+    if args.ternary_gemm != "bf16":
+        yield f"{asked} does not go with --ternary-gemm {args.ternary_gemm}: what lies between two codes has none"
 
 
 def _gemm_mistakes(args: argparse.Namespace) -> Iterator[str]:

@@ -114,7 +114,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "tied": None if a is None else a.tied,
         "padded_vocabulary": found.padded_vocabulary,
         "optimizer_state": found.optimizer_state,
-        "quantizer": None if found.record is None else asdict(found.record),
+        "quantizer": None if found.record is None else found.record.content(),
         "digests": found.digests,
         "saved_scales": sum(w.has_scales for w in found.weights),
         "modules": modules,
@@ -155,6 +155,7 @@ def as_text(found: Inspection, fast: bool = False) -> str:
             f"{record.state}, {record.space}, {len(record.modules)} modules with g {', '.join(groups)}, row-parallel "
             f"shards {record.row_parallel_shards}, eps {record.eps:g}, activations {record.activation_bits} bits, "
             f"of {record.latent_dtype} weights"
+            + (f", saved on a ramp with {record.ramp:.3g} of the quantizer" if record.ramp < 1.0 else "")
         )
     facts["digests"] = {None: "none", True: "every file matches", False: "files are damaged"}[found.digests]
     if fast and found.digests:

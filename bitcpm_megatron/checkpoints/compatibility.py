@@ -8,7 +8,7 @@ from typing import Any
 
 from ..models.from_arguments import longrope_of, multipliers_of
 from ..quantization.record import QuantizerRecord, RecordError, check_change
-from .directory import RELEASE, CheckpointError
+from .directory import RELEASE, CheckpointError, iteration_of
 
 ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels position_embedding_type "
@@ -68,6 +68,14 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
         optimizer = _differences(args, saved, _OPTIMIZER)
         checks.append((optimizer, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
     if not args.finetune and checkpoint.name != RELEASE:
+        # A ramp that is over, like one that never was, leaves nothing to go on with.
+        ramps = [of.get("ternary_ramp_iters") or 0 for of in (saved, vars(args))]
+        if ramps[0] != ramps[1] and iteration_of(checkpoint) < max(ramps):
+            was = f"--ternary-ramp-iters {ramps[0]} (now {ramps[1]})"
+            cure = (
+                "the quantizer would jump in the middle of a ramp: give the same, or --finetune to begin at its start"
+            )
+            checks.append(([was], cure))
         seed = _differences(args, saved, ["seed"])
         checks.append((seed, "the order of the samples would change: give the same, or --finetune"))
     for different, cure in checks:

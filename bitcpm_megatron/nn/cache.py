@@ -30,6 +30,8 @@ class CacheEpoch:
         number: of the epoch.
         scheduled: whether a schedule runs.
         open: whether quantized weights may be used again.
+        ramp: how much of the quantizer the forward uses, from 0 for none of it to 1: W + ramp (Wq - W). It may change
+            between schedules, and what is cached holds the blend.
         cohorts: while a schedule runs, the layers that are quantized together, by the name of each of them. Not kept
             beyond it: a copy of one layer would take all others along.
     """
@@ -37,6 +39,7 @@ class CacheEpoch:
     number: int = 0
     scheduled: bool = False
     open: bool = False
+    ramp: float = 1.0
     cohorts: Mapping[str, Cohort] = field(default_factory=dict)
 
     def start(self, cohorts: Iterable[Cohort] = ()) -> None:
@@ -92,6 +95,12 @@ def _unwrapped(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     while seen is not None:
         yield seen
         seen = getattr(seen, "module", None)
+
+
+def set_ramp(chunks: Iterable[torch.nn.Module], ramp: float) -> None:
+    """Says how much of the quantizer the forwards of these chunks use from now on; not while a schedule runs."""
+    for epoch in filter(None, map(find_epoch, chunks)):
+        epoch.ramp = ramp
 
 
 def first_micro_batch(model: torch.nn.Module) -> None:

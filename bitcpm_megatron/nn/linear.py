@@ -48,7 +48,7 @@ class TernaryState:
             groups of its features.
         gemm: ``int8`` multiplies the layer's input in int8 with the weight's codes; ``bf16`` both as they are stored.
         gemm_backward: ``int8`` does so with the gradient of the output, too.
-        quantized: the last quantized weight ``[out, in]`` (kept only with ``step``).
+        quantized: the last quantized weight ``[out, in]`` (kept only with ``step``), or its blend on a ramp.
         scales: its bf16 scales ``[out, groups]``.
         count: quantizations made so far, for reports.
         resident: whether the module's parameter holds the quantized weight itself, and the optimizer the latent one.
@@ -116,8 +116,16 @@ class TernaryState:
         # The old one first, so that there are never two.
         self.quantized = None
         quantized, scales = self.quantize(latent)
+        quantized = self._blend(latent, quantized)
         self._keep(quantized, scales, training)
         return quantized
+
+    def _blend(self, latent: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        """What the forward uses: the quantized weight itself, or on a ramp W + ramp (Wq - W) in its place."""
+        if self.epoch.ramp == 1.0:
+            return quantized
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.lerp(latent.detach(), quantized, self.epoch.ramp, out=quantized)
 
     def _cached(self, training: bool) -> torch.Tensor | None:
         return self.quantized if self.epoch.open and self.made_in == (self.epoch.number, training) else None
@@ -137,7 +145,7 @@ class TernaryState:
         if self.resident:
             held = self.held(weight)
             return held, scales_of(held, self.config)
-        if self.quantized is not None and self.scales is not None:
+        if self.quantized is not None and self.scales is not None and self.epoch.ramp == 1.0:
             return self.quantized, self.scales
         return self.quantize(weight)
 
@@ -173,7 +181,7 @@ class TernaryState:
         return Int8Product(self.name, self.codes, self.gradients if self.gemm_backward == "int8" else None)
 
     def _compare(self, latent: torch.Tensor, cached: torch.Tensor) -> None:
-        fresh, _ = self.quantize(latent)
+        fresh = self._blend(latent, self.quantize(latent)[0])
         if not torch.equal(fresh, cached):
             changed = torch.ne(fresh, cached).sum().item()
             raise StaleCacheError(
@@ -203,8 +211,8 @@ def _quantize_together(members: Sequence[tuple[TernaryState, torch.Tensor, bool]
         for config, alike in kinds.items():
             sizes = [state.config.group_size for state, _, _ in alike]
             made = quantize_all([latent.detach() for _, latent, _ in alike], config, sizes)
-            for (state, _, training), quantized, scales in zip(alike, *made, strict=True):
-                state._keep(quantized, scales, training)
+            for (state, latent, training), quantized, scales in zip(alike, *made, strict=True):
+                state._keep(state._blend(latent, quantized), scales, training)
 
 
 def ternary_state(module: torch.nn.Module) -> TernaryState | None:
@@ -298,6 +306,8 @@ def _stand_in(
     module: HostModule, state: TernaryState, latent: torch.nn.Parameter
 ) -> tuple[torch.Tensor, Int8Product | None]:
     """What stands for the parameter in a forward: itself where it holds the quantized weight; and its int8 product."""
+    if state.epoch.ramp != 1.0:
+        _refuse_on_a_ramp(state)
     if torch.compiler.is_compiling():
         return _traceable_stand_in(module, state, latent), None
     if state.resident and state.unpack is None and state.gemm == "bf16":
@@ -306,6 +316,19 @@ def _stand_in(
     quantized = state.held(latent) if state.resident else state.weight(latent, module.training)
     product = state.product(quantized, module.training)
     return shadow(latent, quantized, getattr(module, "gradient_accumulation_fusion", False), product), product
+
+
+def _refuse_on_a_ramp(state: TernaryState) -> None:
+    found = {
+        "its parameter holds the quantized weight alone: use --ternary-cache step": state.resident,
+        "an int8 GEMM has no codes for what lies between: use --ternary-gemm bf16": state.gemm == "int8",
+        "torch.compile would keep the ramp of its first trace: leave one of the two out": torch.compiler.is_compiling(),
+    }
+    for why, stands_against in found.items():
+        if stands_against:
+            raise RuntimeError(
+                f"{state.name}: on a ramp a forward needs the latent weight and the quantized one; {why}"
+            )
 
 
 def _quantized_input(state: TernaryState, x: torch.Tensor, product: Int8Product | None) -> torch.Tensor:

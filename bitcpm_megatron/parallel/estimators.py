@@ -112,7 +112,7 @@ def _latents(
 def _shape(
     state: TernaryState, parameter: torch.nn.Parameter, latent: torch.Tensor, start: int, factor: Factor
 ) -> None:
-    scales = state.in_use(parameter)[1].flatten()
+    scales, ramp = state.in_use(parameter)[1].flatten(), state.epoch.ramp
     group = effective_group(parameter.shape[1], state.config.group_size)
     gradient = parameter.main_grad.view(-1)  # type: ignore[attr-defined] # DDP's
     for first in range(start, start + latent.numel(), _BLOCK_ELEMENTS):
@@ -121,8 +121,11 @@ def _shape(
         w = latent[first - start : last - start].to(parameter.dtype).float()
         cut = scales[first // group : (last - 1) // group + 1].float()
         s = cut.repeat_interleave(group)[first % group :][: last - first]
+        of_quantizer = factor(w, s, SPACES[state.config.space])
+        # On a ramp the rest of the weight that the forward used is the latent one itself.
+        whole = of_quantizer if ramp == 1.0 else 1.0 - ramp + ramp * of_quantizer
         # A product, and no filling with zeros: what is not finite must not go unnoticed.
-        gradient[first:last].mul_(factor(w, s, SPACES[state.config.space]))
+        gradient[first:last].mul_(whole)
 
 
 def _check(chunks: Sequence[torch.nn.Module], optimizer: Any, estimator: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from ..cli import Whole, bounded
+from ..cli import Number, Whole, bounded
 from ..files import FileError, Strict, read_json, validated, write_text
 from .config import QuantizerConfig
 
@@ -41,6 +41,7 @@ class _File(Strict):
     latent_dtype: Literal["float32", "bfloat16", "float16"]
     row_parallel_shards: Annotated[int, bounded(Whole(1, 2**16))]
     activation_bits: Literal[8, 16] = 16
+    ramp: Annotated[float, bounded(Number(0, 1))] = 1.0
     modules: dict[str, _Module] = {}
     version: int
 
@@ -69,6 +70,8 @@ class QuantizerRecord:
         modules: module path -> ``{"group_size": elements per scale along the whole row, or -1}``, with ``space`` and
             ``eps`` where they differ from the ones above.
         version: of this format.
+        ramp: how much of the quantizer the forward used when the checkpoint was saved: W + ramp (Wq - W). Written only
+            where it is less than 1, in the middle of a ramp.
     """
 
     state: Literal["latent", "fused"]
@@ -79,6 +82,7 @@ class QuantizerRecord:
     activation_bits: int = 16
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     version: int = _VERSION
+    ramp: float = 1.0
 
     @classmethod
     def read(cls, directory: str | Path) -> "QuantizerRecord | None":
@@ -118,7 +122,27 @@ class QuantizerRecord:
 
     def write(self, directory: str | Path) -> None:
         """Writes the record into a directory, whole or not at all."""
-        write_text(Path(directory) / FILE_NAME, json.dumps(asdict(self), indent=1))
+        write_text(Path(directory) / FILE_NAME, json.dumps(self.content(), indent=1))
+
+    def content(self) -> dict[str, Any]:
+        """What its file holds."""
+        content = asdict(self)
+        if self.ramp == 1.0:
+            del content["ramp"]
+        return content
+
+    def check_whole(self, where: str | Path) -> None:
+        """Checks that the forward used the quantized weights as they are, so that they can be exported.
+
+        Raises:
+            RecordError: the checkpoint (``where``, for the message) was saved in the middle of a ramp.
+        """
+        if self.ramp < 1.0:
+            raise RecordError(
+                f"{where} was saved in the middle of a ramp, whose forward used {self.ramp:.3g} of the quantizer: its "
+                "ternary weights are not those of the model that was trained. Train on until --ternary-ramp-iters are "
+                "over, or convert a later checkpoint"
+            )
 
     def contradictions(self, other: "QuantizerRecord") -> list[str]:
         """Where two records quantize the same weights differently, one line each; empty if nowhere."""

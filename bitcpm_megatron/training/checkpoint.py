@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ from ..checkpoints.directory import (
 from ..checkpoints.reading import read
 from ..cli import FailedError
 from ..files import write_digests
+from ..nn.cache import set_ramp
 from ..parallel.resident import latents
 from ..parallel.sharded_scales import without_scales
 from ..patches.megatron_core import checkpointing
+from ..quantization.record import QuantizerRecord
 from .initialize import sum_over_ranks
 from .model import Model, build_model
 from .run import Run
@@ -63,6 +66,7 @@ class Saver:
         # The one that is being written, and those that became complete since they were last asked for.
         self._final = Path()
         self._complete: list[Path] = []
+        self._record = run.model.record
         checkpointing.bind_checkpoint_writers()
         checkpointing.hold_write_errors()
 
@@ -75,6 +79,8 @@ class Saver:
     def _save(self) -> None:
         run, args = self._run, self._run.args
         self._final = iteration_directory(args.save, run.iteration)
+        if run.model.record is not None:
+            self._record = replace(run.model.record, ramp=run.ramp)
         for chunk in run.model.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 # Other ranks' shards of the weights would come with the next forward only.
@@ -146,8 +152,8 @@ class Saver:
         with together():
             if torch.distributed.get_rank() == 0:
                 write_arguments(temporary, vars(self._run.args))
-                if self._run.model.record is not None:
-                    self._run.model.record.write(temporary)
+                if self._record is not None:
+                    self._record.write(temporary)
                 write_digests(temporary, digests)
                 publish_checkpoint(temporary, self._final, self._run.args.keep_last_n)
         self._complete.append(self._final)
@@ -256,6 +262,8 @@ def load_weights(checkpoint: Path, model: Model) -> None:
 def trained_model(args: argparse.Namespace, checkpoint: Path, padded_vocab_size: int) -> Model:
     """The model of a checkpoint, to be read and not to be trained; collective over all ranks.
 
+    One that was saved on a ramp of the quantizer computes what the next step of its run would.
+
     Args:
         args: of :func:`~.flags.arguments_of`, with a layout that the process groups have.
         checkpoint: whose weights it gets.
@@ -263,6 +271,8 @@ def trained_model(args: argparse.Namespace, checkpoint: Path, padded_vocab_size:
     """
     model = build_model(args, padded_vocab_size, with_ddp=False)
     load_weights(checkpoint, model)
+    record = QuantizerRecord.read(checkpoint)
+    set_ramp(model.bare, 1.0 if record is None else record.ramp)
     for chunk in model.chunks:
         chunk.requires_grad_(False).eval()
     return model

@@ -21,6 +21,7 @@ from ..checkpoints.directory import CheckpointError, check_ends, check_start, ke
 from ..checkpoints.directory_lock import held
 from ..cli import FailedError
 from ..data.target_store import StoreError
+from ..nn.cache import set_ramp
 from ..objectives.language_modeling import LossOf, Objective, language_modeling
 from ..parallel import Telemetry, ternary_modules
 from ..quantization import scales_are_finite
@@ -217,6 +218,7 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
         StoreError: what a target store says of one is damaged; likewise.
     """
     args, chunks = run.args, run.model.chunks
+    set_ramp(run.model.bare, run.ramp)
     teacher = None if forward_only else run.teacher
 
     def forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:

@@ -55,6 +55,12 @@ class Run:
     iteration: int = 0
     consumed_samples: int = 0
 
+    @property
+    def ramp(self) -> float:
+        """How much of the quantizer the next forward uses: from 0 up to 1, where ``--ternary-ramp-iters`` are over."""
+        iterations = self.args.ternary_ramp_iters
+        return self.iteration / iterations if self.iteration < iterations else 1.0
+
 
 @dataclass(frozen=True)
 class Step:
@@ -106,7 +112,12 @@ def build_run(args: argparse.Namespace, model: Model) -> Run:
     else:
         # The packed gather is of resident weights alone: where they cannot be, this says why.
         cache = "resident" if args.ternary_param_gather == "packed" else args.ternary_cache
-        held = hold_in_parameters(model.chunks, optimizer, cache)
+        if args.ternary_ramp_iters and cache == "auto":
+            held = (
+                "cache: step, a quantized weight beside each latent one (not resident: --ternary-ramp-iters needs both)"
+            )
+        else:
+            held = hold_in_parameters(model.chunks, optimizer, cache)
     shaped = shape_gradients(model.chunks, optimizer, args.ternary_estimator)
     model.notes += filter(None, [held, gather_packed(model.chunks, args.ternary_param_gather), shaped])
     model.config.grad_scale_func = optimizer.scale_loss

@@ -4,7 +4,6 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def write_remote_code(directory: str | Path, config: Mapping[str, Any], record: 
         record.write(directory)
         if kind == BITCPM:
             # Not `quantization_config`: Transformers would look for a quantizer of its own.
-            written[CONFIG_KEY] = asdict(record)
+            written[CONFIG_KEY] = record.content()
     shutil.copyfile(Path(__file__).with_name(MODELING_FILE), directory / MODELING_FILE)
     write_text(directory / "config.json", json.dumps(written, indent=2) + "\n")
 
@@ -59,6 +58,8 @@ def read_record(directory: str | Path) -> QuantizerRecord | None:
             content = read_config(directory).get(CONFIG_KEY)
             if content is not None:
                 in_config = QuantizerRecord.from_mapping(content, f"{directory}/config.json: {CONFIG_KEY}")
+        for record in filter(None, (in_file, in_config)):
+            record.check_whole(directory)
         if in_file is None or in_config is None:
             return in_file or in_config
         lines = in_file.contradictions(in_config)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ...quantization import effective_group, fused_group_size, quantize
-from ...quantization.record import QuantizerRecord
+from ...quantization.record import QuantizerRecord, RecordError
 from ..megatron_model.checkpoint import MegatronCheckpoint
 from ..storage.reader import ConversionError, dtype_name
 from ..tensor_map import MegatronTensor
@@ -24,11 +24,16 @@ def checked_record(
     Without one it is what saved scales show, else what the user says: ``group_size``, -1 for whole rows.
 
     Raises:
-        ConversionError: record, scales, weights or ``group_size`` contradict each other.
+        ConversionError: record, scales, weights or ``group_size`` contradict each other, or it was saved on a ramp.
     """
     linears = [t for t in tensors if t.quantizable]
     record = checkpoint.record
-    if record is None:
+    if record is not None:
+        try:
+            record.check_whole(checkpoint.path)
+        except RecordError as error:
+            raise ConversionError(str(error)) from None
+    else:
         record = _inferred(checkpoint, linears, group_size)
     if record is not None:
         if group_size is not None:

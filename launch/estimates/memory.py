@@ -75,6 +75,7 @@ class Options:
     ternary_cache: str = "auto"
     ternary_backend: str = "auto"
     ternary_gemm: str = "bf16"
+    ternary_ramp_iters: int = 0
     flash_attention: bool = False  # whether attention never writes its scores to memory
     cpu: bool = False  # whether ranks are processes on CPUs: they talk over gloo, and quantize block by block
     fused: bool = False  # whether norms, SwiGLU and softmax are single kernels that save their inputs alone
@@ -90,8 +91,8 @@ class Options:
 
     @property
     def cache(self) -> str:
-        """Where quantized weights are; ``auto`` is taken to find nothing against resident ones but another dtype."""
-        automatic = "resident" if self.bf16 else "step"
+        """Where quantized weights are; ``auto`` finds nothing against resident ones but another dtype, or a ramp."""
+        automatic = "resident" if self.bf16 and not self.ternary_ramp_iters else "step"
         return automatic if self.ternary_cache == "auto" else self.ternary_cache
 
     @property

@@ -83,6 +83,13 @@ def test_clipped_gradients_equal_those_of_clamped_weights(layout: str, case: str
         assert all(0.1 < share < 0.9 for share in result["clipped"]), "of the weights, in both layers"
 
 
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
+def test_gradients_on_a_ramp_are_those_of_the_blend(layout: str, results: dict[str, list]) -> None:
+    for result in results[f"{layout} ramp"]:
+        assert result["error"] < EXACT
+        assert min(result["versus_identity"], result["beside"]) > 0.1, "the blend must be told apart"
+
+
 @pytest.mark.parametrize("fusion", [0, 1])
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "DP2"])
 def test_a_mask_in_the_straight_through_function_is_lost_under_fusion(

@@ -3,6 +3,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -141,6 +142,18 @@ def test_an_optimizer_that_would_not_take_the_gradients_of_an_estimator_is_refus
     adapt()
     with pytest.raises(host.HostError, match="--ternary-estimator clipped: .*use --ternary-estimator identity"):
         job.run(["--ternary", "--ternary-estimator", "clipped"])
+
+
+def test_a_ramp_is_for_our_own_loop(megatron, tmp_path: Path) -> None:
+    job = megatron()
+    adapt()
+    with pytest.raises(host.HostError, match="--ternary-ramp-iters 5: hosts do not tell which step they take"):
+        job.run(["--ternary", "--ternary-ramp-iters", "5"])
+    job.run(["--ternary", "--save", str(tmp_path)])
+    (file,) = tmp_path.rglob("ternary_quantizer.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "ramp": 0.5}))
+    with pytest.raises(host.HostError, match="saved in the middle of a ramp, on which hosts cannot go on"):
+        job.run(["--ternary", "--load", str(tmp_path)])
 
 
 def test_so_does_a_host_whose_builders_make_the_model(megatron) -> None:

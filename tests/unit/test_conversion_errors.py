@@ -374,6 +374,7 @@ FROM_MEGATRON = {
         lambda d: edit_record(d, modules={"decoder.layers.0.mlp.linear_fc1": {"group_size": -1}}),
         "has saved scales, and its quantizer record does not name it",
     ),
+    "on a ramp": (lambda d: edit_record(d, ramp=0.25), "middle of a ramp.*0.25 of the quantizer.*Train on until"),
     "record of nothing": (lambda d: edit_record(d, modules={}), "names no module"),
     "record of another eps": (lambda d: edit_record(d, eps=2.0), "bf16 steps away"),
     "record without groups": (

@@ -709,6 +709,11 @@ def test_activations_are_those_of_the_published_formula() -> None:
     assert stage == 0 and need.activations == 8 * 12 * 2 * s * b * h / t + working
 
 
+def test_on_a_ramp_quantized_weights_stand_beside_the_latent_ones() -> None:
+    assert PLAIN.cache == "resident" and replace(PLAIN, ternary_ramp_iters=1).cache == "step"
+    assert replace(PLAIN, ternary_ramp_iters=1, ternary_cache="none").cache == "none"
+
+
 def test_parameters_and_states_are_counted() -> None:
     whole = replace(PAPER, tp=1, pp=1, world=4, vocab_size=51200)
     _, need = estimate(whole, PLAIN)

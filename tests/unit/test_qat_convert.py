@@ -230,6 +230,21 @@ def test_fused_weights_called_latent_are_left_alone(latent, tmp_path: Path) -> N
     assert QuantizerRecord.read(tmp_path / "out").state == "fused"
 
 
+@pytest.mark.parametrize("where", ["file", "config"])
+def test_weights_that_were_trained_on_a_ramp_are_refused(latent, tmp_path: Path, capsys, where: str) -> None:
+    source, _ = latent
+    config = json.loads((source / "config.json").read_text())
+    if where == "file":
+        tiny_hf.record(ramp=0.5).write(source)
+    else:
+        config["ternary_quantizer"] = tiny_hf.record(ramp=0.5).content()
+        (source / "config.json").write_text(json.dumps(config))
+        (source / FILE_NAME).unlink(missing_ok=True)
+    (source / DIGESTS).unlink(missing_ok=True)
+    assert convert(source, tmp_path / "out") == 2
+    assert "middle of a ramp" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_weights_that_are_zero_are_of_either_kind(latent, tmp_path: Path) -> None:
     source, weights = latent
     weights[f"{UP_PROJ}.weight"] = torch.zeros(192, 64, dtype=torch.bfloat16)

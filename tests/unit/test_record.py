@@ -26,6 +26,17 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     assert QuantizerRecord.read(tmp_path / "elsewhere") is None
 
 
+def test_a_ramp_is_recorded_while_it_lasts(tmp_path: Path) -> None:
+    RECORD.write(tmp_path)
+    assert "ramp" not in json.loads((tmp_path / FILE_NAME).read_text())
+    RECORD.check_whole(tmp_path)
+    half = dataclasses.replace(RECORD, ramp=0.5)
+    half.write(tmp_path)
+    assert QuantizerRecord.read(tmp_path) == half != RECORD
+    with pytest.raises(RecordError, match="middle of a ramp, whose forward used 0.5 of the quantizer.*Train on"):
+        half.check_whole(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -51,6 +62,7 @@ def test_an_unreadable_record_is_refused(tmp_path: Path, text: str, said: str) -
         ({"eps": True}, "eps: expected a number, got True"),
         ({"space": "octal"}, "unknown quantization space 'octal'"),
         ({"row_parallel_shards": 0}, "row_parallel_shards: 0: must be 1 to 65536"),
+        ({"ramp": 1.5}, "ramp: 1.5: must be at least 0 and at most 1"),
         ({"activation_bits": 4}, "activation_bits: expected 8 or 16, got 4"),
         ({"latent_dtype": "int8"}, "latent_dtype: expected 'float32'"),
         ({"modules": {PATH: {"group_size": 33}}}, f"modules.{PATH}: group_size=33 is not possible"),

@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 
-from bitcpm_megatron.checkpoints.directory import CheckpointError
+from bitcpm_megatron.checkpoints.directory import CheckpointError, latest
+from bitcpm_megatron.nn.cache import find_epoch
+from bitcpm_megatron.quantization.record import QuantizerRecord
 from bitcpm_megatron.training import checkpoint
-from bitcpm_megatron.training.flags import parse_args
+from bitcpm_megatron.training.flags import arguments_of, parse_args
 from bitcpm_megatron.training.loop import pretrain
 from bitcpm_megatron.training.run import Schedule, Step
 
@@ -22,6 +25,7 @@ RUN = """
     --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 --lr-decay-style constant --eval-iters 0
     --mock-data --vocab-size 100 --ternary --bf16 --attention-dropout 0 --hidden-dropout 0
 """.split()
+UNQUANTIZED = [flag for flag in RUN if flag != "--ternary"]
 FALLING = "--weight-decay-incr-style linear --start-weight-decay 8 --end-weight-decay 0".split()
 
 
@@ -99,7 +103,7 @@ class Taken:
     decay: float
 
 
-def taken(*flags: str) -> list[Taken]:
+def taken(*flags: str, base: Sequence[str] = RUN) -> list[Taken]:
     """The steps of a run."""
     steps: list[Taken] = []
 
@@ -110,7 +114,7 @@ def taken(*flags: str) -> list[Taken]:
 
     torch.manual_seed(1)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    pretrain(parse_args([*RUN, *flags], 1), on_step=watch)
+    pretrain(parse_args([*base, *flags], 1), on_step=watch)
     return steps
 
 
@@ -127,9 +131,40 @@ def test_each_step_is_taken_with_the_weight_decay_of_its_moment(single_rank: Non
     assert not any(torch.equal(a, b) for a, b in zip(falls[1].masters, stays[1].masters, strict=True) if a.dim() == 2)
 
 
+def test_the_first_step_of_a_ramp_is_one_in_full_precision_and_the_first_behind_it_a_ternary_one(
+    single_rank: None,
+) -> None:
+    ramp = taken("--ternary-ramp-iters", "2")
+    in_full = taken(base=UNQUANTIZED)
+    assert equal(ramp[0], in_full[0])
+    ternary = taken()
+    assert ramp[1].loss not in (in_full[1].loss, ternary[1].loss), "half of the quantizer"
+    assert equal(taken("--ternary-ramp-iters", "0")[3], ternary[3])
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_with_the_same_steps(single_rank: None, tmp_path: Path) -> None:
-    whole, saved = taken(*FALLING), ["--save", str(tmp_path), "--load", str(tmp_path), "--exit-interval", "2"]
-    parts = [*taken(*FALLING, *saved), *taken(*FALLING, *saved)]
+    flags = [*FALLING, "--ternary-ramp-iters", "3"]
+    whole, saved = taken(*flags), ["--save", str(tmp_path), "--load", str(tmp_path), "--exit-interval", "2"]
+    begun = taken(*flags, *saved)
+    found = latest(tmp_path)
+    record = QuantizerRecord.read(found)
+    assert record.ramp == 2 / 3
+    model = checkpoint.trained_model(arguments_of(found, 1), found, 128)
+    assert {epoch.ramp for epoch in map(find_epoch, model.bare)} == {2 / 3}
+    for others in ([], ["--ternary-ramp-iters", "4"]):
+        with pytest.raises(CheckpointError, match="--ternary-ramp-iters 3 .now [04].: the quantizer would jump"):
+            taken(*FALLING, *others, *saved)
+    parts = [*begun, *taken(*flags, *saved)]
     assert all(equal(a, b) for a, b in zip(whole, parts, strict=True))
-    assert not equal(whole[1], whole[2])
+    assert QuantizerRecord.read(latest(tmp_path)) == dataclasses.replace(record, ramp=1.0)
+
+
+@pytest.mark.slow
+def test_a_ramp_that_is_over_changes_no_bit(single_rank: None, tmp_path: Path) -> None:
+    saved = ["--save", str(tmp_path), "--exit-interval", "2"]
+    taken("--ternary-ramp-iters", "2", *saved)
+    over = ["--load", str(tmp_path), "--exit-interval", "4"]
+    # With the flag, whose cache is that of latent weights, and without it, where the parameters are quantized.
+    on_it, none = taken("--ternary-ramp-iters", "2", *over), taken(*over)
+    assert len(on_it) == len(none) == 2 and all(equal(a, b) for a, b in zip(on_it, none, strict=True))

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import Float16Module
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, quantize
 from bitcpm_megatron.nn import linear
+from bitcpm_megatron.nn.cache import set_ramp
 from bitcpm_megatron.ops import counts, fake_quantize_activations
 from bitcpm_megatron.parallel import (
     ProbeError,
@@ -86,6 +87,48 @@ def test_a_forward_multiplies_with_the_quantized_weight(dtype: torch.dtype) -> N
     assert bias is None
     assert torch.equal(y, x @ wq(model.mlp.linear_fc1.weight).t() + model.mlp.linear_fc1.bias)
     assert torch.equal(model.dense(x), torch.nn.functional.linear(x, wq(model.dense.weight), model.dense.bias))
+
+
+@pytest.mark.parametrize("cache", ["step", "none"])
+@pytest.mark.parametrize("ramp", [0.0, 0.5, 1.0])
+def test_on_a_ramp_a_forward_multiplies_with_the_blend(cache: str, ramp: float) -> None:
+    model = Linears()
+    apply_recipe(model, everything(), default=DEFAULT, cache=cache, verify_cache=cache == "step")
+    layers = (model.mlp.linear_fc1, model.mlp.linear_fc2, model.dense)
+    with torch.no_grad():
+        for layer in layers:
+            # In quarters up to 2, so that scales have a few bits and nothing is rounded.
+            layer.weight.copy_(torch.randint(-8, 9, layer.weight.shape) / 4)
+    set_ramp([model], ramp)
+    find_epoch(model).start(cohorts_of(model))
+    find_epoch(model).begin()
+    expected = [layer.weight.detach() + ramp * (wq(layer.weight) - layer.weight.detach()) for layer in layers]
+    for _ in range(2):
+        for layer, blend in zip(layers, expected, strict=True):
+            x = torch.eye(blend.shape[1]).unsqueeze(1)
+            y = layer(x) if layer is model.dense else layer(x)[0]
+            assert torch.equal(y.squeeze(1), blend.t() + layer.bias)
+            gradient = torch.randint(-4, 5, y.shape).float()
+            (found,) = torch.autograd.grad(y, layer.weight, gradient)
+            assert torch.equal(found, gradient.squeeze(1).t())
+    for layer in layers:
+        state = ternary_state(layer)
+        # What telemetry and estimators ask for is the quantizer's in any case.
+        assert torch.equal(state.in_use(layer.weight)[0], wq(layer.weight))
+        assert torch.equal(state.in_use(layer.weight)[1], quantize(layer.weight, DEFAULT)[1])
+
+
+def test_what_keeps_no_latent_weight_is_refused_on_a_ramp() -> None:
+    model = Linears()
+    apply_recipe(model, everything(), default=DEFAULT)
+    set_ramp([model], 0.5)
+    state = ternary_state(model.dense)
+    state.resident = True
+    with pytest.raises(RuntimeError, match="dense: on a ramp .* use --ternary-cache step"):
+        model.dense(torch.ones(1, 64))
+    state.resident, state.gemm = False, "int8"
+    with pytest.raises(RuntimeError, match="dense: on a ramp .* use --ternary-gemm bf16"):
+        model.dense(torch.ones(1, 64))
 
 
 def test_names_and_checkpoint_keys_are_unchanged() -> None:

@@ -115,15 +115,16 @@ def reference_gradients(weights: list[torch.Tensor], data: list[tuple], quantize
     return dense_gradients(leaves, w1, w2, data)
 
 
-def clipped_gradients(weights: list[torch.Tensor], data: list[tuple]) -> list[torch.Tensor]:
-    """Those of weights that are clamped to 1.5 scales in front of the straight-through quantizer."""
+def clipped_gradients(weights: list[torch.Tensor], data: list[tuple], ramp: float) -> list[torch.Tensor]:
+    """Those of weights that are clamped to 1.5 scales in front of the straight-through quantizer, and blended."""
     leaves = [w.double().requires_grad_() for w in weights]
     made = []
     for w, groups in zip(leaves, (1, SHARDS), strict=True):
         rows = w.detach().float().reshape(w.shape[0] * groups, -1)
         reach = 1.5 * quantize(rows, QuantizerConfig())[1].double()
         clamped = w.reshape(rows.shape).clamp(-reach, reach).reshape(w.shape)
-        made.append(clamped + (reference_quantizer(w.detach(), groups) - clamped).detach())
+        quantized = clamped + (reference_quantizer(w.detach(), groups) - clamped).detach()
+        made.append(w + ramp * (quantized - w))
     return dense_gradients(leaves, *made, data)
 
 
@@ -268,11 +269,17 @@ def run_case(
 
 
 def run_estimator(
-    estimator: str, fusion: bool, sequence_parallel: bool, overlap: bool, distributed_optimizer: bool
+    estimator: str,
+    fusion: bool,
+    sequence_parallel: bool,
+    overlap: bool,
+    distributed_optimizer: bool,
+    ramp: float = 1.0,
 ) -> dict[str, object]:
     """The gradients that the second of two optimizer steps was taken with, and how far from references they are."""
     model, ddp, optimizer = build(Pair, fusion, sequence_parallel, overlap, distributed_optimizer)
     shape_gradients([ddp], optimizer, estimator)
+    cache.set_ramp([ddp], ramp)
     layers = (model.mlp.linear_fc1, model.mlp.linear_fc2)
     for step in range(2):
         optimizer.zero_grad()
@@ -283,11 +290,12 @@ def run_estimator(
         share_gradient_shards(ddp)
     found = [gathered(m.weight.main_grad, axis) for m, axis in zip(layers, (0, 1), strict=True)]
     everything = [d for r in range(parallel_state.get_data_parallel_world_size()) for d in samples(step, r)]
-    expected = clipped_gradients(weights, everything)
+    expected = clipped_gradients(weights, everything, ramp)
     return {
         "error": _relative(found, expected),
         "versus_identity": _relative(found, reference_gradients(weights, everything)),
-        "clipped": [float((e == 0).float().mean()) for e in expected],
+        "clipped": [float((e == 0).double().mean()) for e in expected],
+        "beside": _relative(found, clipped_gradients(weights, everything, 1.0 - ramp)),
         "gradients": hashlib.sha256(json.dumps([f.tolist() for f in found]).encode()).hexdigest(),
     }
 
@@ -540,6 +548,7 @@ def main(directory: Path) -> None:
             name = " ".join([layout, "clipped", *(f"{key}={value}" for key, value in numbers.items())])
             results[name] = run_estimator("clipped", flags[0], tp > 1, *flags[1:])
         flags = (True, tp > 1, True, True)
+        results[f"{layout} ramp"] = run_estimator("clipped", *flags, ramp=0.25)
         results[f"{layout} identity"] = run_estimator("identity", *flags)
         with mock.patch(f"{__name__}.shape_gradients"):
             results[f"{layout} no estimator"] = run_estimator("identity", *flags)
