@@ -36,10 +36,11 @@ class EstimatorError(ValueError):
 def clipped(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor:
     """Whether a weight lies at most half a step beyond the outermost levels; elsewhere it has no gradient.
 
-    That is ``|W| <= 1.5 s`` for ternary: where the quantizer clamps by more than it rounds, moving W changes nothing.
-    The mask of the clipped straight-through estimator (Hubara et al., "Quantized Neural Networks", 2016, eq. 4), with
-    the range of ``torch.fake_quantize_per_channel_affine``, whose gradient passes where ``round(W / s)`` is a level.
-    In fp32 the bounds are exact, and a weight on one of them keeps its gradient.
+    That is ``|W| <= 1.5 s`` for ternary: where the quantizer clamps by more than it rounds, moving W changes nothing
+    but the scale. The mask of the clipped straight-through estimator (Hubara et al., "Quantized Neural Networks", 2016:
+    the gradient times ``1[|r| <= 1]``), with the range of ``torch.fake_quantize_per_channel_affine``, whose gradient
+    passes where ``round(W / s)`` is a level. In fp32 the bounds are exact, and a weight on one of them keeps its
+    gradient.
 
     Args:
         w: fp32 latent weights ``[n]``.
@@ -117,7 +118,7 @@ def _shape(
     gradient = parameter.main_grad.view(-1)  # type: ignore[attr-defined] # DDP's
     for first in range(start, start + latent.numel(), _BLOCK_ELEMENTS):
         last = min(first + _BLOCK_ELEMENTS, start + latent.numel())
-        # As the forward saw it, which of a master is less.
+        # Rounded as the forward saw it: a master has more digits.
         w = latent[first - start : last - start].to(parameter.dtype).float()
         cut = scales[first // group : (last - 1) // group + 1].float()
         s = cut.repeat_interleave(group)[first % group :][: last - first]
