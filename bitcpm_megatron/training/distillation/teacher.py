@@ -138,7 +138,7 @@ class Teacher:
             )
 
     def said(self, logits: torch.Tensor) -> Targets:
-        """What is kept of logits ``[seq_length, micro_batch_size, V / TP]`` for a student; collective over their ranks."""
+        """What a student is told of logits ``[seq_length, micro_batch_size, V / TP]``; collective over their ranks."""
         k, temperature = self._args.distill_top_k, self._args.distill_temperature
         if k is None:
             return DenseTargets(logits)
