@@ -116,9 +116,7 @@ class _Taught:
         heard = next(said) if get_attr_wrapped_model(model, "post_process") else None
         return self._learn(heard, lambda: forward(data, model, *more))
 
-    def _say(
-        self, forward: Callable, data: Iterator | None, model: torch.nn.Module
-    ) -> tuple[torch.Tensor, Callable]:
+    def _say(self, forward: Callable, data: Iterator | None, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         """The host's forward step of the teacher, whose output is logits, with targets in the place of a loss."""
         output, _ = forward(data, model)
         return output, lambda logits, non_loss_data: self._teacher.said(logits)
