@@ -54,8 +54,9 @@ class Teacher:
         # The gradient is saved beside the student's logits.
         if self.top_k is None:
             return total + self.size * logits * self.micro_batches + size * logits
-        # The teacher's logits of a micro-batch are gone before the student has any.
-        return total + _KEPT * self.layout.tokens * self.top_k * self.micro_batches + max(self.size, size) * logits
+        # The teacher's logits are gone before the student has any; of two micro-batches they are there together.
+        heard = self.size * min(2, self.micro_batches)
+        return total + _KEPT * self.layout.tokens * self.top_k * self.micro_batches + max(heard, size) * logits
 
 
 def teacher_of(job: Job, args: argparse.Namespace, student: Layout) -> Teacher | None:

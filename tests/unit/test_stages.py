@@ -460,10 +460,10 @@ def test_pipeline_stages_hear_all_of_a_step_before_the_student_begins(job: Path)
     first, last = (teacher.nbytes(stage, 384, 2) for stage in range(2))
     layer, embedding, norm, logits = first - 2 * 384 * 96, 2 * 384 * 96, 2 * 96, 32 * 384
     assert teacher.micro_batches == 4 and last == layer + embedding + norm + logits * (2 * 4 + 2 + 20)
-    # In place of four times all logits: four times 8 ids of 8 bytes, of 32 tokens.
+    # In place of four times all logits and a gradient: two micro-batches' logits, and four times 8 ids of 8 bytes.
     distill = read_stages(str(job), [*PIPELINE, "stages.distill.distillation.distill-top-k=8"])[1]
     kept = Subject(distill, environ={}).teacher.nbytes(1, 384, 2)
-    assert kept == layer + embedding + norm + logits * (2 + 20) + 4 * 32 * 8 * 8
+    assert kept == layer + embedding + norm + logits * (2 * 2 + 20) + 4 * 32 * 8 * 8
 
 
 def test_the_8b_teacher_of_the_job_that_comes_with_the_package(tmp_path: Path) -> None:

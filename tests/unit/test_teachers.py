@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that learn from a teacher: the gradients of the mixture, and a teacher that nothing of the run touches."""
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from support.small_model import tensors
 
 from bitcpm_megatron.checkpoints.directory import CheckpointError, saved_arguments
 from bitcpm_megatron.objectives.distillation import Divergence
+from bitcpm_megatron.objectives.extracts import likeliest
 from bitcpm_megatron.objectives.targets import DenseTargets
 from bitcpm_megatron.quantization.record import QuantizerRecord
+from bitcpm_megatron.training.distillation import teacher as module
 from bitcpm_megatron.training.distillation.objective import TARGETS, DistillationObjective
 from bitcpm_megatron.training.flags import parse_args
 from bitcpm_megatron.training.loop import TrainingError, pretrain
@@ -205,6 +209,28 @@ def test_a_teacher_that_says_no_numbers_ends_the_run(teacher: Path, kept: str) -
     argv = [*STUDENT, "--train-iters", "2", *kept.split(), "--distill-teacher", str(teacher)]
     with pytest.raises(TrainingError, match="the divergence from the teacher is nan: its weights are damaged"):
         pretrain(parse_args(argv, 1), on_step=damage)
+
+
+@pytest.mark.slow
+def test_where_the_likeliest_ids_are_kept_no_logits_stay(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def watch(logits: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(weakref.ref(logits))
+        alive.append(sum(ref() is not None for ref in seen))
+        return likeliest(logits, *others)
+
+    argv = [*STUDENT, "--train-iters", "1", "--distill-top-k", "5", "--distill-teacher", str(teacher)]
+    run = pretrain(parse_args(argv, 1))
+    monkeypatch.setattr(module, "likeliest", watch)
+    batch = {name: torch.arange(16).expand(2, -1) for name in ("tokens", "labels", "position_ids")}
+    said = run.teacher.targets([{**batch, "loss_mask": torch.ones(2, 16)}] * 4)
+    # The schedule lets go of an output when it has the next one.
+    assert alive == [1, 2, 2, 2] and not any(ref() is not None for ref in seen)
+    assert [targets.shape for targets in said] == [(16, 2)] * 4
+    for kept in (tensor for targets in said for tensor in (targets.ids, targets.log_probabilities)):
+        assert kept.untyped_storage().nbytes() == 4 * 16 * 2 * 5
 
 
 def test_a_teacher_that_is_not_there_is_refused(single_rank: None, tmp_path: Path) -> None:
