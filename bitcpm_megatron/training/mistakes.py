@@ -239,6 +239,8 @@ def teaching_mistakes(teacher: argparse.Namespace, args: argparse.Namespace) -> 
     stages, heads = args.pipeline_model_parallel_size, args.tensor_model_parallel_size * args.context_parallel_size
     positions = teacher.max_position_embeddings
     theirs, ours = (getattr(of, "tokenizer_identity", None) for of in (teacher, args))
+    # The student's own may be its tokenizer's, which only those know who have read it.
+    ids = min(teacher.vocab_size, args.vocab_size or teacher.vocab_size)
     found = {
         f"its {teacher.num_layers} layers cannot be split over {stages} stages": teacher.num_layers % stages,
         f"its {teacher.num_attention_heads} heads cannot be split over {heads} ranks": (
@@ -246,6 +248,8 @@ def teaching_mistakes(teacher: argparse.Namespace, args: argparse.Namespace) -> 
         ),
         f"it knows {positions} positions, less than --seq-length {args.seq_length}": args.seq_length > positions,
         "it was trained with another tokenizer": None not in (theirs, ours) and theirs != ours,
+        f"--distill-top-k {args.distill_top_k} of {ids} ids leaves no rest: use fewer": (args.distill_top_k or 0)
+        >= ids,
     }
     return [said for said, wrong in found.items() if wrong]
 

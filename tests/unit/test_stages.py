@@ -388,6 +388,9 @@ PLANTED: dict[str, tuple[list[str], Callable[[Path], None], str, str, str]] = {
     "another quantizer": (
         ["stages.distill.ternary.ternary-group-size=32"], nothing, "stage-weights", "fail", "another quantizer",
     ),
+    "all ids kept": (
+        ["stages.distill.distillation.distill-top-k=300"], nothing, "teacher", "fail", "of 300 ids leaves no rest",
+    ),
     "full precision": (["stages.distill.ternary.ternary=false"], nothing, "stage-weights", "fail", "--ternary is not"),
     "a group that does not fit": (
         ["stages.distill.ternary.ternary-group-size=96"], nothing, "stage-weights", "fail", "96",

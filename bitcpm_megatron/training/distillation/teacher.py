@@ -78,8 +78,6 @@ class Teacher:
                 chunk.compute_language_model_loss = _logits
         self._args = args
         self.vocab_size: int = min(args.vocab_size, own.vocab_size)
-        if args.distill_top_k is not None and args.distill_top_k >= self.vocab_size:
-            raise ValueError(f"--distill-top-k {args.distill_top_k} of {self.vocab_size} ids leaves no rest: use fewer")
         numbers = sum(p.numel() for chunk in self._model.bare for p in chunk.parameters())
         kind = "ternary" if own.ternary else "bf16" if own.bf16 else "fp32"
         self.notes = [f"teacher: {found}, {kind}, {numbers:,} parameters on this rank"]
