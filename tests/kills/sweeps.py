@@ -26,7 +26,7 @@ base:
   model: {{preset: tiny-minicpm4, num-layers: 1, seq-length: 32, make-vocab-size-divisible-by: 64}}
   training: {{micro-batch-size: 2, train-iters: 9, lr: 1.0e-2, bf16: true}}
   data: {{mock-data: true, vocab-size: 300, eval-iters: 1, eval-interval: 9}}
-  checkpoint: {{save-interval: 4, keep-last-n: 1}}
+  checkpoint: {{save-interval: 5, keep-last-n: 1}}
   logging: {{log-interval: 1}}
 arms:
   BF16: {{}}
