@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules as megatron_schedules
 
 from bitcpm_megatron.checkpoints.directory import CheckpointError, latest
 from bitcpm_megatron.objectives.distillation import Divergence
+from bitcpm_megatron.objectives.extracts import likeliest
 from bitcpm_megatron.objectives.language_modeling import Batch
-from bitcpm_megatron.objectives.targets import DenseTargets
+from bitcpm_megatron.objectives.targets import DenseTargets, TopKTargets
 from bitcpm_megatron.training.checkpoint import trained_model
 from bitcpm_megatron.training.distillation import hosts
 from bitcpm_megatron.training.distillation.objective import TARGETS, DistillationObjective
@@ -111,7 +113,7 @@ def student() -> Model:
     return model
 
 
-def expected(teacher: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+def expected(teacher: Path, k: int | None = None) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
     """Gradients, and what is reported, by the objective of our own loop and a teacher that was asked before."""
     checkpoint = latest(teacher)
     said = trained_model(arguments_of(checkpoint, 1), checkpoint, 104).bare[0]
@@ -120,7 +122,11 @@ def expected(teacher: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, tor
     for batch in batches():
         with torch.no_grad():
             logits = said(batch["tokens"], batch["position_ids"], None).transpose(0, 1).contiguous()
-        output, loss_of = objective({**batch, TARGETS: DenseTargets(logits)}, model.bare[0])
+        targets = DenseTargets(logits)
+        if k is not None:
+            group = parallel_state.get_tensor_model_parallel_group()
+            targets = TopKTargets(*likeliest(logits, k, 100, TEMPERATURE, group), TEMPERATURE)
+        output, loss_of = objective({**batch, TARGETS: targets}, model.bare[0])
         loss, _, told = loss_of(output)
         loss.backward()
         reported.append({"lm loss": told["lm_loss"], "distill loss": told["distill_loss"]})
@@ -128,14 +134,14 @@ def expected(teacher: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, tor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("ahead", "k"), [(False, None), (True, None), (True, 5)])
 def test_a_hosts_schedule_learns_what_our_own_loop_learns(
-    ahead: bool, teacher: Path, monkeypatch: pytest.MonkeyPatch
+    ahead: bool, k: int | None, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the teacher sees the whole step first, as beside pipeline stages. Evaluation asks for no teacher."""
-    gradients, reported = expected(teacher)
+    gradients, reported = expected(teacher, k)
     monkeypatch.setattr(Teacher, "runs_ahead", ahead)
-    model, args = student(), arguments(teacher)
+    model, args = student(), arguments(teacher, distill_top_k=k)
     notes = hosts.learn_in_host(args, model.bare, 100)
     assert "the tokenizer was not compared" in notes[-1] and args.distill_identity["checkpoint"] == "iter_0000001"
     plain = student()
