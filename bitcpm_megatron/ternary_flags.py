@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cli import Whole
+from .cli import Number, Whole
 from .models.family_flags import add_model_arguments
 from .models.from_arguments import NAMES
 from .nn.settings import TernarySettings
-from .quantization import SPACES, QuantizerConfig
-from .quantization.config import GROUP_MULTIPLE, LARGEST_GROUP
+from .quantization import SPACES, STATISTICS, QuantizerConfig
+from .quantization.config import GROUP_MULTIPLE, LARGEST_GROUP, LARGEST_MULTIPLIER, SMALLEST_MULTIPLIER
 from .quantization.record import QuantizerRecord
 
 
@@ -71,10 +71,7 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
     """Adds the ``--ternary`` flags; the same on every host."""
     group = parser.add_argument_group("ternary")
     group.add_argument("--ternary", action="store_true", help="quantize the linears of the decoder layers")
-    group.add_argument("--ternary-space", choices=sorted(SPACES), default="ternary")
-    group.add_argument(
-        "--ternary-group-size", type=GroupSize(), default=-1, help="elements per scale, -1 for a whole row"
-    )
+    _add_quantizer_arguments(group)
     group.add_argument("--ternary-recipe", metavar="FILE", help="YAML: which module is quantized how")
     group.add_argument(
         "--ternary-row-parallel-shards",
@@ -89,15 +86,15 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         choices=("auto", "resident", "packed", "step", "none"),
         default="auto",
         help="where quantized weights are: resident, in the parameters (latents in the optimizer's masters alone); "
-        "packed, the same as 2-bit codes and scales, unpacked when a layer runs; "
+        "packed, the same as codes of 2 bits (4 for five-value) and scales, unpacked when a layer runs; "
         "step, beside them; none, quantized in every forward; auto, resident where it is possible, else step",
     )
     group.add_argument(
         "--ternary-param-gather",
         choices=("bf16", "packed"),
         default="bf16",
-        help="how data-parallel ranks hand out resident quantized weights: as bf16 values, or as 2-bit codes and "
-        "scales; bit-identical",
+        help="how data-parallel ranks hand out resident quantized weights: as bf16 values, or as codes of 2 bits (4 "
+        "for five-value) and scales; bit-identical",
     )
     group.add_argument("--ternary-verify-cache", action="store_true", help="requantize at each use and compare (slow)")
     _add_integer_arguments(group)
@@ -106,7 +103,7 @@ def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         "--ternary-telemetry-interval",
         type=Whole(1, 10**9),
         metavar="N",
-        help="every N iterations: zeros, changed codes and scales of every module, into --log-dir",
+        help="every N iterations: zeros, changed codes, levels and scales of every module, into --log-dir",
     )
     group.add_argument("--allow-quantizer-change", action="store_true", help="load a checkpoint of another quantizer")
     return parser
@@ -151,6 +148,32 @@ def _add_gradient_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags of the quantizer that modules have unless a recipe says otherwise."""
+    group.add_argument(
+        "--ternary-space",
+        choices=tuple(SPACES),
+        default="ternary",
+        help="the levels of a weight, in units of its scale: ternary -1 0 1, asymmetric-4 -2 -1 0 1, half-integer-4 "
+        "-1.5 -.5 .5 1.5, integer-4 -2 -1 1 2, five-value -2 -1 0 1 2 (docs/spaces.md)",
+    )
+    group.add_argument(
+        "--ternary-statistic",
+        choices=STATISTICS,
+        help="what a scale is made of: the mean or the maximum of its group's magnitudes (default: the space's own, "
+        "absmean for ternary and absmax for the others)",
+    )
+    group.add_argument(
+        "--ternary-scale-multiplier",
+        type=Number(SMALLEST_MULTIPLIER, LARGEST_MULTIPLIER),
+        metavar="FLOAT",
+        help="a scale is so many times the statistic (default: the space's own with its own statistic, else 1)",
+    )
+    group.add_argument(
+        "--ternary-group-size", type=GroupSize(), default=-1, help="elements per scale, -1 for a whole row"
+    )
+
+
 def _backends() -> Iterable[str]:
     """The names of the registered backends; where there is no torch, of those that come with the package."""
     if importlib.util.find_spec("torch") is None:
@@ -163,7 +186,12 @@ def _backends() -> Iterable[str]:
 def ternary_settings(args: argparse.Namespace) -> TernarySettings:
     """What the ``--ternary`` flags ask of a model."""
     return TernarySettings(
-        default=QuantizerConfig(space=args.ternary_space, group_size=args.ternary_group_size),
+        default=QuantizerConfig(
+            args.ternary_space,
+            args.ternary_group_size,
+            statistic=args.ternary_statistic,
+            scale_multiplier=args.ternary_scale_multiplier,
+        ),
         recipe=args.ternary_recipe,
         row_parallel_shards=args.ternary_row_parallel_shards,
         backend=args.ternary_backend,

@@ -59,10 +59,9 @@ class CoverageReport:
         """For the quantizer record: path -> effective group size along the whole row, and what differs from default."""
         found: dict[str, dict[str, object]] = {}
         for e in self.quantized:
-            found[e.path] = {"group_size": e.shape[1] // e.groups if e.groups > 1 else -1}
-            for name in ("space", "eps"):
-                if getattr(e.config, name) != getattr(default, name):
-                    found[e.path][name] = getattr(e.config, name)
+            assert e.config is not None
+            group = e.shape[1] // e.groups if e.groups > 1 else -1
+            found[e.path] = QuantizerRecord.of_module(e.config, default, group)
         return found
 
     def record(self, default: QuantizerConfig, latent_dtype: str, activation_bits: int = 16) -> QuantizerRecord:
@@ -75,6 +74,8 @@ class CoverageReport:
             row_parallel_shards=self.row_parallel_shards,
             activation_bits=activation_bits,
             modules=self.modules(default),
+            statistic=default.statistic,
+            scale_multiplier=default.scale_multiplier,
         )
 
     def uneven_layers(self) -> set[str]:
@@ -108,7 +109,9 @@ def _row(entry: CoverageEntry) -> tuple[str, ...]:
         quantizer = "full precision"
     else:
         per_row = f"g={entry.shape[1] // entry.groups}" if entry.groups > 1 else "g=-1"
-        quantizer = f"{entry.config.space} {per_row}" + (" (frozen)" if entry.frozen else "")
+        scale = "" if entry.config.of_absmean else f"s = {entry.config.scale}"
+        frozen = "(frozen)" if entry.frozen else ""
+        quantizer = " ".join(filter(None, (entry.config.space, per_row, scale, frozen)))
     return _any_layer(entry.path), entry.kind, "x".join(map(str, entry.shape)), quantizer, entry.reason
 
 

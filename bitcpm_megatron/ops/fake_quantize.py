@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..quantization import QuantizerConfig, check_weight, quantize_dequantize
+from ..quantization import SPACES, QuantizerConfig, check_weight, quantize_dequantize
 from ..quantization.config import check_config
 from .registry import Backend, active_backend, register_backend
 
@@ -52,7 +52,14 @@ counts = Counts()
 
 
 register_backend(
-    Backend(name="torch", kernel=quantize_dequantize, unavailable=lambda device_type: None, grouped=_in_turn)
+    Backend(
+        name="torch",
+        kernel=quantize_dequantize,
+        unavailable=lambda device_type: None,
+        spaces=tuple(SPACES),
+        any_scale=True,
+        grouped=_in_turn,
+    )
 )
 
 
@@ -73,11 +80,7 @@ def _fake_quantize(weight: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor,
 
 def _backend(device: torch.device, config: QuantizerConfig) -> Backend:
     backend = active_backend(device.type).backend
-    if config.space not in backend.spaces:
-        raise ValueError(
-            f"the backend {backend.name} quantizes to {' and '.join(backend.spaces)}, not to {config.space!r}: use "
-            "quantize and dequantize"
-        )
+    backend.check(config, device.type)
     return backend
 
 

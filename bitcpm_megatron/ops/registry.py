@@ -29,6 +29,7 @@ class Backend:
         priority: ``auto`` takes the available backend with the highest one; None for a backend that only runs when it
             is asked for by name.
         spaces: the quantization spaces that it knows.
+        any_scale: whether it makes scales of every statistic and multiplier; else of the absmean alone, times 1.
         grouped: quantizes many weights in few launches; None: they are quantized one by one.
     """
 
@@ -37,7 +38,27 @@ class Backend:
     unavailable: Callable[[str], str | None]
     priority: int | None = 0
     spaces: tuple[str, ...] = ("ternary",)
+    any_scale: bool = False
     grouped: GroupedKernel | None = None
+
+    def knows(self, config: QuantizerConfig) -> bool:
+        """Whether it can quantize so."""
+        return config.space in self.spaces and (self.any_scale or config.of_absmean)
+
+    def check(self, config: QuantizerConfig, device_type: str) -> None:
+        """Refuses a quantizer that it does not know.
+
+        Raises:
+            ValueError: naming space or scale, and the backends of the device type that know them.
+        """
+        if self.knows(config):
+            return
+        what = f"makes scales of absmean alone, not of {config.scale}"
+        if config.space not in self.spaces:
+            what = f"quantizes to {', '.join(self.spaces)}, not to {config.space!r}"
+        others = [b.name for b in backends() if b.knows(config) and b.unavailable(device_type) is None]
+        cure = f"--ternary-backend {' or '.join(others)}" if others else "quantize and dequantize"
+        raise ValueError(f"the backend {self.name} {what}: use {cure}")
 
     def together(
         self,

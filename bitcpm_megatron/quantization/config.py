@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from ..cli import Number
-from .spaces import SPACES
+from .spaces import SPACES, STATISTICS
 
 GROUP_MULTIPLE = 32
 """Group sizes are multiples of this: the kernels move 32-byte blocks and the packed formats count in 32s."""
@@ -14,6 +14,9 @@ SMALLEST_EPS = 2.0**-100
 """Below this the threshold s/2 of an all-zero group would leave the normal range of fp32 and bf16."""
 LARGEST_EPS = 2.0**100
 """Far above any use, and far below what fp32 and bf16 hold."""
+SMALLEST_MULTIPLIER = 2.0**-20
+LARGEST_MULTIPLIER = 2.0**20
+"""Beyond these every weight of a group takes one level."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,15 @@ class QuantizerConfig:
     """How a weight matrix ``[out_features, in_features]`` is quantized.
 
     Args:
-        space: name of the quantization space; ``"ternary"`` is {-1, 0, 1} times the scale.
+        space: name of the quantization space; ``"ternary"`` is {-1, 0, 1} times the scale. See
+            :mod:`bitcpm_megatron.quantization.spaces`.
         group_size: elements along ``in_features`` that share one scale: -1 for the whole row, or a multiple of 32
             that divides the row.
         eps: lower bound of a scale, so that an all-zero group stays finite.
-        statistic: what a scale is made of; ``"absmean"`` is ``mean(|w|)`` over the group.
-        scale_multiplier: of the statistic; 1.0 is the only one.
+        statistic: what a scale is made of; ``"absmean"`` is ``mean(|w|)`` over the group, ``"absmax"`` ``max(|w|)``.
+            None, which becomes the space's own.
+        scale_multiplier: of the statistic, rounded to fp32. None, which becomes the space's own where the statistic
+            is, else 1.0.
 
     Raises:
         ValueError: unknown space, group size, eps, statistic or multiplier, with the cure.
@@ -35,8 +41,9 @@ class QuantizerConfig:
     space: str = "ternary"
     group_size: int = -1
     eps: float = 1e-5
-    statistic: str = "absmean"
-    scale_multiplier: float = 1.0
+    # Neither is None once the configuration is made.
+    statistic: str = None  # type: ignore[assignment]
+    scale_multiplier: float = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if not isinstance(self.space, str) or self.space not in SPACES:
@@ -52,11 +59,29 @@ class QuantizerConfig:
             raise ValueError(
                 f"eps={self.eps!r} is not possible: use a finite number from 2**-100 to 2**100 (default 1e-5)"
             )
-        if self.statistic != "absmean" or self.scale_multiplier != 1.0:
+        own = SPACES[self.space]
+        if self.statistic is None:
+            object.__setattr__(self, "statistic", own.statistic)
+        if not isinstance(self.statistic, str) or self.statistic not in STATISTICS:
+            raise ValueError(f"unknown statistic {self.statistic!r}: choose one of {sorted(STATISTICS)}")
+        if self.scale_multiplier is None:
+            multiplier = own.scale_multiplier if self.statistic == own.statistic else 1.0
+            object.__setattr__(self, "scale_multiplier", multiplier)
+        if Number(SMALLEST_MULTIPLIER, LARGEST_MULTIPLIER).mistake(self.scale_multiplier) is not None:
             raise ValueError(
-                f"statistic={self.statistic!r} with scale_multiplier={self.scale_multiplier!r} is not possible: a "
-                "scale is the absmean of its group, times 1.0"
+                f"scale_multiplier={self.scale_multiplier!r} is not possible: use a finite number from 2**-20 to 2**20 "
+                "(1.0 takes the statistic itself)"
             )
+
+    @property
+    def scale(self) -> str:
+        """What a scale is, in words, such as ``1.55 absmean``."""
+        return f"{self.scale_multiplier:g} {self.statistic}"
+
+    @property
+    def of_absmean(self) -> bool:
+        """Whether a scale is the mean magnitude itself."""
+        return self.statistic == "absmean" and self.scale_multiplier == 1.0
 
 
 def check_config(config: object) -> None:

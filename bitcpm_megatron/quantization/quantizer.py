@@ -3,24 +3,30 @@
 
 For a group of a latent weight W (BitCPM-CANN technical report, "quantizer"; the one bf16 scale is ours):
 
-    s  = bf16(max(mean(|W|) in fp32, eps))          one scale, for the threshold and for the value
-    Wq = clamp(round_half_even(W / s), -1, 1) * s   which for ternary equals sign(W) * (|W| > s / 2) * s
+    s    = bf16(max(m * statistic(|W|), eps))       mean or max, and the product with the multiplier m, in fp32
+    code = how many thresholds t_k * s W is beyond  compared in fp32; a tie goes to the side that the space names
+    Wq   = level[code] * s                          rounded once, to the dtype of W
+
+which for the ternary space, with the mean and m = 1, is clamp(round_half_even(W / s), -1, 1) * s, or
+sign(W) * (|W| > s / 2) * s. There is one scale, for the thresholds and for the values.
 
 Zeros of Wq are +0.0. What happens outside the usual range:
 
-- a group whose absmean is below eps has s = bf16(eps), and only its values beyond s / 2 survive; an all-zero group
-  stays all +0.0;
+- a group whose scale would be below eps has s = bf16(eps), and only its values beyond the thresholds of this one
+  survive; an all-zero group stays all +0.0, and in a space without a level for zero takes the positive level nearest to
+  it: eps / 2 or eps;
 - a non-finite weight, or an fp32 sum of |W| beyond 3.4e38, gives a non-finite scale, code 0 for the whole group, and
   NaN in Wq: it cannot go unnoticed, and :func:`scales_are_finite` finds it without looking at the weights;
-- an fp16 group with an absmean of 65408 or more has a scale (65536) that bf16 holds and fp16 does not: Wq is infinite.
+- where level * s is beyond the dtype of W, Wq is infinite: an fp16 group with a scale of 65408 or more, which bf16 has
+  as 65536, or half of that under the level 2.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from .config import QuantizerConfig, check_config, effective_group
-from .spaces import SPACES
+from .spaces import SPACES, TERNARY, Space
 from .weights import check_weight
 
 # On a CPU the fp32 scratch should stay in the L2 cache; on a device one launch per operation is cheaper.
@@ -51,13 +57,8 @@ def quantize(
     space = SPACES[config.space]
     w = weight.detach().reshape(-1, group).float()
     if scales is None:
-        scales = _absmean(w, config.eps).reshape(weight.shape[0], -1)
-    s = scales.reshape(-1, 1).float()
-    codes = torch.full(w.shape, space.lowest_code, dtype=torch.int8, device=w.device)
-    for threshold, tie in zip(space.thresholds, space.ties, strict=True):
-        bound = s * threshold
-        codes += w >= bound if tie == "upper" else w > bound
-    codes.masked_fill_(~s.isfinite(), 0)
+        scales = _scales_into(w.clone(), config).reshape(weight.shape[0], -1)
+    codes = codes_under(w, scales.reshape(-1, 1).float(), space)
     return codes.reshape(weight.shape), scales.clone()
 
 
@@ -101,7 +102,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, config: QuantizerConfi
     levels = torch.tensor(space.levels, dtype=torch.float32, device=codes.device)
     w = levels[codes.reshape(-1, group).int() - space.lowest_code]
     # "+ 0.0" turns -0.0 into +0.0 and leaves everything else as it is. After the cast: fp16 may underflow to -0.0.
-    return (w * scales.reshape(-1, 1).float()).to(dtype).add_(0.0).reshape(codes.shape)
+    return (w * _finite_or_nan(scales)).to(dtype).add_(0.0).reshape(codes.shape)
 
 
 def quantize_dequantize(
@@ -110,13 +111,13 @@ def quantize_dequantize(
     scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ternary ``dequantize(*quantize(weight))`` in one go: what every fused kernel computes, and the torch backend.
+    """``dequantize(*quantize(weight))`` in one go: what every fused kernel computes, and the torch backend.
 
-    The division form works in place on one fp32 scratch and is the fastest exact form in pure torch.
+    For ternary values the division form works in place on one fp32 scratch and is the fastest exact form in pure torch.
 
     Args:
         weight: latent weight ``[out, in]``; it is not differentiated here.
-        config: the quantizer, of the ternary space.
+        config: the quantizer.
         scales: given bf16 scales ``[out, groups]``, or None for the weight's own.
         out: takes the quantized weight: a contiguous tensor like it, or, contiguous, the weight itself.
 
@@ -127,6 +128,7 @@ def quantize_dequantize(
         ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
     """
     group = check_weight(weight, config.group_size, scales)
+    space = SPACES[config.space]
     w = weight.detach().reshape(-1, group)
     quantized = (
         torch.empty_like(w, memory_format=torch.contiguous_format) if out is None else out.detach().view(w.shape)
@@ -142,9 +144,13 @@ def quantize_dequantize(
         s = own[start : start + rows]
         x = scratch[: block.shape[0]]
         if scales is None:
-            s.copy_(_absmean_into(x.copy_(block), config.eps))
-        sf = s.float()
-        x.copy_(block).div_(sf).round_().clamp_(-1.0, 1.0).mul_(sf).add_(0.0)
+            s.copy_(_scales_into(x.copy_(block), config))
+        x.copy_(block)
+        if space is TERNARY:
+            sf = s.float()
+            x.div_(sf).round_().clamp_(-1.0, 1.0).mul_(sf).add_(0.0)
+        else:
+            x = level_values(x, _finite_or_nan(s), space)
         quantized[start : start + rows].copy_(x)
     if quantized.dtype == torch.float16:
         quantized.add_(0.0)  # a scale below 2**-25 underflows in fp16, to -0.0 where the code is -1
@@ -159,37 +165,96 @@ def scales_are_finite(scales: Iterable[torch.Tensor]) -> torch.Tensor:
 def scales_of(quantized: torch.Tensor, config: QuantizerConfig) -> torch.Tensor:
     """The scales of a quantized weight, from its values alone.
 
-    They are exact in bf16: the largest magnitude of a group is its scale. A group of zeros had an absmean below eps,
-    for a value of at least the absmean lies beyond half of it.
+    They are exact in bf16: the largest magnitude of a ternary group is its scale; of other spaces the smallest one that
+    is not zero is that of the smallest level. Where the values of a group leave open which levels they are (all of one
+    magnitude, which two levels could have), they count as the smallest one. A group of zeros had a scale below eps, for
+    a value of at least the absmean lies beyond half of it; with a multiplier above 2 it had an unknown scale, and eps
+    stands for it, too.
 
     Args:
-        quantized: bf16 ``[out, in]``, ternary times scale.
+        quantized: bf16 ``[out, in]``, levels times scale.
         config: the quantizer that made it from scales of its own.
 
     Returns:
         bf16 ``[out, groups]``; NaN where the weight holds one.
     """
     group = check_weight(quantized, config.group_size)
-    largest = quantized.reshape(quantized.shape[0], -1, group).abs().amax(-1)
-    return torch.where(largest == 0, torch.tensor(config.eps, dtype=quantized.dtype), largest)
+    magnitudes = quantized.reshape(quantized.shape[0], -1, group).abs()
+    eps = torch.tensor(config.eps, dtype=quantized.dtype)
+    if config.space == TERNARY.name:
+        largest = magnitudes.amax(-1)
+        return torch.where(largest == 0, eps, largest)
+    lowest = smallest_magnitudes(magnitudes)
+    return torch.where(lowest == 0, eps, lowest / SPACES[config.space].smallest_magnitude)
 
 
-def _absmean(w: torch.Tensor, eps: float) -> torch.Tensor:
-    """bf16 scales ``[rows, 1]`` of fp32 groups ``[rows, group]``."""
-    return _absmean_into(w.clone(), eps)
+def smallest_magnitudes(magnitudes: torch.Tensor) -> torch.Tensor:
+    """The smallest value along the last dimension that is not zero; 0 where there is none, NaN where one is NaN."""
+    lowest = magnitudes.masked_fill(magnitudes == 0, torch.inf).amin(-1)
+    return lowest.masked_fill(lowest == torch.inf, 0.0)
 
 
-def _absmean_into(scratch: torch.Tensor, eps: float) -> torch.Tensor:
-    """Same, overwriting its fp32 argument. The sum is fp32: in bf16 it would stall at a fraction of the true value.
+def codes_under(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor:
+    """The codes of groups under given scales, without a look at either (so without a device sync).
+
+    Of quantized values under the scales that they were made with, these are the codes that they were made of: every
+    level lies between its thresholds, rounded or not.
+
+    Args:
+        w: fp32 ``[rows, group]``.
+        s: fp32 ``[rows, 1]``.
+        space: whose codes.
+
+    Returns:
+        int8 ``[rows, group]``; 0 under a scale that is not finite.
+    """
+    codes = torch.full(w.shape, space.lowest_code, dtype=torch.int8, device=w.device)
+    for beyond in _beyond(w, s, space):
+        codes += beyond
+    return codes.masked_fill_(~s.isfinite(), 0)
+
+
+def _beyond(w: torch.Tensor, s: torch.Tensor, space: Space) -> Iterator[torch.Tensor]:
+    """Which of the fp32 groups ``[rows, group]`` lie beyond each threshold of a space, under scales ``[rows, 1]``."""
+    for threshold, tie in zip(space.thresholds, space.ties, strict=True):
+        bound = s * threshold
+        yield w >= bound if tie == "upper" else w > bound
+
+
+def level_values(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor:
+    """The fp32 levels times scale of fp32 groups; what is NaN stays so, of weights and of scales ``[rows, 1]``."""
+    values = (s * space.levels[0]).expand_as(w)
+    for level, beyond in zip(space.levels[1:], _beyond(w, s, space), strict=True):
+        values = torch.where(beyond, s * level, values)
+    return torch.where(w.isnan(), w, values).add_(0.0)
+
+
+def _finite_or_nan(scales: torch.Tensor) -> torch.Tensor:
+    """Scales in fp32 ``[all, 1]``; an infinite one is NaN, of which any multiple is NaN."""
+    s = scales.reshape(-1, 1).float()
+    return torch.where(s.isfinite(), s, torch.nan)
+
+
+def _scales_into(scratch: torch.Tensor, config: QuantizerConfig) -> torch.Tensor:
+    """bf16 scales ``[rows, 1]`` of fp32 groups ``[rows, group]``, which are overwritten."""
+    scratch.abs_()
+    found = scratch.amax(-1, keepdim=True) if config.statistic == "absmax" else _mean(scratch)
+    if config.scale_multiplier != 1.0:
+        # As a tensor, so that the number is rounded to fp32 before the product is.
+        found.mul_(torch.full_like(found, config.scale_multiplier))
+    return found.clamp_(min=config.eps).to(torch.bfloat16)
+
+
+def _mean(magnitudes: torch.Tensor) -> torch.Tensor:
+    """Means ``[rows, 1]``. The sum is fp32: in bf16 it would stall at a fraction of the true value.
 
     It is one binary tree over neighbours, so that its order, and with it now and then the scale, does not depend on
     the layout, the number of threads or the width of a machine's registers. All backends add in this order.
     """
-    total = scratch.abs_()
+    total = magnitudes
     while total.shape[-1] > 1:
         paired = total[:, : total.shape[-1] // 2 * 2]
         pairs = paired[:, 0::2] + paired[:, 1::2]
         total = pairs if total.shape[-1] % 2 == 0 else torch.cat([pairs, total[:, -1:]], dim=-1)
     # Not by the number itself: CUDA would multiply by its rounded reciprocal.
-    count = torch.full_like(total, scratch.shape[-1])
-    return total.div_(count).clamp_(min=eps).to(torch.bfloat16)
+    return total / torch.full_like(total, magnitudes.shape[-1])

@@ -4,14 +4,15 @@
 The YAML schema is the one of megatron-core's ``quantization/quant_config.py`` (not imported: 0.12.1 lacks it)::
 
     configs:
-      fine: {group_size: 64}          # space, group_size, eps; what is left out comes from the command line
+      fine: {group_size: 64}          # space, statistic, scale_multiplier, group_size, eps
       keep: full-precision
     matchers:
       last_layer: {config: keep, type: glob, pattern: "*.layers.23.*", enabled: true}
       linears:    {config: fine, type: glob, pattern: "*.linear_*", enabled: true}
 
-The first matcher whose pattern fits a module decides; a module that none fits stays in full precision. Layer numbers
-are global and count from 0, whatever the pipeline stage.
+What a config leaves out comes from the command line; but of another space or statistic than this says, the statistic
+and the multiplier are its own. The first matcher whose pattern fits a module decides; a module that none fits stays in
+full precision. Layer numbers are global and count from 0, whatever the pipeline stage.
 """
 
 import fnmatch
@@ -33,6 +34,8 @@ class RecipeError(FileError):
 
 class _Config(Strict):
     space: str | None = None
+    statistic: str | None = None
+    scale_multiplier: float | None = None
     group_size: int | None = None
     eps: float | None = None
 
@@ -128,6 +131,10 @@ def _config(where: str, entry: Any, default: QuantizerConfig) -> QuantizerConfig
         keys = ", ".join(_Config.model_fields)
         raise RecipeError(f"{where}: write a mapping of {keys}, or the word {FULL_PRECISION}, not {entry!r}")
     given = validated(_Config, entry, where).model_dump(exclude_none=True)
+    if given.get("space", default.space) != default.space:
+        given = {"statistic": None, "scale_multiplier": None, **given}
+    elif given.get("statistic", default.statistic) != default.statistic:
+        given = {"scale_multiplier": None, **given}
     try:
         return replace(default, **given)
     except ValueError as error:

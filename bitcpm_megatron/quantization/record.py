@@ -16,7 +16,11 @@ from .config import QuantizerConfig
 FILE_NAME = "ternary_quantizer.json"
 SCALE_SUFFIX = ".ternary_scale"
 """In a checkpoint the scales that training used stand beside each ternary weight, as ``<weight key>.ternary_scale``."""
-_VERSION = 1
+_VERSION = 2
+_ABSMEAN = {"statistic": "absmean", "scale_multiplier": 1.0}
+"""What a record of version 1 leaves unsaid: there was nothing else."""
+_QUANTIZER = ("space", "statistic", "scale_multiplier", "eps")
+"""The fields of a quantizer that a record has once, and a module where it differs."""
 _FIRST_LOSSES = (
     ", starting ternary training from it. Weights that were not trained ternary: expect the first losses above that of "
     "uniform guessing and gradient norms in the hundreds, and both to fall within tens of steps "
@@ -31,12 +35,16 @@ class RecordError(FileError):
 class _Module(Strict):
     group_size: int
     space: str | None = None
+    statistic: str | None = None
+    scale_multiplier: float | None = None
     eps: float | None = None
 
 
 class _File(Strict):
     state: Literal["latent", "fused"]
     space: str
+    statistic: str
+    scale_multiplier: float
     eps: float
     latent_dtype: Literal["float32", "bfloat16", "float16"]
     row_parallel_shards: Annotated[int, bounded(Whole(1, 2**16))]
@@ -47,10 +55,11 @@ class _File(Strict):
 
     @model_validator(mode="after")
     def _quantizers_exist(self) -> "_File":
-        QuantizerConfig(self.space, -1, self.eps)
+        own = {name: getattr(self, name) for name in _QUANTIZER}
+        QuantizerConfig(**own)
         for path, module in self.modules.items():
             try:
-                QuantizerConfig(module.space or self.space, module.group_size, module.eps or self.eps)
+                QuantizerConfig(**{**own, **module.model_dump(exclude_none=True)})
             except ValueError as error:
                 raise ValueError(f"modules.{path}: {error}") from None
         return self
@@ -67,9 +76,11 @@ class QuantizerRecord:
         latent_dtype: dtype of the weights that the forward quantized, such as ``bfloat16``.
         row_parallel_shards: groups per whole row of row-parallel weights under group size -1.
         activation_bits: 16 for none.
-        modules: module path -> ``{"group_size": elements per scale along the whole row, or -1}``, with ``space`` and
-            ``eps`` where they differ from the ones above.
-        version: of this format.
+        modules: module path -> ``{"group_size": elements per scale along the whole row, or -1}``, with ``space``,
+            ``statistic``, ``scale_multiplier`` and ``eps`` where they differ from those of the record.
+        statistic: what the scales are made of.
+        scale_multiplier: of this statistic.
+        version: of this format. Version 1 had neither statistic nor multiplier, which were absmean and 1.
         ramp: how much of the quantizer the forward used when the checkpoint was saved: W + ramp (Wq - W). Written only
             where it is less than 1, in the middle of a ramp.
     """
@@ -81,6 +92,8 @@ class QuantizerRecord:
     row_parallel_shards: int
     activation_bits: int = 16
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    statistic: str = "absmean"
+    scale_multiplier: float = 1.0
     version: int = _VERSION
     ramp: float = 1.0
 
@@ -112,8 +125,10 @@ class QuantizerRecord:
             RecordError: it cannot be understood, or a newer version wrote it.
         """
         version = content.get("version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version != _VERSION:
-            raise RecordError(f"{where}: version {version} is unknown here (known: {_VERSION}); update the package")
+        if isinstance(version, int) and version not in (1, _VERSION):
+            raise RecordError(f"{where}: version {version} is unknown here (known: 1, {_VERSION}); update the package")
+        if version == 1:
+            content = {**_ABSMEAN, **content, "version": _VERSION}
         try:
             checked = validated(_File, content, f"{where}: not a quantizer record")
         except FileError as error:
@@ -157,7 +172,7 @@ class QuantizerRecord:
                 lines.append(f"{path}: {where[0]} in the checkpoint, {where[1]} asked for")
                 continue
             mine, theirs = self.config_of(path), other.config_of(path)
-            for name in ("space", "group_size", "eps"):
+            for name in (*_QUANTIZER, "group_size"):
                 a, b = getattr(mine, name), getattr(theirs, name)
                 if a != b:
                     lines.append(f"{path}: {name} {a} in the checkpoint, {b} asked for")
@@ -165,7 +180,14 @@ class QuantizerRecord:
 
     def config_of(self, path: str) -> QuantizerConfig:
         """How one of the recorded modules is quantized; the group size counts along the whole row."""
-        return QuantizerConfig(**{"space": self.space, "eps": self.eps, **self.modules[path]})
+        return QuantizerConfig(**{**{name: getattr(self, name) for name in _QUANTIZER}, **self.modules[path]})
+
+    @staticmethod
+    def of_module(config: QuantizerConfig, default: QuantizerConfig, group_size: int) -> dict[str, Any]:
+        """The entry of a module: its group size along the whole row, and what differs from the record's default."""
+        pairs = [(name, getattr(config, name), getattr(default, name)) for name in _QUANTIZER]
+        differs = {name: own for name, own, usual in pairs if own != usual}
+        return {"group_size": group_size, **differs}
 
 
 def check_change(where: Path, found: QuantizerRecord | None, wanted: QuantizerRecord | None, allow_change: bool) -> str:

@@ -1,8 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization spaces as tables: the levels a weight may take, and where the decision between two levels falls."""
+"""Quantization spaces as tables: the levels a weight may take, where the decision between two levels falls, the scale.
+
+The five spaces and their scales are those of the BitCPM-CANN technical report; the thresholds lie half-way between the
+levels. ParetoQ's quantizer of 1.58 bits (arXiv:2502.02631, SEQ) with the step alpha is ``ternary`` with
+s = 2 alpha / 3, and that of 2 bits is ``half-integer-4`` with s = alpha / 2.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
+
+Tie = Literal["lower", "upper"]
+Statistic = Literal["absmean", "absmax"]
+
+STATISTICS: tuple[Statistic, ...] = ("absmean", "absmax")
+"""What a scale is made of: ``mean(|w|)`` or ``max(|w|)`` over its group."""
 
 
 @dataclass(frozen=True)
@@ -15,20 +26,54 @@ class Space:
         thresholds: one between each two neighbouring levels, ascending. A weight w takes the level whose index is
             the number of thresholds it lies beyond.
         ties: for each threshold, the neighbouring level a weight exactly on it takes.
+        statistic: what a scale is made of, unless a configuration says otherwise.
+        scale_multiplier: of this statistic, likewise.
     """
 
     name: str
     levels: tuple[float, ...]
     thresholds: tuple[float, ...]
-    ties: tuple[Literal["lower", "upper"], ...]
+    ties: tuple[Tie, ...]
+    statistic: Statistic = "absmean"
+    scale_multiplier: float = 1.0
 
     @property
     def lowest_code(self) -> int:
-        """Code of the lowest level. Codes count levels so that code 0 is the level nearest to zero."""
-        return -min(range(len(self.levels)), key=lambda i: abs(self.levels[i]))
+        """Code of the lowest level. Code 0 is that of the level nearest to zero, of two the positive one."""
+        return -min(range(len(self.levels)), key=lambda i: (abs(self.levels[i]), -self.levels[i]))
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a packed code, a power of two: 2 for up to four levels, else 4."""
+        return 2 if len(self.levels) <= 4 else 4
+
+    @property
+    def smallest_magnitude(self) -> float:
+        """The smallest magnitude of a level that is not zero; times a scale it is exact in every dtype of a weight, unless fp16 underflows."""
+        return min(abs(level) for level in self.levels if level)
 
 
-# round_half_even sends both ties of the ternary space (+-s/2) to the level 0.
+# round_half_even sends both ties of the ternary space (+-s/2) to the level 0; those of the others follow it where they
+# have the same threshold, and round_half_even(w / s - 0.5) + 0.5 in the half-integer one. Zero itself is on the
+# threshold of a space without a level for it, and takes the positive one.
 TERNARY = Space("ternary", (-1.0, 0.0, 1.0), (-0.5, 0.5), ("upper", "lower"))
+ASYMMETRIC_4 = Space(
+    "asymmetric-4", (-2.0, -1.0, 0.0, 1.0), (-1.5, -0.5, 0.5), ("lower", "upper", "lower"), "absmax", 1 / 1.5
+)
+HALF_INTEGER_4 = Space(
+    "half-integer-4", (-1.5, -0.5, 0.5, 1.5), (-1.0, 0.0, 1.0), ("lower", "upper", "lower"), "absmax", 1 / 1.5
+)
+INTEGER_4 = Space("integer-4", (-2.0, -1.0, 1.0, 2.0), (-1.5, 0.0, 1.5), ("lower", "upper", "upper"), "absmax", 1 / 2)
+FIVE_VALUE = Space(
+    "five-value",
+    (-2.0, -1.0, 0.0, 1.0, 2.0),
+    (-1.5, -0.5, 0.5, 1.5),
+    ("lower", "upper", "lower", "upper"),
+    "absmax",
+    1 / 2,
+)
 
-SPACES: dict[str, Space] = {TERNARY.name: TERNARY}
+SPACES: dict[str, Space] = {
+    space.name: space for space in (TERNARY, ASYMMETRIC_4, HALF_INTEGER_4, INTEGER_4, FIVE_VALUE)
+}
+"""By name; a space stands behind those whose levels it has all of."""

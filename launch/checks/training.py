@@ -3,8 +3,8 @@
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
 
+from ...quantization import QuantizerConfig
 from ...quantization.record import QuantizerRecord
 from ...training.mistakes import mistakes
 from ..estimates.quantizer import expected_record, idle_matchers
@@ -89,36 +89,48 @@ def _quantizer(subject: Subject) -> list[Finding]:
         return [passed("quantizer", "none: full precision")]
     shards = row_parallel_shards(subject)
     try:
-        modules = expected_record(x, args, shards).modules
+        record = expected_record(x, args, shards)
     except ValueError as error:
         return [failed("quantizer", str(error), "another --ternary-group-size, recipe, TP or row-parallel shards")]
+    configs = {path: record.config_of(path) for path in record.modules}
+    if subject.profile.device == "npu" and args.ternary_backend in ("auto", "ascendc"):
+        for path, config in configs.items():
+            if config.space != "ternary" or not config.of_absmean:
+                what = f"{path} is {config.space} with scales of {config.scale}"
+                what += ", and the AscendC kernels know ternary with scales of absmean"
+                return [failed("quantizer", what, "--ternary-backend triton, or torch")]
     rows = [linear for linear in x.linears(0) if linear.row_parallel]
     bad = [linear.path for linear in rows if shards % x.tp or linear.in_features % shards]
     if bad and args.ternary_activation_bits == 8:
         what = f"the inputs of {bad[0]} cannot be quantized in {shards} row-parallel shards at TP {x.tp}"
         return [failed("quantizer", what, "use a number of shards that TP divides")]
-    if args.ternary_gemm == "int8" and (split := _split_sums(modules, x, shards)):
+    if args.ternary_gemm == "int8" and (split := _split_sums(configs, x, shards)):
         return [
             failed("quantizer", split, "group size -1 and as many row-parallel shards as TP, or ternary-gemm: bf16")
         ]
-    sizes = ", ".join(sorted({str(module["group_size"]) for module in modules.values()}))
-    said = f"{len(modules)} modules, groups of {sizes} (-1: the row), {shards} row-parallel shards"
+    sizes = ", ".join(sorted({str(config.group_size) for config in configs.values()}))
+    said = f"{len(configs)} modules, groups of {sizes} (-1: the row), {shards} row-parallel shards"
     return [passed("quantizer", said)]
 
 
-def _split_sums(modules: Mapping[str, Mapping[str, Any]], layout: Layout, shards: int) -> str | None:
+def _split_sums(configs: Mapping[str, QuantizerConfig], layout: Layout, shards: int) -> str | None:
     """Why an int8 GEMM cannot take a layer, whose local rows have to have one scale; None where it takes all."""
     if shards != layout.tp:
         return (
             f"an int8 GEMM takes one scale per local row, and here are {shards} row-parallel shards at TP {layout.tp}"
         )
     for linear in layout.all_linears():
-        if (space := modules.get(linear.path, {}).get("space", "ternary")) != "ternary":
-            return f"an int8 GEMM knows ternary codes, and {linear.path} is {space}"
+        if linear.path not in configs:
+            continue
+        config = configs[linear.path]
+        if config.space != "ternary":
+            return f"an int8 GEMM knows ternary codes, and {linear.path} is {config.space}"
         local = linear.in_features // layout.tp if linear.row_parallel else linear.in_features
-        group = modules.get(linear.path, {}).get("group_size", -1)
-        if group not in (-1, local):
-            return f"an int8 GEMM takes one scale per row, and {linear.path} has one for {group} of {local} columns"
+        if config.group_size not in (-1, local):
+            return (
+                f"an int8 GEMM takes one scale per row, and {linear.path} has one for {config.group_size} of {local} "
+                "columns"
+            )
     return None
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...data.vocabulary import padded_vocab_size
+from ...quantization import SPACES
 from ...quantization.recipe import Recipe
 from .shapes import Layout, Linear
 from .teacher import Teacher
@@ -219,7 +220,7 @@ def _values(
     """
     total = weights * options.size + scales
     if options.cache == "packed":
-        return weights / 4 + scales + (options.size + 1) * largest
+        return weights * _code_bits(options) / 8 + scales + (options.size + 1) * largest
     scratch = 4 * largest if options.ternary_backend in ("auto", "torch") and not options.cpu else 0.0
     if options.cache == "resident":
         replicas = layout.dp * layout.cp if options.use_distributed_optimizer else 1
@@ -229,6 +230,12 @@ def _values(
         again = min(1.0, (options.recompute_num_layers or 1) / layout.stage_layers)
         total *= again if uniform else _batches_in_flight(layout, stage)
     return total + scratch
+
+
+def _code_bits(options: Options) -> int:
+    """Bits of a packed code: a bucket has those of its widest space."""
+    configs = (matcher.config for matcher in (options.recipe.matchers if options.recipe is not None else ()))
+    return max((SPACES[config.space].code_bits for config in configs if config is not None), default=2)
 
 
 def _ternary(mine: list[Linear], layout: Layout, options: Options) -> tuple[float, float, float]:

@@ -3,13 +3,12 @@
 
 import argparse
 
-from ...quantization import QuantizerConfig
 from ...quantization.grouping import row_group, row_parallel_group
 from ...quantization.record import QuantizerRecord
+from ...ternary_flags import ternary_settings
 from .shapes import Layout, recipe_of
 
 _NEVER = ("embedding.word_embeddings", "output_layer")
-_EPS = QuantizerConfig().eps
 
 
 def expected_record(layout: Layout, args: argparse.Namespace, shards: int) -> QuantizerRecord:
@@ -18,7 +17,7 @@ def expected_record(layout: Layout, args: argparse.Namespace, shards: int) -> Qu
     Raises:
         ValueError: naming every module whose group does not fit; also an impossible group size or recipe.
     """
-    recipe = recipe_of(args)
+    recipe, default = recipe_of(args), ternary_settings(args).default
     modules: dict[str, dict[str, object]] = {}
     mistakes: dict[str, str] = {}
     for linear in layout.all_linears():
@@ -33,21 +32,19 @@ def expected_record(layout: Layout, args: argparse.Namespace, shards: int) -> Qu
         except ValueError as error:
             mistakes.setdefault(str(error), linear.path)
             continue
-        modules[linear.path] = {"group_size": group}
-        if config.space != args.ternary_space:
-            modules[linear.path]["space"] = config.space
-        if config.eps != _EPS:
-            modules[linear.path]["eps"] = config.eps
+        modules[linear.path] = QuantizerRecord.of_module(config, default, group)
     if mistakes:
         raise ValueError("; ".join(f"{path}: {text}" for text, path in mistakes.items()))
     return QuantizerRecord(
         state="latent",
-        space=args.ternary_space,
-        eps=_EPS,
+        space=default.space,
+        eps=default.eps,
         latent_dtype="bfloat16" if args.bf16 else "float32",
         row_parallel_shards=shards,
         activation_bits=args.ternary_activation_bits,
         modules=modules,
+        statistic=default.statistic,
+        scale_multiplier=default.scale_multiplier,
     )
 
 

@@ -703,8 +703,13 @@ def test_dequantize_rounds_once_whatever_the_default_dtype(monkeypatch: pytest.M
         ({"eps": "1e-5"}, "eps='1e-5'.*number"),
         ({"eps": None}, "eps=None.*number"),
         ({"eps": True}, "eps=True.*number"),
-        ({"statistic": "absmax"}, "statistic='absmax'.*absmean of its group"),
-        ({"scale_multiplier": 0.5}, "scale_multiplier=0.5.*times 1.0"),
+        ({"statistic": "rms"}, "unknown statistic 'rms'.*'absmax', 'absmean'"),
+        ({"statistic": ["absmax"]}, "unknown statistic"),
+        ({"scale_multiplier": 0.0}, "scale_multiplier=0.0.*2\\*\\*-20 to 2\\*\\*20"),
+        ({"scale_multiplier": 2.0**21}, "scale_multiplier=2097152.0.*2\\*\\*20"),
+        ({"scale_multiplier": math.nan}, "scale_multiplier=nan.*finite"),
+        ({"scale_multiplier": "1"}, "scale_multiplier='1'.*number"),
+        ({"scale_multiplier": True}, "scale_multiplier=True.*number"),
     ],
 )
 def test_bad_configs(arguments: dict, cure: str) -> None:

@@ -76,7 +76,8 @@ def run(
     """The kernel's results, on the CPU."""
     before = weight.clone()
     given_scales = None if scales is None else scales.to(DEVICE)
-    q, s = launch.fake_quantize(weight.to(DEVICE), group, eps, given_scales, **options)
+    config = QuantizerConfig(group_size=group, eps=eps)
+    q, s = launch.fake_quantize(weight.to(DEVICE), config, given_scales, **options)
     assert (q.dtype, s.dtype) == (weight.dtype, torch.bfloat16) and q.is_contiguous() and s.is_contiguous()
     assert bits_equal(weight, before), "input changed"
     return q.cpu(), s.cpu()
@@ -326,7 +327,10 @@ def test_the_layout_in_memory_does_not_matter() -> None:
 
 def test_results_do_not_alias_the_arguments() -> None:
     weight, scales = torch.ones(2, 32, device=DEVICE), torch.ones(2, 1, dtype=torch.bfloat16, device=DEVICE)
-    for out in (*launch.fake_quantize(weight, -1, EPS, scales), launch.quantize_packed(weight, -1, EPS, scales)[1]):
+    for out in (
+        *launch.fake_quantize(weight, QuantizerConfig(), scales),
+        launch.quantize_packed(weight, -1, EPS, scales)[1],
+    ):
         out.zero_()
         assert (weight == 1).all() and (scales == 1).all()
 
@@ -399,7 +403,7 @@ def test_many_weights_together(dtype: torch.dtype, options: dict, launches: int)
     ours = [w.to(DEVICE) for w in weights]
     for targets in ([torch.empty_like(w) for w in ours], ours):
         scales = [torch.empty_like(s, device=DEVICE) for _, s in expected]
-        assert launch.fake_quantize_all(ours, targets, scales, groups, EPS, **options) == launches
+        assert launch.fake_quantize_all(ours, targets, scales, groups, QuantizerConfig(), **options) == launches
         for q, s, (values, theirs) in zip(targets, scales, expected, strict=True):
             assert bits_equal(q.cpu(), values) and torch.equal(s.cpu(), theirs)
 
@@ -410,10 +414,10 @@ def test_weights_of_one_shape_need_one_launch(monkeypatch: pytest.MonkeyPatch) -
     expected = [run(w.cpu(), -1)[0] for w in weights]
     scales = [torch.empty(2, 1, dtype=torch.bfloat16, device=DEVICE) for _ in weights]
     again = [w.clone() for w in weights]
-    assert launch.fake_quantize_all(weights, weights, scales, [-1] * 37, EPS) == 1
+    assert launch.fake_quantize_all(weights, weights, scales, [-1] * 37, QuantizerConfig()) == 1
     assert all(bits_equal(w.cpu(), q) for w, q in zip(weights, expected, strict=True))
     monkeypatch.setattr(launch, "GROUPED_WEIGHTS", 16)
-    assert launch.fake_quantize_all(again, again, scales, [-1] * 37, EPS) == 3
+    assert launch.fake_quantize_all(again, again, scales, [-1] * 37, QuantizerConfig()) == 3
     assert all(bits_equal(w.cpu(), q) for w, q in zip(again, expected, strict=True))
 
 
@@ -431,11 +435,12 @@ def test_together_as_each_alone(latents: list[Latent]) -> None:
 
 def test_bad_input() -> None:
     weight = torch.zeros(2, 96, device=DEVICE)
-    for function in (launch.fake_quantize, launch.quantize_packed):
+    ones = torch.ones(2, 3, device=DEVICE)
+    for function in (run, launch.quantize_packed):
         with pytest.raises(ValueError, match=r"group_size=64.*96.*use -1 or one of"):
             function(weight, 64, EPS)
         with pytest.raises(ValueError, match=r"pass bfloat16 of shape \(2, 3\)"):
-            function(weight, 32, EPS, torch.ones(2, 3, device=DEVICE))
+            function(weight, 32, EPS, ones)
     for previous in (torch.zeros(2, 24, dtype=torch.uint8), torch.zeros(2, 32, dtype=torch.int8)):
         with pytest.raises(ValueError, match=r"previous codes.*pass uint8 \(2, 32\)"):
             launch.quantize_packed(weight, 32, EPS, None, previous)
@@ -543,20 +548,21 @@ def compile(kernel, capability, pointers, numbers, **constants):
     assert "local" not in ptx, "registers are spilled"
     return ptx
 
-ptx = compile(quantize_resident, 90, ["*i16"] * 3, ["i32", "i32", "fp32"],
-              GIVEN=False, BF16=True, SIZE=4096, LEVELS=12, TILE=4096)
+ptx = compile(quantize_resident, 90, ["*i16"] * 3, ["i32", "i32", "fp32", "fp32"],
+              ABSMAX=False, SPACE=0, GIVEN=False, BF16=True, SIZE=4096, LEVELS=12, TILE=4096)
 # 4096 weights of 2 bytes over 128 threads: each byte moves once, in pieces of 16.
 assert ptx.count("ld.global.v4.b32") == 4 and ptx.count("ld.global") == 4, ptx
 assert ptx.count("st.global.v4.b32") == 4 and ptx.count("st.global") == 5, ptx
-ptx = compile(quantize_grouped, 90, ["*i64"], ["i32", "fp32"],
-              STORED=tl.int16, BF16=True, ALIGNED=True, SIZE=4096, LEVELS=12, TILE=4096, WEIGHTS=256)
+ptx = compile(quantize_grouped, 90, ["*i64"], ["i32", "fp32", "fp32"],
+              ABSMAX=False, SPACE=0, STORED=tl.int16, BF16=True, ALIGNED=True, SIZE=4096, LEVELS=12, TILE=4096,
+              WEIGHTS=256)
 assert ptx.count("ld.global.v4.b32") == 4 and ptx.count("st.global.v4.b32") == 4, ptx
-compile(quantize_grouped, 80, ["*i64"], ["i32", "fp32"],
-        STORED=tl.float32, BF16=False, ALIGNED=False, SIZE=128, LEVELS=7, TILE=4096, WEIGHTS=1)
-compile(quantize_resident, 80, ["*fp16", "*fp16", "*i16"], ["i32", "i32", "fp32"],
-        GIVEN=True, BF16=False, SIZE=128, LEVELS=7, TILE=2048)
-compile(quantize_streamed, 100, ["*fp32", "*fp32", "*i16"], ["i32", "i32", "fp32"],
-        GIVEN=False, BF16=False, SIZE=4096, LEVELS=12, PIECES=16, PIECE_LEVELS=4)
+compile(quantize_grouped, 80, ["*i64"], ["i32", "fp32", "fp32"],
+        ABSMAX=False, SPACE=0, STORED=tl.float32, BF16=False, ALIGNED=False, SIZE=128, LEVELS=7, TILE=4096, WEIGHTS=1)
+compile(quantize_resident, 80, ["*fp16", "*fp16", "*i16"], ["i32", "i32", "fp32", "fp32"],
+        ABSMAX=False, SPACE=0, GIVEN=True, BF16=False, SIZE=128, LEVELS=7, TILE=2048)
+compile(quantize_streamed, 100, ["*fp32", "*fp32", "*i16"], ["i32", "i32", "fp32", "fp32"],
+        ABSMAX=False, SPACE=0, GIVEN=False, BF16=False, SIZE=4096, LEVELS=12, PIECES=16, PIECE_LEVELS=4)
 compile(pack_codes, 80, ["*i16", "*i16", "*u8", "*u8", "*i32"], ["i32"] * 5, BF16=True, COMPARE=True, BLOCKS=32)
 compile(unpack_weight, 80, ["*u8", "*i16", "*fp16"], ["i32"] * 5, BF16=False, BLOCKS=32)
 print("compiled")
@@ -589,10 +595,10 @@ def test_nothing_waits_for_the_device() -> None:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        launch.fake_quantize(weight, -1, EPS)
+        launch.fake_quantize(weight, QuantizerConfig())
         packed = launch.quantize_packed(weight, -1, EPS, scales, packed)[0]
         launch.unpack_weight(packed, scales, 1024, -1, weight.dtype)
-        launch.fake_quantize_all([weight], [weight], [scales], [-1], EPS)
+        launch.fake_quantize_all([weight], [weight], [scales], [-1], QuantizerConfig())
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

@@ -6,16 +6,44 @@ there is no C compiler the torch backend serves, several times slower and with t
 """
 
 import ctypes
+import functools
 from array import array
 from collections.abc import Sequence
 
 import torch
 
-from ...quantization import QuantizerConfig, check_weight, effective_group
+from ...quantization import SPACES, QuantizerConfig, check_weight, effective_group
 from ..registry import Backend, register_backend
 from .library import load, threads_for
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_THRESHOLDS = 4
+
+
+class _Quantizer(ctypes.Structure):
+    """The C source's struct Quantizer."""
+
+    _fields_ = (
+        ("eps", ctypes.c_float),
+        ("multiplier", ctypes.c_float),
+        ("absmax", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("levels", ctypes.c_float * (_THRESHOLDS + 1)),
+        ("thresholds", ctypes.c_float * _THRESHOLDS),
+        ("upper", ctypes.c_int32 * _THRESHOLDS),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _quantizer(config: QuantizerConfig) -> _Quantizer:
+    table = _Quantizer(config.eps, config.scale_multiplier, config.statistic == "absmax")
+    if config.space != "ternary":
+        space = SPACES[config.space]
+        table.count = len(space.thresholds)
+        table.levels[: len(space.levels)] = space.levels
+        table.thresholds[: table.count] = space.thresholds
+        table.upper[: table.count] = [tie == "upper" for tie in space.ties]
+    return table
 
 
 def unavailable(device_type: str) -> str | None:
@@ -46,7 +74,7 @@ def _kernel(
         scratch.data_ptr(),
         _DTYPES[w.dtype],
         scales is not None,
-        config.eps,
+        ctypes.addressof(_quantizer(config)),
         threads,
     )
     return quantized, own
@@ -69,7 +97,7 @@ def _grouped(
         table.extend((weight.data_ptr(), result.data_ptr(), scale.data_ptr(), count, group))
         groups, elements, longest = groups + count, elements + weight.numel(), max(longest, group)
     threads, scratch = _threads(groups, elements, longest)
-    how = (_DTYPES[latent[0].dtype], False, config.eps, threads)
+    how = (_DTYPES[latent[0].dtype], False, ctypes.addressof(_quantizer(config)), threads)
     library.bitcpm_fake_quantize_all(table.buffer_info()[0], len(latent), scratch.data_ptr(), longest + 2, *how)
     return 1
 
@@ -89,4 +117,6 @@ def _threads(groups: int, elements: int, longest: int) -> tuple[int, torch.Tenso
     return threads, torch.empty(threads * (longest + 2), dtype=torch.float32, device="cpu")
 
 
-register_backend(Backend("cpu", _kernel, unavailable, priority=5, grouped=_grouped))
+register_backend(
+    Backend("cpu", _kernel, unavailable, priority=5, spaces=tuple(SPACES), any_scale=True, grouped=_grouped)
+)

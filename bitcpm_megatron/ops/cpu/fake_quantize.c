@@ -4,9 +4,10 @@
 // weight stands or elsewhere.
 //
 // Bit for bit the arithmetic of bitcpm_megatron/quantization/quantizer.py. The scale: |w| in fp32, summed as one binary
-// tree over neighbours, divided by n, at least eps, rounded to bf16. The weight: under a scale s, w becomes +-s where
-// |w| > s / 2, else +0.0. Magnitudes of floating-point numbers are ordered as their bits are as integers, so that
-// threshold and selection need no conversion of the weight at all.
+// tree over neighbours and divided by n, or the largest one; times a multiplier, at least eps, rounded to bf16. The
+// ternary weight: under a scale s, w becomes +-s where |w| > s / 2, else +0.0. Magnitudes of floating-point numbers are
+// ordered as their bits are as integers, so that threshold and selection need no conversion of the weight at all. In
+// other spaces w takes the level of the last threshold that it is beyond.
 //
 // Compile with -ffp-contract=off and without -ffast-math.
 
@@ -16,6 +17,18 @@
 #include "bits.h"
 
 enum { BF16 = 0, FP16 = 1, FP32 = 2 };
+enum { THRESHOLDS = 4 };  // the most that a space has
+
+// How to quantize. The table of a space as quantization/spaces.py has it; of ternary, which has a way of its own, none.
+typedef struct {
+    float eps;
+    float multiplier;
+    int32_t absmax;  // of which statistic: the largest magnitude, or else the mean
+    int32_t count;   // of the thresholds, 0 for ternary
+    float levels[THRESHOLDS + 1];
+    float thresholds[THRESHOLDS];
+    int32_t upper[THRESHOLDS];  // whether a tie goes to the upper level
+} Quantizer;
 enum { PREFETCHED = 256 };  // elements of a group from which on it is worth its while
 
 // fp32 of an fp16 magnitude (no sign bit); exact, and free of denormal fp32 values on the way.
@@ -71,6 +84,20 @@ static inline float tree(float *x, float *y, int64_t n) {
         return tree(scratch, scratch + (n + 1) / 2, (n + 1) / 2);                                     \
     }
 
+// The bits of the largest magnitude of a group: as an integer NaN is larger than infinity.
+#define DEFINE_LARGEST(name, word, magnitude_bits)             \
+    static inline word name(const word *w, int64_t n) {        \
+        word largest = 0;                                      \
+        for (int64_t i = 0; i < n; i++) {                      \
+            const word bits = w[i] & (word)(magnitude_bits);   \
+            largest = bits > largest ? bits : largest;         \
+        }                                                      \
+        return largest;                                        \
+    }
+
+DEFINE_LARGEST(largest_16, uint16_t, 0x7fff)
+DEFINE_LARGEST(largest_32, uint32_t, 0x7fffffff)
+
 DEFINE_SUM(sum_bf16, uint16_t, MAGNITUDE_BF16)
 DEFINE_SUM(sum_fp16, uint16_t, MAGNITUDE_FP16)
 DEFINE_SUM(sum_fp32, uint32_t, MAGNITUDE_FP32)
@@ -113,17 +140,91 @@ static void by_division(const void *weight, void *quantized, int64_t n, int dtyp
     }
 }
 
+// The words that stand for the levels of a group, and what a weight has to reach to be beyond each threshold.
+typedef struct {
+    uint32_t words[THRESHOLDS + 1];
+    float bounds[THRESHOLDS];
+    uint32_t nan;
+} Levels;
+
+static uint32_t stored(float value, int dtype) {
+    if (dtype == FP32) return as_bits(value);
+    const uint16_t magnitude = dtype == BF16 ? to_bf16(fabsf(value)) : to_fp16(fabsf(value), 0);
+    return magnitude && value < 0.0f ? magnitude | 0x8000u : magnitude;
+}
+
+static Levels levels_under(const Quantizer *quantizer, float s, int dtype) {
+    Levels made;
+    made.nan = dtype == FP32 ? 0x7fc00000u : dtype == BF16 ? 0x7fc0u : 0x7e00u;
+    for (int k = 0; k <= THRESHOLDS; k++) {
+        const float value = k <= quantizer->count ? quantizer->levels[k] * s + 0.0f : 0.0f;
+        made.words[k] = isfinite(s) ? stored(value, dtype) : made.nan;
+    }
+    for (int k = 0; k < THRESHOLDS; k++) {
+        const float bound = quantizer->thresholds[k] * s;
+        // Beyond a bound is at least the number next to it. There is none next to infinity, nor a threshold without a
+        // level behind it: nothing reaches NaN.
+        if (k >= quantizer->count || (!quantizer->upper[k] && bound == INFINITY)) made.bounds[k] = NAN;
+        else made.bounds[k] = quantizer->upper[k] ? bound : nextafterf(bound, INFINITY);
+    }
+    return made;
+}
+
+static inline float from_fp16_signed(uint32_t bits) {
+    return as_float(as_bits(from_fp16(bits & 0x7fff)) | (bits & 0x8000) << 16);
+}
+
+#define VALUE_BF16(bits) as_float((uint32_t)(bits) << 16)
+#define VALUE_FP16(bits) from_fp16_signed(bits)
+#define VALUE_FP32(bits) as_float(bits)
+
+#define DEFINE_LEVELS(name, word, value_of)                                                   \
+    static inline void name(const word *w, word *out, int64_t n, const Levels *levels) {      \
+        word words[THRESHOLDS + 1];                                                           \
+        for (int k = 0; k <= THRESHOLDS; k++) words[k] = (word)levels->words[k];              \
+        const word nan = (word)levels->nan;                                                   \
+        const float a = levels->bounds[0], b = levels->bounds[1], c = levels->bounds[2], d = levels->bounds[3]; \
+        _Pragma("omp simd")                                                                   \
+        for (int64_t i = 0; i < n; i++) {                                                     \
+            const float value = value_of(w[i]);                                               \
+            word chosen = value >= a ? words[1] : words[0];                                   \
+            chosen = value >= b ? words[2] : chosen;                                          \
+            chosen = value >= c ? words[3] : chosen;                                          \
+            chosen = value >= d ? words[4] : chosen;                                          \
+            out[i] = value == value ? chosen : nan;                                           \
+        }                                                                                     \
+    }
+
+DEFINE_LEVELS(levels_bf16, uint16_t, VALUE_BF16)
+DEFINE_LEVELS(levels_fp16, uint16_t, VALUE_FP16)
+DEFINE_LEVELS(levels_fp32, uint32_t, VALUE_FP32)
+
+static inline float statistic(const void *w, float *scratch, int64_t n, int dtype, int absmax) {
+    if (absmax) {
+        if (dtype == FP32) return as_float(largest_32(w, n));
+        const uint16_t largest = largest_16(w, n);
+        return dtype == BF16 ? MAGNITUDE_BF16(largest) : MAGNITUDE_FP16(largest);
+    }
+    const float sum = dtype == BF16   ? sum_bf16(w, scratch, n)
+                      : dtype == FP16 ? sum_fp16(w, scratch, n)
+                                      : sum_fp32(w, scratch, n);
+    return sum / (float)n;
+}
+
 static inline __attribute__((always_inline)) void one_group(const void *w, void *out, uint16_t *scale, float *scratch,
-                                                            int64_t n, int dtype, int given, float eps) {
+                                                            int64_t n, int dtype, int given,
+                                                            const Quantizer *quantizer) {
     if (!given) {
-        const float sum = dtype == BF16   ? sum_bf16(w, scratch, n)
-                          : dtype == FP16 ? sum_fp16(w, scratch, n)
-                                          : sum_fp32(w, scratch, n);
-        const float mean = sum / (float)n;
-        *scale = to_bf16(mean < eps ? eps : mean);  // NaN stays NaN
+        const float found = statistic(w, scratch, n, dtype, quantizer->absmax) * quantizer->multiplier;
+        *scale = to_bf16(found < quantizer->eps ? quantizer->eps : found);  // NaN stays NaN
     }
     const float s = as_float((uint32_t)*scale << 16);
-    if (!(s >= 0x1p-124f && s < INFINITY)) by_division(w, out, n, dtype, s);
+    if (quantizer->count) {
+        const Levels levels = levels_under(quantizer, s, dtype);
+        if (dtype == BF16) levels_bf16(w, out, n, &levels);
+        else if (dtype == FP16) levels_fp16(w, out, n, &levels);
+        else levels_fp32(w, out, n, &levels);
+    } else if (!(s >= 0x1p-124f && s < INFINITY)) by_division(w, out, n, dtype, s);
     else if (dtype == BF16) select_bf16(w, out, n, to_bf16(s / 2), *scale);
     else if (dtype == FP16) select_fp16(w, out, n, to_fp16(s / 2, 1), to_fp16(s, 0));
     else select_fp32(w, out, n, as_bits(s / 2), as_bits(s));
@@ -147,27 +248,28 @@ static inline int64_t group_from(const Weight *weight, int64_t element) {
 
 // Neighbouring groups of n elements. Where n and dtype are constants, the compiler unrolls what is done per group.
 static inline __attribute__((always_inline)) void groups_of(const char *w, char *out, uint16_t *scale, int64_t count,
-                                                            float *scratch, int64_t n, int dtype, int given, float eps) {
+                                                            float *scratch, int64_t n, int dtype, int given,
+                                                            const Quantizer *quantizer) {
     const int64_t bytes = n * (dtype == FP32 ? 4 : 2);
     for (int64_t g = 0; g < count; g++, w += bytes, out += bytes, scale++) {
         // The next group comes while this one is being computed.
         if (n >= PREFETCHED)
             for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(w + bytes + i);
-        one_group(w, out, scale, scratch, n, dtype, given, eps);
+        one_group(w, out, scale, scratch, n, dtype, given, quantizer);
     }
 }
 
 static void some_groups(const Weight *weight, int64_t first, int64_t last, float *scratch, int dtype, int given,
-                        float eps) {
+                        const Quantizer *quantizer) {
     const int64_t n = weight->n, count = last - first, offset = first * n * (dtype == FP32 ? 4 : 2);
     const char *w = (const char *)weight->latent + offset;
     char *out = (char *)weight->quantized + offset;
     uint16_t *scale = weight->scales + first;
     // Small groups pay for their loops.
-    if (n == 32 && dtype == BF16) groups_of(w, out, scale, count, scratch, 32, BF16, given, eps);
-    else if (n == 64 && dtype == BF16) groups_of(w, out, scale, count, scratch, 64, BF16, given, eps);
-    else if (n == 128 && dtype == BF16) groups_of(w, out, scale, count, scratch, 128, BF16, given, eps);
-    else groups_of(w, out, scale, count, scratch, n, dtype, given, eps);
+    if (n == 32 && dtype == BF16) groups_of(w, out, scale, count, scratch, 32, BF16, given, quantizer);
+    else if (n == 64 && dtype == BF16) groups_of(w, out, scale, count, scratch, 64, BF16, given, quantizer);
+    else if (n == 128 && dtype == BF16) groups_of(w, out, scale, count, scratch, 128, BF16, given, quantizer);
+    else groups_of(w, out, scale, count, scratch, n, dtype, given, quantizer);
 }
 
 // Quantizes weights of one dtype, all in one parallel region: each thread takes an equal share of all elements.
@@ -175,7 +277,7 @@ static void some_groups(const Weight *weight, int64_t first, int64_t last, float
 //   given     whether the scales are read; else they are written
 //   scratch   fp32, `room` elements for each of `threads`: 2 more than the longest group
 void bitcpm_fake_quantize_all(const Weight *weights, int64_t count, float *scratch, int64_t room, int dtype, int given,
-                              float eps, int threads) {
+                              const Quantizer *quantizer, int threads) {
     int64_t elements = 0;
     for (int64_t i = 0; i < count; i++) elements += weights[i].groups * weights[i].n;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -184,7 +286,7 @@ void bitcpm_fake_quantize_all(const Weight *weights, int64_t count, float *scrat
         for (int64_t i = 0; i < count && end > 0; i++) {
             const Weight *weight = weights + i;
             const int64_t first = group_from(weight, begin), last = group_from(weight, end);
-            some_groups(weight, first, last, scratch + t * room, dtype, given, eps);
+            some_groups(weight, first, last, scratch + t * room, dtype, given, quantizer);
             begin -= weight->groups * weight->n;
             end -= weight->groups * weight->n;
         }
@@ -193,7 +295,7 @@ void bitcpm_fake_quantize_all(const Weight *weights, int64_t count, float *scrat
 
 // One weight, for a caller that would take longer to write a table of it than a small one takes to quantize.
 void bitcpm_fake_quantize(const void *latent, void *quantized, uint16_t *scales, int64_t groups, int64_t n,
-                          float *scratch, int dtype, int given, float eps, int threads) {
+                          float *scratch, int dtype, int given, const Quantizer *quantizer, int threads) {
     const Weight weight = {latent, quantized, scales, groups, n};
-    bitcpm_fake_quantize_all(&weight, 1, scratch, n + 2, dtype, given, eps, threads);
+    bitcpm_fake_quantize_all(&weight, 1, scratch, n + 2, dtype, given, quantizer, threads);
 }

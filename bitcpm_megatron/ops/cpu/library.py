@@ -43,7 +43,7 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or repr(error)
         return None, f"{shlex.join(compiler)} could not build it: {said.splitlines()[-1]}"
     pointer, long, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    how = (integer, integer, number, integer)
+    how = (integer, integer, pointer, integer)
     signatures: dict[str, tuple[Any, ...]] = {
         "bitcpm_fake_quantize": (pointer, pointer, pointer, long, long, pointer, *how),
         "bitcpm_fake_quantize_all": (pointer, long, pointer, long, *how),

@@ -8,7 +8,7 @@ pointer, no descriptor; the only tuned numbers are the tile and the warps, and o
 programs run as there are vector cores.
 
 ================  =============================================================
-``arithmetic``    bf16 as bits, the ordered sum, the scale, the three values
+``arithmetic``    bf16 as bits, the ordered sum, the scale, the values of a space
 ``resident``      groups and rows that fit into a tile: one read, one write
 ``grouped``       the same, of many weights in one launch
 ``streamed``      longer rows: two reads, one write
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...quantization import QuantizerConfig
+from ...quantization import SPACES, QuantizerConfig
 from ..registry import Backend, register_backend
 
 _VARIABLE = "TRITON_INTERPRET"
@@ -52,7 +52,7 @@ def _kernel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .launch import fake_quantize
 
-    return fake_quantize(weight, config.group_size, config.eps, scales)
+    return fake_quantize(weight, config, scales)
 
 
 def _grouped(
@@ -64,9 +64,11 @@ def _grouped(
 ) -> int:
     from .launch import fake_quantize_all
 
-    return fake_quantize_all(weights, quantized, scales, group_sizes, config.eps)
+    return fake_quantize_all(weights, quantized, scales, group_sizes, config)
 
 
 # The interpreter is for finding out what a kernel does, not for training: never chosen by itself.
 _PRIORITY = None if _INTERPRETED else 10
-register_backend(Backend("triton", _kernel, unavailable, _PRIORITY, grouped=_grouped))
+register_backend(
+    Backend("triton", _kernel, unavailable, _PRIORITY, spaces=tuple(SPACES), any_scale=True, grouped=_grouped)
+)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels share: bf16 as bits, a sum in one order everywhere, the scale, and the three values of a group.
+"""What the kernels share: bf16 as bits, a sum in one order everywhere, the scale, and the values of a group.
 
 bf16 is read and written as its 16-bit pattern. This costs nothing on a GPU, where bf16 widens by a shift; the outputs
-of a group are three patterns to select from, so nothing is rounded on the way out; and it makes the interpreter exact,
+of a group are a few patterns to select from, so nothing is rounded on the way out; and it makes the interpreter exact,
 whose own casts truncate to bf16 and lose its subnormal values.
 """
 
@@ -34,14 +34,35 @@ def ordered_sum(x, UNITS: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr
 
 
 @triton.jit
-def scale_bits(total, count, eps):
-    """bf16(max(total / count, eps)) as an int32 that holds its 16 bits."""
-    mean = tl.div_rn(total, count.to(tl.float32))
+def largest(x, UNITS: tl.constexpr):
+    """``[UNITS, SIZE]`` of magnitudes -> ``[UNITS, 1]``, by their bits: as an integer NaN is larger than infinity."""
+    return tl.reshape(tl.max(x.to(tl.int32, bitcast=True), axis=1), [UNITS, 1]).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def statistic(x, count, ABSMAX: tl.constexpr, UNITS: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr):
+    """The mean or the maximum of magnitudes ``[UNITS, SIZE]``, of which ``count`` are none of padding."""
+    if ABSMAX:
+        return largest(x, UNITS)
+    else:
+        return tl.div_rn(ordered_sum(x, UNITS, SIZE, LEVELS), count.to(tl.float32))
+
+
+@triton.jit
+def scale_bits(found, factor, eps):
+    """bf16(max(statistic * factor, eps)) as an int32 that holds its 16 bits."""
+    scale = found * factor
     # Not tl.maximum, which may drop a NaN.
-    mean = tl.where(mean < eps, eps, mean)
-    bits = mean.to(tl.int32, bitcast=True)
-    # Half to even; the mean is positive, and a NaN must not be carried over into the sign.
-    return tl.where(mean == mean, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+    scale = tl.where(scale < eps, eps, scale)
+    # The scale is positive, and a NaN must not be carried over into the sign.
+    return tl.where(scale == scale, rounded_bits(scale), 0x7FC0)
+
+
+@triton.jit
+def rounded_bits(x):
+    """The 16 bits of bf16 in an int32, of a positive fp32 number: half to even."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
 @triton.jit
@@ -71,6 +92,58 @@ def stored_values(positive, negative, bits, BF16: tl.constexpr, DTYPE: tl.conste
         minus = 0.0 - plus  # +0.0 where a scale underflows in fp16
         zero = tl.where(wrong, float("nan"), 0.0).to(DTYPE)
     return tl.where(positive, plus, tl.where(negative, minus, zero))
+
+
+@triton.jit
+def level_value(bits, LEVEL: tl.constexpr, BF16: tl.constexpr, DTYPE: tl.constexpr):
+    """LEVEL times scale as it is stored; +0.0 where it underflows, NaN for a scale that is not finite."""
+    magnitude = widen_bits(bits) * (LEVEL if LEVEL > 0 else -LEVEL)
+    if BF16:
+        pattern = rounded_bits(magnitude)
+        if LEVEL < 0:
+            pattern = tl.where(pattern == 0, 0, pattern | 0x8000)
+        return tl.where((bits & 0x7F80) == 0x7F80, 0x7FC0, pattern).to(DTYPE)
+    else:
+        pattern = magnitude.to(DTYPE)
+        if LEVEL < 0:
+            pattern = 0.0 - pattern
+        return tl.where((bits & 0x7F80) == 0x7F80, float("nan"), pattern).to(DTYPE)
+
+
+@triton.jit
+def beyond(w, bound, UPPER: tl.constexpr):
+    """Whether w takes the upper of two levels; with a NaN it does not."""
+    if UPPER:
+        return w >= bound
+    else:
+        return w > bound
+
+
+@triton.jit
+def of_space(w, bits, SPACE: tl.constexpr, GIVEN: tl.constexpr, BF16: tl.constexpr, DTYPE: tl.constexpr):
+    """The level of a space times scale as it is stored.
+
+    Args:
+        w: fp32 ``[UNITS, SIZE]``.
+        bits: of the scales, int32 ``[UNITS, 1]``.
+        SPACE: its table, as :func:`~bitcpm_megatron.ops.triton.launch.space_number` writes it; 0 for ternary.
+        GIVEN: whether the scales are not the weight's own.
+        BF16: see :func:`stored_values`.
+        DTYPE: see there.
+    """
+    if SPACE == 0:
+        return ternary(w, bits, GIVEN, BF16, DTYPE)
+    else:
+        s = widen_bits(bits)
+        nan = tl.where(bits == bits, 0x7FC0 if BF16 else float("nan"), 0).to(DTYPE)
+        # A NaN is beyond nothing.
+        values = tl.where(w == w, level_value(bits, ((SPACE >> 3) & 15) * 0.5 - 4, BF16, DTYPE), nan)
+        for k in tl.static_range(SPACE & 7):
+            field = SPACE >> (7 + 9 * k)
+            bound = s * ((field & 15) * 0.5 - 4)
+            level = level_value(bits, ((field >> 5) & 15) * 0.5 - 4, BF16, DTYPE)
+            values = tl.where(beyond(w, bound, (field >> 4) & 1), level, values)
+        return values
 
 
 @triton.jit

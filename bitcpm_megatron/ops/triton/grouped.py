@@ -15,6 +15,9 @@ def quantize_grouped(
     table,
     steps,
     eps,
+    factor,
+    ABSMAX: tl.constexpr,
+    SPACE: tl.constexpr,
     STORED: tl.constexpr,
     BF16: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -29,6 +32,9 @@ def quantize_grouped(
         table: int64 ``[TABLE_ROWS, WEIGHTS]``, one column per weight; those beyond the last begin behind all steps.
         steps: tiles of all weights.
         eps: lower bound of a scale.
+        factor: see there.
+        ABSMAX: see there.
+        SPACE: see there.
         STORED: what is stored: int16 for bf16, else fp16 or fp32.
         BF16: whether the weights are bf16.
         ALIGNED: whether every address and unit is a multiple of 16.
@@ -50,4 +56,7 @@ def quantize_grouped(
             weight = tl.multiple_of(weight, 16)
             quantized = tl.multiple_of(quantized, 16)
             unit = tl.multiple_of(unit, 16)
-        quantize_tile(step - first, weight, quantized, scales, units, unit, eps, False, BF16, SIZE, LEVELS, TILE)
+        here = step - first
+        quantize_tile(
+            here, weight, quantized, scales, units, unit, eps, factor, ABSMAX, SPACE, False, BF16, SIZE, LEVELS, TILE
+        )

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...quantization import check_weight, packed_size
+from ...quantization import SPACES, QuantizerConfig, check_weight, packed_size
 from ...quantization.packing import BLOCK_BYTES
 from .grouped import TABLE_ROWS, quantize_grouped
 from .packed import pack_codes
@@ -60,10 +60,30 @@ _tuned = triton.autotune(_CONFIGS, key=["units", "unit"], prune_configs_by={"ear
 )
 
 
+def space_number(name: str) -> int:
+    """The table of a space as one number, for kernels that are compiled for it.
+
+    From the lowest bit: 3 for the number of thresholds; 4 for the lowest level; then for each threshold 4 for itself, 1
+    for whether a tie goes to the upper level, and 4 for the level above. Levels and thresholds are multiples of a half,
+    and 2 (x + 4) stands for each. 0 for ternary, which needs no table.
+    """
+    if name == "ternary":
+        return 0
+    space = SPACES[name]
+    number = len(space.thresholds) | int(2 * (space.levels[0] + 4)) << 3
+    for k, (threshold, tie, level) in enumerate(zip(space.thresholds, space.ties, space.levels[1:], strict=True)):
+        field = int(2 * (threshold + 4)) | (tie == "upper") << 4 | int(2 * (level + 4)) << 5
+        number |= field << 7 + 9 * k
+    return number
+
+
+def _constants(config: QuantizerConfig) -> dict[str, Any]:
+    return {"ABSMAX": config.statistic == "absmax", "SPACE": space_number(config.space)}
+
+
 def fake_quantize(
     weight: torch.Tensor,
-    group_size: int,
-    eps: float,
+    config: QuantizerConfig,
     scales: torch.Tensor | None = None,
     *,
     tile: int | None = None,
@@ -75,8 +95,7 @@ def fake_quantize(
 
     Args:
         weight: ``[out, in]`` in fp32, bf16 or fp16; one that is not contiguous is copied first.
-        group_size: elements per scale, -1 for the row.
-        eps: lower bound of the scales.
+        config: the quantizer.
         scales: given bf16 scales ``[out, groups]``.
         tile: elements per program instead of the tuned number: a power of two.
         resident: longest group that is quantized in one tile, instead of the device's number: a power of two.
@@ -87,13 +106,13 @@ def fake_quantize(
     Raises:
         ValueError: see :func:`~bitcpm_megatron.quantization.check_weight`.
     """
-    group = check_weight(weight, group_size, scales)
+    group = check_weight(weight, config.group_size, scales)
     weight = weight.detach().contiguous()
     quantized = torch.empty_like(weight)
     own = scales.clone(memory_format=torch.contiguous_format) if scales is not None else None
     if own is None:
         own = torch.empty(weight.shape[0], weight.shape[1] // group, dtype=torch.bfloat16, device=weight.device)
-    _quantize(weight, quantized, own, group, eps, scales is not None, tile, resident)
+    _quantize(weight, quantized, own, group, config, scales is not None, tile, resident)
     return quantized, own
 
 
@@ -102,7 +121,7 @@ def fake_quantize_all(
     quantized: Sequence[torch.Tensor],
     scales: Sequence[torch.Tensor],
     group_sizes: Sequence[int],
-    eps: float,
+    config: QuantizerConfig,
     *,
     tile: int | None = None,
     resident: int | None = None,
@@ -118,8 +137,8 @@ def fake_quantize_all(
         weights: as for :func:`fake_quantize`.
         quantized: like them, contiguous, written; each may be the weight itself.
         scales: bf16 ``[out, groups]`` of each, contiguous, written.
-        group_sizes: of each; see :func:`fake_quantize`.
-        eps: see there.
+        group_sizes: elements per scale of each, -1 for the row.
+        config: the quantizer of all of them, but for its group size.
         tile: elements per program and step instead of the device's number: a power of two.
         resident: see :func:`fake_quantize`.
 
@@ -137,14 +156,14 @@ def fake_quantize_all(
         group = check_weight(weight, group_size, own)
         size = triton.next_power_of_2(group)
         if size > _resident(resident, weight.device):
-            _quantize(weight, out, own, group, eps, False, tile, resident)
+            _quantize(weight, out, own, group, config, False, tile, resident)
             launches += 1
             continue
         entry = (weight.data_ptr(), out.data_ptr(), own.data_ptr(), weight.numel() // group, group)
         kinds[size, all(number % 16 == 0 for number in (*entry[:2], group))].append(entry)
     for (size, aligned), entries in kinds.items():
         for start in range(0, len(entries), GROUPED_WEIGHTS):
-            _launch_grouped(entries[start : start + GROUPED_WEIGHTS], latent[0], eps, size, aligned, tile)
+            _launch_grouped(entries[start : start + GROUPED_WEIGHTS], latent[0], config, size, aligned, tile)
             launches += 1
     return launches
 
@@ -154,16 +173,16 @@ def _quantize(
     quantized: torch.Tensor,
     own: torch.Tensor,
     group: int,
-    eps: float,
+    config: QuantizerConfig,
     given: bool,
     tile: int | None,
     resident: int | None,
 ) -> None:
     """One launch; ``own`` scales are read where they are given, else written."""
     units = weight.numel() // group
-    arguments = (_stored(weight), _stored(quantized), _stored(own), units, group, eps)
+    arguments = (_stored(weight), _stored(quantized), _stored(own), units, group, config.eps, config.scale_multiplier)
     kind = weight.device.type
-    constants: dict[str, Any] = {"GIVEN": given, "BF16": weight.dtype == torch.bfloat16}
+    constants: dict[str, Any] = {"GIVEN": given, "BF16": weight.dtype == torch.bfloat16, **_constants(config)}
     resident = _resident(resident, weight.device)
     size = triton.next_power_of_2(group)
     with _on(weight.device):
@@ -191,7 +210,7 @@ _Entry: TypeAlias = tuple[int, int, int, int, int]
 
 
 def _launch_grouped(
-    entries: Sequence[_Entry], like: torch.Tensor, eps: float, size: int, aligned: bool, tile: int | None
+    entries: Sequence[_Entry], like: torch.Tensor, config: QuantizerConfig, size: int, aligned: bool, tile: int | None
 ) -> None:
     """One launch for weights of the dtype and device of ``like``."""
     longest = max(units for *_, units, _ in entries)
@@ -207,7 +226,9 @@ def _launch_grouped(
         quantize_grouped[(_programs(firsts[-1], like.device),)](
             table.to(like.device, non_blocking=True),
             firsts[-1],
-            eps,
+            config.eps,
+            config.scale_multiplier,
+            **_constants(config),
             STORED=tl.int16 if bf16 else {torch.float16: tl.float16, torch.float32: tl.float32}[like.dtype],
             BF16=bf16,
             ALIGNED=aligned,
@@ -226,15 +247,15 @@ def quantize_packed(
     scales: torch.Tensor | None = None,
     previous: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The codes of a weight in 2 bits, and statistics of them.
+    """The ternary codes of a weight in 2 bits, and statistics of them.
 
     Nothing waits for the device. With given scales a weight is read once; without, it is quantized first.
 
     Args:
         weight: as for :func:`fake_quantize`.
-        group_size: see there.
-        eps: see there.
-        scales: see there.
+        group_size: elements per scale, -1 for the row.
+        eps: lower bound of the scales, which are absmeans.
+        scales: given bf16 scales ``[out, groups]``.
         previous: packed codes of an earlier time, to compare with.
 
     Returns:
@@ -254,8 +275,8 @@ def quantize_packed(
             f"previous codes of shape {tuple(previous.shape)}, {previous.dtype} do not fit a weight of shape "
             f"{tuple(weight.shape)}: pass uint8 {(rows, width)}"
         )
-    own = fake_quantize(weight, group_size, eps)[1] if scales is None else scales.clone()
-    own = own.contiguous()
+    own = fake_quantize(weight, QuantizerConfig(group_size=group_size, eps=eps))[1] if scales is None else scales
+    own = own.clone(memory_format=torch.contiguous_format)
     packed = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
     before = packed if previous is None else previous.contiguous()
     blocks = width // BLOCK_BYTES

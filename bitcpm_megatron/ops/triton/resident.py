@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import ordered_sum, scale_bits, ternary, widen
+from .arithmetic import of_space, scale_bits, statistic, widen
 
 
 @triton.jit
@@ -16,6 +16,9 @@ def quantize_tile(
     units,
     unit,
     eps,
+    factor,
+    ABSMAX: tl.constexpr,
+    SPACE: tl.constexpr,
     GIVEN: tl.constexpr,
     BF16: tl.constexpr,
     SIZE: tl.constexpr,
@@ -37,9 +40,9 @@ def quantize_tile(
     if GIVEN:
         bits = tl.load(scales + index, mask=known, other=0).to(tl.int32) & 0xFFFF
     else:
-        bits = scale_bits(ordered_sum(tl.abs(w), UNITS, SIZE, LEVELS), unit, eps)
+        bits = scale_bits(statistic(tl.abs(w), unit, ABSMAX, UNITS, SIZE, LEVELS), factor, eps)
         tl.store(scales + index, bits.to(tl.int16), mask=known)
-    tl.store(quantized + offset, ternary(w, bits, GIVEN, BF16, quantized.dtype.element_ty), mask=inside)
+    tl.store(quantized + offset, of_space(w, bits, SPACE, GIVEN, BF16, quantized.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -50,6 +53,9 @@ def quantize_resident(
     units,
     unit,
     eps,
+    factor,
+    ABSMAX: tl.constexpr,
+    SPACE: tl.constexpr,
     GIVEN: tl.constexpr,
     BF16: tl.constexpr,
     SIZE: tl.constexpr,
@@ -65,6 +71,9 @@ def quantize_resident(
         units: number of scales.
         unit: elements per scale.
         eps: lower bound of a scale.
+        factor: of the statistic.
+        ABSMAX: whether the statistic is the largest magnitude, and not the mean.
+        SPACE: see :func:`~bitcpm_megatron.ops.triton.arithmetic.of_space`.
         GIVEN: use the scales as they are.
         BF16: whether the weight is bf16.
         SIZE: 2**LEVELS, the power of two from ``unit`` up.
@@ -72,4 +81,6 @@ def quantize_resident(
         TILE: elements per program and step, a multiple of SIZE.
     """
     for step in range(tl.program_id(0), tl.cdiv(units, TILE // SIZE), tl.num_programs(0)):
-        quantize_tile(step, weight, quantized, scales, units, unit, eps, GIVEN, BF16, SIZE, LEVELS, TILE)
+        quantize_tile(
+            step, weight, quantized, scales, units, unit, eps, factor, ABSMAX, SPACE, GIVEN, BF16, SIZE, LEVELS, TILE
+        )

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import ordered_sum, scale_bits, ternary, widen
+from .arithmetic import largest, of_space, ordered_sum, scale_bits, statistic, widen
 
 
 @triton.jit
@@ -15,6 +15,9 @@ def quantize_streamed(
     units,
     unit,
     eps,
+    factor,
+    ABSMAX: tl.constexpr,
+    SPACE: tl.constexpr,
     GIVEN: tl.constexpr,
     BF16: tl.constexpr,
     SIZE: tl.constexpr,
@@ -24,7 +27,8 @@ def quantize_streamed(
 ):
     """As :func:`~bitcpm_megatron.ops.triton.resident.quantize_resident`, in pieces of SIZE = 2**LEVELS elements.
 
-    The sum has the same order, too: that of the pieces' sums, of which there are at most PIECES = 2**PIECE_LEVELS.
+    The sum has the same order, too: that of the pieces' sums, of which there are at most PIECES = 2**PIECE_LEVELS. Or
+    these are the pieces' largest magnitudes.
     With given scales each weight is read once.
     """
     lane = tl.arange(0, SIZE)[None, :]
@@ -39,11 +43,12 @@ def quantize_streamed(
             for start in range(0, unit, SIZE):
                 inside = lane < unit - start
                 magnitude = tl.abs(widen(tl.load(weight + offset + start, mask=inside, other=0), BF16))
-                sums = tl.where(piece == start // SIZE, ordered_sum(magnitude, 1, SIZE, LEVELS), sums)
-            bits = scale_bits(ordered_sum(sums, 1, PIECES, PIECE_LEVELS), unit, eps)
+                found = largest(magnitude, 1) if ABSMAX else ordered_sum(magnitude, 1, SIZE, LEVELS)
+                sums = tl.where(piece == start // SIZE, found, sums)
+            bits = scale_bits(statistic(sums, unit, ABSMAX, 1, PIECES, PIECE_LEVELS), factor, eps)
             tl.store(scales + index + one, bits.to(tl.int16))
         for start in range(0, unit, SIZE):
             inside = lane < unit - start
             w = widen(tl.load(weight + offset + start, mask=inside, other=0), BF16)
-            values = ternary(w, bits, GIVEN, BF16, quantized.dtype.element_ty)
+            values = of_space(w, bits, SPACE, GIVEN, BF16, quantized.dtype.element_ty)
             tl.store(quantized + offset + start, values, mask=inside)
