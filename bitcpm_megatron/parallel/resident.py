@@ -87,6 +87,11 @@ class Resident:
         """Groups that a shard's edge cuts, as this rank sees them."""
         return sum(shares.cut_groups for _, shares in self._shares)
 
+    @property
+    def shares(self) -> list[Share]:
+        """What this rank quantizes of every weight."""
+        return [share for _, shares in self._shares for share in shares.shares]
+
     @torch.no_grad()
     def begin(self) -> None:
         """Quantizes the latent weights in the parameters, in place; does nothing where they are quantized."""

@@ -68,6 +68,15 @@ class Share:
         first, last = -(-self.start // self.group) * self.group, self.end // self.group * self.group
         return (first, last) if first < last else (self.start, self.start)
 
+    @property
+    def scales(self) -> torch.Tensor:
+        """The scales of all groups of which the shard holds a piece, in their order ``[pieces]``."""
+        made = self.state.scales
+        if made is None or self.start == self.end:
+            return self.parameter.new_empty(0, dtype=torch.bfloat16, requires_grad=False)
+        # What quantized the whole weight kept all of its scales.
+        return made if made.dim() == 1 else made.flatten()[self.start // self.group : -(-self.end // self.group)]
+
 
 def share_of(
     state: TernaryState, parameter: torch.nn.Parameter, first: int, shard: int, rank: int, ranks: int
@@ -122,6 +131,11 @@ class Shares:
         """Groups of which this rank holds a piece only."""
         return sum(len(share.cuts) for share in self.shares)
 
+    @property
+    def scales(self) -> torch.Tensor:
+        """Those of all shares in turn, see :attr:`Share.scales`."""
+        return torch.cat([share.scales for share in self.shares])
+
     @torch.no_grad()
     def quantize(self, flat: Callable[[Share], torch.Tensor]) -> None:
         """Quantizes this rank's shard in place, and keeps the scales of it; collective over the data-parallel group.
@@ -148,7 +162,11 @@ class Shares:
                 for span in (s for s in spans if s.rank == self._rank):
                     own = group[span.start % share.group :][: span.end - span.start]
                     pieces[i][span.start - share.start : span.end - share.start] = own
-        for share, parts in zip(self.shares, scales, strict=True):
+        for i, (share, parts) in enumerate(zip(self.shares, scales, strict=True)):
+            if i in completed and share.start % share.group:
+                # The whole groups lie between the first one and the last.
+                *whole, cut = parts
+                parts = [cut[:1], *whole, cut[1:]]
             share.state.scales = torch.cat(parts) if parts else None
             share.state.count += 1
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from bitcpm_megatron.nn.cache import CacheEpoch
 from bitcpm_megatron.nn.linear import TernaryState
 from bitcpm_megatron.parallel.packed.gather import PackedGather, gather_packed
-from bitcpm_megatron.parallel.packed.packing import Packing, Weight, add_codes, rows_between
+from bitcpm_megatron.parallel.packed.packing import Packing, Weight, rows_between, scales_in
 from bitcpm_megatron.parallel.resident import ResidentError
-from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize
+from bitcpm_megatron.quantization import SPACES, QuantizerConfig, quantize_dequantize
 from bitcpm_megatron.ternary_flags import add_ternary_arguments, ternary_mistakes
 
 GATHER = "bitcpm_megatron.parallel.packed.gather"
@@ -25,11 +25,18 @@ COLUMNS_AND_GROUPS = [(32, 32), (33, 33), (64, 32), (96, 32), (96, 96), (7, 7), 
 SHAPES = st.tuples(st.integers(1, 9), st.sampled_from(COLUMNS_AND_GROUPS))
 
 
-def bucket_of(shapes: list[tuple[int, tuple[int, int]]], gaps: list[int], rest: int, ranks: int, seed: int):
-    """A bucket of quantized weights with other values between them, and where these weights lie."""
+def bucket_of(
+    shapes: list[tuple[int, tuple[int, int]]],
+    gaps: list[int],
+    rest: int,
+    ranks: int,
+    seed: int,
+    spaces: tuple[str, ...] = ("ternary",),
+):
+    """A bucket of quantized weights with other values between them, where these weights lie, and all scales."""
     generator = torch.Generator().manual_seed(seed)
-    values, weights, place = [], [], 0
-    for (rows, (columns, group)), gap in zip(shapes, gaps, strict=True):
+    values, weights, scales, place = [], [], [torch.empty(0, dtype=torch.bfloat16)], 0
+    for number, ((rows, (columns, group)), gap) in enumerate(zip(shapes, gaps, strict=True)):
         values.append(torch.randn(gap, generator=generator).to(torch.bfloat16))
         latent = (torch.randn(rows, columns, generator=generator) * 10.0 ** -(seed % 7)).to(torch.bfloat16)
         # Zeros as far as a shard may be, and values of which one in a group survives.
@@ -37,16 +44,26 @@ def bucket_of(shapes: list[tuple[int, tuple[int, int]]], gaps: list[int], rest: 
         latent[1::4, 0] = 2e-5
         if seed % 5 == 0:
             latent[-1, -1] = torch.inf if seed % 2 else torch.nan
-        config = QuantizerConfig(group_size=-1 if group == columns else group)
-        values.append(quantize_by_groups(latent, group, config).flatten())
-        weights.append(Weight(place + gap, latent.numel(), group))
+        space = spaces[number % len(spaces)]
+        # Of a mean many values have the highest level alone, and of far more than it the lowest magnitude alone.
+        config = QuantizerConfig(space, statistic="absmean", scale_multiplier=(1.0, 0.25, 5.0)[(seed + number) % 3])
+        quantized, made = quantize_dequantize(latent.view(-1, group), config)
+        values.append(quantized.flatten())
+        scales.append(made.flatten())
+        weights.append(Weight(place + gap, latent.numel(), group, space))
         place += gap + latent.numel()
     values.append(torch.randn(rest + -(place + rest) % ranks, generator=generator).to(torch.bfloat16))
-    return torch.cat(values), weights
+    return torch.cat(values), weights, torch.cat(scales)
 
 
-def quantize_by_groups(latent: torch.Tensor, group: int, config: QuantizerConfig) -> torch.Tensor:
-    return quantize_dequantize(latent.view(-1, group), QuantizerConfig(group_size=-1, eps=config.eps))[0]
+def packed(packing: Packing, bucket: torch.Tensor, scales: torch.Tensor) -> list[torch.Tensor]:
+    """The messages of all ranks, each of which knows the scales of what it has a piece of."""
+    rows = [piece for shard in packing.shards for piece in shard.rows]
+    assert bool(rows) == bool(packing.weights)
+    return [
+        packing.pack(values, rank, torch.cat([scales[:0], *(scales[r.group : r.group + r.count] for r in shard.rows)]))
+        for rank, (values, shard) in enumerate(zip(bucket.view(packing.ranks, -1), packing.shards, strict=True))
+    ]
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
@@ -60,17 +77,18 @@ LAYOUTS = {
     "rest": st.integers(1, 200),
     "ranks": st.integers(1, 9),
     "seed": st.integers(0, 1000),
+    "spaces": st.one_of(st.sampled_from([(name,) for name in SPACES]), st.permutations(list(SPACES)).map(tuple)),
 }
 
 
 @settings(max_examples=300, deadline=None)
 @given(**LAYOUTS, at_once=st.sampled_from([1, 100, 1 << 20]))
-def test_what_is_unpacked_is_what_was_packed(shapes, gaps, rest, ranks, seed, at_once) -> None:
-    bucket, weights = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed)
+def test_what_is_unpacked_is_what_was_packed(shapes, gaps, rest, ranks, seed, spaces, at_once) -> None:
+    bucket, weights, scales = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed, spaces)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitcpm_megatron.parallel.packed.packing._UNPACKED_ELEMENTS", at_once)
         packing = Packing(weights, bucket.numel(), ranks, bucket.device)
-    messages = [packing.pack(shard, rank) for rank, shard in enumerate(bucket.view(ranks, -1))]
+    messages = packed(packing, bucket, scales)
     assert {message.numel() for message in messages} == {packing.message}
     found = torch.full_like(bucket, 123.0)
     packing.unpack(torch.stack(messages), found)
@@ -79,27 +97,28 @@ def test_what_is_unpacked_is_what_was_packed(shapes, gaps, rest, ranks, seed, at
 
 @settings(max_examples=200, deadline=None)
 @given(**LAYOUTS, data=st.data())
-def test_codes_may_be_added_piece_by_piece(shapes, gaps, rest, ranks, seed, data) -> None:
-    bucket, weights = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed)
+def test_codes_may_be_added_piece_by_piece(shapes, gaps, rest, ranks, seed, spaces, data) -> None:
+    bucket, weights, scales = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed, spaces)
     packing = Packing(weights, bucket.numel(), ranks, bucket.device)
     rank = data.draw(st.integers(0, ranks - 1))
     shard = bucket.view(ranks, -1)[rank]
-    whole, pieces = torch.zeros(2, packing.code_bytes, dtype=torch.uint8)
-    add_codes(whole, shard, 0)
-    assert torch.equal(whole, packing.pack(shard, rank)[: packing.code_bytes])
+    whole, pieces = packed(packing, bucket, scales)[rank][: packing.code_bytes], torch.zeros(packing.code_bytes)
+    pieces = pieces.to(torch.uint8)
     edges = sorted({0, shard.numel(), *data.draw(st.lists(st.integers(0, shard.numel()), max_size=4))})
     for start, end in itertools.pairwise(edges):
-        add_codes(pieces, shard[start:end], start)
+        first, values = rank * shard.numel() + start, shard[start:end]
+        rows = list(rows_between(weights, first, first + end - start))
+        own = torch.cat([scales[:0], *(scales[piece.group : piece.group + piece.count] for piece in rows)])
+        packing.add_codes(pieces, rows, values, first, scales_in(rows, values, first, own), start)
     assert torch.equal(pieces, whole)
 
 
 @settings(max_examples=200, deadline=None)
 @given(**LAYOUTS)
-def test_one_weight_is_unpacked_as_the_whole_bucket_is(shapes, gaps, rest, ranks, seed) -> None:
-    bucket, weights = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed)
+def test_one_weight_is_unpacked_as_the_whole_bucket_is(shapes, gaps, rest, ranks, seed, spaces) -> None:
+    bucket, weights, own = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed, spaces)
     packing = Packing(weights, bucket.numel(), ranks, bucket.device)
-    shards = enumerate(bucket.view(ranks, -1))
-    messages = torch.stack([packing.pack(shard, rank) for rank, shard in shards])
+    messages = torch.stack(packed(packing, bucket, own))
     codes = messages[:, : packing.code_bytes].contiguous()
     scales = packing.merged_scales(messages.view(bucket.dtype)[:, packing.code_bytes // 2 :])
     assert scales.numel() == packing.groups
@@ -111,18 +130,20 @@ def test_one_weight_is_unpacked_as_the_whole_bucket_is(shapes, gaps, rest, ranks
 
 
 def test_packing_waits_for_no_device() -> None:
-    bucket, weights = buckets_of(3)[0]
-    nowhere = bucket.to("meta")
-    packing = Packing(weights, bucket.numel(), 3, nowhere.device)
-    # Without values, whatever asks for one fails.
-    message = packing.pack(nowhere.view(3, -1)[1], 1)
-    packing.unpack(torch.stack([message] * 3), nowhere)
+    for spaces in (("ternary",), ("half-integer-4", "five-value", "ternary")):
+        bucket, weights, _ = bucket_of([(16, (512, 512)), (9, (33, 33)), (16, (512, 512))], [0, 64, 3], 5, 3, 1, spaces)
+        nowhere = bucket.to("meta")
+        packing = Packing(weights, bucket.numel(), 3, nowhere.device)
+        # Without values, whatever asks for one fails.
+        own = torch.empty(packing.shards[1].scales, dtype=torch.bfloat16, device="meta")
+        message = packing.pack(nowhere.view(3, -1)[1], 1, own)
+        packing.unpack(torch.stack([message] * 3), nowhere)
 
 
 @settings(max_examples=300, deadline=None)
 @given(**LAYOUTS)
-def test_rows_cover_the_weights_and_know_their_groups(shapes, gaps, rest, ranks, seed) -> None:
-    bucket, weights = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed)
+def test_rows_cover_the_weights_and_know_their_groups(shapes, gaps, rest, ranks, seed, spaces) -> None:
+    bucket, weights, _ = bucket_of(shapes, gaps[: len(shapes)], rest, ranks, seed, spaces)
     group_of, groups = {}, 0
     for weight in weights:
         group_of |= {weight.start + i: groups + i // weight.group for i in range(weight.count)}
@@ -208,9 +229,9 @@ def buckets_of(ranks: int) -> list[tuple[torch.Tensor, list[Weight]]]:
     """One of weights that shards cut, with a norm; one that is an embedding; one of both."""
     wide, odd = (16, (512, 512)), (9, (33, 33))
     return [
-        bucket_of([wide, odd, wide, wide], [0, 64, 3, 0], 5, ranks, 1),
-        bucket_of([], [], 4096, ranks, 2),
-        bucket_of([wide, wide], [0, 5000], 1, ranks, 3),
+        bucket_of([wide, odd, wide, wide], [0, 64, 3, 0], 5, ranks, 1)[:2],
+        bucket_of([], [], 4096, ranks, 2)[:2],
+        bucket_of([wide, wide], [0, 5000], 1, ranks, 3)[:2],
     ]
 
 
@@ -248,7 +269,7 @@ def test_a_gather_that_is_on_its_way_or_of_latent_weights_is_the_ordinary_one(mo
 
 def test_bytes_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, matrix = 4, (32, (512, 512))
-    norms = [bucket_of([matrix] * 6, [0, 64, 0, 64, 0, 64], 0, ranks, 1)]
+    norms = [bucket_of([matrix] * 6, [0, 64, 0, 64, 0, 64], 0, ranks, 1)[:2]]
     _, gathers, wire, _ = played(monkeypatch, ranks, norms, overlap=False)
     for gather in gathers:
         assert gather.packed == gather.buckets == 1
@@ -259,7 +280,7 @@ def test_bytes_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_bucket_without_gain_is_gathered_as_always(monkeypatch: pytest.MonkeyPatch) -> None:
     # The last of two shards is an embedding from end to end.
-    buckets = [bucket_of([(8, (32, 32))], [0], 600, 2, 1), bucket_of([], [], 64, 2, 1)]
+    buckets = [bucket_of([(8, (32, 32))], [0], 600, 2, 1)[:2], bucket_of([], [], 64, 2, 1)[:2]]
     chunks, gathers, wire, _ = played(monkeypatch, 2, buckets, overlap=False)
     assert [gather.packed for gather in gathers] == [0, 0]
     assert gathers[0].traffic.packed == gathers[0].traffic.plain == sum(2 * values.numel() for values, _ in buckets)

@@ -13,7 +13,7 @@ from ...quantization import effective_group
 from ..resident import check_held
 from ..shards import Share, Shares
 from .gather import Outgoing
-from .packing import Packing, Rows, Weight, add_codes, rows_between, scales_in
+from .packing import Packing, Rows, Weight, rows_between, scales_in
 
 # So many elements of a shard, or one weight, are bf16 values at a time while they are quantized.
 _BLOCK_ELEMENTS = 1 << 24
@@ -91,7 +91,7 @@ class PackedBucket:
         self._data, self._rank, self._starts = data, group.rank(), starts
         self._modules = sorted(modules, key=lambda module: starts[module[1]])
         weights = [
-            Weight(starts[p], p.numel(), effective_group(p.shape[1], state.config.group_size))
+            Weight(starts[p], p.numel(), effective_group(p.shape[1], state.config.group_size), state.config.space)
             for state, p in self._modules
         ]
         self.packing = Packing(weights, data.numel(), group.size(), data.device)
@@ -130,10 +130,17 @@ class PackedBucket:
         """Takes over what the bucket holds, whose weights are quantized; its memory is not needed any more then."""
         packing, data = self.packing, self._data
         self._codes = data.new_zeros(packing.ranks, packing.code_bytes, dtype=torch.uint8)
-        for codes, values in zip(self._codes, data.view(packing.ranks, -1), strict=True):
-            for start in range(0, packing.shard, _BLOCK_ELEMENTS):
-                add_codes(codes, values[start : start + _BLOCK_ELEMENTS], start)
-        self._scales = torch.cat(scales_in(self._rows, data, 0))
+        # All weights are quantized on every rank: it has all of their scales.
+        own = None
+        if packing.needs_scales:
+            own = torch.cat([state.scales.flatten() for state, _ in self._modules if state.scales is not None])
+        self._scales = torch.cat(scales_in(self._rows, data, 0, own))
+        for shard, codes in zip(packing.shards, self._codes, strict=True):
+            for low in range(shard.start, shard.end, _BLOCK_ELEMENTS):
+                high = min(low + _BLOCK_ELEMENTS, shard.end)
+                rows = tuple(rows_between(packing.weights, low, high)) if packing.needs_scales else ()
+                scales = [self._scales[piece.group : piece.group + piece.count] for piece in rows]
+                packing.add_codes(codes, rows, data[low:high], low, scales, low - shard.start)
         for parameter in self._plain:
             parameter.data = parameter.detach().clone()
         nothing = torch.full((), torch.nan, dtype=data.dtype, device=data.device)
@@ -166,8 +173,9 @@ class PackedBucket:
         shard, codes = self.packing.shards[self._rank], self._codes[self._rank].zero_()
         for block in self._blocks:
             values = self._quantized(block, masters)
-            add_codes(codes, values, block.low - shard.start)
-            for rows, scales in zip(block.rows, scales_in(block.rows, values, block.low), strict=True):
+            found = scales_in(block.rows, values, block.low, block.shares.scales if self.packing.needs_scales else None)
+            self.packing.add_codes(codes, block.rows, values, block.low, found, block.low - shard.start)
+            for rows, scales in zip(block.rows, found, strict=True):
                 self._scales[rows.group : rows.group + rows.count] = scales
         for raw in self._raw[self._rank]:
             raw.values.copy_(masters[raw.parameter].view(-1))

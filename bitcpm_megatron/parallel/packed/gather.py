@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized weights travel between data-parallel ranks as 2-bit codes and scales, and arrive bit for bit.
+"""Quantized weights travel between data-parallel ranks as codes and scales, and arrive bit for bit.
 
 Where the parameters hold the quantized weights (:mod:`..resident`), the all-gather of the distributed optimizer moves
-values of which a group has three: 0 and plus and minus its scale. Here each rank sends, per bucket, a message instead
-of its shard:
+values of which a group has three to five, such as 0 and plus and minus its scale. Here each rank sends, per bucket, a
+message instead of its shard:
 
-    2-bit codes of the whole shard, in the order of the bucket, as many bytes on every rank
+    codes of the whole shard in 2 bits (4 in a space of five levels), in the order of the bucket, as many bytes on
+    every rank
     a bf16 scale for each group of which the shard holds an element
     raw bf16 for what is not quantized: norms, embeddings, what the buffer is padded with
 
@@ -25,10 +26,12 @@ from ...nn.linear import HostModule
 from ...quantization import effective_group
 from ..probe import ternary_modules
 from ..resident import Resident, ResidentError, find_resident
+from ..shards import Share
 from .packing import Packing, Traffic, Weight
 
 Outgoing: TypeAlias = tuple[list[tuple[torch.Tensor, torch.Tensor]], Callable[[], None] | None]
 """What a bucket's gather sends: pairs of what is to hold that of all ranks and of the own, and what to do behind it."""
+_Placed: TypeAlias = tuple[Weight, torch.nn.Parameter]
 _CURE = "leave --ternary-param-gather out"
 
 
@@ -68,7 +71,10 @@ class PackedGather:
     def __init__(self, chunks: Sequence[HostModule], resident: Resident) -> None:
         self._resident = resident
         self.traffic, self.buckets, self.packed = Traffic(), 0, 0
-        groups = {m.weight: effective_group(m.weight.shape[1], s.config.group_size) for s, m in ternary_modules(chunks)}
+        kinds = {
+            m.weight: (effective_group(m.weight.shape[1], s.config.group_size), s.config.space)
+            for s, m in ternary_modules(chunks)
+        }
         for chunk in chunks:
             config = getattr(chunk, "ddp_config", None)
             if config is None or not config.use_distributed_optimizer:
@@ -76,11 +82,11 @@ class PackedGather:
                     "--ternary-param-gather packed: no parameters are gathered without megatron-core's DDP and the "
                     f"distributed optimizer: use --use-distributed-optimizer, or {_CURE}"
                 )
-            weights = _weights_of([*chunk.buffers, *chunk.expert_parallel_buffers], groups)
+            weights = _weights_of([*chunk.buffers, *chunk.expert_parallel_buffers], kinds)
             for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
                 self._take(group, weights)
 
-    def _take(self, group: Any, weights: dict[int, list[Weight]]) -> None:
+    def _take(self, group: Any, weights: dict[int, list[_Placed]]) -> None:
         """Packs what a bucket group gathers, where that is less."""
         ranks = group.intra_distributed_optimizer_instance_size
         packed, sends = 0, []
@@ -90,21 +96,28 @@ class PackedGather:
             send: Callable[[], Outgoing] = functools.partial(send_plain, group, bucket)
             traffic = Traffic(packed=size, plain=size, raw=size)
             if id(bucket) in weights:
-                packing = Packing(weights[id(bucket)], data.numel(), ranks, data.device)
+                placed = weights[id(bucket)]
+                packing = Packing([weight for weight, _ in placed], data.numel(), ranks, data.device)
                 traffic = packing.traffic if packing.pays else replace(packing.traffic, packed=size)
                 if packing.pays:
                     packed += 1
-                    send = functools.partial(_send_message, group, bucket, packing)
+                    shares = self._shares_of(placed) if packing.needs_scales else []
+                    send = functools.partial(_send_message, group, bucket, packing, shares)
             sends.append(send)
             self.traffic += traffic
         self.buckets, self.packed = self.buckets + len(sends), self.packed + packed
         if packed:
             replace_gather(group, self._resident, sends)
 
+    def _shares_of(self, placed: Sequence[_Placed]) -> list[Share]:
+        found = {share.parameter: share for share in self._resident.shares}
+        return [found[parameter] for _, parameter in placed]
 
-def _send_message(group: Any, bucket: Any, packing: Packing) -> Outgoing:
+
+def _send_message(group: Any, bucket: Any, packing: Packing, shares: Sequence[Share]) -> Outgoing:
     rank = group.intra_distributed_optimizer_instance_rank
-    own = packing.pack(bucket.param_data.view(packing.ranks, -1)[rank], rank)
+    scales = torch.cat([share.scales for share in shares]) if shares else None
+    own = packing.pack(bucket.param_data.view(packing.ranks, -1)[rank], rank, scales)
     everything = own.new_empty(packing.ranks, packing.message)
     return [(everything, own)], functools.partial(packing.unpack, everything, bucket.param_data)
 
@@ -190,16 +203,16 @@ def gather_packed(chunks: Sequence[torch.nn.Module], gather: str) -> str | None:
     )
 
 
-def _weights_of(buffers: Sequence[Any], groups: dict[torch.nn.Parameter, int]) -> dict[int, list[Weight]]:
-    """The quantized weights of every bucket by its ``id``, in its order.
+def _weights_of(buffers: Sequence[Any], kinds: dict[torch.nn.Parameter, tuple[int, str]]) -> dict[int, list[_Placed]]:
+    """The quantized weights of every bucket by its ``id``, in its order; ``kinds`` are their groups and spaces.
 
     By the map of the buffer: that of a bucket leaves out what a parameter's start is padded with.
     """
-    found: dict[int, list[Weight]] = {}
+    found: dict[int, list[_Placed]] = {}
     for buffer in buffers:
         for parameter, (start, _, index) in buffer.param_index_map.items():
-            if parameter in groups:
+            if parameter in kinds:
                 bucket = buffer.buckets[index]
-                weight = Weight(start - bucket.offset, parameter.numel(), groups[parameter])
-                found.setdefault(id(bucket), []).append(weight)
-    return {bucket: sorted(weights, key=lambda weight: weight.start) for bucket, weights in found.items()}
+                weight = Weight(start - bucket.offset, parameter.numel(), *kinds[parameter])
+                found.setdefault(id(bucket), []).append((weight, parameter))
+    return {bucket: sorted(placed, key=lambda pair: pair[0].start) for bucket, placed in found.items()}

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a bucket of quantized and other values is packed: 2-bit codes, scales, and raw values.
+"""How a bucket of quantized and other values is packed: codes of 2 or 4 bits, scales, and raw values.
 
-A group of a quantized weight has three values: 0 and plus and minus its scale. The codes of a shard lie in planes: code
-``e`` of it in byte ``e % code_bytes``, its two bits in place ``e // code_bytes``, so that neighbours stay neighbours.
+A group of a ternary weight has three values: 0 and plus and minus its scale. The codes of a shard lie in planes: code
+``e`` of it in byte ``e % code_bytes``, its bits in place ``e // code_bytes``, so that neighbours stay neighbours. They
+are signed numbers of 2 bits, or of 4 where a weight of the bucket has more than four levels.
 
-Codes and scales are read off the quantized values themselves. Of a group that a shard's edge cuts, each piece says its
-largest magnitude; the largest of these is the scale, which all members of the group that are not zero have. A piece of
-zeros says 0. Nothing here waits for a device.
+Codes and scales of ternary weights are read off the quantized values themselves. Of a group that a shard's edge cuts,
+each piece says its largest magnitude; the largest of these is the scale, which all members of the group that are not
+zero have. A piece of zeros says 0. In the other spaces a piece may leave open which levels its values are: the scales
+are those that it was quantized with, and the codes follow from both. Nothing here waits for a device.
 """
 
 import itertools
@@ -15,18 +17,21 @@ from dataclasses import dataclass
 
 import torch
 
-_CODES_PER_BYTE = 4
+from ...quantization import SPACES, codes_under
+
+_TERNARY = "ternary"
 # Codes are unpacked into a byte each before they are multiplied: of so many elements at a time, or of one shard.
 _UNPACKED_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a quantized weight lies in a bucket: first element, elements, and elements per scale."""
+    """Where a quantized weight lies in a bucket: first element, elements, and elements per scale; and its space."""
 
     start: int
     count: int
     group: int
+    space: str = _TERNARY
 
     @property
     def end(self) -> int:
@@ -43,12 +48,14 @@ class Rows:
         count: pieces.
         width: elements of each.
         group: number of the first piece's group among all groups of the bucket.
+        space: of the weight.
     """
 
     start: int
     count: int
     width: int
     group: int
+    space: str = _TERNARY
 
     @property
     def end(self) -> int:
@@ -69,7 +76,7 @@ def rows_between(weights: Sequence[Weight], low: int, high: int) -> Iterator[Row
         last = max(end // weight.group * weight.group, first)
         for a, b, width in ((start, first, first - start), (first, last, weight.group), (last, end, end - last)):
             if a < b:
-                yield Rows(weight.start + a, (b - a) // width, width, groups + a // weight.group)
+                yield Rows(weight.start + a, (b - a) // width, width, groups + a // weight.group, weight.space)
         groups += weight.count // weight.group
 
 
@@ -129,6 +136,8 @@ class Packing:
         device: of the bucket.
 
     Attributes:
+        bits: of a code.
+        needs_scales: whether the values alone do not say what their scales are.
         code_bytes: for the codes of a shard.
         words: of 16 bits for scales and raw values of the fullest shard.
         message: bytes of both.
@@ -139,8 +148,17 @@ class Packing:
     def __init__(self, weights: Sequence[Weight], length: int, ranks: int, device: torch.device) -> None:
         self.ranks, self.shard = ranks, length // ranks
         self.shards = [Shard(weights, rank * self.shard, (rank + 1) * self.shard) for rank in range(ranks)]
+        self.weights = tuple(weights)
+        self.bits = max((SPACES[weight.space].code_bits for weight in weights), default=2)
+        self.needs_scales = any(weight.space != _TERNARY for weight in weights)
+        # Levels are exact in bf16. Ternary codes are the levels themselves.
+        self._levels = {
+            weight.space: torch.tensor(SPACES[weight.space].levels, dtype=torch.bfloat16, device=device)
+            for weight in weights
+            if weight.space != _TERNARY
+        }
         # Even, so that the words behind the codes are aligned.
-        self.code_bytes = -(-self.shard // (2 * _CODES_PER_BYTE)) * 2
+        self.code_bytes = -(-self.shard // (2 * (8 // self.bits))) * 2
         self.words = max(shard.words for shard in self.shards)
         self.message = self.code_bytes + 2 * self.words
         self.groups = sum(weight.count // weight.group for weight in weights)
@@ -178,22 +196,24 @@ class Packing:
         self._cut_groups = torch.tensor(list(cuts), dtype=torch.int64, device=device)
         self._cut_words = torch.tensor(filled, dtype=torch.int64, device=device).view(len(cuts), most, 2).unbind(2)
 
-    def pack(self, values: torch.Tensor, rank: int) -> torch.Tensor:
+    def pack(self, values: torch.Tensor, rank: int, own: torch.Tensor | None = None) -> torch.Tensor:
         """The message of a rank: the codes of its shard, a scale for each group that it holds a piece of, raw values.
 
         Args:
             values: bf16 ``[shard]``, the rank's shard of the bucket, whose weights are quantized.
             rank: whose it is.
+            own: see :func:`scales_in`.
 
         Returns:
             uint8 ``[message]``.
         """
         shard = self.shards[rank]
         message = values.new_zeros(self.message, dtype=torch.uint8)
-        add_codes(message[: self.code_bytes], values, 0)
+        scales = scales_in(shard.rows, values, shard.start, own)
+        self.add_codes(message[: self.code_bytes], shard.rows, values, shard.start, scales, 0)
         raw = [values[a - shard.start : b - shard.start] for a, b in shard.raw]
         words = message[self.code_bytes :].view(values.dtype)[: shard.words]
-        torch.cat([*scales_in(shard.rows, values, shard.start), *raw], out=words)
+        torch.cat([*scales, *raw], out=words)
         return message
 
     def unpack(self, messages: torch.Tensor, bucket: torch.Tensor) -> None:
@@ -231,12 +251,15 @@ class Packing:
             values: neighbouring elements of the bucket, in which these are.
             start: the first of them.
         """
-        levels = self.levels(codes, start, start + values.numel()) if rows else values
+        codes_here = self.codes(codes, start, start + values.numel()) if rows else values
         for piece in rows:
-            own = scales[piece.group : piece.group + piece.count, None]
-            torch.mul(piece.of(levels, start), own, out=piece.of(values, start))
+            own, codes_there = scales[piece.group : piece.group + piece.count, None], piece.of(codes_here, start)
+            if piece.space != _TERNARY:
+                index = codes_there.int().sub_(SPACES[piece.space].lowest_code)
+                codes_there = self._levels[piece.space][index]
+            torch.mul(codes_there, own, out=piece.of(values, start))
 
-    def levels(self, codes: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    def codes(self, codes: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """The codes of neighbouring elements of the bucket, a byte each.
 
         Args:
@@ -245,7 +268,7 @@ class Packing:
             end: behind the last one.
 
         Returns:
-            int8 ``[end - start]`` of -1, 0 and 1.
+            int8 ``[end - start]``, of what is not quantized any.
         """
         fields, size = codes.view(torch.int8), self.code_bytes
         made = torch.empty(end - start, dtype=torch.int8, device=codes.device)
@@ -253,10 +276,40 @@ class Packing:
         for first, last, low, high in self._pieces(start, end):
             piece = made[done : (done := done + (last - first) * (high - low))].view(last - first, high - low)
             for j, a, b in _planes(low, high, size):
-                # The two bits go to the top, and come down again with their sign.
+                # The bits go to the top, and come down again with their sign.
                 field = fields[first:last, a - j * size : b - j * size]
-                torch.bitwise_left_shift(field, 6 - 2 * j, out=piece[:, a - low : b - low])
-        return made.bitwise_right_shift_(6)
+                torch.bitwise_left_shift(field, 8 - self.bits * (j + 1), out=piece[:, a - low : b - low])
+        return made.bitwise_right_shift_(8 - self.bits)
+
+    def add_codes(
+        self,
+        codes: torch.Tensor,
+        rows: Sequence[Rows],
+        values: torch.Tensor,
+        origin: int,
+        scales: Sequence[torch.Tensor],
+        start: int,
+    ) -> None:
+        """Adds the codes of neighbouring elements of a shard to those that are there.
+
+        Args:
+            codes: uint8 ``[code_bytes]`` of the shard; those of the elements are 0.
+            rows: pieces of weights among the elements; needed for those that are not ternary.
+            values: bf16, quantized.
+            origin: the first of the elements in the bucket.
+            scales: of the pieces, as :func:`scales_in` gives them.
+            start: the first of the elements in the shard.
+        """
+        # The signs of ternary values. NaN has code 0 and a scale of NaN, of which any multiple is NaN.
+        new = (values > 0).view(torch.int8).sub_((values < 0).view(torch.int8))
+        for piece, own in zip(rows, scales, strict=True) if self.needs_scales else ():
+            if piece.space != _TERNARY:
+                found = codes_under(piece.of(values, origin).float(), own[:, None].float(), SPACES[piece.space])
+                piece.of(new, origin).copy_(found)
+        fields = new.view(torch.uint8).bitwise_and_((1 << self.bits) - 1)
+        size, end = codes.numel(), start + values.numel()
+        for j, a, b in _planes(start, end, size):
+            codes[a - j * size : b - j * size] |= fields[a - start : b - start] << self.bits * j
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """Neighbouring elements of the bucket as ranges of shards, and of elements in each of them: what lies in front
@@ -273,30 +326,28 @@ class Packing:
             yield last, last + 1, 0, end - last * self.shard
 
 
-def scales_in(rows: Sequence[Rows], values: torch.Tensor, origin: int) -> list[torch.Tensor]:
-    """The scale of every piece of a group, as far as the piece tells, for all ``rows`` in turn.
+def scales_in(
+    rows: Sequence[Rows], values: torch.Tensor, origin: int, own: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """The scale of every piece of a group, of ternary ones as far as the piece tells, for all ``rows`` in turn.
 
     Args:
         rows: pieces.
         values: bf16, quantized, neighbouring elements of the bucket in which the pieces are.
         origin: the first of them.
+        own: bf16, the scales ``[pieces]`` that all of them were quantized with; ternary ones need none.
     """
-    return [piece.of(values, origin).abs().amax(1) for piece in rows]
-
-
-def add_codes(codes: torch.Tensor, values: torch.Tensor, start: int) -> None:
-    """Adds the codes of neighbouring elements of a shard to those that are there.
-
-    Args:
-        codes: uint8 ``[code_bytes]`` of the shard; those of the elements are 0.
-        values: bf16, quantized.
-        start: the first of the elements in the shard.
-    """
-    size, end = codes.numel(), start + values.numel()
-    # 0, 1 and, as -1 in two bits, 3. NaN has code 0 and a scale of NaN, of which any multiple is NaN.
-    new = (values > 0).view(torch.uint8).add_((values < 0).view(torch.uint8), alpha=3)
-    for j, a, b in _planes(start, end, size):
-        codes[a - j * size : b - j * size] |= new[a - start : b - start] << 2 * j
+    found, first = [], 0
+    for piece in rows:
+        if piece.space == _TERNARY:
+            found.append(piece.of(values, origin).abs().amax(1))
+        else:
+            assert own is not None
+            scales = own[first : first + piece.count]
+            # Any multiple of NaN is NaN, but not of infinity.
+            found.append(torch.where(scales.isfinite(), scales, torch.nan))
+        first += piece.count
+    return found
 
 
 def _planes(start: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
