@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the quantizer does while a model trains: zeros, changed codes, scales; per module and in total.
+"""What the quantizer does while a model trains: zeros, changed codes, levels, scales; per module and in total.
 
 Nothing is kept or computed between records, except one byte per weight of this rank: the codes of the last record.
 """
@@ -8,12 +8,15 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
 from ..agreement import all_gathered
 from ..nn.linear import HostModule, TernaryState
+from ..quantization import SPACES, codes_under
+from ..quantization.spaces import TERNARY
 from .probe import ternary_modules
 
 # Codes are made, counted and compared block by block, so that the weights are read once.
@@ -22,24 +25,30 @@ _BLOCK_ROWS = 256
 
 Counts = dict[str, float]
 """Of the codes of a module, or of several: ``weights``, ``zeros``, ``changed`` (codes that differ from the last record,
-NaN at the first one), ``scales``, and ``scale_sum``, ``scale_min`` and ``scale_max`` of these."""
+NaN at the first one), ``scales``, and ``scale_sum``, ``scale_min`` and ``scale_max`` of these; of other spaces than
+ternary, of which zeros say it all, ``level -2`` and so on for every level."""
 _MERGED = {"scale_min": min, "scale_max": max}
+_LEVEL = "level "
 
 
 def merged(counts: Counts, others: Counts) -> Counts:
     """The counts of both together."""
-    return {name: _MERGED.get(name, operator.add)(value, others[name]) for name, value in counts.items()}
+    names = {**counts, **others}
+    return {name: _MERGED.get(name, operator.add)(counts.get(name, 0), others.get(name, 0)) for name in names}
 
 
-def as_record(counts: Counts) -> dict[str, float | None]:
-    """As fractions and means, for the log."""
+def as_record(counts: Counts) -> dict[str, Any]:
+    """As fractions and means, for the log; ``levels`` are shares of the weights whose levels are counted."""
     changed = counts["changed"] / counts["weights"]
+    levels = {name.removeprefix(_LEVEL): count for name, count in counts.items() if name.startswith(_LEVEL)}
+    whole = sum(levels.values())
     return {
         "zeros": counts["zeros"] / counts["weights"],
         "changed": None if math.isnan(changed) else changed,
         "scale_mean": counts["scale_sum"] / counts["scales"],
         "scale_min": counts["scale_min"],
         "scale_max": counts["scale_max"],
+        **({"levels": {level: count / whole for level, count in levels.items()}} if levels else {}),
     }
 
 
@@ -55,7 +64,7 @@ class Telemetry:
         self._codes: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def record(self) -> dict[str, dict[str, float | None]] | None:
+    def record(self) -> dict[str, dict[str, Any]] | None:
         """Statistics of the weights that the last training forward used; collective over all ranks.
 
         Call it between the schedule and the optimizer step.
@@ -83,11 +92,20 @@ class Telemetry:
         quantized, scales = state.in_use(module.weight)
         last = self._codes.get(state.name)
         codes = torch.empty(quantized.shape, dtype=torch.int8, device=quantized.device) if last is None else last
+        space = SPACES[state.config.space]
         zeros: torch.Tensor | int = 0
         changed: torch.Tensor | int = 0
-        for block, kept in zip(quantized.split(_BLOCK_ROWS), codes.split(_BLOCK_ROWS), strict=True):
-            new = block.sign().to(torch.int8)
-            zeros += new.numel() - torch.count_nonzero(new)
+        levels: list[torch.Tensor | int] = [0] * len(space.levels)
+        blocks = (tensor.split(_BLOCK_ROWS) for tensor in (quantized, codes, scales))
+        for block, kept, own in zip(*blocks, strict=True):
+            if space is TERNARY:
+                new = block.sign().to(torch.int8)
+            else:
+                groups = block.reshape(own.numel(), -1).float()
+                new = codes_under(groups, own.reshape(-1, 1).float(), space).view(block.shape)
+                for i in range(len(levels)):
+                    levels[i] += torch.count_nonzero(new == space.lowest_code + i)
+            zeros += new.numel() - torch.count_nonzero(new if space is TERNARY else block)
             if last is not None:
                 changed += torch.count_nonzero(new != kept)
             kept.copy_(new)
@@ -101,4 +119,9 @@ class Telemetry:
             "scale_sum": float(s.sum()),
             "scale_min": float(s.min()),
             "scale_max": float(s.max()),
+            **(
+                {}
+                if space is TERNARY
+                else {f"{_LEVEL}{level:g}": int(n) for level, n in zip(space.levels, levels, strict=True)}
+            ),
         }

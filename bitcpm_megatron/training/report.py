@@ -9,6 +9,9 @@ from tqdm import tqdm
 from .metrics import MetricsLog
 from .run import Run, Step
 
+RARE_LEVEL = 0.01
+"""Share of the weights below which a level is hardly used."""
+
 
 class RunReport:
     """The voice of one run; silent on all ranks but the first."""
@@ -49,6 +52,12 @@ class RunReport:
         if step.codes is not None:
             modules = {name: statistics for name, statistics in step.codes.items() if name != "total"}
             self._write("ternary", total=step.codes["total"], modules=modules)
+            for level, share in step.codes["total"].get("levels", {}).items():
+                if share < RARE_LEVEL:
+                    self.say(
+                        f"warning: level {level} is used by {100 * share:.2g} % of the weights: another "
+                        "--ternary-scale-multiplier or --ternary-statistic would use it more (docs/spaces.md)"
+                    )
 
     def valid(self, loss: float) -> None:
         """An evaluation is done."""

@@ -82,7 +82,7 @@ class Step:
     grad_norm: float | None
     learning_rate: float
     seconds: float
-    codes: Mapping[str, Mapping[str, float | None]] | None
+    codes: Mapping[str, Mapping[str, Any]] | None
     run: Run
     divergence: float | None = None
 
