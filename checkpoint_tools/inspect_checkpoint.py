@@ -152,7 +152,8 @@ def as_text(found: Inspection, fast: bool = False) -> str:
     if record is not None:
         groups = sorted({str(entry.get("group_size")) for entry in record.modules.values()}, key=int)
         facts["quantizer"] = (
-            f"{record.state}, {record.space}, {len(record.modules)} modules with g {', '.join(groups)}, row-parallel "
+            f"{record.state}, {record.space}, scales of {record.scale_multiplier:g} {record.statistic}, "
+            f"{len(record.modules)} modules with g {', '.join(groups)}, row-parallel "
             f"shards {record.row_parallel_shards}, eps {record.eps:g}, activations {record.activation_bits} bits, "
             f"of {record.latent_dtype} weights"
             + (f", saved on a ramp with {record.ramp:.3g} of the quantizer" if record.ramp < 1.0 else "")

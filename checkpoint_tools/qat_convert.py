@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", "--save-dir", type=Path, required=True, metavar="OUT", help="directory or file, not there yet"
     )
-    parser.add_argument("--quant_type", choices=["ternary"], default="ternary")
+    parser.add_argument(
+        "--quant_type", choices=["ternary"], default="ternary", help="without a quantizer record, which decides"
+    )
     parser.add_argument(
         "--group_size",
         type=GroupSize(),
@@ -160,7 +162,8 @@ def _announce(plan: Plan, tensors: int) -> None:
     groups = sorted({config.group_size for config in plan.quantized.values()})
     origin = "the quantizer record" if plan.recorded else "the command line"
     if plan.fused:
-        print(f"{count} of {tensors} tensors are ternary x scale already (fused): nothing is changed", flush=True)
+        spaces = " and ".join(sorted({config.space for config in plan.quantized.values()}))
+        print(f"{count} of {tensors} tensors are {spaces} x scale already (fused): nothing is changed", flush=True)
     else:
         print(f"fusing {count} of {tensors} tensors, group sizes {groups} by {origin}", flush=True)
     if plan.record.activation_bits != 16:
@@ -195,10 +198,12 @@ def _verify(directory: Path, reader: TensorReader, plan: Plan) -> None:
     if dict(written.tensors()) != dict(reader.tensors()):
         raise VerificationError("the tensors that were written differ from those of the input in name, shape or dtype")
     for name, config in tqdm(plan.quantized.items(), "verifying", unit="tensor", disable=None):
-        group = detected_group(written, name)
+        group = detected_group(written, name, config.space)
         wanted = effective_group(reader.tensors()[name].shape[1], config.group_size)
         if group is None or group % wanted:
-            raise VerificationError(f"{name} was written, but is not ternary in groups of {wanted}: is the disk sound?")
+            raise VerificationError(
+                f"{name} was written, but is not {config.space} in groups of {wanted}: is the disk sound?"
+            )
 
 
 if __name__ == "__main__":

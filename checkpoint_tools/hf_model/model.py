@@ -8,8 +8,9 @@ import torch
 
 from ...models.architecture import Architecture
 from ...models.from_arguments import arguments_of
-from ...quantization import WEIGHT_DTYPES, fused_group_size
+from ...quantization import WEIGHT_DTYPES
 from ...quantization.record import QuantizerRecord
+from ..quantizer.fuse import fused_group
 from ..storage.hf_reader import HfReader
 from ..storage.reader import ConversionError, TensorInfo, TensorReader, cast, check_finite, dtype_name, refuse_mistakes
 from ..tensor_map import MegatronTensor, join, megatron_tensors, part_shapes, to_megatron
@@ -158,8 +159,13 @@ def checked_record(model: HfModel) -> QuantizerRecord | None:
     Raises:
         ConversionError: the record contradicts the weights, or one Megatron tensor would be half ternary.
     """
-    groups = {t.module: group for t in model.tensors if t.quantizable and (group := _fused_group(model, t)) is not None}
     record = model.record
+    groups = {}
+    for tensor in filter(lambda t: t.quantizable, model.tensors):
+        recorded = record is not None and tensor.module in record.modules
+        space = record.config_of(tensor.module).space if record is not None and recorded else "ternary"
+        if (group := _fused_group(model, tensor, space)) is not None:
+            groups[tensor.module] = group
     if record is None:
         if not groups:
             return None
@@ -184,14 +190,17 @@ def checked_record(model: HfModel) -> QuantizerRecord | None:
     return record
 
 
-def _fused_group(model: HfModel, tensor: MegatronTensor) -> int | None:
-    """The group size of weights that are ternary already, None for others; the smallest of the parts."""
+def _fused_group(model: HfModel, tensor: MegatronTensor, space: str) -> int | None:
+    """The group size of weights that are quantized already, None for others; the smallest of the parts."""
     found = {}
     for name in tensor.parts:
         weight = model.reader.read(name)
         if weight.dtype not in WEIGHT_DTYPES:
             raise ConversionError(f"{name} is {weight.dtype}: weights in fp32, bf16 and fp16 can be converted")
-        size = fused_group_size(weight)
+        try:
+            size = fused_group(name, weight, space)
+        except ValueError as error:
+            raise ConversionError(str(error)) from None
         if size is not None:
             found[name] = size
     if not found:

@@ -2,7 +2,7 @@
 """Ternary models in Hugging Face Transformers, from this file alone (Transformers >= 4.56 and torch >= 2.6).
 
 ``BitCPMForCausalLM``
-    A checkpoint of *latent* weights: full precision, quantized to ternary times scale in every forward pass, so that
+    A checkpoint of *latent* weights: full precision, quantized to few levels times scale in every forward pass, so that
     any Transformers trainer can go on training them. Which layers, and how, is in ``config.ternary_quantizer``. Before
     serving, ``qat_convert.py`` fuses the quantizer into the weights; what comes out loads without this file.
 
@@ -11,10 +11,11 @@
 
 The quantizer, per group of a latent weight W, rounded to the dtype it was trained in (group size -1: the row)::
 
-    s  = bf16(max(mean(|W|) in fp32, eps))
-    Wq = clamp(round_half_even(W / s), -1, 1) * s        zeros are +0.0
+    s  = bf16(max(m * statistic(|W|) in fp32, eps))      the mean or the maximum
+    Wq = level * s                                       zeros are +0.0
 
-The gradient of W is the gradient of Wq.
+with the level of the last threshold that W is beyond, see :data:`SPACES`. For ternary with the mean and m = 1 this is
+clamp(round_half_even(W / s), -1, 1) * s. The gradient of W is the gradient of Wq.
 """
 
 import math
@@ -25,6 +26,14 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import GraniteConfig, GraniteForCausalLM
 
+SPACES = {
+    "ternary": ((-1.0, 0.0, 1.0), ((-0.5, True), (0.5, False))),
+    "asymmetric-4": ((-2.0, -1.0, 0.0, 1.0), ((-1.5, False), (-0.5, True), (0.5, False))),
+    "half-integer-4": ((-1.5, -0.5, 0.5, 1.5), ((-1.0, False), (0.0, True), (1.0, False))),
+    "integer-4": ((-2.0, -1.0, 1.0, 2.0), ((-1.5, False), (0.0, True), (1.5, True))),
+    "five-value": ((-2.0, -1.0, 0.0, 1.0, 2.0), ((-1.5, False), (-0.5, True), (0.5, False), (1.5, True))),
+}
+"""Space -> its levels, and between them the thresholds, each with whether a tie takes the upper level; times scale."""
 _LATENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ACTIVATION_EPS = 1e-5
 _ROW_PARALLEL = ("o_proj", "down_proj")
@@ -33,9 +42,10 @@ _ROW_PARALLEL = ("o_proj", "down_proj")
 class BitCPMConfig(GraniteConfig):
     """Granite's configuration and ``ternary_quantizer``: how the latent weights are quantized, as a dictionary.
 
-    Its keys: ``version`` (1), ``state`` ("latent" or "fused"), ``space`` ("ternary"), ``eps``, ``latent_dtype``,
-    ``row_parallel_shards``, ``activation_bits`` (16 or 8), ``modules`` (module name -> ``{"group_size": g}``, and
-    ``eps`` where it differs).
+    Its keys: ``version`` (2), ``state`` ("latent" or "fused"), ``space`` (of :data:`SPACES`), ``statistic`` ("absmean"
+    or "absmax"), ``scale_multiplier``, ``eps``, ``latent_dtype``, ``row_parallel_shards``, ``activation_bits`` (16 or
+    8), ``modules`` (module name -> ``{"group_size": g}``, and the four of the quantizer where they differ). Version 1
+    had ternary, absmean and 1 alone.
     """
 
     model_type = "bitcpm"
@@ -63,12 +73,12 @@ class _FakeQuantize(torch.autograd.Function):
     """Latent weight -> quantized weight itself, and not ``W + (Wq - W)``, which in bf16 is something else."""
 
     @staticmethod
-    def forward(ctx, weight: torch.Tensor, group: int, eps: float, latent_dtype: torch.dtype) -> torch.Tensor:  # noqa: ANN001
-        return quantize_weight(weight, group, eps, latent_dtype)
+    def forward(ctx, weight: torch.Tensor, *how) -> torch.Tensor:  # noqa: ANN001, ANN002
+        return quantize_weight(weight, *how)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # noqa: ANN001
-        return grad, None, None, None
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN001
+        return (grad, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 class _FakeQuantizeActivations(torch.autograd.Function):
@@ -82,7 +92,15 @@ class _FakeQuantizeActivations(torch.autograd.Function):
 
 
 @torch.no_grad()
-def quantize_weight(weight: torch.Tensor, group: int, eps: float, latent_dtype: torch.dtype) -> torch.Tensor:
+def quantize_weight(
+    weight: torch.Tensor,
+    group: int,
+    eps: float,
+    latent_dtype: torch.dtype,
+    space: str = "ternary",
+    statistic: str = "absmean",
+    scale_multiplier: float = 1.0,
+) -> torch.Tensor:
     """The quantized weight.
 
     Args:
@@ -91,23 +109,40 @@ def quantize_weight(weight: torch.Tensor, group: int, eps: float, latent_dtype: 
         eps: lower bound of a scale.
         latent_dtype: what the weight is rounded to first. Pretraining keeps fp32 masters and quantizes their bf16
             copies; a trainer that keeps fp32 weights computes with the same quantized ones.
+        space: of :data:`SPACES`.
+        statistic: what a scale is made of, ``absmean`` or ``absmax``.
+        scale_multiplier: of the statistic.
 
     Returns:
         ``[out, in]`` in the weight's dtype.
     """
     w = weight.reshape(-1, group).to(latent_dtype).float().contiguous()
-    magnitude = w.abs()
-    # A binary tree over neighbours: the same order of the sum, and with it the same scale, as in pretraining.
-    total = magnitude
+    found = w.abs().amax(-1, keepdim=True) if statistic == "absmax" else _mean(w.abs())
+    # By a tensor, so that the multiplier is rounded to fp32 before the product is.
+    s = (found * torch.full_like(found, scale_multiplier)).clamp_(min=eps).to(torch.bfloat16).float()
+    levels, thresholds = SPACES[space]
+    if space == "ternary":
+        quantized = torch.div(w, s).round_().clamp_(-1.0, 1.0).mul_(s)
+    else:
+        s = torch.where(s.isfinite(), s, torch.nan)
+        quantized = (s * levels[0]).expand_as(w)
+        for level, (threshold, upper) in zip(levels[1:], thresholds):  # noqa: B905 - of the same length
+            beyond = w >= s * threshold if upper else w > s * threshold
+            quantized = torch.where(beyond, s * level, quantized)
+        # In the dtype of training, where 1.5 s is not always exact.
+        quantized = quantized.to(latent_dtype)
+    # "+ 0.0" after the cast: -0.0 becomes +0.0, also where fp16 underflows. To a tensor of its own.
+    return (quantized.to(weight.dtype) + 0.0).reshape(weight.shape)
+
+
+def _mean(magnitudes: torch.Tensor) -> torch.Tensor:
+    """Means ``[rows, 1]``, by a binary tree over neighbours: the order of pretraining, and with it the same scale."""
+    total = magnitudes
     while total.shape[-1] > 1:
         paired = total[:, : total.shape[-1] // 2 * 2]
         pairs = paired[:, 0::2] + paired[:, 1::2]
         total = pairs if total.shape[-1] % 2 == 0 else torch.cat([pairs, total[:, -1:]], dim=-1)
-    mean = total / torch.full_like(total, group)
-    s = mean.clamp_(min=eps).to(torch.bfloat16).float()
-    quantized = torch.div(w, s, out=magnitude).round_().clamp_(-1.0, 1.0).mul_(s)
-    # "+ 0.0" after the cast: -0.0 becomes +0.0, also where fp16 underflows.
-    return quantized.to(weight.dtype).add_(0.0).reshape(weight.shape)
+    return total / torch.full_like(total, magnitudes.shape[-1])
 
 
 @torch.no_grad()
@@ -121,12 +156,20 @@ def quantize_activations(x: torch.Tensor, groups: int) -> torch.Tensor:
 class TernaryLinear(nn.Linear):
     """A linear layer that computes with its quantized weight. ``weight`` is the latent one, under its usual name."""
 
-    ternary: tuple[int, float, torch.dtype]
+    ternary: tuple[int, float, torch.dtype, str, str, float]
     activation_groups: int
 
     @classmethod
     def convert(
-        cls, linear: nn.Linear, group: int, eps: float, latent_dtype: torch.dtype, activation_groups: int
+        cls,
+        linear: nn.Linear,
+        group: int,
+        eps: float,
+        latent_dtype: torch.dtype,
+        activation_groups: int,
+        space: str = "ternary",
+        statistic: str = "absmean",
+        scale_multiplier: float = 1.0,
     ) -> None:
         """Turns a linear layer into a ternary one in place: its parameters stay the same objects, so nothing depends on
         the device or the sharding that they were created under.
@@ -137,9 +180,13 @@ class TernaryLinear(nn.Linear):
             eps: lower bound of the scales.
             latent_dtype: see :func:`quantize_weight`.
             activation_groups: scales per token of the layer's input; 0 leaves the input alone.
+            space: see there, as the two behind it.
+            statistic: see there.
+            scale_multiplier: see there.
         """
+        how = (group, eps, latent_dtype, space, statistic, scale_multiplier)
         linear.__class__ = cls
-        linear.__dict__.update(ternary=(group, eps, latent_dtype), activation_groups=activation_groups)
+        linear.__dict__.update(ternary=how, activation_groups=activation_groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` is ``[..., in_features]``; the result ``[..., out_features]``."""
@@ -207,13 +254,16 @@ def make_ternary(model: nn.Module, record: dict | None) -> None:
     """
     if not isinstance(record, dict):
         raise ValueError("config.json has no `ternary_quantizer`: without it latent weights mean nothing")
-    missing = [k for k in ("eps", "row_parallel_shards", "modules") if k not in record]
+    if record.get("version") == 1:
+        record = {"statistic": "absmean", "scale_multiplier": 1.0, **record}
+    missing = [k for k in ("scale_multiplier", "eps", "row_parallel_shards", "modules") if k not in record]
     if missing:
         raise ValueError(f"ternary_quantizer lacks {missing}")
     known = {
-        "version": (1,),
+        "version": (1, 2),
         "state": ("latent", "fused"),
-        "space": ("ternary",),
+        "space": tuple(SPACES),
+        "statistic": ("absmean", "absmax"),
         "activation_bits": (8, 16),
         "latent_dtype": tuple(_LATENT_DTYPES),
     }
@@ -233,13 +283,15 @@ def make_ternary(model: nn.Module, record: dict | None) -> None:
         linear = linears[name]
         group = linear.in_features if how["group_size"] == -1 else how["group_size"]
         groups = shards if name.rpartition(".")[2] in _ROW_PARALLEL else 1
-        if how.get("space", "ternary") != "ternary" or group < 1 or linear.in_features % group:
+        own = {key: how.get(key, record[key]) for key in ("space", "statistic", "scale_multiplier")}
+        known_scale = own["statistic"] in known["statistic"] and float(own["scale_multiplier"]) > 0
+        if own["space"] not in SPACES or not known_scale or group < 1 or linear.in_features % group:
             raise ValueError(f"ternary_quantizer: {name} of {linear.in_features} inputs cannot be quantized by {how}")
         if linear.in_features % groups:
             raise ValueError(f"ternary_quantizer: {shards} row-parallel shards do not divide the inputs of {name}")
         activation_groups = groups if record["activation_bits"] == 8 else 0
         eps = float(how.get("eps", record["eps"]))
-        TernaryLinear.convert(linear, group, eps, _LATENT_DTYPES[record["latent_dtype"]], activation_groups)
+        TernaryLinear.convert(linear, group, eps, _LATENT_DTYPES[record["latent_dtype"]], activation_groups, **own)
 
 
 for _class, _auto in (

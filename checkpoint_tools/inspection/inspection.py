@@ -18,7 +18,7 @@ class Statistics:
     """What the values of a weight say.
 
     Attributes:
-        state: ``fused`` (ternary times scale already), ``latent`` (the record says that it is to be quantized),
+        state: ``fused`` (levels times scale already), ``latent`` (the record says that it is to be quantized),
             ``full precision`` (the record leaves it out), ``ordinary`` (no record), ``not read``, or "" for what is
             never quantized.
         group_size: elements per scale along a row, -1 for the row; of a fused weight as its values show it, else as the

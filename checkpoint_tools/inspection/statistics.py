@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ...quantization import QuantizerConfig, effective_group, fused_group_size, quantize
+from ...quantization import SPACES, QuantizerConfig, effective_group, fused_group_size, fused_space, quantize, scales_of
 from ...quantization.record import QuantizerRecord
 from ..quantizer.fuse import bf16_steps
 from ..storage.reader import TensorInfo, is_finite
@@ -34,9 +34,13 @@ def statistics_of(weight: Weight, record: QuantizerRecord | None, findings: list
         if weight.linear:
             # Once: of several tensor-parallel ranks this is a copy, of at most one tensor of one layer.
             whole = weight.read(slice(None))
-            group_size = fused_group_size(whole)
+            recorded = record is not None and weight.name in record.modules
+            space = record.config_of(weight.name).space if record is not None and recorded else "ternary"
+            if fused_group_size(whole, space) is None:
+                space = fused_space(whole) or space
+            group_size = fused_group_size(whole, space)
             if group_size is not None:
-                return _of_fused(weight.name, whole, group_size, record, findings)
+                return _of_fused(weight.name, whole, QuantizerConfig(space, group_size), record, findings)
             return _of_latent(weight, whole, record, findings)
         if not all(is_finite(weight.read(rows)) for rows in _rows(weight.info)):
             findings.append(f"{weight.name} holds NaN or infinity")
@@ -47,21 +51,23 @@ def statistics_of(weight: Weight, record: QuantizerRecord | None, findings: list
 
 
 def _of_fused(
-    name: str, whole: torch.Tensor, group_size: int, record: QuantizerRecord | None, findings: list[str]
+    name: str, whole: torch.Tensor, found: QuantizerConfig, record: QuantizerRecord | None, findings: list[str]
 ) -> Statistics:
-    group = effective_group(whole.shape[1], group_size)
+    group = effective_group(whole.shape[1], found.group_size)
     if record is not None and name in record.modules:
         recorded = effective_group(whole.shape[1], record.config_of(name).group_size)
         if record.state == "latent" and whole.any():
-            findings.append(f"{name} is ternary already (fused), and the quantizer record says latent")
+            findings.append(f"{name} is {found.space} already (fused), and the quantizer record says latent")
         if record.state == "fused" and group % recorded:
-            findings.append(f"{name} is ternary in groups of {group}, the quantizer record says {recorded}")
+            findings.append(f"{name} is {found.space} in groups of {group}, the quantizer record says {recorded}")
+        if (space := record.config_of(name).space) != found.space:
+            findings.append(f"{name} holds values of the space {found.space}, the quantizer record says {space}")
     zeros, scales = 0, []
     for block in _blocks(whole):
         zeros += int((block == 0).sum())
-        largest = block.abs().reshape(-1, group).amax(1).double()
-        scales.append(largest[largest > 0])
-    return Statistics("fused", group_size, zeros / whole.numel(), *_spread(scales))
+        largest = block.abs().reshape(-1, group).amax(1)
+        scales.append(scales_of(block, found).flatten()[largest > 0].double())
+    return Statistics("fused", found.group_size, zeros / whole.numel(), *_spread(scales))
 
 
 def _of_latent(weight: Weight, whole: torch.Tensor, record: QuantizerRecord | None, findings: list[str]) -> Statistics:
@@ -96,7 +102,7 @@ def _of_latent(weight: Weight, whole: torch.Tensor, record: QuantizerRecord | No
         if mine is not None and not torch.equal(mine, scales):
             steps = max(steps, bf16_steps(mine, scales))
             codes, scales = quantize(block, config, mine)
-        zeros += int((codes == 0).sum())
+        zeros += int((codes == 0).sum()) if 0.0 in SPACES[config.space].levels else 0
         used.append(scales.double().flatten())
     # Another device may sum in another order, and is then one step off.
     if steps > 1:

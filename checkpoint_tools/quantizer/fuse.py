@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuses the quantizer into weights, block by block: latent rows in, ternary times scale out."""
+"""Fuses the quantizer into weights, block by block: latent rows in, levels times scale out."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-from ...quantization import QuantizerConfig, effective_group, fused_group_size, quantize_dequantize
+from ...quantization import SPACES, QuantizerConfig, effective_group, fused_group_size, fused_space, quantize_dequantize
 from ..storage.reader import ConversionError, TensorInfo, TensorReader, check_finite
 
 # Freed blocks of more than 1 MB go back to the system, and would be asked of it anew each time.
@@ -36,12 +36,12 @@ def fuse_blocks(
     Raises:
         ConversionError: the weight cannot be quantized so, or it is not finite.
     """
-    if config.space != "ternary":
-        raise ConversionError(f"{name}: the quantization space {config.space!r} cannot be fused, only ternary can")
     if len(info.shape) != 2 or 0 in info.shape or not info.dtype.is_floating_point:
         raise ConversionError(f"{name}: {info.shape}, {info.dtype} is no matrix [out, in] that could be quantized")
     latent_dtype = latent_dtype or info.dtype
-    largest = min(torch.finfo(info.dtype).max, torch.finfo(latent_dtype).max)
+    largest = min(torch.finfo(info.dtype).max, torch.finfo(latent_dtype).max) / max(
+        map(abs, SPACES[config.space].levels)
+    )
     rows = max(1, _BLOCK_ELEMENTS // info.shape[1])
     for start in range(0, info.shape[0], rows):
         part = slice(start, min(start + rows, info.shape[0]))
@@ -69,17 +69,41 @@ def bf16_steps(one: torch.Tensor, other: torch.Tensor) -> int:
     return int((one.view(torch.int16).int() - other.view(torch.int16).int()).abs().amax())
 
 
-def detected_group(reader: TensorReader, name: str) -> int | None:
+def detected_group(reader: TensorReader, name: str, space: str = "ternary") -> int | None:
     """Elements per scale along a row of a weight that is fused already; 0 where all is zero, None for a latent one.
 
+    Args:
+        reader: of the model.
+        name: of the tensor.
+        space: that it is, or will be, quantized to.
+
     Raises:
-        ConversionError: it is no matrix, or of a dtype that no quantizer takes.
+        ConversionError: it is no matrix, or of a dtype that no quantizer takes; or it is fused in another space.
     """
     weight = reader.read(name)
     try:
-        group = fused_group_size(weight)
+        group = fused_group(name, weight, space)
     except ValueError as error:
-        raise ConversionError(f"{name}: {error}") from None
+        raise ConversionError(str(error)) from None
     if group is None:
         return None
     return effective_group(weight.shape[1], group) if any(block.any() for block in weight.split(1024)) else 0
+
+
+def fused_group(name: str, weight: torch.Tensor, space: str) -> int | None:
+    """As :func:`~bitcpm_megatron.quantization.fused_group_size`, for a weight that may be fused in one space only.
+
+    Raises:
+        ValueError: naming the tensor: it is no matrix, of no weight's dtype, or fused in another space.
+    """
+    try:
+        group = fused_group_size(weight, space)
+        other = fused_space(weight) if group is None else None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if other is not None:
+        raise ValueError(
+            f"{name} holds quantized values of the space {other} already (fused), not of {space}: bring along the "
+            "quantizer record that belongs to them"
+        )
+    return group

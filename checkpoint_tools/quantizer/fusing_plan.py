@@ -65,7 +65,7 @@ def make_plan(
         wanted = _by_record(reader, record, whole)
         _check_group_size(reader, record, wanted, group_size)
     groups = {name: _effective(reader, name, config) for name, config in wanted.items()}
-    found = {name: detected_group(reader, name) for name in tqdm(groups, "checking", unit="tensor", disable=None)}
+    found = _found(reader, wanted)
     fused = {name: group for name, group in found.items() if group}
     latent = [name for name, group in found.items() if group is None]
     if latent and fused:
@@ -98,6 +98,12 @@ def make_plan(
     modules = {n.removesuffix(".weight"): {"group_size": c.group_size} for n, c in wanted.items()}
     dtype, eps = dtype_name(tensors[next(iter(wanted))].dtype), QuantizerConfig().eps
     return Plan(wanted, bool(fused), QuantizerRecord("fused", "ternary", eps, dtype, shards, 16, modules), False)
+
+
+def _found(reader: TensorReader, wanted: Mapping[str, QuantizerConfig]) -> dict[str, int | None]:
+    """What :func:`~.fuse.detected_group` says of every weight."""
+    bar = tqdm(wanted.items(), "checking", unit="tensor", disable=None)
+    return {name: detected_group(reader, name, config.space) for name, config in bar}
 
 
 def _by_name(reader: TensorReader, group_size: int) -> dict[str, QuantizerConfig]:

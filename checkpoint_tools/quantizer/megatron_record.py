@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...quantization import effective_group, fused_group_size, quantize
+from ...quantization import effective_group, fused_space, quantize
 from ...quantization.record import QuantizerRecord, RecordError
 from ..megatron_model.checkpoint import MegatronCheckpoint
 from ..storage.reader import ConversionError, dtype_name
@@ -165,7 +165,7 @@ def _check_record(checkpoint: MegatronCheckpoint, record: QuantizerRecord, linea
 
 def _is_fused(checkpoint: MegatronCheckpoint, tensor: MegatronTensor) -> bool:
     # A look at some rows settles it for latent weights.
-    if fused_group_size(checkpoint.read(tensor, slice(_SAMPLE_ROWS))) is None:
+    if fused_space(checkpoint.read(tensor, slice(_SAMPLE_ROWS))) is None:
         return False
     weight = checkpoint.read(tensor)
-    return bool(weight.any()) and fused_group_size(weight) is not None
+    return bool(weight.any()) and fused_space(weight) is not None

@@ -28,7 +28,7 @@ from bitcpm_megatron import cli
 from bitcpm_megatron.checkpoint_tools.hf_model.config import BITCPM, read_config
 from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import read_record
 from bitcpm_megatron.files import check_digests, parse_json
-from bitcpm_megatron.quantization import fused_group_size
+from bitcpm_megatron.quantization import fused_space
 
 _COUNT = cli.Whole(1, 2**24)
 _PROBABILITY = cli.Number(0, 1, open_maximum=True)
@@ -126,8 +126,8 @@ def load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenize
         raise ValueError(f"{directory}: Transformers cannot load it ({type(error).__name__}: {error})") from error
     for name in record.modules:
         weight = model.get_submodule(name).weight
-        if weight.numel() and fused_group_size(weight) is not None and weight.any():
-            raise ValueError(f"{directory}: {name} is ternary already, though the record calls it latent")
+        if weight.numel() and fused_space(weight) is not None and weight.any():
+            raise ValueError(f"{directory}: {name} is quantized already, though the record calls it latent")
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows or tokenizer.eos_token_id is None:
         has = f"{len(tokenizer):,} tokens for {rows:,} rows" if len(tokenizer) > rows else "no end-of-text token"

@@ -248,7 +248,7 @@ def test_autocast_computes_with_the_same_codes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version is 2"),
+        ({"version": 3}, "version is 3"),
         ({"state": "other"}, "state is 'other'"),
         ({"space": "five"}, "space is 'five'"),
         ({"activation_bits": 4}, "activation_bits is 4"),
