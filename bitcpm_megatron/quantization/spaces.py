@@ -49,7 +49,7 @@ class Space:
 
     @property
     def smallest_magnitude(self) -> float:
-        """The smallest magnitude of a level that is not zero; times a scale it is exact in every dtype of a weight, unless fp16 underflows."""
+        """The smallest magnitude of a level that is not zero; times a scale it is exact, unless fp16 underflows."""
         return min(abs(level) for level in self.levels if level)
 
 

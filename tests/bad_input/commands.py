@@ -123,6 +123,7 @@ COMMANDS = {
         Command("roofline", "benchmarks", ("--output-dir", "out"), runs=False),
         Command("memory", "benchmarks", ("--tp", "2")),
         Command("kernel_against", "benchmarks", ("HEAD",), runs=False),
+        Command("space_errors", "studies", ("--rows", "2", "--columns", "8"), runs=False),
         Command("int8_quality", "studies", ("--work", "out", "--output", "out2"), runs=False),
         Command("distillation_stages", "studies", ("--work", "out", "--output", "out2"), runs=False),
     )

@@ -18,6 +18,8 @@ STAGES = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipel
 CASES = {
     "plain": (2, ODD),
     "groups": (2, ["--ternary-group-size", "32"]),
+    # Values of half a level are rounded, and a piece of a group leaves open which ones it has.
+    "half integers": (2, [*ODD, "--ternary-space", "half-integer-4", "--ternary-statistic", "absmean"]),
     "overlaps": (2, [*ODD, *OVERLAPS]),
     "stages": (4, [*STAGES, *OVERLAPS]),
     "experts": (4, [*EXPERTS, *OVERLAPS]),

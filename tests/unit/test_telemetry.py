@@ -49,3 +49,22 @@ def test_zeros_changed_codes_and_scales(cached: bool) -> None:
     assert third["zeros"] == 0.25 - 1 / (300 * 64)
     assert third["scale_max"] == pytest.approx(25 / 32, rel=2**-8)
     assert record()["0"]["changed"] == 0, "compared with the last record, not with the first"
+
+
+def test_every_level_is_counted() -> None:
+    config = QuantizerConfig("half-integer-4", statistic="absmean")
+    chunk = torch.nn.Sequential(torch.nn.Linear(64, 300, bias=False))
+    recipe = {"configs": {"q": {}}, "matchers": {"first": {"config": "q", "pattern": "0"}}}
+    apply_recipe(chunk, Recipe.from_mapping(recipe, config), default=config)
+    with torch.no_grad():
+        # The mean is 1.5: beyond it lie 16 and 8 of 64, on it 8, which the tie gives to the level below.
+        row = torch.tensor([1.0] * 16 + [-1.0] * 16 + [1.5] * 8 + [2.0] * 16 + [-2.5] * 8)
+        chunk[0].weight.copy_(row.expand(300, 64))
+    telemetry = Telemetry([chunk])
+    found = telemetry.record()["0"]
+    assert found["scale_mean"] == 1.5 and found["zeros"] == 0.0
+    assert found["levels"] == {"-1.5": 0.125, "-0.5": 0.25, "0.5": 0.375, "1.5": 0.25}
+    with torch.no_grad():
+        chunk[0].weight[0, 0] = 10.0
+    found = telemetry.record()
+    assert found["total"]["changed"] > 0 and sum(found["total"]["levels"].values()) == pytest.approx(1)
