@@ -524,7 +524,7 @@ def test_killed_half_way_and_started_again(
         tool, module = "convert_hf_to_megatron", "hf_model.model"
         function, flags = "join", ["--load-dir", str(source)]
     else:
-        tool = module = "convert_megatron_to_hf"
+        tool, module = "convert_megatron_to_hf", "megatron_model.export"
         function, flags = "split", ["--load-dir", str(megatron), "--weights", "fused"]
     script = f"""
 import importlib, os, signal, sys

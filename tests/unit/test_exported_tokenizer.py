@@ -12,6 +12,7 @@ from test_conversion_errors import CONFIG
 from test_round_trip import tensors, write
 
 from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf
+from bitcpm_megatron.checkpoint_tools.megatron_model import export as megatron_export
 from bitcpm_megatron.checkpoint_tools.megatron_model.checkpoint import MegatronCheckpoint, open_checkpoint
 from bitcpm_megatron.data.tokenizers import open_tokenizer
 from bitcpm_megatron.files import DIGESTS
@@ -32,7 +33,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         checkpoint.arguments |= recorded
         return checkpoint
 
-    monkeypatch.setattr(convert_megatron_to_hf, "open_checkpoint", opened)
+    monkeypatch.setattr(megatron_export, "open_checkpoint", opened)
 
     def export(target: Path, *flags: str, **arguments: object) -> int:
         recorded.clear()
