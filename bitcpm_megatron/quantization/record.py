@@ -41,7 +41,7 @@ class _Module(Strict):
 
 
 class _File(Strict):
-    state: Literal["latent", "fused"]
+    state: Literal["latent", "fused", "packed"]
     space: str
     statistic: str
     scale_multiplier: float
@@ -70,7 +70,8 @@ class QuantizerRecord:
     """How a checkpoint's weights were quantized.
 
     Attributes:
-        state: ``latent`` weights still to be quantized, or ``fused`` ones that are ternary times scale already.
+        state: ``latent`` weights still to be quantized, ``fused`` ones that are ternary times scale already, or
+            ``packed`` ones, codes and scales in the layout of a packed export.
         space: quantization space.
         eps: lower bound of the scales.
         latent_dtype: dtype of the weights that the forward quantized, such as ``bfloat16``.
@@ -85,7 +86,7 @@ class QuantizerRecord:
             where it is less than 1, in the middle of a ramp.
     """
 
-    state: Literal["latent", "fused"]
+    state: Literal["latent", "fused", "packed"]
     space: str
     eps: float
     latent_dtype: str

@@ -93,12 +93,17 @@ class Plan:
         """The same of the ternary linears alone."""
         return _ratio([choice for choice in self.choices if choice.weight.group is not None])
 
+    def by_kind(self) -> dict[tuple[Role, str], list[Choice]]:
+        """The choices by what they are counted with and become."""
+        found: dict[tuple[Role, str], list[Choice]] = {}
+        for choice in self.choices:
+            found.setdefault((choice.weight.role, choice.kind), []).append(choice)
+        return found
+
     def table(self) -> str:
         """For people: a line for every kind of tensor and type, and the ratios."""
         lines = [f"{'':16} {'type':16} {'tensors':>7} {'bytes':>15} {'bits per weight':>15}"]
-        kinds = dict.fromkeys((choice.weight.role, choice.kind) for choice in self.choices)
-        for role, kind in kinds:
-            these = [c for c in self.choices if (c.weight.role, c.kind) == (role, kind)]
+        for (role, kind), these in self.by_kind().items():
             nbytes, count = sum(c.nbytes for c in these), sum(_numel(c) for c in these)
             lines.append(f"{role:16} {kind:16} {len(these):7} {nbytes:15,} {8 * nbytes / count:15.3f}")
         dense = 2 * sum(map(_numel, self.choices))

@@ -77,7 +77,7 @@ def make_plan(
         )
     other = {name: group for name, group in fused.items() if group % groups[name]}
     if record is not None:
-        if latent and record.state == "fused":
+        if latent and record.state != "latent":
             raise ConversionError(
                 f"the quantizer record says that the weights are fused, but these are not ternary: {listed(latent)}. "
                 "If they were trained further, start again from the latent checkpoint: fused weights must not be "

@@ -159,7 +159,7 @@ def _check_record(checkpoint: MegatronCheckpoint, record: QuantizerRecord, linea
             f"{checkpoint.path}: its quantizer record says latent, and {fused[0]} ({len(fused)} in all) is ternary "
             "already: quantizing it again would shrink its scales"
         )
-    if record.state == "fused" and latent:
+    if record.state != "latent" and latent:
         raise ConversionError(f"{checkpoint.path}: its quantizer record says fused, and {latent[0]} is not ternary")
 
 
