@@ -41,7 +41,7 @@ setup: $(READY)
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt $(TORCH)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,plot,triton,test,lint]' '$(TRITON)'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,export,plot,triton,test,lint]' '$(TRITON)'
 	touch $@
 
 demo: $(READY)

@@ -113,6 +113,11 @@ COMMANDS = {
             tuple("--load-dir run --save-dir out --weights fused --verify".split()),
         ),
         Command("qat_convert", "checkpoint_tools", tuple("--input_bin latent --output out".split())),
+        Command(
+            "export_packed",
+            "checkpoint_tools",
+            tuple("--load-dir run --tokenizer . --save-dir out --format gguf".split()),
+        ),
         Command("inspect_checkpoint", "checkpoint_tools", ("run",)),
         Command("__main__", "bitcpm_megatron", (), runs=False),
         Command("train", "examples/hf", _HUGGING_FACE, runs=False),

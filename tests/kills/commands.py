@@ -244,10 +244,12 @@ def _bytes_on_disk(place: Path) -> int:
 
 
 def make_model(directory: Path) -> None:
-    """A latent model of 92 MB, so that writing it takes a while, and the checkpoint of it."""
+    """A latent model of 92 MB, so that writing it takes a while, the checkpoint of it, and a tokenizer."""
     import torch
     from safetensors.torch import load_file
     from support import tiny_hf
+
+    from bitcpm_megatron.data.tokenizers import train_sentencepiece
 
     layers = 6
     architecture = tiny_hf.llama(
@@ -267,6 +269,8 @@ def make_model(directory: Path) -> None:
     started = Started(argv, CHECKOUT, directory / "output.txt", environment())
     demand(started.wait(PATIENCE) == 0, "no checkpoint", started.said)
     (directory / "output.txt").unlink()
+    texts = ["the quick brown fox jumps over a lazy dog while seven wizards boil black quartz"] * 20
+    (directory / "tokenizer.model").write_bytes(train_sentencepiece(texts, 300))
     (directory / "pickled").mkdir()
     torch.save(load_file(directory / "latent" / "model.safetensors"), directory / "pickled" / "weights.bin")
     for name in ("config.json", "ternary_quantizer.json"):
@@ -303,7 +307,7 @@ def make_talks(directory: Path) -> None:
 
 
 def converters() -> Iterator[Command]:
-    """The three of them."""
+    """All of them."""
     yield Command(
         "convert_hf_to_megatron",
         "checkpoint_tools",
@@ -344,6 +348,13 @@ def converters() -> Iterator[Command]:
                 (("weights.bin",), ("DIGESTS.json",)),
             ),
         ),
+        make_model,
+    )
+    packed = "--load-dir {input}/latent --tokenizer {input} --save-dir {out}/model --format"
+    yield Command(
+        "export_packed",
+        "checkpoint_tools",
+        (Line("GGUF", f"{packed} gguf"), Line("sharded", f"{packed} compressed-tensors --max-shard-size 5MB")),
         make_model,
     )
 
