@@ -32,8 +32,9 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 	sniffio typer-slim urllib3
 
 TEMPLATES := $(VENV)/chat-templates
+CLIENTS := $(VENV)/clients
 
-.PHONY: setup demo demo-chat demo-distill test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
+.PHONY: setup demo demo-chat demo-distill test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-clients test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
 
 setup: $(READY)
 
@@ -124,6 +125,16 @@ $(TEMPLATES)/.ready: $(READY)
 test-templates: $(TEMPLATES)/.ready
 	CHAT_TEMPLATES_PATH=$(CURDIR)/$(TEMPLATES) PYTHONPATH=$(CURDIR)/$(TEMPLATES)/packages \
 		$(PY) -m pytest tests/integration/test_chat_templates.py
+
+# llama.cpp, as the package that compiles it has it: 7 minutes of two cores, once.
+$(CLIENTS)/.ready: $(READY)
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(PY) -m pip install --quiet --no-deps --no-binary llama-cpp-python --upgrade \
+		--target $(CLIENTS) llama-cpp-python==0.3.36 diskcache==5.6.3
+	touch $@
+
+# Packed exports in llama.cpp: logits, weights, tokens, templates.
+test-clients: $(CLIENTS)/.ready
+	PYTHONPATH=$(CURDIR)/$(CLIENTS) $(PY) -m pytest tests/integration/test_clients.py
 
 # 50 steps with resident quantized weights against the cache and against none, in a pairwise cover of settings.
 test-resident: $(READY)

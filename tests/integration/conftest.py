@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+
 import pytest
 from host_runs import Material
 
@@ -7,3 +9,13 @@ from host_runs import Material
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     """Token files and the checkpoint that all runs in hosts start from."""
     return Material.make(tmp_path_factory.mktemp("hosts"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """The last line of ``make test-clients``."""
+    yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    passed = [report for report in reporter.stats.get("passed", []) if "test_clients.py" in report.nodeid]
+    if passed:
+        print(f"\nclients: {len(passed)} checks passed")

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed exports in llama.cpp: ``make test-clients`` builds it and runs this.
+
+Logits are compared in F32 and BF16 files alone: on packed weights llama.cpp computes with 8-bit activations, and is as
+far from Transformers as those are. That packed weights are the same numbers is what the decoders say.
+"""
+
+import ctypes
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.chat import CHATML, chat_tokenizer
+from support.texts import strings
+
+pytest.importorskip("llama_cpp", reason="builds llama.cpp in minutes: make test-clients")
+
+import gguf
+import llama_cpp
+import transformers
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
+from support.packed import Tensors, architecture, latent_model, open_gguf, write_config, write_sentence_piece
+
+from bitcpm_megatron.checkpoint_tools import export_packed
+from bitcpm_megatron.checkpoint_tools.packed import gguf_file
+from bitcpm_megatron.models.architecture import Architecture, LongRope
+
+# llama.cpp rounds the length of a context up to a multiple of this, and takes the long factors by it.
+ORIGINAL, LENGTH = 256, 512
+MULTIPLIERS = dict(embedding_multiplier=12.0, residual_multiplier=1.4 / math.sqrt(2), logits_scaling=4.0)
+_NO_TYPE = 0  # GGML_TYPE_F32, of the keys and values that are kept
+TOLERANCE = 1e-2
+
+
+def model(kind: str, longrope: bool) -> Architecture:
+    """A Llama or a Granite; the factors of either list are far from 1 and from those of the other."""
+    factors = [tuple(1 + k + n * (0.1 + 0.1 * k) for n in range(32)) for k in (0, 1)]
+    rope = LongRope(*factors, original_max_position_embeddings=ORIGINAL) if longrope else None
+    more = MULTIPLIERS if kind == "granite" else {}
+    return architecture(max_position_embeddings=LENGTH, longrope=rope, tied=kind == "granite", **more)
+
+
+def exported(directory: Path, *more: str) -> Path:
+    """A GGUF file of a model."""
+    out = directory.with_name("-".join([directory.name, *more]))
+    argv = ["--load-dir", str(directory), "--save-dir", str(out), "--format", "gguf", *more]
+    assert export_packed.main(argv) == 0
+    return out / "model.gguf"
+
+
+def opened(path: Path, length: int = ORIGINAL) -> "llama_cpp.Llama":
+    return llama_cpp.Llama(
+        str(path), n_ctx=length, n_batch=length, logits_all=True, type_k=_NO_TYPE, type_v=_NO_TYPE, verbose=False
+    )
+
+
+def logits_of_transformers(directory: Path, a: Architecture, weights: Tensors, tokens: list[int]) -> torch.Tensor:
+    """In fp32, of the dense weights."""
+    if not directory.exists():
+        directory.mkdir()
+        held = {name: tensor.float() for name, tensor in weights.items()}
+        save_file(held, directory / "model.safetensors", metadata={"format": "pt"})
+        write_config(directory, a, torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
+    with torch.no_grad():
+        return loaded(torch.tensor([tokens])).logits[0]
+
+
+def logits_of_llama_cpp(path: Path, tokens: list[int], length: int) -> torch.Tensor:
+    loaded = opened(path, length)
+    loaded.eval(tokens)
+    return torch.from_numpy(loaded.scores[: len(tokens)].copy())
+
+
+def sequence(length: int) -> list[int]:
+    return torch.randint(3, 320, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+@pytest.mark.parametrize("longrope", [False, True], ids=["rope", "longrope"])
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+@pytest.mark.parametrize("types", ["F32", "BF16"])
+def test_logits_are_those_of_transformers(types: str, kind: str, longrope: bool, tmp_path: Path, monkeypatch) -> None:
+    a = model(kind, longrope)
+    weights = latent_model(tmp_path / "model", a)
+    write_sentence_piece(tmp_path / "model")
+    arguments = ("--linear-type", types, "--embedding-type", types)
+    path = exported(tmp_path / "model", *arguments)
+    for count, context in ((200, ORIGINAL), (400, LENGTH)):
+        tokens = sequence(count)
+        expected = logits_of_transformers(tmp_path / "dense", a, weights, tokens)
+        found = logits_of_llama_cpp(path, tokens, context)
+        assert float(expected.std()) > 0.1
+        difference = float((found - expected).abs().max())
+        print(f"{kind} {types} {count} tokens: {difference:.2e} of {float(expected.abs().max()):.2f}")
+        assert difference < TOLERANCE
+    if longrope:
+        monkeypatch.setattr(gguf_file, "_FACTORS", {})
+        shutil.rmtree(path.parent)
+        exported(tmp_path / "model", *arguments)
+        without = logits_of_llama_cpp(path, tokens, LENGTH)
+        assert float((without - expected).abs().max()) > 10 * TOLERANCE, "the comparison would not see lost factors"
+
+
+@pytest.mark.parametrize(
+    ("group", "kind"), [(-1, "TQ2_0"), (-1, "TQ1_0"), (-1, "Q2_0"), (64, "Q2_0"), (128, "Q2_0"), (32, "Q4_0")]
+)
+def test_llama_cpp_decodes_the_weights_of_the_training_forward(group: int, kind: str, tmp_path: Path) -> None:
+    weights = latent_model(tmp_path / "model", architecture(), group)
+    write_sentence_piece(tmp_path / "model")
+    path = exported(tmp_path / "model", "--linear-type", kind)
+    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base.*"))))
+    decode = getattr(library, f"dequantize_row_{kind.lower()}")
+    decode.argtypes, decode.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), None
+    compared = 0
+    for tensor in open_gguf(path).tensors:
+        names = {"ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "attn_output": "self_attn.o_proj"}
+        parts = tensor.name.split(".")
+        if len(parts) < 3 or parts[2] not in names:
+            continue
+        expected = weights[f"model.layers.{parts[1]}.{names[parts[2]]}.weight"].float()
+        data, found = tensor.data.copy(), torch.empty_like(expected)
+        decode(data.ctypes.data, found.data_ptr(), found.numel())
+        assert torch.equal(found, expected), tensor.name
+        compared += 1
+    assert compared == 6
+    # And a model of them loads and computes.
+    logits = logits_of_llama_cpp(path, sequence(20), ORIGINAL)
+    assert bool(logits.isfinite().all()) and float(logits.std()) > 0.1
+
+
+def test_ids_of_a_sentencepiece_model(tmp_path: Path) -> None:
+    latent_model(tmp_path / "model", architecture())
+    write_sentence_piece(tmp_path / "model")
+    theirs = SentencePieceProcessor(model_file=str(tmp_path / "model" / "tokenizer.model"))
+    loaded, texts = opened(exported(tmp_path / "model")), strings(1000)
+    different = [t for t in texts if loaded.tokenize(t.encode(), add_bos=False, special=False) != theirs.encode(t)]
+    assert not different, f"{len(different)} of 1000, such as {different[:3]!r}"
+    assert len({i for t in texts for i in theirs.encode(t)}) > 100, "strings that use the vocabulary"
+    assert loaded.token_bos() == 1 and loaded.token_eos() == 2
+
+
+def test_ids_and_template_of_byte_level_bpe(tmp_path: Path) -> None:
+    latent_model(tmp_path / "model", architecture(vocab_size=512))
+    chat_tokenizer(tmp_path / "model", CHATML, vocab_size=400)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    loaded, texts = opened(exported(tmp_path / "model")), strings(1000)
+    expected = theirs(texts, add_special_tokens=False)["input_ids"]
+    found = [loaded.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+    different = [texts[n] for n in range(1000) if found[n] != expected[n]]
+    assert not different, f"{len(different)} of 1000, such as {different[:3]!r}"
+    talk = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It."}]
+    template = loaded.metadata["tokenizer.chat_template"]
+    ends = [loaded._model.token_get_text(number) for number in (loaded.token_eos(), loaded.token_bos())]
+    formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(template, *ends, add_generation_prompt=False)
+    assert formatter(messages=talk).prompt == theirs.apply_chat_template(talk, tokenize=False)
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert ends == [config["eos_token"], config["bos_token"]["content"]]
+
+
+def test_the_package_that_is_pinned_and_llama_cpp_agree_on_types() -> None:
+    """Numbers and sizes of the types that are written, by the library that reads them."""
+    from bitcpm_megatron.checkpoint_tools.packed.block_types import GGUF_TYPES
+
+    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base.*"))))
+    library.ggml_type_name.restype = ctypes.c_char_p
+    library.ggml_type_size.restype, library.ggml_blck_size.restype = ctypes.c_size_t, ctypes.c_int64
+    for kind in GGUF_TYPES.values():
+        assert library.ggml_type_name(kind.number).decode().upper() == kind.name
+        assert library.ggml_type_size(kind.number) == kind.nbytes
+        assert library.ggml_blck_size(kind.number) == kind.block
+        if kind.name != "Q2_0":
+            assert gguf.GGMLQuantizationType(kind.number).name == kind.name
