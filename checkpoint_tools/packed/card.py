@@ -65,7 +65,7 @@ def write_card(directory: Path, form: str, source: Source, plan: Plan, losses: M
         "scales of training; nothing was quantized anew.",
         "## Quantizer",
         f"{len(record.modules)} linears were trained as codes -1, 0 and 1 times a bf16 scale for every "
-        f"{', '.join(map(str, groups))} elements of a row (row-parallel shards {record.row_parallel_shards}, eps "
+        f"{' or '.join(map(str, groups))} elements of a row (row-parallel shards {record.row_parallel_shards}, eps "
         f"{record.eps:g}, latent weights in {record.latent_dtype}). Activations in training: "
         f"{record.activation_bits} bits. All of it by module: `{RECORD_FILE}`.",
         "## What is in the file",
