@@ -116,7 +116,7 @@ COMMANDS = {
         Command(
             "export_packed",
             "checkpoint_tools",
-            tuple("--load-dir run --tokenizer . --save-dir out --format gguf".split()),
+            tuple("--load-dir run --tokenizer chat --save-dir out --format gguf".split()),
         ),
         Command("inspect_checkpoint", "checkpoint_tools", ("run",)),
         Command("__main__", "bitcpm_megatron", (), runs=False),
