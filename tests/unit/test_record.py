@@ -78,6 +78,31 @@ def test_a_value_that_no_quantizer_has_is_refused(tmp_path: Path, change: dict, 
     assert said in str(caught.value)
 
 
+def test_version_1_is_ternary_with_scales_of_absmean(tmp_path: Path) -> None:
+    content = dataclasses.asdict(RECORD)
+    del content["statistic"], content["scale_multiplier"]
+    (tmp_path / FILE_NAME).write_text(json.dumps({**content, "version": 1}))
+    assert QuantizerRecord.read(tmp_path) == RECORD
+    (tmp_path / FILE_NAME).write_text(json.dumps(content))
+    with pytest.raises(RecordError, match="statistic is missing"):
+        QuantizerRecord.read(tmp_path)
+
+
+def test_a_module_says_in_what_its_quantizer_differs(tmp_path: Path) -> None:
+    default, five = QuantizerConfig("integer-4"), QuantizerConfig("five-value", 32, scale_multiplier=0.24)
+    modules = {"a": QuantizerRecord.of_module(default, default, -1), "b": QuantizerRecord.of_module(five, default, 32)}
+    assert modules == {
+        "a": {"group_size": -1},
+        "b": {"group_size": 32, "space": "five-value", "scale_multiplier": 0.24},
+    }
+    record = dataclasses.replace(RECORD, space="integer-4", statistic="absmax", scale_multiplier=0.5, modules=modules)
+    record.write(tmp_path)
+    found = QuantizerRecord.read(tmp_path)
+    assert found == record and found.config_of("a") == default and found.config_of("b") == five
+    other = dataclasses.replace(record, scale_multiplier=0.25)
+    assert record.contradictions(other) == ["a: scale_multiplier 0.5 in the checkpoint, 0.25 asked for"]
+
+
 def test_what_is_no_file_is_no_missing_record(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / FILE_NAME)
     with pytest.raises(RecordError, match="no regular file"):

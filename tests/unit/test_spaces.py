@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The spaces beside ternary, against closed forms in double precision, and on every backend that runs here."""
 
+import argparse
 import math
 
 import numpy as np
@@ -22,6 +23,7 @@ from bitcpm_megatron.quantization import (
     unpack,
 )
 from bitcpm_megatron.quantization.recipe import Recipe
+from bitcpm_megatron.ternary_flags import add_ternary_arguments, ternary_mistakes, ternary_settings
 
 ROWS, COLUMNS = 40, 192
 OTHERS = [name for name in SPACES if name != "ternary"]
@@ -286,3 +288,21 @@ def test_a_backend_that_does_not_know_a_space_or_a_scale_refuses_it(monkeypatch:
             fake_quantize(weight, refused)
     ascendc = next(backend for backend in backends() if backend.name == "ascendc")
     assert ascendc.knows(QuantizerConfig(group_size=32)) and not any(map(ascendc.knows, map(QuantizerConfig, OTHERS)))
+
+
+def test_flags() -> None:
+    parser = add_ternary_arguments(argparse.ArgumentParser())
+
+    def default(flags: str) -> QuantizerConfig:
+        return ternary_settings(parser.parse_args(["--ternary", *flags.split()])).default
+
+    assert default("") == QuantizerConfig()
+    assert default("--ternary-space five-value --ternary-group-size 64") == QuantizerConfig("five-value", 64)
+    scale = default("--ternary-statistic absmax --ternary-scale-multiplier 0.36")
+    assert scale == QuantizerConfig(statistic="absmax", scale_multiplier=0.36)
+    args = parser.parse_args(
+        "--ternary --ternary-activation-bits 8 --ternary-gemm int8 --ternary-space integer-4".split()
+    )
+    assert any("ternary codes only, not --ternary-space integer-4" in said for said in ternary_mistakes(args))
+    idle = ternary_mistakes(parser.parse_args("--ternary-scale-multiplier 2".split()))
+    assert idle == ["--ternary-scale-multiplier without --ternary would do nothing"]

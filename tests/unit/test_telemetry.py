@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Telemetry counts exactly what happened to the codes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe
 from bitcpm_megatron.parallel import Recipe, Telemetry, find_epoch, ternary_state
+from bitcpm_megatron.training.report import RunReport
+from bitcpm_megatron.training.run import Step
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 DEFAULT = QuantizerConfig(group_size=32)
@@ -68,3 +72,15 @@ def test_every_level_is_counted() -> None:
         chunk[0].weight[0, 0] = 10.0
     found = telemetry.record()
     assert found["total"]["changed"] > 0 and sum(found["total"]["levels"].values()) == pytest.approx(1)
+
+
+def test_a_level_that_is_hardly_used_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    args = SimpleNamespace(log_dir=None, train_iters=5, global_batch_size=1, seq_length=1, log_interval=10)
+    run = SimpleNamespace(args=args, iteration=1, consumed_samples=1)
+    levels = {"-2": 0.001, "-1": 0.01, "0": 0.689, "1": 0.3}
+    report = RunReport(run)
+    report.step(Step(1, 1.0, None, 1e-3, 1.0, {"total": {"zeros": 0.689, "levels": levels}}, run))
+    report.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(said) == 1 and "level -2 is used by 0.1 % of the weights" in said[0]
+    assert "--ternary-scale-multiplier" in said[0]
