@@ -95,22 +95,6 @@ def stored_values(positive, negative, bits, BF16: tl.constexpr, DTYPE: tl.conste
 
 
 @triton.jit
-def level_value(bits, LEVEL: tl.constexpr, BF16: tl.constexpr, DTYPE: tl.constexpr):
-    """LEVEL times scale as it is stored; +0.0 where it underflows, NaN for a scale that is not finite."""
-    magnitude = widen_bits(bits) * (LEVEL if LEVEL > 0 else -LEVEL)
-    if BF16:
-        pattern = rounded_bits(magnitude)
-        if LEVEL < 0:
-            pattern = tl.where(pattern == 0, 0, pattern | 0x8000)
-        return tl.where((bits & 0x7F80) == 0x7F80, 0x7FC0, pattern).to(DTYPE)
-    else:
-        pattern = magnitude.to(DTYPE)
-        if LEVEL < 0:
-            pattern = 0.0 - pattern
-        return tl.where((bits & 0x7F80) == 0x7F80, float("nan"), pattern).to(DTYPE)
-
-
-@triton.jit
 def beyond(w, bound, UPPER: tl.constexpr):
     """Whether w takes the upper of two levels; with a NaN it does not."""
     if UPPER:
@@ -135,15 +119,22 @@ def of_space(w, bits, SPACE: tl.constexpr, GIVEN: tl.constexpr, BF16: tl.constex
         return ternary(w, bits, GIVEN, BF16, DTYPE)
     else:
         s = widen_bits(bits)
-        nan = tl.where(bits == bits, 0x7FC0 if BF16 else float("nan"), 0).to(DTYPE)
-        # A NaN is beyond nothing.
-        values = tl.where(w == w, level_value(bits, ((SPACE >> 3) & 15) * 0.5 - 4, BF16, DTYPE), nan)
+        # Levels of the tile's shape, and not values of a group to select from: these lie as scales do, a row to a thread.
+        level = tl.zeros_like(w) + (((SPACE >> 3) & 15) * 0.5 - 4)
         for k in tl.static_range(SPACE & 7):
             field = SPACE >> (7 + 9 * k)
             bound = s * ((field & 15) * 0.5 - 4)
-            level = level_value(bits, ((field >> 5) & 15) * 0.5 - 4, BF16, DTYPE)
-            values = tl.where(beyond(w, bound, (field >> 4) & 1), level, values)
-        return values
+            level = tl.where(beyond(w, bound, (field >> 4) & 1), ((field >> 5) & 15) * 0.5 - 4, level)
+        magnitude = tl.abs(level) * s
+        finite = (w == w) & ((bits & 0x7F80) != 0x7F80)
+        if BF16:
+            pattern = rounded_bits(magnitude)
+            pattern = tl.where((level < 0) & (pattern != 0), pattern | 0x8000, pattern)
+            return tl.where(finite, pattern, 0x7FC0).to(DTYPE)
+        else:
+            value = magnitude.to(DTYPE)
+            value = tl.where(level < 0, 0.0 - value, value)  # +0.0 where it underflows in fp16
+            return tl.where(finite, value, float("nan")).to(DTYPE)
 
 
 @triton.jit
