@@ -119,7 +119,7 @@ def of_space(w, bits, SPACE: tl.constexpr, GIVEN: tl.constexpr, BF16: tl.constex
         return ternary(w, bits, GIVEN, BF16, DTYPE)
     else:
         s = widen_bits(bits)
-        # Levels of the tile's shape, and not values of a group to select from: these lie as scales do, a row to a thread.
+        # Levels of the tile, and not values of a group to select from: these lie as scales do, a row to a thread.
         level = tl.zeros_like(w) + (((SPACE >> 3) & 15) * 0.5 - 4)
         for k in tl.static_range(SPACE & 7):
             field = SPACE >> (7 + 9 * k)
