@@ -259,8 +259,9 @@ static inline __attribute__((always_inline)) void groups_of(const char *w, char 
     }
 }
 
-static void some_groups(const Weight *weight, int64_t first, int64_t last, float *scratch, int dtype, int given,
-                        const Quantizer *quantizer) {
+static inline __attribute__((always_inline)) void by_size(const Weight *weight, int64_t first, int64_t last,
+                                                          float *scratch, int dtype, int given,
+                                                          const Quantizer *quantizer) {
     const int64_t n = weight->n, count = last - first, offset = first * n * (dtype == FP32 ? 4 : 2);
     const char *w = (const char *)weight->latent + offset;
     char *out = (char *)weight->quantized + offset;
@@ -270,6 +271,15 @@ static void some_groups(const Weight *weight, int64_t first, int64_t last, float
     else if (n == 64 && dtype == BF16) groups_of(w, out, scale, count, scratch, 64, BF16, given, quantizer);
     else if (n == 128 && dtype == BF16) groups_of(w, out, scale, count, scratch, 128, BF16, given, quantizer);
     else groups_of(w, out, scale, count, scratch, n, dtype, given, quantizer);
+}
+
+static void some_groups(const Weight *weight, int64_t first, int64_t last, float *scratch, int dtype, int given,
+                        const Quantizer *quantizer) {
+    // Ternary under the mean itself: as constants, whatever it does without costs small groups nothing.
+    const Quantizer usual = {.eps = quantizer->eps, .multiplier = 1.0f, .absmax = 0, .count = 0};
+    const int is_usual = !quantizer->count && !quantizer->absmax && quantizer->multiplier == 1.0f;
+    if (is_usual) by_size(weight, first, last, scratch, dtype, given, &usual);
+    else by_size(weight, first, last, scratch, dtype, given, quantizer);
 }
 
 // Quantizes weights of one dtype, all in one parallel region: each thread takes an equal share of all elements.
