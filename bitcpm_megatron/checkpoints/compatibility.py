@@ -39,14 +39,24 @@ def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_chan
         raise CheckpointError(str(error)) from None
 
 
+# What runs had that knew nothing of these.
+_BEFORE = {
+    "window_size": None,
+    "start_weight_decay": None,
+    "end_weight_decay": None,
+    "weight_decay_incr_style": "constant",
+    "distill_top_k": None,
+    "ternary_estimator": "identity",
+}
+
+
 def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path, with_optimizer: bool) -> None:
     """Compares the arguments of a run with those of the run that wrote a checkpoint.
 
     Raises:
         CheckpointError: the model, the optimizer or the order of samples is another one, with the flags by name.
     """
-    # Checkpoints from before there were windows have none.
-    model = _differences(args, {"window_size": None, **saved}, ARCHITECTURE)
+    model = _differences(args, {**_BEFORE, **saved}, ARCHITECTURE)
     # By meaning: MiniCPM and Granite have different flags for the same numbers.
     for what, of in (("multipliers", multipliers_of), ("LongRoPE", longrope_of)):
         if (before := of(saved)) != (now := of(vars(args))):
@@ -119,7 +129,7 @@ def check_data(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: P
 
 def changes(args: argparse.Namespace, saved: Mapping[str, Any]) -> list[str]:
     """What else differs from the run that wrote the checkpoint, one line for the log or none."""
-    different = _differences(args, saved, _TOLD)
+    different = _differences(args, {**_BEFORE, **saved}, _TOLD)
     return [f"changed since the checkpoint, which had {', '.join(different)}"] if different else []
 
 

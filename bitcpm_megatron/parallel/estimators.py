@@ -17,7 +17,7 @@ import torch
 
 from ..nn.linear import TernaryState
 from ..nn.settings import Estimator
-from ..quantization import effective_group
+from ..quantization import QuantizerConfig, effective_group
 from ..quantization.spaces import SPACES, Space
 from .probe import ternary_modules
 from .resident import find_resident, optimizers_of
@@ -50,9 +50,8 @@ def clipped(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor:
     Returns:
         bool ``[n]``.
     """
-    low, high = space.levels[0], space.levels[-1]
-    below, above = (space.levels[1] - low) / 2, (high - space.levels[-2]) / 2
-    return (w >= s * (low - below)) & (w <= s * (high + above))
+    below, above = _reach(space)
+    return (w >= s * below) & (w <= s * above)
 
 
 ESTIMATORS: Mapping[str, Factor] = {"clipped": clipped}
@@ -129,6 +128,36 @@ def _shape(
         gradient[first:last].mul_(whole)
 
 
+def _check_reach(state: TernaryState, estimator: str) -> None:
+    """Refuses quantizers that leave nothing to clip, or nothing but what rounding decides.
+
+    A scale that is made of a group's maximum may reach beyond it; bf16 has 8 digits.
+    """
+    config, space = state.config, SPACES[state.config.space]
+    below, above = _reach(space)
+    if config.statistic == "absmax" and config.scale_multiplier * min(-below, above) > 1 - 2**-7:
+        raise EstimatorError(
+            f"{state.name}: the levels of {space.name} reach all weights of a group whose scale is "
+            f"{config.scale_multiplier:g} times its maximum, so that {estimator} would do nothing: use "
+            "--ternary-statistic absmean, another --ternary-scale-multiplier, or --ternary-estimator identity"
+        )
+
+
+def _reach(space: Space) -> tuple[float, float]:
+    """Half a step beyond the outermost levels, in units of the scale."""
+    low, high = space.levels[0], space.levels[-1]
+    return low - (space.levels[1] - low) / 2, high + (high - space.levels[-2]) / 2
+
+
+def _shows_its_scales(config: QuantizerConfig) -> bool:
+    """Whether the scale of every group can be read off its quantized weights.
+
+    In ternary it is their largest magnitude, unless all of them are zero. A mean does not exceed the maximum, so that
+    they are that only where the scale is the least one.
+    """
+    return config.space == "ternary" and config.statistic == "absmean" and config.scale_multiplier <= 1.0
+
+
 def _check(chunks: Sequence[torch.nn.Module], optimizer: Any, estimator: str) -> None:
     cure = "use --ternary-estimator identity"
     for part in optimizers_of(optimizer):
@@ -139,8 +168,17 @@ def _check(chunks: Sequence[torch.nn.Module], optimizer: Any, estimator: str) ->
                 f"{type(part).__name__} takes gradients in a way {where}, and was not proved to take those of the "
                 f"estimator {estimator}: {cure}"
             )
+    resident = find_resident(chunks[0])
     for state, module in ternary_modules(chunks):
-        if module.weight.requires_grad and not hasattr(module.weight, "main_grad"):
+        if not module.weight.requires_grad:
+            continue
+        _check_reach(state, estimator)
+        if resident is not None and resident.holds and not _shows_its_scales(state.config):
+            raise EstimatorError(
+                f"{state.name}: some groups may hide their scale in the quantized weights, which are all that "
+                f"is there: use --ternary-cache step, or {cure}"
+            )
+        if not hasattr(module.weight, "main_grad"):
             raise EstimatorError(
                 f"{state.name}: its gradient is in no buffer of megatron-core's DDP, where the estimator {estimator} "
                 f"would shape it: wrap the model before, or {cure}"

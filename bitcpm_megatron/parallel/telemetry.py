@@ -38,17 +38,21 @@ def merged(counts: Counts, others: Counts) -> Counts:
 
 
 def as_record(counts: Counts) -> dict[str, Any]:
-    """As fractions and means, for the log; ``levels`` are shares of the weights whose levels are counted."""
+    """As fractions and means, for the log; ``levels`` are shares of the weights of each space but ternary."""
     changed = counts["changed"] / counts["weights"]
-    levels = {name.removeprefix(_LEVEL): count for name, count in counts.items() if name.startswith(_LEVEL)}
-    whole = sum(levels.values())
+    levels: dict[str, dict[str, float]] = {}
+    for name, count in counts.items():
+        if name.startswith(_LEVEL):
+            space, level = name.removeprefix(_LEVEL).split()
+            levels.setdefault(space, {})[level] = count
+    shares = {space: {level: count / sum(of.values()) for level, count in of.items()} for space, of in levels.items()}
     return {
         "zeros": counts["zeros"] / counts["weights"],
         "changed": None if math.isnan(changed) else changed,
         "scale_mean": counts["scale_sum"] / counts["scales"],
         "scale_min": counts["scale_min"],
         "scale_max": counts["scale_max"],
-        **({"levels": {level: count / whole for level, count in levels.items()}} if levels else {}),
+        **({"levels": shares} if shares else {}),
     }
 
 
@@ -122,6 +126,6 @@ class Telemetry:
             **(
                 {}
                 if space is TERNARY
-                else {f"{_LEVEL}{level:g}": int(n) for level, n in zip(space.levels, levels, strict=True)}
+                else {f"{_LEVEL}{space.name} {level:g}": int(n) for level, n in zip(space.levels, levels, strict=True)}
             ),
         }

@@ -20,6 +20,8 @@ from ..ternary_flags import add_ternary_arguments
 from .mistakes import WEIGHT_DECAY_STYLES, ffn_channels, has_cuda, mistakes
 
 DIRECTIONS = ("forward", "reverse")
+WEIGHT_DECAY = 0.01
+"""Where none is given, and it does not change from step to step."""
 _DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 
@@ -30,7 +32,7 @@ _LAYERS = Whole(1, MAX_LAYERS)
 _RANKS = Whole(1, 2**16)
 _ITERATIONS = Whole(1, 10**9)
 _VOCABULARY = Whole(1, 2**24)
-_WEIGHT_DECAY = Number(0, 100)
+_DECAY = Number(0, 100)
 _PROBABILITY = Number(0, 1, open_maximum=True)
 # fp32 holds it: below, a row without gradient would be divided by zero.
 _EPSILON = Number(1e-30, 1)
@@ -146,9 +148,9 @@ def _training(add: _Add) -> None:
     add("--lr-wsd-decay-style", choices=_WSD_STYLES, default="exponential")
     add("--override-opt-param-scheduler", action="store_true", help="the schedule of these flags, not the checkpoint's")
     add("--use-checkpoint-opt-param-scheduler", action="store_true", help="the checkpoint's schedule, not these flags'")
-    add("--weight-decay", type=_WEIGHT_DECAY, help="default 0.01")
-    add("--start-weight-decay", type=_WEIGHT_DECAY, help="of the first step, instead of --weight-decay")
-    add("--end-weight-decay", type=_WEIGHT_DECAY, help="after --train-iters; it may be less than at the start")
+    add("--weight-decay", type=_DECAY, help=f"default {WEIGHT_DECAY}")
+    add("--start-weight-decay", type=_DECAY, help="of the first step, instead of --weight-decay")
+    add("--end-weight-decay", type=_DECAY, help="after --train-iters; it may be less than at the start")
     add("--weight-decay-incr-style", choices=("constant", *WEIGHT_DECAY_STYLES), default="constant")
     add("--adam-beta1", type=_PROBABILITY, default=0.9)
     add("--adam-beta2", type=_PROBABILITY, default=0.999)
@@ -247,7 +249,7 @@ def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespac
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     args.num_query_groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters
-    args.weight_decay = 0.01 if args.weight_decay is None else args.weight_decay
+    args.weight_decay = WEIGHT_DECAY if args.weight_decay is None else args.weight_decay
     args.distributed_backend = args.distributed_backend or ("nccl" if has_cuda() else "gloo")
     fill_in_distillation(args)
     return args

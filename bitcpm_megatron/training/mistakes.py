@@ -155,10 +155,10 @@ def _schedule_mistakes(args: argparse.Namespace) -> Iterator[str]:
     elif args.lr_wsd_decay_iters is not None and args.lr_warmup_iters + args.lr_wsd_decay_iters > decay:
         yield "--lr-warmup-iters and --lr-wsd-decay-iters together exceed the iterations of decay"
     yield from _weight_decay_mistakes(args)
-    if args.ternary_ramp_iters > args.train_iters:
+    if args.ternary_ramp_iters >= args.train_iters:
         yield (
-            f"--ternary-ramp-iters {args.ternary_ramp_iters} exceeds --train-iters {args.train_iters}: the run would "
-            "end with a model that is not quantized yet"
+            f"--ternary-ramp-iters {args.ternary_ramp_iters} of --train-iters {args.train_iters} leaves no step that "
+            "uses the quantized weights as they are: give fewer"
         )
 
 

@@ -52,11 +52,11 @@ class RunReport:
         if step.codes is not None:
             modules = {name: statistics for name, statistics in step.codes.items() if name != "total"}
             self._write("ternary", total=step.codes["total"], modules=modules)
-            for level, share in step.codes["total"].get("levels", {}).items():
-                if share < RARE_LEVEL:
+            for space, levels in step.codes["total"].get("levels", {}).items():
+                for level in (level for level, share in levels.items() if share < RARE_LEVEL):
                     self.say(
-                        f"warning: level {level} is used by {100 * share:.2g} % of the weights: another "
-                        "--ternary-scale-multiplier or --ternary-statistic would use it more (docs/spaces.md)"
+                        f"warning: level {level} is used by {100 * levels[level]:.2g} % of the {space} weights: "
+                        "another --ternary-scale-multiplier or --ternary-statistic would use it more (docs/spaces.md)"
                     )
 
     def valid(self, loss: float) -> None:

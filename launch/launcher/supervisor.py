@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands that run as children of this process, and who asks them to stop."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -10,6 +11,8 @@ from types import FrameType
 from typing import IO, Any
 
 from ...patches import REQUESTS_TO_STOP, end_with_parent
+
+_PATIENCE_SECONDS = 0.25
 
 
 class Supervisor:
@@ -35,6 +38,9 @@ class Supervisor:
 
     def __exit__(self, *_: object) -> None:
         for child in self._children:
+            # Ctrl-C has reached those of our session, too.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_PATIENCE_SECONDS)
             child.kill()
             child.wait()
         for number, handler in self._before.items():

@@ -20,6 +20,7 @@ _NOT_UPSTREAM = {
     "keep-last-n": "Megatron-LM keeps every checkpoint: leave it out",
     "sft": "Megatron-LM's own reads other files and knows other formats of conversations: use the built-in host",
     "distill-targets": "its samples have no numbers by which a store could be asked: use distill-teacher",
+    "ternary-ramp-iters": "hosts do not tell which step they take: use the built-in host",
     "verify-digests": "Megatron-LM knows no digests: leave it out",
     "log-dir": "Megatron-LM writes TensorBoard events alone: use host.flags.tensorboard-dir",
     "ternary-telemetry-interval": "it goes into the log of our own loop: leave it out",
@@ -58,6 +59,15 @@ def host_argv(job: Job) -> list[str]:
     for flag, cure in _NOT_UPSTREAM.items():
         if flag in flags:
             raise JobError(f"{flag} with the {MEGATRON_LM} host: {cure}")
+    for flag in ("ternary-cache", "ternary-param-gather"):
+        if flags.get(flag) == "packed":
+            raise JobError(f"{flag} packed with the {MEGATRON_LM} host: it holds and gathers its parameters by itself")
+    start, end = (float(flags.get(f"{moment}-weight-decay", 0)) for moment in ("start", "end"))
+    if end < start:
+        raise JobError(
+            f"end-weight-decay {end:g} below start-weight-decay {start:g} with the {MEGATRON_LM} host: its scheduler "
+            "takes no weight decay that falls, use the built-in host"
+        )
     argv = [str(_COMMANDS / "pretrain_gpt.py"), "--megatron-path", str(job.host.megatron_path)]
     if job.host.mindspeed_path is not None:
         argv += ["--mindspeed-path", job.host.mindspeed_path]

@@ -13,7 +13,8 @@ from typing import Any, Final, Literal
 
 from ...files import FileError, Strict, read_json, validated, write_text
 from ...files.documents import listed
-from ...training.flags import defaults
+from ...quantization import QuantizerConfig
+from ...training.flags import WEIGHT_DECAY, defaults
 from ...training.metrics import METRICS, read_metrics
 from ...training.mistakes import mistakes
 from ..launcher.job import Job
@@ -182,7 +183,7 @@ def _named(run: Run, args: argparse.Namespace, seed: int, output: Path, inputs: 
         # Without defaults: a flag that a later version knows changes no name.
         "arguments": {
             name: value
-            for name, value in {**vars(args), **inputs.of(args), "seed": seed}.items()
+            for name, value in {**_resolved(args), **inputs.of(args), "seed": seed}.items()
             if name not in _OF_NO_RESULT and (name not in usual or value != usual[name])
         },
         "processes": cluster.devices_per_node,
@@ -192,6 +193,17 @@ def _named(run: Run, args: argparse.Namespace, seed: int, output: Path, inputs: 
     name = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
     job = _job(run.job, run.arm, seed, output / RUNS / name, output)
     return replace(run, seed=seed, name=name, job=job)
+
+
+def _resolved(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments, with what is taken where they say nothing of weight decay and of a quantizer's scale."""
+    decay = WEIGHT_DECAY if args.weight_decay is None else args.weight_decay
+    own = QuantizerConfig(
+        args.ternary_space, statistic=args.ternary_statistic, scale_multiplier=args.ternary_scale_multiplier
+    )
+    of_scale = {"ternary_statistic": own.statistic, "ternary_scale_multiplier": own.scale_multiplier}
+    # With a recipe other modules may have other spaces, and a scale that is given holds for them, too.
+    return {**vars(args), "weight_decay": decay, **(of_scale if args.ternary and args.ternary_recipe is None else {})}
 
 
 _usual = functools.cache(defaults)

@@ -16,6 +16,8 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """The last line of ``make test-clients``."""
     yield
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # one of several processes of tests
+        return
     passed = [report for report in reporter.stats.get("passed", []) if "test_clients.py" in report.nodeid]
     if passed:
         print(f"\nclients: {len(passed)} checks passed")

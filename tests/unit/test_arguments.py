@@ -123,7 +123,7 @@ def test_defaults_that_depend_on_others() -> None:
         (["--ternary", "--ternary-verify-cache", "--ternary-cache", "none"], 1, "nothing to verify"),
         (["--ternary-cache", "none", "--ternary-verify-cache"], 1, "without --ternary would do nothing"),
         (["--ternary-ramp-iters", "5"], 1, "--ternary-ramp-iters without --ternary would do nothing"),
-        (["--ternary", "--ternary-ramp-iters", "11"], 1, "--ternary-ramp-iters 11 exceeds --train-iters 10"),
+        (["--ternary", "--ternary-ramp-iters", "10"], 1, "--ternary-ramp-iters 10 of --train-iters 10 leaves no step"),
         ("--ternary --ternary-ramp-iters 5 --ternary-cache resident".split(), 1, "the quantized one alone: use step"),
         (
             "--ternary --ternary-ramp-iters 5 --use-distributed-optimizer --ternary-cache packed".split(),

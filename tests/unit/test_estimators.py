@@ -15,7 +15,7 @@ from bitcpm_megatron.nn.linear import TernaryState
 from bitcpm_megatron.nn.settings import Estimator
 from bitcpm_megatron.parallel import Recipe, estimators, ternary_state
 from bitcpm_megatron.parallel.estimators import ESTIMATORS, EstimatorError, clipped, shape_gradients
-from bitcpm_megatron.quantization.spaces import TERNARY
+from bitcpm_megatron.quantization.spaces import SPACES, TERNARY
 from bitcpm_megatron.training.flags import build_parser
 
 DEFAULT = QuantizerConfig(group_size=32)
@@ -134,6 +134,24 @@ def test_identity_leaves_the_optimizer_alone(chunk: torch.nn.Module) -> None:
     optimizer = Optimizer(chunk[0].weight)
     assert shape_gradients([chunk], optimizer, "identity") is None
     assert "step" not in vars(optimizer)
+
+
+@pytest.mark.parametrize("space", [name for name in SPACES if name != "ternary"])
+def test_levels_that_reach_every_weight_leave_nothing_to_clip(chunk: torch.nn.Module, space: str) -> None:
+    """Those of the report's scales, which are made of the maximum, all do."""
+    state, weight = ternary_state(chunk[0]), chunk[0].weight
+    state.config = QuantizerConfig(space, group_size=32)
+    with pytest.raises(
+        EstimatorError, match=f"0: the levels of {space} reach all weights.*--ternary-statistic absmean"
+    ):
+        shape_gradients([chunk], Optimizer(weight), "clipped")
+    for others in ({"statistic": "absmean", "scale_multiplier": 0.5}, {"statistic": "absmax", "scale_multiplier": 0.2}):
+        state.config = QuantizerConfig(space, group_size=32, **others)
+        optimizer = Optimizer(weight)
+        shape_gradients([chunk], optimizer, "clipped")
+        weight.main_grad.fill_(1.0)
+        optimizer.step()
+        assert 0 < int((optimizer.seen[-1] == 0).sum()) < weight.numel()
 
 
 def test_what_cannot_be_shaped_is_refused(chunk: torch.nn.Module) -> None:

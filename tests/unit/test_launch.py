@@ -153,6 +153,18 @@ def test_the_megatron_host_gets_the_preset_in_full(tmp_path: Path) -> None:
     assert "--override-opt_param-scheduler" in argv and argv[-4:] == ["--use-flash-attn", "--x", "1", "2"]
     with pytest.raises(JobError, match="keeps every checkpoint"):
         host_argv(job(tmp_path, UPSTREAM + SMALL, "checkpoint.keep-last-n=2"))
+    with pytest.raises(JobError, match="ternary-ramp-iters .*do not tell which step"):
+        host_argv(job(tmp_path, UPSTREAM + SMALL, "ternary.ternary-ramp-iters=2"))
+    for flag in ("ternary-cache", "ternary-param-gather"):
+        with pytest.raises(JobError, match=f"{flag} packed with the megatron-lm host"):
+            host_argv(job(tmp_path, UPSTREAM + SMALL, f"ternary.{flag}=packed"))
+    falls = [
+        "training.start-weight-decay=0.1",
+        "training.end-weight-decay=0",
+        "training.weight-decay-incr-style=linear",
+    ]
+    with pytest.raises(JobError, match="end-weight-decay 0 below start-weight-decay 0.1"):
+        host_argv(job(tmp_path, UPSTREAM + SMALL, *falls))
 
 
 def test_where_a_job_resumes(tmp_path: Path) -> None:

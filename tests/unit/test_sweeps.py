@@ -112,6 +112,8 @@ def test_names_are_of_the_content(runs: Callable) -> None:
     assert names(runs(base=based_on("checkpoint", save="elsewhere", save_interval=3))) == before
     assert names(runs(base=based_on("training", lr=7e-3, seed=5), description="other", baseline="lr=0.001")) == before
     assert names(runs(base=based_on("training", weight_decay=0.01))) == before
+    plain, in_full = ({"ternary": True, **more} for more in ({}, {"ternary_statistic": "absmean"}))
+    assert names(runs(base=based_on("ternary", **plain))) == names(runs(base=based_on("ternary", **in_full)))
 
 
 @pytest.mark.parametrize(

@@ -67,20 +67,23 @@ def test_every_level_is_counted() -> None:
     telemetry = Telemetry([chunk])
     found = telemetry.record()["0"]
     assert found["scale_mean"] == 1.5 and found["zeros"] == 0.0
-    assert found["levels"] == {"-1.5": 0.125, "-0.5": 0.25, "0.5": 0.375, "1.5": 0.25}
+    assert found["levels"] == {"half-integer-4": {"-1.5": 0.125, "-0.5": 0.25, "0.5": 0.375, "1.5": 0.25}}
     with torch.no_grad():
         chunk[0].weight[0, 0] = 10.0
     found = telemetry.record()
-    assert found["total"]["changed"] > 0 and sum(found["total"]["levels"].values()) == pytest.approx(1)
+    assert found["total"]["changed"] > 0 and sum(found["total"]["levels"]["half-integer-4"].values()) == 1
 
 
 def test_a_level_that_is_hardly_used_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     args = SimpleNamespace(log_dir=None, train_iters=5, global_batch_size=1, seq_length=1, log_interval=10)
     run = SimpleNamespace(args=args, iteration=1, consumed_samples=1)
-    levels = {"-2": 0.001, "-1": 0.01, "0": 0.689, "1": 0.3}
+    levels = {
+        "asymmetric-4": {"-2": 0.001, "-1": 0.01, "0": 0.689, "1": 0.3},
+        "five-value": {"-2": 0.1, "-1": 0.2, "0": 0.4, "1": 0.2, "2": 0.1},
+    }
     report = RunReport(run)
     report.step(Step(1, 1.0, None, 1e-3, 1.0, {"total": {"zeros": 0.689, "levels": levels}}, run))
     report.close()
     said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert len(said) == 1 and "level -2 is used by 0.1 % of the weights" in said[0]
+    assert len(said) == 1 and "level -2 is used by 0.1 % of the asymmetric-4 weights" in said[0]
     assert "--ternary-scale-multiplier" in said[0]
