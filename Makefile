@@ -133,8 +133,8 @@ $(CLIENTS)/.ready: $(READY)
 	touch $@
 
 # Packed exports in llama.cpp: logits, weights, tokens, templates.
-test-clients: $(CLIENTS)/.ready
-	PYTHONPATH=$(CURDIR)/$(CLIENTS) $(PY) -m pytest tests/integration/test_clients.py
+test-clients: $(CLIENTS)/.ready $(TEMPLATES)/.ready
+	CHAT_TEMPLATES_PATH=$(CURDIR)/$(TEMPLATES) PYTHONPATH=$(CURDIR)/$(CLIENTS) $(PY) -m pytest tests/integration/test_clients.py
 
 # 50 steps with resident quantized weights against the cache and against none, in a pairwise cover of settings.
 test-resident: $(READY)

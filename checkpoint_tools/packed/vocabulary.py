@@ -15,7 +15,7 @@ from ...data.sft.chat_template import FILE as CHAT_TEMPLATE
 from ...data.tokenizers.config import read_config as read_tokenizer_config
 from ...data.tokenizers.hugging_face import FILE as TOKENIZER_JSON
 from ...data.tokenizers.hugging_face import HuggingFaceTokenizer
-from ...files import read_text
+from ...files import read_json, read_text
 from ..storage.reader import ConversionError
 from .known_vocabularies import KNOWN, TEXT
 from .source import Source
@@ -91,8 +91,10 @@ def open_vocabulary(source: Source) -> Vocabulary:
             f"there is no {TOKENIZER_JSON} and no {SENTENCE_PIECE}{where}, and a GGUF file holds its tokenizer: give "
             "--tokenizer DIR"
         )
-    content = json.loads(read_text(directory / TOKENIZER_JSON)) if TOKENIZER_JSON in has else None
-    tokenizer = HuggingFaceTokenizer(directory) if content is not None else None
+    tokenizer, content = None, None
+    if TOKENIZER_JSON in has:
+        # The library knows what it may hold, and refuses the rest.
+        tokenizer, content = HuggingFaceTokenizer(directory), read_json(directory / TOKENIZER_JSON)
     config = read_tokenizer_config(directory)
     if tokenizer is not None and tokenizer.vocab_size > rows:
         raise ConversionError(
@@ -125,7 +127,9 @@ def _sentence_piece(directory: Path, rows: int, content: Mapping[str, Any] | Non
         tokens[number], types[number], scores[number] = piece.piece, piece.type, piece.score
     space = bool(normalizer.add_dummy_prefix)
     if content is not None:
-        vocab = content.get("model", {}).get("vocab") or {}
+        vocab = content["model"]["vocab"]
+        if not isinstance(vocab, dict):
+            raise ConversionError(f"{directory / TOKENIZER_JSON} is no BPE tokenizer, and {SENTENCE_PIECE} beside it is")
         different = [token for token, number in vocab.items() if number < rows and tokens[number] != token]
         added = {token["id"]: token for token in content.get("added_tokens") or []}
         different = [token for token in different if vocab[token] not in added]

@@ -8,6 +8,7 @@ far from Transformers as those are. That packed weights are the same numbers is 
 import ctypes
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from bitcpm_megatron.models.architecture import Architecture, LongRope
 ORIGINAL, LENGTH = 256, 512
 MULTIPLIERS = dict(embedding_multiplier=12.0, residual_multiplier=1.4 / math.sqrt(2), logits_scaling=4.0)
 _NO_TYPE = 0  # GGML_TYPE_F32, of the keys and values that are kept
+MODELS = Path(os.environ.get("CHAT_TEMPLATES_PATH", "nowhere"))
 TOLERANCE = {"F32": 1e-4, "BF16": 1e-2}
 """Of the largest logit. Sums in another order send some inputs of BF16 linears to the neighbouring bf16 value."""
 
@@ -172,6 +174,20 @@ def test_ids_and_template_of_byte_level_bpe(tmp_path: Path) -> None:
     assert formatter(messages=talk).prompt == theirs.apply_chat_template(talk, tokenize=False)
     config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     assert ends == [config["eos_token"], config["bos_token"]["content"]]
+
+
+@pytest.mark.skipif(not MODELS.is_dir(), reason="downloads vocabularies: make test-clients")
+@pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "gpt-2"])
+def test_ids_of_a_vocabulary_that_llama_cpp_knows_by_its_hash(name: str, tmp_path: Path) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(MODELS, gguf_file=f"ggml-vocab-{name}.gguf")
+    latent_model(tmp_path / "model", architecture(num_layers=1, vocab_size=len(theirs)))
+    theirs.save_pretrained(tmp_path / "model")
+    loaded, texts = opened(exported(tmp_path / "model", "--embedding-type", "Q8_0")), strings(1000)
+    expected = theirs(texts, add_special_tokens=False)["input_ids"]
+    found = [loaded.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+    different = [texts[n] for n in range(1000) if found[n] != expected[n]]
+    assert not different, f"{len(different)} of 1000, such as {different[:3]!r}"
+    assert len({token for ids in found for token in ids}) > 500, "strings that use the vocabulary"
 
 
 def test_the_package_that_is_pinned_and_llama_cpp_agree_on_types() -> None:

@@ -3,6 +3,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("gguf", reason="pip install 'bitcpm_megatron[export]'")
 
 import sentencepiece
+import tokenizers
 from support.chat import CHATML, SPECIAL, chat_tokenizer
 from support.packed import architecture, latent_model, open_gguf, value, write_config, write_sentence_piece
 
@@ -74,6 +76,38 @@ def test_a_sentencepiece_model(model: Path) -> None:
     assert found["ggml.model"] == "llama" and found["ggml.add_space_prefix"] is False
     assert (found["ggml.bos_token_id"], found["ggml.eos_token_id"], found["ggml.unknown_token_id"]) == (1, 2, 0)
     assert found["ggml.add_bos_token"] is False and "ggml.padding_token_id" not in found
+
+
+def write_both(model: Path) -> None:
+    """A SentencePiece model, and the ``tokenizer.json`` that Llama's class makes of it, with two more tokens."""
+    write_sentence_piece(model)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    vocab = {theirs.id_to_piece(n): n for n in range(theirs.get_piece_size())}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    made.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_end|>"])
+    made.add_tokens(["a\u2581b"])
+    made.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|im_end|>"}))
+
+
+def test_a_sentencepiece_model_with_a_tokenizer_json(model: Path, capsys) -> None:
+    """The second says which tokens were added and whether a text begins with a space; on ids both must agree."""
+    write_both(model)
+    changed = json.loads((model / "tokenizer.json").read_text())
+    found = written(model, "--tokenizer", str(model))
+    assert found["ggml.tokens"][320:322] == ["<|im_end|>", "a b"] and found["ggml.tokens"][322] == "[PAD322]"
+    assert found["ggml.token_type"][:3] == [UNKNOWN, CONTROL, CONTROL]
+    assert found["ggml.token_type"][320:323] == [CONTROL, USER_DEFINED, UNUSED]
+    assert found["ggml.add_space_prefix"] is True and found["ggml.eos_token_id"] == 320
+    shutil.rmtree(model.parent / "out")
+    vocab = changed["model"]["vocab"]
+    one, other = (next(token for token, number in vocab.items() if number == n) for n in (300, 310))
+    vocab[one], vocab[other] = 310, 300
+    (model / "tokenizer.json").write_text(json.dumps(changed))
+    assert "the two are not of one model" in refused(model, capsys)
 
 
 def test_byte_level_bpe_with_a_chat_template(model: Path) -> None:
