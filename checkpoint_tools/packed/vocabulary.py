@@ -129,7 +129,7 @@ def _sentence_piece(directory: Path, rows: int, content: Mapping[str, Any] | Non
     if content is not None:
         vocab = content["model"]["vocab"]
         if not isinstance(vocab, dict):
-            raise ConversionError(f"{directory / TOKENIZER_JSON} is no BPE tokenizer, and {SENTENCE_PIECE} beside it is")
+            raise ConversionError(f"{directory / TOKENIZER_JSON} is no BPE tokenizer as {SENTENCE_PIECE} is")
         different = [token for token, number in vocab.items() if number < rows and tokens[number] != token]
         added = {token["id"]: token for token in content.get("added_tokens") or []}
         different = [token for token in different if vocab[token] not in added]

@@ -57,7 +57,7 @@ def test_an_unreadable_record_is_refused(tmp_path: Path, text: str, said: str) -
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"state": "liquid"}, "state: expected 'latent' or 'fused', got 'liquid'"),
+        ({"state": "liquid"}, "state: expected 'latent', 'fused' or 'packed', got 'liquid'"),
         ({"eps": -1.0}, "eps=-1.0 is not possible"),
         ({"eps": True}, "eps: expected a number, got True"),
         ({"space": "octal"}, "unknown quantization space 'octal'"),
