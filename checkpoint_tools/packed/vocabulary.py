@@ -100,13 +100,31 @@ def open_vocabulary(source: Source) -> Vocabulary:
         raise ConversionError(
             f"{directory} has ids up to {tokenizer.vocab_size - 1}, and the model {rows} rows: it is another model's"
         )
-    made = (_sentence_piece if SENTENCE_PIECE in has else _byte_level)(directory, rows, content)
+    made = (_sentence_piece if SENTENCE_PIECE in has else _byte_level)(directory, rows, content, _added(tokenizer))
     made.flags |= _special(directory, config, tokenizer, made.tokens, source.config)
     made.templates = _templates(directory, config)
     return made
 
 
-def _sentence_piece(directory: Path, rows: int, content: Mapping[str, Any] | None) -> Vocabulary:
+def _added(tokenizer: HuggingFaceTokenizer | None) -> dict[int, tuple[str, bool]]:
+    """The content of added tokens by id, and whether each is special.
+
+    Raises:
+        ConversionError: llama.cpp would find one of them elsewhere in a text.
+    """
+    added = {} if tokenizer is None else tokenizer.added
+    for number, token in added.items():
+        if token.lstrip or token.rstrip or token.single_word:
+            raise ConversionError(
+                f"{tokenizer.directory}: the added token {token.content!r} ({number}) takes spaces with it or stands "
+                "for whole words alone (lstrip, rstrip, single_word), which a GGUF file cannot say"
+            )
+    return {number: (token.content, token.special) for number, token in added.items()}
+
+
+def _sentence_piece(
+    directory: Path, rows: int, content: Mapping[str, Any] | None, added: Mapping[int, tuple[str, bool]]
+) -> Vocabulary:
     path = directory / SENTENCE_PIECE
     model = _parsed(path)
     kind, normalizer = model.trainer_spec, model.normalizer_spec
@@ -131,18 +149,17 @@ def _sentence_piece(directory: Path, rows: int, content: Mapping[str, Any] | Non
         if not isinstance(vocab, dict):
             raise ConversionError(f"{directory / TOKENIZER_JSON} is no BPE tokenizer as {SENTENCE_PIECE} is")
         different = [token for token, number in vocab.items() if number < rows and tokens[number] != token]
-        added = {token["id"]: token for token in content.get("added_tokens") or []}
         different = [token for token in different if vocab[token] not in added]
         if different:
             raise ConversionError(
                 f"{directory}: {different[0]!r} has the id {vocab[different[0]]} in {TOKENIZER_JSON}, and "
                 f"{SENTENCE_PIECE} another piece there: the two are not of one model"
             )
-        for number, token in added.items():
-            tokens[number] = token["content"]
+        for number, (token, is_special) in added.items():
+            tokens[number] = token
             if types[number] not in (UNKNOWN, CONTROL):
                 scores[number] = _ADDED_SCORE
-                types[number] = CONTROL if token["special"] else USER_DEFINED
+                types[number] = CONTROL if is_special else USER_DEFINED
             if types[number] == USER_DEFINED:
                 tokens[number] = tokens[number].replace(_SPACE, " ")
         space = _adds_space(content)
@@ -170,7 +187,9 @@ def _adds_space(content: Mapping[str, Any]) -> bool:
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 
 
-def _byte_level(directory: Path, rows: int, content: Mapping[str, Any] | None) -> Vocabulary:
+def _byte_level(
+    directory: Path, rows: int, content: Mapping[str, Any] | None, added: Mapping[int, tuple[str, bool]]
+) -> Vocabulary:
     assert content is not None
     path, model = directory / TOKENIZER_JSON, content.get("model") or {}
     if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(content.get("pre_tokenizer")):
@@ -181,9 +200,8 @@ def _byte_level(directory: Path, rows: int, content: Mapping[str, Any] | None) -
     tokens, types, _ = _filled(rows)
     for token, number in model["vocab"].items():
         tokens[number], types[number] = token, NORMAL
-    for token in content.get("added_tokens") or []:
-        number = token["id"]
-        tokens[number], types[number] = token["content"], CONTROL if token["special"] else USER_DEFINED
+    for number, (token, is_special) in added.items():
+        tokens[number], types[number] = token, CONTROL if is_special else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return Vocabulary("gpt2", _pre(path, content), tokens, types, merges=merges)
 

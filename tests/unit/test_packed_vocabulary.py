@@ -18,6 +18,7 @@ from support.packed import architecture, latent_model, open_gguf, value, write_c
 
 from bitcpm_megatron.checkpoint_tools import export_packed
 from bitcpm_megatron.checkpoint_tools.packed import vocabulary as module
+from bitcpm_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -125,6 +126,24 @@ def test_byte_level_bpe_with_a_chat_template(model: Path) -> None:
     ids = {name: vocab[token] for name, token in (("bos", "<s>"), ("eos", "</s>"), ("padding", "</s>"))}
     assert {name: found[f"ggml.{name}_token_id"] for name in ids} == ids
     assert found["chat_template"] == CHATML
+
+
+@pytest.mark.parametrize("taking", [None, "lstrip", "rstrip", "single_word"])
+def test_a_token_that_the_configuration_alone_adds(taking: str | None, model: Path, capsys) -> None:
+    """Transformers adds it, and so does training."""
+    chat_tokenizer(model, CHATML, vocab_size=300)
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    late = {"content": "<tool>", "special": False, "normalized": False}
+    late |= {how: how == taking for how in ("lstrip", "rstrip", "single_word")}
+    number = HuggingFaceTokenizer(model).vocab_size
+    path.write_text(json.dumps({**config, "added_tokens_decoder": {str(number): late}}))
+    if taking is not None:
+        assert f"the added token '<tool>' ({number}) takes spaces with it" in refused(model, capsys)
+        return
+    found = written(model)
+    assert found["ggml.tokens"][number] == "<tool>" and found["ggml.token_type"][number] == USER_DEFINED
+    assert HuggingFaceTokenizer(model).tokenize("a<tool>b")[1] == number
 
 
 def test_several_templates_and_ends(model: Path) -> None:

@@ -102,7 +102,12 @@ class HuggingFaceTokenizer:
     @property
     def added_tokens(self) -> list[str]:
         """What is one token wherever it is written: special tokens, and what else was added to the vocabulary."""
-        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        return [token.content for token in self.added.values()]
+
+    @property
+    def added(self) -> dict[int, AddedToken]:
+        """The added tokens by id: those of ``tokenizer.json``, and those that the configuration beside it adds."""
+        return dict(self._tokenizer.get_added_tokens_decoder())
 
     @property
     def special_tokens(self) -> dict[str, str]:
