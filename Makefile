@@ -56,13 +56,13 @@ demo-chat: $(READY)
 demo-distill: $(READY)
 	$(PY) studies/distillation_stages.py $(DISTILL)
 
-# Two processes: one goes through the tests of several ranks while another goes through those of one.
+# Two processes: one goes through the tests of several ranks while another goes through those of one, from the kills on.
 test: $(READY)
-	$(PY) -m pytest --numprocesses 2
+	$(PY) -m pytest --numprocesses 2 --no-loadscope-reorder
 
 # While you work: the unit tests that start no process.
 test-fast: $(READY)
-	$(PY) -m pytest --fast tests/unit
+	$(PY) -m pytest --numprocesses 2 --fast tests/unit
 
 $(OLD_MEGATRON)/.ready: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(OLD_MEGATRON) megatron-core==0.12.1
