@@ -117,4 +117,4 @@ def _are_levels(groups: torch.Tensor, space: Space) -> bool:
     lowest = smallest_magnitudes(groups.abs()).unsqueeze(-1)
     values = level_values(groups.float(), lowest.float() / space.smallest_magnitude, space)
     same = (values.to(groups.dtype) == groups) | (values.to(torch.bfloat16).to(groups.dtype) == groups)
-    return bool((same | (lowest == 0)).all())
+    return bool((groups.isfinite() & (same | (lowest == 0))).all())

@@ -247,7 +247,7 @@ def test_what_is_no_latent_export_is_refused(trained, scripts, tmp_path: Path, c
     # Fused weights under a record that calls them latent.
     for name in ("config.json", "ternary_quantizer.json", "modeling_bitcpm.py"):
         (copy / name).write_text((latent / name).read_text())
-    assert "is ternary already" in refused(copy)
+    assert "is quantized already" in refused(copy)
 
 
 def test_only_answers_count_in_the_loss(trained, scripts) -> None:

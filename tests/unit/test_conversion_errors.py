@@ -186,7 +186,7 @@ FROM_HF = {
     ),
     "unknown state": (
         lambda d: QuantizerRecord("foo", "ternary", 1e-5, "bfloat16", 1, 16, O_PROJ).write(d),
-        "state: expected 'latent' or 'fused', got 'foo'",
+        "state: expected 'latent', 'fused' or 'packed', got 'foo'",
     ),
     "integers": (lambda d: change(d, Q, lambda w: w.to(torch.int8)), "q_proj|several dtypes"),
 }

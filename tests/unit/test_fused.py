@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitcpm_megatron.quantization import QuantizerConfig, fused_group_size, quantize_dequantize
+from bitcpm_megatron.quantization import QuantizerConfig, fused_group_size, fused_space, quantize_dequantize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGER_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -103,8 +103,11 @@ def test_what_is_not_finite_is_not_fused(dtype, bad) -> None:
     for where in (0, 600):
         w = torch.ones(1000, 1024, dtype=dtype)
         w[where, 3] = bad
-        assert fused_group_size(w) is None
-    assert fused_group_size(torch.full((2, 64), bad, dtype=dtype)) is None
+        assert fused_space(w) is None
+    # Also in spaces where a whole group of them, or one beside zeros, looks like levels of one scale.
+    beside = torch.zeros(2, 64, dtype=dtype)
+    beside[1, 5] = bad
+    assert fused_space(torch.full((2, 64), bad, dtype=dtype)) is None and fused_space(beside) is None
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(4), torch.zeros(0, 32), torch.zeros(2, 32, dtype=torch.float64)])
