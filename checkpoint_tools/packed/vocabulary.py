@@ -112,14 +112,15 @@ def _added(tokenizer: HuggingFaceTokenizer | None) -> dict[int, tuple[str, bool]
     Raises:
         ConversionError: llama.cpp would find one of them elsewhere in a text.
     """
-    added = {} if tokenizer is None else tokenizer.added
-    for number, token in added.items():
+    if tokenizer is None:
+        return {}
+    for number, token in tokenizer.added.items():
         if token.lstrip or token.rstrip or token.single_word:
             raise ConversionError(
                 f"{tokenizer.directory}: the added token {token.content!r} ({number}) takes spaces with it or stands "
                 "for whole words alone (lstrip, rstrip, single_word), which a GGUF file cannot say"
             )
-    return {number: (token.content, token.special) for number, token in added.items()}
+    return {number: (token.content, token.special) for number, token in tokenizer.added.items()}
 
 
 def _sentence_piece(
