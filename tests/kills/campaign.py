@@ -74,7 +74,8 @@ class Campaign:
     """
 
     def __init__(self, chosen: Sequence[Subject], kills: int, seconds: float, seed: int, scratch: Path) -> None:
-        self._chosen, self._kills, self._scratch = chosen, kills, scratch
+        # Those that have a turn: an undisturbed run takes as long as a disturbed one.
+        self._chosen, self._kills, self._scratch = chosen[:kills], kills, scratch
         self._rng = random.Random(seed)
         self._seconds = seconds
         self._numbers = itertools.count(1)
