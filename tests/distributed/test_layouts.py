@@ -130,6 +130,8 @@ RESHARDINGS = [
 ]
 CONTINUED = {**LAYOUTS, "packed DP2": (2, PACKED), "sft DP2": (2, ["--sft"]), "distilled PP2": (2, PP2)}
 SAVED_AT, END = 3, 6
+CACHED = 8
+"""Steps that are taken with a cache and without."""
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +197,7 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
         if ranks == 2:
             for name, flags in CACHE_CASES.items():
                 for cache in CACHES[name]:
-                    steps = ["--bf16", "--train-iters", "20", "--ternary-cache", cache]
+                    steps = ["--bf16", "--train-iters", str(CACHED), "--ternary-cache", cache]
                     wanted[f"{name} {cache}"] = [*TERNARY, *flags, *steps, *logged(f"{name} {cache}")]
             for source in {source for source, _ in RESHARDINGS}:
                 flags = [*TERNARY, *CONTINUED[source][1], *taught(source), "--train-iters", str(END)]
@@ -307,13 +309,13 @@ def test_telemetry_is_that_of_the_checkpoint_which_the_step_started_from(layout:
 def test_the_cache_changes_no_bit(case: str, runs: dict) -> None:
     report, uncached = runs[f"{case} none"][0], losses(runs["where"] / f"{case} none")
     succeeded(report, *(f"{case} {cache}" for cache in CACHES[case]))
-    assert len(uncached) == 20
+    assert len(uncached) == CACHED
     # Each of several micro-batches asks for every weight.
-    assert min(report[f"{case} none"]["quantizations"]) >= 2 * 20
+    assert min(report[f"{case} none"]["quantizations"]) >= 2 * CACHED
     for cache in CACHES[case][1:]:
         assert losses(runs["where"] / f"{case} {cache}") == uncached, cache
         # Once to prove that the layers are used, and once per step: resident ones behind each, and before the first.
-        times = 1 + 20 + (cache != "step")
+        times = 1 + CACHED + (cache != "step")
         assert set(report[f"{case} {cache}"]["quantizations"]) == {times}, cache
 
 
