@@ -17,6 +17,7 @@ from bitcpm_megatron.data.tokenizers import train_sentencepiece
 from bitcpm_megatron.models.architecture import Architecture
 from bitcpm_megatron.quantization.grouping import row_parallel_group
 from bitcpm_megatron.quantization.record import QuantizerRecord
+from support import tiny_hf
 
 Tensors = dict[str, torch.Tensor]
 _Q2_0 = 42
@@ -33,20 +34,9 @@ _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "ou
 
 def architecture(**changes: Any) -> Architecture:
     """Two layers whose rows blocks of 256 fill, and eight row-parallel shards."""
-    numbers: dict[str, Any] = dict(
-        num_layers=2,
-        hidden_size=256,
-        ffn_hidden_size=512,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=64,
-        vocab_size=320,
-        max_position_embeddings=128,
-        norm_epsilon=1e-5,
-        rotary_base=10000.0,
-        tied=False,
-    )
-    return Architecture(**{**numbers, **changes})
+    plain = dict(embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, tied=False)
+    rows = dict(hidden_size=256, ffn_hidden_size=512, kv_channels=64)
+    return tiny_hf.architecture(**{**plain, **rows, **changes})
 
 
 def latent_model(
