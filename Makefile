@@ -177,6 +177,7 @@ lint: contracts types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) scripts/check_shape.py
+	$(PY) scripts/check_docs.py
 
 # The package as an installed copy has it, for tools that find modules on the disk.
 INSTALLED := $(VENV)/installed

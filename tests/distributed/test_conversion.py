@@ -154,6 +154,11 @@ def where(launch_runs, shared_ranks: Callable[[int], Ranks], tmp_path_factory: p
     ("layout", "ranks"), [("torch_dist", 1), ("torch_dist", 2), ("legacy", 1), ("legacy", 2), ("stages", 2)]
 )
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.verifies(
+    "checkpoints",
+    "logits are those of Transformers (1e-5 of the range, fp32), ternary and not, LongRoPE beyond its original length",
+    cpu="yes²",
+)
 def test_megatron_computes_what_hugging_face_does(
     model: str, layout: str, ranks: int, length: str, where: dict
 ) -> None:
@@ -174,6 +179,11 @@ def test_longrope_and_its_two_lists_matter(where: dict) -> None:
 
 
 @pytest.mark.parametrize("name", TERNARY)
+@pytest.mark.verifies(
+    "checkpoints",
+    "fused exports hold the weights of the training forward bit for bit and load in stock Transformers",
+    cpu="yes²",
+)
 def test_the_fused_export_is_what_the_training_forward_used(name: str, where: dict) -> None:
     model, ranks, *_ = TRAINED[name]
     exported = load_file(where["root"] / f"fused {name}" / "model.safetensors")

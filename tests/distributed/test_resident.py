@@ -29,6 +29,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("data_parallel", [2, 4] if metafunc.config.getoption("every_setting") else [2])
 
 
+@pytest.mark.verifies(
+    "training",
+    "quantized weights in the parameters, packed in 2 bits, cached, or made in every forward: the same losses, "
+    "masters, weights and checkpoint bytes",
+)
 def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_runs, tmp_path: Path) -> None:
     half = steps // 2
     # tests/distributed/test_param_gather.py has packed weights in more layouts.

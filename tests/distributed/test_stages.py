@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 from kills.processes import kill
 from support.launcher import CHECKOUT, environment, free_port
 from support.small_model import succeeded
@@ -75,6 +76,7 @@ class Job:
         assert 4 <= int(latest(self.save / stage).name.removeprefix("iter_")) < STEPS, "that came too late"
 
 
+@pytest.mark.verifies("training", "two stages that are interrupted end as those that are not")
 def test_two_stages_that_are_interrupted_end_as_those_that_are_not(launch_runs: Callable, tmp_path: Path) -> None:
     whole, job = Job(tmp_path, "whole"), Job(tmp_path, "interrupted")
     stages = {str(stage.stage): host_argv(stage)[1:] for stage in read_stages(str(whole.path))}

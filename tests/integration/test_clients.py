@@ -6,6 +6,7 @@ far from Transformers as those are. That packed weights are the same numbers is 
 """
 
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from support.packed import Tensors, architecture, latent_model, open_gguf, write
 
 from bitcpm_megatron.checkpoint_tools import export_packed
 from bitcpm_megatron.checkpoint_tools.packed import gguf_file
+from bitcpm_megatron.launch.launcher.presets import architecture as architecture_of
 from bitcpm_megatron.models.architecture import Architecture, LongRope
 
 # llama.cpp rounds the length of a context up to a multiple of this, and takes the long factors by it.
@@ -96,6 +98,12 @@ def sequence(length: int) -> list[int]:
 @pytest.mark.parametrize("longrope", [False, True], ids=["rope", "longrope"])
 @pytest.mark.parametrize("kind", ["llama", "granite"])
 @pytest.mark.parametrize("types", ["F32", "BF16"])
+@pytest.mark.verifies(
+    "checkpoints",
+    "llama.cpp computes the logits of Transformers from them, and makes the same ids (`make test-clients`)",
+    cuda="-",
+    npu="-",
+)
 def test_logits_are_those_of_transformers(types: str, kind: str, longrope: bool, tmp_path: Path, monkeypatch) -> None:
     a = model(kind, longrope)
     weights = latent_model(tmp_path / "model", a)
@@ -203,3 +211,23 @@ def test_the_package_that_is_pinned_and_llama_cpp_agree_on_types() -> None:
         assert library.ggml_blck_size(kind.number) == kind.block
         if kind.name != "Q2_0":
             assert gguf.GGMLQuantizationType(kind.number).name == kind.name
+
+
+def test_two_layers_of_the_8b_shape_are_of_the_size_that_was_planned(tmp_path: Path) -> None:
+    """About 5 GB of disk and a minute of CPU: what the planner says of the whole model holds for real files."""
+    a = architecture_of("minicpm4-8b")
+    latent_model(tmp_path / "model", dataclasses.replace(a, num_layers=2))
+    write_sentence_piece(tmp_path / "model")
+    matrices = 4096 * (32 * 128 + 2 * 2 * 128) + 32 * 128 * 4096 + 3 * 4096 * 16384
+    norms, rows = 4 * 2 * 4096, 2 * 73448 * 4096
+    for kind, bits in (("F16", 16), ("Q8_0", 8.5)):
+        path = exported(tmp_path / "model", "--embedding-type", kind)
+        # LongRoPE's two lists and the last norm are F32, too.
+        outside = rows * bits / 8 + 4 * 4096 + 2 * 4 * 64
+        layer = matrices * 66 / 256 + norms
+        data = sum(tensor.n_bytes for tensor in open_gguf(path).tensors)
+        assert data == outside + 2 * layer
+        ratio = 2 * (rows + 32 * (matrices + 2 * 4096) + 4096) / (outside + 32 * layer)
+        print(f"8b, {kind} embeddings: {data:,} bytes in two layers, {ratio:.2f} times smaller than BF16 in 32")
+        assert round(ratio, 1) == {"F16": 5.2, "Q8_0": 6.3}[kind]
+        shutil.rmtree(path.parent)

@@ -66,6 +66,12 @@ def succeeded(result, steps: int):
 
 
 @pytest.mark.parametrize("name, case", CASES)
+@pytest.mark.verifies(
+    "hosts",
+    "unmodified `pretrain_gpt.py` of Megatron-LM 0.16.1, 0.12.1 and 0.19.0, under MindSpeed behind a stand-in "
+    "for torch_npu, and MindSpeed-LLM (`make test-hosts`, needs the checkouts)",
+    cpu="yes¹",
+)
 def test_it_trains_ternary_at_every_layout(name: str, case: str, material: Material, ours) -> None:
     host = host_named(name)
     processes, flags = host.cases[case]

@@ -46,6 +46,11 @@ def first_steps(name: str, layout: str, flags: list[str], packed: Packed) -> flo
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "1 process, fused RoPE", "Ulysses CP2, fused RoPE"])
 @pytest.mark.parametrize("name", PACKING)
+@pytest.mark.verifies(
+    "hosts",
+    "packed documents and conversations in those hosts, at CP2, too (`make test-hosts`)",
+    cpu="yes¹",
+)
 def test_packed_documents_are_computed_apart(name: str, layout: str, packed: Packed) -> None:
     found = first_steps(name, layout, [*packed.data, *RESET], packed)
     apart = loss(packed.ternary, packed.material, [documents(row) for row in rows()])

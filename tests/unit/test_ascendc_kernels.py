@@ -52,6 +52,13 @@ def test_there_are_enough_cases() -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
+@pytest.mark.verifies(
+    "quantizer",
+    "the AscendC kernels, in a strict emulation, are the reference bit for bit, and bugs that are planted in "
+    "them are caught ([kernels](kernels.md))",
+    cpu="yes, emulated",
+    cuda="-",
+)
 def test_every_mode_of_a_shape(emulator: Emulator, rows: int, columns: int, group: int) -> None:
     chosen = [c for c in ALL_CASES if (*c.shape, c.group) == (rows, columns, group)]
     assert chosen

@@ -67,6 +67,12 @@ def copy(models: Models, tmp_path: Path) -> Path:
     ("group", "shards", "kinds"),
     [(*case, ["auto", "Q4_0"]) for case in GROUPS] + [(-1, 1, ["TQ1_0", "F32", "F16"]), (64, 4, ["Q2_0", "BF16"])],
 )
+@pytest.mark.verifies(
+    "checkpoints",
+    "packed exports, decoded by `gguf` and by compressed-tensors, are the weights of the training forward bit for bit",
+    cuda="-",
+    npu="-",
+)
 def test_gguf_holds_the_weights_of_the_training_forward(
     group: int, shards: int, kinds: list[str], models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,12 @@ def layer(kind: type, **more) -> torch.nn.Module:
     return kind(64, 64, config=config, init_method=torch.nn.init.xavier_normal_, bias=False, **more)
 
 
+@pytest.mark.verifies(
+    "hosts",
+    "megatron-core 0.12.1 and 0.19.2: layers, gradients, recipe, probe, record (`make test-mcore-0.12`, `make "
+    "test-mcore-0.19`)",
+    cpu="yes¹",
+)
 def test_an_override_of_forward_impl_depends_on_the_version() -> None:
     module = layer(OverridesForwardImpl)
     x = torch.randn(3, 1, 64)

@@ -11,6 +11,10 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.verifies(
+    "trust",
+    "the preflight's memory formula is within 2 % of what two ranks need, wherever quantized weights are",
+)
 def test_the_formula_is_what_two_ranks_need() -> None:
     """Every mode within 2 % of the formula; resident weights within 1 % and their scales of BF16."""
     peaks = {peak.mode: peak for peak in memory.measured(memory.measured_job(Layout.parse("DP2+DO")))}

@@ -93,6 +93,12 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 @pytest.mark.parametrize("positions", [ROPE, LONGROPE, LEARNED, [*ROPE, "--window-size", "7,0"]])
 @pytest.mark.parametrize("micro_batch", [1, 2])
+@pytest.mark.verifies(
+    "training",
+    "packed documents are what they are one by one: loss and gradients (1e-6, fp32), positions, LongRoPE, windows",
+    cuda="kernels not run",
+    npu="kernels not run",
+)
 def test_packed_documents_are_what_they_are_one_by_one(positions, micro_batch: int, single_rank: None) -> None:
     model, batch = model_of(*positions), rows(LENGTHS[:micro_batch])
     packed = loss_and_gradients(model, [pack(batch)])

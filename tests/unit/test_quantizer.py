@@ -168,6 +168,10 @@ def on_boundary(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.verifies(
+    "quantizer",
+    "codes, scales and weights are exact on more than 10 million values, ties and their neighbours among them",
+)
 def test_ten_million_random_and_tie_adjacent_values(dtype: torch.dtype) -> None:
     checked = 0
     for seed, (rows, columns, group) in enumerate(

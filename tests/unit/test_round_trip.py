@@ -128,6 +128,11 @@ def loaded(directory: Path) -> dict[str, torch.Tensor]:
     shard=st.sampled_from(["5GB", "20KB"]),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.verifies(
+    "checkpoints",
+    "Hugging Face to Megatron and back: every tensor is equal, at TP1 and 2 x PP1 and 2, both formats, tied and untied",
+    cpu="yes²",
+)
 def test_tensors_and_meaning_come_back(
     config: dict, dtype: torch.dtype, layout: str, parallel: tuple[int, int], shard: str, seed: int
 ) -> None:

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import check_docs
 import check_shape
 import compare_losses
 import pytest
@@ -64,3 +65,35 @@ def test_losses_that_differ_are_found(found: list, tolerance: float, said: str |
 def test_nan_is_no_difference() -> None:
     record = {"kind": "valid", "iteration": 2, "lm_loss": float("nan")}
     assert compare_losses.difference([record], [dict(record)], 0.0) is None
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# One `flag`, two words\n\n```\n# not a heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text("[a](other.md) [b](other.md#one-flag-two-words) [c](https://example.org/x) ![d](page.md)\n")
+    assert not list(check_docs.broken_links(page))
+    page.write_text("[a](gone.md) [b](other.md#not-a-heading) [c](#nothing)\n```\n[d](gone.md)\n```\n")
+    files, *headings = check_docs.broken_links(page)
+    assert files.endswith("gone.md: there is no such file")
+    assert [line.rpartition(": ")[2] for line in headings] == ["there is no such heading"] * 2
+
+
+def test_a_claim_that_was_changed_is_found(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(check_docs, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(check_docs, "VERIFICATION", tmp_path / "docs" / "verification.md")
+    for folder in ("docs", "tests"):
+        (tmp_path / folder).mkdir()
+    marker = '@pytest.mark.verifies("training", "{}", npu="emulated")\ndef test_it():\n    pass\n'
+    (tmp_path / "tests" / "test_steps.py").write_text(marker.format("losses are equal"))
+    (tmp_path / "docs" / "verification.md").write_text("<!-- written by scripts/check_docs.py -->\n<!-- end -->\n")
+    assert check_docs.main([]) == 1
+    assert check_docs.main(["--write"]) == 0
+    line = "| losses are equal | [steps](../tests/test_steps.py) | yes | not run | emulated |"
+    assert line in check_docs.VERIFICATION.read_text()
+    (tmp_path / "tests" / "test_steps.py").write_text(marker.format("losses are near"))
+    capsys.readouterr()
+    assert check_docs.main([]) == 1
+    assert "docs/verification.md: its generated part is of another state" in capsys.readouterr().out
+    (tmp_path / "tests" / "test_steps.py").write_text(marker.format("x").replace("training", "poetry"))
+    with pytest.raises(ValueError, match="topics are"):
+        check_docs.main([])

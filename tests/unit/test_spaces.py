@@ -95,6 +95,10 @@ def test_codes_and_values_are_those_of_the_closed_form(space: str, group: int) -
 @pytest.mark.parametrize("name", SERVING)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("space", SPACES)
+@pytest.mark.verifies(
+    "quantizer",
+    "five spaces, two statistics, multipliers: one table for all backends ([spaces](spaces.md))",
+)
 def test_backends_are_the_reference(space: str, scale: str, name: str) -> None:
     backend = next(b for b in backends() if b.name == name)
     for group in (-1, 32, 64):

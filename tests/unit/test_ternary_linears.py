@@ -78,6 +78,11 @@ def everything() -> Recipe:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.verifies(
+    "training",
+    "a layer multiplies with its quantized weight and is quantized once per optimizer step; at start-up a "
+    "probe proves it",
+)
 def test_a_forward_multiplies_with_the_quantized_weight(dtype: torch.dtype) -> None:
     model = Linears(params_dtype=dtype)
     model.dense.to(dtype)

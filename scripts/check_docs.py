@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that what people read is true of the tree: ``python scripts/check_docs.py [--write]``.
+
+Every link to a file or heading in a Markdown file leads somewhere. ``docs/verification.md`` lists the claims of the
+tests' own markers, ``@pytest.mark.verifies(topic, claim)``, and the table of results in README has the figures of the
+data files that it names: both are written by ``--write``, and compared without it. Exit status: 0 good, 1 not, with a
+line for everything that is not.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+VERIFICATION = CHECKOUT / "docs" / "verification.md"
+TOPICS = {
+    "quantizer": "The quantizer and its kernels",
+    "training": "Training",
+    "checkpoints": "Checkpoints, exports and what runs them",
+    "hosts": "Other software",
+    "trust": "Bad input, kills, measurements",
+}
+PLACES = {"cpu": "yes", "cuda": "not run", "npu": "not run"}
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")
+_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_MARKED = re.compile(r"(?<=<!-- written by scripts/check_docs.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """Every Markdown file of the project."""
+    return sorted(
+        path for path in CHECKOUT.rglob("*.md") if not any(part[0] == "." for part in path.relative_to(CHECKOUT).parts)
+    )
+
+
+def anchors(text: str) -> set[str]:
+    """The fragments of a page's headings, as GitHub makes them: lower case, spaces to dashes, no punctuation."""
+    titles = re.findall(r"^#+ +(.+?) *$", _FENCE.sub("", text), re.MULTILINE)
+    words = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).replace("`", "").lower() for title in titles)
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in words}
+
+
+def broken_links(path: Path) -> Iterator[str]:
+    """Links of a page that lead to no file of this tree, or to no heading of one."""
+    text = path.read_text(encoding="utf-8")
+    for link in _LINK.findall(_FENCE.sub("", text)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, fragment = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        if not target.exists():
+            yield f"{path}: {link}: there is no such file"
+        elif fragment and (target.suffix != ".md" or fragment not in anchors(target.read_text(encoding="utf-8"))):
+            yield f"{path}: {link}: there is no such heading"
+
+
+def claims() -> Iterator[tuple[str, str, dict[str, str], str]]:
+    """Topic, claim, where it has run, and test file of every marker ``verifies``.
+
+    Raises:
+        ValueError: a marker of another form.
+    """
+    for path in sorted((CHECKOUT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.verifies":
+                topic, claim = (ast.literal_eval(argument) for argument in node.args)
+                where = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg}
+                if topic not in TOPICS or not where.keys() <= PLACES.keys():
+                    raise ValueError(f"{path}:{node.lineno}: topics are {', '.join(TOPICS)}; places cpu, cuda and npu")
+                yield topic, claim, where, path.relative_to(CHECKOUT).as_posix()
+
+
+def verification() -> str:
+    """The tables of ``docs/verification.md``."""
+    found, lines = list(claims()), []
+    for topic, title in TOPICS.items():
+        lines += [f"## {title}", "", "| | test | CPU | CUDA | Ascend 910B |", "|---|---|---|---|---|"]
+        for at, claim, where, path in found:
+            if at == topic:
+                told = " | ".join(where.get(place, untold) for place, untold in PLACES.items())
+                lines.append(f"| {claim} | [{Path(path).stem.removeprefix('test_')}](../{path}) | {told} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def rewritten(path: Path, part: str) -> str:
+    """A page with its marked part anew.
+
+    Raises:
+        ValueError: it has no marked part.
+    """
+    text = path.read_text(encoding="utf-8")
+    if not _MARKED.search(text):
+        raise ValueError(f"{path}: no part between '<!-- written by scripts/check_docs.py -->' and '<!-- end -->'")
+    return _MARKED.sub(lambda _: f"\n{part}\n", text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks, or writes; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="bring the generated parts up to date first")
+    args = parser.parse_args(argv)
+    found = []
+    for path, part in ((VERIFICATION, verification()),):
+        expected = rewritten(path, part)
+        if args.write:
+            path.write_text(expected, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != expected:
+            found.append(f"{path}: its generated part is of another state: python scripts/check_docs.py --write")
+    found += [line for path in pages() for line in broken_links(path)]
+    for line in found:
+        print(line.replace(f"{CHECKOUT}/", ""))
+    if not found:
+        print(f"check_docs: {len(pages())} pages: good")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
