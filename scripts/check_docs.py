@@ -9,6 +9,8 @@ line for everything that is not.
 
 import argparse
 import ast
+import csv
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,8 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 VERIFICATION = CHECKOUT / "docs" / "verification.md"
+README = CHECKOUT / "README.md"
+BENCHMARKS = CHECKOUT / "docs" / "benchmarks"
 TOPICS = {
     "quantizer": "The quantizer and its kernels",
     "training": "Training",
@@ -86,6 +90,55 @@ def verification() -> str:
     return "\n".join(lines)
 
 
+def results() -> str:
+    """README's table of results, every figure out of the data file that its last column leads to."""
+    steps = list(csv.DictReader((BENCHMARKS / "throughput.csv").open(encoding="utf-8")))
+
+    def step(variant: str, tokens: int, pairs: int) -> tuple[str, str]:
+        """Time of a step at TP1 and 8 micro-batches in units of BF16's, and peak memory likewise."""
+        keys = {"layout": "TP1", "variant": variant, "tokens": str(tokens), "micro_batches": "8", "pairs": str(pairs)}
+        (row,) = (row for row in steps if keys.items() <= row.items())
+        ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+        return f"**{ratio:.3f}** ({low:.3f} - {high:.3f})", row["peak_ratio"] and f"{float(row['peak_ratio']):.3f}"
+
+    def gap(study: str, name: str) -> str:
+        found = json.loads((CHECKOUT / "docs" / "studies" / f"{study}.json").read_text(encoding="utf-8"))["gaps"][name]
+        return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}) nats"
+
+    def loss(run: str) -> float:
+        lines = (CHECKOUT / "docs" / "demo" / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [record["lm_loss"] for record in map(json.loads, lines) if record["kind"] == "valid"][-1]
+
+    time, memory = step("resident", 256, 32)
+    throughput = "[data](docs/benchmarks/throughput.csv)"
+    rows = [
+        ("a ternary step, in units of BF16's (95 %)", time, "`make bench`", throughput),
+        ("its peak memory, likewise", memory, "`make bench`", throughput),
+        ("a step with int8 GEMMs, 1,024 tokens", step("int8", 1024, 10)[0], "`make bench`", throughput),
+        ("with int8 input gradients, too", step("int8-backward", 1024, 10)[0], "`make bench`", throughput),
+        (
+            "loss of int8 GEMMs above bf16 GEMMs, 5 seeds",
+            gap("int8_quality", "int8 GEMMs - bf16 GEMMs"),
+            "`make study-int8`",
+            "[data](docs/studies/int8_quality.json)",
+        ),
+        (
+            "validation loss of the demo, BF16 and ternary",
+            f"{loss('bf16'):.3f}, {loss('ternary'):.3f}",
+            "`make demo`",
+            "[data](docs/demo)",
+        ),
+        (
+            "loss of a student that is taught from the start, above training alone",
+            gap("distillation_stages", "taught from the start"),
+            "`make demo-distill DISTILL='--seeds 3'`",
+            "[data](docs/studies/distillation_stages.json)",
+        ),
+    ]
+    lines = ["| | measured | command | |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
 def rewritten(path: Path, part: str) -> str:
     """A page with its marked part anew.
 
@@ -104,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="bring the generated parts up to date first")
     args = parser.parse_args(argv)
     found = []
-    for path, part in ((VERIFICATION, verification()),):
+    for path, part in ((VERIFICATION, verification()), (README, results())):
         expected = rewritten(path, part)
         if args.write:
             path.write_text(expected, encoding="utf-8")

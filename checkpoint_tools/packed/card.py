@@ -35,7 +35,8 @@ Transformers expands the weights to ordinary ones when it loads them, so that th
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
 
-vLLM reads this format, at 4 bits on its fast path (`vllm serve DIRECTORY`); this was not tried with this export.""",
+vLLM serves this format with 4 bits (`export_packed.py --bits 4`, then `vllm serve DIRECTORY`; on a CPU it refuses 2 bits).
+This export was not tried there.""",
 }
 
 

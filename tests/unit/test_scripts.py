@@ -81,10 +81,13 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
 def test_a_claim_that_was_changed_is_found(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(check_docs, "CHECKOUT", tmp_path)
     monkeypatch.setattr(check_docs, "VERIFICATION", tmp_path / "docs" / "verification.md")
+    monkeypatch.setattr(check_docs, "README", tmp_path / "README.md")
     for folder in ("docs", "tests"):
         (tmp_path / folder).mkdir()
     marker = '@pytest.mark.verifies("training", "{}", npu="emulated")\ndef test_it():\n    pass\n'
     (tmp_path / "tests" / "test_steps.py").write_text(marker.format("losses are equal"))
+    monkeypatch.setattr(check_docs, "results", lambda: "")
+    check_docs.README.write_text("<!-- written by scripts/check_docs.py -->\n<!-- end -->\n")
     (tmp_path / "docs" / "verification.md").write_text("<!-- written by scripts/check_docs.py -->\n<!-- end -->\n")
     assert check_docs.main([]) == 1
     assert check_docs.main(["--write"]) == 0
@@ -97,3 +100,14 @@ def test_a_claim_that_was_changed_is_found(tmp_path: Path, monkeypatch, capsys) 
     (tmp_path / "tests" / "test_steps.py").write_text(marker.format("x").replace("training", "poetry"))
     with pytest.raises(ValueError, match="topics are"):
         check_docs.main([])
+
+
+def test_a_figure_that_its_data_does_not_have_is_found(tmp_path: Path, monkeypatch, capsys) -> None:
+    text = check_docs.README.read_text(encoding="utf-8")
+    ratio = next(line for line in text.splitlines() if line.startswith("| a ternary step")).split("**")[1]
+    monkeypatch.setattr(check_docs, "README", tmp_path / "README.md")
+    check_docs.README.write_text(text, encoding="utf-8")
+    assert check_docs.main([]) == 0
+    check_docs.README.write_text(text.replace(ratio, f"{float(ratio) - 0.001:.3f}"), encoding="utf-8")
+    assert check_docs.main([]) == 1
+    assert "README.md: its generated part is of another state" in capsys.readouterr().out
