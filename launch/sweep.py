@@ -66,8 +66,7 @@ def _sweep(args: argparse.Namespace) -> None:
         lock.release()
     print("\n".join(report.arms(results)))
     print(f"table: {output / report.TABLE}; picture: {output / report.PICTURE}; data: {output / report.DATA}")
-    states = [run.state(sweep.last_records) for run in runs]
-    failed, left = states.count(FAILED), states.count(UNFINISHED)
+    failed, left = results.count(FAILED), results.count(UNFINISHED)
     if not args.report_only and (failed or left):
         why = f"{'asked to stop: ' if asked else ''}of {len(runs)} runs {left} have not ended, and {failed} have failed"
         raise cli.FailedError(
@@ -88,7 +87,7 @@ def _run(
     sweep: Sweep, runs: Sequence[Run], output: Path, variables: Mapping[str, str], args: argparse.Namespace
 ) -> bool:
     """Carries out what is left; returns whether it was asked to stop."""
-    states = [run.state(sweep.last_records) for run in runs]
+    states = [run.result(sweep.last_records).state for run in runs]
     again = (UNFINISHED, FAILED) if args.retry_failed else (UNFINISHED,)
     left = [run for run, state in zip(runs, states, strict=True) if state in again]
     print(

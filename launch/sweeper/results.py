@@ -57,7 +57,7 @@ class Results:
 
 
 def results_of(sweep: Sweep, runs: Sequence[Run]) -> Results:
-    """Reads the logs of all runs."""
+    """Reads the logs and outcomes of all runs."""
     found: dict[str, dict[int, Result]] = {}
     for run in runs:
         found.setdefault(run.arm.name, {})[run.seed] = run.result(sweep.last_records)

@@ -74,20 +74,19 @@ class Attempt:
             self._began = output.tell()
             self._process = supervisor.start(command(run.job), variables, output)
 
-    def ended(self, asked: bool, last_records: int) -> str | None:
+    def ended(self, asked: bool) -> str | None:
         """What became of it, in words, once it has ended; its run then knows, too. None while it goes on.
 
         A run that others ended, or asked to stop, has not failed: the next attempt goes on from what it has saved.
 
         Args:
             asked: whether it was asked to stop by us.
-            last_records: see :meth:`Run.result`.
         """
         status = self._process.poll()
         if status is None:
             return None
         reason, killed = failure(status, self._said())
-        if status == 0 and self.run.result(last_records).state == FINISHED:
+        if status == 0 and self.run.log_is_whole():
             self.run.end(FINISHED)
             return "finished"
         if status == 0 and is_finished(self.run.job):
@@ -152,7 +151,7 @@ def carry_out(
             time.sleep(_SECONDS)
             look += 1
             for attempt in list(active):
-                words = attempt.ended(supervisor.asked, last_records)
+                words = attempt.ended(supervisor.asked)
                 if words is not None:
                     active.remove(attempt)
                     bar.write(f"{attempt.run.title}: {words}")

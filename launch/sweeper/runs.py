@@ -41,8 +41,17 @@ class _Outcome(Strict):
 
 
 @dataclass(frozen=True)
+class _Log:
+    """What a run has logged: steps so far, losses of the records in their order, validation losses by step."""
+
+    steps: int
+    training: Sequence[float]
+    validation: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Result:
-    """What a run has logged.
+    """What a run has come to.
 
     Attributes:
         state: ``finished``, ``failed`` or ``unfinished``.
@@ -88,25 +97,34 @@ class Run:
         return Path(self.job.flags["log-dir"])
 
     def result(self, last_records: int) -> Result:
-        """What its log says, and why it has failed, if it has."""
+        """What it has come to. It has finished when its log is whole and its process has ended well, too, and saved."""
         try:
-            found = read_metrics(self.directory) if (self.directory / METRICS).is_file() else []
-            outcome = self.outcome()
+            log, outcome = self._read_log(), self.outcome()
         except FileError as error:
             return Result(FAILED, self._local(str(error)))
-        training = [record["lm_loss"] for record in found if record["kind"] == "train"]
-        steps = max((record["iteration"] for record in found if record["kind"] == "train"), default=0)
-        valid = {record["iteration"]: record["lm_loss"] for record in found if record["kind"] == "valid"}
         if outcome is not None and outcome.outcome == FAILED:
-            return Result(FAILED, outcome.reason, steps)
-        if steps < self.iterations or (self.evaluates and self.iterations not in valid):
-            return Result(UNFINISHED, "", steps)
-        return Result(FINISHED, "", steps, statistics.fmean(training[-last_records:]), valid.get(self.iterations))
+            return Result(FAILED, outcome.reason, log.steps)
+        if outcome is None or not self._is_whole(log):
+            return Result(UNFINISHED, "", log.steps)
+        training = statistics.fmean(log.training[-last_records:])
+        return Result(FINISHED, "", log.steps, training, log.validation.get(self.iterations))
 
-    def state(self, last_records: int) -> str:
-        """That of its result; it has finished only when its process has ended well, too, and saved."""
-        found = self.result(last_records).state
-        return UNFINISHED if found == FINISHED and self.outcome() is None else found
+    def log_is_whole(self) -> bool:
+        """Whether it has logged all that it should, whatever has become of its process since."""
+        try:
+            return self._is_whole(self._read_log())
+        except FileError:
+            return False
+
+    def _read_log(self) -> _Log:
+        found = read_metrics(self.directory) if (self.directory / METRICS).is_file() else []
+        train = [record for record in found if record["kind"] == "train"]
+        valid = {record["iteration"]: record["lm_loss"] for record in found if record["kind"] == "valid"}
+        steps = max((record["iteration"] for record in train), default=0)
+        return _Log(steps, [record["lm_loss"] for record in train], valid)
+
+    def _is_whole(self, log: _Log) -> bool:
+        return log.steps >= self.iterations and (not self.evaluates or self.iterations in log.validation)
 
     def outcome(self) -> _Outcome | None:
         """How it has ended; None for a run that has not.

@@ -207,11 +207,17 @@ def logged(run: Run, loss: float, steps: int = STEPS, valid: float | None = None
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def finished(run: Run, loss: float, valid: float | None = None) -> None:
+    """Leaves a whole log, and that the process ended well."""
+    logged(run, loss, valid=valid)
+    run.end("finished")
+
+
 def test_means_differences_and_intervals(runs: Callable, tmp_path: Path) -> None:
     found = runs(arms=ARMS, grid=None, seeds=[1, 2, 3], baseline="BF16")
     values = {"BF16": (3.0, 3.0, 3.0), "fine": (3.02, 2.98, 3.03)}
     for run in found:
-        logged(run, values[run.arm.name][run.seed - 1] + 1, valid=values[run.arm.name][run.seed - 1])
+        finished(run, values[run.arm.name][run.seed - 1] + 1, valid=values[run.arm.name][run.seed - 1])
     results = results_of(read_sweep(str(tmp_path / "sweep.yaml")), found)
     base, fine = results.rows
     assert results.judged == "validation" and base.reference is None and fine.reference is base.arm
@@ -228,7 +234,7 @@ def test_means_differences_and_intervals(runs: Callable, tmp_path: Path) -> None
 def test_arms_are_compared_with_the_one_that_is_like_them_otherwise(runs: Callable, tmp_path: Path) -> None:
     found = runs(arms=ARMS, seeds=[4], baseline="BF16")
     for run in found:
-        logged(run, 3.0 + run.job.flags["lr"] * 100 + (run.arm.values["arm"] == "fine"))
+        finished(run, 3.0 + run.job.flags["lr"] * 100 + (run.arm.values["arm"] == "fine"))
     rows = results_of(read_sweep(str(tmp_path / "sweep.yaml")), found).rows
     assert [row.reference and row.reference.name for row in rows[3:]] == [
         f"BF16, lr={lr}" for lr in (0.001, 0.002, 0.004)
@@ -245,8 +251,8 @@ def test_what_failed_or_has_not_ended_stands_in_the_table(runs: Callable, tmp_pa
     found = {(run.arm.name, run.seed): run for run in runs(baseline="lr=0.002")}
     for (arm, seed), run in found.items():
         if arm == "lr=0.002":
-            logged(run, 2.0 + seed)
-    logged(found["lr=0.001", 1], 3.5)
+            finished(run, 2.0 + seed)
+    finished(found["lr=0.001", 1], 3.5)
     logged(found["lr=0.001", 2], 9.0, steps=10)
     found["lr=0.004", 1].directory.mkdir(parents=True)
     found["lr=0.004", 1].end("failed", f"{found['lr=0.004', 1].directory}/x: the loss is nan | diverged")
@@ -267,10 +273,8 @@ def test_what_failed_or_has_not_ended_stands_in_the_table(runs: Callable, tmp_pa
 
 def test_a_log_that_lacks_the_last_validation_is_of_no_finished_run(runs: Callable) -> None:
     run = runs()[0]
-    logged(run, 3.0)
-    assert run.result(2).state == FINISHED and run.state(2) == UNFINISHED, "its process has not ended yet"
-    run.end("finished")
-    assert run.state(2) == FINISHED
+    finished(run, 3.0)
+    assert run.result(2).state == FINISHED
     path = run.directory / "metrics.jsonl"
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "valid" not in line))
     assert run.result(2).state == UNFINISHED
@@ -297,7 +301,7 @@ def test_the_best_value_at_the_border_is_marked(
     for run in found:
         loss = losses[sorted(order).index(run.job.flags["lr"])]
         if loss is not None or run.seed == 1:
-            logged(run, 1.0 if loss is None else loss)  # the seed that went well does not make it the best
+            finished(run, 1.0 if loss is None else loss)  # the seed that went well does not make it the best
         else:
             run.directory.mkdir(parents=True)
             run.end("failed", "diverged")
@@ -314,7 +318,7 @@ def test_the_best_value_at_the_border_is_marked(
 def test_the_report_is_made_of_the_logs_alone(runs: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     found = runs(arms=ARMS, baseline="BF16", optimum="lr")
     for number, run in enumerate(found):
-        logged(run, 3.0 + number / 10, valid=float("nan") if number == 0 else None)
+        finished(run, 3.0 + number / 10, valid=float("nan") if number == 0 else None)
     argv = [str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "out")]
     assert command.main([*argv, "--report-only"]) == 0
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("results.*")}
@@ -327,6 +331,26 @@ def test_the_report_is_made_of_the_logs_alone(runs: Callable, tmp_path: Path, ca
         path.unlink()
     assert command.main([*argv, "--report-only"]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("results.*")} == first
+
+
+def test_a_run_that_was_killed_behind_its_last_record_is_reported_as_it_is_run_again(
+    runs: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(report, "draw", lambda *_: None)  # what takes most of the time
+    found = runs(grid=None, seeds=[1, 2, 3])
+    for run in found[:2]:
+        finished(run, 3.0)
+    logged(found[2], 4.0)
+    argv = [str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "out")]
+    assert command.main([*argv, "--report-only"]) == 0
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "3 runs: 2 finished, 1 unfinished, 0 failed." in table
+    assert f"| {found[2].name} | base | 3 | unfinished | - | - | 20 of 20 steps |" in table
+    assert "| base | 2 of 3 | 3.0000 (3.0000 to 3.0000) |" in table, "its losses are not among the means"
+    processes = Processes(monkeypatch, found)
+    assert command.main(argv) == 0
+    assert processes.begun == ["base, seed 3"]
+    assert "3 runs: 3 finished, 0 unfinished, 0 failed." in (tmp_path / "out" / "results.md").read_text()
 
 
 # --------------------------------------------------------------------------------------------------------- attempts
