@@ -6,6 +6,9 @@ import contextlib
 import pytest
 from support.launcher import Ranks
 
+from bitcpm_megatron.quantization import SPACES
+from bitcpm_megatron.quantization.spaces import STATISTICS
+
 CASES = [
     f"{layout} fusion={fusion} sp={sp} overlap={overlap} do={do}"
     for layout in ("TP1", "TP2", "DP2")
@@ -128,6 +131,31 @@ def test_clipped_steps_are_the_same_wherever_quantized_weights_are(layout: str, 
         assert (places["resident"]["cuts"] > 0) == (layout == "DP2")
         assert places["packed"]["held"].startswith("cache: packed")
         assert places["step"]["digest"] != straight["step"]["digest"]
+
+
+@pytest.mark.parametrize("group", [-1, 32])
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("space", SPACES)
+def test_a_space_is_the_same_at_every_tensor_parallel_size(
+    space: str, statistic: str, group: int, results: dict[str, list]
+) -> None:
+    found = {layout: results[f"{layout} {space} {statistic} {group}"] for layout in ("TP1", "TP2")}
+    assert [len(found[layout]) for layout in found] == [1, 2]
+    runs = [run for ranks in found.values() for of_rank in ranks for run in of_rank]
+    assert len({run["quantized"] for run in runs}) == 1
+    for run in runs:
+        assert run["slices"] and run["levels"] == 2 * [len(SPACES[space].levels)]
+        assert run["forward"] < EXACT and run["error"] < EXACT
+        assert run["versus_latent"] > 0.1, "a full-precision reference must be told apart"
+
+
+def test_spaces_statistics_and_groups_are_told_apart(results: dict[str, list]) -> None:
+    names = [name for name in results if name.split()[1] in SPACES]
+    assert len(names) == 2 * len(SPACES) * len(STATISTICS) * 2
+    assert len({results[name][0][0]["quantized"] for name in names}) == len(names) / 2, "TP1 and TP2 alone are alike"
+    # Without shards a row is a group at TP1, and half a row at TP2.
+    whole, halves = (results[f"{layout} planted whole rows"][0][0] for layout in ("TP1", "TP2"))
+    assert not whole["slices"] and halves["slices"] and whole["error"] > EXACT
 
 
 @pytest.mark.parametrize("fusion", [0, 1])

@@ -66,6 +66,7 @@ EXPERTS = [*TERNARY, "--num-experts", "4", "--moe-ffn-hidden-size", "64"]
 VARIANTS = {
     "int8": ([*TERNARY, "--ternary-activation-bits", "8"], {"TP1": 1, "TP2+SP": 2}),
     "experts": (EXPERTS, {"TP1": 1, "EP2": 2, "TP2+SP": 2}),
+    "spaces": ([*TERNARY, "--ternary-recipe", str(Path(__file__).parent / "spaces.yaml")], {"TP1": 1, "TP2": 2}),
     "untied": ([*TERNARY, "--untie-embeddings-and-output-weights"], {"TP1": 1, "PP2": 2}),
     # One batch of samples with numbers of tokens that differ: a mean of the means of its parts is another loss.
     "masked": (

@@ -11,6 +11,7 @@ import json
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -52,9 +53,14 @@ from bitcpm_megatron.parallel.packed.weights import pack_weights  # noqa: E402
 from bitcpm_megatron.parallel.resident import find_resident, hold_in_parameters, latents  # noqa: E402
 from bitcpm_megatron.patches import cpu  # noqa: E402
 from bitcpm_megatron.patches.megatron_core import without_te  # noqa: E402
+from bitcpm_megatron.quantization import SPACES, quantize_dequantize  # noqa: E402
+from bitcpm_megatron.quantization.spaces import STATISTICS  # noqa: E402
 
 HIDDEN, INNER, SEQUENCE, BATCH = 64, 128, 8, 2
 MICRO_BATCHES, STEPS, SHARDS = 3, 3, 2
+_TERNARY = QuantizerConfig()
+# Of scales near those of the least error, so that every level of every space is taken.
+MULTIPLIERS = {"absmean": 1.3, "absmax": 0.3}
 
 
 class Block(torch.nn.Module):
@@ -83,6 +89,12 @@ class Pair(MegatronModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(x)
+
+
+class UnshardedPair(Pair):
+    """With whole rows as groups."""
+
+    shards = None
 
 
 class NormedPair(Pair):
@@ -136,6 +148,10 @@ def dense_gradients(
     return [w.grad for w in leaves]
 
 
+def own_samples(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return samples(step, parallel_state.get_data_parallel_rank())
+
+
 def samples(step: int, dp_rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1000 * step + dp_rank)
     draw = partial(torch.randn, SEQUENCE, BATCH, HIDDEN, generator=generator)
@@ -179,6 +195,7 @@ def build(
     cache_mode: str = "step",
     frozen: bool = False,
     dtype: torch.dtype = torch.float32,
+    quantizer: QuantizerConfig = _TERNARY,
 ) -> tuple[Pair, DistributedDataParallel, MegatronOptimizer]:
     """A ternary pair, wrapped in DDP, and its optimizer."""
     config = pair_config(dtype, gradient_accumulation_fusion=fusion, sequence_parallel=sequence_parallel)
@@ -187,7 +204,7 @@ def build(
     model.mlp.linear_fc2.weight.requires_grad_(not frozen)
     for p in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(p)
-    apply_recipe(model, default=QuantizerConfig(), row_parallel_shards=kind.shards, cache=cache_mode)
+    apply_recipe(model, default=quantizer, row_parallel_shards=kind.shards, cache=cache_mode)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
@@ -217,12 +234,12 @@ def build(
     return model, ddp, optimizer
 
 
-def schedule(ddp: DistributedDataParallel, step: int) -> list[dict[str, torch.Tensor]]:
+def schedule(ddp: DistributedDataParallel, data: list[tuple]) -> list[dict[str, torch.Tensor]]:
     """All micro-batches of a step, forwards and backwards; the losses."""
     ddp.zero_grad_buffer()
     return get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=iter(samples(step, parallel_state.get_data_parallel_rank())),
+        data_iterator=iter(data),
         model=[ddp],
         num_microbatches=MICRO_BATCHES,
         seq_length=SEQUENCE,
@@ -245,7 +262,7 @@ def run_case(
     errors, versus_latent, moved, previous = [], [], [], None
     for step in range(STEPS):
         optimizer.zero_grad()
-        schedule(ddp, step)
+        schedule(ddp, own_samples(step))
         if distributed_optimizer:
             share_gradient_shards(ddp)
         layers = (model.mlp.linear_fc1, model.mlp.linear_fc2)
@@ -268,6 +285,69 @@ def run_case(
     }
 
 
+def run_space(
+    config: QuantizerConfig, fusion: bool, sequence_parallel: bool, kind: type[Pair] = Pair
+) -> dict[str, object]:
+    """One step in a space, from weights that are the same in every layout: what the shards were quantized to, and how
+    far outputs and all gradients are from the reference."""
+    model, ddp, _ = build(kind, fusion, sequence_parallel, False, False, quantizer=config)
+    layers, axes = (model.mlp.linear_fc1, model.mlp.linear_fc2), (0, 1)
+    size, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    draw = torch.Generator().manual_seed(5)
+    weights = []
+    for rows, columns in ((INNER, HIDDEN), (HIDDEN, INNER)):
+        magnitudes = 10 ** torch.empty(rows, 1).uniform_(-0.5, 0.5, generator=draw)
+        weights.append(torch.randn(rows, columns, generator=draw) * magnitudes * 0.05)
+    with torch.no_grad():
+        for layer, axis, weight in zip(layers, axes, weights, strict=True):
+            layer.weight.copy_(weight.chunk(size, axis)[rank])
+    outputs: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, given, y: outputs.append(y.detach()))
+    data = [(x.requires_grad_(), target) for x, target in samples(0, 0)]
+    schedule(ddp, data)
+    states = [state for state, _ in ternary_modules(model)]
+    used = [
+        gathered(state.in_use(layer.weight)[0], axis) for state, layer, axis in zip(states, layers, axes, strict=True)
+    ]
+    found = [gathered(layer.weight.main_grad, axis) for layer, axis in zip(layers, axes, strict=True)]
+    inputs = [x.grad for x, _ in data]
+    if sequence_parallel:
+        # Each rank has the outputs of its tokens, and passes gradients to them alone.
+        outputs = [gathered(y, 0) for y in outputs]
+        for gradient in inputs:
+            torch.distributed.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+    per_shard = INNER // SHARDS if config.group_size == -1 else config.group_size
+    configs = (config, replace(config, group_size=per_shard))
+    whole = [quantize_dequantize(w, each)[0] for w, each in zip(weights, configs, strict=True)]
+    expected = dense_step(weights, whole, data)
+    latent = dense_step(weights, weights, data)
+    return {
+        "quantized": hashlib.sha256(json.dumps([u.tolist() for u in used]).encode()).hexdigest(),
+        "slices": all(map(torch.equal, used, whole)),
+        "levels": [quantize(w, each)[0].unique().numel() for w, each in zip(weights, configs, strict=True)],
+        "forward": _relative(outputs, expected[0]),
+        "error": _relative([*found, *inputs], expected[1]),
+        "versus_latent": _relative([*found, *inputs], latent[1]),
+    }
+
+
+def dense_step(
+    weights: list[torch.Tensor], quantized: list[torch.Tensor], data: list[tuple]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs of the micro-batches, and gradients of weights and inputs, in float64 with the identity behind the
+    quantizer."""
+    leaves = [w.double().requires_grad_() for w in weights]
+    made = [w + (q.double() - w).detach() for w, q in zip(leaves, quantized, strict=True)]
+    inputs = [(x.detach().double().requires_grad_(), target) for x, target in data]
+    gradients = dense_gradients(leaves, *made, inputs)
+    with torch.no_grad():
+        outputs = [torch.nn.functional.gelu(x @ made[0].t()) @ made[1].t() for x, _ in inputs]
+    return outputs, [*gradients, *(x.grad for x, _ in inputs)]
+
+
 def run_estimator(
     estimator: str,
     fusion: bool,
@@ -283,7 +363,7 @@ def run_estimator(
     layers = (model.mlp.linear_fc1, model.mlp.linear_fc2)
     for step in range(2):
         optimizer.zero_grad()
-        schedule(ddp, step)
+        schedule(ddp, own_samples(step))
         weights = [gathered(m.weight.detach().clone(), axis) for m, axis in zip(layers, (0, 1), strict=True)]
         optimizer.step()
     if distributed_optimizer:
@@ -319,7 +399,7 @@ def run_where(
     seen = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        losses = [float(loss["loss"]) for loss in schedule(ddp, step)]
+        losses = [float(loss["loss"]) for loss in schedule(ddp, own_samples(step))]
         used = [state.in_use(module.weight)[0].view(torch.uint8).tolist() for state, module in ternary_modules(model)]
         _, norm, _ = optimizer.step()
         masters = [m.detach().view(-1).tolist() for group in optimizer.param_groups for m in group["params"]]
@@ -562,6 +642,12 @@ def main(directory: Path) -> None:
             ):
                 name = f"{layout} fusion={int(fusion)} planted mask in the function"
                 results[name] = run_estimator("identity", fusion, tp > 1, False, False)
+        if layout != "DP2":
+            for space, statistic, group in itertools.product(SPACES, STATISTICS, (-1, 32)):
+                config = QuantizerConfig(space, group, statistic=statistic, scale_multiplier=MULTIPLIERS[statistic])
+                name = f"{layout} {space} {statistic} {group}"
+                results[name] = [run_space(config, fusion, tp > 1 and fusion) for fusion in (False, True)]
+            results[f"{layout} planted whole rows"] = [run_space(_TERNARY, True, tp > 1, UnshardedPair)]
         results[f"{layout} int8"] = run_int8()
         for flags in itertools.product((False, True), (False, True) if tp > 1 else (False,)):
             results[f"{layout} int8 gemm fusion={int(flags[0])} sp={int(flags[1])}"] = run_int8_gemm(*flags)
