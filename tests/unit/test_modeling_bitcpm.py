@@ -2,7 +2,6 @@
 """The modeling file that travels with latent exports: our quantizer bit for bit, in Transformers' Granite."""
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 
@@ -11,11 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
-from safetensors.torch import load_file
 from support import tiny_hf
 from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf, qat_convert
 from bitcpm_megatron.checkpoint_tools.hf_model.config import GRANITE, MINICPM, config_for
 from bitcpm_megatron.checkpoint_tools.hf_model.modeling_bitcpm import SPACES as TABLE
 from bitcpm_megatron.checkpoint_tools.hf_model.modeling_bitcpm import (
@@ -28,9 +25,9 @@ from bitcpm_megatron.checkpoint_tools.hf_model.modeling_bitcpm import (
 )
 from bitcpm_megatron.checkpoint_tools.hf_model.remote_code import read_record, write_remote_code
 from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
-from bitcpm_megatron.quantization import SPACES, QuantizerConfig, dequantize, fused_space, quantize
+from bitcpm_megatron.quantization import SPACES, QuantizerConfig, dequantize, quantize
 from bitcpm_megatron.quantization import quantize_activations as reference_activations
-from bitcpm_megatron.quantization.record import FILE_NAME, QuantizerRecord
+from bitcpm_megatron.quantization.record import FILE_NAME
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 O_PROJ = "model.layers.0.self_attn.o_proj"
@@ -137,38 +134,6 @@ def test_every_space_is_quantized_as_in_training(space, statistic) -> None:
         # A wider master is quantized by its rounded copy, to values of the narrow dtype.
         wide = quantize_weight(w.float(), 64, 1e-5, dtype, space, statistic, 1 / 1.5)
         assert same_bits(wide, expected.float())
-
-
-@pytest.mark.slow
-def test_another_space_there_and_back(tmp_path: Path) -> None:
-    """Latent weights come back as they were, and both ways of fusing write what the latent model computes with."""
-    record = tiny_hf.record(
-        space="half-integer-4", statistic="absmax", scale_multiplier=1 / 1.5, latent_dtype="bfloat16"
-    )
-    tiny_hf.latent_export(tmp_path / "latent", tiny_hf.architecture(), record)
-    paths = {name: str(tmp_path / name) for name in ("latent", "megatron", "back", "fused", "qat")}
-    assert convert_hf_to_megatron.main(["--load-dir", paths["latent"], "--save-dir", paths["megatron"]]) == 0
-    for name, weights in (("back", "latent"), ("fused", "fused")):
-        command = ["--load-dir", paths["megatron"], "--save-dir", paths[name], "--weights", weights, "--verify"]
-        assert convert_megatron_to_hf.main(command) == 0
-    assert qat_convert.main(["--input_bin", paths["latent"], "--output", paths["qat"]]) == 0
-    found = {name: load_file(tmp_path / name / "model.safetensors") for name in ("latent", "back", "fused", "qat")}
-    assert QuantizerRecord.read(tmp_path / "back") == record
-    assert QuantizerRecord.read(tmp_path / "qat") == dataclasses.replace(record, state="fused")
-    for name, weight in found["latent"].items():
-        assert same_bits(found["back"][name], weight), name
-    for module in record.modules:
-        latent, name = found["latent"][f"{module}.weight"], f"{module}.weight"
-        config = record.config_of(module)
-        expected = dequantize(*quantize(latent, config), config, latent.dtype)
-        assert same_bits(found["fused"][name], expected) and same_bits(found["qat"][name], expected), name
-        assert fused_space(expected) == "half-integer-4"
-    # Once more is refused by the weights themselves where the record is lost, and changes nothing where it is there.
-    assert qat_convert.main(["--input_bin", paths["qat"], "--output", str(tmp_path / "again")]) == 0
-    assert all(same_bits(w, found["qat"][n]) for n, w in load_file(tmp_path / "again" / "model.safetensors").items())
-    (tmp_path / "qat" / FILE_NAME).unlink()
-    (tmp_path / "qat" / "DIGESTS.json").unlink()
-    assert qat_convert.main(["--input_bin", paths["qat"], "--output", str(tmp_path / "lost")]) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support import tiny_hf
+from support.grouped import same_bits
 from transformers import AutoConfig
 
-from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf
+from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, convert_megatron_to_hf, qat_convert
 from bitcpm_megatron.checkpoint_tools.hf_model.config import architecture_of
+from bitcpm_megatron.files import DIGESTS
+from bitcpm_megatron.quantization import SPACES, dequantize, fused_space, quantize
+from bitcpm_megatron.quantization.record import FILE_NAME, QuantizerRecord
 
 LAYOUTS = [(tp, pp) for tp in (1, 2) for pp in (1, 2)]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -100,13 +106,15 @@ def write(directory: Path, config: dict, weights: dict[str, torch.Tensor]) -> No
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def there_and_back(source: Path, work: Path, layout: str, tp: int, pp: int, *options: str) -> Path:
+def there_and_back(
+    source: Path, work: Path, layout: str, tp: int, pp: int, *options: str, weights: str = "latent"
+) -> Path:
     """Converts to Megatron and back; returns the directory that came back."""
     megatron, back = work / f"{layout}{tp}{pp}", work / f"{layout}{tp}{pp} back"
     command = ["--load-dir", source, "--save-dir", megatron, "--format", layout, "--make-vocab-size-divisible-by", 16]
     command += ["--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp]
     assert convert_hf_to_megatron.main([str(c) for c in command]) == 0
-    command = ["--load-dir", megatron, "--save-dir", back, "--weights", "latent", "--verify", *options]
+    command = ["--load-dir", megatron, "--save-dir", back, "--weights", weights, "--verify", *options]
     assert convert_megatron_to_hf.main([str(c) for c in command]) == 0
     return back
 
@@ -216,3 +224,51 @@ def test_virtual_stages_hold_the_layers_that_megatron_gives_them(tmp_path: Path)
             assert torch.equal(found, weights[f"model.layers.{number}.mlp.down_proj.weight"])
         assert ("embedding.word_embeddings.weight" in part) == (0 in numbers)
         assert ("output_layer.weight" in part) == (7 in numbers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("statistic", "multiplier", "layout"), [("absmean", 1.3, "torch_dist"), ("absmax", 0.3, "legacy")]
+)
+@pytest.mark.parametrize("space", SPACES)
+def test_every_space_there_and_back(
+    space: str, statistic: str, multiplier: float, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """At TP 2, latent and fused weights come back as they were, and all ways of fusing write the same bits."""
+    record = tiny_hf.record(space=space, statistic=statistic, scale_multiplier=multiplier, latent_dtype="bfloat16")
+    tiny_hf.latent_export(tmp_path / "latent", tiny_hf.architecture(), record)
+    latent = loaded(tmp_path / "latent")
+    configs = {f"{module}.weight": record.config_of(module) for module in record.modules}
+    fused = {
+        name: dequantize(*quantize(weight, config), config, weight.dtype) if (config := configs.get(name)) else weight
+        for name, weight in latent.items()
+    }
+    assert {fused_space(fused[name]) for name in configs} == {space} and len(configs) == 14
+
+    def assert_holds(back: Path, weights: dict[str, torch.Tensor], state: str) -> None:
+        assert QuantizerRecord.read(back) == replace(record, state=state)
+        found = loaded(back)
+        assert found.keys() == weights.keys()
+        for name, weight in weights.items():
+            assert same_bits(found[name], weight), name
+
+    two = (layout, 2, 1)
+    assert_holds(there_and_back(tmp_path / "latent", tmp_path, *two), latent, "latent")
+    of_training = tmp_path / "of training"
+    command = ["--load-dir", tmp_path / f"{layout}21", "--save-dir", of_training, "--weights", "fused", "--verify"]
+    assert convert_megatron_to_hf.main([str(c) for c in command]) == 0
+    assert_holds(of_training, fused, "fused")
+    qat = tmp_path / "qat"
+    assert qat_convert.main(["--input_bin", str(tmp_path / "latent"), "--output", str(qat)]) == 0
+    assert_holds(qat, fused, "fused")
+    (tmp_path / "again").mkdir()
+    assert_holds(there_and_back(qat, tmp_path / "again", *two, weights="fused"), fused, "fused")
+    # Once more changes nothing while the record is there; without it only the weights can tell, and they do.
+    assert qat_convert.main(["--input_bin", str(qat), "--output", str(tmp_path / "twice")]) == 0
+    assert_holds(tmp_path / "twice", fused, "fused")
+    for name in (FILE_NAME, DIGESTS):
+        (qat / name).unlink()
+    capsys.readouterr()
+    status = qat_convert.main(["--input_bin", str(qat), "--output", str(tmp_path / "lost")])
+    assert status == (0 if space == "ternary" else 2)
+    assert space == "ternary" or f"of the space {space} already (fused)" in capsys.readouterr().err
