@@ -13,6 +13,7 @@ Exit status: 0 done, 1 a commit has no such kernel, 2 bad arguments, 3 the kerne
 
 import argparse
 import importlib.util
+import itertools
 import random
 import subprocess
 import sys
@@ -40,6 +41,7 @@ _GROUPS = (-1, 32, 64, 128)
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 _ELEMENTS_PER_TURN = 1 << 22
 _MOST_CALLS_PER_TURN = 256
+_NUMBERS = itertools.count(1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +95,8 @@ def load_kernel(folder: Path) -> Kernel:
         folder: of the package. It finds the rest of ``bitcpm_megatron`` in this checkout.
     """
     here = next(b for b in backends() if b.name == "cpu")
-    name = "bitcpm_megatron.ops.cpu_there"
+    # A name of its own: under another kernel's, it would get that one's modules, and with them its library.
+    name = f"bitcpm_megatron.ops.cpu_there_{next(_NUMBERS)}"
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )

@@ -98,15 +98,23 @@ def test_another_commits_kernel_is_measured_beside_ours_and_leaves_no_trace(tmp_
     before = dict(registry._BACKENDS)
     if reason := before["cpu"].unavailable("cpu"):
         pytest.skip(f"{reason}; apt-get install gcc, then make test")
-    other = shutil.copytree(Path(bitcpm_megatron.ops.cpu.__file__).parent, tmp_path / "cpu")
-    source = other / "fake_quantize.c"
-    source.write_text(f"// another commit\n{source.read_text(encoding='utf-8')}", encoding="utf-8")
-    there = kernel_against.load_kernel(other)
-    shutil.rmtree(other)
+    others = []
+    for number, scale in enumerate(("found", "found * 2")):
+        other = shutil.copytree(Path(bitcpm_megatron.ops.cpu.__file__).parent, tmp_path / str(number))
+        source = other / "fake_quantize.c"
+        text = source.read_text(encoding="utf-8")
+        assert text.count("quantizer->eps : found);") == 1
+        text = text.replace("quantizer->eps : found);", f"quantizer->eps : {scale});")
+        source.write_text(f"// another commit\n{text}", encoding="utf-8")
+        others.append(kernel_against.load_kernel(other))
+        shutil.rmtree(other)
+    there, doubled = others
     assert before == registry._BACKENDS and there is not before["cpu"].kernel
     both = {"there": there, "here": before["cpu"].kernel}
     found = kernel_against.row((4, 64), torch.bfloat16, 32, both, 6)
     assert found.startswith("4 x 64 | bfloat16 | 32 | ") and found.count("|") == 4
+    with pytest.raises(MismatchError, match="doubled and there differ"):
+        kernel_against.row((4, 64), torch.bfloat16, 32, {"there": there, "doubled": doubled}, 6)
     both["here"] = lambda weight, config, scales: there(weight * 2, config, scales)
     with pytest.raises(MismatchError, match=r"here and there differ on 4 x 64 \| float32 \| -1"):
         kernel_against.row((4, 64), torch.float32, -1, both, 6)
