@@ -270,6 +270,7 @@ static inline __attribute__((always_inline)) void by_size(const Weight *weight, 
     if (n == 32 && dtype == BF16) groups_of(w, out, scale, count, scratch, 32, BF16, given, quantizer);
     else if (n == 64 && dtype == BF16) groups_of(w, out, scale, count, scratch, 64, BF16, given, quantizer);
     else if (n == 128 && dtype == BF16) groups_of(w, out, scale, count, scratch, 128, BF16, given, quantizer);
+    else if (n == 32 && dtype == FP32) groups_of(w, out, scale, count, scratch, 32, FP32, given, quantizer);
     else groups_of(w, out, scale, count, scratch, n, dtype, given, quantizer);
 }
 
