@@ -2,81 +2,169 @@
 """How far quantized weights lie from latent ones, by space, statistic and multiplier.
 
     python studies/space_errors.py [--rows 4096] [--columns 1024] [--seed 1]
+    python studies/space_errors.py --weights PATH [--rows N] [--group-size G]
 
-Quantizes Gaussian rows to every space, with the scale that is the space's own and with multiples of both statistics
-from a grid. Reported is the relative error sum((Wq - W)^2) / sum(W^2) over all rows, of the own scale and of the best
-multiple of each statistic, and the share of the weights that the least used level then has. Prints a table in Markdown.
+Quantizes Gaussian rows, or the linears of a model's layers, to every space, with the scale that is the space's own and
+with multiples of both statistics from a grid. PATH is a Megatron --save directory or one iteration of it, a Hugging
+Face model directory, or one .safetensors / .bin file. Of a model all linears are quantized in one way, and --rows takes
+at most so many rows of each, evenly spread over it. Reported is the relative error sum((Wq - W)^2) / sum(W^2) over all
+rows, in fp32, of the own scale and of the best multiple of each statistic, and which percentage of the weights each
+level then has, from the lowest to the highest. Prints a table in Markdown.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(CHECKOUT)]
 
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from bitcpm_megatron import cli  # noqa: E402
+from bitcpm_megatron.checkpoint_tools.inspection.opening import open_inspection  # noqa: E402
+from bitcpm_megatron.checkpoint_tools.inspection.statistics import one_thread  # noqa: E402
+from bitcpm_megatron.checkpoint_tools.storage.reader import check_finite, refuse_mistakes  # noqa: E402
+from bitcpm_megatron.files import FileError  # noqa: E402
 from bitcpm_megatron.ops import fake_quantize  # noqa: E402
-from bitcpm_megatron.quantization import SPACES, QuantizerConfig, quantize  # noqa: E402
+from bitcpm_megatron.quantization import SPACES, QuantizerConfig, effective_group, fused_space, quantize  # noqa: E402
+from bitcpm_megatron.ternary_flags import GroupSize  # noqa: E402
 
-# Multiples of the mean and of the maximum, of which a row of 1,024 has about 4 means.
-GRIDS = {"absmean": [i / 20 for i in range(8, 51)], "absmax": [i / 100 for i in range(10, 81, 2)]}
-
-
-def error(weight: torch.Tensor, config: QuantizerConfig) -> float:
-    """Relative squared error of a quantized weight ``[out, in]`` in fp32."""
-    difference = fake_quantize(weight, config).sub_(weight).double()
-    return (difference.square().sum() / weight.double().square().sum()).item()
+# Multiples of the mean and of the maximum, of which a Gaussian row of 1,024 has about 4 means, and others have more.
+GRIDS = {"absmean": [i / 20 for i in range(8, 51)], "absmax": [i / 100 for i in range(2, 81, 2)]}
+# Of weights that stay in a cache from one configuration's step to its next.
+_BLOCK_ELEMENTS = 1 << 17
 
 
-def rarest(weight: torch.Tensor, config: QuantizerConfig) -> tuple[float, float]:
-    """The least used level of a space, and its share of the weights."""
-    space = SPACES[config.space]
-    codes = quantize(weight, config)[0]
-    shares = [(codes == space.lowest_code + i).float().mean().item() for i in range(len(space.levels))]
-    least = min(range(len(shares)), key=shares.__getitem__)
-    return space.levels[least], shares[least]
+@dataclass(frozen=True)
+class Latent:
+    """Weights to be quantized.
+
+    Attributes:
+        blocks: of rows ``[rows, in]``, in fp32.
+        group_size: weights per scale, -1 for the row.
+        energy: sum of their squares.
+    """
+
+    blocks: Sequence[torch.Tensor]
+    group_size: int
+    energy: float
+
+    @classmethod
+    def of(cls, weights: Sequence[torch.Tensor], group_size: int = -1) -> "Latent":
+        """Of whole weights ``[out, in]``."""
+        blocks = [b for w in weights for b in w.float().split(max(1, _BLOCK_ELEMENTS // w.shape[1]))]
+        return cls(blocks, group_size, sum(_squares(block) for block in blocks))
+
+    def error(self, config: QuantizerConfig) -> float:
+        """Relative squared error of the quantized weights."""
+        return sum(_squares(fake_quantize(block, config).sub_(block)) for block in self.blocks) / self.energy
+
+    def shares(self, config: QuantizerConfig) -> list[float]:
+        """Of the levels of the space, in their order."""
+        space = SPACES[config.space]
+        counts = torch.zeros(len(space.levels), dtype=torch.int64)
+        for block in self.blocks:
+            codes = quantize(block, config)[0].flatten().int() - space.lowest_code
+            counts += codes.bincount(minlength=len(space.levels))
+        return (counts.double() / counts.sum()).tolist()
+
+    def best(self, space: str, statistic: str) -> tuple[float, QuantizerConfig]:
+        """The smallest error over the grid of a statistic, and its quantizer."""
+        configs = [
+            QuantizerConfig(space, self.group_size, statistic=statistic, scale_multiplier=m) for m in GRIDS[statistic]
+        ]
+        return min(((self.error(config), config) for config in configs), key=lambda found: found[0])
 
 
-def best(weight: torch.Tensor, space: str, statistic: str) -> tuple[float, QuantizerConfig]:
-    """The smallest error over the grid of a statistic, and its quantizer."""
-    configs = [QuantizerConfig(space, statistic=statistic, scale_multiplier=m) for m in GRIDS[statistic]]
-    errors = [error(weight, config) for config in configs]
-    least = min(range(len(errors)), key=errors.__getitem__)
-    return errors[least], configs[least]
+def _squares(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
-def table(weight: torch.Tensor) -> list[str]:
+def gaussian(rows: int, columns: int, seed: int) -> list[torch.Tensor]:
+    """One weight."""
+    return [torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))]
+
+
+def trained(path: Path, rows: int | None, group_size: int) -> list[torch.Tensor]:
+    """The linears of a model's layers, of each at most so many rows, evenly spread.
+
+    Raises:
+        FileError: there is no model, it is damaged, or its weights are quantized already; or groups do not fit.
+    """
+    found = open_inspection(path)
+    refuse_mistakes(str(path), found.findings)
+    linears = [weight for weight in found.weights if weight.linear]
+    if not linears:
+        raise FileError(f"{path}: there are no linears of a layer in it, as *.self_attn.q_proj.weight would be one")
+    weights = []
+    for linear in tqdm(linears, "reading", unit="tensor", disable=None):
+        whole = linear.read(slice(None))
+        check_finite(linear.name, whole)
+        if whole.any() and (space := fused_space(whole)) is not None:
+            raise FileError(f"{path}: {linear.name} is quantized already, to {space}: give the latent weights")
+        try:
+            effective_group(whole.shape[1], group_size)
+        except ValueError as error:
+            raise FileError(f"{linear.name}: {error}") from None
+        taken = min(rows or whole.shape[0], whole.shape[0])
+        weights.append(whole[torch.arange(taken) * whole.shape[0] // taken].float())
+    return weights
+
+
+def table(latent: Latent) -> list[str]:
     """The lines of the table, one per space."""
     lines = [
-        "| space | own scale: error | its least used level | best multiple of the mean: error, level | maximum |",
-        "|---|---|---|---|---|",
+        "| space | own scale: error | levels, % | best multiple of the mean: error | levels, % | of the maximum: error "
+        "| levels, % |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for space in SPACES:
-        own = QuantizerConfig(space)
-        level, share = rarest(weight, own)
-        cells = [space, f"{own.scale}: {error(weight, own):.3f}", f"{level:g}: {100 * share:.2f} %"]
-        for statistic in GRIDS:
-            least, config = best(weight, space, statistic)
-            level, share = rarest(weight, config)
-            cells.append(f"{config.scale_multiplier:g}: {least:.3f}, {level:g}: {100 * share:.1f} %")
+    for space in tqdm(SPACES, "quantizing", unit="space", disable=None):
+        own = QuantizerConfig(space, latent.group_size)
+        cells = [space, f"{own.scale}: {latent.error(own):.3f}", _percentages(latent.shares(own))]
+        for statistic, grid in GRIDS.items():
+            least, config = latent.best(space, statistic)
+            edge = " (the edge of the grid)" if config.scale_multiplier in (grid[0], grid[-1]) else ""
+            cells += [f"{config.scale_multiplier:g}{edge}: {least:.3f}", _percentages(latent.shares(config))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _percentages(shares: Sequence[float]) -> str:
+    return " ".join(f"{100 * share:.{1 if share < 0.1 else 0}f}" if share >= 5e-4 else "<0.05" for share in shares)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints; returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=cli.Whole(1, 2**20), default=4096)
-    parser.add_argument("--columns", type=cli.Whole(1, 2**20), default=1024)
-    parser.add_argument("--seed", type=cli.Whole(0, 2**31 - 1), default=1)
+    parser.add_argument("--weights", type=Path, metavar="PATH", help="a model's instead of Gaussian ones")
+    parser.add_argument("--rows", type=cli.Whole(1, 2**20), help="default 4096, of a model all")
+    parser.add_argument("--columns", type=cli.Whole(1, 2**20), help="of Gaussian rows, default 1024")
+    parser.add_argument("--seed", type=cli.Whole(0, 2**31 - 1), help="of Gaussian rows, default 1")
+    parser.add_argument("--group-size", type=GroupSize(), default=-1, metavar="G", help="weights per scale, default -1")
     args = parser.parse_args(argv)
-    generator = torch.Generator().manual_seed(args.seed)
-    weight = torch.randn(args.rows, args.columns, generator=generator)
-    return cli.run(lambda: print("\n".join(table(weight))))
+    if args.weights is not None and (args.columns is not None or args.seed is not None):
+        parser.error("--columns and --seed are of Gaussian rows: leave them out, or --weights")
+    return cli.run(lambda: _measure(args))
+
+
+def _measure(args: argparse.Namespace) -> None:
+    with one_thread():
+        if args.weights is not None:
+            weights = trained(args.weights, args.rows, args.group_size)
+        else:
+            columns, seed = args.columns or 1024, 1 if args.seed is None else args.seed
+            effective_group(columns, args.group_size)
+            weights = gaussian(args.rows or 4096, columns, seed)
+        latent = Latent.of(weights, args.group_size)
+        if latent.energy == 0:
+            raise FileError(f"{args.weights}: all of its weights are zero")
+        lines = table(latent)
+    print(f"{len(weights)} weights, {sum(w.numel() for w in weights):,} values\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import distillation_stages as stages
 import int8_quality
+import numpy as np
 import pytest
+import space_errors
+import torch
 import training_runs
+from safetensors.torch import load_file, save_file
+from support import tiny_hf
 from training_runs import Run
 
+from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, qat_convert
 from bitcpm_megatron.cli import FailedError
+from bitcpm_megatron.files import FileError
+from bitcpm_megatron.quantization import SPACES, QuantizerConfig
 from bitcpm_megatron.training.flags import parse_args
 
 
@@ -156,3 +164,83 @@ def test_the_demo_is_ok_where_every_part_worked(
         assert "taught from the start" in out and "-0.2500" in out
     else:
         assert status == 3 and said in err and "demo-distill: ok" not in out
+
+
+# ------------------------------------------------------------------------------------------------- quantization errors
+
+
+@pytest.mark.parametrize("statistic", ["absmean", "absmax"])
+@pytest.mark.parametrize("space", SPACES)
+def test_errors_and_shares_are_those_of_the_nearest_levels(space: str, statistic: str) -> None:
+    """Over several weights of other widths, each of its own magnitude, recomputed by the nearest level."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(n, columns, generator=generator) * n for n, columns in ((5, 64), (3, 96))]
+    config = QuantizerConfig(space, 32, statistic=statistic, scale_multiplier=0.5)
+    levels, squares, energy, counts = np.array(SPACES[space].levels), 0.0, 0.0, np.zeros(len(SPACES[space].levels))
+    for weight in weights:
+        rows = weight.reshape(-1, 32).double().numpy()
+        magnitudes = np.abs(rows)
+        scales = 0.5 * (magnitudes.mean(1) if statistic == "absmean" else magnitudes.max(1))
+        scales = torch.from_numpy(scales).bfloat16().double().numpy()[:, None]
+        nearest = np.abs(rows[..., None] / scales[..., None] - levels).argmin(-1)
+        squares += ((levels[nearest] * scales - rows) ** 2).sum()
+        energy += (rows**2).sum()
+        counts += np.bincount(nearest.ravel(), minlength=len(levels))
+    latent = space_errors.Latent.of(weights, 32)
+    assert latent.error(config) == pytest.approx(squares / energy, rel=1e-5)
+    assert latent.shares(config) == pytest.approx(list(counts / counts.sum()), abs=1e-12)
+
+
+def test_the_best_multiple_is_marked_where_the_grid_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = space_errors.Latent.of(space_errors.gaussian(64, 512, 1))
+    monkeypatch.setattr(space_errors, "GRIDS", {"absmean": [1.3, 1.55, 1.8], "absmax": [0.6, 0.7, 0.8]})
+    ternary = space_errors.table(latent)[2]
+    assert "| 1.55: 0.1" in ternary and "| 0.6 (the edge of the grid): " in ternary
+
+
+@pytest.fixture
+def latent_model(tmp_path: Path) -> Path:
+    tiny_hf.latent_export(tmp_path / "latent", tiny_hf.architecture(), tiny_hf.record(latent_dtype="bfloat16"))
+    return tmp_path / "latent"
+
+
+@pytest.mark.slow
+def test_weights_are_the_linears_of_a_model_however_it_is_kept(latent_model: Path, tmp_path: Path) -> None:
+    """In Megatron's checkpoints parts are joined: other rows in another order, and the same sums."""
+    command = ["--load-dir", latent_model, "--save-dir", tmp_path / "megatron"]
+    assert convert_hf_to_megatron.main([str(c) for c in command]) == 0
+    everything = load_file(latent_model / "model.safetensors")
+    linears = [everything[f"{module}.weight"] for module in tiny_hf.record().modules]
+    expected = space_errors.Latent.of(linears)
+    config = QuantizerConfig("five-value", statistic="absmean", scale_multiplier=1.05)
+    for path in (latent_model, latent_model / "model.safetensors", tmp_path / "megatron"):
+        found = space_errors.Latent.of(space_errors.trained(path, None, -1))
+        assert found.energy == pytest.approx(expected.energy, rel=1e-12)
+        assert found.error(config) == pytest.approx(expected.error(config), rel=1e-12)
+        assert found.shares(config) == expected.shares(config)
+    some = space_errors.trained(latent_model, 3, -1)
+    assert {len(weight) for weight in some} == {3} and len(some) == 14
+    first = everything["model.layers.0.mlp.down_proj.weight"].float()
+    assert any(torch.equal(weight, first[[0, 21, 42]]) for weight in some)
+
+
+@pytest.mark.slow
+def test_weights_that_cannot_be_measured_are_refused(latent_model: Path, tmp_path: Path, capsys) -> None:
+    assert qat_convert.main(["--input_bin", str(latent_model), "--output", str(tmp_path / "fused")]) == 0
+    with pytest.raises(FileError, match="_proj is quantized already, to ternary: give the latent weights"):
+        space_errors.trained(tmp_path / "fused", None, -1)
+    with pytest.raises(FileError, match="_proj.*: group_size=128 does not divide"):
+        space_errors.trained(latent_model, None, 128)
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    for path, said in ((tmp_path / "a.safetensors", "there are no linears"), (tmp_path / "not", "no such directory")):
+        assert space_errors.main(["--weights", str(path)]) == 2
+        assert said in capsys.readouterr().err
+    for name in ("nan", "zero"):
+        weights = {"model.layers.0.mlp.up_proj.weight": torch.full((2, 32), torch.nan if name == "nan" else 0.0)}
+        save_file(weights, tmp_path / f"{name}.safetensors")
+        assert space_errors.main(["--weights", str(tmp_path / f"{name}.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert "up_proj holds NaN or infinity" in said and "all of its weights are zero" in said
+    with pytest.raises(SystemExit) as refused:
+        space_errors.main(["--weights", str(latent_model), "--seed", "2"])
+    assert refused.value.code == 2 and "--columns and --seed are of Gaussian rows" in capsys.readouterr().err
