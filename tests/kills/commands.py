@@ -2,6 +2,7 @@
 """Commands that write an artefact in one go: converters and preprocessing."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -19,11 +20,9 @@ from support.launcher import environment
 from bitcpm_megatron.files import digest
 
 from .processes import Disk, Started, first
-from .subject import FULL_DISK, KILL, TERMINATE, Subject, TooLate, demand, one_message
+from .subject import FULL_DISK, KILL, PATIENCE, TERMINATE, Subject, TooLate, demand, end_of, one_message
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PATIENCE = 600.0
-"""Seconds after which a command hangs."""
 Files = dict[str, str]
 
 
@@ -108,18 +107,12 @@ class Command(Subject):
             path.stat().st_blocks * 512 for name in self._whole.old if (path := self._place / name).is_file()
         )
         started = self._start(self._line.argv, self._place)
-        try:
-            if how == FULL_DISK:
-                done = self._fill(started, rng, disk)
-            else:
-                done = self._signal(started, rng, signal.Signals[how])
-            status = started.wait(PATIENCE)
-            demand(status is not None, "hangs", started.said)
-            demand((left := started.orphans()) == [], f"orphans: {left}", started.said)
-        finally:
-            started.clear()
-            if how == FULL_DISK:
-                disk.empty()
+        act = (
+            functools.partial(self._fill, started, rng, disk)
+            if how == FULL_DISK
+            else functools.partial(self._signal, started, rng, signal.Signals[how])
+        )
+        done, status = end_of(started, how, disk, act)
         after = files(self._place)
         said = started.said
         if status == 0:

@@ -3,12 +3,15 @@
 
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
-from .processes import Disk
+from .processes import Disk, Started
 
 KILL, TERMINATE, FULL_DISK = "SIGKILL", "SIGTERM", "full disk"
 HOWS = (KILL, TERMINATE, FULL_DISK)
+PATIENCE = 600.0
+"""Seconds after which a command hangs."""
 
 
 class TooLate(Exception):
@@ -53,6 +56,33 @@ class Subject(ABC):
         Raises:
             AssertionError: the artefact is not the undisturbed one, or something else is left.
         """
+
+
+def end_of(started: Started, how: str, disk: Disk | None, act: Callable[[], str]) -> tuple[str, int]:
+    """Disturbs a command that runs, and waits for its end; whatever happens, nothing of it stays, nor a full disk.
+
+    Args:
+        started: the command.
+        how: of ``HOWS``.
+        disk: that ``act`` fills, where that is how.
+        act: disturbs the command, and says in words what was done.
+
+    Returns:
+        These words, and the exit status.
+
+    Raises:
+        AssertionError: it hangs, or has left processes behind.
+    """
+    try:
+        done = act()
+        status = started.wait(PATIENCE)
+        demand(status is not None, f"{done}: hangs", started.said)
+        demand((left := started.orphans()) == [], f"{done}: orphans {left}", started.said)
+        return done, status
+    finally:
+        started.clear()
+        if how == FULL_DISK:
+            disk.empty()
 
 
 def demand(condition: bool, message: str, said: str = "") -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sweep whose runs and whose runner are disturbed: in the end its table is, byte for byte, an undisturbed one's."""
 
+import functools
 import random
 import signal
 import sys
@@ -14,11 +15,9 @@ from support.small_model import losses
 from bitcpm_megatron.files import digest
 
 from .processes import Disk, Started, everyone, first
-from .subject import FULL_DISK, KILL, TERMINATE, Subject, TooLate, demand, one_message
+from .subject import FULL_DISK, KILL, PATIENCE, TERMINATE, Subject, TooLate, demand, end_of, one_message
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PATIENCE = 600.0
-"""Seconds after which a sweep hangs."""
 _RESULTS = ("results.md", "results.json", "results.png")
 _SWEEP = """
 description: two arms, killed
@@ -66,28 +65,8 @@ class Sweep(Subject):
 
     def disturb(self, how: str, rng: random.Random, disk: Disk | None) -> str:
         before = self._finished()
-        # By what has been done, so that it comes in time on a busy machine, too: the time is that of two runs.
-        runs = rng.randint(0, max(0, (self._count - len(before) - 2) // 2))
-        moment = rng.uniform(0.0, self._seconds / self._count * 2)
         started = self._start()
-        try:
-            while started.process.poll() is None and len(self._finished()) < len(before) + runs:
-                time.sleep(0.05)
-            started.wait(moment)
-            done = f"{moment:.1f} s after the start, or after run {len(before) + runs}"
-            if how == FULL_DISK:
-                disk.fill()
-                done = f"a disk that is full {done}"
-                self._retry = True
-            else:
-                done = f"{how} to {self._signal(started, signal.Signals[how], rng)} {done}"
-            status = started.wait(PATIENCE)
-            demand(status is not None, f"{done}: hangs", started.said)
-            demand((left := started.orphans()) == [], f"{done}: orphans {left}", started.said)
-        finally:
-            started.clear()
-            if how == FULL_DISK:
-                disk.empty()
+        done, status = end_of(started, how, disk, functools.partial(self._act, started, how, rng, disk, len(before)))
         after = self._finished()
         lost = [name for name, log in before.items() if after.get(name) != log]
         demand(lost == [], f"{done}: runs that had finished have changed: {lost}", started.said)
@@ -101,6 +80,21 @@ class Sweep(Subject):
             allowed = (-signal.SIGKILL, 1) if "to a run" in done else (-signal.SIGKILL,)
             demand(status in allowed, f"{done}: exit status {status}", started.said)
         return f"{done}; {len(after)} of {self._count} runs have finished"
+
+    def _act(self, started: Started, how: str, rng: random.Random, disk: Disk | None, before: int) -> str:
+        """Disturbs it as :meth:`disturb` is asked to; ``before`` runs have finished already."""
+        # By what has been done, so that it comes in time on a busy machine, too: the time is that of two runs.
+        runs = before + rng.randint(0, max(0, (self._count - before - 2) // 2))
+        moment = rng.uniform(0.0, self._seconds / self._count * 2)
+        while started.process.poll() is None and len(self._finished()) < runs:
+            time.sleep(0.05)
+        started.wait(moment)
+        done = f"{moment:.1f} s after the start, or after run {runs}"
+        if how == FULL_DISK:
+            disk.fill()
+            self._retry = True
+            return f"a disk that is full {done}"
+        return f"{how} to {self._signal(started, signal.Signals[how], rng)} {done}"
 
     def finish(self) -> None:
         before = self._finished()

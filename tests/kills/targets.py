@@ -7,9 +7,9 @@ from pathlib import Path
 from support.launcher import environment
 from support.small_model import MODEL
 
-from .commands import CHECKOUT, PATIENCE, Command, Files, Line
+from .commands import CHECKOUT, Command, Files, Line
 from .processes import Started
-from .subject import demand
+from .subject import PATIENCE, demand
 
 
 def make_teacher(directory: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training runs that save after every step: what they have published is whole, and they go on bit for bit."""
 
+import functools
 import random
 import re
 import signal
@@ -16,14 +17,12 @@ from bitcpm_megatron.checkpoints.directory import iteration_of, iterations, late
 from bitcpm_megatron.files import find_damage
 
 from .processes import Disk, Started, everyone, first, largest
-from .subject import FULL_DISK, KILL, TERMINATE, Subject, TooLate, demand, one_message
+from .subject import FULL_DISK, KILL, PATIENCE, TERMINATE, Subject, TooLate, demand, end_of, one_message
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FLAGS = "--tensor-model-parallel-size 2 --sequence-parallel --bf16 --ternary --eval-interval 10 --eval-iters 1".split()
 LONGEST = 3.5
 """Seconds from the first step of an attempt to its disturbance, at most: a first save takes about two."""
-PATIENCE = 600.0
-"""Seconds after which a run hangs."""
 
 
 class Training(Subject):
@@ -82,34 +81,8 @@ class Training(Subject):
     def disturb(self, how: str, rng: random.Random, disk: Disk | None) -> str:
         before = self._newest()
         started = self._start(self._place)
-        trained = False
-        try:
-            if how == FULL_DISK and rng.random() < 0.3:
-                leave = rng.randrange(4_000_000)
-                disk.fill(leave)
-                done = f"a disk with {leave:,} bytes free from the start"
-            else:
-                if rng.random() < 0.3:
-                    moment, where = rng.uniform(0.0, self._seconds), "after the start"
-                else:
-                    self._wait_for_step(started)
-                    moment, where = rng.uniform(0.0, LONGEST), "after a step"
-                ended = started.wait(moment) is not None
-                trained = not ended and _reached(started) is not None
-                if how == FULL_DISK:
-                    disk.fill()
-                    done = f"a disk that is full {moment:.3f} s {where}"
-                else:
-                    whom = rng.choice((everyone, first, largest) if how == KILL else (everyone, first))
-                    started.signal(signal.Signals[how], whom)
-                    done = f"{how} to {whom.__name__} {moment:.3f} s {where}"
-            status = started.wait(PATIENCE)
-            demand(status is not None, f"{done}: hangs", started.said)
-            demand((left := started.orphans()) == [], f"{done}: orphans {left}", started.said)
-        finally:
-            started.clear()
-            if how == FULL_DISK:
-                disk.empty()
+        self._trained = False
+        done, status = end_of(started, how, disk, functools.partial(self._act, started, how, rng, disk))
         said = started.said
         newest = self._newest()
         demand(newest >= before, f"{done}: iteration {before} is lost, the newest is {newest}", said)
@@ -118,11 +91,31 @@ class Training(Subject):
         if how == FULL_DISK:
             one_message(said, status, 1)
             demand((left := self._hidden()) == [], f"{done}: left behind: {left}", said)
-        elif how == TERMINATE and trained:
+        elif how == TERMINATE and self._trained:
             demand(status == 0, f"{done}: exit status {status}, expected 0", said)
             demand(newest == _reached(started), f"{done}: the newest checkpoint is {newest}", said)
             demand((left := self._hidden()) == [], f"{done}: left behind: {left}", said)
         return f"{done}; the newest checkpoint is {newest}"
+
+    def _act(self, started: Started, how: str, rng: random.Random, disk: Disk | None) -> str:
+        """Disturbs it as :meth:`disturb` is asked to, and notes whether it had taken a step before."""
+        if how == FULL_DISK and rng.random() < 0.3:
+            leave = rng.randrange(4_000_000)
+            disk.fill(leave)
+            return f"a disk with {leave:,} bytes free from the start"
+        if rng.random() < 0.3:
+            moment, where = rng.uniform(0.0, self._seconds), "after the start"
+        else:
+            self._wait_for_step(started)
+            moment, where = rng.uniform(0.0, LONGEST), "after a step"
+        ended = started.wait(moment) is not None
+        self._trained = not ended and _reached(started) is not None
+        if how == FULL_DISK:
+            disk.fill()
+            return f"a disk that is full {moment:.3f} s {where}"
+        whom = rng.choice((everyone, first, largest) if how == KILL else (everyone, first))
+        started.signal(signal.Signals[how], whom)
+        return f"{how} to {whom.__name__} {moment:.3f} s {where}"
 
     def finish(self) -> None:
         started = self._start(self._place)
