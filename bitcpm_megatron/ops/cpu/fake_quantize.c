@@ -259,28 +259,38 @@ static inline __attribute__((always_inline)) void groups_of(const char *w, char 
     }
 }
 
-static inline __attribute__((always_inline)) void by_size(const Weight *weight, int64_t first, int64_t last,
-                                                          float *scratch, int dtype, int given,
-                                                          const Quantizer *quantizer) {
+// Ternary under the mean itself, for one dtype and size of groups or (0) for any: as constants, whatever it does without
+// costs small groups nothing. Functions of their own, so that what the compiler makes of one depends on no other.
+#define DEFINE_USUAL(name, elements, type)                                                                     \
+    static __attribute__((noinline)) void name(const char *w, char *out, uint16_t *scale, int64_t count,       \
+                                               float *scratch, int64_t n, int dtype, int given, float eps) {   \
+        const Quantizer usual = {.eps = eps, .multiplier = 1.0f, .absmax = 0, .count = 0};                     \
+        groups_of(w, out, scale, count, scratch, elements ? elements : n, elements ? type : dtype, given, &usual); \
+    }
+
+DEFINE_USUAL(bf16_by_32, 32, BF16)
+DEFINE_USUAL(bf16_by_64, 64, BF16)
+DEFINE_USUAL(bf16_by_128, 128, BF16)
+DEFINE_USUAL(fp32_by_32, 32, FP32)
+DEFINE_USUAL(by_any, 0, 0)
+
+static void some_groups(const Weight *weight, int64_t first, int64_t last, float *scratch, int dtype, int given,
+                        const Quantizer *quantizer) {
     const int64_t n = weight->n, count = last - first, offset = first * n * (dtype == FP32 ? 4 : 2);
     const char *w = (const char *)weight->latent + offset;
     char *out = (char *)weight->quantized + offset;
     uint16_t *scale = weight->scales + first;
+    if (quantizer->count || quantizer->absmax || quantizer->multiplier != 1.0f) {
+        groups_of(w, out, scale, count, scratch, n, dtype, given, quantizer);
+        return;
+    }
     // Small groups pay for their loops.
-    if (n == 32 && dtype == BF16) groups_of(w, out, scale, count, scratch, 32, BF16, given, quantizer);
-    else if (n == 64 && dtype == BF16) groups_of(w, out, scale, count, scratch, 64, BF16, given, quantizer);
-    else if (n == 128 && dtype == BF16) groups_of(w, out, scale, count, scratch, 128, BF16, given, quantizer);
-    else if (n == 32 && dtype == FP32) groups_of(w, out, scale, count, scratch, 32, FP32, given, quantizer);
-    else groups_of(w, out, scale, count, scratch, n, dtype, given, quantizer);
-}
-
-static void some_groups(const Weight *weight, int64_t first, int64_t last, float *scratch, int dtype, int given,
-                        const Quantizer *quantizer) {
-    // Ternary under the mean itself: as constants, whatever it does without costs small groups nothing.
-    const Quantizer usual = {.eps = quantizer->eps, .multiplier = 1.0f, .absmax = 0, .count = 0};
-    const int is_usual = !quantizer->count && !quantizer->absmax && quantizer->multiplier == 1.0f;
-    if (is_usual) by_size(weight, first, last, scratch, dtype, given, &usual);
-    else by_size(weight, first, last, scratch, dtype, given, quantizer);
+    const float eps = quantizer->eps;
+    if (n == 32 && dtype == BF16) bf16_by_32(w, out, scale, count, scratch, n, dtype, given, eps);
+    else if (n == 64 && dtype == BF16) bf16_by_64(w, out, scale, count, scratch, n, dtype, given, eps);
+    else if (n == 128 && dtype == BF16) bf16_by_128(w, out, scale, count, scratch, n, dtype, given, eps);
+    else if (n == 32 && dtype == FP32) fp32_by_32(w, out, scale, count, scratch, n, dtype, given, eps);
+    else by_any(w, out, scale, count, scratch, n, dtype, given, eps);
 }
 
 // Quantizes weights of one dtype, all in one parallel region: each thread takes an equal share of all elements.
