@@ -23,6 +23,7 @@ setup(
     ],
     package_data={
         "bitcpm_megatron": ["py.typed"],
+        "bitcpm_megatron.inference.kernels": ["*.c"],
         "bitcpm_megatron.ops.cpu": ["*.c", "*.h"],
         "bitcpm_megatron.launch": [
             *(f"{folder}/*.yaml" for folder in ("models", "jobs", "environments", "sweeps")),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C sources of this folder as one library: compiled for the machine at hand, and kept in the user's cache."""
+"""C sources as a library, such as those of this folder: compiled for the machine at hand, and kept in a user's cache."""
 
 import ctypes
 import functools
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ CACHE_VARIABLE = "BITCPM_CACHE_DIR"
 MARCH_VARIABLE = "BITCPM_MARCH"
 """Names another value of the compiler's ``-march`` than ``native``, such as ``x86-64-v2``; the bits are the same."""
 SOURCES = tuple(sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".c", ".h")))
-# Bits must not depend on the compiler: no contraction into fused multiply-adds, no reordering.
-_FLAGS: tuple[str, ...] = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+# No reordering of sums.
+_FLAGS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS += ("-mprefer-vector-width=512",)
 _COMPILERS = ("cc", "gcc", "clang")
@@ -31,17 +32,7 @@ _ELEMENTS_PER_THREAD = 1 << 15
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
-    named = shlex.split(os.environ.get("CC", ""))
-    compiler = named or [name for name in _COMPILERS if shutil.which(name)][:1]
-    if not compiler or shutil.which(compiler[0]) is None:
-        return None, f"no C compiler: CC={compiler[0]} is not there" if named else "no C compiler (cc) on the PATH"
-    try:
-        library = _open(compiler)
-    # pathlib has a RuntimeError for a user without a home.
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or repr(error)
-        return None, f"{shlex.join(compiler)} could not build it: {said.splitlines()[-1]}"
+    """The library of this folder, or why there is none."""
     pointer, long, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     how = (integer, integer, pointer, integer)
     signatures: dict[str, tuple[Any, ...]] = {
@@ -51,39 +42,64 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         "bitcpm_scale_sums": (*[pointer] * 4, long, long, integer),
         "bitcpm_codes": (*[pointer] * 3, long, long, integer),
     }
-    for name, arguments in signatures.items():
-        function = library[name]
+    # Bits must not depend on the compiler: no contraction into fused multiply-adds.
+    return build("fake_quantize", SOURCES, signatures, ("-ffp-contract=off",))
+
+
+def build(
+    name: str, sources: Sequence[Path], signatures: Mapping[str, tuple[Any, ...]], flags: Sequence[str]
+) -> tuple[ctypes.CDLL | None, str | None]:
+    """A library, from the cache or compiled, or why there is none.
+
+    Args:
+        name: of its file in the cache.
+        sources: C files and the headers that they include.
+        signatures: argument types of its functions, which return nothing.
+        flags: of the compiler, beside those of every library.
+    """
+    named = shlex.split(os.environ.get("CC", ""))
+    compiler = named or [name for name in _COMPILERS if shutil.which(name)][:1]
+    if not compiler or shutil.which(compiler[0]) is None:
+        return None, f"no C compiler: CC={compiler[0]} is not there" if named else "no C compiler (cc) on the PATH"
+    command = [*compiler, *_FLAGS, *flags, f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}"]
+    try:
+        library = _open(name, sources, compiler, command)
+    # pathlib has a RuntimeError for a user without a home.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or repr(error)
+        return None, f"{shlex.join(compiler)} could not build it: {said.splitlines()[-1]}"
+    for function_name, arguments in signatures.items():
+        function = library[function_name]
         function.argtypes, function.restype = arguments, None
-        setattr(library, name, function)
+        setattr(library, function_name, function)
     return library, None
 
 
-def _open(compiler: list[str]) -> ctypes.CDLL:
-    path = _compiled(compiler)
+def _open(name: str, sources: Sequence[Path], compiler: list[str], command: list[str]) -> ctypes.CDLL:
+    path = _compiled(name, sources, compiler, command)
     try:
         return ctypes.CDLL(str(path))
     except OSError:  # cut short by a power failure, for instance
         path.unlink(missing_ok=True)
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return ctypes.CDLL(str(_compiled(name, sources, compiler, command)))
 
 
-def _compiled(compiler: list[str]) -> Path:
+def _compiled(name: str, sources: Sequence[Path], compiler: list[str], command: list[str]) -> Path:
     """The library for these sources, compiler, flags and machine; compiled where the cache has none.
 
     Raises:
         OSError, subprocess.SubprocessError: the compiler fails, or the cache cannot be written.
     """
     version = _run([*compiler, "--version"]).encode()
-    sources = [path.read_bytes() for path in SOURCES]
-    command = [*compiler, *_FLAGS, f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}"]
-    key = hashlib.sha256(b"\0".join([*sources, version, shlex.join(command).encode(), _machine()]))
-    library = _cache() / f"fake_quantize-{key.hexdigest()[:32]}.so"
+    texts = [path.read_bytes() for path in sources]
+    key = hashlib.sha256(b"\0".join([*texts, version, shlex.join(command).encode(), _machine()]))
+    library = _cache() / f"{name}-{key.hexdigest()[:32]}.so"
     if not library.is_file():
         # Processes of one job compile at the same time: each to a name of its own, and the last rename stays.
         handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
         os.close(handle)
         try:
-            _run([*command, "-o", temporary, *(str(path) for path in SOURCES if path.suffix == ".c"), "-lm"])
+            _run([*command, "-o", temporary, *(str(path) for path in sources if path.suffix == ".c"), "-lm"])
             os.replace(temporary, library)
         finally:
             Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C kernels, compiled for the machine at hand; torch where they cannot be, or do not compute what they should."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from ...ops.cpu.library import build, threads_for
+from ...quantization import pack
+from . import reference
+from .reference import MOST_TOKENS, PackedKernels
+
+_SOURCES = (Path(__file__).with_name("packed_linear.c"), Path(__file__).parents[2] / "ops" / "cpu" / "bits.h")
+_PAIR, _FIELDS, _TOKENS = 256, 8, 4  # as the C source has them
+# Products of bf16 numbers are exact in fp32, so that a fused multiply-add rounds as a product and a sum do.
+_FLAGS = ("-ffp-contract=fast",)
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    signatures = {
+        "bitcpm_packed_product": (*[pointer] * 6, long, long, long, integer, integer, integer),
+        "bitcpm_unpack_rows": (*[pointer] * 3, long, long, long, integer, integer),
+    }
+    return build("packed_linear", _SOURCES, signatures, _FLAGS)
+
+
+def kernels() -> PackedKernels:
+    """The C kernels; torch's operations, with a line in the log, where there is no compiler or the self-test fails."""
+    library, why = load()
+    if library is None:
+        return reference.fallback("cpu", str(why), "install a C compiler (apt-get install gcc), or name one by CC")
+    made = PackedKernels("cpu", functools.partial(_decode, library), functools.partial(_multiply, library))
+    wrong = self_test(made)
+    if wrong is not None:
+        return reference.fallback("cpu", f"the compiled kernel is wrong ({wrong})", "name another compiler by CC")
+    return made
+
+
+def self_test(made: PackedKernels) -> str | None:
+    """Compares kernels with torch on small weights of integers, whose sums are exact: None, or what is wrong."""
+    assert made.multiply is not None
+    for rows, columns, groups in ((5, 200, 1), (3, 384, 4), (2, 640, 5)):
+        codes = (torch.arange(rows * columns).view(rows, columns) * 7 // 3 % 3 - 1).to(torch.int8)
+        scales = 2.0 ** (torch.arange(rows * groups).view(rows, groups) % 5).to(torch.bfloat16)
+        packed, group_size = pack(codes), -1 if groups == 1 else columns // groups
+        for dtype in (torch.bfloat16, torch.float32):
+            weight = reference.decode(packed, scales, columns, group_size, dtype)
+            if not torch.equal(made.decode(packed, scales, columns, group_size, dtype), weight):
+                return f"decoding {rows} x {columns}, {groups} groups, {dtype}"
+            for tokens in (1, 7):
+                x = (torch.arange(tokens * columns).view(tokens, columns) * 5 % 9 - 4).to(dtype)
+                if not torch.equal(made.multiply(x, packed, scales), (x.double() @ weight.double().t()).to(dtype)):
+                    return f"{tokens} tokens times {rows} x {columns}, {groups} groups, {dtype}"
+    return None
+
+
+def _decode(
+    library: ctypes.CDLL,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    weight = torch.empty(packed.shape[0], columns, dtype=dtype, device="cpu")
+    library.bitcpm_unpack_rows(
+        packed.data_ptr(),
+        scales.data_ptr(),
+        weight.data_ptr(),
+        packed.shape[0],
+        columns,
+        scales.shape[1],
+        dtype == torch.bfloat16,
+        threads_for(packed.shape[0], weight.numel()),
+    )
+    return weight
+
+
+def _multiply(library: ctypes.CDLL, x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    (tokens, columns), rows = x.shape, packed.shape[0]
+    if not 0 < tokens <= MOST_TOKENS:
+        raise ValueError(f"{tokens} tokens: the kernel multiplies from 1 to {MOST_TOKENS}")
+    pairs = -(-columns // _PAIR)
+    y = torch.empty(tokens, rows, dtype=x.dtype, device="cpu")
+    arranged = torch.empty(-(-tokens // _TOKENS) * _TOKENS, pairs * _PAIR, dtype=torch.float32, device="cpu")
+    group_of = torch.empty(pairs * _FIELDS, dtype=torch.int32, device="cpu")
+    library.bitcpm_packed_product(
+        x.data_ptr(),
+        packed.data_ptr(),
+        scales.data_ptr(),
+        y.data_ptr(),
+        arranged.data_ptr(),
+        group_of.data_ptr(),
+        rows,
+        columns,
+        scales.shape[1],
+        tokens,
+        x.dtype == torch.bfloat16,
+        threads_for(rows, rows * columns),
+    )
+    return y
