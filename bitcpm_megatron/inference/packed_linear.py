@@ -61,8 +61,7 @@ class PackedTernaryLinear(torch.nn.Module):
             ValueError: of another width.
             RuntimeError: they want a gradient, are on another device, or the device has no kernel.
         """
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"activations in {x.dtype}: packed weights are multiplied with bfloat16 and float32")
+        self._check(x.dtype)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"activations of shape {tuple(x.shape)} for rows of {self.in_features}")
         if x.device != self.packed.device:
@@ -81,12 +80,22 @@ class PackedTernaryLinear(torch.nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight ``[out, in]`` of the training forward, unpacked."""
+        """The weight ``[out, in]`` of the training forward, unpacked to bf16 or fp32.
+
+        Raises:
+            TypeError: another dtype.
+        """
+        self._check(dtype)
         return self._rows(0, self.out_features, dtype)
 
     def extra_repr(self) -> str:
         """What a printed model says of it."""
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
+
+    @staticmethod
+    def _check(dtype: torch.dtype) -> None:
+        if dtype not in _DTYPES:
+            raise TypeError(f"{dtype}: packed weights are unpacked to and multiplied with bfloat16 and float32")
 
     def _rows(self, first: int, behind: int, dtype: torch.dtype) -> torch.Tensor:
         decode = kernels_for(self.packed.device.type).decode

@@ -16,17 +16,17 @@ _SOURCES = (Path(__file__).with_name("packed_linear.c"), Path(__file__).parents[
 _PAIR, _FIELDS, _TOKENS = 256, 8, 4  # as the C source has them
 # Products of bf16 numbers are exact in fp32, so that a fused multiply-add rounds as a product and a sum do.
 _FLAGS = ("-ffp-contract=fast",)
+_POINTER, _LONG, _INTEGER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "bitcpm_packed_product": (*[_POINTER] * 6, _LONG, _LONG, _LONG, _INTEGER, _INTEGER, _INTEGER),
+    "bitcpm_unpack_rows": (*[_POINTER] * 3, _LONG, _LONG, _LONG, _INTEGER, _INTEGER),
+}
 
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
-    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    signatures = {
-        "bitcpm_packed_product": (*[pointer] * 6, long, long, long, integer, integer, integer),
-        "bitcpm_unpack_rows": (*[pointer] * 3, long, long, long, integer, integer),
-    }
-    return build("packed_linear", _SOURCES, signatures, _FLAGS)
+    return build("packed_linear", _SOURCES, _SIGNATURES, _FLAGS)
 
 
 def kernels() -> PackedKernels:
@@ -75,7 +75,7 @@ def _decode(
         packed.shape[0],
         columns,
         scales.shape[1],
-        dtype == torch.bfloat16,
+        _is_bf16(dtype),
         threads_for(packed.shape[0], weight.numel()),
     )
     return weight
@@ -100,7 +100,13 @@ def _multiply(library: ctypes.CDLL, x: torch.Tensor, packed: torch.Tensor, scale
         columns,
         scales.shape[1],
         tokens,
-        x.dtype == torch.bfloat16,
+        _is_bf16(x.dtype),
         threads_for(rows, rows * columns),
     )
     return y
+
+
+def _is_bf16(dtype: torch.dtype) -> bool:
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"{dtype}: the kernel knows bfloat16 and float32")
+    return dtype == torch.bfloat16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C sources as a library, such as those of this folder: compiled for the machine at hand, and kept in a user's cache."""
+"""C sources as a library, such as those of this folder: compiled for this machine, and kept in the user's cache."""
 
 import ctypes
 import functools
