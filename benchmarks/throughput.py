@@ -25,10 +25,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import processes
 import torch
 from hardware import best_device, check_outputs, command_line
-from steps import host_jobs, report
+from steps import host_jobs, processes, report
 from steps.layouts import Layout
 from steps.plan import BASELINE, MODES, PROGRESS, RECOMPUTE, RESIDENT, Job, asked, model_flags, standard, ternary_flags
 from steps.variants import PEERS, VARIANTS

@@ -11,11 +11,11 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import processes
 from hardware import best_device, machine
 from tqdm import tqdm
 
 from bitcpm_megatron.cli import FailedError
+from steps import processes
 from steps.plan import BASELINE, OURS, Job, asked, model_flags
 from steps.report import Row, rows_of
 

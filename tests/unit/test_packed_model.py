@@ -121,7 +121,7 @@ def rounding(model: "transformers.PreTrainedModel", places: list[tuple[int, int]
     chosen = torch.stack([logits[place] for place in places])
     slopes = torch.autograd.grad(chosen, moves, torch.eye(len(places), dtype=chosen.dtype), is_grads_batched=True)
     moved = sum((slope * bound).square().flatten(1).sum(1) for slope, bound in zip(slopes, bounds, strict=True))
-    return float(moved.sqrt().max())
+    return float(moved.detach().sqrt().max())
 
 
 @pytest.mark.slow
@@ -130,10 +130,9 @@ def test_logits_of_single_tokens_and_greedy_choices(exports) -> None:
     ours = by_single_tokens(load_packed_model(packed, dtype=torch.float32))
     theirs = by_single_tokens(dense_model(dense, torch.float32))
     largest = theirs.topk(2).values
-    places = [(p, int(t)) for p in (255, 200, 130, 31, 1) for t in theirs[p].topk(2).indices]
+    places = [(p, int(t)) for p in (255, 130, 31) for t in theirs[p].topk(2).indices]
     # Eight standard deviations; of both models; and twice that, for what else rounds: sums of no more terms.
     bound = 8 * 4 * rounding(dense_model(dense, torch.float64), places)
-    print(bound, float((ours - theirs).abs().max()), float(theirs.std()))
     assert not torch.equal(ours, theirs) and float((ours - theirs).abs().max()) <= bound < 0.01 * float(theirs.std())
     certain = largest[:, 0] - largest[:, 1] > 2 * bound
     assert certain.float().mean() > 0.9

@@ -14,12 +14,11 @@ import torch
 
 CHECKOUT = Path(__file__).parents[2]
 
-import processes
 import throughput
 import throughput_job
 from cost.workload import flops_per_token, layout_of
 from report.intervals import median_interval
-from steps import host_jobs, meters, plan
+from steps import host_jobs, meters, plan, processes
 from steps import report as throughput_report
 from steps.layouts import Layout
 from steps.variants import PEERS

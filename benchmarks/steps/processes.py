@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-_AGENT = Path(__file__).resolve().parents[1] / "launch" / "agent.py"
+_AGENT = Path(__file__).resolve().parents[2] / "launch" / "agent.py"
 
 
 def command(processes: int, script: Path, arguments: Sequence[str]) -> list[str]:
