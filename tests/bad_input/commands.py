@@ -127,6 +127,7 @@ COMMANDS = {
         Command("conversion", "benchmarks", ("--output-dir", "out"), runs=False),
         Command("roofline", "benchmarks", ("--output-dir", "out"), runs=False),
         Command("memory", "benchmarks", ("--tp", "2")),
+        Command("packed_inference", "benchmarks", ("--output-dir", "out"), runs=False),
         Command("kernel_against", "benchmarks", ("HEAD",), runs=False),
         Command("space_errors", "studies", ("--rows", "2", "--columns", "8"), runs=False),
         Command("int8_quality", "studies", ("--work", "out", "--output", "out2"), runs=False),

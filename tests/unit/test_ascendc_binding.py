@@ -10,8 +10,10 @@ import torch
 from ascendc import binding, golden
 from ascendc.binding import Device, in_a_child
 
+from bitcpm_megatron.inference import packed_linear
 from bitcpm_megatron.ops import ascendc, quantize_in_place, registry
 from bitcpm_megatron.quantization import QuantizerConfig, pack, quantize_dequantize
+from bitcpm_megatron.quantization import quantize as quantize_to_codes
 
 # Each check is a process of its own.
 pytestmark = [
@@ -92,6 +94,35 @@ def in_place(device: Device) -> None:
             expected, theirs = quantize_dequantize(start * (1 + step), QuantizerConfig(group_size=group, eps=EPS))
             assert golden.same_bits(weight.cpu(), expected) and golden.same_bits(own.cpu(), theirs)
         del scales, own
+
+
+def packed_layers(device: Device) -> None:
+    """Rows of packed layers are unpacked on the device, for every number of tokens; the product is the device's own.
+
+    The stand-in has no products and no views: that the pieces make the whole is shown on a CPU.
+    """
+    multiplied: list[torch.Tensor] = []
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        multiplied.append(weight.cpu())
+        return torch.nn.functional.linear(x.cpu(), multiplied[-1]).to(weight.device)
+
+    ascendc.unavailable = lambda device_type: None  # it asks for torch_npu, which is not here
+    packed_linear.linear = product
+    packed_linear._DECODED_ELEMENTS = 4 * 384
+    for columns, group in ((384, 128), (384, 32), (33, -1)):
+        codes, scales = quantize_to_codes(gaussian(9, columns, torch.float32), QuantizerConfig(group_size=group))
+        layer = packed_linear.PackedTernaryLinear(pack(codes), scales, columns)
+        on_device = packed_linear.PackedTernaryLinear(layer.packed.to("npu"), layer.scales.to("npu"), columns)
+        for dtype in (torch.bfloat16, torch.float32):
+            weight = on_device.weight(dtype)
+            assert weight.device.type == "npu" and golden.same_bits(weight.cpu(), layer.weight(dtype))
+            for tokens in (1, 33):
+                launches = device.counts.launches
+                on_device(gaussian(tokens, columns, dtype).to("npu"))
+                assert device.counts.launches - launches == len(multiplied) == (1 if columns == 33 else 3)
+                assert {len(rows) for rows in multiplied} <= {4, 1, 9}
+                multiplied.clear()
 
 
 def wrong_tensors(device: Device) -> None:
@@ -249,6 +280,7 @@ def chips_without_graphs(device: Device) -> None:
     [
         grouped_launch,
         in_place,
+        packed_layers,
         wrong_tensors,
         failing_launch,
         tables_over_steps,

@@ -69,7 +69,8 @@ def test_a_picture_that_cannot_be_drawn_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_commands_start_without_matplotlib() -> None:
     program = (
-        "import sys; import conversion, kernel, memory, roofline, throughput; sys.exit('matplotlib' in sys.modules)"
+        "import sys; import conversion, kernel, memory, packed_inference, roofline, throughput; "
+        "sys.exit('matplotlib' in sys.modules)"
     )
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, cwd=CHECKOUT / "benchmarks", capture_output=True, text=True)
