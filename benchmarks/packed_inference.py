@@ -162,7 +162,8 @@ def resident(packed: Path, tokens: int) -> tuple[int, int, int, int]:
     config = json.loads((packed / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
     importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    importlib.import_module("accelerate")
+    for name in ("accelerate", "transformers.generation.utils"):
+        importlib.import_module(name)
     kernels_for("cpu")
     torch.ones(8, 8).bfloat16() @ torch.ones(8, 8).bfloat16()
     before, _ = _memory()

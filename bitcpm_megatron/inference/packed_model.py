@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import FileError, check_digests, is_inside, read_json
-from ..quantization import effective_group, pack
+from ..quantization import effective_group, pack, packed_size
 from ..quantization.record import QuantizerRecord
 from .packed_linear import PackedTernaryLinear
 
@@ -22,7 +22,7 @@ _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = (torch.bfloat16, torch.float32)
 _BITS, _LOWEST = 2, 2
 """Of a code in the format, and what it adds to one."""
-_ELEMENTS = 1 << 20
+_ELEMENTS = 1 << 18
 """Of a weight whose codes are rearranged at a time."""
 
 
@@ -220,15 +220,17 @@ def _repacked(words: torch.Tensor, where: str, device: torch.device) -> torch.Te
     """Codes in the format's order, int32 ``[rows, in / 16]``, in that of :mod:`..quantization.packing`."""
     if words.dtype != torch.int32:
         raise FileError(f"{where}.weight_packed is {words.dtype}, not int32: export the model again by {_MADE_BY}")
-    pieces = []
-    for piece in words.split(max(1, _ELEMENTS // (words.shape[1] * 32 // _BITS))):
+    columns = words.shape[1] * 32 // _BITS
+    packed = torch.empty(words.shape[0], packed_size(columns), dtype=torch.uint8)
+    rows = max(1, _ELEMENTS // columns)
+    for piece, target in zip(words.split(rows), packed.split(rows), strict=True):
         fields = piece.contiguous().view(torch.uint8).unsqueeze(-1) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-        codes = (fields & 3).view(torch.int8).flatten(1) - _LOWEST
+        codes = fields.bitwise_and_(3).view(torch.int8).flatten(1).sub_(_LOWEST)
         try:
-            pieces.append(pack(codes))
+            target.copy_(pack(codes))
         except ValueError as error:
             raise FileError(f"{where}.weight_packed holds what is not ternary: {error}") from None
-    return torch.cat(pieces).to(device)
+    return packed.to(device)
 
 
 def _bf16(scales: torch.Tensor, where: str, device: torch.device) -> torch.Tensor:
