@@ -84,7 +84,8 @@ class CoreAttention(MegatronModule):
 
         Args:
             query: ``[length, rows, heads, d]``, or ``[tokens of this rank, heads, d]`` of a packed row.
-            key: the same with the heads of key and value.
+            key: the same with the heads of key and value; of rows also the tokens before those of the queries, where
+                megatron-core's inference context kept them.
             value: like ``key``.
             packed_seq_params: from :func:`~bitcpm_megatron.attention.documents.packed_seq_params`.
 

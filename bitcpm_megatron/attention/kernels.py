@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal attention by the kernels of torch and torch_npu, document by document; T x T scores with dropout alone.
 
-With a window of W a token attends to itself and to the W tokens before it.
+With a window of W a token attends to itself and to the W tokens before it. Where there are fewer queries than keys,
+they are those of the last tokens: the others were asked before, and their keys and values were kept.
 """
 
 import functools
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-# Queries of one call in a sliding window, whose mask is a tensor of this by (this + W).
-_WINDOW_BLOCK = 512
+# Queries of one call with a mask, which is a tensor of this by (this + W), or by all keys.
+_MASKED_BLOCK = 512
 _COMPRESSED = 2048
 
 
@@ -35,8 +36,8 @@ def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, wei
     """Attention within rows of one length.
 
     Args:
-        query: ``[length, rows, heads, d]``.
-        key: ``[length, rows, groups, d]``; query head i attends with group ``i // (heads / groups)``.
+        query: ``[length, rows, heads, d]``, of the last tokens.
+        key: ``[all, rows, groups, d]``, all at least length; query head i attends with group ``i // (heads / groups)``.
         value: like ``key``.
         weighting: of the tokens of a row.
 
@@ -44,10 +45,7 @@ def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, wei
         ``[length, rows, heads, d]``.
     """
     if query.device.type == "npu":
-        length, rows = query.shape[:2]
-        query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-        bounds = torch.arange(rows + 1) * length
-        return _on_npu(query, key, value, bounds, weighting).unflatten(0, (rows, length)).transpose(0, 1)
+        return _rows_on_npu(query, key, value, weighting)
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     return _sdpa(query, key, value, weighting).permute(2, 0, 1, 3)
 
@@ -84,21 +82,23 @@ def attend_documents(
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weighting: Weighting) -> torch.Tensor:
-    """Attention of ``[rows, heads, length, d]``, with ``[rows, groups, length, d]``."""
+    """Attention of ``[rows, heads, length, d]``, with ``[rows, groups, all, d]``."""
     length, window = query.shape[2], weighting.window
+    earlier = key.shape[2] - length
     grouped = key.shape[1] != query.shape[1]
     call = functools.partial(
         scaled_dot_product_attention, dropout_p=weighting.dropout, scale=weighting.scale, enable_gqa=grouped
     )
-    if window is None or window >= length - 1:
+    if earlier == 0 and (window is None or window >= length - 1):
         return call(query, key, value, is_causal=True)
     attended = []
-    for start in range(0, length, _WINDOW_BLOCK):
-        end = min(start + _WINDOW_BLOCK, length)
-        first = max(0, start - window)
+    for start in range(earlier, earlier + length, _MASKED_BLOCK):
+        end = min(start + _MASKED_BLOCK, earlier + length)
+        first = 0 if window is None else max(0, start - window)
         back = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
-        seen = (back >= 0) & (back <= window)
-        attended.append(call(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], attn_mask=seen))
+        seen = back >= 0 if window is None else (back >= 0) & (back <= window)
+        asking = query[:, :, start - earlier : end - earlier]
+        attended.append(call(asking, key[:, :, first:end], value[:, :, first:end], attn_mask=seen))
     return torch.cat(attended, 2)
 
 
@@ -148,14 +148,30 @@ def _varlen(
     return attended
 
 
+def _rows_on_npu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weighting: Weighting) -> torch.Tensor:
+    length, rows = query.shape[:2]
+    bounds, of_keys = (torch.arange(rows + 1) * len(x) for x in (query, key))
+    query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+    return _on_npu(query, key, value, bounds, weighting, of_keys).unflatten(0, (rows, length)).transpose(0, 1)
+
+
 def _on_npu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, weighting: Weighting
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cumulative: torch.Tensor,
+    weighting: Weighting,
+    of_keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``torch_npu.npu_fusion_attention`` in layout TND, whose cumulative lengths have no leading 0."""
+    """``torch_npu.npu_fusion_attention`` in layout TND, whose cumulative lengths have no leading 0.
+
+    ``of_keys`` are those of the keys, where they are not those of the queries.
+    """
     import torch_npu
 
-    ends = cumulative[1:].tolist()
-    # Modes 3 (causal) and 4 (band) of the operator take one compressed mask for all lengths.
+    ends, key_ends = (x[1:].tolist() for x in (cumulative, cumulative if of_keys is None else of_keys))
+    # Modes 3 (causal) and 4 (band) of the operator take one compressed mask for all lengths, and have its diagonal in
+    # the lower right corner: the last query is that of the last key.
     mask = _compressed_mask(query.device)
     banded = {"sparse_mode": 3}
     if weighting.window is not None:
@@ -170,7 +186,7 @@ def _on_npu(
         scale=weighting.scale,
         keep_prob=1.0 - weighting.dropout,
         actual_seq_qlen=ends,
-        actual_seq_kvlen=ends,
+        actual_seq_kvlen=key_ends,
         **banded,
     )[0]
 

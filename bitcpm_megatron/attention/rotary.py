@@ -30,7 +30,13 @@ class RotaryOfDocuments(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **others: Any,
     ) -> Any:
-        """What :meth:`forward` gets from ``GPTModel``, which only passes it on: a length, or those of documents."""
+        """What :meth:`forward` gets from ``GPTModel``, which only passes it on: a length, or those of documents.
+
+        With an inference context it is the number of tokens so far: megatron-core takes the context's whole room, by
+        which a LongRoPE would choose its frequencies.
+        """
+        if inference_context is not None:
+            return inference_context.sequence_len_offset + len(transformer_input)
         if packed_seq_params is None:
             return self.rope.get_rotary_seq_len(
                 inference_context, transformer, transformer_input, transformer_config, None, **others

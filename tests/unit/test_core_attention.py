@@ -62,7 +62,7 @@ def test_it_is_megatron_cores_attention(scale: float | None, window: tuple | Non
 def test_a_token_beyond_the_window_has_no_gradient(
     block: int, window: int, packed: bool, single_rank: None, monkeypatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_WINDOW_BLOCK", block)
+    monkeypatch.setattr(kernels, "_MASKED_BLOCK", block)
     attention = build(window_size=(window, 0))
     lengths = torch.tensor([0, 20, 21, 40] if packed else [0, 40], dtype=torch.int32)
     options = {"packed_seq_params": packed_seq_params(lengths)} if packed else {}
@@ -75,6 +75,21 @@ def test_a_token_beyond_the_window_has_no_gradient(
             touched = gradient.flatten(1).abs().sum(1).nonzero().flatten()
             # With itself alone in sight the weight is 1, whatever the key.
             assert torch.equal(touched, seen) or (len(seen) == 1 and len(touched) == 0)
+
+
+@pytest.mark.parametrize("block", [4, 512])
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_the_last_tokens_alone_attend_as_among_all(window: int | None, block: int, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_MASKED_BLOCK", block)
+    stub = runpy.run_path(str(Path(__file__).parents[1] / "stubs" / "torch_npu" / "fusion_attention.py"))
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(**stub))
+    query, key, value = (x.detach() for x in qkv(20, 2))
+    weighting = Weighting(0.3, window)
+    whole = kernels.attend_rows(query, key, value, weighting)
+    for last in (1, 2, 7, 20):
+        for attend in (kernels.attend_rows, kernels._rows_on_npu):
+            found = attend(query[-last:], key, value, weighting)
+            assert torch.allclose(found, whole[-last:], rtol=0, atol=20 * 2**-23)
 
 
 def test_dropout_draws_from_the_tensor_parallel_ranks_own_generator(single_rank: None) -> None:

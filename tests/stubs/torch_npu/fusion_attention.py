@@ -29,8 +29,9 @@ def npu_fusion_attention(
     """Attention over ``[sequence, batch, heads * size]`` (SBH) or packed ``[tokens, heads, size]`` (TND).
 
     Heads may be grouped. Sparse mode 0 takes the mask as it is (True hides); 2 and 3 are causal and 4 is the band from
-    ``pre_tockens`` before the diagonal to ``next_tockens`` behind it, here 0, of sequences that are as long in queries
-    as in keys; these want the compressed mask. In TND the tokens of every sequence see their own sequence alone:
+    ``pre_tockens`` before the diagonal to ``next_tockens`` behind it, here 0; these want the compressed mask. Of 3 and
+    4 the diagonal ends at the last query and the last key, also where there are fewer queries. In TND the tokens of
+    every sequence see their own sequence alone:
     ``actual_seq_qlen`` and ``actual_seq_kvlen`` are where each one ends, with no 0 in front.
 
     Returns:
@@ -44,7 +45,8 @@ def npu_fusion_attention(
         "padding_mask": padding_mask is not None,
         "keep_prob": keep_prob != 1.0,
         "sparse_mode": sparse_mode not in ((2, 3, 4) if packed else (0, 2, 3, 4)),
-        "actual_seq_qlen": actual_seq_qlen != actual_seq_kvlen or (actual_seq_qlen is not None) != packed,
+        "actual_seq_qlen": (actual_seq_qlen is not None) != packed or (actual_seq_kvlen is not None) != packed,
+        "fewer queries than keys": actual_seq_qlen != actual_seq_kvlen and sparse_mode not in (3, 4),
         "next_tockens": sparse_mode == 0 and atten_mask is None and min(pre_tockens, next_tockens) < key.shape[0],
         "a band that is not causal": sparse_mode == 4 and (next_tockens != 0 or pre_tockens < 0),
     }
@@ -59,22 +61,34 @@ def npu_fusion_attention(
     if not packed:
         size = query.shape[-1] // head_num
         q, k, v = (t.reshape(*t.shape[:2], -1, size).permute(1, 2, 0, 3) for t in (query, key, value))
-        out, *statistics = _attention(q, k, v, scale, atten_mask if sparse_mode == 0 else _hidden(len(query), before))
+        out, *statistics = _attention(
+            q, k, v, scale, atten_mask if sparse_mode == 0 else _hidden(*query.shape[:1] * 2, before)
+        )
         return out.permute(2, 0, 1, 3).reshape(query.shape), *statistics
-    lengths = [end - start for start, end in zip([0, *actual_seq_qlen], actual_seq_qlen, strict=False)]
+    lengths, key_lengths = (_lengths(ends) for ends in (actual_seq_qlen, actual_seq_kvlen))
     if min(lengths) < 1 or sum(lengths) != len(query) or query.shape[1] != head_num:
         raise ValueError(
             f"ends {actual_seq_qlen} are not those of {len(query)} tokens, {head_num} heads of {query.shape}"
         )
-    parts = zip(*(t.transpose(0, 1).split(lengths, 1) for t in (query, key, value)), strict=True)
-    found = zip(*(_attention(q, k, v, scale, _hidden(q.shape[1], before)) for q, k, v in parts), strict=True)
+    if sum(key_lengths) != len(key) or any(k < q for k, q in zip(key_lengths, lengths, strict=True)):
+        raise ValueError(f"ends {actual_seq_kvlen} are not those of {len(key)} keys for queries that end at {lengths}")
+    cut = ((query, lengths), (key, key_lengths), (value, key_lengths))
+    parts = zip(*(t.transpose(0, 1).split(sizes, 1) for t, sizes in cut), strict=True)
+    found = zip(
+        *(_attention(q, k, v, scale, _hidden(q.shape[1], k.shape[1], before)) for q, k, v in parts), strict=True
+    )
     return tuple(torch.cat(part, 1).transpose(0, 1) for part in found)
 
 
-def _hidden(length: int, before: int | None) -> torch.Tensor:
+def _lengths(ends: list[int]) -> list[int]:
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _hidden(queries: int, keys: int, before: int | None) -> torch.Tensor:
     """What is behind a token, and what is more than so many before it."""
-    everything = torch.ones(length, length, dtype=torch.bool)
-    return everything.triu(1) if before is None else everything.triu(1) | everything.tril(-min(before, length) - 1)
+    everything = torch.ones(keys, keys, dtype=torch.bool)
+    hidden = everything.triu(1) if before is None else everything.triu(1) | everything.tril(-min(before, keys) - 1)
+    return hidden[keys - queries :]
 
 
 def _attention(
