@@ -138,7 +138,7 @@ def _demo(args: argparse.Namespace) -> None:
     runs = {"BF16": [], "ternary": ["--ternary", "--ternary-telemetry-interval", "20"]}
     losses = {name: train(out, name.lower(), args.train_iters, flags) for name, flags in runs.items()}
     saved = out / "ternary" / "checkpoint"
-    command = [*torchrun("launch/generate.py"), "--load", str(saved), "--num-tokens", "40", "--temperature", "0.7"]
+    command = [*torchrun("launch/generate.py"), str(saved), "--num-tokens", "40", "--temperature", "0.7"]
     sample = run("sample from the ternary weights", [*command, "--prompt", *PROMPTS], out / "sample.txt")
     newest = latest(saved)
     record = None if newest is None else QuantizerRecord.read(newest)

@@ -72,7 +72,7 @@ def train(out: Path, iterations: int) -> None:
 
 def ask(out: Path) -> list[dict[str, Any]]:
     """The answers to the held-out questions by our own generation: ``prompt``, ``text`` and ``ended`` of each."""
-    command = [sys.executable, "launch/generate.py", "--load", str(out / "checkpoint"), "--chat", "--fp32"]
+    command = [sys.executable, "launch/generate.py", str(out / "checkpoint"), "--chat", "--fp32"]
     command += ["--num-tokens", str(LONGEST_ANSWER), "--output", str(out / "answers.jsonl")]
     run("answers", [*command, "--prompt", *(q.prompt for q in held_out())], out / "answers.log")
     return [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -2,7 +2,7 @@
 """Checks that the product keeps the shape in which a reader finds things: ``python scripts/check_shape.py``.
 
 No file of it, in Python or C++, has more than 400 lines and no function more than 60, no folder more than 10 modules
-(``launch`` itself: 14, all of them commands), and no two files share 15 lines on end (imports, comments and blank lines
+(``launch`` itself: 15, all of them commands), and no two files share 15 lines on end (imports, comments and blank lines
 aside). Functions and modules are Python's alone. Exit status: 0 good, 1 not, with a line for everything that is not.
 """
 
@@ -25,7 +25,7 @@ ROOMS = (
     "csrc",
 )
 SOURCES = (".py", ".c", ".h", ".cpp")
-FILE_LINES, FUNCTION_LINES, MODULES, COMMANDS, EQUAL_LINES = 400, 60, 10, 14, 15
+FILE_LINES, FUNCTION_LINES, MODULES, COMMANDS, EQUAL_LINES = 400, 60, 10, 15, 15
 
 
 def crowded(files: Sequence[Path]) -> Iterator[str]:

@@ -24,7 +24,7 @@ class CacheEpoch:
     A quantized weight made in epoch ``number`` may be used again while ``number`` stands and ``open`` is true. The
     counter moves when a schedule announces its first micro-batch and when a checkpoint is loaded; the epoch is open
     from that micro-batch to the end of the schedule. Outside a schedule it is closed, and every forward quantizes anew:
-    nobody there promises that the weights stand still.
+    nobody there promises that the weights stand still, unless by :func:`hold_weights`.
 
     Attributes:
         number: of the epoch.
@@ -101,6 +101,16 @@ def set_ramp(chunks: Iterable[torch.nn.Module], ramp: float) -> None:
     """Says how much of the quantizer the forwards of these chunks use from now on; not while a schedule runs."""
     for epoch in filter(None, map(find_epoch, chunks)):
         epoch.ramp = ramp
+
+
+def hold_weights(chunks: Iterable[torch.nn.Module]) -> None:
+    """Says that the weights of these chunks stand still, as those of a model that is only asked do.
+
+    What was quantized once is used again until a checkpoint is loaded, or a schedule that runs the chunks is over.
+    """
+    for epoch in filter(None, map(find_epoch, chunks)):
+        epoch.start()
+        epoch.begin()
 
 
 def first_micro_batch(model: torch.nn.Module) -> None:

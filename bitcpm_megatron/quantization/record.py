@@ -14,6 +14,8 @@ from ..files import FileError, Strict, read_json, validated, write_text
 from .config import QuantizerConfig
 
 FILE_NAME = "ternary_quantizer.json"
+CONFIG_KEY = "ternary_quantizer"
+"""Of the ``config.json`` of a Hugging Face directory with latent weights: the same once more."""
 SCALE_SUFFIX = ".ternary_scale"
 """In a checkpoint the scales that training used stand beside each ternary weight, as ``<weight key>.ternary_scale``."""
 _VERSION = 2
@@ -189,6 +191,35 @@ class QuantizerRecord:
         pairs = [(name, getattr(config, name), getattr(default, name)) for name in _QUANTIZER]
         differs = {name: own for name, own, usual in pairs if own != usual}
         return {"group_size": group_size, **differs}
+
+
+def record_of_model(directory: str | Path) -> QuantizerRecord | None:
+    """The quantizer record of a Hugging Face directory, from its file, its ``config.json`` or both; None without one.
+
+    Raises:
+        RecordError: one cannot be understood, is of the middle of a ramp, or the two contradict each other.
+        FileError: ``config.json`` is damaged.
+    """
+    directory = Path(directory)
+    in_file, in_config, config = QuantizerRecord.read(directory), None, directory / "config.json"
+    if config.is_file():
+        content = read_json(config)
+        if not isinstance(content, dict):
+            raise RecordError(f"{config}: expected a JSON object")
+        if (found := content.get(CONFIG_KEY)) is not None:
+            in_config = QuantizerRecord.from_mapping(found, f"{config}: {CONFIG_KEY}")
+    for record in filter(None, (in_file, in_config)):
+        record.check_whole(directory)
+    if in_file is None or in_config is None:
+        return in_file or in_config
+    lines = in_file.contradictions(in_config)
+    if lines:
+        shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
+        raise RecordError(
+            f"{directory}: {FILE_NAME} (here: the checkpoint) and config.json (here: asked for) contradict each other: "
+            f"{shown}. Trainers rewrite config.json: delete {FILE_NAME} if it is left over from an earlier model"
+        )
+    return in_config
 
 
 def check_change(where: Path, found: QuantizerRecord | None, wanted: QuantizerRecord | None, allow_change: bool) -> str:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...files import FileError, write_text
-from ...quantization.record import FILE_NAME, QuantizerRecord, RecordError
+from ...quantization.record import CONFIG_KEY, QuantizerRecord, RecordError, record_of_model
 from ..storage.reader import ConversionError
-from .config import BITCPM, CLASSES, MINICPM, read_config
+from .config import BITCPM, CLASSES, MINICPM
 
-CONFIG_KEY = "ternary_quantizer"
 MODELING_FILE = "modeling_bitcpm.py"
 
 
@@ -53,26 +52,10 @@ def read_record(directory: str | Path) -> QuantizerRecord | None:
         ConversionError: one cannot be understood, or the two contradict each other.
     """
     try:
-        in_file, in_config = QuantizerRecord.read(directory), None
-        if (Path(directory) / "config.json").is_file():
-            content = read_config(directory).get(CONFIG_KEY)
-            if content is not None:
-                in_config = QuantizerRecord.from_mapping(content, f"{directory}/config.json: {CONFIG_KEY}")
-        for record in filter(None, (in_file, in_config)):
-            record.check_whole(directory)
-        if in_file is None or in_config is None:
-            return in_file or in_config
-        lines = in_file.contradictions(in_config)
+        return record_of_model(directory)
     except RecordError as error:
         raise ConversionError(str(error)) from None
     except FileError:
         raise
     except (TypeError, ValueError) as error:
         raise ConversionError(f"{directory}: the quantizer record is damaged ({error!r})") from None
-    if lines:
-        shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
-        raise ConversionError(
-            f"{directory}: {FILE_NAME} (here: the checkpoint) and config.json (here: asked for) contradict each other: "
-            f"{shown}. Trainers rewrite config.json: delete {FILE_NAME} if it is left over from an earlier model"
-        )
-    return in_config

@@ -58,7 +58,7 @@ def warm() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import bitcpm_megatron.inference.generate
+    import bitcpm_megatron.inference.megatron_run
     import bitcpm_megatron.training.loop  # noqa: F401
 
     for command in COMMANDS.values():

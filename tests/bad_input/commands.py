@@ -81,7 +81,7 @@ COMMANDS = {
         Command(
             "generate",
             "launch",
-            tuple("--load run --prompt fox --num-tokens 2 --tokenizer-model tokenizer.model".split()),
+            tuple("run --prompt fox --num-tokens 2 --tokenizer-model tokenizer.model".split()),
         ),
         Command(
             "preprocess_data",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bitcpm_megatron.inference import generate
+from bitcpm_megatron.inference import megatron_run
 from bitcpm_megatron.training import flags as flags_of_runs
 from bitcpm_megatron.training.flags import parse_args
 
@@ -187,6 +187,6 @@ def test_generation_names_the_numbers_of_processes_that_fit(
     flags, processes, message, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flags_of_runs, "saved_arguments", lambda path: vars(parse(*flags)))
-    monkeypatch.setattr(generate, "world_size", lambda: processes)
+    monkeypatch.setattr(megatron_run, "world_size", lambda: processes)
     with pytest.raises(ValueError, match=message):
-        generate.load_for_inference(tmp_path)
+        megatron_run.load_for_inference(tmp_path)

@@ -171,7 +171,7 @@ def test_the_commands_refuse_with_one_line(flag: str, tmp_path: Path) -> None:
     assert convert_hf_to_megatron.main(["--load-dir", str(tmp_path / "hf"), "--save-dir", str(directory)]) == 0
     (directory / "release" / ".metadata").write_bytes(pickle.dumps(Payload(exec, marker)))
     if flag == "generate":
-        command = ["launch/generate.py", "--load", str(directory), "--prompt", "a"]
+        command = ["launch/generate.py", str(directory), "--prompt", "a"]
     else:
         flags = "--mock-data --vocab-size 73 --seq-length 32 --micro-batch-size 1 --global-batch-size 1 --bf16"
         flags += " --train-iters 1 --lr 1e-3"

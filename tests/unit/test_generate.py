@@ -4,16 +4,18 @@
 import argparse
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from support.chat import STYLES, chat_tokenizer
+from support.next_tokens import Follows
 
 from bitcpm_megatron.data.sft.chat_template import ChatTemplate, open_chat_template
 from bitcpm_megatron.data.sft.questions import Questioner
 from bitcpm_megatron.data.tokenizers import open_tokenizer
-from bitcpm_megatron.inference.generate import generate
+from bitcpm_megatron.inference.generate import NextToken, generate
+from bitcpm_megatron.inference.megatron_run import tokenizer_of
+from bitcpm_megatron.inference.text_model import TextModel
 from bitcpm_megatron.launch import generate as command
 
 ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot|>", "mistral": "</s>", "gemma": "<end>"}
@@ -21,22 +23,66 @@ BLOCKS = """{% for m in messages %}{% if m.role == 'assistant' %}{% generation %
 {%- endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"""
 
 
-def model(follows: dict[int, int], vocab_size: int) -> SimpleNamespace:
-    """Writes behind each token the one that follows it."""
-
-    def forward(inputs: torch.Tensor, positions: torch.Tensor, mask: None) -> torch.Tensor:
-        following = torch.tensor([follows.get(token, 0) for token in inputs[0].tolist()])
-        return torch.nn.functional.one_hot(following, vocab_size).float().unsqueeze(0)
-
-    return SimpleNamespace(chunks=[forward])
+def said(model: NextToken, prompt: list[int], count: int, **options) -> list[int]:
+    return list(generate(model, prompt, count, 8, 30, **options))
 
 
-def test_it_stops_behind_the_first_end(single_rank: None) -> None:
-    counts = model({i: i + 1 for i in range(20)}, 30)
-    assert generate(counts, [1], 5, 8, 30) == [2, 3, 4, 5, 6]
-    assert generate(counts, [1], 5, 8, 30, ends={9, 4}) == [2, 3, 4]
-    assert generate(counts, [1, 4], 3, 8, 30, ends={4}) == [5, 6, 7], "an end in the prompt is none"
-    assert generate(counts, [1], 3, 8, 30, ends={9}) == [2, 3, 4]
+def test_it_stops_behind_the_first_end() -> None:
+    counts = Follows({i: i + 1 for i in range(20)}, 30)
+    assert said(counts, [1], 5) == [2, 3, 4, 5, 6]
+    assert said(counts, [1], 5, ends={9, 4}) == [2, 3, 4]
+    assert said(counts, [1, 4], 3, ends={4}) == [5, 6, 7], "an end in the prompt is none"
+    assert said(counts, [1], 3, ends={9}) == [2, 3, 4]
+
+
+def test_what_was_seen_is_not_computed_again() -> None:
+    counts = Follows({i: i + 1 for i in range(20)}, 30)
+    said(counts, [1, 2, 3], 3)
+    assert counts.computed == [[1, 2, 3], [4], [5]]
+    # A longer text, another one from its middle on, the same again, and one that is all of it.
+    for tokens in ([1, 2, 3, 4, 5, 6, 7], [1, 2, 9], [1, 2, 9], [1]):
+        counts.logits(tokens)
+    assert counts.computed[3:] == [[6, 7], [9], [9], [1]]
+    # Beyond the context the oldest are dropped, and all others stand elsewhere.
+    assert said(counts, list(range(1, 9)), 2) == [9, 10]
+    assert counts.computed[-2:] == [[2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 5, 6, 7, 8, 9]]
+
+
+def test_a_forward_that_was_interrupted_leaves_nothing() -> None:
+    counts = Follows({}, 30)
+    counts.logits([1, 2, 3])
+    counts.interrupted = True
+    with pytest.raises(KeyboardInterrupt):
+        counts.logits([1, 2, 3, 4])
+    counts.interrupted = False
+    counts.logits([1, 2, 3, 4])
+    assert counts.computed[-1] == [1, 2, 3, 4]
+
+
+def test_beyond_longropes_original_length_it_is_another_model() -> None:
+    counts = Follows({}, 30, original=3)
+    for tokens in ([1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3]):
+        counts.logits(tokens)
+    assert counts.computed == [[1, 2], [3], [1, 2, 3, 4], [5], [1, 2, 3]]
+
+
+def test_draws_are_those_of_the_seed_and_never_of_the_padding() -> None:
+    even = Follows({}, 40, spread=True)
+    drawn = said(even, [1], 400, temperature=1.0, generator=torch.Generator().manual_seed(1))
+    assert drawn == said(even, [1], 400, temperature=1.0, generator=torch.Generator().manual_seed(1))
+    assert drawn != said(even, [1], 400, temperature=1.0, generator=torch.Generator().manual_seed(2))
+    # 10 of 40 rows are padding, and have the largest logits.
+    assert max(drawn) < 30 and len(set(drawn)) == 30
+
+
+def test_what_is_no_prompt_or_no_number_is_refused() -> None:
+    counts = Follows({1: 2}, 30)
+    for prompt in ([], [30], [-1]):
+        with pytest.raises(ValueError, match="give one or more, from 0 to 29"):
+            said(counts, prompt, 1)
+    counts.scale = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        said(counts, [1], 1)
 
 
 @pytest.fixture
@@ -64,12 +110,12 @@ def test_white_space_behind_the_end_of_a_generation_block(tokenizer) -> None:
 
 
 @pytest.fixture
-def asked(single_rank: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Runs the command with the chatml tokenizer, and a model that writes ``AB`` behind a line, ends, and goes on."""
     directory = chat_tokenizer(tmp_path / "tokenizer", STYLES["chatml"][0])
     opened = open_tokenizer(directory)
     line, a, b, end = opened.tokenize("\nAB<|im_end|>")
-    follows = {line: a, a: b, b: end, end: opened.eod}
+    follows = Follows({line: a, a: b, b: end, end: opened.eod}, opened.vocab_size)
     run = argparse.Namespace(
         tokenizer_model=str(directory),
         tokenizer_type=None,
@@ -80,17 +126,16 @@ def asked(single_rank: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         tensor_model_parallel_size=1,
     )
 
-    def load(path: Path, fp32: bool) -> tuple[argparse.Namespace, SimpleNamespace]:
+    def opens(path: Path, *, fp32: bool, tokenizer: str | None, tokenizer_type: str | None) -> TextModel:
         main.fp32 = fp32
-        return run, model(follows, opened.vocab_size)
+        own = tokenizer_of(run, tmp_path, tokenizer, tokenizer_type)
+        return TextModel(tmp_path, follows, own, 64, frozenset({own.eod}))
 
-    monkeypatch.setattr(command, "latest", lambda directory: tmp_path)
-    monkeypatch.setattr(command, "load_for_inference", load)
-    monkeypatch.setattr(command, "shutdown", lambda: None)
+    monkeypatch.setattr(command, "open_text_model", opens)
     output = tmp_path / "made" / "answers.jsonl"
 
     def main(*flags: str) -> list[dict]:
-        argv = ["--load", "run", "--prompt", "Hi!", "So\n", *flags, "--output", str(output)]
+        argv = ["run", "--prompt", "Hi!", "So\n", *flags, "--output", str(output)]
         assert command.main(argv) == 0
         return [json.loads(line) for line in output.read_text().splitlines()]
 
@@ -117,7 +162,7 @@ def test_a_chat_without_a_template_is_refused_with_the_cure(
     asked, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     chat_tokenizer(asked.directory)
-    argv = ["--load", "run", "--prompt", "Hi!", "--chat"]
+    argv = ["run", "--prompt", "Hi!", "--chat"]
     assert command.main(argv) == 2
     assert "no chat template" in (said := capsys.readouterr().err) and "--chat-template FILE" in said
     (tmp_path / "chat.jinja").write_text(STYLES["chatml"][0])
@@ -134,7 +179,7 @@ def test_a_chat_without_a_template_is_refused_with_the_cure(
 def test_a_tokenizer_with_other_tokens_is_refused_however_alike(asked, tmp_path: Path, capsys) -> None:
     """Of the same size and ends: its content alone tells."""
     asked.run.tokenizer_identity = dict(open_tokenizer(asked.directory).unique_identifiers)
-    argv = ["--load", "run", "--prompt", "Hi!", "--tokenizer-model"]
+    argv = ["run", "--prompt", "Hi!", "--tokenizer-model"]
     assert command.main([*argv, str(chat_tokenizer(tmp_path / "own"))]) == 0, "a copy elsewhere is the same"
     other = chat_tokenizer(tmp_path / "other")
     described = json.loads((other / "tokenizer.json").read_text())
@@ -151,6 +196,6 @@ def test_a_tokenizer_with_other_tokens_is_refused_however_alike(asked, tmp_path:
 def test_a_tokenizer_that_can_have_no_template_is_refused(asked, monkeypatch, capsys) -> None:
     from bitcpm_megatron.data.tokenizers import NullTokenizer
 
-    monkeypatch.setattr(command, "_tokenizer", lambda *given: NullTokenizer(9))
-    assert command.main(["--load", "run", "--prompt", "1", "--chat"]) == 2
+    monkeypatch.setitem(globals(), "tokenizer_of", lambda *given: NullTokenizer(9))
+    assert command.main(["run", "--prompt", "1", "--chat"]) == 2
     assert "give a directory with a tokenizer.json" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model that was trained on conversations is asked with, and what ends its answers."""
 
+from collections.abc import Sequence
+
 from ..tokenizers.hugging_face import HuggingFaceTokenizer
 from .answers import AnswerFinder
-from .chat_template import ChatTemplate
+from .chat_template import ChatTemplate, Message
 
 
 class Questioner:
@@ -29,11 +31,16 @@ class Questioner:
         ends = [token for token in tokenizer.added_tokens if token and answer.endswith(token)]
         self.ends = {tokenizer.eod, *(tokenizer.tokenize(token)[0] for token in ends)}
 
-    def ask(self, question: str) -> list[int]:
-        """The ids of a conversation of which a user said `question`, and nobody anything yet.
+    def ask(self, question: str, before: Sequence[Message] = ()) -> list[int]:
+        """The ids of a conversation in which a user says `question` now.
+
+        Args:
+            question: what the user says.
+            before: what was said before it.
 
         Raises:
             ValueError: the template refuses it.
         """
-        text = self._template.render([{"role": "user", "content": question}], add_generation_prompt=True)
+        messages = [*before, {"role": "user", "content": question}]
+        text = self._template.render(messages, add_generation_prompt=True)
         return self._tokenizer.tokenize(text)

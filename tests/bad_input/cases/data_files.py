@@ -168,9 +168,9 @@ def data(world: Path) -> Iterator[Case]:
     for root, pieces in (("run", 290), ("run", 301), ("start", 288), ("start", 301)):
         yield Case(
             "data",
-            f"generate --load {root} with a tokenizer of {pieces} pieces",
+            f"generate {root} with a tokenizer of {pieces} pieces",
             "generate",
-            tuple(f"--load {root} --prompt fox --num-tokens 2 --tokenizer-model other.model".split()),
+            tuple(f"{root} --prompt fox --num-tokens 2 --tokenizer-model other.model".split()),
             prepare=_tokenizer(pieces),
             says=("tokenizer other.model",),
             accepts=(root, pieces) == ("start", 288),  # within the padding of what was converted

@@ -57,7 +57,7 @@ def main(directory: Path) -> None:
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from bitcpm_megatron.checkpoints.directory import latest
-    from bitcpm_megatron.inference.generate import load_for_inference
+    from bitcpm_megatron.inference.megatron_run import load_for_inference
 
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
