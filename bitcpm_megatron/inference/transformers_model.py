@@ -82,6 +82,7 @@ def _packed(directory: Path, quantization: Any, device: torch.device, dtype: tor
 def _built(directory: Path, config: Mapping[str, Any], record: QuantizerRecord | None, dtype: Any) -> Any:
     """The model as it is stored, from a class of Transformers' own."""
     from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
+    from transformers.utils import logging as hf_logging
 
     kind, latent = config.get("model_type"), record is not None and record.state == "latent"
     options = {"local_files_only": True, "use_safetensors": True, "dtype": dtype}
@@ -89,6 +90,8 @@ def _built(directory: Path, config: Mapping[str, Any], record: QuantizerRecord |
     if not ours and (config.get("auto_map") is not None or kind == _LATENT):
         cure = (_FUSE if latent else _CONVERT).format(directory)
         raise ValueError(f"{directory} is a {kind} model with code of its own, which is not run here: {cure}")
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
         if ours:
             known = {name: value for name, value in config.items() if name not in ("model_type", "auto_map")}
@@ -99,6 +102,9 @@ def _built(directory: Path, config: Mapping[str, Any], record: QuantizerRecord |
     except Exception as error:  # of whatever type: of keys and values of a file that it did not expect
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{directory}: Transformers cannot open it as a causal language model: {said[0]}") from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def quantize_latents(model: torch.nn.Module, record: QuantizerRecord, where: Path) -> None:
