@@ -21,7 +21,7 @@ NEW_PYTHON ?= $(shell scripts/newer_python)
 NEW_PY := $(NEW_MEGATRON)/bin/python
 ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/unit/test_upstream_warnings.py tests/unit/test_core_attention.py \
 	tests/unit/test_packed_sequences.py tests/unit/test_sft_samples.py tests/distributed/test_runs.py \
-	tests/distributed/test_signals.py::test_what_writes_checkpoints_dies_with_its_rank
+	tests/distributed/test_generation.py tests/distributed/test_signals.py::test_what_writes_checkpoints_dies_with_its_rank
 
 # What checkouts of Megatron-LM, MindSpeed and MindSpeed-LLM import beyond this environment; 0.12.1 needs an older numpy,
 # MindSpeed-LLM the transformers that it pins, and a PEFT that it works with: not 0.17.

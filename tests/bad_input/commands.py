@@ -83,6 +83,7 @@ COMMANDS = {
             "launch",
             tuple("run --prompt fox --num-tokens 2 --tokenizer-model tokenizer.model".split()),
         ),
+        Command("chat", "launch", tuple("fused --num-tokens 2 --tokenizer-model chat".split())),
         Command(
             "preprocess_data",
             "launch",
