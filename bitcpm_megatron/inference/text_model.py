@@ -2,6 +2,7 @@
 """Opens whatever a model is stored as: a training run, a Hugging Face directory, or a packed export of one."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class TextModel:
         tokenizer: of the model.
         context: its longest input, in tokens.
         ends: ids of the tokens that end its texts.
+        close: leaves the process groups that were joined to open it.
     """
 
     path: Path
@@ -33,13 +35,7 @@ class TextModel:
     tokenizer: Tokenizer
     context: int
     ends: frozenset[int]
-
-    def close(self) -> None:
-        """Leaves the process groups, where there are any."""
-        if torch.distributed.is_initialized():
-            from ..training.initialize import shutdown
-
-            shutdown()
+    close: Callable[[], None] = lambda: None
 
 
 def is_first_rank() -> bool:
@@ -109,12 +105,13 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _of_run(checkpoint: Path, fp32: bool, tokenizer: str | None, kind: str | None) -> TextModel:
     # Not before it is needed: exports open without megatron-core.
+    from ..training.initialize import shutdown
     from .megatron_run import MegatronNextToken, context_of, load_for_inference, tokenizer_of
 
     run, model = load_for_inference(checkpoint, fp32)
     own = tokenizer_of(run, checkpoint, tokenizer, kind)
     context = context_of(run)
-    return TextModel(checkpoint, MegatronNextToken(model, context), own, context, frozenset({own.eod}))
+    return TextModel(checkpoint, MegatronNextToken(model, context), own, context, frozenset({own.eod}), shutdown)
 
 
 def _of_hugging_face(path: Path, fp32: bool, tokenizer: str | None, kind: str | None) -> TextModel:

@@ -162,22 +162,23 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     chat: Callable[..., int], model: TextModel, capsys: pytest.CaptureFixture
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
-    (a,) = model.tokenizer.tokenize("A")
-    model.tokens.interrupt_behind = a
+    a, b = model.tokenizer.tokenize("AB")
+    end = model.tokens.follows[b]
+    model.tokens.interrupt_behind, model.tokens.follows[b] = a, a
     asked = []
     original = Conversation.say
 
     def say(self: Conversation, text: str) -> object:
         asked.append([m["content"] for m in self.messages])
         if text == "Go on":
-            model.tokens.interrupt_behind = None
+            model.tokens.interrupt_behind, model.tokens.follows[b] = None, end
         return original(self, text)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Conversation, "say", say)
         assert chat("Hi!\nGo on\n") == 0
     written = capsys.readouterr()
-    # Asked behind A, the model wrote B, and was stopped there.
+    # Asked behind A, the model wrote B, and was stopped there: it would have gone on for ever.
     assert written.out == "AB\nAB\n"
     assert written.err == "(stopped)\n"
     assert asked == [[], ["Hi!", "AB"]]

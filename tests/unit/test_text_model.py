@@ -10,8 +10,10 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402
 from support import tiny_hf  # noqa: E402 - needs Transformers
 
+from bitcpm_megatron import QuantizerConfig, fake_quantize  # noqa: E402
 from bitcpm_megatron.checkpoint_tools.hf_model.config import GRANITE, LLAMA, config_for  # noqa: E402
 from bitcpm_megatron.inference.generate import NextToken  # noqa: E402
 from bitcpm_megatron.inference.text_model import open_questioner, open_text_model  # noqa: E402
@@ -97,12 +99,18 @@ def test_masters_are_rounded_to_what_training_quantized(tmp_path: Path) -> None:
     record = tiny_hf.record(latent_dtype="bfloat16")
     tiny_hf.latent_export(directory, tiny_hf.llama(), record)
     tiny_hf.write_tokenizer(directory)
+    masters = {
+        name: tensor.float() * (1 + 2**-9) for name, tensor in load_file(directory / "model.safetensors").items()
+    }
+    save_file(masters, directory / "model.safetensors", metadata={"format": "pt"})
     found = {fp32: open_text_model(directory, fp32=fp32).tokens._model.state_dict() for fp32 in (True, False)}
-    for name, weight in found[True].items():
-        assert weight.dtype == torch.float32 and found[False][name].dtype == torch.bfloat16
-        assert torch.equal(weight, found[False][name].float())
-    projection = found[True]["model.layers.0.mlp.up_proj.weight"]
-    assert all(len(row.abs().unique()) <= 2 for row in projection), "zero and one scale"
+    for module in record.modules:
+        weight, rounded = (found[fp32][f"{module}.weight"] for fp32 in (True, False))
+        assert (weight.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(weight, rounded.float())
+    name = "model.layers.0.mlp.up_proj.weight"
+    seen = [fake_quantize(latent, QuantizerConfig()).float() for latent in (masters[name].bfloat16(), masters[name])]
+    assert torch.equal(found[True][name], seen[0]) and not torch.equal(*seen)
 
 
 def test_ends_are_those_of_every_file(tmp_path: Path) -> None:
