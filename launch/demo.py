@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way on one small machine: text to tokens to two training runs, BF16 and ternary, to a sample of text.
+"""The whole way on one small machine: text to tokens to two training runs, BF16 and ternary, to a small file that talks.
 
     python launch/demo.py [--output DIR] [--train-iters N]
 
@@ -91,6 +91,27 @@ def train(out: Path, name: str, iterations: int, flags: list[str]) -> float:
     return [r["lm_loss"] for r in read_metrics(directory) if r["kind"] == "valid"][-1]
 
 
+def pack(out: Path) -> tuple[int, int]:
+    """Exports both runs, the ternary one packed, and lets the packed one go on with the prompts; returns the bytes of
+    their files, BF16 first.
+
+    Raises:
+        FailedError: a part failed, or no text came.
+    """
+    tool, tokenizer = [sys.executable, "checkpoint_tools/convert_megatron_to_hf.py"], ["--tokenizer", str(out)]
+    arguments = ["--load-dir", str(out / "bf16" / "checkpoint"), "--save-dir", str(out / "bf16-model")]
+    run("the BF16 model as a file", [*tool, *arguments, *tokenizer, "--weights", "latent"], out / "bf16-model.log")
+    tool, arguments = [sys.executable, "checkpoint_tools/export_packed.py"], ["--format", "compressed-tensors"]
+    arguments += ["--load-dir", str(out / "ternary" / "checkpoint"), "--save-dir", str(out / "packed")]
+    run("the ternary model as a packed file", [*tool, *arguments, *tokenizer], out / "packed.log")
+    tool, arguments = [sys.executable, "launch/generate.py", str(out / "packed")], ["--temperature", "0.7"]
+    title, log = "sample from the packed file", out / "packed-sample.txt"
+    if not run(title, [*tool, *arguments, "--num-tokens", "40", "--prompt", *PROMPTS], log).strip():
+        raise FailedError(f"FAILED: {title}: no text came of it")
+    bf16, packed = ((out / name / "model.safetensors").stat().st_size for name in ("bf16-model", "packed"))
+    return bf16, packed
+
+
 def torchrun(script: str) -> list[str]:
     """The launch of one process per tensor-parallel rank."""
     return [sys.executable, "launch/agent.py", "--standalone", "--nproc_per_node", str(TENSOR_PARALLEL), script]
@@ -144,6 +165,7 @@ def _demo(args: argparse.Namespace) -> None:
     record = None if newest is None else QuantizerRecord.read(newest)
     if record is None or not record.modules or not sample.strip():
         raise FailedError("demo: FAILED: the ternary checkpoint holds no quantizer record, or no text came of it")
+    bf16, packed = pack(out)
     entropy = unigram_entropy(out / "data" / "valid_text_document")
     plot_losses({"BF16": out / "bf16", "ternary": out / "ternary"}, out / "loss.png", {"unigram entropy": entropy})
     ratio = losses["ternary"] / losses["BF16"]
@@ -153,6 +175,7 @@ def _demo(args: argparse.Namespace) -> None:
         print(f"{name:<22}{loss:>16.4f}{speed:>20.0f}")
     print(f"{'unigram entropy':<22}{entropy:>16.4f}")
     print(f"ternary / BF16 {ratio:.4f}; {len(record.modules)} ternary modules; {time.perf_counter() - started:.0f} s")
+    print(f"packed file {packed:,} bytes, {bf16 / packed:.2f} times smaller than BF16's of {bf16:,}")
     print(f"curves: {out / 'loss.png'}; what the quantizer did: {out / 'ternary' / 'ternary.png'}")
     if not losses["ternary"] < entropy or not ratio <= TOLERANCE:
         raise MismatchError("demo: FAILED: the ternary validation loss is not below the entropy, or too far above BF16")

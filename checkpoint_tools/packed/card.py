@@ -29,14 +29,16 @@ llama.cpp computes with the packed weights, on 8-bit activations:
 Transformers expands the file to ordinary weights, and does not read all of these types or the factors of LongRoPE: take
 the export in the format compressed-tensors for it.""",
     "compressed-tensors": """\
+`launch/chat.py DIRECTORY` and `launch/generate.py DIRECTORY` of bitcpm_megatron keep codes of 2 bits packed in memory.
+
 Transformers expands the weights to ordinary ones when it loads them, so that the file is small and the memory is not
 (`pip install transformers compressed-tensors`):
 
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
 
-vLLM serves this format with 4 bits (`export_packed.py --bits 4`, then `vllm serve DIRECTORY`; on a CPU it refuses 2 bits).
-This export was not tried there.""",
+vLLM serves codes of 4 bits (`export_packed.py --bits 4`, then `vllm serve DIRECTORY`; on a CPU it refuses 2 bits). This
+export was not tried there.""",
 }
 
 
