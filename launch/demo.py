@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way on one small machine: text to tokens to two training runs, BF16 and ternary, to a small file that talks.
+"""The whole way on one small machine: text, tokens, two training runs, BF16 and ternary, and a small file that talks.
 
     python launch/demo.py [--output DIR] [--train-iters N]
 
