@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..quantization import QuantizerConfig, check_weight, effective_group, packed_size
+from ..quantization import SPACES, QuantizerConfig, check_weight, effective_group, packed_size
 from .registry import Backend, register_backend
 
 LIBRARY_VARIABLE = "BITCPM_ASCENDC_LIBRARY"
@@ -25,11 +25,13 @@ MOST_LAUNCHES = 2
 """Per call, for any number of weights."""
 
 # One list entry per weight, or none for what is absent. Without weights the quantized ones are quantized where they
-# stand. Scales are written, or read where they are given. Returns counts, and the number of launches.
+# stand. Scales are written, or read where they are given. A space has thresholds, levels, and a bit for each threshold
+# whose tie goes up; ternary has none. Returns counts, and the number of launches.
 torch.library.define(
     "bitcpm::ascendc_quantize",
     "(Tensor[] weights, Tensor(a!)[] quantized, Tensor(b!)[] scales, Tensor(c!)[] packed, Tensor[] previous, "
-    "int[] groups, float eps, bool given, bool count) -> (Tensor[], int)",
+    "int[] groups, float eps, float scale_multiplier, bool absmax, float[] thresholds, float[] levels, int upper_ties, "
+    "bool given, bool count) -> (Tensor[], int)",
 )
 torch.library.define(
     "bitcpm::ascendc_unpack", "(Tensor packed, Tensor scales, int columns, ScalarType dtype) -> Tensor"
@@ -45,6 +47,11 @@ def _(
     previous: list[torch.Tensor],
     groups: list[int],
     eps: float,
+    scale_multiplier: float,
+    absmax: bool,
+    thresholds: list[float],
+    levels: list[float],
+    upper_ties: int,
     given: bool,
     count: bool,
 ) -> tuple[list[torch.Tensor], int]:
@@ -106,7 +113,7 @@ def load() -> None:
 def quantize_weights(
     weights: Sequence[torch.Tensor],
     group_sizes: Sequence[int],
-    eps: float,
+    config: QuantizerConfig,
     scales: Sequence[torch.Tensor] = (),
     previous: Sequence[torch.Tensor] = (),
     pack: bool = False,
@@ -117,16 +124,22 @@ def quantize_weights(
     Args:
         weights: latent weights ``[out, in]`` of one dtype on one NPU.
         group_sizes: elements per scale of each, -1 for the row.
-        eps: lower bound of the scales.
+        config: the quantizer of all of them, but for its group size.
         scales: given bf16 scales of each, or empty for the weights' own.
         previous: packed codes of each to compare with, or empty.
-        pack: also return packed codes.
-        count: also return counts; implied by ``previous``.
+        pack: also return packed codes, of ternary weights.
+        count: also return counts, of ternary weights; implied by ``previous``.
 
     Raises:
-        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
+        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`; or codes of another space than
+            ternary are to be packed, counted or compared.
         RuntimeError: a launch failed, or a graph is being captured whose table is not on the device yet.
     """
+    if config.space != "ternary" and (previous or pack or count):
+        raise ValueError(
+            f"the AscendC kernels pack, count and compare ternary codes, not those of {config.space!r}: leave out "
+            "previous, pack and count (bitcpm_megatron.quantization.pack packs codes of any space)"
+        )
     given: Sequence[torch.Tensor | None] = list(scales) or [None] * len(weights)
     groups = [check_weight(w, g, s) for w, g, s in zip(weights, group_sizes, given, strict=True)]
     quantized = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
@@ -138,15 +151,25 @@ def quantize_weights(
     load()
     latent, before = ([t.detach().contiguous() for t in tensors] for tensors in (weights, previous))
     counts, launches = torch.ops.bitcpm.ascendc_quantize(
-        latent, quantized, own, packed, before, groups, eps, bool(scales), count
+        latent, quantized, own, packed, before, groups, *_quantizer(config), bool(scales), count
     )
     return QuantizedWeights(quantized, own, packed, counts, launches)
+
+
+def _quantizer(config: QuantizerConfig) -> tuple[float, float, bool, list[float], list[float], int]:
+    """A quantizer as the op takes it, from ``eps`` to ``upper_ties``."""
+    how = (config.eps, config.scale_multiplier, config.statistic == "absmax")
+    if config.space == "ternary":
+        return *how, [], [], 0
+    space = SPACES[config.space]
+    upper = sum(1 << k for k, tie in enumerate(space.ties) if tie == "upper")
+    return *how, list(space.thresholds), list(space.levels), upper
 
 
 def unpack_weight(
     packed: torch.Tensor, scales: torch.Tensor, columns: int, group_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The weight ``[out, columns]`` that packed codes and scales stand for.
+    """The weight ``[out, columns]`` that packed ternary codes and scales stand for.
 
     Raises:
         ValueError: the scales do not fit.
@@ -162,7 +185,7 @@ def unpack_weight(
 def _kernel(
     weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    result = quantize_weights([weight], [config.group_size], config.eps, [] if scales is None else [scales])
+    result = quantize_weights([weight], [config.group_size], config, [] if scales is None else [scales])
     return result.quantized[0], result.scales[0]
 
 
@@ -178,9 +201,11 @@ def _grouped(
     load()
     latent = [] if in_place else [w.detach().contiguous() for w in weights]
     launches: int = torch.ops.bitcpm.ascendc_quantize(
-        latent, list(quantized), list(scales), [], [], groups, config.eps, False, False
+        latent, list(quantized), list(scales), [], [], groups, *_quantizer(config), False, False
     )[1]
     return launches
 
 
-register_backend(Backend("ascendc", _kernel, unavailable, priority=20, grouped=_grouped))
+register_backend(
+    Backend("ascendc", _kernel, unavailable, priority=20, spaces=tuple(SPACES), any_scale=True, grouped=_grouped)
+)

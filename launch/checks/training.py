@@ -93,12 +93,6 @@ def _quantizer(subject: Subject) -> list[Finding]:
     except ValueError as error:
         return [failed("quantizer", str(error), "another --ternary-group-size, recipe, TP or row-parallel shards")]
     configs = {path: record.config_of(path) for path in record.modules}
-    if subject.profile.device == "npu" and args.ternary_backend in ("auto", "ascendc"):
-        for path, config in configs.items():
-            if config.space != "ternary" or not config.of_absmean:
-                what = f"{path} is {config.space} with scales of {config.scale}"
-                what += ", and the AscendC kernels know ternary with scales of absmean"
-                return [failed("quantizer", what, "--ternary-backend triton, or torch")]
     rows = [linear for linear in x.linears(0) if linear.row_parallel]
     bad = [linear.path for linear in rows if shards % x.tp or linear.in_features % shards]
     if bad and args.ternary_activation_bits == 8:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``make kernel-test``: every case on the emulated kernels, then every mutant on every case until one catches it.
 
-Ends with "kernel: N cases ok, M/K mutants caught". Fails if a case does, if fewer than 95 % are caught, or if a
-survivor has no reason in survivors.txt.
+Between them come all quantizers on many values each (``values.py``). Ends with "kernel: N cases ok, M/K mutants
+caught". Fails if a case does, if fewer than 95 % are caught, or if a survivor has no reason in survivors.txt.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ascendc import cases
+from ascendc import cases, values
 from ascendc.emulator import SOURCES, Counters, EmulationError, Emulator, Weight, build
 from ascendc.mutants import Mutant, generate
 
@@ -171,6 +171,9 @@ def main() -> int:
 
     expected = run_cases(Emulator(), all_launches())
     print(f"{len(expected)} cases ok", flush=True)
+    fewest, ties = values.check_all(Emulator())
+    quantizers = f"{len(values.quantizers())} spaces x statistics x multipliers"
+    print(f"{quantizers} ok on {fewest:,} values each, {ties:,} or more of them on a threshold", flush=True)
     order = random.Random(args.seed)
     order.shuffle(expected)
     run = MutantRun(expected, args.list_survivors)

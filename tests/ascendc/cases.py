@@ -2,6 +2,7 @@
 """The cases that the AscendC kernels are tried on, and what has to hold in each of them."""
 
 import itertools
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from ascendc import golden
 from ascendc.emulator import Counters, Emulator, Weight
 
-from bitcpm_megatron.quantization import QuantizerConfig, pack, packed_size, quantize_dequantize, unpack
+from bitcpm_megatron.quantization import SPACES, QuantizerConfig, pack, packed_size, quantize_dequantize, unpack
 
 EPS = 1e-5
 OTHER_EPS = 3e-3
@@ -74,6 +75,9 @@ VALUES = (
     "not finite",
 )
 CORES = (1, 3, 40)
+OTHER_SPACES = tuple(name for name in SPACES if name != "ternary")
+# Statistic and multiplier; the first are the space's own.
+SCALES = ((None, None), ("absmean", 1.25), ("absmax", 1.0), ("absmax", 0.4))
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,14 @@ class Case:
     late: bool
     seed: int
     eps: float = EPS
+    space: str = "ternary"
+    scale: tuple[str | None, float | None] = ("absmean", 1.0)
+
+    @property
+    def config(self) -> QuantizerConfig:
+        """The quantizer; rows that are no multiple of 32 are groups as rows alone."""
+        group = -1 if self.group == self.shape[1] else self.group
+        return QuantizerConfig(self.space, group, self.eps, *self.scale)
 
 
 def all_cases() -> Iterator[Case]:
@@ -104,10 +116,29 @@ def all_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         i = next(turn)
         yield Case(LONGEST[:2], LONGEST[2], dtype, (), "gaussian", 2, i % 2 == 1, i)
+    yield from _other_quantizers(turn)
+
+
+def _other_quantizers(turn: Iterator[int]) -> Iterator[Case]:
+    """Every shape and dtype in another space than ternary, and in ternary with other scales than the mean."""
+    chance = random.Random(0)
+
+    def case(shape: tuple[int, int, int], dtype: torch.dtype, space: str, mode: tuple[str, ...], values: str) -> Case:
+        i = next(turn)
+        late, scale = chance.random() < 0.5, chance.choice(SCALES[1:] if space == "ternary" else SCALES)
+        return Case(shape[:2], shape[2], dtype, mode, values, chance.choice(CORES), late, i, EPS, space, scale)
+
+    own = [tuple(mode) for mode in MODES if not {"given", "unpack"} & mode.keys()]
+    for shape, dtype in itertools.product(SHAPES, DTYPES):
+        for mode in ((), ("given",)):
+            yield case(shape, dtype, chance.choice(OTHER_SPACES), mode, chance.choice((*VALUES, "infinite")))
+        yield case(shape, dtype, "ternary", chance.choice(own), chance.choice(VALUES))
+    for shape, dtype in itertools.product((*LARGE, LONGEST), DTYPES):
+        yield case(shape, dtype, chance.choice(list(SPACES)), (), "gaussian")
 
 
 def grouped_cases() -> Iterator[list[Case]]:
-    """Launches over several weights: small and large ones, of both kernels, in several modes, of two lower bounds.
+    """Launches over several weights: small and large ones, of both kernels, in several modes, of several scales.
 
     Each of them begins with another weight, so that the first is now a power of two and now is not, in both kernels.
     """
@@ -124,14 +155,18 @@ def grouped_cases() -> Iterator[list[Case]]:
     modes = (("compare",), (), ("given",), ("pack", "count"), ("count",))
     turn = itertools.count(10_000)
     for first, (dtype, cores, late) in enumerate(itertools.product(DTYPES, (1, 5, 40), (False, True))):
-        weights = []
+        weights, others = [], []
+        space = OTHER_SPACES[first % len(OTHER_SPACES)]
         for k in range(len(shapes)):
             rows, columns, group = shapes[(first + k) % len(shapes)]
             i = next(turn)
             mode, values = modes[i % len(modes)], "below eps" if k % 3 == 1 else VALUES[i % len(VALUES)]
             eps = EPS if (first + k) % 2 else OTHER_EPS
             weights.append(Case((rows, columns), group, dtype, mode, values, cores, late, i, eps))
+            mode, scale = ("given",) if i % 5 == 2 else (), SCALES[(first + k) % len(SCALES)]
+            others.append(Case((rows, columns), group, dtype, mode, values, cores, late, i, eps, space, scale))
         yield weights
+        yield others
         yield [
             Case(shape[:2], shape[2], dtype, ("unpack",), "gaussian", cores, late, next(turn)) for shape in shapes[1:7]
         ]
@@ -144,11 +179,9 @@ def make_values(case: Case, generator: torch.Generator) -> torch.Tensor:
     largest = 60000.0 if case.dtype == torch.float16 else 1e30
     if case.values == "ties":
         # Given scales of 1: half of the magnitudes lie on s/2 or next to it, on either side.
-        near = torch.tensor([0.5, -0.5, 1.0, -1.0]).to(case.dtype)
-        integer = torch.int32 if case.dtype == torch.float32 else torch.int16
-        steps = torch.randint(-1, 2, case.shape, generator=generator).to(integer)
-        picked = near[torch.randint(0, 4, case.shape, generator=generator)]
-        return (picked.view(integer) + steps).view(case.dtype)
+        near = torch.tensor([0.5, -0.5, 1.0, -1.0] if case.space == "ternary" else SPACES[case.space].thresholds)
+        picked = near[torch.randint(0, len(near), case.shape, generator=generator)]
+        return beside(picked.to(case.dtype), generator)
     if case.values == "zeros":
         w.zero_()
     elif case.values == "tiny":
@@ -165,6 +198,9 @@ def make_values(case: Case, generator: torch.Generator) -> torch.Tensor:
         w = torch.where(w > 0.3, w, torch.tensor(-0.0))
     elif case.values == "constant":
         w = torch.full(case.shape, -0.02)
+    elif case.values == "infinite":
+        most = torch.finfo(case.dtype).max
+        w = torch.tensor([most, -most, torch.inf, -torch.inf])[torch.randint(0, 4, case.shape, generator=generator)]
     elif case.values == "mixed":
         w *= torch.logspace(-6, 3, columns)
         w[:, : columns // 2] = 0
@@ -174,6 +210,13 @@ def make_values(case: Case, generator: torch.Generator) -> torch.Tensor:
         bad = torch.tensor([float("nan"), float("inf"), float("-inf")]).to(case.dtype)
         w.view(-1)[places] = bad[torch.randint(0, 3, places.shape, generator=generator)]
     return w
+
+
+def beside(w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each value, or one of its two neighbours in its dtype; beside zero lie +-2**-20."""
+    integer = torch.int32 if w.dtype == torch.float32 else torch.int16
+    steps = torch.randint(-1, 2, w.shape, generator=generator).to(integer)
+    return torch.where(w == 0, steps.to(w.dtype) * 2.0**-20, (w.view(integer) + steps).view(w.dtype))
 
 
 def make_weight(case: Case) -> Weight:
@@ -187,6 +230,9 @@ def make_weight(case: Case) -> Weight:
         scales *= 1 + torch.rand(scales.shape, generator=generator)
         if case.values == "ties":
             scales = torch.ones_like(scales)
+        if case.values == "infinite":
+            # One and a half of the largest scale is beyond fp32: an infinite weight lies on an infinite threshold.
+            scales = torch.where(scales > 1, 3e38, 1.0)
         if case.values == "tiny":
             # Between two fp16 values, among the subnormal ones.
             scales = (2 * torch.randint(0, 16, scales.shape, generator=generator) + 1) * 2.0**-25
@@ -197,9 +243,8 @@ def make_weight(case: Case) -> Weight:
         previous = pack(torch.randint(-1, 2, case.shape, generator=generator).to(torch.int8))
     if "unpack" in case.mode:
         return Weight(None, case.group, scales, previous=previous, shape=case.shape, dtype=case.dtype)
-    return Weight(
-        latent, case.group, scales, case.eps, pack="pack" in case.mode, count="count" in case.mode, previous=previous
-    )
+    pack_too, count = "pack" in case.mode, "count" in case.mode
+    return Weight(latent, case.group, scales, case.config, pack=pack_too, count=count, previous=previous)
 
 
 def check(case: Case, weight: Weight) -> None:
@@ -215,14 +260,16 @@ def check(case: Case, weight: Weight) -> None:
         return
 
     if not weight.given:
-        assert golden.same_bits(weight.scales, golden.own_scales(weight.latent, case.group, case.eps)), "scales"
+        scale = case.config.statistic, case.config.scale_multiplier
+        assert golden.same_bits(weight.scales, golden.own_scales(weight.latent, case.group, case.eps, *scale)), "scales"
         check_scales(weight, case)
+    assert not torch.signbit(weight.quantized[weight.quantized == 0]).any(), "-0.0"
+    expected = quantize_dequantize(weight.latent, case.config, weight.scales)[0]
+    assert golden.same_bits(weight.quantized, expected), "the reference quantizer with these scales"
+    if case.space != "ternary":
+        return
     codes = golden.codes(weight.latent, weight.scales)
     assert golden.same_bits(weight.quantized, golden.quantized(weight.latent, weight.scales)), "quantized weight"
-    assert not torch.signbit(weight.quantized[weight.quantized == 0]).any(), "-0.0"
-    reference = -1 if case.group == columns else case.group
-    expected = quantize_dequantize(weight.latent, QuantizerConfig(group_size=reference, eps=case.eps), weight.scales)[0]
-    assert golden.same_bits(weight.quantized, expected), "the reference quantizer with these scales"
 
     if weight.packed is not None:
         assert torch.equal(weight.packed, pack(codes)), "packed codes"
@@ -266,10 +313,11 @@ def check_bytes(case: Case, weight: Weight, counters: Counters) -> None:
 def check_scales(weight: Weight, case: Case) -> None:
     """The kernel's scales are the reference quantizer's, its means those of torch's own order of addition, nearly."""
     rows, columns = case.shape
-    reference = -1 if case.group == columns else case.group
-    expected = quantize_dequantize(weight.latent, QuantizerConfig(group_size=reference, eps=case.eps))[1]
+    expected = quantize_dequantize(weight.latent, case.config)[1]
     assert golden.same_bits(weight.scales, expected), "the reference quantizer's scales"
     finite = expected.isfinite()
+    if case.config.statistic != "absmean":
+        return
     mean = golden.means(weight.latent, case.group)[finite]
     groups = weight.latent.float().reshape(rows, columns // case.group, case.group)
     torch_mean = groups.abs().mean(-1)[finite]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from ascendc import cases
-from ascendc.emulator import DTYPES, LANES, SOURCES, Weight
+from ascendc.emulator import DTYPES, LANES, SOURCES, Space, Weight
 
 BUILD = SOURCES.parents[1] / "build" / "ascendc-cpu"
 WEIGHT, SCALES, PACKED, PREVIOUS, STATISTICS = 1, 2, 4, 8, 16
@@ -45,7 +45,9 @@ def encode(case: cases.Case, weight: Weight) -> bytes:
     wanted = (PACKED if weight.pack else 0) | (STATISTICS if _counts(weight) else 0)
     given = (WEIGHT if weight.latent is not None else 0) | (SCALES if weight.given else 0)
     given |= PREVIOUS if weight.previous is not None else 0
-    head = struct.pack("<4If3I", DTYPES[case.dtype], *case.shape, case.group, weight.eps, case.cores, wanted, given)
+    config = weight.config
+    head = struct.pack("<4If3I", DTYPES[case.dtype], *case.shape, case.group, config.eps, case.cores, wanted, given)
+    head += struct.pack("<fI", config.scale_multiplier, config.statistic == "absmax") + bytes(Space.of(config.space))
     tensors = (weight.latent, weight.scales if weight.given else None, weight.previous)
     return head + b"".join(_bytes(t) for t in tensors if t is not None)
 

@@ -8,7 +8,7 @@ import torch
 from ascendc.emulator import Emulator, Weight
 
 from bitcpm_megatron.ops import Backend, register_backend
-from bitcpm_megatron.quantization import QuantizerConfig, check_weight
+from bitcpm_megatron.quantization import SPACES, QuantizerConfig, check_weight
 
 NAME = "ascendc-emulated"
 CORES = 4
@@ -25,7 +25,7 @@ def kernel(
     """As :func:`bitcpm_megatron.quantization.quantize_dequantize`."""
     group = check_weight(weight, config.group_size, scales)
     given = None if scales is None else scales.contiguous().clone()
-    item = Weight(weight.detach().contiguous(), group, given, config.eps)
+    item = Weight(weight.detach().contiguous(), group, given, config)
     _emulator().run([item], CORES, late=True)
     return item.quantized, item.scales
 
@@ -40,7 +40,7 @@ def grouped(
     """As :meth:`bitcpm_megatron.ops.Backend.together`."""
     items = []
     for weight, out, own, group_size in zip(weights, quantized, scales, group_sizes, strict=True):
-        item = Weight(weight.detach().contiguous(), check_weight(weight, group_size, own), eps=config.eps)
+        item = Weight(weight.detach().contiguous(), check_weight(weight, group_size, own), config=config)
         item.quantized, item.scales = out, own
         items.append(item)
     return _emulator().run(items, CORES, late=True).launches
@@ -53,4 +53,6 @@ def unavailable(device_type: str) -> str | None:
 
 def register() -> None:
     """Adds the backend to the registry."""
-    register_backend(Backend(NAME, kernel, unavailable, priority=None, grouped=grouped))
+    register_backend(
+        Backend(NAME, kernel, unavailable, priority=None, spaces=tuple(SPACES), any_scale=True, grouped=grouped)
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bitcpm_megatron.quantization import packed_size
+from bitcpm_megatron.quantization import SPACES, QuantizerConfig, packed_size
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "ascendc"
@@ -36,9 +36,35 @@ class _Spec(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in "input output scales packed previous statistics".split()),
         *((name, ctypes.c_uint32) for name in "rows columns group".split()),
         ("epsilon", ctypes.c_float),
-        ("given_scales", ctypes.c_uint32),
-        ("unpack", ctypes.c_uint32),
+        ("multiplier", ctypes.c_float),
+        *((name, ctypes.c_uint32) for name in "absmax given_scales unpack".split()),
     ]
+
+
+THRESHOLDS = 4
+
+
+class Space(ctypes.Structure):
+    """A quantization space as ``ternary::Space`` in op_host/tiling.h."""
+
+    _fields_ = [
+        ("thresholds", ctypes.c_uint32),
+        ("upper_ties", ctypes.c_uint32),
+        ("threshold", ctypes.c_float * THRESHOLDS),
+        ("level", ctypes.c_float * (THRESHOLDS + 1)),
+    ]
+
+    @classmethod
+    def of(cls, name: str) -> "Space":
+        """By the name of quantization/spaces.py."""
+        made = cls()
+        if name != "ternary":
+            space = SPACES[name]
+            made.thresholds = len(space.thresholds)
+            made.upper_ties = sum(1 << k for k, tie in enumerate(space.ties) if tie == "upper")
+            made.threshold[: made.thresholds] = space.thresholds
+            made.level[: len(space.levels)] = space.levels
+        return made
 
 
 class Counters(ctypes.Structure):
@@ -58,7 +84,7 @@ class Weight:
         latent: ``[rows, columns]``, or None to unpack.
         group: elements per scale.
         scales: given scales, bf16 ``[rows, groups]``.
-        eps: lower bound of own scales.
+        config: how it is quantized, but for the group size. All weights of a launch have one space.
         pack: also write packed codes.
         count: also count codes that are not zero.
         previous: packed codes to compare with, or to unpack.
@@ -69,7 +95,7 @@ class Weight:
     latent: torch.Tensor | None
     group: int
     scales: torch.Tensor | None = None
-    eps: float = 1e-5
+    config: QuantizerConfig = QuantizerConfig()
     pack: bool = False
     count: bool = False
     previous: torch.Tensor | None = None
@@ -156,7 +182,15 @@ class Emulator:
         counters, error = Counters(), ctypes.create_string_buffer(400)
         dtype = DTYPES[weights[0].dtype]
         failed = self._library.ternary_emulate(
-            specs, len(weights), dtype, cores, int(late), ctypes.byref(counters), error, len(error)
+            specs,
+            len(weights),
+            ctypes.byref(_space(weights)),
+            dtype,
+            cores,
+            int(late),
+            ctypes.byref(counters),
+            error,
+            len(error),
         )
         if failed:
             raise EmulationError(error.value.decode())
@@ -170,8 +204,9 @@ class Emulator:
         """
         specs = self._specs(weights, cores)
         numbers, error = (ctypes.c_int64 * 100_000)(), ctypes.create_string_buffer(400)
+        space, dtype = ctypes.byref(_space(weights)), DTYPES[weights[0].dtype]
         count = self._library.ternary_plan(
-            specs, len(weights), DTYPES[weights[0].dtype], cores, numbers, len(numbers), error, len(error)
+            specs, len(weights), space, dtype, cores, numbers, len(numbers), error, len(error)
         )
         if count < 0:
             raise EmulationError("[plan] " + error.value.decode())
@@ -200,6 +235,12 @@ class Emulator:
                 assert tensor is None or tensor.is_contiguous(), name
                 setattr(spec, name, 0 if tensor is None else tensor.data_ptr())
             spec.rows, spec.columns = w.shape
-            spec.group, spec.epsilon = w.group, w.eps
+            spec.group, spec.epsilon = w.group, w.config.eps
+            spec.multiplier, spec.absmax = w.config.scale_multiplier, int(w.config.statistic == "absmax")
             spec.given_scales, spec.unpack = int(w.given), int(w.latent is None)
         return specs
+
+
+def _space(weights: list[Weight]) -> Space:
+    (name,) = {w.config.space for w in weights}
+    return Space.of(name)

@@ -19,10 +19,13 @@ def means(weight: torch.Tensor, group: int) -> torch.Tensor:
     return tree_sum(weight.float().abs().reshape(rows, columns // group, group)) / group
 
 
-def own_scales(weight: torch.Tensor, group: int, eps: float) -> torch.Tensor:
+def own_scales(
+    weight: torch.Tensor, group: int, eps: float, statistic: str = "absmean", multiplier: float = 1.0
+) -> torch.Tensor:
     """bf16 scales ``[rows, groups]``; NaN stays NaN."""
-    mean = means(weight, group)
-    return torch.where(mean < eps, torch.tensor(eps, dtype=torch.float32), mean).to(torch.bfloat16)
+    largest = weight.float().abs().reshape(weight.shape[0], -1, group).amax(-1)
+    found = (largest if statistic == "absmax" else means(weight, group)) * torch.tensor(multiplier)
+    return torch.where(found < eps, torch.tensor(eps, dtype=torch.float32), found).to(torch.bfloat16)
 
 
 def codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

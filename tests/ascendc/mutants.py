@@ -11,7 +11,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-KERNEL_FILES = ("vector_ops.h", "ternary_core.h", "scales.h", "codes.h", "ternary_tile.h", "ternary_rows.h")
+KERNEL_FILES = (
+    "vector_ops.h",
+    "ternary_core.h",
+    "scales.h",
+    "codes.h",
+    "levels.h",
+    "ternary_tile.h",
+    "ternary_rows.h",
+)
 TOKEN = re.compile(
     r"(?P<number>\b(?:0x[0-9A-Fa-f]+u?|\d+\.\d+f|\d+u?)\b)|(?P<word>[A-Za-z_]\w*)"
     r"|(?P<operator>==|!=|<=|>=|&&|\|\||<<|::|->|\+\+|\+=|-=|\*=|[-+*/%<>=!&|(){}\[\];,.?:~])|(?P<space>\s+)"
@@ -25,8 +33,8 @@ MODES = {
     "GT": ("GE", "LT"),
     "GE": ("GT", "LE"),
 }
-BINARY = ("Sub", "Add", "Div", "And", "Or", "Mul")
-UNARY = ("Abs", "Muls", "Adds", "Mins", "SumRepeats", "Select")
+BINARY = ("Sub", "Add", "Div", "And", "Or", "Mul", "Max")
+UNARY = ("Abs", "Muls", "Adds", "Mins", "SumRepeats", "LargestRepeats", "Select")
 # Bugs by hand that no rule makes: function, statement, the same with the bug.
 PLANTED = (
     # The lower bound is applied behind the rounding to bf16, so that it is not rounded itself.
@@ -46,6 +54,29 @@ PLANTED = (
         "ReadWeight",
         "weight.epsilon = numbers_.GetValue(at + kEpsilon)",
         "weight.epsilon = numbers_.GetValue(at - index * kEntryWords + kEpsilon)",
+    ),
+    (
+        "ReadWeight",
+        "weight.multiplier = numbers_.GetValue(at + kMultiplier)",
+        "weight.multiplier = numbers_.GetValue(at - index * kEntryWords + kMultiplier)",
+    ),
+    # A NaN is lost in the maximum.
+    (
+        "OwnScales",
+        "AscendC::Select(sum_, mask_, threshold_, sum_, AscendC::SELMODE::VSEL_TENSOR_TENSOR_MODE, segments)",
+        "AscendC::Select(sum_, mask_, threshold_, threshold_, AscendC::SELMODE::VSEL_TENSOR_TENSOR_MODE, segments)",
+    ),
+    # The thresholds are those of the statistic, which no rounding to bf16 has seen.
+    (
+        "FindLevels",
+        "AscendC::Muls(threshold_, scale_, numbers_.GetValue(kThreshold + k), scales)",
+        "AscendC::Muls(threshold_, sum_, numbers_.GetValue(kThreshold + k), scales)",
+    ),
+    # An infinite weight is beyond an infinite threshold.
+    (
+        "FindLevels",
+        "AscendC::Not(maskWords, maskWords, padded / 16)",
+        "CompareWith(mask_, magnitude_, 0.0f, AscendC::CMPMODE::LE, padded)",
     ),
     # The partial sums of a row are folded twice at most: what is beyond 64 ** 3 elements is lost.
     (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that are quantized together: any shapes, group sizes and dtypes, in place and not, against the reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -10,6 +10,7 @@ from bitcpm_megatron.ops import quantize_in_place
 from bitcpm_megatron.quantization import WEIGHT_DTYPES, QuantizerConfig, quantize_dequantize
 
 OP = torch.ops.bitcpm.fake_quantize_all
+TERNARY = QuantizerConfig()
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,22 @@ def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return found.dtype == expected.dtype and found.shape == expected.shape and bool(same.all())
 
 
-def check_together(latents: list[Latent], eps: float = QuantizerConfig.eps, device: str = "cpu") -> None:
+def check_together(latents: list[Latent], config: QuantizerConfig = TERNARY, device: str = "cpu") -> None:
     """Quantizes them together where they stand and elsewhere, by the backend that serves the device."""
     sizes = [latent.group_size for latent in latents]
     expected = [
-        quantize_dequantize(latent.tensor(), QuantizerConfig(group_size=size, eps=eps))
+        quantize_dequantize(latent.tensor(), replace(config, group_size=size))
         for latent, size in zip(latents, sizes, strict=True)
     ]
     weights = [latent.tensor(device) for latent in latents]
     elsewhere = [torch.full_like(w, 7.0) for w in weights]
     scales = [torch.full(s.shape, 7.0, dtype=s.dtype, device=device) for _, s in expected]
-    OP(weights, elsewhere, scales, "ternary", sizes, eps, "absmean", 1.0)
+    how = (config.eps, config.statistic, config.scale_multiplier)
+    OP(weights, elsewhere, scales, config.space, sizes, *how)
     for latent, weight in zip(latents, weights, strict=True):
         assert same_bits(weight, latent.tensor()), (latent, "a weight changed that is quantized elsewhere")
     places = [weight.data_ptr() for weight in weights]
-    own = quantize_in_place(weights, QuantizerConfig(eps=eps), sizes)
+    own = quantize_in_place(weights, config, sizes)
     assert places == [weight.data_ptr() for weight in weights]
     for quantized, made in ((elsewhere, scales), (weights, own)):
         for latent, q, s, (values, theirs) in zip(latents, quantized, made, expected, strict=True):

@@ -8,13 +8,14 @@ from dataclasses import astuple
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import tiny_gpt
 from support.grouped import LATENTS, Latent, check_together
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize
 from bitcpm_megatron.ops import active_backend, ascendc, backends, registry, set_backend
-from bitcpm_megatron.quantization import packed_size
+from bitcpm_megatron.quantization import SPACES, packed_size
 
 EMULATED = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 
@@ -59,13 +60,13 @@ def test_shapes_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ascendc, "load", lambda: None)
     with FakeTensorMode():
         weights = [torch.empty(6, 192, dtype=torch.bfloat16), torch.empty(4, 100, dtype=torch.bfloat16)]
-        made = ascendc.quantize_weights(weights, [32, 100], 1e-5, pack=True, count=True)
+        made = ascendc.quantize_weights(weights, [32, 100], QuantizerConfig(), pack=True, count=True)
         quantized, scales, packed, counts = made.quantized, made.scales, made.packed, made.counts
         assert [tuple(t.shape) for t in quantized] == [(6, 192), (4, 100)]
         assert [tuple(t.shape) for t in scales] == [(6, 6), (4, 1)] and scales[0].dtype == torch.bfloat16
         assert [tuple(t.shape) for t in packed] == [(6, packed_size(192)), (4, packed_size(100))]
         assert [tuple(t.shape) for t in counts] == [(2,), (2,)]
-        made = ascendc.quantize_weights(weights, [32, 100], 1e-5)
+        made = ascendc.quantize_weights(weights, [32, 100], QuantizerConfig())
         assert (made.packed, made.counts) == ([], []) and made.launches <= 2
         back = torch.ops.bitcpm.ascendc_unpack(packed[0], scales[0], 192, torch.float16)
         assert tuple(back.shape) == (6, 192) and back.dtype == torch.float16
@@ -73,7 +74,9 @@ def test_shapes_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_weights_are_refused_before_the_library_is_needed() -> None:
     with pytest.raises(ValueError, match="group_size=64 does not divide"):
-        ascendc.quantize_weights([torch.zeros(2, 96)], [64], 1e-5)
+        ascendc.quantize_weights([torch.zeros(2, 96)], [64], QuantizerConfig())
+    with pytest.raises(ValueError, match="pack, count and compare ternary codes, not those of 'five-value': leave out"):
+        ascendc.quantize_weights([torch.zeros(2, 96)], [96], QuantizerConfig("five-value"), count=True)
     with pytest.raises(ValueError, match=r"scales of shape \(2, 1\): pass \(2, 3\)"):
         ascendc.unpack_weight(
             torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.bfloat16), 96, 32, torch.bfloat16
@@ -107,13 +110,17 @@ def test_the_emulated_backend_serves_the_op_by_name_only() -> None:
 
 @EMULATED
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(latents=LATENTS)
-def test_together_as_each_alone(latents: list[Latent]) -> None:
+@given(
+    latents=LATENTS,
+    space=st.sampled_from(list(SPACES)),
+    scale=st.sampled_from([(None, None), ("absmean", 1.0), ("absmean", 1.55), ("absmax", 0.4)]),
+)
+def test_together_as_each_alone(latents: list[Latent], space: str, scale: tuple[str | None, float | None]) -> None:
     from ascendc import emulated_backend
 
     emulated_backend.register()
     set_backend(emulated_backend.NAME, "cpu")
-    check_together(latents)
+    check_together(latents, QuantizerConfig(space, -1, 1e-5, *scale))
 
 
 @EMULATED

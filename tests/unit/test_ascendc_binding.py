@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The binding of the AscendC kernels: the source that is built for an NPU, on a CPU that poses as two of them."""
 
+import itertools
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from ascendc.binding import Device, in_a_child
 
 from bitcpm_megatron.inference import packed_linear
 from bitcpm_megatron.ops import ascendc, quantize_in_place, registry
-from bitcpm_megatron.quantization import QuantizerConfig, pack, quantize_dequantize
+from bitcpm_megatron.quantization import SPACES, QuantizerConfig, pack, quantize_dequantize
 from bitcpm_megatron.quantization import quantize as quantize_to_codes
 
 # Each check is a process of its own.
@@ -22,6 +24,7 @@ pytestmark = [
 ]
 
 EPS = 1e-5
+CONFIG = QuantizerConfig(eps=EPS)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +40,9 @@ def small_weights(count: int, device: str = "npu:0") -> list[torch.Tensor]:
     return [gaussian(2, 64, seed=i).to(device) for i in range(count)]
 
 
-def quantize(weights: list[torch.Tensor], eps: float = EPS) -> list[torch.Tensor]:
+def quantize(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     """One launch each, as `bitcpm::fake_quantize` does."""
-    return [ascendc.quantize_weights([w], [32], eps).quantized[0] for w in weights]
+    return [ascendc.quantize_weights([w], [32], CONFIG).quantized[0] for w in weights]
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -54,7 +57,7 @@ def grouped_launch(device: Device) -> None:
         previous = [pack(golden.codes(w, 4 * s)) for w, s in zip(latent, own, strict=True)]
         before = device.counts.launches
         made = ascendc.quantize_weights(
-            [w.to("npu") for w in latent], groups, EPS, previous=[p.to("npu") for p in previous], pack=True
+            [w.to("npu") for w in latent], groups, CONFIG, previous=[p.to("npu") for p in previous], pack=True
         )
         assert device.counts.launches - before == made.launches == 2
         for i, (w, s, g) in enumerate(zip(latent, own, groups, strict=True)):
@@ -67,7 +70,7 @@ def grouped_launch(device: Device) -> None:
             back = ascendc.unpack_weight(made.packed[i], made.scales[i], w.shape[1], g, dtype)
             assert golden.same_bits(back.cpu(), made.quantized[i].cpu()), (dtype, g)
         double = (2 * own[0]).to("npu")
-        given = ascendc.quantize_weights([latent[0].to("npu")], [128], EPS, [double])
+        given = ascendc.quantize_weights([latent[0].to("npu")], [128], CONFIG, [double])
         assert golden.same_bits(given.quantized[0].cpu(), golden.quantized(latent[0], 2 * own[0]))
         assert golden.same_bits(given.scales[0].cpu(), 2 * own[0]) and given.scales[0] is not double
 
@@ -125,6 +128,26 @@ def packed_layers(device: Device) -> None:
                 multiplied.clear()
 
 
+def other_quantizers(device: Device) -> None:
+    """Every space and scale, through the ops that training calls; and given scales."""
+    registry._choices["npu"] = registry.Choice(registry._BACKENDS["ascendc"], "the stand-in")
+    latent = [gaussian(9, 384), gaussian(3, 33, seed=1), gaussian(2, 4224, seed=2)]
+    for space, (statistic, multiplier) in itertools.product(SPACES, ((None, None), ("absmean", 1.55), ("absmax", 0.4))):
+        config = QuantizerConfig(space, -1, EPS, statistic, multiplier)
+        weights = [w.to("npu") for w in latent]
+        scales = quantize_in_place(weights, config, [128, -1, -1])
+        for weight, own, start, group in zip(weights, scales, latent, [128, -1, -1], strict=True):
+            expected, theirs = quantize_dequantize(start, replace(config, group_size=group))
+            assert golden.same_bits(weight.cpu(), expected) and golden.same_bits(own.cpu(), theirs), config
+        for w, s in zip(latent, scales, strict=True):
+            group = w.shape[1] // s.shape[1]
+            one = ascendc.quantize_weights([w.to("npu")], [group], config, [s])
+            expected = quantize_dequantize(
+                w, replace(config, group_size=-1 if group == w.shape[1] else group), s.cpu()
+            )[0]
+            assert golden.same_bits(one.quantized[0].cpu(), expected), config
+
+
 def wrong_tensors(device: Device) -> None:
     op = torch.ops.bitcpm.ascendc_quantize
     w = gaussian(2, 64).to("npu:0")
@@ -144,9 +167,15 @@ def wrong_tensors(device: Device) -> None:
         (([], [w.int()], [one], [], []), "take bf16, fp16 and fp32"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            op(*lists, [32] * max(1, len(lists[0])), EPS, False, False)
+            op(*lists, [32] * max(1, len(lists[0])), EPS, 1.0, False, [], [], 0, False, False)
     with pytest.raises(RuntimeError, match="scales do not fit the packed codes"):
         torch.ops.bitcpm.ascendc_unpack(codes.to("npu:0"), scales.to("npu:1"), 64, torch.float32)
+    for space in (([0.5], [0.0], 0), ([0.5] * 5, [0.0] * 6, 0), ([], [1.0], 0), ([0.5], [0.0, 1.0], 2), ([], [], -1)):
+        with pytest.raises(RuntimeError, match="levels, . thresholds and the ties .* are no space"):
+            op([w], [q], [one], [], [], [32], EPS, 1.0, False, *space, False, False)
+    # Beside the check of the Python side, which tells of the space.
+    with pytest.raises(RuntimeError, match="packing, unpacking and counting know ternary codes alone"):
+        op([w], [q], [one], [], [], [32], EPS, 1.0, False, [0.0], [-1.0, 1.0], 1, False, True)
     assert device.counts.launches == 0
 
 
@@ -155,11 +184,11 @@ def wrong_tensors(device: Device) -> None:
 
 def failing_launch(device: Device) -> None:
     w = gaussian(2, 64).to("npu")
-    quantized = ascendc.quantize_weights([w], [32], EPS, pack=True)
+    quantized = ascendc.quantize_weights([w], [32], CONFIG, pack=True)
     device.set_launches(status=507899)
     for call, kernel in (
         (lambda: quantize([w]), "ternary_tile_bf16"),
-        (lambda: ascendc.quantize_weights([gaussian(1, 33).float().to("npu")], [33], EPS), "ternary_rows_fp32"),
+        (lambda: ascendc.quantize_weights([gaussian(1, 33).float().to("npu")], [33], CONFIG), "ternary_rows_fp32"),
         (lambda: ascendc.unpack_weight(quantized.packed[0], quantized.scales[0], 64, 32, torch.half), "tile_fp16"),
     ):
         with pytest.raises(RuntimeError, match=f"ternary kernels: .*{kernel} was not launched: aclError 507899"):
@@ -191,10 +220,10 @@ def tables_are_dropped_at_last(device: Device) -> None:
     device.set_launches(compute=False)
     many = [used] * 2000
     groups = [32] * len(many)
-    words = 2000 * 22 + 17
+    words = 2000 * 23 + 28
 
     def launch(i: int) -> None:
-        ascendc.quantize_weights(many, groups, EPS * (1 + i))
+        ascendc.quantize_weights(many, groups, QuantizerConfig(eps=EPS * (1 + i)))
 
     most = (4 << 20) // words
     for i in range(most + 20):
@@ -223,7 +252,7 @@ def tables_of_streams_and_devices(device: Device) -> None:
     assert device.counts.uploads == 2
     # The current device is the first one all the while.
     other = weight.to("npu:1")
-    scales = ascendc.quantize_weights([other], [32], EPS, pack=True)
+    scales = ascendc.quantize_weights([other], [32], CONFIG, pack=True)
     back = ascendc.unpack_weight(scales.packed[0], scales.scales[0], 64, 32, torch.bfloat16)
     assert {t.device.index for t in (*scales.quantized, *scales.scales, *scales.packed, back)} == {1}
     assert torch.empty(1, device="npu").device.index == 0
@@ -259,7 +288,7 @@ def a_captured_table_stays(device: Device) -> None:
     device.set_launches(compute=False)
     many = [weight] * 2000
     for i in range(120):  # more than all the room for tables
-        ascendc.quantize_weights(many, [32] * len(many), EPS * (1 + i))
+        ascendc.quantize_weights(many, [32] * len(many), QuantizerConfig(eps=EPS * (1 + i)))
     uploads = device.counts.uploads
     quantize([weight])
     assert device.counts.uploads == uploads, "the graph holds its address"
@@ -281,6 +310,7 @@ def chips_without_graphs(device: Device) -> None:
         grouped_launch,
         in_place,
         packed_layers,
+        other_quantizers,
         wrong_tensors,
         failing_launch,
         tables_over_steps,

@@ -169,7 +169,7 @@ def serving(request: pytest.FixtureRequest) -> Backend:
 @settings(max_examples=100, deadline=None)
 @given(latents=LATENTS, eps=st.sampled_from([QuantizerConfig.eps, 2.0**-100, 0.25]))
 def test_together_as_each_alone(serving: Backend, latents: list[Latent], eps: float) -> None:
-    check_together(latents, eps)
+    check_together(latents, QuantizerConfig(eps=eps))
 
 
 def test_a_weight_that_is_quantized_in_place_is_a_slice_of_something(serving: Backend) -> None:

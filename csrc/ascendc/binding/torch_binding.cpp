@@ -9,6 +9,7 @@
 #include <torch_npu/csrc/core/npu/NPUStream.h>
 #include <torch_npu/csrc/framework/OpCommand.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -27,6 +28,7 @@ using at::Tensor;
 using ternary::Dtype;
 using ternary::Kernel;
 using ternary::Launch;
+using ternary::Space;
 using ternary::WeightSpec;
 
 Dtype DtypeOf(at::ScalarType type)
@@ -92,9 +94,10 @@ Entry EntryOf(Kernel kernel, Dtype dtype)
 }
 
 // Returns the number of launches.
-int64_t Run(const std::vector<WeightSpec>& specs, Dtype dtype, const at::Device& device, uint32_t cores)
+int64_t Run(const std::vector<WeightSpec>& specs, const Space& space, Dtype dtype, const at::Device& device,
+            uint32_t cores)
 {
-    const ternary::Plan plan = ternary::MakePlan(specs, dtype, cores);
+    const ternary::Plan plan = ternary::MakePlan(specs, space, dtype, cores);
     TORCH_CHECK(plan.error.empty(), "ternary kernels: ", plan.error);
     const c10_npu::NPUStream current = c10_npu::getCurrentNPUStream(device.index());
     // Without a wait for torch_npu's task queue: the launches go through it, so that their order among other ops holds.
@@ -116,6 +119,22 @@ int64_t Run(const std::vector<WeightSpec>& specs, Dtype dtype, const at::Device&
     return static_cast<int64_t>(plan.launches.size());
 }
 
+// Without thresholds: ternary.
+Space SpaceOf(at::ArrayRef<double> thresholds, at::ArrayRef<double> levels, int64_t upperTies)
+{
+    const std::size_t count = thresholds.size();
+    TORCH_CHECK(count <= ternary::kMostThresholds && levels.size() == (count == 0 ? 0 : count + 1) && upperTies >= 0 &&
+                    upperTies >> count == 0,
+                "ternary kernels: ", levels.size(), " levels, ", count, " thresholds and the ties ", upperTies,
+                " are no space");
+    Space space{};
+    space.thresholds = static_cast<uint32_t>(count);
+    space.upperTies = static_cast<uint32_t>(upperTies);
+    std::copy(thresholds.begin(), thresholds.end(), space.threshold);
+    std::copy(levels.begin(), levels.end(), space.level);
+    return space;
+}
+
 // What a result or an input of weight `i` has to be; `what` names it in the error.
 void CheckTensor(const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type, const at::Device& device,
                  std::size_t i, const char* what)
@@ -129,7 +148,9 @@ void CheckTensor(const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType typ
 std::tuple<std::vector<Tensor>, int64_t> Quantize(at::TensorList weights, at::TensorList quantized,
                                                   at::TensorList scales, at::TensorList packed,
                                                   at::TensorList previous, at::IntArrayRef groups, double eps,
-                                                  bool given, bool count)
+                                                  double multiplier, bool absmax, at::ArrayRef<double> thresholds,
+                                                  at::ArrayRef<double> levels, int64_t upperTies, bool given,
+                                                  bool count)
 {
     const at::TensorList latent = weights.empty() ? quantized : weights;
     TORCH_CHECK(!latent.empty() && latent.size() == groups.size(), "one group size per weight");
@@ -141,6 +162,7 @@ std::tuple<std::vector<Tensor>, int64_t> Quantize(at::TensorList weights, at::Te
     const at::ScalarType type = latent[0].scalar_type();
     const c10::DeviceGuard guard(device);
     const Dtype dtype = DtypeOf(type);
+    const Space space = SpaceOf(thresholds, levels, upperTies);
     const uint32_t cores = VectorCores(device);
     const bool counts = count || !previous.empty();
 
@@ -168,9 +190,9 @@ std::tuple<std::vector<Tensor>, int64_t> Quantize(at::TensorList weights, at::Te
                          packed.empty() ? 0 : AddressOf(packed[i]), previous.empty() ? 0 : AddressOf(previous[i]),
                          counts ? AddressOf(statistics[i]) : 0, static_cast<uint32_t>(w.size(0)),
                          static_cast<uint32_t>(w.size(1)), static_cast<uint32_t>(groups[i]), static_cast<float>(eps),
-                         given, 0});
+                         static_cast<float>(multiplier), absmax, given, 0});
     }
-    const int64_t launches = Run(specs, dtype, device, cores);
+    const int64_t launches = Run(specs, space, dtype, device, cores);
     std::vector<Tensor> totals;
     for (const Tensor& lanes : statistics) {
         totals.push_back(lanes.sum(at::IntArrayRef({0, 2}), false, at::kLong));
@@ -191,8 +213,8 @@ Tensor Unpack(const Tensor& packed, const Tensor& scales, int64_t columns, at::S
     Tensor weight = at::empty({packed.size(0), columns}, packed.options().dtype(type));
     const WeightSpec spec{0, AddressOf(weight), AddressOf(scales), 0, AddressOf(packed), 0,
                           static_cast<uint32_t>(packed.size(0)), static_cast<uint32_t>(columns),
-                          static_cast<uint32_t>(columns / scales.size(1)), 0.0f, 1, 1};
-    Run({spec}, DtypeOf(type), packed.device(), VectorCores(packed.device()));
+                          static_cast<uint32_t>(columns / scales.size(1)), 0.0f, 1.0f, 0, 1, 1};
+    Run({spec}, Space{}, DtypeOf(type), packed.device(), VectorCores(packed.device()));
     return weight;
 }
 

@@ -17,7 +17,11 @@ enum HeaderWord : uint32_t {
     kPartials = 4,        // fp32 partial sums
     kMaxSegments = 5,     // most segments in a tile
     kLaunchFlags = 6,     // union of the entries' flags: which buffers exist
-    kHeaderWords = 7,
+    kThresholds = 7,      // how many the space of the launch has; 0 for ternary, whose levels are not read from here
+    kUpperTies = 8,       // bit k: a weight exactly on threshold k takes the level above it
+    kThreshold = 9,       // fp32 bits of each, ascending, in units of the scale
+    kLevel = 13,          // likewise of the levels, of which there is one more
+    kHeaderWords = 18,
 };
 
 enum CutWord : uint32_t {
@@ -44,7 +48,8 @@ enum EntryWord : uint32_t {
     kTileSegments = 19,     // segments per tile, but for the last of a line
     kEpsilon = 20,          // bits of the fp32 lower bound of a scale
     kReciprocal = 21,       // bits of 1 / kSegment where that is exact (a power of two), else 0
-    kEntryWords = 22,
+    kMultiplier = 22,       // bits of the fp32 multiple of the statistic that a scale is
+    kEntryWords = 23,
 };
 
 enum Flag : uint32_t {
@@ -54,7 +59,10 @@ enum Flag : uint32_t {
     kCompare = 8,       // count codes that differ from packed ones
     kUnpack = 16,       // read packed codes and scales, write the weight
     kResident = 32,     // a row stays in UB between summing and quantizing
+    kAbsmax = 64,       // scales are made of the largest magnitude instead of the mean
+    kLevels = 128,      // the space is that of the header
 };
+constexpr uint32_t kCodes = kPack | kCount | kCompare | kUnpack;   // what works on ternary codes, and knows no others
 
 constexpr uint32_t kPackedBlock = 128;                        // elements that become
 constexpr uint32_t kPackedBlockBytes = 32;                    // bytes
@@ -64,5 +72,7 @@ constexpr uint32_t kAcrossLimit = 512;                        // segments up to 
 
 constexpr uint32_t kUnifiedBufferBytes = 192 * 1024 - 8 * 1024 - 256;   // what the toolchain leaves of UB
 constexpr uint32_t kMaxRepeats = 255;
+constexpr uint32_t kMostThresholds = kLevel - kThreshold;
+static_assert(kHeaderWords - kLevel == kMostThresholds + 1, "one level more than thresholds");
 
 }  // namespace ternary

@@ -38,7 +38,7 @@ bool HasCodes(const WeightSpec& w)
     return w.packed != 0 || w.previous != 0;
 }
 
-uint32_t Flags(const WeightSpec& w)
+uint32_t Flags(const WeightSpec& w, const Space& space)
 {
     uint32_t flags = 0;
     auto set = [&flags](bool when, Flag flag) { flags |= when ? static_cast<uint32_t>(flag) : 0u; };
@@ -47,6 +47,8 @@ uint32_t Flags(const WeightSpec& w)
     set(w.packed != 0, kPack);
     set(w.statistics != 0, kCount);
     set(w.previous != 0 && !w.unpack, kCompare);
+    set(w.absmax, kAbsmax);
+    set(space.thresholds != 0, kLevels);
     return flags;
 }
 
@@ -74,7 +76,8 @@ uint64_t UnifiedBufferBytes(const Layout& layout, Dtype dtype)
     bytes += 6 * segments * 4 + 3 * segments * kBlock + 3 * kBlock;
     bytes += element == 2 ? 2 * segments * element : 0;
     bytes += layout.flags & kGivenScales ? 2 * whole(segments * 2) : 0;
-    bytes += layout.flags & (kPack | kCount | kCompare | kUnpack) ? 2 * piece * 2 : 0;
+    bytes += layout.flags & kCodes ? 2 * piece * 2 : layout.flags & kLevels ? piece * 2 : 0;
+    bytes += layout.flags & kLevels && element == 2 ? piece * 4 : 0;
     bytes += layout.flags & kPack ? 2 * whole(piece / 4) + piece / 4 * 2 : 0;
     bytes += layout.flags & (kCompare | kUnpack) ? 2 * whole(piece / 4) + piece : 0;
     bytes += layout.flags & kCount ? kStatisticsWords * 4 + kStatisticsLanes * 6 : 0;
@@ -135,7 +138,7 @@ bool TilesWork(const WeightSpec& w)
     return w.group % kGroupMultiple == 0 && w.group <= kTileLimit && CutTiles(w, kTileLimit, &cut);
 }
 
-std::string Check(const WeightSpec& w)
+std::string Check(const WeightSpec& w, const Space& space)
 {
     const std::string shape = "[" + std::to_string(w.rows) + ", " + std::to_string(w.columns) + "]";
     if (w.rows == 0 || w.columns == 0) {
@@ -152,6 +155,9 @@ std::string Check(const WeightSpec& w)
     }
     if (w.unpack && (w.packed != 0 || w.statistics != 0)) {
         return "unpacking neither packs nor counts";
+    }
+    if (space.thresholds != 0 && (Flags(w, space) & kCodes) != 0) {
+        return "packing, unpacking and counting know ternary codes alone";
     }
     if (w.previous != 0 && !w.unpack && w.statistics == 0) {
         return "codes to compare with, and nowhere to count the changes";
@@ -172,8 +178,8 @@ void Append(std::vector<uint32_t>* table, uint64_t value)
     table->push_back(static_cast<uint32_t>(value >> 32));
 }
 
-Launch WriteTable(Kernel kernel, const std::vector<WeightSpec>& weights, const std::vector<Cut>& cuts,
-                  const Layout& layout, Dtype dtype, uint32_t cores)
+Launch WriteTable(Kernel kernel, const std::vector<WeightSpec>& weights, const Space& space,
+                  const std::vector<Cut>& cuts, const Layout& layout, Dtype dtype, uint32_t cores)
 {
     uint64_t total = 0;
     uint32_t tiles = 0;
@@ -183,7 +189,13 @@ Launch WriteTable(Kernel kernel, const std::vector<WeightSpec>& weights, const s
     }
     Launch launch{kernel, std::min(cores, tiles), static_cast<uint32_t>(UnifiedBufferBytes(layout, dtype)), {}};
     launch.table = {static_cast<uint32_t>(weights.size()), layout.piece, layout.inputBytes, layout.inputBuffers,
-                    layout.partials, layout.maxSegments, layout.flags};
+                    layout.partials, layout.maxSegments, layout.flags, space.thresholds, space.upperTies};
+    for (float threshold : space.threshold) {
+        launch.table.push_back(Bits(threshold));
+    }
+    for (float level : space.level) {
+        launch.table.push_back(Bits(level));
+    }
 
     // Core k begins where k / blocks of all elements are dealt out: an equal share, to within a tile.
     uint32_t weight = 0;
@@ -221,15 +233,16 @@ Launch WriteTable(Kernel kernel, const std::vector<WeightSpec>& weights, const s
         const bool power = (w.group & (w.group - 1)) == 0;
         const uint32_t packedLine = (cut.lineLength + kPackedBlock - 1) / kPackedBlock * kPackedBlockBytes;
         table->insert(table->end(),
-                      {first, cut.Tiles(), Flags(w) | (cut.resident ? kResident : 0u), w.group, cut.lineLength,
+                      {first, cut.Tiles(), Flags(w, space) | (cut.resident ? kResident : 0u), w.group, cut.lineLength,
                        packedLine, cut.tilesPerLine, cut.tileSegments, Bits(w.epsilon),
-                       power ? Bits(1.0f / static_cast<float>(w.group)) : 0u});
+                       power ? Bits(1.0f / static_cast<float>(w.group)) : 0u, Bits(w.multiplier)});
         first += cut.Tiles();
     }
     return launch;
 }
 
-Launch PlanTiles(const std::vector<WeightSpec>& weights, Dtype dtype, uint32_t cores, std::string* error)
+Launch PlanTiles(const std::vector<WeightSpec>& weights, const Space& space, Dtype dtype, uint32_t cores,
+                 std::string* error)
 {
     for (uint32_t piece : kTilePieces) {
         if (dtype == Dtype::FP32 && piece > 4096) {
@@ -240,20 +253,21 @@ Launch PlanTiles(const std::vector<WeightSpec>& weights, Dtype dtype, uint32_t c
         std::vector<Cut> cuts(weights.size());
         for (std::size_t i = 0; i < weights.size(); ++i) {
             CutTiles(weights[i], piece, &cuts[i]);
-            layout.flags |= Flags(weights[i]);
+            layout.flags |= Flags(weights[i], space);
             layout.maxSegments = std::max(layout.maxSegments, cuts[i].tileSegments);
             layout.partials = std::max(layout.partials, TilePartials(weights[i], cuts[i]));
             layout.inputBytes = weights[i].unpack ? layout.inputBytes : piece * ElementBytes(dtype);
         }
         if (Fits(layout, dtype)) {
-            return WriteTable(Kernel::Tile, weights, cuts, layout, dtype, cores);
+            return WriteTable(Kernel::Tile, weights, space, cuts, layout, dtype, cores);
         }
     }
     *error = "no tile fits the unified buffer";
     return {};
 }
 
-Launch PlanRows(const std::vector<WeightSpec>& weights, Dtype dtype, uint32_t cores, std::string* error)
+Launch PlanRows(const std::vector<WeightSpec>& weights, const Space& space, Dtype dtype, uint32_t cores,
+                std::string* error)
 {
     Layout layout;
     std::vector<Cut> cuts(weights.size());
@@ -261,7 +275,7 @@ Launch PlanRows(const std::vector<WeightSpec>& weights, Dtype dtype, uint32_t co
     for (std::size_t i = 0; i < weights.size(); ++i) {
         const WeightSpec& w = weights[i];
         cuts[i] = {w.rows * (w.columns / w.group), w.group, 1, 1, false};
-        layout.flags |= Flags(w);
+        layout.flags |= Flags(w, space);
         layout.partials = std::max(layout.partials, AlignUp(w.group, kPackedBlock) / kFloatLanes);
         if (!w.givenScales && !w.unpack) {
             lengths.push_back(AlignUp(w.group, kPackedBlock));
@@ -286,7 +300,7 @@ Launch PlanRows(const std::vector<WeightSpec>& weights, Dtype dtype, uint32_t co
                     const WeightSpec& w = weights[i];
                     cuts[i].resident = !w.givenScales && !w.unpack && AlignUp(w.group, kPackedBlock) <= length;
                 }
-                return WriteTable(Kernel::Rows, weights, cuts, layout, dtype, cores);
+                return WriteTable(Kernel::Rows, weights, space, cuts, layout, dtype, cores);
             }
         }
     }
@@ -301,26 +315,30 @@ uint64_t PackedBytes(uint64_t rows, uint64_t columns)
     return rows * ((columns + kPackedBlock - 1) / kPackedBlock * kPackedBlockBytes);
 }
 
-Plan MakePlan(const std::vector<WeightSpec>& weights, Dtype dtype, uint32_t cores)
+Plan MakePlan(const std::vector<WeightSpec>& weights, const Space& space, Dtype dtype, uint32_t cores)
 {
     Plan plan;
     if (cores == 0) {
         plan.error = "no cores";
         return plan;
     }
+    if (space.thresholds > kMostThresholds) {
+        plan.error = "a space with more than " + std::to_string(kMostThresholds) + " thresholds";
+        return plan;
+    }
     std::vector<WeightSpec> byKernel[2];
     for (const WeightSpec& w : weights) {
-        plan.error = Check(w);
+        plan.error = Check(w, space);
         if (!plan.error.empty()) {
             return plan;
         }
         byKernel[TilesWork(w) ? 0 : 1].push_back(w);
     }
     if (!byKernel[0].empty()) {
-        plan.launches.push_back(PlanTiles(byKernel[0], dtype, cores, &plan.error));
+        plan.launches.push_back(PlanTiles(byKernel[0], space, dtype, cores, &plan.error));
     }
     if (!byKernel[1].empty() && plan.error.empty()) {
-        plan.launches.push_back(PlanRows(byKernel[1], dtype, cores, &plan.error));
+        plan.launches.push_back(PlanRows(byKernel[1], space, dtype, cores, &plan.error));
     }
     if (!plan.error.empty()) {
         plan.launches.clear();

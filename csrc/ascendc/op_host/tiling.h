@@ -24,8 +24,18 @@ struct WeightSpec {
     uint32_t columns;
     uint32_t group;        // elements per scale; divides the row
     float epsilon;
+    float multiplier;      // of the statistic
+    uint32_t absmax;       // the statistic is the largest magnitude, else the mean
     uint32_t givenScales;
     uint32_t unpack;
+};
+
+// The quantization space of all weights, in units of the scale, as bitcpm_megatron/quantization/spaces.py has it.
+struct Space {
+    uint32_t thresholds;               // how many; 0 for ternary, which needs no table
+    uint32_t upperTies;                // bit k: a weight exactly on threshold k takes the level above it
+    float threshold[kMostThresholds];  // ascending
+    float level[kMostThresholds + 1];  // ascending, one more than thresholds
 };
 
 enum class Kernel : uint32_t { Tile = 0, Rows = 1 };
@@ -43,7 +53,7 @@ struct Plan {
 };
 
 // Plans one step over all weights of a dtype.
-Plan MakePlan(const std::vector<WeightSpec>& weights, Dtype dtype, uint32_t cores);
+Plan MakePlan(const std::vector<WeightSpec>& weights, const Space& space, Dtype dtype, uint32_t cores);
 
 // Bytes of the packed codes of a weight.
 uint64_t PackedBytes(uint64_t rows, uint64_t columns);

@@ -44,7 +44,7 @@ __aicore__ inline void Core<T>::Quantize(const Weight<T>& weight, const LocalTen
         CompareWith(number_, magnitude_, 0.0f, AscendC::CMPMODE::GE, padded);
         Barrier();
     }
-    WithBlocks<Subtract>(magnitude_, thresholdBlocks_, segments, length, across);
+    WithBlocks<Subtract>(magnitude_, magnitude_, thresholdBlocks_, segments, length, across);
     AscendC::And(outputWords, input.template ReinterpretCast<uint16_t>(), signPattern_, lanes, repeats,
                  {1, 1, 0, 8, 8, 0});
     Barrier();
@@ -67,7 +67,7 @@ __aicore__ inline void Core<T>::Quantize(const Weight<T>& weight, const LocalTen
                             AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, padded);
         }
     }
-    WithBlocks<Unite>(outputWords, valueBlocks_, segments, length * words, across);
+    WithBlocks<Unite>(outputWords, outputWords, valueBlocks_, segments, length * words, across);
     Barrier();
     if constexpr (wide) {
         if (weight.NeedsCodes()) {
@@ -77,7 +77,7 @@ __aicore__ inline void Core<T>::Quantize(const Weight<T>& weight, const LocalTen
     AscendC::Select(outputBits, mask_, outputBits, static_cast<Bits>(0.0f),
                     AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, padded);
     Barrier();
-    WithBlocks<Unite>(outputWords, poisonBlocks_, segments, length * words, across);
+    WithBlocks<Unite>(outputWords, outputWords, poisonBlocks_, segments, length * words, across);
     if constexpr (Same<T, half>::kValue) {
         // A scale below 2**-25 is 0 in fp16: -0.0 becomes +0.0.
         Barrier();
@@ -187,14 +187,14 @@ __aicore__ inline void Core<T>::Count(const Weight<T>& weight, uint32_t padded)
     }
 }
 
-// output <- codes in other_ times the scales whose blocks are spread.
+// output <- levels times the scales whose blocks are spread.
 template <typename T>
-__aicore__ inline void Core<T>::Dequantize(const LocalTensor<T>& output, uint32_t segments, uint32_t length,
-                                           uint32_t padded, bool across)
+__aicore__ inline void Core<T>::Dequantize(const LocalTensor<half>& levels, const LocalTensor<T>& output,
+                                           uint32_t segments, uint32_t length, uint32_t padded, bool across)
 {
-    AscendC::Cast(magnitude_, other_, RoundMode::CAST_NONE, padded);
+    AscendC::Cast(magnitude_, levels, RoundMode::CAST_NONE, padded);
     Barrier();
-    WithBlocks<Multiply>(magnitude_, thresholdBlocks_, segments, length, across);
+    WithBlocks<Multiply>(magnitude_, magnitude_, thresholdBlocks_, segments, length, across);
     Barrier();
     if constexpr (sizeof(T) == sizeof(float)) {
         AscendC::Adds(output, magnitude_, 0.0f, padded);

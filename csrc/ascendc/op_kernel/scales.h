@@ -19,17 +19,26 @@ __aicore__ inline void Core<T>::GivenScales(const Weight<T>& weight, uint64_t fi
     scaleInQueue_.FreeTensor(ready);
 }
 
-// scale_ <- the scales of the sums in sum_, which also go to global memory.
+// scale_ <- the scales of the sums in sum_, or of the largest magnitudes in threshold_; they also go to global memory.
 template <typename T>
 __aicore__ inline void Core<T>::OwnScales(const Weight<T>& weight, uint64_t first, uint32_t segments)
 {
     const uint32_t padded = AlignUp(segments, 8);
-    if (weight.reciprocal != 0.0f) {
+    if (weight.Has(kAbsmax)) {
+        // What a maximum makes of NaN is not documented. The sum of magnitudes is NaN exactly where one of them is.
+        CompareWith(mask_, sum_, 0.0f, AscendC::CMPMODE::GE, AlignUp(segments, kFloatLanes));
+        Barrier();
+        AscendC::Select(sum_, mask_, threshold_, sum_, AscendC::SELMODE::VSEL_TENSOR_TENSOR_MODE, segments);
+    } else if (weight.reciprocal != 0.0f) {
         AscendC::Muls(sum_, sum_, weight.reciprocal, padded);
     } else {
         AscendC::Div(sum_, sum_, length_, padded);
     }
     Barrier();
+    if (weight.multiplier != 1.0f) {
+        AscendC::Muls(sum_, sum_, weight.multiplier, padded);
+        Barrier();
+    }
     // Not Maxs: what it makes of NaN is not documented, and a NaN must come through.
     CompareWith(mask_, sum_, weight.epsilon, AscendC::CMPMODE::LT, AlignUp(segments, kFloatLanes));
     Barrier();

@@ -2,8 +2,9 @@
 // What the tile kernel and the row kernel share: the table, the buffers, and what is loaded and stored.
 //
 // For a segment w (a group, or a row) of a weight, as bitcpm_megatron/quantization/quantizer.py defines it:
-//     s = bf16(max(mean |w|, eps)),    code = sign(w) where |w| > s / 2, else 0,    result = code * s.
-// No division by s, and no multiplication with it: the result's bits are the sign bit of w and the bits of s, or zero.
+//     s = bf16(max(m * statistic |w|, eps)),    code = sign(w) where |w| > s / 2, else 0,    result = code * s,
+// the statistic being the mean or the largest. For ternary there is no division by s, and no multiplication with it: the
+// result's bits are the sign bit of w and the bits of s, or zero. What other spaces do is in levels.h.
 // A segment whose scale is not finite has codes 0 and results NaN.
 //
 // Every sum is one binary tree over neighbours of the segment, padded with zeros, whatever the tile, the core, or the
@@ -34,6 +35,7 @@ struct Weight {
     uint32_t tileSegments;
     float epsilon;
     float reciprocal;
+    float multiplier;
 
     __aicore__ inline bool Has(uint32_t flag) const { return (flags & flag) != 0; }
     __aicore__ inline bool NeedsCodes() const { return Has(kPack) || Has(kCount) || Has(kCompare); }
@@ -50,6 +52,8 @@ public:
         piece_ = table_.GetValue(kPieceElements);
         maxSegments_ = AlignUp(table_.GetValue(kMaxSegments), kFloatLanes);
         partials_ = AlignUp(table_.GetValue(kPartials), kFloatLanes);
+        thresholds_ = table_.GetValue(kThresholds);
+        upperTies_ = table_.GetValue(kUpperTies);
         const uint32_t core = static_cast<uint32_t>(AscendC::GetBlockIdx());
         begin_ = table_.GetValue(kHeaderWords + core * kCutWords + kCutTile);
         firstWeight_ = table_.GetValue(kHeaderWords + core * kCutWords + kCutWeight);
@@ -84,6 +88,7 @@ protected:
         weight.tileSegments = table_.GetValue(at + kTileSegments);
         weight.epsilon = numbers_.GetValue(at + kEpsilon);
         weight.reciprocal = numbers_.GetValue(at + kReciprocal);
+        weight.multiplier = numbers_.GetValue(at + kMultiplier);
         weight.input.SetGlobalBuffer(reinterpret_cast<__gm__ uint16_t*>(Address(at + kInput)));
         weight.output.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(Address(at + kOutput)));
         weight.scales.SetGlobalBuffer(reinterpret_cast<__gm__ uint16_t*>(Address(at + kScales)));
@@ -115,8 +120,13 @@ protected:
         if ((flags & kGivenScales) != 0) {
             pipe_->InitBuffer(scaleInQueue_, 2, maxSegments_ * sizeof(bfloat16_t));
         }
-        if ((flags & (kPack | kCount | kCompare | kUnpack)) != 0) {
+        if ((flags & kCodes) != 0) {
             pipe_->InitBuffer(codeBuffer_, 2 * codeBytes);
+        } else if ((flags & kLevels) != 0) {
+            pipe_->InitBuffer(codeBuffer_, codeBytes);
+        }
+        if ((flags & kLevels) != 0 && sizeof(T) == sizeof(half)) {
+            pipe_->InitBuffer(exactBuffer_, piece_ * sizeof(float));
         }
         if ((flags & kPack) != 0) {
             pipe_->InitBuffer(packedQueue_, 2, packedBytes);
@@ -151,9 +161,12 @@ protected:
         if (sizeof(T) == sizeof(half)) {
             value_ = valueBuffer_.template Get<T>();
         }
-        if ((flags & (kPack | kCount | kCompare | kUnpack)) != 0) {
+        if ((flags & (kCodes | kLevels)) != 0) {
             code_ = codeBuffer_.template Get<half>();
             other_ = code_[piece_];
+        }
+        if ((flags & kLevels) != 0 && sizeof(T) == sizeof(half)) {
+            exact_ = exactBuffer_.template Get<float>();
         }
         if ((flags & kPack) != 0) {
             packing_ = packingBuffer_.template Get<half>();
@@ -255,8 +268,16 @@ protected:
     __aicore__ inline void Unpack(uint32_t padded);
     __aicore__ inline void CountOnes(uint32_t kind, uint32_t padded);
     __aicore__ inline void Count(const Weight<T>& weight, uint32_t padded);
-    __aicore__ inline void Dequantize(const LocalTensor<T>& output, uint32_t segments, uint32_t length, uint32_t padded,
-                                      bool across);
+    __aicore__ inline void Dequantize(const LocalTensor<half>& levels, const LocalTensor<T>& output, uint32_t segments,
+                                      uint32_t length, uint32_t padded, bool across);
+
+    // ---------------------------------------------------------------------------------------- defined in levels.h
+
+    __aicore__ inline void FindLevels(const LocalTensor<float>& exact, uint32_t segments, uint32_t length,
+                                      uint32_t padded, bool across);
+    __aicore__ inline void QuantizeLevels(const Weight<T>& weight, const LocalTensor<T>& input,
+                                          const LocalTensor<T>& output, uint32_t segments, uint32_t length,
+                                          uint32_t padded, bool across);
 
     AscendC::TPipe* pipe_;
     AscendC::GlobalTensor<uint32_t> table_;
@@ -277,18 +298,19 @@ protected:
     AscendC::TBuf<AscendC::TPosition::VECCALC> blockBuffer_;
     AscendC::TBuf<AscendC::TPosition::VECCALC> patternBuffer_;
     AscendC::TBuf<AscendC::TPosition::VECCALC> codeBuffer_;
+    AscendC::TBuf<AscendC::TPosition::VECCALC> exactBuffer_;
     AscendC::TBuf<AscendC::TPosition::VECCALC> packingBuffer_;
     AscendC::TBuf<AscendC::TPosition::VECCALC> digitBuffer_;
     AscendC::TBuf<AscendC::TPosition::VECCALC> countBuffer_;
 
-    LocalTensor<float> magnitude_;           // |w|, then |w| - s / 2
-    LocalTensor<uint8_t> mask_;              // |w| > s / 2
+    LocalTensor<float> magnitude_;           // |w|, then |w| - s / 2; in other spaces than ternary w - t s
+    LocalTensor<uint8_t> mask_;              // |w| > s / 2; in other spaces: w is not beyond t s
     LocalTensor<uint8_t> number_;            // w is a number
     LocalTensor<float> partial_;
     LocalTensor<float> folded_;
     LocalTensor<float> sum_;
     LocalTensor<float> scale_;
-    LocalTensor<float> threshold_;
+    LocalTensor<float> threshold_;           // until there are scales: the largest magnitudes
     LocalTensor<float> poison_;              // NaN where the scale is not finite, else 0
     LocalTensor<float> length_;
     LocalTensor<float> epsilon_;
@@ -299,7 +321,8 @@ protected:
     LocalTensor<uint16_t> signPattern_;
     LocalTensor<uint16_t> onePattern_;
     LocalTensor<uint16_t> digitPattern_;
-    LocalTensor<half> code_;
+    LocalTensor<half> code_;                 // in other spaces than ternary: the levels
+    LocalTensor<float> exact_;               // w of 16 bits, in fp32
     LocalTensor<half> other_;                // |codes|, or the codes of packed bytes
     LocalTensor<half> packing_;
     LocalTensor<uint16_t> digits_;
@@ -310,6 +333,8 @@ protected:
     uint32_t piece_ = 0;
     uint32_t maxSegments_ = 0;
     uint32_t partials_ = 0;
+    uint32_t thresholds_ = 0;
+    uint32_t upperTies_ = 0;
     uint32_t begin_ = 0;
     uint32_t end_ = 0;
     uint32_t firstWeight_ = 0;

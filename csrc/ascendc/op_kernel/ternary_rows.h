@@ -3,7 +3,7 @@
 // stays in UB between summing and quantizing; else it is read twice.
 #pragma once
 
-#include "codes.h"
+#include "levels.h"
 #include "scales.h"
 
 namespace ternary {
@@ -46,7 +46,7 @@ private:
         }
         if (weight.Has(kUnpack)) {
             this->SpreadFactors(1);
-        } else {
+        } else if (!weight.Has(kLevels)) {
             this->SpreadScales(1);
         }
         for (uint32_t start = 0; start < weight.segment; start += this->piece_) {
@@ -68,7 +68,7 @@ private:
         if (weight.Has(kUnpack)) {
             this->Unpack(padded);
             LocalTensor<T> output = this->outputQueue_.template AllocTensor<T>();
-            this->Dequantize(output, 1, padded, padded, false);
+            this->Dequantize(this->other_, output, 1, padded, padded, false);
             this->StoreOutput(weight, output, offset, count);
             return;
         }
@@ -76,7 +76,11 @@ private:
         LocalTensor<T> input = Input(weight, offset, start, count, resident);
         this->Magnitudes(input, count, padded);
         LocalTensor<T> output = this->outputQueue_.template AllocTensor<T>();
-        this->Quantize(weight, input, output, 1, padded, padded, false);
+        if (weight.Has(kLevels)) {
+            this->QuantizeLevels(weight, input, output, 1, padded, padded, false);
+        } else {
+            this->Quantize(weight, input, output, 1, padded, padded, false);
+        }
         if (!resident) {
             this->inputQueue_.FreeTensor(input);
         }
@@ -100,10 +104,13 @@ private:
     }
 
     // sum_[0] <- the sum of the row's magnitudes: 64 at a time into partial sums, and those 64 at a time until one is
-    // left.
+    // left. Beside it threshold_[0] <- the largest of them, over 64 lanes of scale_, which has no scale yet.
     __aicore__ inline void Sum(const Weight<T>& weight, uint64_t offset, bool resident)
     {
         uint32_t sums = 0;
+        if (weight.Has(kAbsmax)) {
+            AscendC::Duplicate(this->scale_, 0.0f, kFloatLanes);
+        }
         for (uint32_t start = 0; start < weight.segment; start += this->piece_) {
             const uint32_t count = Smaller(this->piece_, weight.segment - start);
             const uint32_t padded = AlignUp(count, kPackedBlock);
@@ -113,8 +120,16 @@ private:
                 this->inputQueue_.FreeTensor(input);
             }
             SumRepeats<float>(this->partial_[sums], this->magnitude_, kFloatLanes, padded / kFloatLanes, 8);
+            if (weight.Has(kAbsmax)) {
+                LargestRepeats(this->folded_, this->magnitude_, kFloatLanes, padded / kFloatLanes, 8);
+                Barrier();
+                AscendC::Max(this->scale_, this->scale_, this->folded_, padded / kFloatLanes);
+            }
             Barrier();
             sums += padded / kFloatLanes;
+        }
+        if (weight.Has(kAbsmax)) {
+            LargestRepeats(this->threshold_, this->scale_, kFloatLanes, 1, 8);
         }
         LocalTensor<float> from = this->partial_;
         LocalTensor<float> to = this->folded_;

@@ -2,7 +2,7 @@
 // Many segments per tile: groups and rows of up to 4096 elements, in multiples of 32.
 #pragma once
 
-#include "codes.h"
+#include "levels.h"
 #include "scales.h"
 
 namespace ternary {
@@ -50,7 +50,7 @@ private:
             this->SpreadFactors(segments);
             this->Unpack(padded);
             LocalTensor<T> output = this->outputQueue_.template AllocTensor<T>();
-            this->Dequantize(output, segments, weight.segment, padded, across);
+            this->Dequantize(this->other_, output, segments, weight.segment, padded, across);
             this->StoreOutput(weight, output, offset, count);
             return;
         }
@@ -61,11 +61,20 @@ private:
             this->GivenScales(weight, firstSegment, segments);
         } else {
             Sum(segments, weight.segment, across);
+            if (weight.Has(kAbsmax)) {
+                Largest(segments, weight.segment, across);
+            }
             this->OwnScales(weight, firstSegment, segments);
         }
-        this->SpreadScales(segments);
+        if (!weight.Has(kLevels)) {
+            this->SpreadScales(segments);
+        }
         LocalTensor<T> output = this->outputQueue_.template AllocTensor<T>();
-        this->Quantize(weight, input, output, segments, weight.segment, padded, across);
+        if (weight.Has(kLevels)) {
+            this->QuantizeLevels(weight, input, output, segments, weight.segment, padded, across);
+        } else {
+            this->Quantize(weight, input, output, segments, weight.segment, padded, across);
+        }
         this->inputQueue_.FreeTensor(input);
         this->StoreOutput(weight, output, offset, count);
         if (weight.Has(kPack)) {
@@ -125,6 +134,49 @@ private:
         Barrier();
         SumRepeats<float>(this->sum_, this->partial_, columns, segments, stride / (kBlock / sizeof(float)));
         Barrier();
+    }
+
+    // threshold_ <- the largest of each segment of magnitude_, as far as that is numbers. Behind Sum, in its room.
+    __aicore__ inline void Largest(uint32_t segments, uint32_t length, bool across)
+    {
+        const uint32_t whole = length / kFloatLanes;
+        if (across) {
+            LargestAcross(segments, length);
+            return;
+        }
+        const uint32_t stride = AlignUp(whole, kBlock / sizeof(float));
+        const uint32_t tail = length % kFloatLanes;
+        for (uint32_t i = 0; i < segments; ++i) {
+            LargestRepeats(this->partial_[i * stride], this->magnitude_[i * length], kFloatLanes, whole, 8);
+        }
+        if (tail != 0) {
+            // Of all segments at once: on its own the largest of one would lie on 4 bytes.
+            LargestRepeats(this->scale_, this->magnitude_[whole * kFloatLanes], tail, segments,
+                           length / (kBlock / sizeof(float)));
+        }
+        Barrier();
+        LargestRepeats(this->threshold_, this->partial_, whole, segments, stride / (kBlock / sizeof(float)));
+        Barrier();
+        if (tail != 0) {
+            AscendC::Max(this->threshold_, this->threshold_, this->scale_, segments);
+            Barrier();
+        }
+    }
+
+    __aicore__ inline void LargestAcross(uint32_t segments, uint32_t length)
+    {
+        const uint32_t stride = AlignUp(segments, kBlock / sizeof(float));
+        const uint32_t columns = AlignUp(length, kFloatLanes) / kFloatLanes;
+        for (uint32_t i = 0; i < columns; ++i) {
+            const LocalTensor<float> largest = i == 0 ? this->threshold_ : this->partial_[i * stride];
+            LargestRepeats(largest, this->magnitude_[i * kFloatLanes], Smaller(kFloatLanes, length - i * kFloatLanes),
+                           segments, length / (kBlock / sizeof(float)));
+        }
+        Barrier();
+        for (uint32_t i = 1; i < columns; ++i) {
+            AscendC::Max(this->threshold_, this->threshold_, this->partial_[i * stride], segments);
+            Barrier();
+        }
     }
 };
 

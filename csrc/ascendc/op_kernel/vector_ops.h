@@ -50,59 +50,76 @@ __aicore__ inline void SumRepeats(const LocalTensor<T>& sums, const LocalTensor<
 #endif
 }
 
-// Binary instructions in place, as types, for the loops over segments below.
+// Likewise the largest of each repeat, on their own: without an index beside them. `largest` lies on 8 bytes.
+__aicore__ inline void LargestRepeats(const LocalTensor<float>& largest, const LocalTensor<float>& values, uint32_t lanes,
+                                      uint32_t repeats, uint32_t valueStride)
+{
+#ifdef TERNARY_REDUCE_REPEAT
+    AscendC::ReduceRepeat<AscendC::ReduceType::MAX, float>(largest, values, lanes, repeats, 1, 1, valueStride,
+                                                           AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+#else
+    AscendC::WholeReduceMax<float>(largest, values, lanes, repeats, 1, 1, valueStride,
+                                   AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+#endif
+}
+
+// Binary instructions, as types, for the loops over segments below.
 struct Subtract {
     template <typename T>
-    static __aicore__ inline void Run(const LocalTensor<T>& values, const LocalTensor<T>& other, uint32_t mask,
-                                      uint32_t repeats, const AscendC::BinaryRepeatParams& strides)
+    static __aicore__ inline void Run(const LocalTensor<T>& result, const LocalTensor<T>& values,
+                                      const LocalTensor<T>& other, uint32_t mask, uint32_t repeats,
+                                      const AscendC::BinaryRepeatParams& strides)
     {
-        AscendC::Sub(values, values, other, mask, repeats, strides);
+        AscendC::Sub(result, values, other, mask, repeats, strides);
     }
 };
 
 struct Unite {
     template <typename T>
-    static __aicore__ inline void Run(const LocalTensor<T>& values, const LocalTensor<T>& other, uint32_t mask,
-                                      uint32_t repeats, const AscendC::BinaryRepeatParams& strides)
+    static __aicore__ inline void Run(const LocalTensor<T>& result, const LocalTensor<T>& values,
+                                      const LocalTensor<T>& other, uint32_t mask, uint32_t repeats,
+                                      const AscendC::BinaryRepeatParams& strides)
     {
-        AscendC::Or(values, values, other, mask, repeats, strides);
+        AscendC::Or(result, values, other, mask, repeats, strides);
     }
 };
 
 struct Multiply {
     template <typename T>
-    static __aicore__ inline void Run(const LocalTensor<T>& values, const LocalTensor<T>& other, uint32_t mask,
-                                      uint32_t repeats, const AscendC::BinaryRepeatParams& strides)
+    static __aicore__ inline void Run(const LocalTensor<T>& result, const LocalTensor<T>& values,
+                                      const LocalTensor<T>& other, uint32_t mask, uint32_t repeats,
+                                      const AscendC::BinaryRepeatParams& strides)
     {
-        AscendC::Mul(values, values, other, mask, repeats, strides);
+        AscendC::Mul(result, values, other, mask, repeats, strides);
     }
 };
 
-// values <- values (op) the segment's own 32-byte block, for `segments` segments of `length` elements side by side.
+// result <- values (op) the segment's own 32-byte block, for `segments` segments of `length` elements side by side.
 // Short segments go across: one instruction per column of 256 bytes, one repeat per segment. Long ones along.
 template <typename Op, typename T>
-__aicore__ inline void WithBlocks(const LocalTensor<T>& values, const LocalTensor<T>& blocks, uint32_t segments,
-                                  uint32_t length, bool across)
+__aicore__ inline void WithBlocks(const LocalTensor<T>& result, const LocalTensor<T>& values,
+                                  const LocalTensor<T>& blocks, uint32_t segments, uint32_t length, bool across)
 {
     constexpr uint32_t lanes = kVector / sizeof(T);
     constexpr uint32_t blockLanes = kBlock / sizeof(T);
     if (across) {
         const uint32_t stride = length / blockLanes;
         for (uint32_t column = 0; column < length; column += lanes) {
-            const LocalTensor<T> part = values[column];
-            Op::Run(part, blocks, Smaller(lanes, length - column), segments, {1, 1, 0, stride, stride, 1});
+            const uint32_t mask = Smaller(lanes, length - column);
+            Op::Run(result[column], values[column], blocks, mask, segments, {1, 1, 0, stride, stride, 1});
         }
         return;
     }
     const uint32_t whole = length / lanes;
     const uint32_t tail = length % lanes;
     for (uint32_t i = 0; i < segments; ++i) {
-        const LocalTensor<T> segment = values[i * length];
+        const LocalTensor<T> segment = result[i * length];
+        const LocalTensor<T> from = values[i * length];
         const LocalTensor<T> block = blocks[i * blockLanes];
-        Op::Run(segment, block, lanes, whole, {1, 1, 0, 8, 8, 0});
+        Op::Run(segment, from, block, lanes, whole, {1, 1, 0, 8, 8, 0});
         if (tail != 0) {
-            const LocalTensor<T> rest = segment[whole * lanes];
-            Op::Run(rest, block, tail, 1, {1, 1, 0, 8, 8, 0});
+            const LocalTensor<T> rest = from[whole * lanes];
+            Op::Run(segment[whole * lanes], rest, block, tail, 1, {1, 1, 0, 8, 8, 0});
         }
     }
 }

@@ -4,7 +4,8 @@
 //
 //     ternary_cpu_debug CASES RESULTS
 //
-// A case is 8 words (dtype, rows, columns, group, bits of eps, cores, wanted, given) and the tensors that are given.
+// A case is 21 words (dtype, rows, columns, group, bits of eps, cores, wanted, given, bits of the multiplier, absmax, and
+// the space as ternary::Space) and the tensors that are given.
 #include <tikicpulib.h>
 
 #include <cstdio>
@@ -43,6 +44,9 @@ struct Case {
     uint32_t cores;
     uint32_t wanted;   // results, as Tensor
     uint32_t given;    // inputs, as Tensor
+    float multiplier;
+    uint32_t absmax;
+    ternary::Space space;
 };
 
 // Global memory that the kernels' processes share.
@@ -124,8 +128,8 @@ bool Run(const Case& c, std::FILE* cases, std::FILE* results)
     const uint32_t unpack = (c.given & kWeight) == 0 ? 1 : 0;
     const ternary::WeightSpec spec{input.Address(), output.Address(), scales.Address(), packed.Address(),
                                    previous.Address(), statistics.Address(), c.rows, c.columns, c.group, c.epsilon,
-                                   (c.given & kScaleTensor) != 0 ? 1u : 0u, unpack};
-    const ternary::Plan plan = ternary::MakePlan({spec}, static_cast<Dtype>(c.dtype), c.cores);
+                                   c.multiplier, c.absmax, (c.given & kScaleTensor) != 0 ? 1u : 0u, unpack};
+    const ternary::Plan plan = ternary::MakePlan({spec}, c.space, static_cast<Dtype>(c.dtype), c.cores);
     if (!plan.error.empty()) {
         std::fprintf(stderr, "%s\n", plan.error.c_str());
         return false;
@@ -151,7 +155,7 @@ int main(int argc, char** argv)
         std::fprintf(stderr, "usage: ternary_cpu_debug CASES RESULTS\n");
         return 2;
     }
-    static_assert(sizeof(Case) == 32, "as the Python side writes it");
+    static_assert(sizeof(Case) == 84, "as the Python side writes it");
     Case c;
     while (std::fread(&c, sizeof(c), 1, cases) == 1) {
         if (!Run(c, cases, results)) {

@@ -33,6 +33,7 @@ using emulation::Transfer;
 
 enum class TPosition { VECIN, VECOUT, VECCALC };
 enum class CMPMODE { LT, GT, EQ, LE, GE, NE };
+enum class ReduceOrder { ORDER_VALUE_INDEX, ORDER_INDEX_VALUE, ORDER_ONLY_VALUE, ORDER_ONLY_INDEX };
 enum class SELMODE { VSEL_CMPMASK_SPR, VSEL_TENSOR_SCALAR_MODE, VSEL_TENSOR_TENSOR_MODE };
 
 // An integer parameter with the range of the hardware's field: what does not fit is an error, not a silent wrap.
@@ -694,6 +695,7 @@ EMULATED_BINARY(Add, Plus, half, float, int16_t, int32_t)
 EMULATED_BINARY(Sub, Minus, half, float, int16_t, int32_t)
 EMULATED_BINARY(Mul, Times, half, float, int16_t, int32_t)
 EMULATED_BINARY(Div, Over, half, float)
+EMULATED_BINARY(Max, Larger, half, float, int16_t, int32_t)
 #undef EMULATED_BINARY
 
 #define EMULATED_LOGIC(name, symbol)                                                                              \
@@ -708,6 +710,13 @@ EMULATED_BINARY(Div, Over, half, float)
 EMULATED_LOGIC(And, &)
 EMULATED_LOGIC(Or, |)
 #undef EMULATED_LOGIC
+
+template <typename T>
+inline void Not(const LocalTensor<T>& dst, const LocalTensor<T>& src, const int32_t& count)
+{
+    static_assert(emulation::kOneOf<T, int16_t, uint16_t>, "type");
+    emulation::UnaryCount(dst, src, count, [](T v) { return static_cast<T>(~v); });
+}
 
 template <typename T>
 inline void ShiftRight(const LocalTensor<T>& dst, const LocalTensor<T>& src, const T& bits, int32_t count)
@@ -811,6 +820,33 @@ inline void WholeReduceSum(const LocalTensor<T>& dst, const LocalTensor<T>& src,
             }
         }
         emulation::Put<T>(result.begin + r * dstRepStride * sizeof(T), values[0]);
+    }
+}
+
+// The largest of the active elements of every iteration. The documentation wants results on twice their size, whatever
+// the order; of NaN it says nothing, so that the other number is taken where there is one.
+template <typename T>
+inline void WholeReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src, Field<128> mask, Field<255> repeats,
+                           Field<65535> dstRepStride, Field<65535> srcBlkStride, Field<65535> srcRepStride,
+                           ReduceOrder order = ReduceOrder::ORDER_VALUE_INDEX)
+{
+    static_assert(emulation::kOneOf<T, half, float>, "type");
+    Require(order == ReduceOrder::ORDER_ONLY_VALUE, "limits", "results with an index are not modelled");
+    emulation::CheckMask(mask, repeats, sizeof(T));
+    emulation::Operand result = emulation::Operand::Of(dst, 2 * sizeof(T));
+    emulation::Operand source = emulation::Operand::Of(src).Strides(srcBlkStride, srcRepStride);
+    for (uint32_t r = 0; r < repeats; ++r) {
+        result.Add(result.begin + r * dstRepStride * sizeof(T), sizeof(T));
+    }
+    source.Iterate(repeats, mask);
+    result.Strides(0, 0);
+    emulation::Access<1>(result, {&source}, repeats);
+    for (uint32_t r = 0; r < repeats; ++r) {
+        T largest = emulation::At<T>(source.Address(r, 0));
+        for (uint32_t e = 1; e < mask; ++e) {
+            largest = emulation::Compute(largest, emulation::At<T>(source.Address(r, e)), emulation::Larger());
+        }
+        emulation::Put<T>(result.begin + r * dstRepStride * sizeof(T), largest);
     }
 }
 

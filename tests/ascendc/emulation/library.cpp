@@ -93,10 +93,11 @@ void AddRegions(const uint32_t* entry, uint32_t elementBytes, uint32_t blocks)
 
 }  // namespace
 
-int32_t ternary_emulate(const WeightSpec* weights, uint32_t count, uint32_t dtype, uint32_t cores, uint32_t late,
-                        EmulatedCounters* counters, char* error, uint32_t errorBytes)
+int32_t ternary_emulate(const WeightSpec* weights, uint32_t count, const ternary::Space* space, uint32_t dtype,
+                        uint32_t cores, uint32_t late, EmulatedCounters* counters, char* error, uint32_t errorBytes)
 {
-    const ternary::Plan plan = ternary::MakePlan({weights, weights + count}, static_cast<ternary::Dtype>(dtype), cores);
+    const ternary::Plan plan =
+        ternary::MakePlan({weights, weights + count}, *space, static_cast<ternary::Dtype>(dtype), cores);
     if (!plan.error.empty()) {
         Explain("[plan] " + plan.error, error, errorBytes);
         return 1;
@@ -144,10 +145,11 @@ int32_t ternary_emulate_table(uint32_t kernel, uint32_t dtype, uint32_t blocks, 
     return 0;
 }
 
-int64_t ternary_plan(const WeightSpec* weights, uint32_t count, uint32_t dtype, uint32_t cores, int64_t* numbers,
-                     int64_t capacity, char* error, uint32_t errorBytes)
+int64_t ternary_plan(const WeightSpec* weights, uint32_t count, const ternary::Space* space, uint32_t dtype,
+                     uint32_t cores, int64_t* numbers, int64_t capacity, char* error, uint32_t errorBytes)
 {
-    const ternary::Plan plan = ternary::MakePlan({weights, weights + count}, static_cast<ternary::Dtype>(dtype), cores);
+    const ternary::Plan plan =
+        ternary::MakePlan({weights, weights + count}, *space, static_cast<ternary::Dtype>(dtype), cores);
     if (!plan.error.empty()) {
         Explain(plan.error, error, errorBytes);
         return -1;

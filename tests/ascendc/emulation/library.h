@@ -23,8 +23,8 @@ struct EmulatedCounters {
 
 // Plans and runs all weights. Returns 0, or 1 with the reason in `error`: "[check] text" if the kernel misbehaved,
 // "[plan] text" if the tiling refused.
-int32_t ternary_emulate(const ternary::WeightSpec* weights, uint32_t count, uint32_t dtype, uint32_t cores,
-                        uint32_t late, EmulatedCounters* counters, char* error, uint32_t errorBytes);
+int32_t ternary_emulate(const ternary::WeightSpec* weights, uint32_t count, const ternary::Space* space, uint32_t dtype,
+                        uint32_t cores, uint32_t late, EmulatedCounters* counters, char* error, uint32_t errorBytes);
 
 // Runs one launch from its table alone, as a device does; kernel and dtype as ternary::Kernel and ternary::Dtype. The
 // results as of ternary_emulate, without counters.
@@ -33,6 +33,6 @@ int32_t ternary_emulate_table(uint32_t kernel, uint32_t dtype, uint32_t blocks, 
 
 // The plan as numbers: launches, then kernel, blocks, UB bytes, table words and the table of each. Returns how many
 // numbers there are; writes at most `capacity`. -1 with the reason in `error`.
-int64_t ternary_plan(const ternary::WeightSpec* weights, uint32_t count, uint32_t dtype, uint32_t cores,
-                     int64_t* numbers, int64_t capacity, char* error, uint32_t errorBytes);
+int64_t ternary_plan(const ternary::WeightSpec* weights, uint32_t count, const ternary::Space* space, uint32_t dtype,
+                     uint32_t cores, int64_t* numbers, int64_t capacity, char* error, uint32_t errorBytes);
 }

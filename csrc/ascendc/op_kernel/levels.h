@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// All spaces but ternary, whose levels and thresholds are those of the table: one comparison per threshold.
+//
+// The levels are chosen upwards: a weight that is not beyond the next threshold keeps the level that it has, any other
+// takes the next one. w - t s is compared with 0, which is exact. With infinities it may be NaN, which compares false;
+// for which reason the comparisons are those under which w lies on its threshold then: w < t s where a tie goes up, and
+// else the opposite of w > t s.
+#pragma once
+
+#include "codes.h"
+
+namespace ternary {
+
+// code_ <- the levels of the weights `exact`, under the scales of scale_.
+template <typename T>
+__aicore__ inline void Core<T>::FindLevels(const LocalTensor<float>& exact, uint32_t segments, uint32_t length,
+                                           uint32_t padded, bool across)
+{
+    const uint32_t scales = AlignUp(segments, 8);
+    const LocalTensor<uint16_t> maskWords = mask_.template ReinterpretCast<uint16_t>();
+    AscendC::Duplicate(code_, static_cast<half>(numbers_.GetValue(kLevel)), padded);
+    for (uint32_t k = 0; k < thresholds_; ++k) {
+        AscendC::Muls(threshold_, scale_, numbers_.GetValue(kThreshold + k), scales);
+        Barrier();
+        AscendC::Brcb(thresholdBlocks_, threshold_, scales / 8, {1, 8});
+        Barrier();
+        WithBlocks<Subtract>(magnitude_, exact, thresholdBlocks_, segments, length, across);
+        Barrier();
+        if ((upperTies_ & (1u << k)) != 0) {
+            CompareWith(mask_, magnitude_, 0.0f, AscendC::CMPMODE::LT, padded);
+        } else {
+            CompareWith(mask_, magnitude_, 0.0f, AscendC::CMPMODE::GT, padded);
+            Barrier();
+            AscendC::Not(maskWords, maskWords, padded / 16);
+        }
+        Barrier();
+        AscendC::Select(code_, mask_, code_, static_cast<half>(numbers_.GetValue(kLevel + 1 + k)),
+                        AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, padded);
+    }
+    Barrier();
+}
+
+// output <- from input, magnitude_ and scale_: the levels of the weights, times their scales. `padded`, `length` and
+// `across` as for Quantize.
+template <typename T>
+__aicore__ inline void Core<T>::QuantizeLevels(const Weight<T>& weight, const LocalTensor<T>& input,
+                                               const LocalTensor<T>& output, uint32_t segments, uint32_t length,
+                                               uint32_t padded, bool across)
+{
+    using Bits = typename SelectAs<sizeof(T)>::Type;
+    const LocalTensor<Bits> outputBits = output.template ReinterpretCast<Bits>();
+    const uint32_t scales = AlignUp(segments, 8);
+    LocalTensor<float> exact = exact_;
+    if constexpr (sizeof(T) == sizeof(float)) {
+        exact = input;
+    } else {
+        AscendC::Cast(exact, input, RoundMode::CAST_NONE, padded);
+    }
+    if (weight.Has(kGivenScales)) {
+        CompareWith(number_, magnitude_, 0.0f, AscendC::CMPMODE::GE, padded);
+    }
+    FindLevels(exact, segments, length, padded, across);
+    // s + (s - s): NaN where s is not finite, and so is any level times that.
+    AscendC::Sub(poison_, scale_, scale_, scales);
+    Barrier();
+    AscendC::Add(poison_, poison_, scale_, scales);
+    Barrier();
+    AscendC::Brcb(thresholdBlocks_, poison_, scales / 8, {1, 8});
+    Barrier();
+    Dequantize(code_, output, segments, length, padded, across);
+    Barrier();
+    if (weight.Has(kGivenScales)) {
+        AscendC::Select(outputBits, number_, outputBits, NotANumber<sizeof(T)>(),
+                        AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, padded);
+    }
+}
+
+}  // namespace ternary
