@@ -77,7 +77,7 @@ VALUES = (
 CORES = (1, 3, 40)
 OTHER_SPACES = tuple(name for name in SPACES if name != "ternary")
 # Statistic and multiplier; the first are the space's own.
-SCALES = ((None, None), ("absmean", 1.25), ("absmax", 1.0), ("absmax", 0.4))
+SCALES = ((None, None), ("absmean", 1.25), ("absmean", 2.0), ("absmax", 1.0), ("absmax", 0.4))
 
 
 @dataclass(frozen=True)

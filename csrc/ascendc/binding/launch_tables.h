@@ -67,7 +67,7 @@ private:
     };
     using Place = std::list<Table>::iterator;
 
-    // 16 MiB: some 37,000 tables of a single weight.
+    // 16 MiB: some 34,000 tables of a single weight.
     static constexpr std::size_t kMostWords = 4u << 20;
 
     static std::size_t Hash(const std::vector<uint32_t>& words)

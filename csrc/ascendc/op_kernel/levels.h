@@ -11,7 +11,7 @@
 
 namespace ternary {
 
-// code_ <- the levels of the weights `exact`, under the scales of scale_.
+// code_ <- the levels of the weights `exact`, under the scales of scale_. No barrier stands behind the last of them.
 template <typename T>
 __aicore__ inline void Core<T>::FindLevels(const LocalTensor<float>& exact, uint32_t segments, uint32_t length,
                                            uint32_t padded, bool across)
@@ -37,7 +37,6 @@ __aicore__ inline void Core<T>::FindLevels(const LocalTensor<float>& exact, uint
         AscendC::Select(code_, mask_, code_, static_cast<half>(numbers_.GetValue(kLevel + 1 + k)),
                         AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, padded);
     }
-    Barrier();
 }
 
 // output <- from input, magnitude_ and scale_: the levels of the weights, times their scales. `padded`, `length` and
@@ -66,7 +65,6 @@ __aicore__ inline void Core<T>::QuantizeLevels(const Weight<T>& weight, const Lo
     AscendC::Add(poison_, poison_, scale_, scales);
     Barrier();
     AscendC::Brcb(thresholdBlocks_, poison_, scales / 8, {1, 8});
-    Barrier();
     Dequantize(code_, output, segments, length, padded, across);
     Barrier();
     if (weight.Has(kGivenScales)) {

@@ -136,7 +136,8 @@ private:
         Barrier();
     }
 
-    // threshold_ <- the largest of each segment of magnitude_, as far as that is numbers. Behind Sum, in its room.
+    // threshold_ <- the largest of each segment of magnitude_, as far as that is numbers. Behind Sum, in its room; with no
+    // barrier at the end, for OwnScales has one before it looks.
     __aicore__ inline void Largest(uint32_t segments, uint32_t length, bool across)
     {
         const uint32_t whole = length / kFloatLanes;
@@ -156,10 +157,9 @@ private:
         }
         Barrier();
         LargestRepeats(this->threshold_, this->partial_, whole, segments, stride / (kBlock / sizeof(float)));
-        Barrier();
         if (tail != 0) {
-            AscendC::Max(this->threshold_, this->threshold_, this->scale_, segments);
             Barrier();
+            AscendC::Max(this->threshold_, this->threshold_, this->scale_, segments);
         }
     }
 
@@ -172,10 +172,9 @@ private:
             LargestRepeats(largest, this->magnitude_[i * kFloatLanes], Smaller(kFloatLanes, length - i * kFloatLanes),
                            segments, length / (kBlock / sizeof(float)));
         }
-        Barrier();
         for (uint32_t i = 1; i < columns; ++i) {
-            AscendC::Max(this->threshold_, this->threshold_, this->partial_[i * stride], segments);
             Barrier();
+            AscendC::Max(this->threshold_, this->threshold_, this->partial_[i * stride], segments);
         }
     }
 };
