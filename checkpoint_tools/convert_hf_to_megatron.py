@@ -88,15 +88,15 @@ def convert(args: argparse.Namespace) -> None:
         (release / HF_DIRECTORY).mkdir(parents=True)
         common = {"args": argparse.Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 0}
         if legacy:
-            write_legacy(model, release, common, rows, layout, bar.update)
+            digests = write_legacy(model, release, common, rows, layout, bar.update)
         else:
-            write_torch_dist(model, release, common, rows, layout.tp, bar.update)
+            digests = write_torch_dist(model, release, common, rows, layout.tp, bar.update)
         write_arguments(release, arguments)
         if record is not None:
             record.write(release)
         copy_side_files(args.load_dir, release / HF_DIRECTORY)
         write_text(release / HF_DIRECTORY / "config.json", json.dumps(read_config(args.load_dir), indent=2) + "\n")
-        write_digests(release)
+        write_digests(release, digests)
         preset = {
             "description": f"converted from {args.load_dir.name}",
             "vocab-size": model.architecture.vocab_size,

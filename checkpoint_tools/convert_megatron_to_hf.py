@@ -92,7 +92,7 @@ def convert(args: argparse.Namespace) -> None:
         _write_side_files(export, kind, plan, directory)
         if args.verify:
             _verify(export, directory)
-        write_digests(directory)
+        write_digests(directory, writer.digests)
     state = "fused" if export.fuse else export.record.state if export.record else "unquantized"
     print(f"{args.save_dir}: {export.architecture.parameter_count():,} parameters, {kind}, {state} weights")
     if export.fuse and export.record is not None and export.record.activation_bits != 16:

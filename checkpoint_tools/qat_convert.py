@@ -48,8 +48,8 @@ from bitcpm_megatron.checkpoint_tools.storage.reader import (
 )
 from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size, row_blocks
 from bitcpm_megatron.checkpoint_tools.storage.staging import staged
-from bitcpm_megatron.checkpoint_tools.storage.torch_file import filled_on_disk, save_file
-from bitcpm_megatron.files import add_digest, write_digests, write_text
+from bitcpm_megatron.checkpoint_tools.storage.torch_file import save_in_turn
+from bitcpm_megatron.files import add_digest, digest, write_digests, write_text
 from bitcpm_megatron.quantization import effective_group
 from bitcpm_megatron.quantization.record import FILE_NAME as RECORD_FILE
 from bitcpm_megatron.ternary_flags import GroupSize
@@ -101,21 +101,24 @@ def convert(args: argparse.Namespace) -> None:
     with staged(target, nbytes, one_file=not whole) as temporary:
         with progress(nbytes, "writing") as bar:
             if target.suffix == ".bin":
-                state = filled_on_disk(temporary, tensors, lambda name: _blocks(reader, name, plan, bar))
-                save_file(state, temporary / "pytorch_model.bin")
+                file = temporary / "pytorch_model.bin"
+                infos = {(name,): info for name, info in tensors.items()}
+                saved = save_in_turn(file, infos, lambda name: _blocks(reader, name, plan, bar))
+                digests = {file.name: saved.entry()}
             else:
                 with SafetensorsWriter(temporary, tensors, shard_size if whole else nbytes + 1) as writer:
                     for name in tensors:
                         writer.write(name, _blocks(reader, name, plan, bar))
+                digests = writer.digests
         _verify(temporary, reader, plan)
         if whole:
             copy_side_files(source, temporary)
             write_text(temporary / "config.json", json.dumps(config, indent=2) + "\n")
             plan.record.write(temporary)
-            write_digests(temporary)
+            write_digests(temporary, digests)
         else:
             (written,) = temporary.iterdir()
-            add_digest(written, target.resolve())
+            add_digest(digests.get(written.name) or digest(written), target.resolve())
     print(f"wrote {target}", flush=True)
 
 

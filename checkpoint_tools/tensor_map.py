@@ -18,7 +18,7 @@ Megatron                                      Hugging Face                    ho
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -120,22 +120,25 @@ def part_shapes(tensors: Iterable[MegatronTensor]) -> dict[str, tuple[int, ...]]
     return {name: (rows, *t.shape[1:]) for t in tensors for name, rows in zip(t.parts, t.rows, strict=True)}
 
 
-def join(tensor: MegatronTensor, parts: Sequence[torch.Tensor], channels: int) -> torch.Tensor:
-    """The Megatron tensor made of its Hugging Face parts, or of what has their rows, such as scales; ``channels`` is
-    the size of one head."""
-    if tensor.kind == "qkv":
-        groups = parts[1].shape[0] // channels
-        return torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], 1).flatten(0, 1)
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def join(tensor: MegatronTensor, parts: Sequence[torch.Tensor], channels: int) -> Iterator[torch.Tensor]:
+    """The rows of the Megatron tensor made of its Hugging Face parts, or of what has their rows, such as scales: views
+    of the parts, that give it on end. ``channels`` is the size of one head."""
+    if tensor.kind != "qkv":
+        yield from parts
+        return
+    groups = parts[1].shape[0] // channels
+    for group in range(groups):
+        for part in parts:
+            rows = len(part) // groups
+            yield part[group * rows : (group + 1) * rows]
 
 
-def split(tensor: MegatronTensor, whole: torch.Tensor, channels: int) -> list[torch.Tensor]:
-    """The Hugging Face parts of a Megatron tensor (or of its scales); views where possible, see :func:`join`."""
-    if tensor.kind == "qkv":
-        groups = tensor.rows[1] // channels
-        blocks = whole.reshape(groups, -1, *whole.shape[1:])
-        return [part.flatten(0, 1) for part in blocks.split([rows // groups for rows in tensor.rows], 1)]
-    return list(whole.split(list(tensor.rows)))
+def split(tensor: MegatronTensor, whole: torch.Tensor, channels: int) -> list[list[torch.Tensor]]:
+    """The Hugging Face parts of a Megatron tensor (or of its scales), each as views that give it on end; see
+    :func:`join`."""
+    groups = tensor.rows[1] // channels if tensor.kind == "qkv" else 1
+    blocks = whole.split([rows // groups for rows in tensor.rows] * groups)
+    return [list(blocks[part :: len(tensor.parts)]) for part in range(len(tensor.parts))]
 
 
 def unshard(kind: Kind, shards: Sequence[torch.Tensor]) -> torch.Tensor:

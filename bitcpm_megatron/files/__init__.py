@@ -16,6 +16,7 @@ from .atomic import (
 )
 from .digests import (
     DIGESTS,
+    Digester,
     DigestError,
     add_digest,
     check_digests,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face model as the tensors that Megatron wants, checked against its own ``config.json``."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +13,17 @@ from ...quantization import WEIGHT_DTYPES
 from ...quantization.record import QuantizerRecord
 from ..quantizer.fuse import fused_group
 from ..storage.hf_reader import HfReader
-from ..storage.reader import ConversionError, TensorInfo, TensorReader, cast, check_finite, dtype_name, refuse_mistakes
+from ..storage.reader import (
+    CACHED_BYTES,
+    ConversionError,
+    TensorInfo,
+    TensorReader,
+    cast,
+    check_finite,
+    dtype_name,
+    refuse_mistakes,
+)
+from ..storage.torch_file import Scratch
 from ..tensor_map import MegatronTensor, join, megatron_tensors, part_shapes, to_megatron
 from .config import architecture_of, read_config
 from .remote_code import read_record
@@ -39,6 +50,7 @@ class HfModel:
     tensors: list[MegatronTensor]
     dtype: torch.dtype | None
     record: QuantizerRecord | None
+    _scratch: Scratch = field(default_factory=Scratch, init=False, repr=False)
 
     def dtype_of(self, tensor: MegatronTensor) -> torch.dtype:
         """Of the written tensor."""
@@ -50,11 +62,33 @@ class HfModel:
         return TensorInfo(shape, self.dtype_of(tensor))
 
     def read(self, tensor: MegatronTensor, rank: int = 0, size: int = 1) -> torch.Tensor:
-        """A Megatron tensor of a layer, or what one of ``size`` tensor-parallel ranks holds of it.
+        """A Megatron tensor of a layer, or what one of ``size`` tensor-parallel ranks holds of it: a view of a file, or
+        of memory that the next call uses again.
 
         Raises:
             ConversionError: it holds NaN or infinity.
         """
+        parts, dtype = self._parts(tensor, rank, size), self.dtype_of(tensor)
+        if len(parts) == 1 and parts[0].dtype == dtype and parts[0].is_contiguous():
+            check_finite(tensor.parts[0], parts[0])
+            return parts[0]
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        whole, row = self._scratch.take(shape, dtype), 0
+        for block in self.blocks(tensor, rank, size):
+            whole[row : row + len(block)] = block
+            row += len(block)
+        return whole
+
+    def blocks(self, tensor: MegatronTensor, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
+        """The same, as blocks of rows on end."""
+        parts = self._parts(tensor, rank, size)
+        for number, piece in enumerate(join(tensor, parts, self.architecture.kv_channels)):
+            for rows in TensorInfo(tuple(piece.shape), piece.dtype).row_slices(CACHED_BYTES):
+                check_finite(tensor.parts[number % len(parts)], piece[rows])
+                yield self._cast(tensor, piece[rows])
+
+    def _parts(self, tensor: MegatronTensor, rank: int, size: int) -> list[torch.Tensor]:
+        """What a rank holds of the Hugging Face tensors, views of the files."""
         parts = []
         for name, rows in zip(tensor.parts, tensor.rows, strict=True):
             index: tuple[slice, ...] = ()
@@ -64,8 +98,7 @@ class HfModel:
                 # Each rank has its heads of q, k and v, and its channels of gate and up.
                 index = (_share(rows, rank, size),)
             parts.append(self.reader.read(name, index))
-            check_finite(name, parts[-1])
-        return self._cast(tensor, join(tensor, parts, self.architecture.kv_channels))
+        return parts
 
     def read_rows(self, tensor: MegatronTensor, start: int, stop: int) -> torch.Tensor:
         """Rows of a vocabulary tensor; zeros beyond the vocabulary."""

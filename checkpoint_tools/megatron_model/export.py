@@ -22,6 +22,7 @@ from ..hf_model.side_files import TOKENIZER, side_files, special_ids
 from ..quantizer.fuse import fuse_blocks
 from ..quantizer.megatron_record import checked_record, checked_scales
 from ..storage.reader import ConversionError, TensorInfo, cast, check_finite, refuse_mistakes
+from ..storage.safetensors_writer import row_blocks
 from ..tensor_map import MegatronTensor, megatron_tensors, split
 from .checkpoint import MegatronCheckpoint, locate, open_checkpoint
 
@@ -67,18 +68,21 @@ class Export:
         if record is not None and record.state == "latent":
             # Of latent exports, too: scales that contradict the record mean that it is not this model's.
             scales = checked_scales(self.checkpoint, record, tensor)
-        part_scales = [None] * len(tensor.parts) if scales is None else split(tensor, scales, channels)
-        for name, part, own in zip(tensor.parts, split(tensor, read(tensor), channels), part_scales, strict=True):
-            blocks: Iterable[torch.Tensor] = [part]
+        part_scales = None if scales is None else split(tensor, scales, channels)
+        for number, (name, pieces) in enumerate(zip(tensor.parts, split(tensor, read(tensor), channels), strict=True)):
+            blocks: Iterable[torch.Tensor] = pieces
             if record is not None and self.fuse:
+                part = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                own = None if part_scales is None else torch.cat(part_scales[number])
                 info = TensorInfo(tuple(part.shape), part.dtype)
                 blocks = fuse_blocks(name, part.__getitem__, info, record.config_of(tensor.module), own)
             yield name, self._cast(name, blocks, exactly=record is not None)
 
     def _cast(self, name: str, blocks: Iterable[torch.Tensor], exactly: bool) -> Iterator[torch.Tensor]:
-        for block in blocks:
-            check_finite(name, block)
-            yield cast(name, block, self.dtype or block.dtype, exactly).contiguous()
+        for piece in blocks:
+            for block in row_blocks(piece):
+                check_finite(name, block)
+                yield cast(name, block, self.dtype or block.dtype, exactly)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

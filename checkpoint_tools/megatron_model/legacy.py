@@ -2,7 +2,6 @@
 """Megatron-LM's legacy checkpoints: ``mp_rank_XX[_YYY]/model_optim_rng.pt``, one file for each model-parallel rank."""
 
 import argparse
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from ...checkpoints.safe_load import load_without_code, plain
 from ..storage.reader import ConversionError, TensorInfo
-from ..storage.torch_file import filled_on_disk, save_file
+from ..storage.torch_file import save_in_turn
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -83,8 +82,8 @@ def write_rank(
     plan: Mapping[str, Mapping[str, TensorInfo]],
     fill: Callable[[str, str], torch.Tensor | Iterable[torch.Tensor]],
     other: Mapping[str, Any],
-) -> None:
-    """Writes one rank's file without holding its tensors in memory; see :func:`~.torch_file.filled_on_disk`.
+) -> dict[str, Any]:
+    """Writes one rank's file without holding its tensors in memory; see :func:`~.torch_file.save_in_turn`.
 
     Args:
         path: the new file, ``.../mp_rank_00/model_optim_rng.pt``; its directory is made.
@@ -93,13 +92,16 @@ def write_rank(
             order.
         other: what else goes into the file: ``args``, ``checkpoint_version``, ``iteration`` and so on.
 
+    Returns:
+        Its entry of ``DIGESTS.json``.
+
     Raises:
         ConversionError: ``fill`` gave something else than was planned.
         OSError: for example a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = {key: filled_on_disk(path.parent, part, functools.partial(fill, key)) for key, part in plan.items()}
-    save_file({**other, **parts}, path)
+    tensors = {(key, name): info for key, part in plan.items() for name, info in part.items()}
+    return save_in_turn(path, tensors, fill, other).entry()
 
 
 def rank_directory(tp: int, pp: int, pipeline_parallel_size: int) -> str:

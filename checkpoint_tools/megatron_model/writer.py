@@ -5,16 +5,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ...models.architecture import uneven
 from ..hf_model.model import HfModel
 from ..storage.reader import ConversionError, TensorInfo
-from ..storage.torch_dist_writer import Chunk, TorchDistWriter
 from ..tensor_map import EMBEDDING, OTHER_NAMES, OUTPUT, MegatronTensor
 from .legacy import rank_directory, write_rank
+
+if TYPE_CHECKING:
+    from ..storage.torch_dist_writer import Chunk
 
 # What Transformer Engine's modules, and under its name megatron-core's own, ask for beside their weights.
 _WITH_EXTRA_STATE = (
@@ -60,22 +62,28 @@ class Layout:
             )
 
 
+Digests = dict[str, dict[str, Any]]
+"""Entries of ``DIGESTS.json``, by file."""
+
+
 def write_torch_dist(
     model: HfModel, directory: Path, common: Mapping[str, Any], rows: int, tp: int, on_bytes: Callable[[int], Any]
-) -> None:
+) -> Digests:
     """Writes ``torch_dist``: layers stacked, each a chunk of its stack, row-parallel ones cut as ``tp`` ranks would.
 
     ``common`` goes into ``common.pt``; ``rows`` are those of the padded vocabulary; ``tp`` shows in the chunks, for
     whoever asks which tensor-parallel size a checkpoint comes from: it loads at any. ``on_bytes`` is called with the
-    size of what was written.
+    size of what was written. Returns the digests of the large files.
     """
+    from ..storage.torch_dist_writer import TorchDistWriter
+
     layers = model.architecture.num_layers
     extra = {
         f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}": None
         for module in _WITH_EXTRA_STATE
         for layer in range(layers)
     }
-    TorchDistWriter(directory, common, on_bytes=on_bytes).write(_chunks(model, rows, tp), extra)
+    return TorchDistWriter(directory, common, on_bytes=on_bytes).write(_chunks(model, rows, tp), extra)
 
 
 def write_legacy(
@@ -85,8 +93,9 @@ def write_legacy(
     rows: int,
     layout: Layout,
     on_bytes: Callable[[int], Any],
-) -> None:
-    """Writes one ``model_optim_rng.pt`` per tensor- and pipeline-parallel rank; arguments as above."""
+) -> Digests:
+    """Writes one ``model_optim_rng.pt`` per tensor- and pipeline-parallel rank; arguments and result as above."""
+    digests = {}
     for stage, parts in _stages(model, layout).items():
         for rank in range(layout.tp):
             plan = {
@@ -100,15 +109,18 @@ def write_legacy(
                 tensor, info = parts[key][name], plan[key][name]
                 on_bytes(info.nbytes)
                 if tensor.kind != "vocab":
-                    return model.read(tensor, rank, layout.tp)
+                    return model.blocks(tensor, rank, layout.tp)
                 first = rank * info.shape[0]
                 return (model.read_rows(tensor, first + r.start, first + r.stop) for r in info.row_slices())
 
-            file = directory / rank_directory(rank, stage, layout.pp) / "model_optim_rng.pt"
-            write_rank(file, plan, fill, common)
+            file = f"{rank_directory(rank, stage, layout.pp)}/model_optim_rng.pt"
+            digests[file] = write_rank(directory / file, plan, fill, common)
+    return digests
 
 
-def _chunks(model: HfModel, rows: int, tp: int) -> Iterator[Chunk]:
+def _chunks(model: HfModel, rows: int, tp: int) -> Iterator["Chunk"]:
+    from ..storage.torch_dist_writer import Chunk
+
     layers = model.architecture.num_layers
     for tensor in model.tensors:
         info = model.info(tensor, rows)

@@ -14,6 +14,9 @@ import torch
 from ...cli import MismatchError
 from ...files import FileError
 
+CACHED_BYTES = 2**20
+"""Of a block of rows that is looked at more than once: it stays in the processor's cache from one time to the next."""
+
 
 class ConversionError(FileError):
     """A checkpoint that cannot be converted as asked; the message names the file or tensor, and the cure."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .reader import ConversionError, TensorInfo, checked_blocks, files_of, listed
+from ...files import Digester
+from .reader import CACHED_BYTES, ConversionError, TensorInfo, checked_blocks, files_of, listed
 
 SAFETENSORS = "model.safetensors"
 # The names of the format, and PyTorch's where this version has them.
@@ -55,6 +56,7 @@ class SafetensorsWriter:
         sizes = [info.nbytes for info in self._plan.values()]
         shards = [list(self._plan)[part] for part in files_of(sizes, max_shard_size)]
         self._places: dict[str, tuple[Path, int]] = {}
+        self._digesters: dict[Path, Digester] = {}
         self._sharded = len(shards) > 1
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if self._sharded else SAFETENSORS
@@ -69,14 +71,24 @@ class SafetensorsWriter:
         if name not in self._missing:
             raise ConversionError(f"{name}: {'was written already' if name in self._plan else 'is not in the plan'}")
         path, offset = self._places[name]
+        digester = self._digesters[path]
+        if digester.size != offset:
+            # Its own from here on, which is nobody's: a file that is not written from front to back is read for that.
+            digester = self._digesters[path] = Digester()
         with open(path, "r+b") as file:
             file.seek(offset)
             for _, block in checked_blocks(name, self._plan[name], blocks):
                 if not block.is_contiguous():
                     raise ConversionError(f"{name}: a block of {tuple(block.shape)} is not contiguous")
                 if block.numel():
-                    file.write(block.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+                    digester.write(file, block.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         del self._missing[name]
+
+    @property
+    def digests(self) -> dict[str, dict[str, Any]]:
+        """Entries of ``DIGESTS.json`` by file, of those that were written from front to back; the others have to be
+        read."""
+        return {path.name: d.entry() for path, d in self._digesters.items() if d.size == path.stat().st_size}
 
     def close(self) -> None:
         """Completes the directory: writes the index, if there is more than one shard.
@@ -120,7 +132,8 @@ class SafetensorsWriter:
         for name in ordered:
             self._places[name] = path, start + header[name]["data_offsets"][0]
         with open(path, "xb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+            digester = self._digesters[path] = Digester()
+            digester.write(file, struct.pack("<Q", len(text)) + text)
             file.truncate(start + end)
 
 
@@ -140,7 +153,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-def row_blocks(tensor: torch.Tensor, nbytes: int = 2**26) -> Iterator[torch.Tensor]:
+def row_blocks(tensor: torch.Tensor, nbytes: int = CACHED_BYTES) -> Iterator[torch.Tensor]:
     """A tensor as contiguous blocks of rows of about ``nbytes`` each, as :meth:`SafetensorsWriter.write` takes them."""
     if tensor.numel() == 0 or tensor.ndim == 0:
         yield tensor.contiguous()

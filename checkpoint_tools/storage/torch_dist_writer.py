@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ...checkpoints.torch_dist import COMMON
+from ...files import Digester
 from .reader import ConversionError, TensorInfo, files_of
 from .torch_dist_reader import CONFIG
 from .torch_file import save_file, with_own_storage
@@ -42,7 +43,8 @@ class Chunk:
         offsets: where the piece begins.
         sizes: shape of the piece.
         dtype: of the tensor.
-        produce: returns the piece, of shape ``sizes``; called once, when it is written.
+        produce: returns the piece, of shape ``sizes``; called once, when it is written. It need last no longer than
+            until the next one is produced.
     """
 
     key: str
@@ -97,13 +99,16 @@ class TorchDistWriter:
     max_file_size: int = 5 * 10**9
     on_bytes: Callable[[int], Any] | None = None
 
-    def write(self, chunks: Iterable[Chunk], objects: Mapping[str, Any] | None = None) -> None:
+    def write(self, chunks: Iterable[Chunk], objects: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
         """Writes the checkpoint.
 
         Args:
             chunks: that make up every tensor, without overlap; written in this order.
             objects: small values by megatron-core's ``ShardedObject.unique_key``, such as the ``_extra_state`` of
                 modules, which loading asks for.
+
+        Returns:
+            Entries of ``DIGESTS.json`` of the ``.distcp`` files, which were digested as they were written.
 
         Raises:
             ConversionError: chunks lack, overlap or contradict each other, or a producer returned something else than
@@ -120,25 +125,30 @@ class TorchDistWriter:
         except ValueError as error:
             raise ConversionError(f"the plan of the checkpoint is wrong: {error}") from None
         results: list[WriteResult] = []
+        digesters = {}
         sizes = [chunk.nbytes for chunk in pieces] + [0] * (len(items) - len(pieces))
         for number, part in enumerate(files_of(sizes, self.max_file_size)):
             name = f"__0_{number}.distcp"
+            digester = digesters[name] = Digester()
             with open(self.directory / name, "wb") as stream:
                 for item, content in zip(plan.items[part], contents[part], strict=True):
-                    results.append(self._write(stream, name, item, content))
+                    results.append(self._write(stream, digester, name, item, content))
                 stream.flush()
                 os.fsync(stream.fileno())
         _Storage(self.directory, sync_files=True).finish(metadata, [results])
         save_file(dict(self.common), self.directory / COMMON)
         (self.directory / CONFIG).write_text(json.dumps(_FORMAT), encoding="utf-8")
+        return {name: digester.entry() for name, digester in digesters.items()}
 
-    def _write(self, stream: BinaryIO, name: str, item: WriteItem, content: Chunk | list[Any]) -> WriteResult:
+    def _write(
+        self, stream: BinaryIO, digester: Digester, name: str, item: WriteItem, content: Chunk | list[Any]
+    ) -> WriteResult:
         # Records are aligned inside each torch.save file; with this they are so in the whole, and whoever maps the file
         # need not copy.
-        stream.write(bytes(-stream.tell() % 64))
-        start = stream.tell()
-        save_file(content.checked() if isinstance(content, Chunk) else content, stream)
-        length = stream.tell() - start
+        digester.write(stream, bytes(-digester.size % 64))
+        start = digester.size
+        save_file(content.checked() if isinstance(content, Chunk) else content, stream, digester)
+        length = digester.size - start
         if self.on_bytes is not None and isinstance(content, Chunk):
             self.on_bytes(content.nbytes)
         return WriteResult(item.index, length, _StorageInfo(name, start, length))

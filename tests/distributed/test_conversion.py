@@ -192,7 +192,7 @@ def test_the_fused_export_is_what_the_training_forward_used(name: str, where: di
     linears = [t for t in megatron_tensors(architecture) if t.quantizable]
     assert sorted(used) == sorted(t.module for t in linears) and len(linears) == 8
     for tensor in linears:
-        whole = join(tensor, [exported[part] for part in tensor.parts], architecture.kv_channels)
+        whole = torch.cat(list(join(tensor, [exported[part] for part in tensor.parts], architecture.kv_channels)))
         assert torch.equal(whole, used[tensor.module]), tensor.module
         assert all(fused_group_size(exported[part]) is not None for part in tensor.parts)
 

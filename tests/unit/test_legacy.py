@@ -220,21 +220,19 @@ def test_what_was_written_is_read_back(tmp_path):
 )
 def test_content_that_is_not_what_was_planned(tmp_path, content):
     path = rank_file(tmp_path, 0, 0, 1)
+    plan = {"first": TensorInfo((2, 3), torch.float32), "w": TensorInfo((4, 3), torch.float32)}
     with pytest.raises(FileError, match="^w: "):
-        write_rank(path, {"model": {"w": TensorInfo((4, 3), torch.float32)}}, lambda key, name: content, {})
+        write_rank(path, {"model": plan}, lambda key, name: torch.ones(2, 3) if name == "first" else content, {})
     assert not path.exists()
 
 
 def test_full_disk(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch_file.os, "posix_fallocate", full)
+    monkeypatch.setattr(torch_file, "open", lambda *_: FullDisk(), raising=False)
+    plan = {name: TensorInfo((9999,), torch.float32) for name in ("one", "other")}
     with pytest.raises(OSError) as error:
-        write_rank(rank_file(tmp_path, 0, 0, 1), {"model": PLAN}, fill, {})
+        write_rank(rank_file(tmp_path, 0, 0, 1), {"model": plan}, lambda key, name: torch.ones(9999), {})
     assert error.value.errno == errno.ENOSPC
     monkeypatch.undo()
-    # While PyTorch writes, too, once something is written.
     with pytest.raises(OSError) as error:
         save_file({"x": torch.ones(9999)}, FullDisk())
     assert error.value.errno == errno.ENOSPC
