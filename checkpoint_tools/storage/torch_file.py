@@ -3,6 +3,9 @@
 
 import collections
 import functools
+import mmap
+import os
+import tempfile
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from ...files import Digester
 from .reader import TensorInfo, checked_blocks
 
+_MAX_IN_MEMORY = 2**28
 Names = tuple[str, ...]
 """Where a tensor stands in what is saved: its name in a dict, or those of the dicts around it and its own."""
 
@@ -44,7 +48,8 @@ def save_in_turn(
     """Saves tensors into a new file, of which one is in memory at a time.
 
     ``torch.save`` wants all tensors at once, and then writes them one behind another. So all that it gets are views of
-    one piece of memory, as large as the largest: when it has written one of them, the next one takes its place.
+    one piece of memory, as large as the largest: when it has written one of them, the next one takes its place. What is
+    larger than 256 MiB, such as a vocabulary, has its place in a nameless file beside the new one.
 
     Args:
         file: the new file.
@@ -61,49 +66,83 @@ def save_in_turn(
         OSError: for example a full disk.
         RuntimeError: this PyTorch writes tensors in another way.
     """
-    # PyTorch takes no storages of two dtypes that begin at one address.
-    starts = {dtype: 64 * number for number, dtype in enumerate({info.dtype: None for info in plan.values()})}
-    largest = max((info.nbytes for info in plan.values()), default=0)
-    memory = torch.empty(largest + 64 * len(starts), dtype=torch.uint8).untyped_storage()
+    turns = _Turns(plan, fill, file.parent)
     value: dict[str, Any] = dict(other or {})
-    tensors: dict[Names, torch.Tensor] = {}
-    for names, info in plan.items():
-        # A storage for each tensor: torch.save writes whole storages.
-        tensor: Any = torch.empty(info.shape if info.nbytes == 0 else 0, dtype=info.dtype)
-        if info.nbytes:
-            start = starts[info.dtype]
-            tensor.set_(memory[start : start + info.nbytes], 0, info.shape)
-        tensors[names] = tensor
+    for names, tensor in turns.tensors.items():
         functools.reduce(lambda part, name: part.setdefault(name, {}), names[:-1], value)[names[-1]] = tensor
-    waiting = collections.deque(tensors)
-
-    def take_place() -> None:
-        while waiting:
-            names = waiting[0]
-            tensor, info, content = tensors[names], plan[names], fill(*names)
-            blocks = [content] if isinstance(content, torch.Tensor) else content
-            for row, block in checked_blocks(names[-1], info, blocks):
-                (tensor[row : row + len(block)] if info.shape else tensor).copy_(block)
-            if info.nbytes:
-                return
-            waiting.popleft()
-
-    def written(data: np.ndarray) -> None:
-        if waiting and (data.nbytes, data.ctypes.data) == (plan[waiting[0]].nbytes, tensors[waiting[0]].data_ptr()):
-            waiting.popleft()
-            take_place()
-
+    turns.take_place()
     digester = Digester()
-    take_place()
     try:
         with open(file, "xb") as stream:
-            _save(value, stream, digester, written)
-        if waiting:
+            _save(value, stream, digester, turns.written)
+        if turns.waiting:
             raise RuntimeError(f"torch.save of PyTorch {torch.__version__} does not write tensors one after another")
     except BaseException:
         file.unlink(missing_ok=True)
         raise
     return digester
+
+
+class _Turns:
+    """Tensors that share one piece of memory; the first that waits holds its values there.
+
+    Attributes:
+        tensors: all of them, with a storage each, for ``torch.save`` writes whole storages.
+        waiting: those that were not written yet.
+    """
+
+    def __init__(
+        self,
+        plan: Mapping[Names, TensorInfo],
+        fill: Callable[..., torch.Tensor | Iterable[torch.Tensor]],
+        directory: Path,
+    ) -> None:
+        self._plan = plan
+        self._fill = fill
+        # PyTorch takes no storages of two dtypes that begin at one address.
+        starts = {dtype: 64 * number for number, dtype in enumerate({info.dtype: None for info in plan.values()})}
+        large = [info.nbytes for info in plan.values() if info.nbytes > _MAX_IN_MEMORY]
+        small = [info.nbytes for info in plan.values() if info.nbytes <= _MAX_IN_MEMORY]
+        end = 64 * len(starts)
+        memory = torch.empty(max(small, default=0) + end, dtype=torch.uint8).untyped_storage()
+        on_disk = _nameless(directory, max(large) + end) if large else memory
+        self.tensors: dict[Names, torch.Tensor] = {}
+        for names, info in plan.items():
+            tensor: Any = torch.empty(info.shape if info.nbytes == 0 else 0, dtype=info.dtype)
+            if info.nbytes:
+                start, place = starts[info.dtype], on_disk if info.nbytes > _MAX_IN_MEMORY else memory
+                tensor.set_(place[start : start + info.nbytes], 0, info.shape)
+            self.tensors[names] = tensor
+        self.waiting = collections.deque(self.tensors)
+
+    def take_place(self) -> None:
+        """Gives the memory to the next tensor; those without elements need none."""
+        while self.waiting:
+            names = self.waiting[0]
+            tensor, info, content = self.tensors[names], self._plan[names], self._fill(*names)
+            blocks = [content] if isinstance(content, torch.Tensor) else content
+            for row, block in checked_blocks(names[-1], info, blocks):
+                (tensor[row : row + len(block)] if info.shape else tensor).copy_(block)
+            if info.nbytes:
+                return
+            self.waiting.popleft()
+
+    def written(self, data: np.ndarray) -> None:
+        """Goes on to the next tensor where these bytes are all those of the one whose turn it is."""
+        if not self.waiting:
+            return
+        tensor = self.tensors[self.waiting[0]]
+        if (data.nbytes, data.ctypes.data) == (tensor.nbytes, tensor.data_ptr()):
+            self.waiting.popleft()
+            self.take_place()
+
+
+def _nameless(directory: Path, nbytes: int) -> torch.UntypedStorage:
+    """Memory that is a nameless file: the system can write it out, and frees it with the last tensor in it."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        # A full disk must show here: writing into mapped memory without space behind it would kill the process.
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8).untyped_storage()
 
 
 def _save(value: Any, file: BinaryIO, digester: Digester, written: Callable[[np.ndarray], None]) -> None:

@@ -16,7 +16,7 @@ from support.peak_memory import MB, is_view_of, peak_growth
 from bitcpm_megatron.checkpoint_tools.storage.hf_reader import HfReader
 from bitcpm_megatron.checkpoint_tools.storage.reader import TensorInfo
 from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size, row_blocks
-from bitcpm_megatron.files import FileError
+from bitcpm_megatron.files import FileError, digest
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).reshape(4, 3),
@@ -74,6 +74,9 @@ def test_what_was_written_is_read_back(tmp_path_factory, tensors, limit, block, 
         for name in reversed(content) if backwards else content:
             writer.write(name, row_blocks(content[name], block))
     files = sorted(directory.glob("*.safetensors"))
+    assert all(entry == digest(directory / file) for file, entry in writer.digests.items())
+    if not backwards and len({dtype for _, dtype in tensors}) == 1:
+        assert writer.digests.keys() == {file.name for file in files}
     loaded = {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
     reader = HfReader(directory)
     assert loaded.keys() == content.keys() == reader.tensors().keys()
