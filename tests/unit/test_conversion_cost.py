@@ -21,7 +21,7 @@ from bitcpm_megatron.files import digest, write_digests
 
 LAYERS = 3
 SMALL = 2**20
-"""Bytes of everything but weights: configurations, headers, records, digests, and of a chunk the zip file's directory."""
+"""Bytes of everything but weights: configurations, headers, records, digests, and the zip directory of each chunk."""
 CASES = {
     "legacy": (convert_hf_to_megatron, "source", ["--format", "legacy", "--target-tensor-parallel-size", "2"]),
     "latent": (convert_megatron_to_hf, "dist", ["--weights", "latent"]),
