@@ -322,10 +322,6 @@ Plan MakePlan(const std::vector<WeightSpec>& weights, const Space& space, Dtype 
         plan.error = "no cores";
         return plan;
     }
-    if (space.thresholds > kMostThresholds) {
-        plan.error = "a space with more than " + std::to_string(kMostThresholds) + " thresholds";
-        return plan;
-    }
     std::vector<WeightSpec> byKernel[2];
     for (const WeightSpec& w : weights) {
         plan.error = Check(w, space);
