@@ -128,7 +128,9 @@ def _of_hugging_face(path: Path, fp32: bool, tokenizer: str | None, kind: str | 
             f"the tokenizer {tokenizer or path} has {own.vocab_size:,} pieces, and {path} has rows for {rows:,}: give "
             "the model's own --tokenizer-model"
         )
-    context = int(model.config.max_position_embeddings)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(context, int):
+        raise ValueError(f"{path}/config.json says no max_position_embeddings, the longest text that its model takes")
     return TextModel(path, TransformersNextToken(model), own, context, frozenset({own.eod, *_ends(path)}))
 
 

@@ -66,31 +66,6 @@ def test_a_turn_is_asked_with_all_before_it(model: TextModel) -> None:
     assert [tokens for tokens in model.tokens.computed if len(tokens) > 1] == asked
 
 
-def test_the_cache_changes_no_answer(tmp_path: Path) -> None:
-    """Of a model with weights: turn by turn, and each turn by one that was never asked before."""
-    transformers = pytest.importorskip("transformers")
-    from bitcpm_megatron.inference.transformers_model import TransformersNextToken
-
-    tokenizer = open_tokenizer(chat_tokenizer(tmp_path / "tokenizer", CHATML))
-    torch.manual_seed(4)
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=280)
-    built = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_key_value_heads=2)).eval()
-    for parameter in built.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-
-    def opened() -> TextModel:
-        return TextModel(tmp_path, TransformersNextToken(built), tokenizer, 512, frozenset({tokenizer.eod}))
-
-    kept = talk(opened(), count=12)
-    for text in ("Hi!", "Who, me?", "So"):
-        fresh = talk(opened(), count=12)
-        fresh.messages = list(kept.messages)
-        answer = "".join(kept.say(text))
-        assert "".join(fresh.say(text)) == answer and answer
-        assert fresh.messages == kept.messages
-
-
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came(model: TextModel) -> None:
     conversation = talk(model)
     answer = conversation.say("Hi!")

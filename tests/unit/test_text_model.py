@@ -12,9 +12,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from support import tiny_hf  # noqa: E402 - needs Transformers
+from support.chat import CHATML, chat_tokenizer  # noqa: E402
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize  # noqa: E402
 from bitcpm_megatron.checkpoint_tools.hf_model.config import GRANITE, LLAMA, config_for  # noqa: E402
+from bitcpm_megatron.inference.conversation import Conversation  # noqa: E402
 from bitcpm_megatron.inference.generate import NextToken  # noqa: E402
 from bitcpm_megatron.inference.text_model import open_questioner, open_text_model  # noqa: E402
 
@@ -113,6 +115,23 @@ def test_masters_are_rounded_to_what_training_quantized(tmp_path: Path) -> None:
     assert torch.equal(found[True][name], seen[0]) and not torch.equal(*seen)
 
 
+def test_turns_on_one_cache_are_those_of_models_that_were_never_asked(tmp_path: Path) -> None:
+    dense(tmp_path, "granite")
+    chat_tokenizer(tmp_path, CHATML)
+
+    def conversation() -> Conversation:
+        model = open_text_model(tmp_path)
+        return Conversation(model, open_questioner(model), count=8)
+
+    kept = conversation()
+    for text in ("Hi!", "Me?", "So"):
+        fresh = conversation()
+        fresh.messages = list(kept.messages)
+        answer = "".join(kept.say(text))
+        assert "".join(fresh.say(text)) == answer and answer
+        assert fresh.messages == kept.messages
+
+
 def test_ends_are_those_of_every_file(tmp_path: Path) -> None:
     dense(tmp_path, "granite")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
@@ -198,8 +217,6 @@ def test_damage_and_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_with_more_pieces_than_rows_is_refused(tmp_path: Path) -> None:
-    from support.chat import chat_tokenizer
-
     dense(tmp_path / "model", "small vocabulary")
     with pytest.raises(ValueError, match=r"has 274 pieces, and .* has rows for 260: give the model's own"):
         open_text_model(tmp_path / "model", tokenizer=str(chat_tokenizer(tmp_path / "large")))
