@@ -17,7 +17,7 @@ from megatron.core.transformer.module import Float16Module
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, quantize
 from bitcpm_megatron.nn import linear
-from bitcpm_megatron.nn.cache import set_ramp
+from bitcpm_megatron.nn.cache import hold_weights, set_ramp
 from bitcpm_megatron.ops import counts, fake_quantize_activations
 from bitcpm_megatron.parallel import (
     ProbeError,
@@ -184,6 +184,28 @@ def test_outside_a_schedule_nothing_stale_is_used() -> None:
     model.mlp.linear_fc1.weight.data.copy_(torch.randn(128, 64))
     y, _ = model.mlp.linear_fc1(x)
     assert torch.equal(y, x @ wq(model.mlp.linear_fc1.weight).t() + model.mlp.linear_fc1.bias)
+
+
+def test_weights_that_are_held_are_quantized_once_and_anew_after_loading() -> None:
+    model = gpt().eval()
+    apply_recipe(model, default=DEFAULT)
+    hold_weights([model])
+    states = [state for state, _ in ternary_modules(model)]
+    tokens = torch.arange(8).unsqueeze(0)
+
+    def quantized(forwards: int) -> int:
+        before = counts.calls
+        for _ in range(forwards):
+            model(tokens, tokens, None)
+        return counts.calls - before
+
+    assert quantized(3) == len(states)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    state["decoder.layers.0.mlp.linear_fc1.weight"] *= -1
+    model.load_state_dict(state, strict=False)
+    assert quantized(2) == len(states)
+    fc1 = model.decoder.layers[0].mlp.linear_fc1
+    assert torch.equal(ternary_state(fc1).quantized, wq(fc1.weight))
 
 
 def run_schedule(model: torch.nn.Module, forward_step, micro_batches: int, forward_only: bool = False) -> None:
