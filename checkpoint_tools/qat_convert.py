@@ -41,6 +41,7 @@ from bitcpm_megatron.checkpoint_tools.quantizer.fusing_plan import NO_MERGE, Pla
 from bitcpm_megatron.checkpoint_tools.storage.hf_reader import HfReader
 from bitcpm_megatron.checkpoint_tools.storage.reader import (
     ConversionError,
+    TensorInfo,
     TensorReader,
     VerificationError,
     check_finite,
@@ -48,7 +49,7 @@ from bitcpm_megatron.checkpoint_tools.storage.reader import (
 )
 from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import SafetensorsWriter, parse_size, row_blocks
 from bitcpm_megatron.checkpoint_tools.storage.staging import staged
-from bitcpm_megatron.checkpoint_tools.storage.torch_file import save_in_turn
+from bitcpm_megatron.checkpoint_tools.storage.torch_file import Names, save_in_turn
 from bitcpm_megatron.files import add_digest, digest, write_digests, write_text
 from bitcpm_megatron.quantization import effective_group
 from bitcpm_megatron.quantization.record import FILE_NAME as RECORD_FILE
@@ -102,7 +103,7 @@ def convert(args: argparse.Namespace) -> None:
         with progress(nbytes, "writing") as bar:
             if target.suffix == ".bin":
                 file = temporary / "pytorch_model.bin"
-                infos = {(name,): info for name, info in tensors.items()}
+                infos: dict[Names, TensorInfo] = {(name,): info for name, info in tensors.items()}
                 saved = save_in_turn(file, infos, lambda name: _blocks(reader, name, plan, bar))
                 digests = {file.name: saved.entry()}
             else:

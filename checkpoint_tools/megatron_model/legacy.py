@@ -11,7 +11,7 @@ import torch
 
 from ...checkpoints.safe_load import load_without_code, plain
 from ..storage.reader import ConversionError, TensorInfo
-from ..storage.torch_file import save_in_turn
+from ..storage.torch_file import Names, save_in_turn
 
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -100,7 +100,7 @@ def write_rank(
         OSError: for example a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {(key, name): info for key, part in plan.items() for name, info in part.items()}
+    tensors: dict[Names, TensorInfo] = {(key, name): info for key, part in plan.items() for name, info in part.items()}
     return save_in_turn(path, tensors, fill, other).entry()
 
 
