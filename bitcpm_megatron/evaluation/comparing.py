@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the retention table: every task, the mean over tasks, and texts, of each model beside the first one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .scores import ModelScores, TaskScores, TextScores, check_alike
+from .statistics import Comparison, compare, compare_rates, interval
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task, or the mean over tasks, or a text, of one model.
+
+    Attributes:
+        model: its name.
+        task: its name, :data:`MEAN`, or the text's.
+        metric: what the score is.
+        items: that both models were asked; of a text its documents.
+        skipped: items that are longer than the context of one of them.
+        score: None where no item is left.
+        interval: 95 %, of the score of the model that the others are compared with; None for these.
+        comparison: with that model; None for itself.
+        chance: see :class:`~.scores.TaskScores`.
+        majority: likewise.
+        remarks: what a reader must know before he believes the row.
+    """
+
+    model: str
+    task: str
+    metric: str
+    items: int
+    skipped: int
+    score: float | None
+    interval: tuple[float, float] | None = None
+    comparison: Comparison | None = None
+    chance: float | None = None
+    majority: float | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """All models of an evaluation: the first one is what the others are compared with."""
+
+    models: Sequence[ModelScores]
+    tasks: Sequence[Row]
+    texts: Sequence[Row]
+
+    def of(self, model: str, task: str) -> Row:
+        """One row."""
+        return next(row for row in (*self.tasks, *self.texts) if (row.model, row.task) == (model, task))
+
+
+def table_of(models: Sequence[ModelScores]) -> Table:
+    """Compares every model with the first.
+
+    Raises:
+        ValueError: they were not asked the same.
+    """
+    base = models[0]
+    tasks, texts = _alone(base)
+    for other in models[1:]:
+        check_alike(base, other)
+        rows, pairs = [], []
+        for name, task in base.tasks.items():
+            row, pair = _task(name, other.name, task, other.tasks[name])
+            rows.append(row)
+            pairs += [pair] if len(pair) else []
+        tasks += [*rows, *_mean(other.name, rows, compare(pairs) if pairs else None)]
+        texts += [_text(name, other.name, text, other.texts[name]) for name, text in base.texts.items()]
+    return Table(models, tasks, texts)
+
+
+def _alone(base: ModelScores) -> tuple[list[Row], list[Row]]:
+    tasks = []
+    for name, task in base.tasks.items():
+        values = np.array(list(task.items.values()))
+        remarks = _remarks(task.mean, task)
+        ends = interval(values) if len(values) else None
+        rest = {"chance": task.chance, "majority": task.majority, "remarks": remarks}
+        tasks.append(Row(base.name, name, task.metric, len(values), len(task.skipped), task.mean, ends, **rest))
+    arrays = [np.repeat(np.array(list(t.items.values()))[:, None], 2, 1) for t in base.tasks.values() if t.items]
+    mean = compare(arrays) if arrays else None
+    texts = []
+    for name, text in base.texts.items():
+        totals, sizes = _documents(text, text)
+        both = compare_rates(totals, sizes)
+        texts.append(Row(base.name, name, _metric(text), len(sizes), 0, both.base))
+    return [*tasks, *_mean(base.name, tasks, mean, alone=True)], texts
+
+
+def _task(name: str, model: str, base: TaskScores, other: TaskScores) -> tuple[Row, np.ndarray]:
+    both = [key for key in base.items if key in other.items]
+    pair = np.array([(base.items[key], other.items[key]) for key in both])
+    skipped = len({*base.skipped, *other.skipped})
+    comparison = compare([pair]) if both else None
+    score = comparison.score if comparison else None
+    remarks = _remarks(score, other)
+    rest = {"chance": other.chance, "majority": other.majority, "remarks": remarks}
+    return Row(model, name, other.metric, len(both), skipped, score, None, comparison, **rest), pair
+
+
+def _mean(model: str, rows: Sequence[Row], comparison: Comparison | None, alone: bool = False) -> list[Row]:
+    """The row of the mean, where it is over more than one task."""
+    asked = [row for row in rows if row.score is not None]
+    if len(rows) < 2 or comparison is None:
+        return []
+    left = [row.task for row in rows if row.score is None]
+    remarks = (f"without {', '.join(left)}",) if left else ()
+    items, skipped = sum(row.items for row in rows), sum(row.skipped for row in rows)
+    said = None if alone else comparison
+    metric = f"mean of {len(asked)} tasks"
+    return [Row(model, MEAN, metric, items, skipped, comparison.score, None, said, remarks=remarks)]
+
+
+def _text(name: str, model: str, base: TextScores, other: TextScores) -> Row:
+    totals, sizes = _documents(base, other)
+    comparison = compare_rates(totals, sizes)
+    return Row(model, name, _metric(other), len(sizes), 0, comparison.score, None, comparison)
+
+
+def _documents(base: TextScores, other: TextScores) -> tuple[np.ndarray, np.ndarray]:
+    """Bits ``[documents, 2]`` and bytes."""
+    bits = [(one[0], two[0]) for one, two in zip(base.documents, other.documents, strict=True)]
+    return np.array(bits) / np.log(2), np.array([document[2] for document in base.documents])
+
+
+def _metric(text: TextScores) -> str:
+    nats, tokens, _ = (sum(column) for column in zip(*text.documents, strict=True))
+    return f"bits per byte; perplexity {np.exp(nats / tokens):.2f} over {int(tokens):,} tokens"
+
+
+def _remarks(score: float | None, task: TaskScores) -> tuple[str, ...]:
+    if score is None:
+        return ("every item is longer than the context",)
+    found = []
+    if task.chance is not None and score < task.chance:
+        found.append(f"below chance ({100 * task.chance:.1f})")
+    if task.majority is not None and score < task.majority:
+        found.append(f"below the majority class ({100 * task.majority:.1f})")
+    return tuple(found)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The retention table as files: for people, for programs, and as a picture. They hold no time."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import incomplete, publish, write_text
+from .comparing import MEAN, Row, Table
+from .statistics import LEAST_ITEMS, RESAMPLES
+
+REPORT, DATA, PICTURE = "retention.md", "retention.csv", "retention.png"
+NOT_SIGNIFICANT = "not significant"
+_COLUMNS = (
+    "model task metric items skipped score base_model base_score retention retention_low retention_high difference "
+    "difference_low difference_high significant chance majority remarks"
+).split()
+
+
+def write(table: Table, output: Path) -> None:
+    """Writes the three files into the directory of an evaluation, each whole or not at all."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / DATA, _csv(table))
+    draw(table, output / PICTURE)
+    write_text(output / REPORT, "\n".join(lines(table)) + "\n")
+
+
+def lines(table: Table) -> list[str]:
+    """The lines of the Markdown file."""
+    base, *others = table.models
+    said = [f"# {' and '.join(m.name for m in others)} beside {base.name}" if others else f"# {base.name}", ""]
+    for model in others or [base]:
+        said += [*_section(table, model.name), ""]
+    if others:
+        said += [_reading(base.name, others[0].name if len(others) == 1 else "a model"), ""]
+    return [*said, "## How it was asked", "", *_provenance(table)]
+
+
+def _reading(base: str, model: str) -> str:
+    return (
+        f"Scores and differences are in points of 100. Retention is {model} / {base}; that of the mean is the ratio of "
+        "the two means, not the mean of ratios. Intervals: 95 %, paired bootstrap over items (texts: over documents), "
+        f"{RESAMPLES:,} resamples. A difference whose interval holds 0, or that is over fewer than {LEAST_ITEMS} items, "
+        f"is called {NOT_SIGNIFICANT}; of twenty tasks without any difference one is expected to be called different."
+    )
+
+
+def _section(table: Table, model: str) -> list[str]:
+    base = table.models[0].name
+    compared = model != base
+    found = []
+    for rows, scale, digits in ((table.tasks, 100, 1), (table.texts, 1, 4)):
+        mine = [row for row in rows if row.model == model]
+        if not mine:
+            continue
+        what = "task" if scale == 100 else "text"
+        head = [what, "metric", "items" if scale == 100 else "documents"]
+        head += ["skipped"] if scale == 100 else []
+        head += [base, model, f"{model} / {base}", "difference (95 %)", ""] if compared else [base, "95 %", ""]
+        cells = [_cells(row, compared, scale, digits) for row in mine]
+        found += ["", *_grid(head, cells)] if found else _grid(head, cells)
+    return found
+
+
+def _cells(row: Row, compared: bool, scale: int, digits: int) -> list[str]:
+    cells = [row.task, row.metric, str(row.items)] + ([str(row.skipped)] if scale == 100 else [])
+    if not compared:
+        ends = "-" if row.interval is None else " to ".join(f"{scale * end:.{digits}f}" for end in row.interval)
+        return [*cells, _number(row.score, scale, digits), ends, "; ".join(row.remarks)]
+    c = row.comparison
+    if c is None:
+        return [*cells, "-", "-", "-", "-", "; ".join(row.remarks)]
+    retention = "-" if c.retention is None else f"{100 * c.retention:.1f} %"
+    if c.retention_interval is not None:
+        retention += f" ({100 * c.retention_interval[0]:.1f} to {100 * c.retention_interval[1]:.1f})"
+    apart = f"{scale * c.difference:+.{digits}f} ({' to '.join(f'{scale * end:+.{digits}f}' for end in c.interval)})"
+    remarks = [*row.remarks, *([] if c.significant else [NOT_SIGNIFICANT])]
+    scores = [_number(c.base, scale, digits), _number(c.score, scale, digits)]
+    return [*cells, *scores, retention, apart, "; ".join(remarks)]
+
+
+def _number(value: float | None, scale: int, digits: int) -> str:
+    return "-" if value is None else f"{scale * value:.{digits}f}"
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
+
+
+def _provenance(table: Table) -> list[str]:
+    cells = [
+        [task, versions_of(scores.versions), str(scores.shots), scores.data]
+        for task, scores in table.models[0].tasks.items()
+    ]
+    said = [*_grid(["task", "version", "shots", "digest of the items"], cells), ""] if cells else []
+    for model in table.models:
+        said += [f"- {model.name}: {_words(model.model)}; {_words(model.settings)}"]
+    return said
+
+
+def versions_of(versions: Mapping[str, Any]) -> str:
+    """Of the harness's tasks below a task, in words."""
+    different = sorted({str(version) for version in versions.values()})
+    return ", ".join(different) + (f" ({len(versions)} tasks)" if len(versions) > 1 else "")
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items())
+
+
+def _csv(table: Table) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    base = table.models[0].name
+    for row in (*table.tasks, *table.texts):
+        c = row.comparison
+        values: dict[str, Any] = {name: getattr(row, name) for name in _COLUMNS[:6]}
+        values |= {"chance": row.chance, "majority": row.majority, "remarks": "; ".join(row.remarks)}
+        if c is not None:
+            low, high = c.retention_interval or (None, None)
+            values |= {"base_model": base, "base_score": c.base, "retention": c.retention}
+            values |= {"retention_low": low, "retention_high": high, "difference": c.difference}
+            values |= {"difference_low": c.interval[0], "difference_high": c.interval[1], "significant": c.significant}
+        writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in values.items()})
+    return text.getvalue()
+
+
+def draw(table: Table, path: Path) -> None:
+    """Draws the retention of every task with its interval, or the scores of a model that is alone."""
+    from matplotlib.figure import Figure
+
+    base, *others = table.models
+    names = [row.task for row in table.tasks if row.model == base.name]
+    figure = Figure(figsize=(min(30.0, max(5.0, 1.5 + 0.8 * len(names))), 4.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / max(1, len(others))
+    for number, model in enumerate(others or [base]):
+        for place, task in enumerate(names):
+            row = table.of(model.name, task)
+            height, ends = _height(row)
+            if height is None:
+                continue
+            bar = axes.bar(place + number * width, 100 * height, width, color=f"C{number}")
+            if place == 0:
+                bar.set_label(model.name)
+            if ends is not None:
+                errors = [[100 * abs(end - height)] for end in ends]
+                axes.errorbar(place + number * width, 100 * height, errors, color="black", capsize=3)
+            if row.task == MEAN:
+                axes.axvline(place - 0.6, color="grey", linewidth=0.8)
+    if others:
+        axes.axhline(100, color="grey", linestyle="--", linewidth=1)
+    axes.set_ylabel(f"% of {base.name}'s score" if others else "score")
+    axes.set_xticks([place + width * (max(1, len(others)) - 1) / 2 for place in range(len(names))], names, rotation=30)
+    axes.legend(fontsize="small") if names else None
+    temporary = incomplete(path)
+    try:
+        figure.savefig(temporary, dpi=120, format="png")
+        publish(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _height(row: Row) -> tuple[float | None, tuple[float, float] | None]:
+    if row.comparison is not None:
+        return row.comparison.retention, row.comparison.retention_interval
+    return row.score, row.interval

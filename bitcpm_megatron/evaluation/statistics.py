@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What two models' answers to the same items say: retention as a ratio of means, and a paired bootstrap over items."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+# With fewer items the resampled means take too few values for their quantiles to mean 95 %.
+LEAST_ITEMS = 10
+_ENDS = (0.025, 0.975)
+_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same items.
+
+    Attributes:
+        base: mean score of the model that is compared with.
+        score: of the other one.
+        difference: ``score - base``, with the ends of its 95 % interval.
+        retention: ``score / base``; None where that is 0.
+        retention_interval: its ends; None also where a resample has a ``base`` of 0.
+        significant: whether the interval of the difference leaves out 0, over :data:`LEAST_ITEMS` items at least.
+    """
+
+    base: float
+    score: float
+    difference: float
+    interval: tuple[float, float]
+    retention: float | None
+    retention_interval: tuple[float, float] | None
+    significant: bool
+
+
+def compare(tasks: Sequence[np.ndarray], seed: int = 0) -> Comparison:
+    """Compares two models by the mean over tasks of their mean scores.
+
+    The paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 8; Koehn 2004) draws the items
+    of every task with replacement, both models' scores of an item together; the ends are percentiles of
+    :data:`RESAMPLES` resamples.
+
+    Args:
+        tasks: of each the scores ``[items, 2]``, of the model that is compared with and of the other one.
+        seed: of the resamples; the same one gives the same interval on every machine.
+    """
+    generator = np.random.default_rng(seed)
+    base, score = np.mean([task.mean(0) for task in tasks], 0)
+    drawn = np.mean([_resampled(task, np.ones(len(task)), generator) for task in tasks], 0)
+    return _comparison(base, score, drawn, sum(map(len, tasks)))
+
+
+def compare_rates(totals: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Comparison:
+    """Compares two models by a sum over documents that is divided by their size, such as nats per byte.
+
+    Args:
+        totals: ``[documents, 2]``, of the model that is compared with and of the other one.
+        sizes: ``[documents]``.
+        seed: of the resamples, which draw whole documents.
+    """
+    base, score = totals.sum(0) / sizes.sum()
+    drawn = _resampled(totals, sizes, np.random.default_rng(seed))
+    return _comparison(base, score, drawn, len(totals))
+
+
+def interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of one model's mean score ``[items]``, by the same bootstrap."""
+    both = np.stack([scores, scores], 1)
+    return _ends(_resampled(both, np.ones(len(scores)), np.random.default_rng(seed))[:, 0])
+
+
+def _comparison(base: float, score: float, drawn: np.ndarray, count: int) -> Comparison:
+    ends = _ends(drawn[:, 1] - drawn[:, 0])
+    return Comparison(
+        base=float(base),
+        score=float(score),
+        difference=float(score - base),
+        interval=ends,
+        retention=float(score / base) if base else None,
+        retention_interval=_ends(drawn[:, 1] / drawn[:, 0]) if base and drawn[:, 0].all() else None,
+        significant=count >= LEAST_ITEMS and not ends[0] <= 0 <= ends[1],
+    )
+
+
+def _ends(drawn: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(drawn, _ENDS)
+    return float(low), float(high)
+
+
+def _resampled(totals: np.ndarray, sizes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Sums of rows drawn with replacement, divided by the sums of their sizes: ``[RESAMPLES, 2]``.
+
+    How often each kind of row is drawn is multinomial: most tasks have four, right or wrong twice.
+    """
+    kinds, counts = np.unique(np.column_stack([totals, sizes]), axis=0, return_counts=True)
+    rows = max(1, _AT_ONCE // len(kinds))
+    parts = []
+    for first in range(0, RESAMPLES, rows):
+        drawn = generator.multinomial(len(totals), counts / len(totals), min(rows, RESAMPLES - first))
+        sums = drawn @ kinds
+        parts.append(sums[:, :-1] / sums[:, -1:])
+    return np.concatenate(parts)
