@@ -16,11 +16,22 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, fsync, incomplete, publish, read_json, read_text, write_text
+from ..files import (
+    FileError,
+    digest,
+    fsync,
+    incomplete,
+    publish,
+    read_digests,
+    read_json,
+    read_text,
+    require_file,
+    write_text,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -66,6 +77,31 @@ def latest(directory: str | Path) -> Path | None:
             f"{directory / TRACKER} names {path}, which is not a complete checkpoint: {tracker_cure(directory)}"
         )
     return None
+
+
+def content_digest(path: Path, without: Collection[str] = ()) -> str:
+    """The digest of a file, or of a directory: of its newest checkpoint, where it holds some.
+
+    Args:
+        path: of it.
+        without: names of files in the directory that do not count.
+
+    Raises:
+        FileError: there is nothing.
+    """
+    import xxhash
+
+    if not path.is_dir():
+        require_file(path)
+        return str(digest(path)["xxh3_128"])
+    place = latest(path) or path
+    files = read_digests(place)
+    if files is None:
+        files = {p.relative_to(place).as_posix(): digest(p) for p in sorted(place.rglob("*")) if p.is_file()}
+    files = {name: entry for name, entry in files.items() if name not in without}
+    if not files:
+        raise FileError(f"{path}: there is nothing in this directory")
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
 
 
 def tracked(directory: Path) -> str | None:

@@ -32,18 +32,24 @@ def lines(table: Table) -> list[str]:
     """The lines of the Markdown file."""
     base, *others = table.models
     said = [f"# {' and '.join(m.name for m in others)} beside {base.name}" if others else f"# {base.name}", ""]
-    for model in others or [base]:
-        said += [*_section(table, model.name), ""]
+    said += [*summary(table), ""]
     if others:
         said += [_reading(base.name, others[0].name if len(others) == 1 else "a model"), ""]
     return [*said, "## How it was asked", "", *_provenance(table)]
+
+
+def summary(table: Table) -> list[str]:
+    """The tables alone: of every model beside the first one, or of one that is alone."""
+    base, *others = table.models
+    sections = [_section(table, model.name) for model in others or [base]]
+    return [line for section in sections for line in ("", *section)][1:]
 
 
 def _reading(base: str, model: str) -> str:
     return (
         f"Scores and differences are in points of 100. Retention is {model} / {base}; that of the mean is the ratio of "
         "the two means, not the mean of ratios. Intervals: 95 %, paired bootstrap over items (texts: over documents), "
-        f"{RESAMPLES:,} resamples. A difference whose interval holds 0, or that is over fewer than {LEAST_ITEMS} items, "
+        f"{RESAMPLES:,} resamples. A difference whose interval holds 0, or of fewer than {LEAST_ITEMS} items, "
         f"is called {NOT_SIGNIFICANT}; of twenty tasks without any difference one is expected to be called different."
     )
 

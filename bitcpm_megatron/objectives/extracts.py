@@ -84,6 +84,37 @@ def likeliest(
     return ids.view(*logits.shape[:-1], k), log_p.view(*logits.shape[:-1], k)
 
 
+@torch.no_grad()
+def log_likelihoods(
+    logits: torch.Tensor, ids: torch.Tensor, vocab_size: int, group: ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logarithm of softmax(logits) at an id of each token, and whether no other id has a larger one.
+
+    Args:
+        logits: bf16, fp16 or fp32 ``[..., V / TP]``, the columns of this rank.
+        ids: int64 ``[...]``, below ``vocab_size``.
+        vocab_size: ids without padding; no other has a share in the softmax.
+        group: the ranks that the vocabulary is split over, in equal parts by rank.
+
+    Returns:
+        fp32 ``[...]``, NaN for a token whose logits are not finite, and bool ``[...]``, of equal logits true for the
+        least id; the same on every rank.
+    """
+    rows, wanted = logits.flatten(0, -2), ids.flatten()
+    shard = Shard(rows.shape[1] * group.rank(), rows.shape[1], vocab_size, group)
+    log_p = torch.empty(len(rows), device=logits.device)
+    likeliest_ids = torch.empty_like(wanted)
+    for chunk in chunks(rows):
+        weights, below = _weights(shard.copied(rows[chunk], torch.float32), 1.0, shard)
+        columns, here = shard.columns(wanted[chunk])
+        mine = below.gather(-1, columns.unsqueeze(-1)).squeeze(-1).where(here, 0)
+        whole, found = shard.reduced(torch.stack((weights.sum(-1), mine)))
+        log_p[chunk] = found - whole.log()
+        best, column = below.max(-1)
+        likeliest_ids[chunk] = shard.reduced((column + shard.start).where(best == 0, vocab_size), ReduceOp.MIN)
+    return log_p.view(ids.shape), (likeliest_ids == wanted).view(ids.shape)
+
+
 def _weights(z: torch.Tensor, temperature: float, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
     """The exponentials of z / T below the maximum over all ranks, and their logarithms; those are in the place of z."""
     below = z.sub_(shard.reduced(z.amax(-1, keepdim=True), ReduceOp.MAX)).div_(temperature)

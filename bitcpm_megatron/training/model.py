@@ -4,7 +4,7 @@
 import argparse
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -139,6 +140,47 @@ def _default(field: dataclasses.Field) -> Any:
 def params_dtype(args: argparse.Namespace) -> torch.dtype:
     """Dtype of the weights that the forward sees."""
     return torch.bfloat16 if args.bf16 else torch.float32
+
+
+def answer_with_logits(model: Model) -> None:
+    """From now on the last stage answers with logits ``[seq_length, batch, V / TP]`` where it would with losses."""
+    for chunk in model.bare:
+        if chunk.post_process:
+            chunk.compute_language_model_loss = _logits
+
+
+def _logits(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+@torch.no_grad()
+def hear(model: Model, forward: Callable, data_iterator: Any, count: int, **shape: Any) -> list[Any]:
+    """Runs a model that has no virtual stages on micro-batches; collective over the ranks that share it.
+
+    Args:
+        model: asked without the wrapper of half precision, which would make fp32 of its logits.
+        forward: as megatron-core's schedules take a ``forward_step_func`` whose second result is no loss.
+        data_iterator: that ``forward`` takes them from.
+        count: of micro-batches.
+        shape: what the schedule is told of one: ``seq_length``, ``micro_batch_size`` and the like.
+
+    Returns:
+        What ``forward`` kept of each, in their order; nothing on any stage but the last one.
+    """
+    schedule = (
+        schedules.forward_backward_pipelining_without_interleaving
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1
+        else schedules.forward_backward_no_pipelining
+    )
+    return schedule(
+        forward_step_func=forward,
+        data_iterator=data_iterator,
+        model=model.bare,
+        num_microbatches=count,
+        forward_only=True,
+        collect_non_loss_data=True,
+        **shape,
+    )
 
 
 def parameter_count(model: Model) -> int:

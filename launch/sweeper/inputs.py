@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from ...checkpoints.directory import latest
+from ...checkpoints.directory import content_digest
 from ...data.blends import blend_of
 from ...data.sft_files import read_samples
 from ...data.token_headers import read_token_file
-from ...files import FileError, Strict, digest, read_digests, read_json, require_file, validated, write_text
+from ...files import Strict, read_json, validated, write_text
 
 _DATA = ("data_path", "train_data_path", "valid_data_path")
 _OTHERS = ("tokenizer_model", "ternary_recipe", "pretrained_checkpoint", "distill_teacher", "distill_targets")
@@ -63,25 +61,10 @@ class Inputs:
                 found[name] = [weights, [self._digest(prefix, lambda p: read(p).digest) for prefix in prefixes]]
         for name in _OTHERS:
             if getattr(args, name) is not None:
-                found[name] = self._digest(getattr(args, name), _content)
+                found[name] = self._digest(getattr(args, name), lambda p: content_digest(Path(p)))
         return found
 
     def _digest(self, path: str, take: Any) -> str:
         if path not in self._digests:
             self._digests[path] = take(path)
         return self._digests[path]
-
-
-def _content(name: str) -> str:
-    """The digest of a file, or of a directory: of its newest checkpoint, where it holds some."""
-    path = Path(name)
-    if not path.is_dir():
-        require_file(path)
-        return digest(path)["xxh3_128"]
-    place = latest(path) or path
-    files = read_digests(place)
-    if files is None:
-        files = {p.relative_to(place).as_posix(): digest(p) for p in sorted(place.rglob("*")) if p.is_file()}
-    if not files:
-        raise FileError(f"{path}: there is nothing in this directory")
-    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())

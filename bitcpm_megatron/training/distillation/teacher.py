@@ -13,7 +13,6 @@ import torch
 import xxhash
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import schedules
 
 from ...agreement import together
 from ...checkpoints.directory import CheckpointError, latest
@@ -27,6 +26,7 @@ from ..data import schedule_shape
 from ..flags import arguments_of
 from ..initialize import device
 from ..mistakes import teaching_mistakes
+from ..model import answer_with_logits, hear
 from ..run import Run
 from .objective import DistillationObjective
 
@@ -73,9 +73,7 @@ class Teacher:
         self._surrounding = functools.partial(surrounding, own)
         with _undrawn(), _whole_stages(), self._surrounding():
             self._model = trained_model(own, found, padded_vocab_size)
-        for chunk in self._model.bare:
-            if chunk.post_process:
-                chunk.compute_language_model_loss = _logits
+        answer_with_logits(self._model)
         self._args = args
         self.vocab_size: int = min(args.vocab_size, own.vocab_size)
         numbers = sum(p.numel() for chunk in self._model.bare for p in chunk.parameters())
@@ -105,7 +103,6 @@ class Teacher:
         forward = functools.partial(_forward, keep or (lambda logits, batch: self.said(logits)))
         return self.hear(forward, iter(batches), len(batches), **schedule_shape(self._args))
 
-    @torch.no_grad()
     def hear(self, forward: Callable, data_iterator: Any, count: int, **shape: Any) -> list[Any]:
         """Runs it on micro-batches, in their order; collective over the ranks that share the model.
 
@@ -118,22 +115,8 @@ class Teacher:
         Returns:
             What ``forward`` kept of each; nothing on any stage but the last one.
         """
-        schedule = (
-            schedules.forward_backward_pipelining_without_interleaving
-            if self.runs_ahead
-            else schedules.forward_backward_no_pipelining
-        )
         with _whole_stages(), self._surrounding():
-            return schedule(
-                forward_step_func=forward,
-                data_iterator=data_iterator,
-                # Without the wrapper of half precision, which would make fp32 of the logits.
-                model=self._model.bare,
-                num_microbatches=count,
-                forward_only=True,
-                collect_non_loss_data=True,
-                **shape,
-            )
+            return hear(self._model, forward, data_iterator, count, **shape)
 
     def said(self, logits: torch.Tensor) -> Targets:
         """What a student is told of logits ``[seq_length, micro_batch_size, V / TP]``; collective over their ranks."""
@@ -168,11 +151,6 @@ def _forward(
     batch = next(batches)
     output, _ = language_modeling(batch, model)
     return output, lambda logits, non_loss_data: keep(logits, batch)
-
-
-def _logits(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """In the place of a loss, ``[seq_length, micro_batch_size, V / TP]``."""
-    return logits
 
 
 def _arguments(args: argparse.Namespace, checkpoint: Path) -> argparse.Namespace:

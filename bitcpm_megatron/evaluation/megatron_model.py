@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run's model, as lm-evaluation-harness asks models: over tensor-parallel ranks and pipeline stages.
+
+Every rank of the job asks the same in the same order, and gets the same answers.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+from megatron.core import parallel_state
+
+from ..data.tokenizers import Tokenizer
+from ..objectives.extracts import log_likelihoods
+from ..objectives.language_modeling import Batch, language_modeling
+from ..training.initialize import device
+from ..training.model import Model, answer_with_logits, hear
+from .asking import Recorded, Scored
+
+# In a batch: the tokens whose log-likelihood is asked, bool [batch, tokens].
+_ASKED = "asked"
+
+
+class _Megatron(TemplateLM):
+    """See :class:`MegatronModel`."""
+
+    def __init__(
+        self, run: argparse.Namespace, model: Model, tokenizer: Tokenizer, context: int, batch_size: int
+    ) -> None:
+        super().__init__()
+        answer_with_logits(model)
+        self._run, self._model, self._tokenizer = run, model, tokenizer
+        self.max_length, self.batch_size = context, batch_size
+        self._tensor_parallel = parallel_state.get_tensor_model_parallel_group()
+        self._stages = parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eod
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self._tokenizer.tokenize(string)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Scored], **kwargs: Any) -> list[tuple[float, bool]]:
+        found = []
+        for some in self._batches(requests):
+            inputs = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in some]
+            found += self._score(inputs, [len(continuation) for _, _, continuation in some])
+        return found
+
+    def _batches(self, requests: Sequence[Scored]) -> Iterator[list[Scored]]:
+        """In their order, none with inputs on both sides of LongRoPE's original length, which chooses its factors."""
+        original = getattr(self._run, "rope_scaling_original_max_position_embeddings", None) or self.max_length
+        batch: list[Scored] = []
+        for one in requests:
+            sides = {len(context) + len(continuation) - 1 > original for _, context, continuation in (*batch, one)}
+            if len(batch) == self.batch_size or len(sides) > 1:
+                yield batch
+                batch = []
+            batch.append(one)
+        if batch:
+            yield batch
+
+    def _score(self, sequences: Sequence[Sequence[int]], counts: Sequence[int]) -> list[tuple[float, bool]]:
+        """Of the last ``counts`` tokens of each sequence the sum of log-likelihoods, and whether all are likeliest."""
+        rows, length = len(sequences), max(map(len, sequences)) - 1
+        ids = torch.zeros(rows, length + 1, dtype=torch.int64)
+        asked = torch.zeros(rows, length, dtype=torch.bool)
+        for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            asked[row, len(sequence) - 1 - count : len(sequence) - 1] = True
+        said = self._hear(ids, {_ASKED: asked}, self._log_likelihoods, torch.empty(2, int(asked.sum())))
+        parts = said.double().split(list(counts), dim=1)
+        return [(float(values.sum()), bool(best.all())) for values, best in parts]
+
+    def _hear(self, ids: torch.Tensor, more: Batch, keep: Any, found: torch.Tensor) -> torch.Tensor:
+        """What the last stage keeps of a forward, on every rank: like ``found``, on the CPU."""
+        inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        positions = torch.arange(inputs.shape[1]).expand_as(inputs).contiguous()
+        batch = {"tokens": inputs, "labels": labels, "position_ids": positions}
+        batch |= {"loss_mask": torch.ones(inputs.shape), **more}
+        there = {name: value.to(device()) for name, value in batch.items()}
+        rows, length = inputs.shape
+        kept = hear(self._model, partial(_forward, keep), iter([there]), 1, seq_length=length, micro_batch_size=rows)
+        found = kept[0] if kept else found.to(device())
+        if self._stages.size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast(found, last, group=self._stages)
+        return found.cpu()
+
+    def _log_likelihoods(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        asked = batch[_ASKED]
+        wanted = logits.transpose(0, 1)[asked]
+        values, best = log_likelihoods(wanted, batch["labels"][asked], self._run.vocab_size, self._tensor_parallel)
+        return torch.stack((values, best.float()))
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError("texts are asked window by window: see perplexity.py")
+
+    def generate_until(self, requests: Sequence[Any], **kwargs: Any) -> list[str]:
+        answers = []
+        for request in requests:
+            context, how = request.args
+            end = self._tokenizer.detokenize([self.eot_token_id])
+            until = [stop for stop in handle_stop_sequences(how.get("until"), eos=end) if stop]
+            answers.append(self._generate(self.tok_encode(context), how["max_gen_toks"], until))
+        return answers
+
+    def _generate(self, prompt: list[int], count: int, until: list[str]) -> str:
+        """Greedily, until one of the texts appears or the document ends."""
+        tokens, text = list(prompt), ""
+        for _ in range(count):
+            token = self._next(tokens)
+            if token == self.eot_token_id:
+                break
+            tokens.append(token)
+            text = self._tokenizer.detokenize(tokens[len(prompt) :])
+            if any(stop in text for stop in until):
+                break
+        return postprocess_generated_text(text, until, None)
+
+    def _next(self, tokens: list[int]) -> int:
+        # The label behind the last token is none, and nobody looks at it.
+        return int(self._hear(torch.tensor([[*tokens, 0]]), {}, self._likeliest, torch.empty(1, dtype=torch.int32)))
+
+    def _likeliest(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        from ..objectives.extracts import likeliest
+
+        return likeliest(logits[-1], 1, self._run.vocab_size, 1.0, self._tensor_parallel)[0][0]
+
+
+def _forward(keep: Any, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    output, _ = language_modeling(batch, model)
+    return output, lambda logits, non_loss_data: keep(logits, batch)
+
+
+class MegatronModel(Recorded, _Megatron):
+    """The model of a checkpoint, over the ranks of this job.
+
+    Args:
+        run: the arguments that built it.
+        model: to be read; its last stage answers with logits from now on.
+        tokenizer: of it.
+        context: its longest input, in tokens.
+        batch_size: sequences of a forward.
+    """

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models by their path: a training run, a Hugging Face directory, a packed export."""
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+
+from ..checkpoints.directory import content_digest, latest
+from ..files import FileError, read_json
+from .asking import Recorded
+
+Kind = Literal["megatron", "huggingface", "packed"]
+# Written beside the weights, and about them.
+_NOT_OF_THE_MODEL = ("README.md",)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is going to be asked.
+
+    Attributes:
+        name: as the user calls it.
+        path: a run's newest checkpoint, or the directory.
+        kind: what the path holds.
+        digest: of its weights, configuration and tokenizer.
+    """
+
+    name: str
+    path: Path
+    kind: Kind
+    digest: str
+
+
+def find_model(name: str, path: Path) -> Subject:
+    """Looks what a path holds; opens nothing yet.
+
+    Raises:
+        FileError: nothing that can be asked, with the cure.
+    """
+    if not path.is_dir():
+        raise FileError(f"--model {name}={path}: there is no such directory")
+    checkpoint = latest(path)
+    if checkpoint is not None:
+        return Subject(name, checkpoint, "megatron", content_digest(checkpoint))
+    config = path / "config.json"
+    packed = any(path.glob("*.gguf"))
+    if config.is_file():
+        content = read_json(config)
+        if isinstance(content, dict) and "auto_map" in content:
+            raise FileError(
+                f"--model {name}={path} needs code of its own (auto_map), which is not run: fuse a latent export with "
+                "checkpoint_tools/qat_convert.py"
+            )
+        packed = packed or (isinstance(content, dict) and "quantization_config" in content)
+    elif not packed:
+        raise FileError(
+            f"--model {name}={path}: neither a run's --save directory nor a Hugging Face directory (config.json) nor a "
+            "packed export (*.gguf)"
+        )
+    return Subject(name, path, "packed" if packed else "huggingface", content_digest(path, _NOT_OF_THE_MODEL))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that can be asked.
+
+    Attributes:
+        model: of the harness, :class:`Recorded`.
+        dtype: that it computes in.
+    """
+
+    model: Any
+    dtype: str
+
+    def close(self) -> None:
+        """Leaves the process groups of a run's layout, so that the next model may have another."""
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+
+
+def open_model(subject: Subject, batch_size: int, context: int | None, fp32: bool, stages: int) -> Opened:
+    """Loads a model; collective over the ranks of the job.
+
+    Args:
+        subject: of :func:`find_model`.
+        batch_size: sequences of a forward.
+        context: longest input; None for the model's own.
+        fp32: compute in fp32, whatever the weights' dtype is.
+        stages: of a run's pipeline.
+
+    Raises:
+        ValueError: it cannot be loaded here, or has not such a context.
+    """
+    if subject.kind == "megatron":
+        return _open_run(subject, batch_size, context, fp32, stages)
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    from ..training.initialize import device
+
+    class HuggingFaceModel(Recorded, HFLM):
+        pass
+
+    tokenizer = AutoTokenizer.from_pretrained(subject.path, local_files_only=True, trust_remote_code=False)
+    loaded = _loaded(subject, fp32).to(device()).eval()
+    model = HuggingFaceModel(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
+    _require_context(subject, context, getattr(loaded.config, "max_position_embeddings", None))
+    return Opened(model, str(loaded.dtype).removeprefix("torch."))
+
+
+def _loaded(subject: Subject, fp32: bool) -> Any:
+    if subject.kind == "packed":
+        try:
+            from ..inference.packed_model import load_packed_model
+        except ImportError:
+            raise FileError(
+                f"{subject.path} is a packed export, which this version does not compute with: evaluate the model that "
+                "it was packed from"
+            ) from None
+        return load_packed_model(subject.path, device="cpu", dtype=torch.float32 if fp32 else torch.bfloat16)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        subject.path, dtype=torch.float32 if fp32 else "auto", local_files_only=True, trust_remote_code=False
+    )
+
+
+def _open_run(subject: Subject, batch_size: int, context: int | None, fp32: bool, stages: int) -> Opened:
+    from ..inference.megatron_run import context_of, load_for_inference, tokenizer_of
+    from .megatron_model import MegatronModel
+
+    run, loaded = load_for_inference(subject.path, fp32, stages)
+    tokenizer = tokenizer_of(run, subject.path)
+    own = context_of(run)
+    _require_context(subject, context, own)
+    model = MegatronModel(run, loaded, tokenizer, context or own, batch_size)
+    return Opened(model, "bfloat16" if run.bf16 else "float32")
+
+
+def _require_context(subject: Subject, context: int | None, own: int | None) -> None:
+    if context is not None and own is not None and context > own:
+        raise FileError(f"--context {context}: {subject.name} has one of {own} tokens")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that an answer may depend on."""
+    names = ("lm-eval", "torch", "transformers", "datasets")
+    return {name: importlib.metadata.version(name) for name in names}

