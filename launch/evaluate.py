@@ -28,7 +28,7 @@ if __package__ in (None, ""):
 from bitcpm_megatron import cli
 from bitcpm_megatron.evaluation.benchmarks import SAMPLE_3, SUITES
 from bitcpm_megatron.evaluation.offline import write_sample
-from bitcpm_megatron.evaluation.scores import ModelScores, read_scores
+from bitcpm_megatron.evaluation.retention.scores import ModelScores, read_scores
 from bitcpm_megatron.files import FileError, directory_mistake
 from bitcpm_megatron.files.lock import FileLock, LockedError
 
@@ -197,8 +197,8 @@ def _ask(subject: Any, asked: Any, texts: Mapping[str, Sequence[str]], args: arg
 
 
 def _report(scores: Sequence[ModelScores], output: Path) -> None:
-    from bitcpm_megatron.evaluation import report
-    from bitcpm_megatron.evaluation.comparing import table_of
+    from bitcpm_megatron.evaluation.retention import report
+    from bitcpm_megatron.evaluation.retention.comparing import table_of
 
     table = table_of(scores)
     report.write(table, output)

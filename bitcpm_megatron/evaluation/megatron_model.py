@@ -15,7 +15,8 @@ from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_te
 from megatron.core import parallel_state
 
 from ..data.tokenizers import Tokenizer
-from ..objectives.extracts import log_likelihoods
+from ..inference.megatron_run import MegatronNextToken
+from ..objectives.extracts import likeliest, log_likelihoods
 from ..objectives.language_modeling import Batch, language_modeling
 from ..training.initialize import device
 from ..training.model import Model, answer_with_logits, hear
@@ -37,6 +38,8 @@ class _Megatron(TemplateLM):
         self.max_length, self.batch_size = context, batch_size
         self._tensor_parallel = parallel_state.get_tensor_model_parallel_group()
         self._stages = parallel_state.get_pipeline_model_parallel_group()
+        # Over stages every token costs a forward of the whole text.
+        self._cache = MegatronNextToken(model, context) if self._stages.size() == 1 else None
 
     @property
     def eot_token_id(self) -> int:
@@ -84,12 +87,15 @@ class _Megatron(TemplateLM):
         batch = {"tokens": inputs, "labels": labels, "position_ids": positions}
         batch |= {"loss_mask": torch.ones(inputs.shape), **more}
         there = {name: value.to(device()) for name, value in batch.items()}
+        if self._stages.size() == 1:
+            # Without a schedule, behind which all weights would be quantized anew.
+            with torch.no_grad():
+                return keep(language_modeling(there, self._model.bare[0])[0], there).cpu()
         rows, length = inputs.shape
         kept = hear(self._model, partial(_forward, keep), iter([there]), 1, seq_length=length, micro_batch_size=rows)
         found = kept[0] if kept else found.to(device())
-        if self._stages.size() > 1:
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            torch.distributed.broadcast(found, last, group=self._stages)
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(found, last, group=self._stages)
         return found.cpu()
 
     def _log_likelihoods(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -124,12 +130,12 @@ class _Megatron(TemplateLM):
         return postprocess_generated_text(text, until, None)
 
     def _next(self, tokens: list[int]) -> int:
+        if self._cache is not None:
+            return int(self._cache.logits(tokens)[: self._run.vocab_size].argmax())
         # The label behind the last token is none, and nobody looks at it.
         return int(self._hear(torch.tensor([[*tokens, 0]]), {}, self._likeliest, torch.empty(1, dtype=torch.int32)))
 
     def _likeliest(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        from ..objectives.extracts import likeliest
-
         return likeliest(logits[-1], 1, self._run.vocab_size, 1.0, self._tensor_parallel)[0][0]
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from ..checkpoints.directory import content_digest, latest
 from ..files import FileError, read_json
 from .asking import Recorded
@@ -46,20 +44,13 @@ def find_model(name: str, path: Path) -> Subject:
     if checkpoint is not None:
         return Subject(name, checkpoint, "megatron", content_digest(path))
     config = path / "config.json"
-    packed = any(path.glob("*.gguf"))
-    if config.is_file():
-        content = read_json(config)
-        if isinstance(content, dict) and "auto_map" in content:
-            raise FileError(
-                f"--model {name}={path} needs code of its own (auto_map), which is not run: fuse a latent export with "
-                "checkpoint_tools/qat_convert.py"
-            )
-        packed = packed or (isinstance(content, dict) and "quantization_config" in content)
-    elif not packed:
+    if not config.is_file():
         raise FileError(
-            f"--model {name}={path}: neither a run's --save directory nor a Hugging Face directory (config.json) nor a "
-            "packed export (*.gguf)"
+            f"--model {name}={path}: neither the --save directory of a run, with a checkpoint, nor that of a Hugging "
+            "Face model or compressed-tensors export (config.json); in place of a GGUF file name what it was packed from"
         )
+    content = read_json(config)
+    packed = isinstance(content, dict) and "quantization_config" in content
     return Subject(name, path, "packed" if packed else "huggingface", content_digest(path, _NOT_OF_THE_MODEL))
 
 
@@ -102,33 +93,20 @@ def open_model(subject: Subject, batch_size: int, context: int | None, fp32: boo
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
+    from ..inference.transformers_model import open_transformers_model
     from ..training.initialize import device
 
     class HuggingFaceModel(Recorded, HFLM):
         pass
 
-    tokenizer = AutoTokenizer.from_pretrained(subject.path, local_files_only=True, trust_remote_code=False)
-    loaded = _loaded(subject, fp32).to(device()).eval()
+    loaded = open_transformers_model(subject.path, device(), fp32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(subject.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of whatever type: of files that are missing or that it did not expect
+        raise FileError(f"{subject.path}: Transformers finds no tokenizer in it: {error}") from None
     model = HuggingFaceModel(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
     _require_context(subject, context, getattr(loaded.config, "max_position_embeddings", None))
     return Opened(model, str(loaded.dtype).removeprefix("torch."))
-
-
-def _loaded(subject: Subject, fp32: bool) -> Any:
-    if subject.kind == "packed":
-        try:
-            from ..inference.packed_model import load_packed_model
-        except ImportError:
-            raise FileError(
-                f"{subject.path} is a packed export, which this version does not compute with: evaluate the model that "
-                "it was packed from"
-            ) from None
-        return load_packed_model(subject.path, device="cpu", dtype=torch.float32 if fp32 else torch.bfloat16)
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        subject.path, dtype=torch.float32 if fp32 else "auto", local_files_only=True, trust_remote_code=False
-    )
 
 
 def _open_run(subject: Subject, batch_size: int, context: int | None, fp32: bool, stages: int) -> Opened:

@@ -10,7 +10,7 @@ import xxhash
 from ..data.corpus import read_documents
 from ..files import FileError
 from .asking import Scored
-from .scores import TextScores
+from .retention.scores import TextScores
 
 
 def read_texts(path: Path) -> list[str]:

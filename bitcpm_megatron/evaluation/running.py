@@ -10,7 +10,7 @@ import xxhash
 
 from ..files import FileError
 from .benchmarks import BENCHMARKS
-from .scores import TaskScores
+from .retention.scores import TaskScores
 from .tasks import Asked
 
 _METRICS = ("acc", "exact_match")

@@ -19,19 +19,25 @@ from ..training.model import Model
 from .generate import NextToken
 
 
-def load_for_inference(path: Path, fp32: bool = False) -> tuple[argparse.Namespace, Model]:
+def load_for_inference(path: Path, fp32: bool = False, stages: int = 1) -> tuple[argparse.Namespace, Model]:
     """The arguments of the run that wrote a checkpoint, and its model: ternary where it was, over all processes of this
-    job as tensor-parallel ranks. Every weight is quantized once, whatever ``--ternary-cache`` the run had.
+    job as tensor-parallel ranks of some stages. Every weight is quantized once, whatever ``--ternary-cache`` the run had.
 
     Args:
         path: an iteration directory, or a release.
         fp32: compute in fp32, with the same weights, also where the run did not.
+        stages: of the pipeline.
 
     Raises:
-        ValueError: this number of processes does not fit the model or its row-parallel shards, or what the checkpoint
-            says of its run cannot be.
+        ValueError: this number of processes or stages does not fit the model or its row-parallel shards, or what the
+            checkpoint says of its run cannot be.
     """
-    args = arguments_of(path, world_size())
+    if world_size() % stages:
+        raise ValueError(f"{world_size()} processes cannot be split into {stages} pipeline stages")
+    args = arguments_of(path, world_size() // stages)
+    if args.num_layers % stages:
+        raise ValueError(f"{path}: {stages} pipeline stages do not divide the model's {args.num_layers} layers")
+    args.pipeline_model_parallel_size = stages
     args.bf16 = args.bf16 and not fp32
     args.ternary_cache, args.ternary_verify_cache = "step", False
     initialize(args)

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from bitcpm_megatron.evaluation import report
-from bitcpm_megatron.evaluation.comparing import MEAN, table_of
-from bitcpm_megatron.evaluation.scores import ModelScores, TaskScores, TextScores, read_scores
-from bitcpm_megatron.evaluation.statistics import compare, compare_rates
+from bitcpm_megatron.evaluation.retention import report
+from bitcpm_megatron.evaluation.retention.comparing import MEAN, table_of
+from bitcpm_megatron.evaluation.retention.scores import ModelScores, TaskScores, TextScores, read_scores
+from bitcpm_megatron.evaluation.retention.statistics import compare, compare_rates
 
 # The technical report's table, FP / ternary of each task: 8B, 3B, 1B, 0.5B.
 REPORTED = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import incomplete, publish, write_text
+from ...files import incomplete, publish, write_text
 from .comparing import MEAN, Row, Table
 from .statistics import LEAST_ITEMS, RESAMPLES
 

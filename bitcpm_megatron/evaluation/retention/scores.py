@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..files import FileError, Strict, read_json, validated, write_text
+from ...files import FileError, Strict, read_json, validated, write_text
 
 DIRECTORY = "scores"
 
