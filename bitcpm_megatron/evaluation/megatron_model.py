@@ -4,7 +4,6 @@
 Every rank of the job asks the same in the same order, and gets the same answers.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -29,21 +28,27 @@ _ASKED = "asked"
 class _Megatron(TemplateLM):
     """See :class:`MegatronModel`."""
 
-    def __init__(
-        self, run: argparse.Namespace, model: Model, tokenizer: Tokenizer, context: int, batch_size: int
-    ) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer, context: int, vocab_size: int, batch_size: int) -> None:
         super().__init__()
         answer_with_logits(model)
-        self._run, self._model, self._tokenizer = run, model, tokenizer
+        self._model, self._tokenizer, self._vocab_size = model, tokenizer, vocab_size
         self.max_length, self.batch_size = context, batch_size
         self._tensor_parallel = parallel_state.get_tensor_model_parallel_group()
         self._stages = parallel_state.get_pipeline_model_parallel_group()
+        rope = getattr(model.bare[0], "rotary_pos_emb", None)
+        self._original_length = getattr(getattr(rope, "rope", rope), "original_length", None) or context
         # Over stages every token costs a forward of the whole text.
         self._cache = MegatronNextToken(model, context) if self._stages.size() == 1 else None
 
     @property
     def eot_token_id(self) -> int:
         return self._tokenizer.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before what has nothing before it: as for the harness's Hugging Face models ``bos_token``, if any."""
+        begin = getattr(self._tokenizer, "special_tokens", {}).get("bos_token")
+        return self.eot_token_id if begin is None else self._tokenizer.tokenize(begin)[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self._tokenizer.tokenize(string)
@@ -57,7 +62,7 @@ class _Megatron(TemplateLM):
 
     def _batches(self, requests: Sequence[Scored]) -> Iterator[list[Scored]]:
         """In their order, none with inputs on both sides of LongRoPE's original length, which chooses its factors."""
-        original = getattr(self._run, "rope_scaling_original_max_position_embeddings", None) or self.max_length
+        original = self._original_length
         batch: list[Scored] = []
         for one in requests:
             sides = {len(context) + len(continuation) - 1 > original for _, context, continuation in (*batch, one)}
@@ -101,7 +106,7 @@ class _Megatron(TemplateLM):
     def _log_likelihoods(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         asked = batch[_ASKED]
         wanted = logits.transpose(0, 1)[asked]
-        values, best = log_likelihoods(wanted, batch["labels"][asked], self._run.vocab_size, self._tensor_parallel)
+        values, best = log_likelihoods(wanted, batch["labels"][asked], self._vocab_size, self._tensor_parallel)
         return torch.stack((values, best.float()))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -131,12 +136,12 @@ class _Megatron(TemplateLM):
 
     def _next(self, tokens: list[int]) -> int:
         if self._cache is not None:
-            return int(self._cache.logits(tokens)[: self._run.vocab_size].argmax())
+            return int(self._cache.logits(tokens)[: self._vocab_size].argmax())
         # The label behind the last token is none, and nobody looks at it.
         return int(self._hear(torch.tensor([[*tokens, 0]]), {}, self._likeliest, torch.empty(1, dtype=torch.int32)))
 
     def _likeliest(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return likeliest(logits[-1], 1, self._run.vocab_size, 1.0, self._tensor_parallel)[0][0]
+        return likeliest(logits[-1], 1, self._vocab_size, 1.0, self._tensor_parallel)[0][0]
 
 
 def _forward(keep: Any, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -149,9 +154,10 @@ class MegatronModel(Recorded, _Megatron):
     """The model of a checkpoint, over the ranks of this job.
 
     Args:
-        run: the arguments that built it.
-        model: to be read; its last stage answers with logits from now on.
+        model: of :func:`~bitcpm_megatron.inference.megatron_run.load_for_inference`; its last stage answers with logits
+            from now on.
         tokenizer: of it.
         context: its longest input, in tokens.
+        vocab_size: rows that have a share in the softmax.
         batch_size: sequences of a forward.
     """

@@ -47,7 +47,7 @@ def find_model(name: str, path: Path) -> Subject:
     if not config.is_file():
         raise FileError(
             f"--model {name}={path}: neither the --save directory of a run, with a checkpoint, nor that of a Hugging "
-            "Face model or compressed-tensors export (config.json); in place of a GGUF file name what it was packed from"
+            "Face model or compressed-tensors export (config.json); for a GGUF file name what it was packed from"
         )
     content = read_json(config)
     packed = isinstance(content, dict) and "quantization_config" in content
@@ -114,10 +114,12 @@ def _open_run(subject: Subject, batch_size: int, context: int | None, fp32: bool
     from .megatron_model import MegatronModel
 
     run, loaded = load_for_inference(subject.path, fp32, stages)
+    # Of an export, too, all rows have a share in the softmax, whatever the tokenizer has pieces.
+    rows = run.vocab_size
     tokenizer = tokenizer_of(run, subject.path)
     own = context_of(run)
     _require_context(subject, context, own)
-    model = MegatronModel(run, loaded, tokenizer, context or own, batch_size)
+    model = MegatronModel(loaded, tokenizer, context or own, rows, batch_size)
     return Opened(model, "bfloat16" if run.bf16 else "float32")
 
 

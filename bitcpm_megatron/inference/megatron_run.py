@@ -21,7 +21,7 @@ from .generate import NextToken
 
 def load_for_inference(path: Path, fp32: bool = False, stages: int = 1) -> tuple[argparse.Namespace, Model]:
     """The arguments of the run that wrote a checkpoint, and its model: ternary where it was, over all processes of this
-    job as tensor-parallel ranks of some stages. Every weight is quantized once, whatever ``--ternary-cache`` the run had.
+    job as tensor-parallel ranks of some stages. Every weight is quantized once, whatever ``--ternary-cache`` it had.
 
     Args:
         path: an iteration directory, or a release.

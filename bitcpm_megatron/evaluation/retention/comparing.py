@@ -51,9 +51,10 @@ class Table:
     tasks: Sequence[Row]
     texts: Sequence[Row]
 
-    def of(self, model: str, task: str) -> Row:
-        """One row."""
-        return next(row for row in (*self.tasks, *self.texts) if (row.model, row.task) == (model, task))
+    def of(self, model: str, task: str) -> Row | None:
+        """One row; None for a mean over no task."""
+        rows = (*self.tasks, *self.texts)
+        return next((row for row in rows if (row.model, row.task) == (model, task)), None)
 
 
 def table_of(models: Sequence[ModelScores]) -> Table:

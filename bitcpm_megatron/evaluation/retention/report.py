@@ -147,23 +147,19 @@ def draw(table: Table, path: Path) -> None:
     width = 0.8 / max(1, len(others))
     for number, model in enumerate(others or [base]):
         for place, task in enumerate(names):
-            row = table.of(model.name, task)
-            height, ends = _height(row)
-            if height is None:
-                continue
-            bar = axes.bar(place + number * width, 100 * height, width, color=f"C{number}")
-            if place == 0:
-                bar.set_label(model.name)
-            if ends is not None:
+            height, ends = _height(table.of(model.name, task))
+            axes.bar(place + number * width, 100 * (height or 0.0), width, color=f"C{number}")
+            if height is not None and ends is not None:
                 errors = [[100 * abs(end - height)] for end in ends]
                 axes.errorbar(place + number * width, 100 * height, errors, color="black", capsize=3)
-            if row.task == MEAN:
+            if task == MEAN:
                 axes.axvline(place - 0.6, color="grey", linewidth=0.8)
+        axes.bar(0, 0, color=f"C{number}", label=model.name)
     if others:
         axes.axhline(100, color="grey", linestyle="--", linewidth=1)
     axes.set_ylabel(f"% of {base.name}'s score" if others else "score")
     axes.set_xticks([place + width * (max(1, len(others)) - 1) / 2 for place in range(len(names))], names, rotation=30)
-    axes.legend(fontsize="small") if names else None
+    axes.legend(fontsize="small")
     temporary = incomplete(path)
     try:
         figure.savefig(temporary, dpi=120, format="png")
@@ -173,7 +169,9 @@ def draw(table: Table, path: Path) -> None:
         raise
 
 
-def _height(row: Row) -> tuple[float | None, tuple[float, float] | None]:
+def _height(row: Row | None) -> tuple[float | None, tuple[float, float] | None]:
+    if row is None:
+        return None, None
     if row.comparison is not None:
         return row.comparison.retention, row.comparison.retention_interval
     return row.score, row.interval
