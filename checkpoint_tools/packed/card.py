@@ -3,7 +3,7 @@
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -42,7 +42,14 @@ export was not tried there.""",
 }
 
 
-def write_card(directory: Path, form: str, source: Source, plan: Plan, losses: Mapping[str, Loss]) -> None:
+def write_card(
+    directory: Path,
+    form: str,
+    source: Source,
+    plan: Plan,
+    losses: Mapping[str, Loss],
+    evaluation: Sequence[str] = ("None yet.",),
+) -> None:
     """Writes ``README.md``, and copies the licence of the source where it has one.
 
     Args:
@@ -51,6 +58,7 @@ def write_card(directory: Path, form: str, source: Source, plan: Plan, losses: M
         source: what was packed.
         plan: what became of it.
         losses: of the embeddings, by type.
+        evaluation: paragraphs.
     """
     named, text = _licence(source.files)
     if text is not None:
@@ -86,7 +94,7 @@ def write_card(directory: Path, form: str, source: Source, plan: Plan, losses: M
         )
     lines += [
         "## Evaluation",
-        "None yet.",
+        *evaluation,
         "## Licence",
         f"{named}." if text is None else f"{named}; see `{text.name}`.",
     ]

@@ -102,6 +102,11 @@ COMMANDS = {
         Command("run", "launch", ("job.yaml", "--print")),
         Command("preflight", "launch", ("job.yaml",)),
         Command("sweep", "launch", ("sweep.yaml", "--output", "swept", "--report-only")),
+        Command(
+            "evaluate",
+            "launch",
+            tuple("--model a=run --text corpus.jsonl --tokenizer-model tokenizer.model --output out".split()),
+        ),
         Command("presets", "launch", ()),
         Command("demo", "launch", ("--output", "out"), runs=False),
         Command("demo_chat", "launch", ("--output", "out"), runs=False),
@@ -132,6 +137,7 @@ COMMANDS = {
         Command("kernel_against", "benchmarks", ("HEAD",), runs=False),
         Command("space_errors", "studies", ("--rows", "2", "--columns", "8"), runs=False),
         Command("int8_quality", "studies", ("--work", "out", "--output", "out2"), runs=False),
+        Command("demo_evaluation", "studies", ("--output", "out"), runs=False),
         Command("distillation_stages", "studies", ("--work", "out", "--output", "out2"), runs=False),
     )
 }

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...files import incomplete, publish, write_text
+from ...files import FileError, incomplete, publish, read_text, write_text
 from .comparing import MEAN, Row, Table
+from .scores import DIRECTORY, model_digest, read_scores
 from .statistics import LEAST_ITEMS, RESAMPLES
 
 REPORT, DATA, PICTURE = "retention.md", "retention.csv", "retention.png"
@@ -116,6 +117,42 @@ def versions_of(versions: Mapping[str, Any]) -> str:
 
 def _words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k.replace('_', ' ')} {v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items())
+
+
+def card_lines(output: Path, model: Path) -> list[str]:
+    """What the card of a model says of its evaluation: the rows of ``retention.csv`` that are its own.
+
+    Args:
+        output: directory of an evaluation.
+        model: the model, which that evaluation must have asked.
+
+    Raises:
+        FileError: it has not, or a file is missing or damaged.
+    """
+    wanted = model_digest(model)
+    asked = {path.stem: read_scores(output, path.stem) for path in sorted((output / DIRECTORY).glob("*.json"))}
+    found = [scores for scores in asked.values() if scores.model.get("digest") == wanted]
+    if not found:
+        known = ", ".join(f"{name} ({scores.model.get('path')})" for name, scores in asked.items()) or "none"
+        raise FileError(f"{output} is no evaluation of {model}, as it is now: it asked {known}")
+    scores = found[0]
+    rows = [row for row in csv.DictReader(io.StringIO(read_text(output / DATA))) if row.get("model") == scores.name]
+    if not rows or set(rows[0]) != set(_COLUMNS):
+        raise FileError(
+            f"{output / DATA} says nothing of {scores.name}: launch/evaluate.py --report-only writes it anew"
+        )
+    base = rows[0]["base_model"]
+    head = ["", "metric", "items", "skipped", "score", *([f"of {base}", "retention"] if base else []), ""]
+    settings = _words(scores.settings)
+    return ["\n".join(_grid(head, [_card_row(row) for row in rows])), f"Asked before packing, by {settings}."]
+
+
+def _card_row(row: Mapping[str, str]) -> list[str]:
+    cells = [row[name] for name in ("task", "metric", "items", "skipped", "score")]
+    if row["base_model"]:
+        cells += [row["base_score"], row["retention"]]
+    said = [row["remarks"], NOT_SIGNIFICANT if row["significant"] == "False" else ""]
+    return [*cells, "; ".join(filter(None, said))]
 
 
 def _csv(table: Table) -> str:

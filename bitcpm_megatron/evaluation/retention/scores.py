@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ...checkpoints.directory import content_digest
 from ...files import FileError, Strict, read_json, validated, write_text
 
 DIRECTORY = "scores"
@@ -96,6 +97,15 @@ def read_scores(output: Path, name: str) -> ModelScores:
     if not path.is_file():
         raise FileError(f"{path}: {name} was not evaluated here: leave out --report-only")
     return validated(ModelScores, read_json(path), str(path))
+
+
+def model_digest(path: Path) -> str:
+    """The digest that tells a model from others: of the newest checkpoint of a run, or of a directory but for its card.
+
+    Raises:
+        FileError: there is nothing.
+    """
+    return content_digest(path, ("README.md",))
 
 
 def check_alike(base: ModelScores, other: ModelScores) -> None:
