@@ -16,6 +16,9 @@ from support.packed import architecture, decoded, latent_model, open_gguf, value
 
 from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, export_packed, qat_convert
 from bitcpm_megatron.checkpoint_tools.packed import gguf_file
+from bitcpm_megatron.evaluation.retention import report
+from bitcpm_megatron.evaluation.retention.comparing import table_of
+from bitcpm_megatron.evaluation.retention.scores import ModelScores, TaskScores, model_digest
 from bitcpm_megatron.files import check_digests
 from bitcpm_megatron.models.architecture import LongRope
 from bitcpm_megatron.quantization.record import QuantizerRecord
@@ -203,6 +206,30 @@ def test_the_least_lossy_embeddings_and_what_they_lose(models: Models, tmp_path:
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| embeddings | Q8_0 | 2 | 174,080 | lossy: {relative:.2e} of their root mean square, {most:.2e}" in card
     assert "| ternary linears | TQ2_0 | 14 |" in card and "| exact |" in card
+
+
+def test_a_card_has_the_scores_of_the_very_model(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"metric": "acc", "versions": {"t": 1.0}, "shots": 0, "data": "d", "skipped": [], "chance": None}
+    scored = {}
+    for name, right in (("BF16", 80), ("ternary", 76)):
+        items = {str(item): float(item < right) for item in range(100)}
+        about = {"digest": model_digest(copy) if name == "ternary" else "other", "path": name}
+        asked = {"piqa": TaskScores(**task, items=items, majority=None)}
+        scored[name] = ModelScores(name=name, model=about, settings={"lm-eval": "0.4.13"}, tasks=asked, texts={})
+        scored[name].write(tmp_path / "asked")
+    report.write(table_of(list(scored.values())), tmp_path / "asked")
+    assert export(copy, tmp_path / "out", "gguf", "--evaluation", str(tmp_path / "asked")) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| piqa | acc | 100 | 0 | 0.760000 | 0.800000 | 0.950000 |" in card and "lm-eval 0.4.13" in card
+    assert "None yet" not in card
+    # Its own card does not make it another model; its weights do.
+    (copy / "README.md").write_text("# A model\n")
+    assert export(copy, tmp_path / "same", "gguf", "--evaluation", str(tmp_path / "asked")) == 0
+    with (copy / "config.json").open("a") as file:
+        file.write(" ")
+    assert "is no evaluation of" in refused(capsys, copy, "gguf", "--evaluation", str(tmp_path / "asked"))
 
 
 def test_a_card_names_the_quantizer_the_licence_and_no_evaluation(copy: Path, tmp_path: Path) -> None:
