@@ -109,6 +109,14 @@ def test_a_base_of_nothing_has_no_retention():
     assert comparison.retention is None and comparison.retention_interval is None and comparison.significant
 
 
+def test_a_ratio_has_an_interval_unless_its_base_is_often_nothing():
+    # Of 34 items with 8 right about one resample in ten thousand has none right, of 20 with 1 right one in three.
+    often = compare([np.array([[1.0, 1.0]] * 8 + [[0.0, 1.0]] + [[0.0, 0.0]] * 25)])
+    low, high = often.retention_interval
+    assert low == pytest.approx(1.0) and 1.3 < high < 2.0
+    assert compare([np.array([[1.0, 1.0]] + [[0.0, 0.0]] * 19)]).retention_interval is None
+
+
 def test_documents_count_by_their_size():
     totals, sizes = np.array([[8.0, 16.0], [90.0, 90.0]]), np.array([8, 90])
     comparison = compare_rates(totals, sizes)

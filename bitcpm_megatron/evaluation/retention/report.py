@@ -186,6 +186,8 @@ def draw(table: Table, path: Path) -> None:
         for place, task in enumerate(names):
             height, ends = _height(table.of(model.name, task))
             axes.bar(place + number * width, 100 * (height or 0.0), width, color=f"C{number}")
+            if height is None:
+                axes.text(place + number * width, 0, "none", ha="center", va="bottom", color="grey", fontsize="small")
             if height is not None and ends is not None:
                 errors = [[100 * abs(end - height)] for end in ends]
                 axes.errorbar(place + number * width, 100 * height, errors, color="black", capsize=3)

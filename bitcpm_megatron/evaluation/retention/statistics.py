@@ -22,7 +22,7 @@ class Comparison:
         score: of the other one.
         difference: ``score - base``, with the ends of its 95 % interval.
         retention: ``score / base``; None where that is 0.
-        retention_interval: its ends; None also where a resample has a ``base`` of 0.
+        retention_interval: its ends; None also where so many resamples have a ``base`` of 0 that an end has no value.
         significant: whether the interval of the difference leaves out 0, over :data:`LEAST_ITEMS` items at least.
     """
 
@@ -73,13 +73,16 @@ def interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 def _comparison(base: float, score: float, drawn: np.ndarray, count: int) -> Comparison:
     ends = _ends(drawn[:, 1] - drawn[:, 0])
+    ratios = np.divide(drawn[:, 1], drawn[:, 0], out=np.full(len(drawn), np.inf), where=drawn[:, 0] > 0)
+    # By rank, since nothing lies between a number and infinity.
+    low, high = np.quantile(ratios, _ENDS, method="nearest")
     return Comparison(
         base=float(base),
         score=float(score),
         difference=float(score - base),
         interval=ends,
         retention=float(score / base) if base else None,
-        retention_interval=_ends(drawn[:, 1] / drawn[:, 0]) if base and drawn[:, 0].all() else None,
+        retention_interval=(float(low), float(high)) if base and np.isfinite(high) else None,
         significant=count >= LEAST_ITEMS and not ends[0] <= 0 <= ends[1],
     )
 
