@@ -10,7 +10,7 @@ import pytest
 from support import tiny_hf
 from support.launcher import Ranks
 
-from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, qat_convert
+from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, export_packed, qat_convert
 from bitcpm_megatron.evaluation.opening import find_model, open_model
 
 ORIGINAL = 24  # tokens, LongRoPE's original length
@@ -41,6 +41,7 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tool, words in (
         (convert_hf_to_megatron, f"--load-dir {root}/latent --save-dir {root}/run"),
         (qat_convert, f"--input_bin {root}/latent --output {root}/fused"),
+        (export_packed, f"--load-dir {root}/latent --save-dir {root}/packed --format compressed-tensors"),
     ):
         assert tool.main(words.split()) == 0
     return root
@@ -82,6 +83,17 @@ def test_log_likelihoods_and_answers_are_those_of_the_export(layout: str, said: 
             assert value == pytest.approx(expected, abs=1e-4), pair
             assert greedy == best, pair
         assert rank["texts"] == export["texts"]
+
+
+def test_a_packed_export_says_what_the_fused_one_says(where: Path, export: dict) -> None:
+    subject = find_model("packed", where / "packed")
+    assert subject.kind == "packed"
+    model = open_model(subject, 1, None, True, 1).model
+    model.record(None, "packed")
+    said = model.loglikelihood([SimpleNamespace(args=tuple(pair)) for pair in PAIRS])
+    for pair, (value, greedy), (expected, best) in zip(PAIRS, said, export["pairs"], strict=True):
+        assert value == pytest.approx(expected, abs=1e-4), pair
+        assert greedy == best, pair
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -141,15 +141,18 @@ def card_lines(output: Path, model: Path) -> list[str]:
         raise FileError(
             f"{output / DATA} says nothing of {scores.name}: launch/evaluate.py --report-only writes it anew"
         )
-    base = rows[0]["base_model"]
+    base = next(filter(None, (row["base_model"] for row in rows)), "")
     head = ["", "metric", "items", "skipped", "score", *([f"of {base}", "retention"] if base else []), ""]
     settings = _words(scores.settings)
-    return ["\n".join(_grid(head, [_card_row(row) for row in rows])), f"Asked before packing, by {settings}."]
+    return [
+        "\n".join(_grid(head, [_card_row(row, bool(base)) for row in rows])),
+        f"Asked before packing, by {settings}.",
+    ]
 
 
-def _card_row(row: Mapping[str, str]) -> list[str]:
+def _card_row(row: Mapping[str, str], compared: bool) -> list[str]:
     cells = [row[name] for name in ("task", "metric", "items", "skipped", "score")]
-    if row["base_model"]:
+    if compared:
         cells += [row["base_score"], row["retention"]]
     said = [row["remarks"], NOT_SIGNIFICANT if row["significant"] == "False" else ""]
     return [*cells, "; ".join(filter(None, said))]
