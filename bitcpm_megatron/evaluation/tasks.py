@@ -57,7 +57,7 @@ def load_tasks(
         columns = benchmark.columns.split() if benchmark is not None else []
         for leaf in below:
             configs[leaf] = _config(index[leaf].yaml_path, leaf, shots, data, columns)
-    tasks = {}
+    tasks: dict[str, Any] = {}
     for leaf, config in configs.items():
         try:
             tasks |= manager.load([config])["tasks"]

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def _alone(base: ModelScores) -> tuple[list[Row], list[Row]]:
         values = np.array(list(task.items.values()))
         remarks = _remarks(task.mean, task)
         ends = interval(values) if len(values) else None
-        rest = {"chance": task.chance, "majority": task.majority, "remarks": remarks}
+        rest: dict[str, Any] = {"chance": task.chance, "majority": task.majority, "remarks": remarks}
         tasks.append(Row(base.name, name, task.metric, len(values), len(task.skipped), task.mean, ends, **rest))
     arrays = [np.repeat(np.array(list(t.items.values()))[:, None], 2, 1) for t in base.tasks.values() if t.items]
     mean = compare(arrays) if arrays else None
@@ -102,7 +103,7 @@ def _task(name: str, model: str, base: TaskScores, other: TaskScores) -> tuple[R
     comparison = compare([pair]) if both else None
     score = comparison.score if comparison else None
     remarks = _remarks(score, other)
-    rest = {"chance": other.chance, "majority": other.majority, "remarks": remarks}
+    rest: dict[str, Any] = {"chance": other.chance, "majority": other.majority, "remarks": remarks}
     return Row(model, name, other.metric, len(both), skipped, score, None, comparison, **rest), pair
 
 

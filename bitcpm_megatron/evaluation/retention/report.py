@@ -58,7 +58,7 @@ def _reading(base: str, model: str) -> str:
 def _section(table: Table, model: str) -> list[str]:
     base = table.models[0].name
     compared = model != base
-    found = []
+    found: list[str] = []
     for rows, scale, digits in ((table.tasks, 100, 1), (table.texts, 1, 4)):
         mine = [row for row in rows if row.model == model]
         if not mine:
