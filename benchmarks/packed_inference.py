@@ -162,8 +162,12 @@ def resident(packed: Path, tokens: int) -> tuple[int, int, int, int]:
     config = json.loads((packed / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
     importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    for name in ("accelerate", "transformers.generation.utils"):
+    for name in ("accelerate", "safetensors", "transformers.generation.utils"):
         importlib.import_module(name)
+    transformers = importlib.import_module("transformers")
+    # Its names are imported when they are asked for.
+    for name in ("AutoConfig", "AutoModelForCausalLM", "GenerationConfig"):
+        getattr(transformers, name)
     kernels_for("cpu")
     torch.ones(8, 8).bfloat16() @ torch.ones(8, 8).bfloat16()
     before, _ = _memory()

@@ -2,6 +2,7 @@
 """A compressed-tensors export of ours as a Transformers model whose ternary linears stay packed in memory."""
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from .packed_linear import PackedTernaryLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
 _MADE_BY = "export_packed.py --format compressed-tensors --bits 2"
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -57,6 +59,12 @@ def load_packed_model(
     directory, device = Path(directory), torch.device(device)
     record = _checked_record(directory)
     check_digests(directory)
+    if record.activation_bits != 16:
+        logger.warning(
+            "%s: training also quantized activations to %d bits, which this model does not, as stock clients do not",
+            directory,
+            record.activation_bits,
+        )
     model = _empty_model(directory, dtype)
     with ExitStack() as stack:
         tensors = _Tensors(directory, stack)

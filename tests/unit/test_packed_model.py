@@ -304,6 +304,14 @@ def test_code_of_the_directory_is_not_run(copy: Path) -> None:
     assert isinstance(load_packed_model(copy), transformers.LlamaForCausalLM)
 
 
+def test_activations_that_training_quantized_are_told_of(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_packed_model(copy)
+    assert "activations" not in caplog.text
+    _record(lambda r: r.update(activation_bits=8))(copy)
+    load_packed_model(copy)
+    assert "training also quantized activations to 8 bits" in caplog.text
+
+
 def test_dtypes_that_are_not_computed_in(exports) -> None:
     with pytest.raises(ValueError, match="float16: packed models compute in bfloat16 or float32"):
         load_packed_model(exports()[0], dtype=torch.float16)
