@@ -52,7 +52,7 @@ GROUPS = {
         f"tests/unit/test_{name}.py"
         for name in (
             *("quantizer", "op", "cpu_backend", "fused", "packing", "activations", "int8", "telemetry"),
-            *("ternary_linears", "use", "round_trip", "models", "modeling_bitcpm"),
+            *("packed_linear", "ternary_linears", "use", "round_trip", "models", "modeling_bitcpm"),
         )
     ],
     "gradients": ["tests/distributed/test_gradients.py"],
