@@ -559,6 +559,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from bitcpm_megatron.inference.kernels.packed_product import packed_product
 from bitcpm_megatron.ops.triton.grouped import quantize_grouped
 from bitcpm_megatron.ops.triton.launch import space_number
 from bitcpm_megatron.ops.triton.resident import quantize_resident
@@ -597,6 +598,7 @@ compile(quantize_streamed, 100, ["*fp32", "*fp32", "*i16"], ["i32", "i32", "fp32
         ABSMAX=False, SPACE=0, GIVEN=False, BF16=False, SIZE=4096, LEVELS=12, PIECES=16, PIECE_LEVELS=4)
 compile(pack_codes, 80, ["*i16", "*i16", "*u8", "*u8", "*i32"], ["i32"] * 5, BF16=True, COMPARE=True, BLOCKS=32)
 compile(unpack_weight, 80, ["*u8", "*i16", "*fp16"], ["i32"] * 5, BF16=False, BLOCKS=32)
+compile(packed_product, 90, ["*i16", "*u8", "*i16", "*fp32"], ["i32"] * 5, BF16=True, ROWS=8)
 print("compiled")
 """
 
