@@ -165,11 +165,15 @@ def resident(packed: Path, tokens: int) -> tuple[int, int, int, int]:
     for name in ("accelerate", "safetensors", "transformers.generation.utils"):
         importlib.import_module(name)
     transformers = importlib.import_module("transformers")
-    # Its names are imported when they are asked for.
-    for name in ("AutoConfig", "AutoModelForCausalLM", "GenerationConfig"):
-        getattr(transformers, name)
+    # Names are imported when they are asked for, and the pages of libraries come in when their code first runs: a model
+    # of nothing, which generates, brings in what no model's size has a part in.
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    nothing = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **sizes), dtype=torch.bfloat16
+    )
+    nothing.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     kernels_for("cpu")
-    torch.ones(8, 8).bfloat16() @ torch.ones(8, 8).bfloat16()
     before, _ = _memory()
     model = load_packed_model(packed)
     with torch.inference_mode():
