@@ -80,8 +80,8 @@ def test_a_checkpoint_of_it_says_the_same(where: Path) -> None:
         opened.close()
     assert len(said[0]) >= 4
     for (value, greedy), (expected, best) in zip(*said, strict=True):
-        # The sum of some ten tokens, of logits in the tens.
-        assert value == pytest.approx(expected, abs=1e-4, rel=1e-6) and greedy == best
+        # Sums over some tens of tokens behind 30 layers, which the two compute in other orders.
+        assert value == pytest.approx(expected, abs=1e-4, rel=1e-5) and greedy == best
 
 
 def _requests(where: Path) -> list:
