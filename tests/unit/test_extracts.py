@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitcpm_megatron.objectives import distillation as module
-from bitcpm_megatron.objectives.extracts import draws, likeliest, require_finite
+from bitcpm_megatron.objectives.extracts import draws, likeliest, log_likelihoods, require_finite
 
 V, PADDED, DRAWS = 50, 64, 10_000
 
@@ -81,3 +81,16 @@ def test_logits_that_are_not_finite_are_refused(logits: torch.Tensor) -> None:
     assert torch.equal(log_p.isfinite().all(-1), logits.isfinite().all(-1))
     with pytest.raises(ValueError, match="logits are not finite"):
         require_finite(log_p)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 23])
+def test_log_likelihoods_are_of_the_vocabulary_without_its_padding(chunk: int, logits: torch.Tensor) -> None:
+    logits[2, 1, 9] = logits[2, 1, 4] = 60.0
+    ids = torch.tensor([[3, V - 1], [17, 0], [int(logits[2, 0, :V].argmax()), 9]])
+    with mock.patch.object(module, "_CHUNK_ELEMENTS", chunk):
+        found, best = log_likelihoods(logits, ids, V, torch.distributed.group.WORLD)
+    expected = logits[..., :V].double().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
+    # Of two equal ones the first is the likeliest, as for argmax.
+    assert best.tolist() == (logits[..., :V].argmax(-1) == ids).tolist()
+    assert best[1, 0] and best[2, 0] and not best[2, 1]
