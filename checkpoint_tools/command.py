@@ -4,7 +4,7 @@
 import argparse
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,22 @@ def progress(nbytes: int, doing: str, **options: Any) -> tqdm:
 
 
 def run(work: Callable[[], None]) -> int:
-    """Runs a command under :func:`~bitcpm_megatron.cli.run`; returns its exit status. SIGTERM interrupts it."""
+    """Runs a command under :func:`~bitcpm_megatron.cli.run`, on one thread; returns its exit status. SIGTERM interrupts
+    it."""
     return_freed_memory()
-    return cli.run(cli.interrupted_by_sigterm()(work))
+    with one_thread():
+        return cli.run(cli.interrupted_by_sigterm()(work))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps PyTorch to one thread: on blocks that a cache holds others do little but wait, and burn a core doing so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def return_freed_memory() -> None:

@@ -27,11 +27,11 @@ if __package__ in (None, ""):
     # From a bare checkout the package stands one level up.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bitcpm_megatron.checkpoint_tools.command import Parser, progress, progress_of_reading, run
+from bitcpm_megatron.checkpoint_tools.command import Parser, one_thread, progress, progress_of_reading, run
 from bitcpm_megatron.checkpoint_tools.inspection import targets
 from bitcpm_megatron.checkpoint_tools.inspection.inspection import Inspection, Statistics, Weight
 from bitcpm_megatron.checkpoint_tools.inspection.opening import open_inspection
-from bitcpm_megatron.checkpoint_tools.inspection.statistics import one_thread, statistics_of
+from bitcpm_megatron.checkpoint_tools.inspection.statistics import statistics_of
 from bitcpm_megatron.checkpoint_tools.megatron_model.checkpoint import locate
 from bitcpm_megatron.checkpoint_tools.storage.reader import VerificationError, dtype_name
 from bitcpm_megatron.checkpoints.directory import TRACKER

@@ -25,8 +25,8 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from bitcpm_megatron import cli  # noqa: E402
+from bitcpm_megatron.checkpoint_tools.command import one_thread  # noqa: E402
 from bitcpm_megatron.checkpoint_tools.inspection.opening import open_inspection  # noqa: E402
-from bitcpm_megatron.checkpoint_tools.inspection.statistics import one_thread  # noqa: E402
 from bitcpm_megatron.checkpoint_tools.storage.reader import check_finite, refuse_mistakes  # noqa: E402
 from bitcpm_megatron.files import FileError  # noqa: E402
 from bitcpm_megatron.ops import fake_quantize  # noqa: E402

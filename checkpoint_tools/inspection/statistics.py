@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of a model's weights: what is ternary, in which groups, and how it is spread."""
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator
 
@@ -15,17 +14,6 @@ from .inspection import Statistics, Weight
 
 # Small enough for the cache, and for the C library to use the same memory again for the next block.
 _BLOCK_ELEMENTS = 1 << 17
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Keeps PyTorch to one thread: on blocks this small others do little but wait, and burn a core doing so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def statistics_of(weight: Weight, record: QuantizerRecord | None, findings: list[str]) -> Statistics:
