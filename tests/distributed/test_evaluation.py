@@ -75,6 +75,11 @@ def export(where: Path) -> dict:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.verifies(
+    "checkpoints",
+    "evaluation: a run's log-likelihoods are those of its export (1e-4, fp32) at TP1, TP2 and PP2, and its "
+    "answers, too",
+)
 def test_log_likelihoods_and_answers_are_those_of_the_export(layout: str, said: dict, export: dict) -> None:
     # Three continuations behind the longest context, two behind the one before it, and the longest prompt.
     assert len(export["skipped"]) == 6

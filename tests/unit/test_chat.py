@@ -53,6 +53,10 @@ def talk(model: TextModel, **options: object) -> Conversation:
     return Conversation(model, open_questioner(model), **options)
 
 
+@pytest.mark.verifies(
+    "checkpoints",
+    "a chat asks every turn with all before it, and an answer that is stopped stays as far as it came",
+)
 def test_a_turn_is_asked_with_all_before_it(model: TextModel) -> None:
     conversation = talk(model, system="Be brief.")
     assert ["".join(conversation.say(text)) for text in ("Hi!", "Who?", "So")] == ["AB", "Hm", "AB"]

@@ -102,6 +102,13 @@ def test_scales_of_zero_and_below() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
+@pytest.mark.verifies(
+    "checkpoints",
+    "products with packed weights lie within the rounding of fp32 sums, and what is unpacked is the weight of "
+    "the training forward",
+    cuda="not run (Triton interpreted)",
+    npu="not run (stand-in)",
+)
 def test_products_lie_within_the_rounding_of_sums_in_fp32(rows: int, columns: int, group: int) -> None:
     layer, weight = made(rows, columns, group)
     for dtype in DTYPES:

@@ -125,6 +125,10 @@ def rounding(model: "transformers.PreTrainedModel", places: list[tuple[int, int]
 
 
 @pytest.mark.slow
+@pytest.mark.verifies(
+    "checkpoints",
+    "a packed model in Transformers: logits and greedy choices are those of the dense one, within a bound",
+)
 def test_logits_of_single_tokens_and_greedy_choices(exports) -> None:
     packed, dense = exports()
     ours = by_single_tokens(load_packed_model(packed, dtype=torch.float32))
