@@ -214,7 +214,7 @@ def model_rows(packed: Path, dense: Path, gguf: Path | None, compared: int, roun
     rows = logit_rows(models, compared)
     steps = {name: stepper(model) for name, model in models.items()}
     others = {"dense": "Transformers, bf16"}
-    llama = None if gguf is None else llama_stepper(gguf)
+    llama = None if gguf is None else llama_stepper(gguf, rounds + 1)
     if llama is not None:
         steps["llama.cpp"], others["llama.cpp"] = llama, "llama.cpp, TQ2_0"
     print("timing models", file=sys.stderr, flush=True)
@@ -277,13 +277,14 @@ def stepper(model: Any) -> Callable[[], object]:
     return step
 
 
-def llama_stepper(gguf: Path) -> Callable[[], object] | None:
-    """The same in llama.cpp, with as many threads as torch; None where it is not installed."""
+def llama_stepper(gguf: Path, steps: int) -> Callable[[], object] | None:
+    """The same in llama.cpp, with as many threads as torch, for so many steps; None where it is not installed."""
     if importlib.util.find_spec("llama_cpp") is None:
         return None
     from llama_cpp import Llama
 
-    model = Llama(str(gguf), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False, logits_all=False)
+    context = 1 + steps * _GENERATED_AT_ONCE
+    model = Llama(str(gguf), n_ctx=context, n_threads=torch.get_num_threads(), verbose=False, logits_all=False)
     model.eval([1])
 
     def step() -> None:

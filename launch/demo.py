@@ -10,6 +10,7 @@ left in the output directory. Exit status: 0 ok, 1 a part failed, 3 a loss is no
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -152,6 +153,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    for package in ("transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"the demo's last part needs {package}: pip install 'bitcpm_megatron[standalone,hf]'")
     started = time.perf_counter()
     out = args.output.resolve() / time.strftime("%Y%m%d-%H%M%S")
     out.mkdir(parents=True)

@@ -78,6 +78,10 @@ def _generate(args: argparse.Namespace) -> None:
         ids = tokenizer.tokenize(prompt) if questioner is None else questioner.ask(prompt)
         if not ids:
             raise ValueError(f"--prompt {prompt!r} has no token")
+        if len(ids) > model.context:
+            raise ValueError(
+                f"a prompt has {len(ids):,} tokens, and the model's context is {model.context:,}: give a shorter one"
+            )
         new = _said(model, ids, [] if args.chat else ids, args, ends)
         text = tokenizer.detokenize(new if args.chat else ids + new)
         lines.append(json.dumps({"prompt": prompt, "text": text, "ended": new[-1] in ends}) + "\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..files import FileError, check_digests, is_inside, read_json
+from ..files import FileError, check_digests, is_inside, read_digests, read_json
 from ..quantization import effective_group, pack, packed_size
 from ..quantization.record import QuantizerRecord
 from .packed_linear import PackedTernaryLinear
@@ -58,7 +58,7 @@ def load_packed_model(
             raise ValueError(f"packed models need the package {package}: pip install 'bitcpm_megatron[hf]'")
     directory, device = Path(directory), torch.device(device)
     record = _checked_record(directory)
-    check_digests(directory)
+    check_model_files(directory)
     if record.activation_bits != 16:
         logger.warning(
             "%s: training also quantized activations to %d bits, which this model does not, as stock clients do not",
@@ -80,6 +80,15 @@ def load_packed_model(
     ):
         raise FileError(f"{directory}: config.json ties the output layer to the embeddings, and Transformers did not")
     return model.eval().requires_grad_(False)
+
+
+def check_model_files(directory: Path) -> None:
+    """Compares the files of a model with their digests, where there are any; its card may be edited.
+
+    Raises:
+        DigestError: files are damaged, naming them.
+    """
+    check_digests(directory, [name for name in read_digests(directory) or {} if not name.endswith(".md")])
 
 
 class _Tensors:
@@ -172,12 +181,18 @@ def _empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # of whatever type: of keys and values of a file that it did not expect
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileError(
+            f"{directory}: Transformers cannot make a causal language model of its configuration: {said[0]}"
+        ) from error
     return model
 
 

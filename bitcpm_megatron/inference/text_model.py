@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.directory import RELEASE, TRACKER, latest
+from ..checkpoints.directory import HF_DIRECTORY, RELEASE, TRACKER, latest
 from ..data.sft.chat_template import open_chat_template, require_chat_tokenizer
 from ..data.sft.questions import Questioner
 from ..data.tokenizers import Tokenizer, open_tokenizer
@@ -111,7 +111,8 @@ def _of_run(checkpoint: Path, fp32: bool, tokenizer: str | None, kind: str | Non
     run, model = load_for_inference(checkpoint, fp32)
     own = tokenizer_of(run, checkpoint, tokenizer, kind)
     context = context_of(run)
-    return TextModel(checkpoint, MegatronNextToken(model, context), own, context, frozenset({own.eod}), shutdown)
+    ends = frozenset({own.eod, *_ends(checkpoint / HF_DIRECTORY)})
+    return TextModel(checkpoint, MegatronNextToken(model, context), own, context, ends, shutdown)
 
 
 def _of_hugging_face(path: Path, fp32: bool, tokenizer: str | None, kind: str | None) -> TextModel:

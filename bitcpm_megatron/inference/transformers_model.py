@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from ..files import check_digests, read_digests, read_json
+from ..files import read_json
 from ..ops import fake_quantize_activations
 from ..quantization import quantize_dequantize
 from ..quantization.record import QuantizerRecord, record_of_model
 from .generate import NextToken
+from .packed_model import check_model_files, load_packed_model
 
 _LATENT = "bitcpm"
 """Model type of our own latent exports: Granite, which computes with quantized weights."""
@@ -63,20 +64,14 @@ def _check_files(directory: Path) -> None:
             f"{directory} holds no *.safetensors: write the model anew with save_pretrained, for other formats of "
             "weights can hold code"
         )
-    names = [name for name in read_digests(directory) or {} if not name.endswith(".md")]
-    check_digests(directory, names)
+    check_model_files(directory)
 
 
 def _packed(directory: Path, quantization: Any, device: torch.device, dtype: torch.dtype) -> Any:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "compressed-tensors":
         raise ValueError(f"{directory}/config.json: weights packed by {method!r} are not read: compressed-tensors are")
-    from .packed_model import load_packed_model
-
-    try:
-        return load_packed_model(directory, device=device, dtype=dtype)
-    except ModuleNotFoundError as error:  # of an optional package, with the cure
-        raise ValueError(str(error)) from None
+    return load_packed_model(directory, device=device, dtype=dtype)
 
 
 def _built(directory: Path, config: Mapping[str, Any], record: QuantizerRecord | None, dtype: Any) -> Any:

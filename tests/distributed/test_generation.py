@@ -75,10 +75,14 @@ def test_the_cache_changes_no_logit(name: str, found: dict) -> None:
 @pytest.mark.parametrize("name", [*CASES, SAVED])
 def test_the_same_tokens_are_the_likeliest(name: str, found: dict) -> None:
     """Also those behind the model's context, which drop the oldest."""
-    said = found[name]["said"]
-    assert len(said["whole"]) == 32 + 3 - PROMPT
-    if name != "8 bits":
-        assert said["cached"] == said["whole"]
+    said, margins = found[name]["said"], found[name]["margins"]
+    assert len(said["whole"]) == len(margins) == 32 + 3 - PROMPT
+    if name == "8 bits":
+        return
+    # Behind a choice that rounding decides the texts may go apart.
+    certain = next((i for i, margin in enumerate(margins) if margin <= 2 * ROUNDING), len(margins))
+    assert said["cached"][:certain] == said["whole"][:certain]
+    assert certain > 0
 
 
 @pytest.mark.parametrize("name", [*CASES, SAVED])

@@ -61,6 +61,7 @@ class FastTests:
 
         platform.processor()
         cpu.unavailable("cpu")
+        packed.load()
         if shutil.which("g++") is not None:
             try:
                 emulator.build()

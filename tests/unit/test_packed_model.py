@@ -19,6 +19,7 @@ from support.packed import Tensors, architecture, latent_model, write_config
 
 from bitcpm_megatron.checkpoint_tools import export_packed
 from bitcpm_megatron.files import FileError
+from bitcpm_megatron.inference.kernels import cpu
 from bitcpm_megatron.inference.packed_linear import PackedTernaryLinear
 from bitcpm_megatron.inference.packed_model import load_packed_model
 from bitcpm_megatron.models.architecture import Architecture, LongRope
@@ -137,7 +138,9 @@ def test_logits_of_single_tokens_and_greedy_choices(exports) -> None:
     places = [(p, int(t)) for p in (255, 130, 31) for t in theirs[p].topk(2).indices]
     # Eight standard deviations; of both models; and twice that, for what else rounds: sums of no more terms.
     bound = 8 * 4 * rounding(dense_model(dense, torch.float64), places)
-    assert not torch.equal(ours, theirs) and float((ours - theirs).abs().max()) <= bound < 0.01 * float(theirs.std())
+    # Without a compiler both are the same product.
+    assert cpu.load()[0] is None or not torch.equal(ours, theirs)
+    assert float((ours - theirs).abs().max()) <= bound < 0.01 * float(theirs.std())
     certain = largest[:, 0] - largest[:, 1] > 2 * bound
     assert certain.float().mean() > 0.9
     assert torch.equal(ours.argmax(-1)[certain], theirs.argmax(-1)[certain])

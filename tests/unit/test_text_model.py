@@ -2,9 +2,7 @@
 """What opens to be asked, and that its cache changes nothing of what it says; what does not open names the cure."""
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from support.chat import CHATML, chat_tokenizer  # noqa: E402
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize  # noqa: E402
 from bitcpm_megatron.checkpoint_tools.hf_model.config import GRANITE, LLAMA, config_for  # noqa: E402
+from bitcpm_megatron.inference import transformers_model  # noqa: E402
 from bitcpm_megatron.inference.conversation import Conversation  # noqa: E402
 from bitcpm_megatron.inference.generate import NextToken  # noqa: E402
 from bitcpm_megatron.inference.text_model import open_questioner, open_text_model  # noqa: E402
@@ -152,11 +151,7 @@ def test_a_packed_export_is_opened_by_its_own_reader(tmp_path: Path, monkeypatch
         asked.append((directory, *options.values()))
         return model
 
-    monkeypatch.setitem(
-        sys.modules,
-        "bitcpm_megatron.inference.packed_model",
-        SimpleNamespace(load_packed_model=load_packed_model),
-    )
+    monkeypatch.setattr(transformers_model, "load_packed_model", load_packed_model)
     agrees(open_text_model(tmp_path).tokens, model)
     open_text_model(tmp_path, fp32=True)
     assert [dtype for _, _, dtype in asked] == [torch.bfloat16, torch.float32]

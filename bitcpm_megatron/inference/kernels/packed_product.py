@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """x W^T of few tokens and a packed ternary weight, in Triton: a program for some rows and one token."""
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -64,17 +66,19 @@ def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch
     y = torch.empty(tokens, rows, dtype=torch.float32, device=x.device)
     interpreted = not isinstance(packed_product, triton.JITFunction)
     size = _INTERPRETED_ROWS if interpreted else _ROWS
-    packed_product[(triton.cdiv(rows, size), tokens)](
-        x.view(torch.int16) if x.dtype == torch.bfloat16 else x,
-        packed,
-        scales.view(torch.int16),
-        y,
-        rows,
-        columns,
-        packed.shape[1] // 32,
-        scales.shape[1],
-        columns // scales.shape[1],
-        BF16=x.dtype == torch.bfloat16,
-        ROWS=size,
-    )
+    # Triton launches on the current device, whose tensors these need not be.
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        packed_product[(triton.cdiv(rows, size), tokens)](
+            x.view(torch.int16) if x.dtype == torch.bfloat16 else x,
+            packed,
+            scales.view(torch.int16),
+            y,
+            rows,
+            columns,
+            packed.shape[1] // 32,
+            scales.shape[1],
+            columns // scales.shape[1],
+            BF16=x.dtype == torch.bfloat16,
+            ROWS=size,
+        )
     return y.to(x.dtype)

@@ -65,11 +65,16 @@ def asked(args, model, tokens: list[int], prompt: int) -> dict:
     from bitcpm_megatron.inference.generate import NextToken, generate
     from bitcpm_megatron.inference.megatron_run import MegatronNextToken
 
+    margins = []
+
     class Whole(NextToken):
-        """The whole text anew for every token."""
+        """The whole text anew for every token; it notes how far apart the likeliest two are, of the largest logit."""
 
         def logits(self, tokens):
-            return torch.from_numpy(whole(model, tokens)[-1])
+            logits = torch.from_numpy(whole(model, tokens)[-1])
+            first, second = logits[: args.vocab_size].topk(2).values
+            margins.append(float((first - second) / logits.abs().max()))
+            return logits
 
         def _forward(self, tokens, kept):
             raise NotImplementedError
@@ -93,6 +98,7 @@ def asked(args, model, tokens: list[int], prompt: int) -> dict:
             + [torch.from_numpy(whole(model, turned)[-1])]
         ),
         "said": said,
+        "margins": margins,
         "quantized": [state.count - start for state, start in zip(model.states, before, strict=True)],
     }
 
