@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import ctypes
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def run(work: Callable[[], None]) -> int:
     """Runs a command under :func:`~bitcpm_megatron.cli.run`, on one thread; returns its exit status. SIGTERM interrupts
     it."""
     return_freed_memory()
+    # What imports have made lives as long as the process: no collection need look at it again.
+    gc.freeze()
     with one_thread():
         return cli.run(cli.interrupted_by_sigterm()(work))
 
