@@ -30,6 +30,7 @@ class Recorded:
         store: of the answers; None on every rank but the first.
         title: of the progress bar.
         skipped: contexts that were too long, and continuations (None of a generated answer).
+        tokens: of contexts and continuations alike a digest of their ids, of those that were too long, too.
         asked: questions that the model itself was asked by this process.
     """
 
@@ -40,6 +41,7 @@ class Recorded:
         """Begins to keep answers."""
         self.store, self.title = store, title
         self.skipped: set[tuple[str, str | None]] = set()
+        self.tokens: dict[tuple[str, str | None], str] = {}
         self.asked = 0
 
     def loglikelihood(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
@@ -50,6 +52,8 @@ class Recorded:
         this: Any = self
         fitting = []
         for texts, context, continuation in requests:
+            if texts is not None:
+                self.tokens[texts] = key_of("tokens", context, continuation)
             if texts is not None and len(context) + len(continuation) > this.max_length + 1:
                 self.skipped.add(texts)
             if texts is None or texts not in self.skipped:
@@ -71,11 +75,13 @@ class Recorded:
         questions = []
         for request in requests:
             context, how = request.args
-            length = len(this.tok_encode(context))
+            ids = this.tok_encode(context)
+            length = len(ids)
+            self.tokens[context, None] = key_of("tokens", ids)
             if length + how["max_gen_toks"] > this.max_length:
                 self.skipped.add((context, None))
             else:
-                questions.append((key_of("generate", context, how), length, request))
+                questions.append((key_of("generate", ids, how), length, request))
         answer = functools.partial(super().generate_until, disable_tqdm=True)  # type: ignore[misc]
         answers = iter(self._answered("generation", questions, lambda some: list(answer(some))))
         return ["" if (request.args[0], None) in self.skipped else str(next(answers)) for request in requests]

@@ -14,6 +14,7 @@ from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_te
 from megatron.core import parallel_state
 
 from ..data.tokenizers import Tokenizer
+from ..data.tokenizers.hugging_face import HuggingFaceTokenizer
 from ..inference.megatron_run import MegatronNextToken
 from ..objectives.extracts import likeliest, log_likelihoods
 from ..objectives.language_modeling import Batch, language_modeling
@@ -51,7 +52,13 @@ class _Megatron(TemplateLM):
         return self.eot_token_id if begin is None else self._tokenizer.tokenize(begin)[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self._tokenizer.tokenize(string)
+        """As the harness's Hugging Face models do: behind what the tokenizer puts in front of a text, such as
+        ``bos_token``, unless the text begins with that token or special tokens are not wanted."""
+        ids = self._tokenizer.tokenize(string)
+        wanted = add_special_tokens is not False and ids[:1] != [self.prefix_token_id]
+        if wanted and isinstance(self._tokenizer, HuggingFaceTokenizer):
+            return self._tokenizer.tokenize_with_front(string)
+        return ids
 
     def _loglikelihood_tokens(self, requests: Sequence[Scored], **kwargs: Any) -> list[tuple[float, bool]]:
         found = []
@@ -129,7 +136,9 @@ class _Megatron(TemplateLM):
             if token == self.eot_token_id:
                 break
             tokens.append(token)
-            text = self._tokenizer.detokenize(tokens[len(prompt) :])
+            # Rows of the embedding that the tokenizer has no piece for have no text, as in Transformers.
+            pieces = [one for one in tokens[len(prompt) :] if one < self._tokenizer.vocab_size]
+            text = self._tokenizer.detokenize(pieces)
             if any(stop in text for stop in until):
                 break
         return postprocess_generated_text(text, until, None)

@@ -9,6 +9,8 @@ from typing import Any
 import xxhash
 
 from ..files import FileError
+from .answers import key_of
+from .asking import Recorded
 from .benchmarks import BENCHMARKS
 from .retention.scores import TaskScores
 from .tasks import Asked
@@ -38,7 +40,7 @@ def ask(model: Any, asked: Asked, chat: bool) -> dict[str, TaskScores]:
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
     )
-    return {name: _scores(name, leaves, asked, said["samples"], model.skipped) for name, leaves in asked.leaves.items()}
+    return {name: _scores(name, leaves, asked, said["samples"], model) for name, leaves in asked.leaves.items()}
 
 
 def template_of(model: Any) -> str:
@@ -46,13 +48,13 @@ def template_of(model: Any) -> str:
     return xxhash.xxh3_128_hexdigest(model.apply_chat_template(_PROBE, add_generation_prompt=True).encode())
 
 
-def _scores(
-    name: str, leaves: Sequence[str], asked: Asked, samples: Mapping[str, Any], skipped: set[tuple[str, str | None]]
-) -> TaskScores:
+def _scores(name: str, leaves: Sequence[str], asked: Asked, samples: Mapping[str, Any], model: Recorded) -> TaskScores:
     tasks = [asked.tasks[leaf] for leaf in leaves]
     taken = {f"{leaf}/{s['doc_id']}": s for leaf in leaves for s in _of_its_filter(name, leaf, samples[leaf])}
     metric = _metric(name, next(iter(taken.values())))
-    left_out = [key for key, sample in taken.items() if any(_question(pair) in skipped for pair in sample["arguments"])]
+    questions = {key: [_question(pair) for pair in sample["arguments"]] for key, sample in taken.items()}
+    left_out = [key for key, asked_of in questions.items() if any(one in model.skipped for one in asked_of)]
+    tokens = [(key, [model.tokens[one] for one in asked_of]) for key, asked_of in questions.items()]
     kept = {key: sample for key, sample in taken.items() if key not in set(left_out)}
     content = json.dumps([(key, sample["doc_hash"]) for key, sample in taken.items()])
     return TaskScores(
@@ -60,6 +62,7 @@ def _scores(
         versions={leaf: (task.config.metadata or {}).get("version") for leaf, task in zip(leaves, tasks, strict=True)},
         shots=max(task.config.num_fewshot or 0 for task in tasks),
         data=xxhash.xxh3_128_hexdigest(content.encode()),
+        tokens=key_of("tokens", tokens),
         items={key: float(sample[metric]) for key, sample in kept.items()},
         skipped=left_out,
         chance=_chance(name, kept),

@@ -111,9 +111,9 @@ def latent_export(directory: Path, a: Architecture, r: QuantizerRecord, **more: 
     return built
 
 
-def write_tokenizer(directory: Path) -> None:
-    """A byte tokenizer: ids 0 ... 2 are <unk>, <s> and </s>, the 256 bytes follow."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def write_tokenizer(directory: Path, front: str | None = None) -> None:
+    """A byte tokenizer: ids 0 ... 2 are <unk>, <s> and </s>, the 256 bytes follow; with a token in front of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -121,6 +121,10 @@ def write_tokenizer(directory: Path) -> None:
     raw = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
+    if front is not None:
+        raw.post_processor = processors.TemplateProcessing(
+            single=f"{front} $A", special_tokens=[(front, raw.token_to_id(front))]
+        )
     PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(
         directory
     )

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from support.chat import STYLES, chat_tokenizer
 from support.texts import SPECIAL, strings
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bitcpm_megatron.data.tokenizers import SentencePieceTokenizer, open_tokenizer, train_sentencepiece
 from bitcpm_megatron.data.tokenizers.hugging_face import HuggingFaceTokenizer
@@ -80,6 +80,24 @@ def test_ids_and_texts_are_those_of_transformers(directory: Path) -> None:
     assert len({token for ids in found for token in ids}) > 150, "strings that use the vocabulary"
     for ids in found[:500]:
         assert ours.detokenize(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_what_stands_in_front_is_that_of_transformers(directory: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="pip install transformers, then make test")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    name, number = SPECIAL[0], theirs.convert_tokens_to_ids(SPECIAL[0])
+    texts = ["", "fox", f"{name} fox", *TEXTS[:4]]
+    for template, behind in ((f"{name} $A", 0), (f"{name} {name} $A {name}", 1)):
+        theirs.backend_tokenizer.post_processor = processors.Sequence(
+            [processors.ByteLevel(), processors.TemplateProcessing(single=template, special_tokens=[(name, number)])]
+        )
+        theirs.save_pretrained(tmp_path)
+        ours = open_tokenizer(tmp_path)
+        for text in texts[bool(behind) :]:
+            ids = theirs(text)["input_ids"]
+            assert ours.tokenize_with_front(text) == ids[: len(ids) - behind] != ours.tokenize(text)
+    plain = open_tokenizer(directory)
+    assert [plain.tokenize_with_front(text) for text in texts] == [plain.tokenize(text) for text in texts]
 
 
 def test_special_tokens_in_a_text_are_special(directory: Path) -> None:

@@ -35,6 +35,7 @@ def _task(values, chance=None, majority=None, skipped=()):
         versions={"t": 1.0},
         shots=0,
         data="d",
+        tokens="t",
         items=items,
         skipped=list(skipped),
         chance=chance,
@@ -160,8 +161,31 @@ def test_models_that_were_not_asked_the_same_are_not_compared():
         table_of([base, _model("b", {"u": _task([1, 0])})])
 
 
+def test_what_differs_though_it_may_be_compared_is_remarked():
+    text = TextScores(data="d", tokens="t", window=8, overlap=4, documents=[[3.25, 4, 9]])
+    base = _model("a", {"t": _task([1, 0]), "u": _task([1, 0])}, {"w": text, "v": text})
+    tasks = {"t": _task([1, 0]).model_copy(update={"tokens": "other"}), "u": _task([1, 0])}
+    texts = {"w": text.model_copy(update={"tokens": "other"}), "v": text.model_copy(update={"overlap": 3})}
+    table = table_of([base, _model("b", tasks, texts)])
+    assert table.of("b", "t").remarks == table.of("b", "w").remarks == ("asked in other tokens than a",)
+    assert table.of("b", "u").remarks == () and table.of("a", "t").remarks == ()
+    assert table.of("b", "v").remarks == ("windows of 8 tokens that overlap by 3, of a 8 by 4",)
+    [line] = [line for line in report.lines(table) if line.startswith("| v | bits")]
+    assert "windows of 8 tokens that overlap by 3" in line
+
+
+def test_examples_that_were_drawn_otherwise_are_not_compared():
+    def drawn(name, seed, shots):
+        task = _task([1, 0]).model_copy(update={"shots": shots})
+        return _model(name, {"t": task}).model_copy(update={"settings": {"seed": seed}})
+
+    with pytest.raises(ValueError, match="a and b cannot be compared, seed differ: 1 and 2"):
+        table_of([drawn("a", 1, 5), drawn("b", 2, 5)])
+    assert table_of([drawn("a", 1, 0), drawn("b", 2, 0)]).of("b", "t").items == 2
+
+
 def test_scores_survive_their_file(tmp_path):
-    text = TextScores(data="d", window=8, overlap=4, documents=[[3.25, 4, 9]])
+    text = TextScores(data="d", tokens="t", window=8, overlap=4, documents=[[3.25, 4, 9]])
     model = _model("a", {"t": _task([1, 0], chance=0.25)}, {"w": text})
     model.write(tmp_path)
     assert read_scores(tmp_path, "a") == model

@@ -2,6 +2,7 @@
 """Hugging Face's fast tokenizers: a directory with a ``tokenizer.json``, by the library ``tokenizers``."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ class HuggingFaceTokenizer:
     """A fast tokenizer as Transformers would use it, with the same ids.
 
     Documents end with the tokenizer's ``eos_token``, as in Megatron-LM's ``HuggingFaceTokenizer``; nothing is put in
-    front. Special tokens that are written out in a text are special: chat templates write them so.
+    front but by :meth:`tokenize_with_front`. Special tokens that are written out in a text are special: chat templates
+    write them so.
 
     Args:
         path: the directory, or the ``tokenizer.json`` in it.
@@ -55,7 +57,8 @@ class HuggingFaceTokenizer:
         # What a file may ask for is for batches of tensors.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        # It adds the special tokens, which we never ask for, and may cut spaces off the offsets of tokens.
+        # It adds the special tokens, which training never asks for, and may cut spaces off the offsets of tokens.
+        self._post_processor = self._tokenizer.post_processor
         self._tokenizer.post_processor = processors.Sequence([])
         self.config = read_config(directory)
         self._add_tokens()
@@ -78,6 +81,22 @@ class HuggingFaceTokenizer:
             ValueError: see :meth:`tokenize_batch`.
         """
         return self.tokenize_batch([text])[0]
+
+    def tokenize_with_front(self, text: str) -> list[int]:
+        """Return the ids of `text` behind those that the post-processor of ``tokenizer.json`` puts in front of it.
+
+        They are what Transformers gives by default, but for what the post-processor puts behind a text.
+
+        Raises:
+            ValueError: see :meth:`tokenize_batch`.
+        """
+        [found] = self._encode([text], 1)
+        if self._post_processor is None:
+            return found.ids
+        whole = self._post_processor.process(found)
+        # Tokens that belong to no sequence are the processor's own.
+        front = itertools.takewhile(lambda pair: pair[1] is None, zip(whole.ids, whole.sequence_ids, strict=True))
+        return [token for token, _ in front] + found.ids
 
     def tokenize_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Return the ids of each text, in order, computed by one native thread, or by all cores for more.

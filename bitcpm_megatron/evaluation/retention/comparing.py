@@ -70,11 +70,11 @@ def table_of(models: Sequence[ModelScores]) -> Table:
         check_alike(base, other)
         rows, pairs = [], []
         for name, task in base.tasks.items():
-            row, pair = _task(name, other.name, task, other.tasks[name])
+            row, pair = _task(name, base.name, other.name, task, other.tasks[name])
             rows.append(row)
             pairs += [pair] if len(pair) else []
         tasks += [*rows, *_mean(other.name, rows, compare(pairs) if pairs else None)]
-        texts += [_text(name, other.name, text, other.texts[name]) for name, text in base.texts.items()]
+        texts += [_text(name, base.name, other.name, text, other.texts[name]) for name, text in base.texts.items()]
     return Table(models, tasks, texts)
 
 
@@ -96,13 +96,13 @@ def _alone(base: ModelScores) -> tuple[list[Row], list[Row]]:
     return [*tasks, *_mean(base.name, tasks, mean, alone=True)], texts
 
 
-def _task(name: str, model: str, base: TaskScores, other: TaskScores) -> tuple[Row, np.ndarray]:
+def _task(name: str, first: str, model: str, base: TaskScores, other: TaskScores) -> tuple[Row, np.ndarray]:
     both = [key for key in base.items if key in other.items]
     pair = np.array([(base.items[key], other.items[key]) for key in both])
     skipped = len({*base.skipped, *other.skipped})
     comparison = compare([pair]) if both else None
     score = comparison.score if comparison else None
-    remarks = _remarks(score, other)
+    remarks = _remarks(score, other) + _other_tokens(first, base, other)
     rest: dict[str, Any] = {"chance": other.chance, "majority": other.majority, "remarks": remarks}
     return Row(model, name, other.metric, len(both), skipped, score, None, comparison, **rest), pair
 
@@ -120,10 +120,16 @@ def _mean(model: str, rows: Sequence[Row], comparison: Comparison | None, alone:
     return [Row(model, MEAN, metric, items, skipped, comparison.score, None, said, remarks=remarks)]
 
 
-def _text(name: str, model: str, base: TextScores, other: TextScores) -> Row:
+def _text(name: str, first: str, model: str, base: TextScores, other: TextScores) -> Row:
     totals, sizes = _documents(base, other)
     comparison = compare_rates(totals, sizes)
-    return Row(model, name, _metric(other), len(sizes), 0, comparison.score, None, comparison)
+    remarks = _other_tokens(first, base, other)
+    if (base.window, base.overlap) != (other.window, other.overlap):
+        remarks += (
+            f"windows of {other.window} tokens that overlap by {other.overlap}, of {first} {base.window} by "
+            f"{base.overlap}",
+        )
+    return Row(model, name, _metric(other), len(sizes), 0, comparison.score, None, comparison, remarks=remarks)
 
 
 def _documents(base: TextScores, other: TextScores) -> tuple[np.ndarray, np.ndarray]:
@@ -135,6 +141,10 @@ def _documents(base: TextScores, other: TextScores) -> tuple[np.ndarray, np.ndar
 def _metric(text: TextScores) -> str:
     nats, tokens, _ = (sum(column) for column in zip(*text.documents, strict=True))
     return f"bits per byte; perplexity {np.exp(nats / tokens):.2f} over {int(tokens):,} tokens"
+
+
+def _other_tokens(first: str, base: TaskScores | TextScores, other: TaskScores | TextScores) -> tuple[str, ...]:
+    return () if base.tokens == other.tokens else (f"asked in other tokens than {first}",)
 
 
 def _remarks(score: float | None, task: TaskScores) -> tuple[str, ...]:

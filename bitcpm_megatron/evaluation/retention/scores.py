@@ -20,6 +20,7 @@ class TaskScores(Strict):
         versions: of the harness's tasks below it, as they say themselves.
         shots: examples before each question.
         data: digest of the items as they were asked.
+        tokens: digest of the ids of all contexts and continuations, which depend on the model's tokenizer.
         items: id -> score, of those that were asked.
         skipped: ids of those that are longer than the model's context.
         chance: the expected score of who draws an answer; None where answers are free text.
@@ -30,6 +31,7 @@ class TaskScores(Strict):
     versions: dict[str, float | int | str | None]
     shots: int
     data: str
+    tokens: str
     items: dict[str, float]
     skipped: list[str]
     chance: float | None
@@ -46,12 +48,14 @@ class TextScores(Strict):
 
     Attributes:
         data: digest of the text.
+        tokens: digest of the ids of its documents, and of what stands before them.
         window: longest input of a forward, in tokens.
         overlap: tokens of it at least that are context alone, in every window but a document's first.
         documents: of each ``[nats, tokens, bytes]``: the negative log-likelihood of its tokens, each once.
     """
 
     data: str
+    tokens: str
     window: int
     overlap: int
     documents: list[list[float]]
@@ -123,7 +127,9 @@ def check_alike(base: ModelScores, other: ModelScores) -> None:
             )
     for name, text in base.texts.items():
         _same(f"{name} of {base.name} and {other.name}", "data", text.data, other.texts[name].data)
-    for what in ("template", "max_new_tokens"):
+    # The seed draws the examples; where there are none it draws nothing.
+    drawn = ("seed",) if any(task.shots for task in base.tasks.values()) else ()
+    for what in ("template", "max_new_tokens", *drawn):
         _same(f"{base.name} and {other.name}", what, base.settings.get(what), other.settings.get(what))
 
 

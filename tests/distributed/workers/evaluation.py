@@ -45,6 +45,7 @@ def answers(case: dict, output: Path, stages: int, rank: int) -> dict:
             ]
         ),
         "asked": model.asked,
+        "tokens": [[*texts, ids] for texts, ids in model.tokens.items()],
     }
     if store is not None:
         store.close()
