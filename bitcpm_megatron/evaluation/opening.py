@@ -9,9 +9,11 @@ from typing import Any, Literal
 from ..checkpoints.directory import latest
 from ..files import FileError, read_json
 from .answers import key_of
-from .asking import Recorded
+from .perplexity import require_overlap
 from .retention.scores import model_digest
 
+# What families call the longest input in config.json, in the harness's order.
+_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 Kind = Literal["megatron", "huggingface", "packed"]
 
 
@@ -30,6 +32,42 @@ class Subject:
     path: Path
     kind: Kind
     digest: str
+
+    @property
+    def context(self) -> int | None:
+        """Its longest input in tokens, as its configuration says; None where that says nothing."""
+        if self.kind == "megatron":
+            # Imported after what silences its complaints about packages that nobody here uses.
+            from ..inference.megatron_run import context_of
+            from ..training.flags import arguments_of
+
+            return context_of(arguments_of(self.path, 1))
+        found = read_json(self.path / "config.json")
+        lengths = [found.get(name) for name in _LENGTHS] if isinstance(found, dict) else []
+        return next((length for length in lengths if isinstance(length, int)), None)
+
+
+def require_contexts(subject: Subject, context: int | None, overlap: int | None) -> None:
+    """Makes sure that a model has a context, and that windows of it can overlap so.
+
+    Args:
+        subject: the model.
+        context: that is asked for; None for its own.
+        overlap: of windows of a text; None for half of one.
+
+    Raises:
+        FileError: it has not, or they cannot.
+    """
+    own = subject.context
+    _require_context(subject, context, own)
+    window = context or own
+    if overlap is not None and window is not None:
+        require_overlap(subject.name, window, overlap)
+
+
+def _require_context(subject: Subject, context: int | None, own: int | None) -> None:
+    if context is not None and own is not None and context > own:
+        raise FileError(f"--context {context}: {subject.name} has one of {own} tokens")
 
 
 def find_model(name: str, path: Path) -> Subject:
@@ -59,7 +97,7 @@ class Opened:
     """A model that can be asked.
 
     Attributes:
-        model: of the harness, :class:`Recorded`.
+        model: of the harness, :class:`~.asking.Recorded`.
         dtype: that it computes in.
         tokenizer: a digest of it; that of an exported model is within the digest of its directory.
     """
@@ -85,32 +123,30 @@ def open_model(
     Args:
         subject: of :func:`find_model`.
         batch_size: sequences of a forward.
-        context: longest input; None for the model's own.
+        context: longest input, of :func:`require_contexts`; None for the model's own.
         fp32: compute in fp32, whatever the weights' dtype is.
         stages: of a run's pipeline.
         tokenizer: of a run, in the place of its own.
 
     Raises:
-        ValueError: it cannot be loaded here, or has not such a context.
+        ValueError: it cannot be loaded here.
     """
     if subject.kind == "megatron":
         return _open_run(subject, batch_size, context, fp32, stages, tokenizer)
-    from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
     from ..inference.transformers_model import open_transformers_model
     from ..training.initialize import device
-
-    class HuggingFaceModel(Recorded, HFLM):
-        pass
+    from .huggingface_model import HuggingFaceModel
 
     loaded = open_transformers_model(subject.path, device(), fp32)
     try:
         own = AutoTokenizer.from_pretrained(subject.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of whatever type: of files that are missing or that it did not expect
         raise FileError(f"{subject.path}: Transformers finds no tokenizer in it: {error}") from None
-    model = HuggingFaceModel(pretrained=loaded, tokenizer=own, batch_size=batch_size, max_length=context)
+    # Of a family that names it otherwise in config.json.
     _require_context(subject, context, getattr(loaded.config, "max_position_embeddings", None))
+    model = HuggingFaceModel(pretrained=loaded, tokenizer=own, batch_size=batch_size, max_length=context)
     return Opened(model, str(loaded.dtype).removeprefix("torch."))
 
 
@@ -125,15 +161,9 @@ def _open_run(
     rows = run.vocab_size
     tokenizer = tokenizer_of(run, subject.path, given)
     own = context_of(run)
-    _require_context(subject, context, own)
     model = MegatronModel(loaded, tokenizer, context or own, rows, batch_size)
     identifiers = key_of("tokenizer", dict(tokenizer.unique_identifiers))
     return Opened(model, "bfloat16" if run.bf16 else "float32", identifiers)
-
-
-def _require_context(subject: Subject, context: int | None, own: int | None) -> None:
-    if context is not None and own is not None and context > own:
-        raise FileError(f"--context {context}: {subject.name} has one of {own} tokens")
 
 
 def versions() -> dict[str, str]:

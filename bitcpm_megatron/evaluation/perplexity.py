@@ -9,6 +9,7 @@ import xxhash
 
 from ..data.corpus import read_documents
 from ..files import FileError
+from .answers import key_of
 from .asking import Scored
 from .retention.scores import TextScores
 
@@ -45,19 +46,32 @@ def windows(ids: Sequence[int], prefix: int, context: int, overlap: int) -> Iter
         done = end
 
 
+def require_overlap(name: str, context: int, overlap: int) -> None:
+    """Makes sure that every window of a text has a token that is new.
+
+    Raises:
+        FileError: it has not, naming the model and its context.
+    """
+    if overlap >= context:
+        raise FileError(
+            f"--text-overlap {overlap}: windows of {name} are as long as its context of {context} tokens, and have to "
+            f"move on: give {context - 1} at most"
+        )
+
+
 def score_texts(model: Any, texts: Sequence[str], overlap: int) -> TextScores:
-    """Asks a model of the harness, with ``prefix_token_id``, ``max_length`` and ``tok_encode``, for every token.
+    """Asks a model of the harness, :class:`~.asking.Recorded`, for every token.
 
     Args:
         model: computes log-likelihoods of ids.
         texts: documents.
-        overlap: see :func:`windows`; where it does not fit into the context, half of that.
+        overlap: see :func:`windows`.
 
     Raises:
-        ValueError: no document has a token.
+        ValueError: no document has a token, or windows cannot overlap so.
     """
     context = model.max_length
-    overlap = overlap if overlap < context else context // 2
+    require_overlap(model.title, context, overlap)
     encoded = [model.tok_encode(text, add_special_tokens=False) for text in texts]
     requests: list[Scored] = []
     owners = []
@@ -74,4 +88,5 @@ def score_texts(model: Any, texts: Sequence[str], overlap: int) -> TextScores:
     if not documents:
         raise FileError("the tokenizer makes no token of the text")
     content = xxhash.xxh3_128_hexdigest("\0".join(texts).encode())
-    return TextScores(data=content, window=context, overlap=overlap, documents=documents)
+    tokens = key_of("text", model.prefix_token_id, encoded)
+    return TextScores(data=content, tokens=tokens, window=context, overlap=overlap, documents=documents)
