@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import FileError, incomplete, publish, read_text, write_text
-from .comparing import MEAN, Row, Table
+from .comparing import MEAN, Row, Table, table_of
 from .scores import DIRECTORY, model_digest, read_scores
 from .statistics import LEAST_ITEMS, RESAMPLES
 
@@ -120,7 +120,9 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def card_lines(output: Path, model: Path) -> list[str]:
-    """What the card of a model says of its evaluation: the rows of ``retention.csv`` that are its own.
+    """What the card of a model says of its evaluation: its rows of the table, computed from the scores.
+
+    It is compared with the first model of ``retention.csv``.
 
     Args:
         output: directory of an evaluation.
@@ -128,6 +130,7 @@ def card_lines(output: Path, model: Path) -> list[str]:
 
     Raises:
         FileError: it has not, or a file is missing or damaged.
+        ValueError: both models were not asked the same.
     """
     wanted = model_digest(model)
     asked = {path.stem: read_scores(output, path.stem) for path in sorted((output / DIRECTORY).glob("*.json"))}
@@ -136,12 +139,14 @@ def card_lines(output: Path, model: Path) -> list[str]:
         known = ", ".join(f"{name} ({scores.model.get('path')})" for name, scores in asked.items()) or "none"
         raise FileError(f"{output} is no evaluation of {model}, as it is now: it asked {known}")
     scores = found[0]
-    rows = [row for row in csv.DictReader(io.StringIO(read_text(output / DATA))) if row.get("model") == scores.name]
-    if not rows or set(rows[0]) != set(_COLUMNS):
+    first = next(csv.DictReader(io.StringIO(read_text(output / DATA))), {}).get("model")
+    if first not in asked:
         raise FileError(
-            f"{output / DATA} says nothing of {scores.name}: launch/evaluate.py --report-only writes it anew"
+            f"{output / DATA} names no model that was asked: launch/evaluate.py --report-only writes it anew"
         )
-    base = next(filter(None, (row["base_model"] for row in rows)), "")
+    table = table_of([scores] if first == scores.name else [asked[first], scores])
+    rows = [row for row in _records(table) if row["model"] == scores.name]
+    base = "" if first == scores.name else first
     head = ["", "metric", "items", "skipped", "score", *([f"of {base}", "retention"] if base else []), ""]
     settings = _words(scores.settings)
     return [
@@ -162,18 +167,28 @@ def _csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
-    base = table.models[0].name
+    writer.writerows(_records(table))
+    return text.getvalue()
+
+
+def _records(table: Table) -> list[dict[str, str]]:
+    """The rows by column, as they are written."""
+    base, found = table.models[0].name, []
     for row in (*table.tasks, *table.texts):
         c = row.comparison
-        values: dict[str, Any] = {name: getattr(row, name) for name in _COLUMNS[:6]}
+        values: dict[str, Any] = dict.fromkeys(_COLUMNS) | {name: getattr(row, name) for name in _COLUMNS[:6]}
         values |= {"chance": row.chance, "majority": row.majority, "remarks": "; ".join(row.remarks)}
         if c is not None:
             low, high = c.retention_interval or (None, None)
             values |= {"base_model": base, "base_score": c.base, "retention": c.retention}
             values |= {"retention_low": low, "retention_high": high, "difference": c.difference}
             values |= {"difference_low": c.interval[0], "difference_high": c.interval[1], "significant": c.significant}
-        writer.writerow({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in values.items()})
-    return text.getvalue()
+        found.append({k: _cell(v) for k, v in values.items()})
+    return found
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.6f}" if isinstance(value, float) else str(value)
 
 
 def draw(table: Table, path: Path) -> None:
