@@ -12,6 +12,7 @@ stages. Killed, the same command goes on: nothing that was answered is asked aga
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import re
@@ -32,6 +33,10 @@ from bitcpm_megatron.evaluation.retention.scores import ModelScores, read_scores
 from bitcpm_megatron.files import FileError, directory_mistake
 from bitcpm_megatron.files.lock import FileLock, LockedError
 
+# What is imported to ask a model, and to draw the picture.
+_ASKING = ("lm_eval", "datasets", "transformers", "accelerate", "megatron.core")
+_DRAWING = ("matplotlib",)
+_CURE = "pip install 'bitcpm_megatron[standalone,eval]'"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
 
 
@@ -98,6 +103,13 @@ def _mistakes(args: argparse.Namespace) -> Any:
         yield "--tasks names a task twice"
     if len({path.name for path in args.text}) < len(args.text):
         yield "--text: two files of one name: rename one"
+    if args.text_overlap is not None and not args.text:
+        yield "--text-overlap is of windows of a text: give --text, or leave it out"
+    if not (args.suite or args.tasks):
+        of_tasks = {"--shots": args.shots, "--data": args.data, "--max-new-tokens": args.max_new_tokens}
+        given = [flag for flag, value in of_tasks.items() if value is not None] + ["--chat"] * args.chat
+        if given and not args.report_only:
+            yield f"{', '.join(given)}: there is no task to ask so: give --suite or --tasks"
     if args.data is not None and not args.data.is_dir():
         yield f"--data {args.data}: there is no such directory"
     if mistake := directory_mistake(args.output):
@@ -105,10 +117,14 @@ def _mistakes(args: argparse.Namespace) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    _require_packages(_DRAWING if args.report_only else (*_ASKING, *_DRAWING))
     if args.report_only:
         _report([read_scores(args.output, name) for name in args.models], args.output)
         return
-    from bitcpm_megatron.evaluation.opening import find_model
+    if args.data is not None or args.suite == SAMPLE_3:
+        # Nothing is asked of the network for what lies in files; these packages look when they are imported.
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    from bitcpm_megatron.evaluation.opening import find_model, require_contexts
     from bitcpm_megatron.training.initialize import shutdown, world_size
 
     ranks = world_size()
@@ -118,6 +134,12 @@ def _evaluate(args: argparse.Namespace) -> None:
             raise FileError(f"{subject.name} is no training run and has its own tokenizer: leave out --tokenizer-model")
         if ranks > 1 and subject.kind != "megatron":
             raise FileError(f"{subject.name} is no training run and is asked by one process: leave out torchrun")
+        if args.chat and subject.kind == "megatron":
+            raise FileError(
+                f"--chat: {subject.name} is a training run, which is asked without a chat template: export it with "
+                "convert_megatron_to_hf.py and name that directory, or leave out --chat"
+            )
+        require_contexts(subject, args.context, args.text_overlap)
     asked, texts = _questions(args)
     lock = _lock(args.output) if _first() else None
     try:
@@ -133,6 +155,19 @@ def _evaluate(args: argparse.Namespace) -> None:
         shutdown()
 
 
+def _require_packages(names: Sequence[str]) -> None:
+    missing = [name for name in names if not _installed(name)]
+    if missing:
+        raise FileError(f"not installed: {', '.join(missing)}: {_CURE}")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
 def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -145,11 +180,8 @@ def _questions(args: argparse.Namespace) -> tuple[Any, Mapping[str, Sequence[str
     names = SUITES[args.suite] if args.suite else args.tasks
     if not names:
         return None, texts
-    try:
-        import datasets
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise FileError(f"{error}: pip install 'bitcpm_megatron[eval]'") from None
+    import datasets
+
     from bitcpm_megatron.evaluation.tasks import load_tasks
 
     # What it says of every task and every map is for those who write tasks.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks of lm-evaluation-harness, with their own data sets or with items from files."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +45,6 @@ def load_tasks(
         FileError: there is no such task, or its items are not there or not what they should be.
         FailedError: a data set cannot be had.
     """
-    if data is not None:
-        # Nothing is asked of the network for what lies in files.
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     manager, index = _index(names)
     leaves = {name: _leaves(index, name) for name in names}
     configs = {}
@@ -161,7 +157,9 @@ def _set_up(task: Any, max_new_tokens: int | None, seed: int) -> None:
     task.set_fewshot_seed(seed=seed)
     if task.OUTPUT_TYPE == "generate_until":
         kwargs = task.config.generation_kwargs
-        if kwargs.get("do_sample"):
+        # As normalize_gen_kwargs of the harness: a temperature alone draws, too.
+        drawn = kwargs.get("do_sample")
+        if drawn or (drawn is None and float(kwargs.get("temperature") or 0) > 0):
             raise FileError(f"{task.task_name} draws its answers at random: only greedy answers are asked for here")
         own = kwargs.get("max_gen_toks", NEW_TOKENS)
         limit = own if max_new_tokens is None else min(own, max_new_tokens)

@@ -2,17 +2,20 @@
 """launch/evaluate.py: the harness's own scores, resuming, offline items, texts, refusals."""
 
 import collections
+import importlib.util
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.benchmark_items import TASKS, write_items, write_model
 from support.launcher import CHECKOUT, environment
 
+from bitcpm_megatron.evaluation import opening
 from bitcpm_megatron.evaluation.answers import AnswerStore
 from bitcpm_megatron.evaluation.offline import read_items, write_sample
 from bitcpm_megatron.evaluation.perplexity import windows
@@ -240,6 +243,10 @@ def test_items_that_are_not_there_or_not_what_they_should_be_are_named(tmp_path:
         ("--model a=x --tasks gsm8k --data nowhere", "--data nowhere: there is no such directory"),
         ("--model a=x --suite sample-3 --tasks gsm8k", "not allowed with argument"),
         ("--model ../a=x --suite sample-3", "expected NAME=PATH"),
+        ("--model a=x --suite sample-3 --text-overlap 4", "--text-overlap is of windows of a text: give --text"),
+        ("--model a=x --text t --shots 0 --chat", "--shots, --chat: there is no task to ask so: give --suite or"),
+        ("--model a=x --text t --max-new-tokens 4", "--max-new-tokens: there is no task to ask so"),
+        ("--model a=x --text t --data .", "--data: there is no task to ask so"),
     ],
 )
 def test_mistakes_are_refused(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,9 +257,13 @@ def test_mistakes_are_refused(line: str, message: str, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(
-    where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(opening, "open_model", lambda *_: pytest.fail("a model is loaded"))
+    text = f"--text {where / 'text.txt'} --text-overlap"
     for words, message in (
+        (f"{text} 512", "--text-overlap 512: windows of a are as long as its context of 512 tokens"),
+        (f"{text} 64 --context 64", "--text-overlap 64: windows of a are as long as its context of 64 tokens"),
         ("--tasks gsm8k --shots 2 --data DATA", "gsm8k: there is no"),
         ("--tasks boolq --data DATA --context 1024", "--context 1024: a has one of 512 tokens"),
         ("--text DATA/nothing.txt", "nothing.txt"),
@@ -264,3 +275,67 @@ def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(
     assert "neither the --save directory of a run" in capsys.readouterr().err
     assert evaluate.main([f"--model=b={where / 'a'}", "--report-only", "--output", str(tmp_path / "out")]) == 2
     assert "b was not evaluated here" in capsys.readouterr().err
+    monkeypatch.setattr(opening, "find_model", lambda name, path: opening.Subject(name, path, "megatron", "d"))
+    assert evaluate.main([f"--model=a={tmp_path}", "--chat", "--suite", "sample-3", "--output", str(tmp_path)]) == 2
+    assert "--chat: a is a training run, which is asked without a chat template: export it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, missing", [("--suite=sample-3", "accelerate, megatron.core, "), ("--report-only", "")])
+def test_packages_are_missed_before_anything_is_asked(
+    more: str, missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> Any:
+        if name.startswith("megatron"):
+            raise ModuleNotFoundError("No module named 'megatron'")
+        return None if name in ("accelerate", "matplotlib") else installed(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    assert evaluate.main([f"--model=a={tmp_path}", more, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"not installed: {missing}matplotlib: pip install 'bitcpm_megatron[standalone,eval]'" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_nothing_is_asked_of_the_network_for_items_from_files(where: Path, tmp_path: Path) -> None:
+    line = [f"--model=a={where / 'a'}", "--tasks", "gsm8k", "--data", str(tmp_path), "--output", str(tmp_path / "out")]
+    said = (
+        "import datasets, huggingface_hub.constants as hub; print(datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE)"
+    )
+    code = f"from bitcpm_megatron.launch import evaluate; assert evaluate.main({line!r}) == 2; {said}"
+    found = {name: value for name, value in environment().items() if not name.endswith("_OFFLINE")}
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=CHECKOUT,
+        env=found,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0 and "gsm8k: there is no" in ended.stderr, ended.stderr[-4000:]
+    assert ended.stdout.split() == ["True", "True"]
+
+
+@pytest.mark.slow
+def test_a_task_that_draws_its_answers_is_refused(where: Path) -> None:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    from bitcpm_megatron.evaluation import tasks
+
+    task = tasks.load_tasks(["gsm8k"], 0, where / "data", None, 1).tasks["gsm8k"]
+    for kwargs in (
+        {"temperature": 0.7},
+        {"do_sample": True},
+        {"do_sample": False, "temperature": 0.7},
+        {"temperature": 0.0},
+        {"do_sample": None},
+        {},
+    ):
+        task.set_config("generation_kwargs", kwargs)
+        if normalize_gen_kwargs(kwargs)["do_sample"]:
+            with pytest.raises(ValueError, match="gsm8k draws its answers at random"):
+                tasks._set_up(task, None, 1)
+        else:
+            tasks._set_up(task, None, 1)
