@@ -5,6 +5,7 @@ import collections
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import tiny_hf
 from support.benchmark_items import TASKS, write_items, write_model
 from support.launcher import CHECKOUT, environment
 
@@ -20,6 +22,7 @@ from bitcpm_megatron.evaluation.answers import AnswerStore
 from bitcpm_megatron.evaluation.offline import read_items, write_sample
 from bitcpm_megatron.evaluation.perplexity import windows
 from bitcpm_megatron.evaluation.retention import report
+from bitcpm_megatron.evaluation.retention.comparing import table_of
 from bitcpm_megatron.evaluation.retention.scores import read_scores
 from bitcpm_megatron.launch import evaluate
 
@@ -95,6 +98,22 @@ def test_scores_are_those_of_the_harness_item_by_item(where: Path, done: Path, t
         for response in (response for sample in samples for response in sample["resps"]):
             assert (response[0] if isinstance(response[0], str) else tuple(response[0])) in answers
     assert 0 < sum(ours.tasks["hellaswag"].items.values()) < 6, "the items do not tell models apart"
+
+
+@pytest.mark.slow
+def test_a_model_that_was_asked_in_other_tokens_is_remarked(where: Path, done: Path, tmp_path: Path) -> None:
+    shutil.copytree(where / "a", tmp_path / "front")
+    tiny_hf.write_tokenizer(tmp_path / "front", front="<s>")
+    models = [f"--model={name}={path}" for name, path in (("a", where / "a"), ("front", tmp_path / "front"))]
+    asked = ["--tasks", "gsm8k", "boolq", "--data", str(where / "data"), "--shots", "0", "--max-new-tokens", "2"]
+    # What is too long to be asked is compared, too.
+    assert evaluate.main([*models, *asked, "--context", "32", "--output", str(tmp_path / "out")]) == 0
+    plain, front = (read_scores(tmp_path / "out", name) for name in ("a", "front"))
+    table = table_of([plain, front])
+    for task in ("gsm8k", "boolq"):
+        assert "asked in other tokens than a" in table.of("front", task).remarks
+        assert plain.tasks[task].tokens == read_scores(done, "b").tasks[task].tokens
+    assert plain.tasks["boolq"].skipped and plain.tasks["gsm8k"].items
 
 
 def _answers(output: Path, name: str) -> set:
