@@ -124,10 +124,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.data is not None or args.suite == SAMPLE_3:
         # Nothing is asked of the network for what lies in files; these packages look when they are imported.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    import torch
+
     from bitcpm_megatron.evaluation.opening import find_model, require_contexts
     from bitcpm_megatron.training.initialize import shutdown, world_size
 
-    ranks = world_size()
+    ranks, joined = world_size(), torch.distributed.is_initialized()
     subjects = [find_model(name, path) for name, path in args.models.items()]
     for subject in subjects:
         if args.tokenizer_model is not None and subject.kind != "megatron":
@@ -149,9 +151,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     finally:
         if lock is not None:
             lock.release()
-    import torch
-
-    if torch.distributed.is_initialized():
+    # A run's ranks have joined a process group; one that was there before is somebody else's.
+    if torch.distributed.is_initialized() and not joined:
         shutdown()
 
 

@@ -100,18 +100,20 @@ class Opened:
         model: of the harness, :class:`~.asking.Recorded`.
         dtype: that it computes in.
         tokenizer: a digest of it; that of an exported model is within the digest of its directory.
+        is_run: whether it was opened over the process groups of a run's layout.
     """
 
     model: Any
     dtype: str
     tokenizer: str = "the directory's"
+    is_run: bool = False
 
     def close(self) -> None:
         """Leaves the process groups of a run's layout, so that the next model may have another."""
         # Imported after what silences its complaints about packages that nobody here uses.
         from megatron.core import parallel_state
 
-        if parallel_state.model_parallel_is_initialized():
+        if self.is_run and parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
 
 
@@ -163,7 +165,7 @@ def _open_run(
     own = context_of(run)
     model = MegatronModel(loaded, tokenizer, context or own, rows, batch_size)
     identifiers = key_of("tokenizer", dict(tokenizer.unique_identifiers))
-    return Opened(model, "bfloat16" if run.bf16 else "float32", identifiers)
+    return Opened(model, "bfloat16" if run.bf16 else "float32", identifiers, is_run=True)
 
 
 def versions() -> dict[str, str]:

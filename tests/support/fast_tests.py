@@ -57,6 +57,7 @@ class FastTests:
         """
         from ascendc import emulator
 
+        from bitcpm_megatron.inference.kernels import cpu as packed
         from bitcpm_megatron.ops import cpu
 
         platform.processor()
