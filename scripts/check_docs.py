@@ -90,49 +90,74 @@ def verification() -> str:
     return "\n".join(lines)
 
 
+def _step(variant: str, tokens: int, pairs: int) -> tuple[str, str]:
+    """Time of a step at TP1 and 8 micro-batches in units of BF16's, and peak memory likewise."""
+    keys = {"layout": "TP1", "variant": variant, "tokens": str(tokens), "micro_batches": "8", "pairs": str(pairs)}
+    (row,) = (row for row in _rows("throughput") if keys.items() <= row.items())
+    ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+    return f"**{ratio:.3f}** ({low:.3f} - {high:.3f})", row["peak_ratio"] and f"{float(row['peak_ratio']):.3f}"
+
+
+def _rows(name: str) -> Iterator[dict[str, str]]:
+    with (BENCHMARKS / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _gap(study: str, name: str) -> str:
+    found = json.loads((CHECKOUT / "docs" / "studies" / f"{study}.json").read_text(encoding="utf-8"))["gaps"][name]
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}) nats"
+
+
+def _loss(run: str) -> float:
+    lines = (CHECKOUT / "docs" / "demo" / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["lm_loss"] for record in map(json.loads, lines) if record["kind"] == "valid"][-1]
+
+
+def _sizes(preset: str) -> str:
+    page = (CHECKOUT / "docs" / "packed.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {preset} \|.*", page, re.MULTILINE)
+    return " and ".join(re.findall(r"\((\d+\.\d+)\)", row)[:2])
+
+
 def results() -> str:
     """README's table of results, every figure out of the data file that its last column leads to."""
-    steps = list(csv.DictReader((BENCHMARKS / "throughput.csv").open(encoding="utf-8")))
-
-    def step(variant: str, tokens: int, pairs: int) -> tuple[str, str]:
-        """Time of a step at TP1 and 8 micro-batches in units of BF16's, and peak memory likewise."""
-        keys = {"layout": "TP1", "variant": variant, "tokens": str(tokens), "micro_batches": "8", "pairs": str(pairs)}
-        (row,) = (row for row in steps if keys.items() <= row.items())
-        ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
-        return f"**{ratio:.3f}** ({low:.3f} - {high:.3f})", row["peak_ratio"] and f"{float(row['peak_ratio']):.3f}"
-
-    def gap(study: str, name: str) -> str:
-        found = json.loads((CHECKOUT / "docs" / "studies" / f"{study}.json").read_text(encoding="utf-8"))["gaps"][name]
-        return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}) nats"
-
-    def loss(run: str) -> float:
-        lines = (CHECKOUT / "docs" / "demo" / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [record["lm_loss"] for record in map(json.loads, lines) if record["kind"] == "valid"][-1]
-
-    time, memory = step("resident", 256, 32)
-    throughput = "[data](docs/benchmarks/throughput.csv)"
+    time, memory = _step("resident", 256, 32)
+    (speed,) = (row["ratio"] for row in _rows("packed-inference") if row["beside"] == "Transformers, bf16")
+    throughput, packed = "[data](docs/benchmarks/throughput.csv)", "[data](docs/benchmarks/packed-inference.csv)"
+    int8, taught = (f"[data](docs/studies/{study}.json)" for study in ("int8_quality", "distillation_stages"))
+    of_int8, of_taught = (
+        _gap("int8_quality", "int8 GEMMs - bf16 GEMMs"),
+        _gap("distillation_stages", "taught from the start"),
+    )
     rows = [
         ("a ternary step, in units of BF16's (95 %)", time, "`make bench`", throughput),
         ("its peak memory, likewise", memory, "`make bench`", throughput),
-        ("a step with int8 GEMMs, 1,024 tokens", step("int8", 1024, 10)[0], "`make bench`", throughput),
-        ("with int8 input gradients, too", step("int8-backward", 1024, 10)[0], "`make bench`", throughput),
-        (
-            "loss of int8 GEMMs above bf16 GEMMs, 5 seeds",
-            gap("int8_quality", "int8 GEMMs - bf16 GEMMs"),
-            "`make study-int8`",
-            "[data](docs/studies/int8_quality.json)",
-        ),
+        ("a step with int8 GEMMs, 1,024 tokens", _step("int8", 1024, 10)[0], "`make bench`", throughput),
+        ("with int8 input gradients, too", _step("int8-backward", 1024, 10)[0], "`make bench`", throughput),
+        ("loss of int8 GEMMs above bf16 GEMMs, 5 seeds", of_int8, "`make study-int8`", int8),
         (
             "validation loss of the demo, BF16 and ternary",
-            f"{loss('bf16'):.3f}, {loss('ternary'):.3f}",
+            f"{_loss('bf16'):.3f}, {_loss('ternary'):.3f}",
             "`make demo`",
             "[data](docs/demo)",
         ),
         (
             "loss of a student that is taught from the start, above training alone",
-            gap("distillation_stages", "taught from the start"),
+            of_taught,
             "`make demo-distill DISTILL='--seeds 3'`",
-            "[data](docs/studies/distillation_stages.json)",
+            taught,
+        ),
+        (
+            "a GGUF file of MiniCPM4-8B's shape, times smaller than BF16: embeddings in F16 and in Q8_0",
+            _sizes("minicpm4-8b"),
+            "`export_packed.py`",
+            "[packed](docs/packed.md#sizes)",
+        ),
+        (
+            "tokens/s of a packed model of MiniCPM4-0.5B's shape, in units of Transformers' in bf16",
+            f"{float(speed):.2f}",
+            "`python benchmarks/packed_inference.py`",
+            packed,
         ),
     ]
     lines = ["| | measured | command | |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
