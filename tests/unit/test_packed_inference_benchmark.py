@@ -40,7 +40,7 @@ def test_layers_of_few_and_many_tokens() -> None:
 @pytest.mark.slow
 def test_a_small_model_from_its_weights_to_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="pip install 'bitcpm_megatron[hf]'")
-    monkeypatch.setattr(packed_inference, "llama_stepper", lambda gguf: None)
+    monkeypatch.setattr(packed_inference, "llama_stepper", lambda gguf, steps: None)
     packed, dense, gguf = make_model(architecture("tiny-minicpm4"), tmp_path)
     rows = [
         Row("memory", "MB", 1.0, 2.0, "1.1 x packed + cache", 0.5, "<= 1"),

@@ -254,7 +254,7 @@ def test_padded_vocab_size_refuses_zero() -> None:
 )
 def test_generation_takes_a_tokenizer_of_the_model_alone(model_path, trained, recorded, fits) -> None:
     """With another one it would print noise."""
-    from bitcpm_megatron.launch import generate
+    from bitcpm_megatron.inference.megatron_run import tokenizer_of
 
     run = argparse.Namespace(
         tokenizer_model=recorded,
@@ -265,7 +265,7 @@ def test_generation_takes_a_tokenizer_of_the_model_alone(model_path, trained, re
         tensor_model_parallel_size=1,
     )
     if fits:
-        assert generate._tokenizer(run, str(model_path), None, Path("run")).vocab_size == VOCAB
+        assert tokenizer_of(run, Path("run"), str(model_path)).vocab_size == VOCAB
         return
     with pytest.raises(ValueError, match=f"{model_path} has 340 pieces, and run was trained for {trained:,}"):
-        generate._tokenizer(run, str(model_path), None, Path("run"))
+        tokenizer_of(run, Path("run"), str(model_path))
