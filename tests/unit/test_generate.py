@@ -152,6 +152,11 @@ def test_a_chat_prints_answers_alone_and_says_whether_they_ended(asked, capsys: 
     assert asked.fp32
 
 
+def test_a_prompt_beyond_the_context_is_refused(asked, capsys: pytest.CaptureFixture) -> None:
+    assert command.main(["run", "--prompt", "word " * 64]) == 2
+    assert "tokens, and the model's context is 64: give a shorter one" in capsys.readouterr().err
+
+
 def test_plain_text_goes_on_unless_it_is_to_stop(asked) -> None:
     assert asked("--num-tokens", "6")[1]["ended"] is False
     stopped = asked("--num-tokens", "6", "--stop-at-end")[1]

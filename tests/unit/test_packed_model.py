@@ -271,6 +271,7 @@ def _record(change: Callable[[dict], object]) -> Callable[[Path], None]:
         (_record(lambda r: r["modules"].pop(UP)), f"no tensor {UP}.weight"),
         (lambda d: (d / "ternary_quantizer.json").unlink(), "of another tool, or was copied in part"),
         (lambda d: (d / "config.json").unlink(), "holds no model"),
+        (_configure(lambda c: c.update(hidden_size="wide")), "Transformers cannot make a causal language model"),
         (lambda d: (d / WEIGHTS).unlink(), "no weights"),
         (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-1]), "cannot be read .*: copy it again"),
     ],
@@ -285,6 +286,9 @@ def test_damage_shows_in_the_digests(exports, tmp_path: Path) -> None:
     target = Path(shutil.copytree(exports()[0], tmp_path / "export"))
     content = bytearray((target / WEIGHTS).read_bytes())
     content[-1] ^= 1
+    # A card may be edited.
+    (target / "README.md").write_text("ours")
+    load_packed_model(target)
     (target / WEIGHTS).write_bytes(content)
     with pytest.raises(FileError, match="does not match its digest"):
         load_packed_model(target)
