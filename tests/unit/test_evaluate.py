@@ -17,6 +17,7 @@ from support import tiny_hf
 from support.benchmark_items import TASKS, write_items, write_model
 from support.launcher import CHECKOUT, environment
 
+from bitcpm_megatron.checkpoint_tools.command import one_thread
 from bitcpm_megatron.evaluation import opening
 from bitcpm_megatron.evaluation.answers import AnswerStore
 from bitcpm_megatron.evaluation.offline import read_items, write_sample
@@ -46,9 +47,10 @@ def arguments(where: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(where: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of an evaluation of both."""
+    """The output of an evaluation of both, on one thread: with more, sums have other last bits."""
     output = tmp_path_factory.mktemp("output")
-    assert evaluate.main(arguments(where, output)) == 0
+    with one_thread():
+        assert evaluate.main(arguments(where, output)) == 0
     return output
 
 
@@ -78,14 +80,15 @@ def test_scores_are_those_of_the_harness_item_by_item(where: Path, done: Path, t
         tokenizer=AutoTokenizer.from_pretrained(where / "a"),
         batch_size=1,
     )
-    found = lm_eval.simple_evaluate(
-        model,
-        tasks=list(TASKS),
-        task_manager=lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(tmp_path)),
-        num_fewshot=0,
-        gen_kwargs={"max_gen_toks": 12},
-        bootstrap_iters=0,
-    )
+    with one_thread():
+        found = lm_eval.simple_evaluate(
+            model,
+            tasks=list(TASKS),
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(tmp_path)),
+            num_fewshot=0,
+            gen_kwargs={"max_gen_toks": 12},
+            bootstrap_iters=0,
+        )
     ours, answers = read_scores(done, "a"), _answers(done, "a")
     for task, metric, kind in (
         ("gsm8k", "exact_match", "flexible-extract"),
@@ -129,7 +132,8 @@ def test_killed_at_any_write_it_ends_with_the_same_table_and_asks_nothing_twice(
     line = arguments(where, tmp_path / "output")
     driver = [sys.executable, "-W", "ignore", "-m", "support.killed_evaluation", ",".join(map(str, writes))]
     command = [*driver, str(tmp_path / "asked"), "--", *line]
-    ended = subprocess.run(command, cwd=CHECKOUT, env=environment(), capture_output=True, text=True, timeout=600)
+    alone = {**environment(), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=CHECKOUT, env=alone, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-4000:]
     for name in (report.DATA, report.REPORT):
         assert (tmp_path / "output" / name).read_bytes() == (done / name).read_bytes()
