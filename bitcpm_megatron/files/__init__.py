@@ -11,6 +11,7 @@ from .atomic import (
     is_inside,
     publish,
     read_text,
+    replacing,
     require_file,
     write_text,
 )

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are there whole or not at all: written under a temporary name, synced to disk, then renamed."""
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 _MAX_TEXT_BYTES = 64 * 2**20
@@ -31,15 +33,22 @@ def incomplete(final: Path) -> Path:
     return final.with_name(f".{final.name}.incomplete")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small text file, replacing what stood there."""
-    temporary = incomplete(path)
+@contextlib.contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """Where the block writes a file, which gets its final name behind the block, and is removed where that fails."""
+    temporary = incomplete(final)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        publish(temporary, path)
+        yield temporary
+        publish(temporary, final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file, replacing what stood there."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def directory_mistake(path: str | Path) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...files import incomplete, publish, write_text
+from ...files import replacing, write_text
 from .results import Results, Row
 from .runs import FAILED, FINISHED, UNFINISHED
 from .sweep_file import name_of
@@ -159,13 +159,8 @@ def draw(results: Results, path: Path) -> None:
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize="small")
-    temporary = incomplete(path)
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-        publish(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _draw_line(axes: Any, points: Sequence[tuple[Any, Row]], loss: str, is_axis: bool, color: str, label: str) -> None:

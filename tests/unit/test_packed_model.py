@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed models: the dense model of the training forward, with its memory and within the rounding of its products."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -215,27 +216,22 @@ def _change(change: Callable[[Tensors], object]) -> Callable[[Path], None]:
     return changed
 
 
-def _configure(change: Callable[[dict], object]) -> Callable[[Path], None]:
+def _edit(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
     def changed(directory: Path) -> None:
-        config = json.loads((directory / "config.json").read_text())
-        change(config)
-        (directory / "config.json").write_text(json.dumps(config))
+        content = json.loads((directory / name).read_text())
+        change(content)
+        (directory / name).write_text(json.dumps(content))
 
     return changed
+
+
+_configure = functools.partial(_edit, "config.json")
+_record = functools.partial(_edit, "ternary_quantizer.json")
 
 
 def _bits(config: dict) -> None:
     for group in config["quantization_config"]["config_groups"].values():
         group["weights"]["num_bits"] = 4
-
-
-def _record(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    def changed(directory: Path) -> None:
-        record = json.loads((directory / "ternary_quantizer.json").read_text())
-        change(record)
-        (directory / "ternary_quantizer.json").write_text(json.dumps(record))
-
-    return changed
 
 
 @pytest.mark.parametrize(

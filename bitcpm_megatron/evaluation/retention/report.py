@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...files import FileError, incomplete, publish, read_text, write_text
+from ...files import FileError, read_text, replacing, write_text
 from .comparing import MEAN, Row, Table, table_of
 from .scores import DIRECTORY, model_digest, read_scores
 from .statistics import LEAST_ITEMS, RESAMPLES
@@ -217,13 +217,8 @@ def draw(table: Table, path: Path) -> None:
     axes.set_ylabel(f"% of {base.name}'s score" if others else "score")
     axes.set_xticks([place + width * (max(1, len(others)) - 1) / 2 for place in range(len(names))], names, rotation=30)
     axes.legend(fontsize="small")
-    temporary = incomplete(path)
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-        publish(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _height(row: Row | None) -> tuple[float | None, tuple[float, float] | None]:
