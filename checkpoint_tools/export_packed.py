@@ -16,6 +16,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     # From a bare checkout the package stands one level up.
@@ -98,15 +99,16 @@ def export(args: argparse.Namespace) -> None:
     print(plan.table(), flush=True)
     vocabulary = open_vocabulary(source) if args.format == GGUF else None
     losses: dict[str, Loss] = {}
+    digests: dict[str, dict[str, Any]] = {}
     with staged(args.save_dir, plan.nbytes) as directory:
         with progress(plan.nbytes, "writing") as bar:
             if vocabulary is None:
-                write_compressed_tensors(directory, source, plan, shard_size, bar.update)
+                digests = write_compressed_tensors(directory, source, plan, shard_size, bar.update)
             else:
                 losses = write_gguf(directory / FILE_NAME, source, plan, vocabulary, bar.update).losses
         source.record.write(directory)
         write_card(directory, args.format, source, plan, losses, **evaluation)
-        write_digests(directory)
+        write_digests(directory, digests)
     print(f"{args.save_dir}: {source.architecture.parameter_count():,} parameters, {args.format}")
     if vocabulary is None and source.files is None:
         print("no tokenizer files were copied: give --tokenizer DIR for an export that can be used by itself")

@@ -26,7 +26,7 @@ from .source import Source
 
 def write_compressed_tensors(
     directory: Path, source: Source, plan: Plan, max_shard_size: int, on_write: Callable[[int], object]
-) -> None:
+) -> dict[str, dict[str, Any]]:
     """Writes weights, ``config.json`` and the tokenizer's files.
 
     Args:
@@ -35,6 +35,9 @@ def write_compressed_tensors(
         plan: of its weights, see :func:`~.planner.plan_compressed_tensors`.
         max_shard_size: bytes of a safetensors file.
         on_write: told of the bytes that were written.
+
+    Returns:
+        Entries of ``DIGESTS.json`` of the safetensors files, which were digested as they were written.
 
     Raises:
         ConversionError: a weight is not what its record says.
@@ -66,6 +69,7 @@ def write_compressed_tensors(
     write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
     if source.files is not None:
         copy_side_files(source.files, directory)
+    return writer.digests
 
 
 def bits_of(plan: Plan) -> int:
