@@ -41,6 +41,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from bitcpm_megatron import checkpoint_tools, cli, dequantize, quantize
+from bitcpm_megatron.checkpoint_tools.command import one_thread
 from bitcpm_megatron.checkpoint_tools.quantizer.fuse import fuse_blocks
 from bitcpm_megatron.checkpoint_tools.storage.reader import ConversionError, TensorInfo
 from bitcpm_megatron.checkpoint_tools.storage.safetensors_writer import parse_size
@@ -212,8 +213,9 @@ def quantizing_seconds(model: Model, checkpoint: Path) -> float:
         key = f"decoder.layers.{tensor.suffix}"
         weight, scales = (reader.read(name, (tensor.layer,)) for name in (key, key + SCALE_SUFFIX))
         info = TensorInfo(tuple(weight.shape), weight.dtype)
-        for _ in fuse_blocks(tensor.name, weight.__getitem__, info, CONFIG, scales):
-            pass
+        with one_thread():
+            for _ in fuse_blocks(tensor.name, weight.__getitem__, info, CONFIG, scales):
+                pass
     return time.process_time() - start
 
 
