@@ -1,41 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations in int8 with one scale per token, and what a ternary layer makes of the integers: the reference.
+"""Reference of int8 activations with one scale per token, and of the output of a ternary layer computed from integers.
+
+Quantization of a token x, with the scale s and the codes q:
 
     s = max(max|x|, eps)        over the features of one token (of one row-parallel shard of them)
     q = round_half_even(x / s * 127)
     x' = q s / 127              fake quantization: computed in fp32, rounded once to the input's dtype
 
+Output o of token t, summed over the features k, for a weight with the codes c and one scale s_w per row:
+
     y[t, o] = (sum_k q[t, k] c[o, k]) * s_w[o] * (s[t] / 127)
 
-with the codes c and scales s_w of a weight with one scale per row. The sum is one of integers, so that its order does
-not matter; fp32 holds it exactly for up to ``LONGEST_SUM`` terms. What stands around it is computed in fp32, from left
-to right, and rounded once. The layer of BitNet b1.58 (arXiv:2402.17764).
+The terms of the sum are integers, so that its order does not matter; fp32 holds it exactly for up to ``LONGEST_SUM``
+terms. The products with the scales are computed in fp32, from left to right, and rounded once. This is the layer of
+BitNet b1.58 (arXiv:2402.17764).
 """
 
 import torch
 
 LEVELS = 127
-"""Codes of int8 activations on each side of zero."""
+"""The number of int8 activation codes on each side of zero."""
 EPS = 1e-5
-"""Lower bound of a token's scale in training."""
+"""The lower bound of a token's scale in training."""
 LONGEST_SUM = 2**24 // LEVELS
-"""Terms of at most 127 times 1 whose sum fp32 holds exactly."""
+"""The largest number of terms, each at most 127 times 1 in magnitude, whose sum fp32 holds exactly."""
 
 
 def quantize_activations(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
-    """Int8 fake quantization, per token.
+    """Applies int8 fake quantization to activations, with one scale per token and group.
 
     Args:
-        x: ``[..., features]`` in fp32, bf16 or fp16.
-        groups: parts of the features with a scale each: 1, or in row-parallel layers the row-parallel shards that this
-            rank holds, so that nothing depends on the tensor-parallel size.
-        eps: lower bound of a scale.
+        x: the activations, ``[..., features]`` in fp32, bf16 or fp16.
+        groups: the number of parts of the features that have a scale each: 1, or in row-parallel layers the number of
+            row-parallel shards that this rank holds, so that nothing depends on the tensor-parallel size.
+        eps: the lower bound of a scale.
 
     Returns:
-        Same shape and dtype; zeros are +0.0.
+        The values that the codes represent, in the shape and dtype of ``x``; zeros are +0.0.
 
     Raises:
-        ValueError: the groups do not divide the features, or the dtype is no floating-point one.
+        ValueError: if the groups do not divide the features, or the dtype is not a floating-point one.
     """
     check_activations(x, groups)
     grouped = x.detach().float().reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
@@ -45,10 +49,10 @@ def quantize_activations(x: torch.Tensor, groups: int, eps: float) -> torch.Tens
 
 
 def check_activations(x: torch.Tensor, groups: int) -> None:
-    """Checks that activations can be quantized in so many groups.
+    """Checks that activations ``[..., features]`` can be quantized in a number of groups.
 
     Raises:
-        ValueError: see :func:`quantize_activations`.
+        ValueError: if the groups do not divide the features, or the dtype is not a floating-point one.
     """
     if not x.is_floating_point() or x.dim() == 0 or groups < 1 or x.shape[-1] % groups:
         raise ValueError(
@@ -60,24 +64,24 @@ def check_activations(x: torch.Tensor, groups: int) -> None:
 def integer_activations(
     x: torch.Tensor, eps: float, factors: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The int8 codes of each token and its scale.
+    """Returns the int8 codes of each token and its scale.
 
-    Of what :func:`quantize_activations` returns in bf16 or fp16, with one group, these are the same
-    codes and scales as of its input: quantized activations may travel as such and be taken apart where they arrive.
+    The codes and scales of a tensor that :func:`quantize_activations` returned in bf16 or fp16, with one group, are
+    those of its input: quantized activations may be sent as such and taken apart where they arrive.
 
     Args:
-        x: ``[tokens, features]`` in fp32, bf16 or fp16.
-        eps: lower bound of a scale.
-        factors: ``[features]``, multiplied in fp32 with every token first.
+        x: the activations, ``[tokens, features]`` in fp32, bf16 or fp16.
+        eps: the lower bound of a scale.
+        factors: ``[features]`` factors that every token is first multiplied with, in fp32; None for none.
 
     Returns:
-        int8 codes ``[tokens, features]`` and fp32 scales ``[tokens]``. A token that is not finite has the codes 0 and a
-        scale that is not.
+        The int8 codes ``[tokens, features]`` and the fp32 scales ``[tokens]``. A token that is not finite has the codes
+        0 and a scale that is not finite.
     """
     values = x.detach().float()
     if factors is not None:
         values = values * factors.float()
-    # Of no features there is no largest one.
+    # amax raises on an empty dimension.
     s = values.abs().amax(-1, keepdim=True) if x.shape[-1] else values.new_zeros(x.shape[0], 1)
     s = s.clamp(min=eps)
     codes = torch.where(s.isfinite(), values.div(s).mul_(LEVELS).round_(), 0.0)
@@ -87,13 +91,13 @@ def integer_activations(
 def scale_sums(
     sums: torch.Tensor, scales: torch.Tensor, columns: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What sums of products of codes stand for.
+    """Returns the values that sums of products of codes represent: sum * column scale * token scale / 127.
 
     Args:
-        sums: ``[tokens, n]``, integers in int32 or any other type that holds them.
-        scales: fp32 ``[tokens]`` of the activations.
-        columns: ``[n]``, the scales of the weight's rows; None for 1.
-        dtype: of the result.
+        sums: the integer sums, ``[tokens, n]``, in int32 or any other dtype that holds them.
+        scales: the fp32 scales of the activations, ``[tokens]``.
+        columns: the scales of the weight's rows, ``[n]``; None for 1.
+        dtype: the dtype of the result.
     """
     values = sums.float()
     if columns is not None:
@@ -102,13 +106,13 @@ def scale_sums(
 
 
 def codes_of(quantized: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes and scales of a quantized weight with one scale per row.
+    """Returns the codes and scales of a quantized weight with one scale per row.
 
     Args:
-        quantized: ``[out, in]``, of every row only 0 and one magnitude with either sign.
+        quantized: the quantized weight, ``[out, in]``; each row holds only 0 and one magnitude with either sign.
 
     Returns:
-        int8 codes ``[out, in]`` and the scales ``[out]`` in the weight's dtype; a row of zeros has the scale 0.
+        The int8 codes ``[out, in]`` and the scales ``[out]`` in the weight's dtype; a row of zeros has the scale 0.
     """
     weight = quantized.detach()
     return weight.sign().nan_to_num_(0.0).to(torch.int8), weight.abs().amax(-1)

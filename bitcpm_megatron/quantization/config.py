@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a weight is quantized to: one frozen dataclass, and the checks of a weight against it."""
+"""The configuration of the quantizer: one frozen dataclass, and the check of a group size against a row."""
 
 from dataclasses import dataclass
 
@@ -7,41 +7,41 @@ from ..cli import Number
 from .spaces import SPACES, STATISTICS
 
 GROUP_MULTIPLE = 32
-"""Group sizes are multiples of this: the kernels move 32-byte blocks and the packed formats count in 32s."""
+"""The number that every group size is a multiple of: kernels move 32-byte blocks, packed formats count in 32s."""
 LARGEST_GROUP = 2**24
-"""Far above the length of any row."""
+"""The upper bound of a group size, far above the length of any row."""
 SMALLEST_EPS = 2.0**-100
-"""Below this the threshold s/2 of an all-zero group would leave the normal range of fp32 and bf16."""
+"""The lower bound of eps: it keeps the threshold s/2 of an all-zero group in the normal range of fp32 and bf16."""
 LARGEST_EPS = 2.0**100
-"""Far above any use, and far below what fp32 and bf16 hold."""
+"""The upper bound of eps, far above any use and far below the largest number of fp32 and bf16."""
 SMALLEST_MULTIPLIER = 2.0**-20
 LARGEST_MULTIPLIER = 2.0**20
-"""Beyond these every weight of a group takes one level."""
+"""The upper bound of a multiplier: outside these two bounds, every weight of a group takes one level."""
 
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """How a weight matrix ``[out_features, in_features]`` is quantized.
+    """Configuration of the quantizer of a weight matrix ``[out_features, in_features]``.
 
     Args:
-        space: name of the quantization space; ``"ternary"`` is {-1, 0, 1} times the scale. See
-            :mod:`bitcpm_megatron.quantization.spaces`.
-        group_size: elements along ``in_features`` that share one scale: -1 for the whole row, or a multiple of 32
-            that divides the row.
-        eps: lower bound of a scale, so that an all-zero group stays finite.
-        statistic: what a scale is made of; ``"absmean"`` is ``mean(|w|)`` over the group, ``"absmax"`` ``max(|w|)``.
-            None, which becomes the space's own.
-        scale_multiplier: of the statistic, rounded to fp32. None, which becomes the space's own where the statistic
-            is, else 1.0.
+        space: the name of the quantization space, one of those in :mod:`bitcpm_megatron.quantization.spaces`;
+            ``"ternary"`` is {-1, 0, 1} times the scale.
+        group_size: the number of elements along ``in_features`` that share one scale: -1 for the whole row, or a
+            multiple of 32 that divides the row.
+        eps: the lower bound of a scale, so that an all-zero group stays finite.
+        statistic: the statistic that a scale is made of; ``"absmean"`` is ``mean(|w|)`` over the group, ``"absmax"`` is
+            ``max(|w|)``. None is replaced by the space's own statistic.
+        scale_multiplier: the factor of the statistic, rounded to fp32. None is replaced by the space's own multiplier
+            if the statistic is the space's own, else by 1.0.
 
     Raises:
-        ValueError: unknown space, group size, eps, statistic or multiplier, with the cure.
+        ValueError: if the space, group size, eps, statistic or multiplier is not possible; the message names the cure.
     """
 
     space: str = "ternary"
     group_size: int = -1
     eps: float = 1e-5
-    # Neither is None once the configuration is made.
+    # None is allowed only as an argument: __post_init__ replaces it, so that readers never see it.
     statistic: str = None  # type: ignore[assignment]
     scale_multiplier: float = None  # type: ignore[assignment]
 
@@ -75,20 +75,20 @@ class QuantizerConfig:
 
     @property
     def scale(self) -> str:
-        """What a scale is, in words, such as ``1.55 absmean``."""
+        """The scale in words, such as ``1.55 absmean``."""
         return f"{self.scale_multiplier:g} {self.statistic}"
 
     @property
     def of_absmean(self) -> bool:
-        """Whether a scale is the mean magnitude itself."""
+        """Whether a scale is the mean magnitude itself, with a multiplier of 1."""
         return self.statistic == "absmean" and self.scale_multiplier == 1.0
 
 
 def check_config(config: object) -> None:
-    """Checks that a quantizer is one.
+    """Checks that a quantizer is a :class:`QuantizerConfig`.
 
     Raises:
-        TypeError: it is something else, such as a mapping.
+        TypeError: if it is something else, such as a mapping.
     """
     if not isinstance(config, QuantizerConfig):
         raise TypeError(
@@ -97,10 +97,10 @@ def check_config(config: object) -> None:
 
 
 def effective_group(in_features: int, group_size: int) -> int:
-    """Elements per scale of a row of ``in_features`` under ``group_size`` (-1: the row).
+    """Returns the number of elements per scale of a row of ``in_features`` under ``group_size`` (-1: the whole row).
 
     Raises:
-        ValueError: the group does not divide the row.
+        ValueError: if the group size does not divide the row.
     """
     if group_size == -1:
         return in_features

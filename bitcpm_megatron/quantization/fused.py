@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognises weights that are levels times scale already, without being told so.
+"""Detection of fused weights, which are already levels times scale, from their values alone.
 
 Quantizing such a *fused* weight again would keep its codes and multiply every scale by the density of its non-zeros
 (0.69 for Gaussian weights): a wrong model that looks right. In a fused ternary weight every group has one non-zero
-magnitude; in a latent one 32 neighbours that agree in magnitude do not occur. Of other spaces the smallest magnitude of
-a group says its scale, and all values have to be the levels of this one, rounded as the quantizer rounds them: 1.5 s is
-no multiple of 0.5 s any more once it is rounded.
+magnitude; in a latent weight, 32 neighbors that agree in magnitude do not occur. In the other spaces the smallest
+non-zero magnitude of a group determines its scale, and all values have to be levels of this scale, rounded as the
+quantizer rounds them: once 1.5 s is rounded, it need not be a multiple of 0.5 s.
 """
 
 import torch
@@ -22,50 +22,51 @@ _BLOCK_ELEMENTS_ON_DEVICE = 1 << 25
 
 @torch.no_grad()
 def fused_space(weight: torch.Tensor) -> str | None:
-    """The space of a pseudo-quantized weight, found from its values alone: the one with the fewest levels that fits.
+    """Finds the space of a pseudo-quantized weight from its values alone: the one with the fewest levels that fits.
 
     Args:
-        weight: ``[out, in]`` in fp32, bf16 or fp16.
+        weight: the weight, ``[out, in]`` in fp32, bf16 or fp16.
 
     Returns:
-        Its name; None for a latent weight. Values of ternary are values of most spaces, and ternary comes first.
+        The name of the space; None for a latent weight. Values of the ternary space are also values of most other
+        spaces; ternary comes first.
 
     Raises:
-        ValueError: see :func:`fused_group_size`.
+        ValueError: if the weight is not a matrix, is empty, or has another dtype.
     """
     return next((name for name in SPACES if fused_group_size(weight, name) is not None), None)
 
 
 @torch.no_grad()
 def fused_group_size(weight: torch.Tensor, space: str = TERNARY.name) -> int | None:
-    """The group size of a pseudo-quantized weight, found from its values alone.
+    """Finds the group size of a pseudo-quantized weight from its values alone.
 
-    A latent weight is recognised in its first rows; a fused one is read once, in blocks of rows (of another space than
-    ternary once for each divisor of the row).
+    A latent weight is recognized in its first rows. A fused one is read once, in blocks of rows; in another space than
+    ternary, it is read once for each divisor of the row.
 
     Args:
-        weight: ``[out, in]`` in fp32, bf16 or fp16.
-        space: whose levels they could be.
+        weight: the weight, ``[out, in]`` in fp32, bf16 or fp16.
+        space: the name of the space whose levels the values are compared with.
 
     Returns:
-        The largest group size for which every group of any row has levels of one scale only (of ternary: one non-zero
+        The largest group size for which every group of every row has levels of one scale only (in ternary: one non-zero
         magnitude): -1 for the whole row, else a multiple of 32 that divides the row; None for a latent weight. Rows
-        that 32 does not divide have whole-row scales or none. At the edges:
+        that 32 does not divide have whole-row scales or none. Special cases:
 
-        - the divisors of the answer fit as well: two neighbouring groups with one scale are one larger group;
+        - the divisors of the answer fit as well: two neighboring groups with one scale are one larger group;
         - an all-zero weight is -1, and so is one with a single non-zero value (or magnitude) in every row;
-        - fp16 rounds products with a scale below 2**-16 to a few bits, so that other spaces than ternary are not
-          recognised there;
+        - fp16 rounds products with a scale below 2**-16 to a few bits, so that spaces other than ternary are not
+          recognized there;
         - rows shorter than 32 elements can agree in magnitude by chance; no ternary model has them;
-        - a weight with a NaN or an infinity is None: what is wrong with it, the quantizer's scales tell.
+        - a weight with a NaN or an infinity is None; the quantizer's scales report what is wrong with it.
 
     Raises:
-        ValueError: no matrix, an empty one, or of another dtype.
+        ValueError: if the weight is not a matrix, is empty, or has another dtype.
     """
     columns = check_weight(weight, -1)
     block = GROUP_MULTIPLE if columns % GROUP_MULTIPLE == 0 else columns
     blocks = columns // block
-    # In blocks per group. What fails for a size fails for its multiples.
+    # Sizes in blocks per group. If a size does not fit, neither do its multiples.
     sizes = [size for size in range(1, blocks + 1) if blocks % size == 0]
     levels = SPACES[space]
     if not _surviving(weight[:_SAMPLE_ROWS], block, sizes, levels):
@@ -79,16 +80,16 @@ def fused_group_size(weight: torch.Tensor, space: str = TERNARY.name) -> int | N
 
 
 def _surviving(rows: torch.Tensor, block: int, sizes: list[int], space: Space) -> list[int]:
-    """Those of the ascending group sizes (in blocks) that fit these rows ``[rows, in]``."""
+    """Returns the ascending group sizes (in blocks) that fit these rows ``[rows, in]``."""
     if space is not TERNARY:
         found: list[int] = []
         for size in sizes:
-            # What fits a size fits its divisors.
+            # If a size fits, so do its divisors.
             if all(divisor in found for divisor in sizes if divisor < size and size % divisor == 0):
                 found += [size] if _are_levels(rows.detach().reshape(-1, size * block), space) else []
         return found
     magnitudes = rows.detach().abs().reshape(rows.shape[0], -1, block)
-    # Now [rows, blocks]: the magnitude that stands for each block.
+    # From here on the shape is [rows, blocks]: one magnitude represents each block.
     magnitudes, one_each = _common(magnitudes)
     if not one_each:
         return []
@@ -101,7 +102,7 @@ def _surviving(rows: torch.Tensor, block: int, sizes: list[int], space: Space) -
 
 
 def _common(magnitudes: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """The largest magnitude along the last dimension, and whether all others there are equal to it or zero."""
+    """Returns the largest magnitude along the last dimension, and whether all others there are equal to it or zero."""
     largest = magnitudes.amax(-1, keepdim=True)
     # Without masks, which are slow on a CPU: min(a, max - a) is 0 for 0 and max only, since the difference of two
     # floating-point numbers of one type never rounds to 0. It is NaN where the maximum is infinite or NaN.
@@ -110,9 +111,9 @@ def _common(magnitudes: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
 
 def _are_levels(groups: torch.Tensor, space: Space) -> bool:
-    """Whether all values of groups ``[rows, group]`` are levels of one scale each; an all-zero group is.
+    """Returns whether all values of each group of ``[rows, group]`` are levels of one scale, or zeros.
 
-    A product is rounded to the dtype of the weight, or it was rounded to bf16 before it was stored in a wider one.
+    A product was rounded to the dtype of the weight, or it was rounded to bf16 before it was stored in a wider dtype.
     """
     lowest = smallest_magnitudes(groups.abs()).unsqueeze(-1)
     values = level_values(groups.float(), lowest.float() / space.smallest_magnitude, space)

@@ -1,36 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many elements share a scale: along a whole row, and along one that tensor-parallel ranks share."""
+"""Group sizes: how many elements share a scale along a whole row, and along a row that tensor-parallel ranks share."""
 
 from .config import GROUP_MULTIPLE, effective_group
 
 
 def row_group(in_features: int, group_size: int) -> int:
-    """Elements per scale along a row that is in one place; -1 for all of them.
+    """Returns the number of elements per scale along a row that one rank holds completely; -1 for the whole row.
 
     Args:
-        in_features: elements of the row.
-        group_size: as a quantizer's configuration has it.
+        in_features: the number of elements of the row.
+        group_size: the group size as a quantizer's configuration has it.
 
     Raises:
-        ValueError: the group does not divide the row.
+        ValueError: if the group does not divide the row.
     """
     return -1 if effective_group(in_features, group_size) == in_features else group_size
 
 
 def row_parallel_group(in_features: int, group_size: int, tensor_parallel: int, shards: int) -> int:
-    """Elements per scale along the whole row of a row-parallel weight; -1 for all of them.
+    """Returns the number of elements per scale along the whole row of a row-parallel weight; -1 for the whole row.
 
-    With ``group_size=-1`` a whole row is ``shards`` groups for ever, so that the weights are the same at every
-    tensor-parallel size that divides this number.
+    With ``group_size=-1``, a whole row is always ``shards`` groups, so that the quantized weights are the same at every
+    tensor-parallel size that divides ``shards``.
 
     Args:
-        in_features: elements of the whole row.
-        group_size: as a quantizer's configuration has it.
-        tensor_parallel: ranks that share the row.
-        shards: row-parallel shards of the training run.
+        in_features: the number of elements of the whole row.
+        group_size: the group size as a quantizer's configuration has it.
+        tensor_parallel: the number of ranks that share the row.
+        shards: the number of row-parallel shards of the training run.
 
     Raises:
-        ValueError: a group would cross ranks, or is none that the kernels know.
+        ValueError: if a group would cross ranks, or has a size that the kernels do not support.
     """
     if group_size != -1:
         group = row_group(in_features, group_size)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes in 2 bits: the layout that the kernels, the cache of codes and the packed files share.
+"""Packed codes of 2 or 4 bits: the layout that the kernels, the cache of codes and the packed files share.
 
-A row of codes is cut into blocks of 128; the last one is filled up with code 0. A block becomes 32 bytes, of ternary
-codes, whose lowest is -1:
+A row of codes is cut into blocks of 128; the last one is filled up with code 0. A block of ternary codes, the lowest of
+which is -1, becomes 32 bytes:
 
     byte[i] = (code[i] + 1) | (code[32 + i] + 1) << 2 | (code[64 + i] + 1) << 4 | (code[96 + i] + 1) << 6
 
-so that a vector unit works on 32 neighbours at a time and moves nothing between lanes. Bit pattern 3 does not occur.
-The other spaces count their codes from the lowest one, too: those of four levels use all patterns, and five levels take
-4 bits, so that a block has 64 codes and ``byte[i] = (code[i] + 2) | (code[32 + i] + 2) << 4``.
+In this layout a vector unit works on 32 neighbors at a time and moves nothing between lanes. Bit pattern 3 does not
+occur. In the other spaces, codes are also counted from the lowest one. A space of four levels uses all patterns. Codes
+of five levels take 4 bits, so that a block has 64 codes and ``byte[i] = (code[i] + 2) | (code[32 + i] + 2) << 4``.
 """
 
 import torch
@@ -16,17 +16,17 @@ import torch
 from .spaces import TERNARY, Space
 
 BLOCK_CODES = 128
-"""Of 2 bits."""
+"""The number of 2-bit codes in a block."""
 BLOCK_BYTES = 32
 
 
 def packed_size(in_features: int, space: Space = TERNARY) -> int:
-    """Bytes of a packed row."""
+    """Returns the number of bytes of a packed row of ``in_features`` codes."""
     return -(-in_features // (_fields(space) * BLOCK_BYTES)) * BLOCK_BYTES
 
 
 def _fields(space: Space) -> int:
-    """Codes per byte."""
+    """Returns the number of codes per byte."""
     return 8 // space.code_bits
 
 
@@ -34,14 +34,15 @@ def pack(codes: torch.Tensor, space: Space = TERNARY) -> torch.Tensor:
     """Packs codes.
 
     Args:
-        codes: int8 ``[out, in]``, of a space: for ternary -1, 0 and 1.
-        space: whose codes they are.
+        codes: the codes, int8 ``[out, in]``; for ternary -1, 0 and 1.
+        space: the space that the codes belong to.
 
     Returns:
-        uint8 ``[out, ceil(in / 128) * 32]``, contiguous; of five levels ``[out, ceil(in / 64) * 32]``.
+        The packed codes, uint8 ``[out, ceil(in / 128) * 32]``, contiguous; for five levels
+        ``[out, ceil(in / 64) * 32]``.
 
     Raises:
-        ValueError: another shape or dtype, or a code that the space does not have.
+        ValueError: if the codes have another shape or dtype, or one of them is not a code of the space.
     """
     if codes.dim() != 2 or codes.dtype != torch.int8 or codes.numel() == 0:
         raise ValueError(f"codes of shape {tuple(codes.shape)}, {codes.dtype}: pass int8 codes [out, in], not empty")
@@ -61,19 +62,19 @@ def pack(codes: torch.Tensor, space: Space = TERNARY) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, in_features: int, space: Space = TERNARY) -> torch.Tensor:
-    """The codes that :func:`pack` packed.
+    """Returns the codes that :func:`pack` packed.
 
     Args:
-        packed: uint8 ``[out, bytes]``.
-        in_features: codes per row.
-        space: whose codes they are.
+        packed: the packed codes, uint8 ``[out, bytes]``.
+        in_features: the number of codes per row.
+        space: the space that the codes belong to.
 
     Returns:
-        int8 ``[out, in_features]``, contiguous.
+        The codes, int8 ``[out, in_features]``, contiguous.
 
     Raises:
-        ValueError: another shape or dtype; a bit pattern that is no code, or a code other than 0 behind the end of a
-            row: these bytes are not packed codes, or the row has another length.
+        ValueError: if the packed codes have another shape or dtype, contain a bit pattern that is not a code, or have a
+            code other than 0 after the end of a row: these bytes are not packed codes, or the row has another length.
     """
     shape = tuple(packed.shape)
     if packed.dim() != 2 or packed.dtype != torch.uint8 or packed.numel() == 0:

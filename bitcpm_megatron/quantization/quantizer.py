@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer's mathematics, on torch alone. Everything else in this package agrees with this file bit for bit.
+"""The reference quantizer, on torch alone; everything else in this package agrees with this file bit for bit.
 
-For a group of a latent weight W (BitCPM-CANN technical report, "quantizer"; the one bf16 scale is ours):
+For a group of a latent weight W (BitCPM-CANN technical report, "quantizer"; the single bf16 scale is ours):
 
     s    = bf16(max(m * statistic(|W|), eps))       mean or max, and the product with the multiplier m, in fp32
     code = how many thresholds t_k * s W is beyond  compared in fp32; a tie goes to the side that the space names
     Wq   = level[code] * s                          rounded once, to the dtype of W
 
-which for the ternary space, with the mean and m = 1, is clamp(round_half_even(W / s), -1, 1) * s, or
-sign(W) * (|W| > s / 2) * s. There is one scale, for the thresholds and for the values.
+For the ternary space, with the mean and m = 1, this is clamp(round_half_even(W / s), -1, 1) * s,or
+sign(W) * (|W| > s / 2) * s. The same scale serves the thresholds and the values. The codes that functions return are
+shifted, so that code 0 is the level nearest to zero (``Space.lowest_code``).
 
-Zeros of Wq are +0.0. What happens outside the usual range:
+In shapes, ``out`` and ``in`` are the features of the weight, ``groups`` is the number of scales per row, and ``group``
+the number of elements per scale; ``[rows, group]`` holds one group per row. Zeros of Wq are +0.0. Outside the usual
+range:
 
-- a group whose scale would be below eps has s = bf16(eps), and only its values beyond the thresholds of this one
-  survive; an all-zero group stays all +0.0, and in a space without a level for zero takes the positive level nearest to
-  it: eps / 2 or eps;
+- a group whose scale would be below eps has s = bf16(eps), and only values beyond the thresholds of this scale survive;
+  an all-zero group stays all +0.0, and in a space without a level for zero takes the positive level nearest to it:
+  eps / 2 or eps;
 - a non-finite weight, or an fp32 sum of |W| beyond 3.4e38, gives a non-finite scale, code 0 for the whole group, and
   NaN in Wq: it cannot go unnoticed, and :func:`scales_are_finite` finds it without looking at the weights;
-- where level * s is beyond the dtype of W, Wq is infinite: an fp16 group with a scale of 65408 or more, which bf16 has
-  as 65536, or half of that under the level 2.
+- if level * s is beyond the dtype of W, Wq is infinite: this happens in an fp16 group with a scale of 65408 or more,
+  which bf16 represents as 65536, or half of that under the level 2.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,26 +32,27 @@ from .config import QuantizerConfig, check_config, effective_group
 from .spaces import SPACES, TERNARY, Space
 from .weights import check_weight
 
-# On a CPU the fp32 scratch should stay in the L2 cache; on a device one launch per operation is cheaper.
+# On a CPU the fp32 scratch should stay in the L2 cache; on a device, one launch per operation is cheaper.
 _CPU_BLOCK_ELEMENTS = 1 << 17
 
 
 def quantize(
     weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of a weight.
+    """Returns the codes and scales of a weight.
 
     Args:
-        weight: latent weight ``[out, in]`` in fp32, bf16 or fp16.
+        weight: the latent weight, ``[out, in]`` in fp32, bf16 or fp16.
         config: the quantizer.
-        scales: quantize with these bf16 scales ``[out, groups]``, all finite and above 0, instead of the weight's own.
+        scales: bf16 scales ``[out, groups]`` to use instead of the weight's own, all finite and above 0; or None.
 
     Returns:
-        ``codes`` int8 ``[out, in]`` (for ternary -1, 0, 1) and ``scales`` bfloat16 ``[out, groups]``.
+        The codes, int8 ``[out, in]`` (for ternary -1, 0, 1), and the scales, bfloat16 ``[out, groups]``.
 
     Raises:
-        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`; or given scales that are none.
-        TypeError: the weight is no tensor, or the quantizer no configuration.
+        ValueError: if :func:`~bitcpm_megatron.quantization.weights.check_weight` refuses the weight, or a given scale
+            is not finite or not above 0.
+        TypeError: if the weight is not a tensor, or the quantizer is not a configuration.
     """
     check_config(config)
     group = check_weight(weight, config.group_size, scales)
@@ -63,20 +67,21 @@ def quantize(
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, config: QuantizerConfig, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that codes and scales stand for: ``level[code] * scale``, rounded once to ``dtype``.
+    """Returns the weight that codes and scales represent: ``level[code] * scale``, rounded once to ``dtype``.
 
     Args:
-        codes: int8 ``[out, in]``, all of the quantizer's space (for ternary -1, 0, 1).
-        scales: bfloat16 ``[out, groups]``.
+        codes: the codes, int8 ``[out, in]``, all of the quantizer's space (for ternary -1, 0, 1).
+        scales: the scales, bfloat16 ``[out, groups]``.
         config: the quantizer that made them; its group size must agree with the shape of the scales.
-        dtype: of the result, a floating-point one.
+        dtype: the floating-point dtype of the result.
 
     Returns:
-        ``[out, in]`` of ``dtype``; zeros are +0.0.
+        The quantized weight, ``[out, in]`` of ``dtype``; zeros are +0.0.
 
     Raises:
-        ValueError: codes or scales of the wrong shape or dtype, or a code that the space does not have.
-        TypeError: no tensors, no configuration, or no dtype for a weight.
+        ValueError: if codes or scales have the wrong shape or dtype, or a code is not one of the space.
+        TypeError: if codes or scales are not tensors, the quantizer is not a configuration, or the dtype is not a
+            floating-point one.
     """
     check_config(config)
     if not isinstance(codes, torch.Tensor) or not isinstance(scales, torch.Tensor):
@@ -101,7 +106,8 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, config: QuantizerConfi
         )
     levels = torch.tensor(space.levels, dtype=torch.float32, device=codes.device)
     w = levels[codes.reshape(-1, group).int() - space.lowest_code]
-    # "+ 0.0" turns -0.0 into +0.0 and leaves everything else as it is. After the cast: fp16 may underflow to -0.0.
+    # Adding 0.0 turns -0.0 into +0.0 and leaves everything else as it is. It follows the cast, which may underflow to
+    # -0.0 in fp16.
     return (w * _finite_or_nan(scales)).to(dtype).add_(0.0).reshape(codes.shape)
 
 
@@ -111,21 +117,23 @@ def quantize_dequantize(
     scales: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``dequantize(*quantize(weight))`` in one go: what every fused kernel computes, and the torch backend.
+    """Returns the quantized weight and its scales in one pass: ``dequantize(*quantize(weight))``.
 
-    For ternary values the division form works in place on one fp32 scratch and is the fastest exact form in pure torch.
+    Every fused kernel computes this function; it is also the torch backend. For ternary values, the form with a
+    division works in place on one fp32 scratch and is the fastest exact form in pure torch.
 
     Args:
-        weight: latent weight ``[out, in]``; it is not differentiated here.
+        weight: the latent weight, ``[out, in]``; it is not differentiated here.
         config: the quantizer.
         scales: given bf16 scales ``[out, groups]``, or None for the weight's own.
-        out: takes the quantized weight: a contiguous tensor like it, or, contiguous, the weight itself.
+        out: the tensor to write the quantized weight to: a contiguous one of the weight's shape and dtype, or the
+            weight itself if it is contiguous; None for a new one.
 
     Returns:
         The quantized weight ``[out, in]`` in the weight's dtype, and the bf16 scales ``[out, groups]``.
 
     Raises:
-        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`.
+        ValueError: if :func:`~bitcpm_megatron.quantization.weights.check_weight` refuses the weight.
     """
     group = check_weight(weight, config.group_size, scales)
     space = SPACES[config.space]
@@ -153,30 +161,30 @@ def quantize_dequantize(
             x = level_values(x, _finite_or_nan(s), space)
         quantized[start : start + rows].copy_(x)
     if quantized.dtype == torch.float16:
-        quantized.add_(0.0)  # a scale below 2**-25 underflows in fp16, to -0.0 where the code is -1
+        quantized.add_(0.0)  # a scale below 2**-25 underflows in fp16, to -0.0 if the code is -1
     return quantized.reshape(weight.shape), own.reshape(weight.shape[0], -1)
 
 
 def scales_are_finite(scales: Iterable[torch.Tensor]) -> torch.Tensor:
-    """One boolean tensor, on the scales' device: whether every scale is finite (no host sync)."""
+    """Returns one boolean tensor on the scales' device: whether every scale is finite (no host sync)."""
     return torch.stack([s.abs().amax() for s in scales]).isfinite().all()
 
 
 def scales_of(quantized: torch.Tensor, config: QuantizerConfig) -> torch.Tensor:
-    """The scales of a quantized weight, from its values alone.
+    """Returns the scales of a quantized weight, found from its values alone.
 
-    They are exact in bf16: the largest magnitude of a ternary group is its scale; of other spaces the smallest one that
-    is not zero is that of the smallest level. Where the values of a group leave open which levels they are (all of one
-    magnitude, which two levels could have), they count as the smallest one. A group of zeros had a scale below eps, for
-    a value of at least the absmean lies beyond half of it; with a multiplier above 2 it had an unknown scale, and eps
-    stands for it, too.
+    They are exact in bf16. The scale of a ternary group is its largest magnitude; in the other spaces the smallest
+    non-zero magnitude belongs to the smallest level. If the values of a group leave open which levels they are (all of
+    one magnitude, which two levels could have), they count as the smallest level. A group of zeros had a scale below
+    eps, because a value of at least the absmean is beyond half of it, and eps is returned. With a multiplier above 2
+    the scale of such a group is unknown, and eps is returned as well.
 
     Args:
-        quantized: bf16 ``[out, in]``, levels times scale.
-        config: the quantizer that made it from scales of its own.
+        quantized: the quantized weight, bf16 ``[out, in]``: levels times scale.
+        config: the quantizer that made it, from the weight's own scales.
 
     Returns:
-        bf16 ``[out, groups]``; NaN where the weight holds one.
+        The scales, bf16 ``[out, groups]``; NaN for a group that holds a NaN.
     """
     group = check_weight(quantized, config.group_size)
     magnitudes = quantized.reshape(quantized.shape[0], -1, group).abs()
@@ -189,24 +197,24 @@ def scales_of(quantized: torch.Tensor, config: QuantizerConfig) -> torch.Tensor:
 
 
 def smallest_magnitudes(magnitudes: torch.Tensor) -> torch.Tensor:
-    """The smallest value along the last dimension that is not zero; 0 where there is none, NaN where one is NaN."""
+    """Returns the smallest non-zero value along the last dimension; 0 if there is none, NaN if one is NaN."""
     lowest = magnitudes.masked_fill(magnitudes == 0, torch.inf).amin(-1)
     return lowest.masked_fill(lowest == torch.inf, 0.0)
 
 
 def codes_under(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor:
-    """The codes of groups under given scales, without a look at either (so without a device sync).
+    """Returns the codes of groups under given scales, without inspecting either on the host (no device sync).
 
-    Of quantized values under the scales that they were made with, these are the codes that they were made of: every
-    level lies between its thresholds, rounded or not.
+    For quantized values and the scales that they were made with, these are the codes that they were made of: every
+    level is between its thresholds, rounded or not.
 
     Args:
-        w: fp32 ``[rows, group]``.
-        s: fp32 ``[rows, 1]``.
-        space: whose codes.
+        w: the groups, fp32 ``[rows, group]``.
+        s: their scales, fp32 ``[rows, 1]``.
+        space: the space of the codes.
 
     Returns:
-        int8 ``[rows, group]``; 0 under a scale that is not finite.
+        The codes, int8 ``[rows, group]``; 0 under a scale that is not finite.
     """
     codes = torch.full(w.shape, space.lowest_code, dtype=torch.int8, device=w.device)
     for beyond in _beyond(w, s, space):
@@ -215,14 +223,14 @@ def codes_under(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor:
 
 
 def _beyond(w: torch.Tensor, s: torch.Tensor, space: Space) -> Iterator[torch.Tensor]:
-    """Which of the fp32 groups ``[rows, group]`` lie beyond each threshold of a space, under scales ``[rows, 1]``."""
+    """Yields for each threshold which fp32 values ``[rows, group]`` are beyond it, under scales ``[rows, 1]``."""
     for threshold, tie in zip(space.thresholds, space.ties, strict=True):
         bound = s * threshold
         yield w >= bound if tie == "upper" else w > bound
 
 
 def level_values(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor:
-    """The fp32 levels times scale of fp32 groups; what is NaN stays so, of weights and of scales ``[rows, 1]``."""
+    """Returns levels times scale of fp32 groups ``[rows, group]``, scales ``[rows, 1]``; NaN in either stays NaN."""
     values = (s * space.levels[0]).expand_as(w)
     for level, beyond in zip(space.levels[1:], _beyond(w, s, space), strict=True):
         values = torch.where(beyond, s * level, values)
@@ -230,31 +238,32 @@ def level_values(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor
 
 
 def _finite_or_nan(scales: torch.Tensor) -> torch.Tensor:
-    """Scales in fp32 ``[all, 1]``; an infinite one is NaN, of which any multiple is NaN."""
+    """Returns scales in fp32 ``[all, 1]``, with NaN for an infinite one, because every multiple of NaN is NaN."""
     s = scales.reshape(-1, 1).float()
     return torch.where(s.isfinite(), s, torch.nan)
 
 
 def _scales_into(scratch: torch.Tensor, config: QuantizerConfig) -> torch.Tensor:
-    """bf16 scales ``[rows, 1]`` of fp32 groups ``[rows, group]``, which are overwritten."""
+    """Returns the bf16 scales ``[rows, 1]`` of fp32 groups ``[rows, group]``, which are overwritten."""
     scratch.abs_()
     found = scratch.amax(-1, keepdim=True) if config.statistic == "absmax" else _mean(scratch)
     if config.scale_multiplier != 1.0:
-        # As a tensor, so that the number is rounded to fp32 before the product is.
+        # The multiplier is a tensor, so that it is rounded to fp32 before the product is.
         found.mul_(torch.full_like(found, config.scale_multiplier))
     return found.clamp_(min=config.eps).to(torch.bfloat16)
 
 
 def _mean(magnitudes: torch.Tensor) -> torch.Tensor:
-    """Means ``[rows, 1]``. The sum is fp32: in bf16 it would stall at a fraction of the true value.
+    """Returns the means ``[rows, 1]`` of fp32 magnitudes ``[rows, group]``.
 
-    It is one binary tree over neighbours, so that its order, and with it now and then the scale, does not depend on
-    the layout, the number of threads or the width of a machine's registers. All backends add in this order.
+    The sum is fp32: in bf16 it would stall at a fraction of the true value. It is one binary tree over neighbors, so
+    that its order, and occasionally the scale with it, does not depend on the layout, the number of threads or the
+    width of a machine's registers. All backends add in this order.
     """
     total = magnitudes
     while total.shape[-1] > 1:
         paired = total[:, : total.shape[-1] // 2 * 2]
         pairs = paired[:, 0::2] + paired[:, 1::2]
         total = pairs if total.shape[-1] % 2 == 0 else torch.cat([pairs, total[:, -1:]], dim=-1)
-    # Not by the number itself: CUDA would multiply by its rounded reciprocal.
+    # The divisor is a tensor: for a number, CUDA would multiply by its rounded reciprocal.
     return total / torch.full_like(total, magnitudes.shape[-1])

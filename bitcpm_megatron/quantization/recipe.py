@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which module is quantized how: named configs, and ordered glob matchers on module paths.
+"""Quantization recipes: which module is quantized how, as named configs and ordered glob matchers on module paths.
 
 The YAML schema is the one of megatron-core's ``quantization/quant_config.py`` (not imported: 0.12.1 lacks it)::
 
@@ -10,9 +10,10 @@ The YAML schema is the one of megatron-core's ``quantization/quant_config.py`` (
       last_layer: {config: keep, type: glob, pattern: "*.layers.23.*", enabled: true}
       linears:    {config: fine, type: glob, pattern: "*.linear_*", enabled: true}
 
-What a config leaves out comes from the command line; but of another space or statistic than this says, the statistic
-and the multiplier are its own. The first matcher whose pattern fits a module decides; a module that none fits stays in
-full precision. Layer numbers are global and count from 0, whatever the pipeline stage.
+Fields that a config leaves out come from the command line. There are two exceptions: a config with another space than
+the command line's takes the statistic and the multiplier of that space, and a config with another statistic takes the
+multiplier that belongs to that statistic. The first matcher whose pattern fits a module decides; a module that no
+pattern fits stays in full precision. Layer numbers are global and count from 0, whatever the pipeline stage.
 """
 
 import fnmatch
@@ -54,31 +55,34 @@ class _File(Strict):
 
 @dataclass(frozen=True)
 class Matcher:
-    """One rule: modules whose path fits ``pattern`` (fnmatch) get ``config``; None means full precision."""
+    """One rule of a recipe: modules whose path fits ``pattern`` (fnmatch) get ``config``; None means full precision."""
 
     name: str
     pattern: str
     config: QuantizerConfig | None
 
     def fits(self, path: str) -> bool:
-        """Whether a module path with global layer numbers fits."""
+        """Returns whether a module path with global layer numbers fits the pattern."""
         return fnmatch.fnmatchcase(path, self.pattern)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered matchers; the first that fits decides."""
+    """An ordered list of matchers; the first one that fits a module decides how it is quantized."""
 
     matchers: tuple[Matcher, ...]
 
     @classmethod
     def all_linears(cls, default: QuantizerConfig) -> "Recipe":
-        """The recipe used when none is given: every linear of the decoder layers (q, k, v, o, gate, up, down)."""
+        """Returns the recipe that is used when none is given: every linear of the decoder layers is quantized.
+
+        These are the projections q, k, v, o, gate, up and down.
+        """
         return cls((Matcher("linears", "*.linear_*", default),))
 
     @classmethod
     def of(cls, record: QuantizerRecord) -> "Recipe":
-        """Quantizes exactly the recorded modules exactly so, at any tensor-parallel size that fits."""
+        """Returns the recipe that quantizes exactly the recorded modules, at any fitting tensor-parallel size."""
         return cls(tuple(Matcher(path, glob.escape(path), record.config_of(path)) for path in record.modules))
 
     @classmethod
@@ -86,7 +90,8 @@ class Recipe:
         """Reads a recipe file.
 
         Raises:
-            RecipeError: unreadable or malformed, naming the file, the entry and what is expected.
+            RecipeError: if the file is unreadable or malformed; the message names the file, the entry and what is
+                expected.
         """
         try:
             return cls.from_mapping(read_yaml(Path(path)), default, str(path))
@@ -95,12 +100,16 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, content: Any, default: QuantizerConfig, where: str = "the recipe") -> "Recipe":
-        """Same, from the parsed content of such a file.
+        """Builds a recipe from the parsed content of a recipe file.
 
         Args:
-            content: as it was read.
-            default: what a config leaves out.
-            where: file, for the message.
+            content: the parsed content, not checked yet.
+            default: the quantizer that supplies the fields a config leaves out.
+            where: the name of the file, for error messages.
+
+        Raises:
+            RecipeError: if the content is malformed, a matcher names an unknown config, or no enabled matcher
+                quantizes.
         """
         try:
             file = validated(_File, content, where)
@@ -120,7 +129,7 @@ class Recipe:
         return cls(matchers)
 
     def decide(self, path: str) -> Matcher | None:
-        """The first matcher that fits a module path, or None."""
+        """Returns the first matcher that fits a module path, or None."""
         return next((m for m in self.matchers if m.fits(path)), None)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer record: how the weights of a checkpoint were quantized, in ``ternary_quantizer.json`` beside them."""
+"""The quantizer record: how the weights of a checkpoint were quantized, in the file ``ternary_quantizer.json``."""
 
 import json
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from .config import QuantizerConfig
 
 FILE_NAME = "ternary_quantizer.json"
 CONFIG_KEY = "ternary_quantizer"
-"""Of the ``config.json`` of a Hugging Face directory with latent weights: the same once more."""
+"""The key of the record's copy in the ``config.json`` of a Hugging Face directory with latent weights."""
 SCALE_SUFFIX = ".ternary_scale"
-"""In a checkpoint the scales that training used stand beside each ternary weight, as ``<weight key>.ternary_scale``."""
+"""The suffix of the scales that training used: a checkpoint holds them as ``<weight key>.ternary_scale``."""
 _VERSION = 2
 _ABSMEAN = {"statistic": "absmean", "scale_multiplier": 1.0}
-"""What a record of version 1 leaves unsaid: there was nothing else."""
+"""The fields that a record of version 1 does not have; absmean and 1 were the only possible values."""
 _QUANTIZER = ("space", "statistic", "scale_multiplier", "eps")
-"""The fields of a quantizer that a record has once, and a module where it differs."""
+"""The fields of a quantizer that a record holds once for all modules, and a module only if its value differs."""
 _FIRST_LOSSES = (
     ", starting ternary training from it. Weights that were not trained ternary: expect the first losses above that of "
     "uniform guessing and gradient norms in the hundreds, and both to fall within tens of steps "
@@ -31,7 +31,7 @@ _FIRST_LOSSES = (
 
 
 class RecordError(FileError):
-    """A quantizer record that cannot be read, or that contradicts what was asked for."""
+    """A quantizer record that cannot be read, or that contradicts the requested quantizer."""
 
 
 class _Module(Strict):
@@ -69,23 +69,23 @@ class _File(Strict):
 
 @dataclass(frozen=True)
 class QuantizerRecord:
-    """How a checkpoint's weights were quantized.
+    """The record of how a checkpoint's weights were quantized.
 
     Attributes:
-        state: ``latent`` weights still to be quantized, ``fused`` ones that are ternary times scale already, or
-            ``packed`` ones, codes and scales in the layout of a packed export.
-        space: quantization space.
-        eps: lower bound of the scales.
-        latent_dtype: dtype of the weights that the forward quantized, such as ``bfloat16``.
-        row_parallel_shards: groups per whole row of row-parallel weights under group size -1.
-        activation_bits: 16 for none.
+        state: the form of the stored weights: ``latent`` weights are still to be quantized, ``fused`` ones are already
+            levels times scale, and ``packed`` ones are codes and scales in the layout of a packed export.
+        space: the quantization space.
+        eps: the lower bound of the scales.
+        latent_dtype: the dtype of the weights that the forward quantized, such as ``bfloat16``.
+        row_parallel_shards: the number of groups per whole row of row-parallel weights under group size -1.
+        activation_bits: the bits of quantized activations; 16 means that activations are not quantized.
         modules: module path -> ``{"group_size": elements per scale along the whole row, or -1}``, with ``space``,
-            ``statistic``, ``scale_multiplier`` and ``eps`` where they differ from those of the record.
-        statistic: what the scales are made of.
-        scale_multiplier: of this statistic.
-        version: of this format. Version 1 had neither statistic nor multiplier, which were absmean and 1.
-        ramp: how much of the quantizer the forward used when the checkpoint was saved: W + ramp (Wq - W). Written only
-            where it is less than 1, in the middle of a ramp.
+            ``statistic``, ``scale_multiplier`` and ``eps`` if they differ from those of the record.
+        statistic: the statistic that the scales are made of.
+        scale_multiplier: the factor of this statistic.
+        version: the version of this format. Version 1 had neither statistic nor multiplier, which were absmean and 1.
+        ramp: how much of the quantizer the forward used when the checkpoint was saved: W + ramp (Wq - W). It is written
+            only if it is less than 1, in the middle of a ramp.
     """
 
     state: Literal["latent", "fused", "packed"]
@@ -102,10 +102,10 @@ class QuantizerRecord:
 
     @classmethod
     def read(cls, directory: str | Path) -> "QuantizerRecord | None":
-        """The record in an iteration directory or export, or None where there is none.
+        """Reads the record of an iteration directory or export; returns None if there is none.
 
         Raises:
-            RecordError: it cannot be understood.
+            RecordError: if the record cannot be understood.
         """
         path = Path(directory) / FILE_NAME
         if not path.exists() and not path.is_symlink():
@@ -118,14 +118,14 @@ class QuantizerRecord:
 
     @classmethod
     def from_mapping(cls, content: Any, where: str) -> "QuantizerRecord":
-        """A record from the parsed content of such a file.
+        """Builds a record from the parsed content of a record file.
 
         Args:
-            content: as it was read.
-            where: file, for the message.
+            content: the parsed content, not checked yet.
+            where: the name of the file, for error messages.
 
         Raises:
-            RecordError: it cannot be understood, or a newer version wrote it.
+            RecordError: if the content cannot be understood, or was written by a newer version.
         """
         version = content.get("version") if isinstance(content, dict) else None
         if isinstance(version, int) and version not in (1, _VERSION):
@@ -139,11 +139,11 @@ class QuantizerRecord:
         return cls(**checked.model_dump(exclude_unset=True))
 
     def write(self, directory: str | Path) -> None:
-        """Writes the record into a directory, whole or not at all."""
+        """Writes the record into a directory; the file appears completely or not at all."""
         write_text(Path(directory) / FILE_NAME, json.dumps(self.content(), indent=1))
 
     def content(self) -> dict[str, Any]:
-        """What its file holds."""
+        """Returns the content of the record's file."""
         content = asdict(self)
         if self.ramp == 1.0:
             del content["ramp"]
@@ -152,8 +152,11 @@ class QuantizerRecord:
     def check_whole(self, where: str | Path) -> None:
         """Checks that the forward used the quantized weights as they are, so that they can be exported.
 
+        Args:
+            where: the name of the checkpoint, for the error message.
+
         Raises:
-            RecordError: the checkpoint (``where``, for the message) was saved in the middle of a ramp.
+            RecordError: if the checkpoint was saved in the middle of a ramp.
         """
         if self.ramp < 1.0:
             raise RecordError(
@@ -163,7 +166,7 @@ class QuantizerRecord:
             )
 
     def contradictions(self, other: "QuantizerRecord") -> list[str]:
-        """Where two records quantize the same weights differently, one line each; empty if nowhere."""
+        """Returns one line for each difference between how two records quantize the same weights."""
         lines = [
             f"{name}: {getattr(self, name)!r} in the checkpoint, {getattr(other, name)!r} asked for"
             for name in ("state", "latent_dtype", "row_parallel_shards", "activation_bits")
@@ -182,23 +185,24 @@ class QuantizerRecord:
         return lines
 
     def config_of(self, path: str) -> QuantizerConfig:
-        """How one of the recorded modules is quantized; the group size counts along the whole row."""
+        """Returns the quantizer of one recorded module; its group size counts elements along the whole row."""
         return QuantizerConfig(**{**{name: getattr(self, name) for name in _QUANTIZER}, **self.modules[path]})
 
     @staticmethod
     def of_module(config: QuantizerConfig, default: QuantizerConfig, group_size: int) -> dict[str, Any]:
-        """The entry of a module: its group size along the whole row, and what differs from the record's default."""
+        """Returns a module's entry: its group size along the whole row, and the fields that differ from the default."""
         pairs = [(name, getattr(config, name), getattr(default, name)) for name in _QUANTIZER]
         differs = {name: own for name, own, usual in pairs if own != usual}
         return {"group_size": group_size, **differs}
 
 
 def record_of_model(directory: str | Path) -> QuantizerRecord | None:
-    """The quantizer record of a Hugging Face directory, from its file, its ``config.json`` or both; None without one.
+    """Reads the quantizer record of a Hugging Face directory: from its file, its ``config.json`` or both; else None.
 
     Raises:
-        RecordError: one cannot be understood, is of the middle of a ramp, or the two contradict each other.
-        FileError: ``config.json`` is damaged.
+        RecordError: if a record cannot be understood or is of the middle of a ramp, or if the two contradict each
+            other.
+        FileError: if ``config.json`` is damaged.
     """
     directory = Path(directory)
     in_file, in_config, config = QuantizerRecord.read(directory), None, directory / "config.json"
@@ -223,19 +227,19 @@ def record_of_model(directory: str | Path) -> QuantizerRecord | None:
 
 
 def check_change(where: Path, found: QuantizerRecord | None, wanted: QuantizerRecord | None, allow_change: bool) -> str:
-    """Compares a checkpoint's quantizer record with what a run wants.
+    """Compares a checkpoint's quantizer record with the one that a run wants.
 
     Args:
-        where: the checkpoint, for messages.
-        found: its record, None for a checkpoint without quantizer.
-        wanted: the run's, None for a run without quantizer.
-        allow_change: whether they may contradict each other.
+        where: the checkpoint, for error messages.
+        found: the record of the checkpoint; None if it was trained without a quantizer.
+        wanted: the record of the run; None for a run without a quantizer.
+        allow_change: whether the two may contradict each other.
 
     Returns:
         One line for the log.
 
     Raises:
-        RecordError: they contradict each other and ``allow_change`` is false.
+        RecordError: if the two contradict each other and ``allow_change`` is false.
     """
     if found is None:
         return "quantizer: the checkpoint records none" + ("" if wanted is None else _FIRST_LOSSES)

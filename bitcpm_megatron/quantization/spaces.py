@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization spaces as tables: the levels a weight may take, where the decision between two levels falls, the scale.
+"""Quantization spaces as tables: the levels of a weight, the thresholds between them, and the scale.
 
-The five spaces and their scales are those of the BitCPM-CANN technical report; the thresholds lie half-way between the
-levels. ParetoQ's quantizer of 1.58 bits (arXiv:2502.02631, SEQ) with the step alpha is ``ternary`` with
-s = 2 alpha / 3, and that of 2 bits is ``half-integer-4`` with s = alpha / 2.
+The five spaces and their scales are those of the BitCPM-CANN technical report; the thresholds are half-way between the
+levels. ParetoQ's quantizer of 1.58 bits (arXiv:2502.02631, SEQ) with the step alpha is ``ternary`` with s = 2 alpha /
+3, and its quantizer of 2 bits is ``half-integer-4`` with s = alpha / 2.
 """
 
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ Tie = Literal["lower", "upper"]
 Statistic = Literal["absmean", "absmax"]
 
 STATISTICS: tuple[Statistic, ...] = ("absmean", "absmax")
-"""What a scale is made of: ``mean(|w|)`` or ``max(|w|)`` over its group."""
+"""The statistics that a scale can be made of: ``mean(|w|)`` or ``max(|w|)`` over its group."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """One quantization space. Levels and thresholds are in units of the group's scale.
+    """One quantization space, with levels and thresholds in units of the group's scale.
 
     Attributes:
-        name: what users type after ``--ternary-space``.
-        levels: the values, ascending.
-        thresholds: one between each two neighbouring levels, ascending. A weight w takes the level whose index is
-            the number of thresholds it lies beyond.
-        ties: for each threshold, the neighbouring level a weight exactly on it takes.
-        statistic: what a scale is made of, unless a configuration says otherwise.
-        scale_multiplier: of this statistic, likewise.
+        name: the name that users type after ``--ternary-space``.
+        levels: the values that a weight may take, ascending.
+        thresholds: the bounds between neighboring levels, ascending, one fewer than levels. A weight w takes the level
+            whose index is the number of thresholds it is beyond.
+        ties: for each threshold, the neighboring level that a weight exactly on the threshold takes.
+        statistic: the statistic that a scale is made of, unless a configuration says otherwise.
+        scale_multiplier: the factor of this statistic, unless a configuration says otherwise.
     """
 
     name: str
@@ -39,23 +39,23 @@ class Space:
 
     @property
     def lowest_code(self) -> int:
-        """Code of the lowest level. Code 0 is that of the level nearest to zero, of two the positive one."""
+        """The code of the lowest level; code 0 is the level nearest to zero, of two such levels the positive one."""
         return -min(range(len(self.levels)), key=lambda i: (abs(self.levels[i]), -self.levels[i]))
 
     @property
     def code_bits(self) -> int:
-        """Bits of a packed code, a power of two: 2 for up to four levels, else 4."""
+        """The number of bits of a packed code, a power of two: 2 for up to four levels, else 4."""
         return 2 if len(self.levels) <= 4 else 4
 
     @property
     def smallest_magnitude(self) -> float:
-        """The smallest magnitude of a level that is not zero; times a scale it is exact, unless fp16 underflows."""
+        """The smallest magnitude of a non-zero level; times a scale it is exact, unless it underflows in fp16."""
         return min(abs(level) for level in self.levels if level)
 
 
-# round_half_even sends both ties of the ternary space (+-s/2) to the level 0; those of the others follow it where they
-# have the same threshold, and round_half_even(w / s - 0.5) + 0.5 in the half-integer one. Zero itself is on the
-# threshold of a space without a level for it, and takes the positive one.
+# round_half_even sends both ties of the ternary space (+-s/2) to the level 0. The ties of the other spaces follow the
+# ternary ones at equal thresholds, and round_half_even(w / s - 0.5) + 0.5 in the half-integer space. In a space without
+# a level for zero, zero itself is on a threshold and takes the positive level.
 TERNARY = Space("ternary", (-1.0, 0.0, 1.0), (-0.5, 0.5), ("upper", "lower"))
 ASYMMETRIC_4 = Space(
     "asymmetric-4", (-2.0, -1.0, 0.0, 1.0), (-1.5, -0.5, 0.5), ("lower", "upper", "lower"), "absmax", 1 / 1.5
@@ -76,4 +76,7 @@ FIVE_VALUE = Space(
 SPACES: dict[str, Space] = {
     space.name: space for space in (TERNARY, ASYMMETRIC_4, HALF_INTEGER_4, INTEGER_4, FIVE_VALUE)
 }
-"""By name; a space stands behind those whose levels it has all of."""
+"""The spaces by name, with every space after those whose levels it contains.
+
+Detection of a fused weight's space tries them in this order.
+"""

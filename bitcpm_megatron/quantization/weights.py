@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a weight must be to be quantized."""
+"""Requirements of a weight that is to be quantized: shape, dtype and group size."""
 
 import torch
 
@@ -9,19 +9,19 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_weight(weight: torch.Tensor, group_size: int, scales: torch.Tensor | None = None) -> int:
-    """Checks shape, dtype and group of a weight without reading its values (so without a device sync).
+    """Checks shape, dtype and group size of a weight without reading its values, and so without a device sync.
 
     Args:
-        weight: ``[out_features, in_features]``, fp32, bf16 or fp16.
-        group_size: as in :class:`QuantizerConfig`.
-        scales: given scales, ``[out_features, groups]`` bfloat16, or None.
+        weight: the weight, ``[out_features, in_features]`` in fp32, bf16 or fp16.
+        group_size: the group size as in :class:`QuantizerConfig`.
+        scales: given scales, ``[out_features, groups]`` in bfloat16, or None.
 
     Returns:
         The number of elements per scale.
 
     Raises:
-        ValueError: with the offending shape or dtype, and the cure.
-        TypeError: the weight is no tensor.
+        ValueError: if shape, dtype or group do not fit; the message has the offending shape or dtype, and the cure.
+        TypeError: if the weight is not a tensor.
     """
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"a weight is a tensor [out_features, in_features], not a {type(weight).__name__}")
