@@ -2,7 +2,8 @@
 # ruff: noqa: F401  # these names are for the other floors
 """Floor 3: the registered ops, and the backends of ``bitcpm::fake_quantize``.
 
-``ascendc``, ``triton`` and ``cpu`` register themselves, and load or compile what they run on when it is first needed.
+Importing ``ascendc``, ``triton`` and ``cpu`` registers these backends; each loads or compiles its kernels when they are
+first needed.
 """
 
 from . import ascendc, cpu, triton

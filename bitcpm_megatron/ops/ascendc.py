@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AscendC backend, for Ascend NPUs. Importing this registers it and loads nothing: that waits for the first weight.
+"""The AscendC backend, for Ascend NPUs: importing this module registers it; the library is loaded for the first weight.
 
 The kernels and their binding are built where CANN is installed, by ``make kernel``, into ``libbitcpm_ascendc.so``; see
-docs/kernels.md. The schemas of its ops stand here; the library adds what runs on the device.
+docs/kernels.md. The schemas of its ops are defined here; the library adds their implementations for the device.
 """
 
 import functools
@@ -18,15 +18,16 @@ from ..quantization import SPACES, QuantizerConfig, check_weight, effective_grou
 from .registry import Backend, register_backend
 
 LIBRARY_VARIABLE = "BITCPM_ASCENDC_LIBRARY"
-"""Names a library elsewhere than the build folder of the checkout."""
+"""The environment variable that names a library outside the build folder of the checkout."""
 STATISTICS_KINDS = 2
-"""Counts per weight: codes that are not zero, codes that changed."""
+"""The number of counts per weight: codes that are not zero, and codes that changed."""
 MOST_LAUNCHES = 2
-"""Per call, for any number of weights."""
+"""The largest number of launches per call, for any number of weights."""
 
-# One list entry per weight, or none for what is absent. Without weights the quantized ones are quantized where they
-# stand. Scales are written, or read where they are given. A space has thresholds, levels, and a bit for each threshold
-# whose tie goes up; ternary has none. Returns counts, and the number of launches.
+# Each list has one entry per weight, or is empty if its tensors are absent. If `weights` is empty, `quantized` holds
+# latent weights, which are quantized in place. Scales are read if `given`, else written. A space has thresholds,
+# levels, and in `upper_ties` a bit for each threshold whose tie goes up; ternary has none of them. The op returns the
+# counts and the number of launches.
 torch.library.define(
     "bitcpm::ascendc_quantize",
     "(Tensor[] weights, Tensor(a!)[] quantized, Tensor(b!)[] scales, Tensor(c!)[] packed, Tensor[] previous, "
@@ -66,14 +67,14 @@ def _(packed: torch.Tensor, scales: torch.Tensor, columns: int, dtype: torch.dty
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """What one grouped launch returns; each list has one entry per weight, or none where it was not asked for.
+    """The results of one grouped call; each list has one entry per weight, or is empty if it was not requested.
 
     Attributes:
-        quantized: ``[out, in]`` in the weight's dtype.
-        scales: bf16 ``[out, groups]``.
-        packed: uint8 ``[out, bytes]``, see :func:`bitcpm_megatron.quantization.pack`.
-        counts: int64 ``[2]``: codes that are not zero, codes that differ from the previous ones.
-        launches: how many there were.
+        quantized: the quantized weights, ``[out, in]`` in the weight's dtype.
+        scales: the scales, bf16 ``[out, groups]``.
+        packed: the packed codes, uint8 ``[out, bytes]``, in the layout of :func:`bitcpm_megatron.quantization.pack`.
+        counts: int64 ``[2]`` counts: codes that are not zero, codes that differ from the previous ones.
+        launches: the number of kernel launches.
     """
 
     quantized: list[torch.Tensor]
@@ -84,13 +85,13 @@ class QuantizedWeights:
 
 
 def library_path() -> Path:
-    """Where the library is expected."""
+    """Returns the path where the library is expected."""
     named = os.environ.get(LIBRARY_VARIABLE)
     return Path(named) if named else Path(__file__).parents[2] / "build" / "ascendc" / "libbitcpm_ascendc.so"
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why the kernels cannot run on a device type, or None."""
+    """Returns the reason why the kernels cannot run on a device type, or None."""
     if device_type != "npu":
         return "runs on an NPU only"
     if importlib.util.find_spec("torch_npu") is None:
@@ -102,10 +103,10 @@ def unavailable(device_type: str) -> str | None:
 
 @functools.cache
 def load() -> None:
-    """Loads the library, once. Call it after the device is set: its initialization binds to the current device.
+    """Loads the library once; call it after the device is set, because its initialization binds to the current device.
 
     Raises:
-        OSError: the library is not there or does not fit this torch, torch_npu or CANN.
+        OSError: if the library does not exist, or does not fit this torch, torch_npu or CANN.
     """
     torch.ops.load_library(str(library_path()))
 
@@ -122,18 +123,18 @@ def quantize_weights(
     """Quantizes all weights of a step in one or two launches, so that small ones do not wait for launches.
 
     Args:
-        weights: latent weights ``[out, in]`` of one dtype on one NPU.
-        group_sizes: elements per scale of each, -1 for the row.
-        config: the quantizer of all of them, but for its group size.
-        scales: given bf16 scales of each, or empty for the weights' own.
-        previous: packed codes of each to compare with, or empty.
-        pack: also return packed codes, of ternary weights.
-        count: also return counts, of ternary weights; implied by ``previous``.
+        weights: the latent weights, ``[out, in]`` each, of one dtype on one NPU.
+        group_sizes: the elements per scale of each weight, -1 for the row.
+        config: the quantizer of all of them; its group size is ignored.
+        scales: given bf16 scales ``[out, groups]`` of each weight, or empty for the weights' own.
+        previous: packed codes of each weight to compare with, or empty.
+        pack: whether to return packed codes as well; ternary weights only.
+        count: whether to return counts as well; ternary weights only, and implied by ``previous``.
 
     Raises:
-        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`; or codes of another space than
-            ternary are to be packed, counted or compared.
-        RuntimeError: a launch failed, or a graph is being captured whose table is not on the device yet.
+        ValueError: if :func:`~bitcpm_megatron.quantization.weights.check_weight` refuses a weight, or codes of another
+            space than ternary are to be packed, counted or compared.
+        RuntimeError: if a launch failed, or a graph is being captured whose table is not on the device yet.
     """
     if config.space != "ternary" and (previous or pack or count):
         raise ValueError(
@@ -143,7 +144,7 @@ def quantize_weights(
     given: Sequence[torch.Tensor | None] = list(scales) or [None] * len(weights)
     groups = [check_weight(w, g, s) for w, g, s in zip(weights, group_sizes, given, strict=True)]
     quantized = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
-    # A launch may write its scales: never those that somebody has given.
+    # A launch may write to its scales, so it gets a copy of given ones.
     own = [s.clone(memory_format=torch.contiguous_format) for s in scales] or [
         w.new_empty((w.shape[0], w.shape[1] // g), dtype=torch.bfloat16) for w, g in zip(weights, groups, strict=True)
     ]
@@ -157,7 +158,7 @@ def quantize_weights(
 
 
 def _quantizer(config: QuantizerConfig) -> tuple[float, float, bool, list[float], list[float], int]:
-    """A quantizer as the op takes it, from ``eps`` to ``upper_ties``."""
+    """Returns a quantizer in the form of the op's arguments, from ``eps`` to ``upper_ties``."""
     how = (config.eps, config.scale_multiplier, config.statistic == "absmax")
     if config.space == "ternary":
         return *how, [], [], 0
@@ -169,11 +170,18 @@ def _quantizer(config: QuantizerConfig) -> tuple[float, float, bool, list[float]
 def unpack_weight(
     packed: torch.Tensor, scales: torch.Tensor, columns: int, group_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The weight ``[out, columns]`` that packed ternary codes and scales stand for.
+    """Returns the weight ``[out, columns]`` that packed ternary codes and scales represent.
+
+    Args:
+        packed: the packed codes, uint8 ``[out, bytes]``.
+        scales: the scales, bf16 ``[out, groups]``.
+        columns: the number of columns of the weight.
+        group_size: the elements per scale, -1 for the row.
+        dtype: the dtype of the weight.
 
     Raises:
-        ValueError: the scales do not fit.
-        RuntimeError: as :func:`quantize_weights`.
+        ValueError: if the scales do not fit.
+        RuntimeError: if the launch failed, or a graph is being captured whose table is not on the device yet.
     """
     groups = columns // effective_group(columns, group_size)
     if tuple(scales.shape) != (packed.shape[0], groups):

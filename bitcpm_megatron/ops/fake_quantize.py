@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered ops: schemas, backend dispatch, fake kernels, straight-through gradient.
+"""The registered quantization ops: schemas, backend dispatch, fake kernels, and the straight-through gradient.
 
-``bitcpm::fake_quantize`` quantizes one weight, differentiably; ``bitcpm::fake_quantize_all`` many in few launches.
+``bitcpm::fake_quantize`` quantizes one weight and is differentiable; ``bitcpm::fake_quantize_all`` quantizes many
+weights in few launches.
 """
 
 from collections import defaultdict
@@ -23,7 +24,7 @@ def _in_turn(
     group_sizes: Sequence[int],
     config: QuantizerConfig,
 ) -> int:
-    """The torch backend of many weights: one after the other, without a second copy of one."""
+    """Grouped kernel of the torch backend: quantizes one weight after the other, without a second copy of any."""
     for weight, out, scale, group_size in zip(weights, quantized, scales, group_sizes, strict=True):
         scale.copy_(quantize_dequantize(weight, replace(config, group_size=group_size), out=out)[1])
     return len(weights)
@@ -31,12 +32,13 @@ def _in_turn(
 
 @dataclass
 class Counts:
-    """What the ops did since the process started, for reports: take the difference of two readings.
+    """Counters of the ops since the process started, for reports; take the difference of two readings.
 
     Attributes:
-        calls: of either op, whatever the number of weights.
-        launches: of the backend's kernels, as :meth:`Backend.together` counts them; 1 for a weight alone.
-        elements: quantized.
+        calls: the number of calls of either op, whatever the number of weights.
+        launches: the number of launches of the backend's kernels, as :meth:`Backend.together` counts them; 1 for a call
+            with one weight.
+        elements: the number of elements that were quantized.
     """
 
     calls: int = 0
@@ -44,7 +46,7 @@ class Counts:
     elements: int = 0
 
     def add(self, launches: int, elements: int) -> None:
-        """One call more."""
+        """Counts one more call."""
         self.calls, self.launches, self.elements = self.calls + 1, self.launches + launches, self.elements + elements
 
 
@@ -63,7 +65,7 @@ register_backend(
 )
 
 
-# An op takes no objects: the quantizer travels as its fields, in their order.
+# An op takes no objects: the quantizer is passed as its fields, in their order.
 _SCHEMA = (
     "(Tensor weight, str space, SymInt group_size, float eps, str statistic, float scale_multiplier, Tensor? scale) "
     "-> (Tensor, Tensor)"
@@ -97,14 +99,14 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - the autograd 
 
 
 def _straight_through(ctx, grad_quantized, grad_scale):  # noqa: ANN001, ANN202
-    """Straight-through estimator (Bengio et al. 2013, arXiv:1308.3432): the gradient passes unchanged."""
+    """Returns the gradient unchanged: the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432)."""
     return grad_quantized, *[None] * 6
 
 
 _fake_quantize.register_autograd(_straight_through, setup_context=_setup_context)
 
-# In place, `weights` is empty: torch lets no op write to an argument that it is given a second time as one that is only
-# read. And it functionalizes no op that returns a list, so that the scales are written, too.
+# In place, `weights` is empty, because torch does not let an op write to an argument that it also gets as a read-only
+# one. And torch does not functionalize an op that returns a list, so that the scales are written to arguments as well.
 _SCHEMA_OF_ALL = (
     "(Tensor[] weights, Tensor(a!)[] quantized, Tensor(b!)[] scales, str space, int[] group_sizes, float eps, "
     "str statistic, float scale_multiplier) -> ()"
@@ -174,10 +176,10 @@ def _check_all(
 def quantize_weight(
     weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The quantized weight and its scales, from the backend of the weight's device.
+    """Returns the quantized weight and its scales, computed by the backend of the weight's device.
 
     Args:
-        weight: latent weight ``[out, in]`` in fp32, bf16 or fp16.
+        weight: the latent weight, ``[out, in]`` in fp32, bf16 or fp16.
         config: the quantizer.
         scales: given bf16 scales ``[out, groups]``, or None for the weight's own.
 
@@ -186,8 +188,8 @@ def quantize_weight(
         the bf16 scales ``[out, groups]``.
 
     Raises:
-        ValueError: see :func:`~bitcpm_megatron.quantization.config.check_weight`; or the backend does not know the
-            space.
+        ValueError: if :func:`~bitcpm_megatron.quantization.weights.check_weight` refuses the weight, or the backend
+            does not support the space or the scale.
     """
     quantizer = (config.space, config.group_size, config.eps, config.statistic, config.scale_multiplier)
     return torch.ops.bitcpm.fake_quantize(weight, *quantizer, scales)
@@ -197,18 +199,19 @@ def quantize_weight(
 def quantize_all(
     weights: Sequence[torch.Tensor], config: QuantizerConfig, group_sizes: Sequence[int] | None = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Quantizes latent weights all together, outside any graph.
+    """Quantizes latent weights together, outside any graph.
 
     Args:
-        weights: ``[out, in]`` each. Those of one dtype and device share launches.
+        weights: the latent weights, ``[out, in]`` each. Those of one dtype and device share launches.
         config: the quantizer of all of them.
-        group_sizes: of each, in place of the quantizer's.
+        group_sizes: the group size of each weight, instead of the quantizer's.
 
     Returns:
-        The quantized weights, like the latent ones and contiguous, and the bf16 scales ``[out, groups]`` of each.
+        The quantized weights, contiguous, in the shapes and dtypes of the latent ones, and the bf16 scales
+        ``[out, groups]`` of each.
 
     Raises:
-        ValueError: see :func:`quantize_weight`.
+        ValueError: if a weight or the quantizer is refused, as by :func:`quantize_weight`.
     """
     quantized = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     return quantized, _quantize_into(quantized, weights, config, group_sizes)
@@ -218,18 +221,20 @@ def quantize_all(
 def quantize_in_place(
     weights: Sequence[torch.Tensor], config: QuantizerConfig, group_sizes: Sequence[int] | None = None
 ) -> list[torch.Tensor]:
-    """Quantizes latent weights where they stand, all together, without a second copy of one.
+    """Quantizes latent weights in place and together, without a second copy of any.
 
     Args:
-        weights: ``[out, in]`` each, contiguous; overwritten. Those of one dtype and device share launches.
+        weights: the latent weights, ``[out, in]`` each, contiguous; overwritten. Those of one dtype and device share
+            launches.
         config: the quantizer of all of them.
-        group_sizes: of each, in place of the quantizer's.
+        group_sizes: the group size of each weight, instead of the quantizer's.
 
     Returns:
-        The bf16 scales ``[out, groups]`` of each.
+        The bf16 scales ``[out, groups]`` of each weight.
 
     Raises:
-        ValueError: see :func:`quantize_weight`; or a weight is not contiguous.
+        ValueError: if a weight or the quantizer is refused, as by :func:`quantize_weight`, or a weight is not
+            contiguous.
     """
     return _quantize_into(weights, [], config, group_sizes)
 
@@ -240,7 +245,7 @@ def _quantize_into(
     config: QuantizerConfig,
     group_sizes: Sequence[int] | None,
 ) -> list[torch.Tensor]:
-    """Writes quantized weights, of the given latent ones or where these stand; returns the scales."""
+    """Writes quantized weights, from ``weights`` or, if this is empty, in place; returns the scales."""
     if not quantized:
         return []
     sizes = [config.group_size] * len(quantized) if group_sizes is None else list(group_sizes)
@@ -255,19 +260,20 @@ def _quantize_into(
 
 
 def fake_quantize(weight: torch.Tensor, config: QuantizerConfig) -> torch.Tensor:
-    """The quantized weight, differentiable by the straight-through estimator.
+    """Returns the quantized weight, differentiable by the straight-through estimator.
 
     Args:
-        weight: latent weight ``[out, in]`` in fp32, bf16 or fp16.
+        weight: the latent weight, ``[out, in]`` in fp32, bf16 or fp16.
         config: the quantizer.
 
     Returns:
-        Same shape and dtype; equal to ``dequantize(*quantize(weight, config), config, weight.dtype)`` bit for bit.
-        Its gradient with respect to ``weight`` is the identity.
+        The quantized weight, in the shape and dtype of ``weight``, equal to
+        ``dequantize(*quantize(weight, config), config, weight.dtype)`` bit for bit. Its gradient with respect to
+        ``weight`` is the identity.
 
     Raises:
-        ValueError: see :func:`quantize_weight`.
-        TypeError: the weight is no tensor, or the quantizer no configuration.
+        ValueError: if the weight or the quantizer is refused, as by :func:`quantize_weight`.
+        TypeError: if the weight is not a tensor, or the quantizer is not a configuration.
     """
     check_config(config)
     if not isinstance(weight, torch.Tensor):

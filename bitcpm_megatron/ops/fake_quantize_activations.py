@@ -26,8 +26,18 @@ _fake_quantize_activations.register_autograd(_straight_through)
 
 
 def fake_quantize_activations(x: torch.Tensor, groups: int = 1, eps: float = EPS) -> torch.Tensor:
-    """Int8 fake quantization per token, differentiable by the straight-through estimator.
+    """Applies int8 fake quantization per token, differentiable by the straight-through estimator.
 
-    See :func:`bitcpm_megatron.quantization.quantize_activations`.
+    Args:
+        x: the activations, ``[..., features]`` in fp32, bf16 or fp16.
+        groups: the number of parts of the features that have a scale each; see
+            :func:`bitcpm_megatron.quantization.quantize_activations`, which computes the same values.
+        eps: the lower bound of a scale.
+
+    Returns:
+        The values that the int8 codes represent, in the shape and dtype of ``x``; the gradient passes unchanged.
+
+    Raises:
+        ValueError: if the groups do not divide the features, or the dtype is not a floating-point one.
     """
     return torch.ops.bitcpm.fake_quantize_activations(x, groups, eps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends of the fused op: who they are, which one runs, and why."""
+"""Registry of the backends of ``bitcpm::fake_quantize``: which ones exist, which one runs, and why."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,12 +10,17 @@ import torch
 from ..quantization import QuantizerConfig
 
 Kernel = Callable[[torch.Tensor, QuantizerConfig, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
-"""``(weight, config, scales or None) -> (quantized, scales)``, as
-:func:`bitcpm_megatron.quantization.quantize_dequantize`."""
+"""The signature ``(weight, config, scales or None) -> (quantized, scales)`` of a kernel for one weight.
+
+It computes the same function as :func:`bitcpm_megatron.quantization.quantize_dequantize`.
+"""
 GroupedKernel = Callable[
     [Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[torch.Tensor], Sequence[int], QuantizerConfig], int
 ]
-"""``(weights, quantized, scales, group_sizes, config) -> launches``, see :meth:`Backend.together`."""
+"""The signature ``(weights, quantized, scales, group_sizes, config) -> launches`` of a kernel for many weights.
+
+The arguments are those of :meth:`Backend.together`.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,14 +28,15 @@ class Backend:
     """One implementation of ``bitcpm::fake_quantize``.
 
     Attributes:
-        name: what users type after ``--ternary-backend``.
-        kernel: the implementation.
-        unavailable: returns why it cannot run on a device type (``"cpu"``, ``"cuda"``, ``"npu"``), or None if it can.
-        priority: ``auto`` takes the available backend with the highest one; None for a backend that only runs when it
-            is asked for by name.
-        spaces: the quantization spaces that it knows.
-        any_scale: whether it makes scales of every statistic and multiplier; else of the absmean alone, times 1.
-        grouped: quantizes many weights in few launches; None: they are quantized one by one.
+        name: the name that users type after ``--ternary-backend``.
+        kernel: the implementation for one weight.
+        unavailable: a function that returns why the backend cannot run on a device type (``"cpu"``, ``"cuda"``,
+            ``"npu"``), or None if it can.
+        priority: the rank of the backend for ``auto``, which takes the available one with the highest priority; None
+            for a backend that runs only if it is requested by name.
+        spaces: the quantization spaces that it supports.
+        any_scale: whether it makes scales of every statistic and multiplier; else only of the absmean times 1.
+        grouped: an implementation that quantizes many weights in few launches; None if they are quantized one by one.
     """
 
     name: str
@@ -42,14 +48,15 @@ class Backend:
     grouped: GroupedKernel | None = None
 
     def knows(self, config: QuantizerConfig) -> bool:
-        """Whether it can quantize so."""
+        """Returns whether the backend supports a quantizer."""
         return config.space in self.spaces and (self.any_scale or config.of_absmean)
 
     def check(self, config: QuantizerConfig, device_type: str) -> None:
-        """Refuses a quantizer that it does not know.
+        """Checks that the backend supports a quantizer.
 
         Raises:
-            ValueError: naming space or scale, and the backends of the device type that know them.
+            ValueError: if it does not; the message names space or scale, and the backends of the device type that
+                support it.
         """
         if self.knows(config):
             return
@@ -71,14 +78,15 @@ class Backend:
         """Quantizes weights in as few launches as the backend can.
 
         Args:
-            weights: latent weights ``[out, in]`` of one dtype on one device.
-            quantized: like them and contiguous, written; each may be the weight itself.
-            scales: bf16 ``[out, groups]`` of each, contiguous, written.
-            group_sizes: elements per scale of each, -1 for the row.
-            config: the quantizer of all of them, but for its group size.
+            weights: the latent weights, ``[out, in]`` each, of one dtype on one device.
+            quantized: the tensors to write the quantized weights to, contiguous, of the weights' shapes and dtype; each
+                may be the weight itself.
+            scales: the tensors to write the scales to, bf16 ``[out, groups]`` each, contiguous.
+            group_sizes: the elements per scale of each weight, -1 for the row.
+            config: the quantizer of all of them; its group size is ignored.
 
         Returns:
-            How often the backend's kernels were launched.
+            The number of launches of the backend's kernels.
         """
         if self.grouped is not None:
             return self.grouped(weights, quantized, scales, group_sizes, config)
@@ -103,21 +111,25 @@ _choices: dict[str, Choice] = {}
 
 
 def register_backend(backend: Backend) -> None:
-    """Adds a backend; a later one of the same name replaces the earlier."""
+    """Adds a backend; it replaces an earlier one of the same name."""
     _BACKENDS[backend.name] = backend
     _choices.clear()
 
 
 def backends() -> tuple[Backend, ...]:
-    """All registered backends, by falling priority, those without one last."""
+    """Returns all registered backends in order of decreasing priority, with those without one last."""
     return tuple(sorted(_BACKENDS.values(), key=lambda b: math.inf if b.priority is None else -b.priority))
 
 
 def set_backend(name: str, device_type: str) -> Choice:
-    """Makes ``name`` (or ``"auto"``) serve the op from now on.
+    """Makes the backend ``name`` (or ``"auto"``) serve the op from now on.
+
+    Returns:
+        The backend that serves ``device_type``, and the reason.
 
     Raises:
-        ValueError: no such backend, or it cannot run on ``device_type``, with the reason and the alternatives.
+        ValueError: if there is no such backend, or it cannot run on ``device_type``; the message has the reason and the
+            alternatives.
     """
     global _requested
     if name != "auto" and name not in _BACKENDS:
@@ -134,10 +146,10 @@ def set_backend(name: str, device_type: str) -> Choice:
 
 
 def active_backend(device_type: str) -> Choice:
-    """The backend that serves a device type now.
+    """Returns the backend that serves a device type at present.
 
     Raises:
-        ValueError: the requested backend cannot run there.
+        ValueError: if the requested backend cannot run there.
     """
     choice = _choices.get(device_type)
     if choice is None:

@@ -10,17 +10,17 @@ from .registry import Backend
 
 
 def self_test(backend: Backend, device: torch.device | str) -> str | None:
-    """Runs a backend on small weights of every dtype, in groups and in rows.
+    """Runs a backend on small weights of every dtype, in groups and in rows, and compares it with the reference.
 
-    Its scale may be a bf16 step beside the reference's, for it may sum in another order; for the scale that it returns,
-    and for a given one, the weight must be the reference's bit for bit.
+    Its own scale may differ from the reference's by one bf16 step, because a backend may sum in another order. Under
+    the scale that it returns, and under a given one, the weight must equal the reference's bit for bit.
 
     Args:
-        backend: available on the device.
-        device: to test on.
+        backend: a backend that is available on the device.
+        device: the device to test on.
 
     Returns:
-        None, or what is wrong.
+        None, or one line that says what is wrong.
     """
     for weight, group in _weights():
         ours, config = weight.to(device), QuantizerConfig(group_size=group)
@@ -29,7 +29,7 @@ def self_test(backend: Backend, device: torch.device | str) -> str | None:
             quantized, scales = backend.kernel(ours, config, None)
             given = scales * 2
             doubled, returned = backend.kernel(ours, config, given)
-        except Exception as error:  # whatever a device, a driver or a compiler throws belongs into the report
+        except Exception as error:  # whatever a device, a driver or a compiler raises belongs in the report
             return f"{what}: {type(error).__name__}: {error}"
         expected_scales = quantize_dequantize(weight, config)[1]
         if scales.dtype != torch.bfloat16 or scales.shape != expected_scales.shape:
@@ -48,7 +48,7 @@ def self_test(backend: Backend, device: torch.device | str) -> str | None:
 
 
 def _together(backend: Backend, device: torch.device | str) -> str | None:
-    """Compares the weights of a dtype, all quantized in place at once, with what the backend makes of each alone."""
+    """Compares the weights of each dtype, quantized in place together, with the results for each weight alone."""
     for dtype in WEIGHT_DTYPES:
         ours = [(weight.to(device), group) for weight, group in _weights() if weight.dtype == dtype]
         alone = [backend.kernel(weight, QuantizerConfig(group_size=group), None) for weight, group in ours]
@@ -69,7 +69,7 @@ def _together(backend: Backend, device: torch.device | str) -> str | None:
 
 
 def _weights() -> Iterator[tuple[torch.Tensor, int]]:
-    """Weights ``[out, in]`` with their group sizes: tails, signed zeros, a zero group, very different magnitudes."""
+    """Yields weights ``[out, in]`` and group sizes: tails, signed zeros, a zero group, very different magnitudes."""
     g = torch.Generator().manual_seed(0)
     for rows, columns, group in ((33, 256, 32), (4, 384, 128), (9, 1000, -1), (2, 4096, -1)):
         weight = torch.randn(rows, columns, generator=g) * 10 ** torch.empty(rows, 1).uniform_(-3.0, 3.0, generator=g)
@@ -80,7 +80,7 @@ def _weights() -> Iterator[tuple[torch.Tensor, int]]:
 
 
 def _different(found: torch.Tensor, expected: torch.Tensor) -> int:
-    """How many values differ in a bit; all of them for another shape or dtype."""
+    """Returns how many values differ in a bit; all of them if shape or dtype differ."""
     if found.dtype != expected.dtype or found.shape != expected.shape:
         return expected.numel()
     return int(((found != expected) | (torch.signbit(found) != torch.signbit(expected))).sum())

@@ -91,7 +91,7 @@ def integer_activations(
 def scale_sums(
     sums: torch.Tensor, scales: torch.Tensor, columns: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Returns the values that sums of products of codes represent: sum * column scale * token scale / 127.
+    """Returns the values that sums of products of codes represent: sum * column scale * (token scale / 127).
 
     Args:
         sums: the integer sums, ``[tokens, n]``, in int32 or any other dtype that holds them.

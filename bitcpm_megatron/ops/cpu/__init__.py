@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU backend: one pass over the weight in C, bit for bit the reference. Importing this registers it.
+"""The CPU backend: one pass over the weight in C, bit for bit the reference; importing this module registers it.
 
-``fake_quantize.c`` is compiled for the machine at hand when it is first needed, and kept in the user's cache. Where
-there is no C compiler the torch backend serves, several times slower and with the same bits.
+``fake_quantize.c`` is compiled for the local machine when it is first needed, and kept in the user's cache. If there is
+no C compiler, the torch backend is used instead, several times slower and with the same bits.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ _THRESHOLDS = 4
 
 
 class _Quantizer(ctypes.Structure):
-    """The C source's struct Quantizer."""
+    """The struct Quantizer of the C source."""
 
     _fields_ = (
         ("eps", ctypes.c_float),
@@ -47,7 +47,7 @@ def _quantizer(config: QuantizerConfig) -> _Quantizer:
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why the kernel cannot run on a device type, or None. Compiles it, the first time."""
+    """Returns the reason why the kernel cannot run on a device type, or None; compiles it the first time."""
     if device_type != "cpu":
         return "runs on a CPU only"
     return load()[1]
@@ -89,7 +89,7 @@ def _grouped(
 ) -> int:
     library = _library_for(weights[0])
     latent = [w.detach().contiguous() for w in weights]
-    table = array("q")  # the C source's struct Weight
+    table = array("q")  # structs Weight of the C source
     groups = elements = longest = 0
     for weight, result, scale, group_size in zip(latent, quantized, scales, group_sizes, strict=True):
         group = effective_group(weight.shape[1], group_size)
@@ -112,7 +112,7 @@ def _library_for(weight: torch.Tensor) -> ctypes.CDLL:
 
 
 def _threads(groups: int, elements: int, longest: int) -> tuple[int, torch.Tensor]:
-    """How many threads are worth their while, and their scratch: 2 elements more than the longest group for each."""
+    """Returns how many threads pay off, and their scratch: 2 elements more than the longest group for each."""
     threads = threads_for(groups, elements)
     return threads, torch.empty(threads * (longest + 2), dtype=torch.float32, device="cpu")
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// fp32 and bf16 numbers as their bits.
+// Conversion of fp32 and bf16 numbers to and from their bits.
 
 #pragma once
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bitcpm::fake_quantize on a CPU: each group of a latent weight is read once from memory and written once, where the
-// weight stands or elsewhere.
+// bitcpm::fake_quantize on a CPU: each group of a latent weight is read once from memory and written once, in place or
+// elsewhere.
 //
-// Bit for bit the arithmetic of bitcpm_megatron/quantization/quantizer.py. The scale: |w| in fp32, summed as one binary
-// tree over neighbours and divided by n, or the largest one; times a multiplier, at least eps, rounded to bf16. The
-// ternary weight: under a scale s, w becomes +-s where |w| > s / 2, else +0.0. Magnitudes of floating-point numbers are
-// ordered as their bits are as integers, so that threshold and selection need no conversion of the weight at all. In
-// other spaces w takes the level of the last threshold that it is beyond.
+// The arithmetic is that of bitcpm_megatron/quantization/quantizer.py bit for bit. The statistic of a scale is the mean
+// of |w|, summed in fp32 as one binary tree over neighbors and divided by n, or the largest |w|. It is multiplied by
+// the multiplier, raised to at least eps, and rounded to bf16. In the ternary space, under a scale s, w becomes +-s if
+// |w| > s / 2, else +0.0. Magnitudes of floating-point numbers are ordered like their bits as integers, so that
+// threshold and selection need no conversion of the weight. In other spaces w takes the level above the last threshold
+// that it is beyond.
 //
 // Compile with -ffp-contract=off and without -ffast-math.
 
@@ -17,21 +18,22 @@
 #include "bits.h"
 
 enum { BF16 = 0, FP16 = 1, FP32 = 2 };
-enum { THRESHOLDS = 4 };  // the most that a space has
+enum { THRESHOLDS = 4 };  // the largest number of thresholds of a space
 
-// How to quantize. The table of a space as quantization/spaces.py has it; of ternary, which has a way of its own, none.
+// A quantizer. The levels and thresholds of a space are those of quantization/spaces.py; ternary has code of its own
+// and leaves them empty.
 typedef struct {
     float eps;
     float multiplier;
-    int32_t absmax;  // of which statistic: the largest magnitude, or else the mean
-    int32_t count;   // of the thresholds, 0 for ternary
+    int32_t absmax;  // whether the statistic is the largest magnitude, else the mean
+    int32_t count;   // the number of thresholds, 0 for ternary
     float levels[THRESHOLDS + 1];
     float thresholds[THRESHOLDS];
     int32_t upper[THRESHOLDS];  // whether a tie goes to the upper level
 } Quantizer;
-enum { PREFETCHED = 256 };  // elements of a group from which on it is worth its while
+enum { PREFETCHED = 256 };  // smallest group, in elements, for which prefetching pays off
 
-// fp32 of an fp16 magnitude (no sign bit); exact, and free of denormal fp32 values on the way.
+// Converts an fp16 magnitude (without sign bit) to fp32, exactly and without denormal fp32 intermediates.
 static inline float from_fp16(uint32_t magnitude) {
     const uint32_t shifted = magnitude << 13;
     const float normal = as_float(shifted + (112u << 23));
@@ -40,19 +42,19 @@ static inline float from_fp16(uint32_t magnitude) {
     return magnitude < 0x400 ? denormal : magnitude < 0x7c00 ? normal : special;
 }
 
-// fp16 bits of an fp32 magnitude, to nearest even, or down (towards zero) for a threshold.
+// Converts an fp32 magnitude to fp16 bits, rounding to nearest even, or down (toward zero) for a threshold.
 static uint16_t to_fp16(float value, int down) {
     const uint32_t bits = as_bits(value);
     const int exponent = (int)(bits >> 23) - 127;
     if (isnan(value)) return 0x7e00;
     if (exponent > 15) return down && !isinf(value) ? 0x7bff : 0x7c00;
-    const int dropped = exponent < -14 ? 13 - 14 - exponent : 13;  // below -14 the result is denormal
+    const int dropped = exponent < -14 ? 13 - 14 - exponent : 13;  // below exponent -14 the result is denormal
     if (dropped > 24) return 0;
     const uint32_t mantissa = (bits & 0x7fffff) | 0x800000;
     uint32_t kept = mantissa >> dropped;
     const uint32_t rest = mantissa & ((1u << dropped) - 1), half = 1u << (dropped - 1);
     if (!down && (rest > half || (rest == half && (kept & 1)))) kept += 1;
-    // The leading one adds 1 to the exponent field, and a carry of the rounding does so once more.
+    // The leading one adds 1 to the exponent field; a carry of the rounding adds another 1.
     return (uint16_t)(exponent < -14 ? kept : kept + ((uint32_t)(exponent + 14) << 10));
 }
 
@@ -60,7 +62,7 @@ static uint16_t to_fp16(float value, int down) {
 #define MAGNITUDE_FP16(bits) from_fp16((bits) & 0x7fffu)
 #define MAGNITUDE_FP32(bits) as_float((bits) & 0x7fffffffu)
 
-// One level of the tree: sums of neighbours, and the last one alone where there is no pair for it.
+// Computes one level of the tree: sums of neighbors, and the last element itself if n is odd.
 static inline void add_neighbours(const float *restrict x, float *restrict sums, int64_t n) {
     for (int64_t i = 0; i < n / 2; i++) sums[i] = x[2 * i] + x[2 * i + 1];
     if (n % 2) sums[n / 2] = x[n - 1];
@@ -76,7 +78,7 @@ static inline float tree(float *x, float *y, int64_t n) {
     return x[0];
 }
 
-// The sum of the magnitudes of a group; the first level of the tree straight from the weight.
+// Defines the sum of the magnitudes of a group; the first level of the tree reads the weight directly.
 #define DEFINE_SUM(name, word, magnitude)                                                             \
     static inline float name(const word *restrict w, float *restrict scratch, int64_t n) {            \
         for (int64_t i = 0; i < n / 2; i++) scratch[i] = magnitude(w[2 * i]) + magnitude(w[2 * i + 1]); \
@@ -84,7 +86,7 @@ static inline float tree(float *x, float *y, int64_t n) {
         return tree(scratch, scratch + (n + 1) / 2, (n + 1) / 2);                                     \
     }
 
-// The bits of the largest magnitude of a group: as an integer NaN is larger than infinity.
+// Defines the bits of the largest magnitude of a group; as an integer, NaN is larger than infinity.
 #define DEFINE_LARGEST(name, word, magnitude_bits)             \
     static inline word name(const word *w, int64_t n) {        \
         word largest = 0;                                      \
@@ -103,7 +105,7 @@ DEFINE_SUM(sum_fp16, uint16_t, MAGNITUDE_FP16)
 DEFINE_SUM(sum_fp32, uint32_t, MAGNITUDE_FP32)
 
 // A weight beyond the threshold keeps its sign and takes the magnitude `level`; NaN stays NaN. `out` is `w` itself or
-// lies elsewhere: no iteration needs another one, which the compiler has to be told.
+// does not overlap with it: the iterations are independent, which the pragma tells the compiler.
 #define DEFINE_SELECT(name, word, sign_bit, infinity, nan)                                                    \
     static inline void name(const word *w, word *out, int64_t n, word threshold, word level) {                \
         _Pragma("omp simd")                                                                                   \
@@ -119,7 +121,7 @@ DEFINE_SELECT(select_bf16, uint16_t, 0x8000, 0x7f80, 0x7fc0)
 DEFINE_SELECT(select_fp16, uint16_t, 0x8000, 0x7c00, 0x7e00)
 DEFINE_SELECT(select_fp32, uint32_t, 0x80000000u, 0x7f800000u, 0x7fc00000u)
 
-// Scales that training never makes: zero, negative, denormal, infinite or NaN. By the reference's division.
+// Handles scales that training never makes (zero, negative, denormal, infinite or NaN) by the reference's division.
 static void by_division(const void *weight, void *quantized, int64_t n, int dtype, float s) {
     for (int64_t i = 0; i < n; i++) {
         uint32_t bits = dtype == FP32 ? ((const uint32_t *)weight)[i] : ((const uint16_t *)weight)[i];
@@ -140,7 +142,7 @@ static void by_division(const void *weight, void *quantized, int64_t n, int dtyp
     }
 }
 
-// The words that stand for the levels of a group, and what a weight has to reach to be beyond each threshold.
+// The words that represent the levels of a group, and the smallest value that is beyond each threshold.
 typedef struct {
     uint32_t words[THRESHOLDS + 1];
     float bounds[THRESHOLDS];
@@ -162,8 +164,8 @@ static Levels levels_under(const Quantizer *quantizer, float s, int dtype) {
     }
     for (int k = 0; k < THRESHOLDS; k++) {
         const float bound = quantizer->thresholds[k] * s;
-        // Beyond a bound is at least the number next to it. There is none next to infinity, nor a threshold without a
-        // level behind it: nothing reaches NaN.
+        // If a tie goes to the lower level, a value beyond the bound is at least the next larger number. No value is
+        // beyond infinity, and an unused threshold has no level above it: both get NaN, which nothing reaches.
         if (k >= quantizer->count || (!quantizer->upper[k] && bound == INFINITY)) made.bounds[k] = NAN;
         else made.bounds[k] = quantizer->upper[k] ? bound : nextafterf(bound, INFINITY);
     }
@@ -230,37 +232,39 @@ static inline __attribute__((always_inline)) void one_group(const void *w, void 
     else select_fp32(w, out, n, as_bits(s / 2), as_bits(s));
 }
 
-// A weight of one call, in five words of 64 bits: contiguous [groups, n] of the call's dtype, one bf16 scale per group.
+// A weight of one call, in five words of 64 bits: contiguous [groups, n] in the call's dtype, with one bf16 scale per
+// group.
 typedef struct {
     const void *latent;
-    void *quantized;  // `latent` itself, or not overlapping with it
+    void *quantized;  // `latent` itself, or memory that does not overlap with it
     uint16_t *scales;
     int64_t groups;
     int64_t n;
 } Weight;
 
-// The first group of a weight that begins at or after an element, counted from the weight's own first one.
+// Returns the first group that begins at or after an element, which is counted from the weight's first element.
 static inline int64_t group_from(const Weight *weight, int64_t element) {
     if (element <= 0) return 0;
     const int64_t group = (element + weight->n - 1) / weight->n;
     return group < weight->groups ? group : weight->groups;
 }
 
-// Neighbouring groups of n elements. Where n and dtype are constants, the compiler unrolls what is done per group.
+// Quantizes neighboring groups of n elements. If n and dtype are constants, the compiler unrolls the work per group.
 static inline __attribute__((always_inline)) void groups_of(const char *w, char *out, uint16_t *scale, int64_t count,
                                                             float *scratch, int64_t n, int dtype, int given,
                                                             const Quantizer *quantizer) {
     const int64_t bytes = n * (dtype == FP32 ? 4 : 2);
     for (int64_t g = 0; g < count; g++, w += bytes, out += bytes, scale++) {
-        // The next group comes while this one is being computed.
+        // The next group is loaded while this one is being computed.
         if (n >= PREFETCHED)
             for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(w + bytes + i);
         one_group(w, out, scale, scratch, n, dtype, given, quantizer);
     }
 }
 
-// Ternary under the mean itself, for one dtype and size of groups or (0) for any: as constants, whatever it does without
-// costs small groups nothing. Functions of their own, so that what the compiler makes of one depends on no other.
+// Ternary with the mean itself, for one dtype and group size, or (0) for any. The constants remove unused branches,
+// which would cost time in small groups. They are separate functions, so that the compiled code of each does not depend
+// on the others.
 #define DEFINE_USUAL(name, elements, type)                                                                     \
     static __attribute__((noinline)) void name(const char *w, char *out, uint16_t *scale, int64_t count,       \
                                                float *scratch, int64_t n, int dtype, int given, float eps) {   \
@@ -284,7 +288,7 @@ static void some_groups(const Weight *weight, int64_t first, int64_t last, float
         groups_of(w, out, scale, count, scratch, n, dtype, given, quantizer);
         return;
     }
-    // Small groups pay for their loops.
+    // In small groups the loop overhead matters, so that common sizes have functions of their own.
     const float eps = quantizer->eps;
     if (n == 32 && dtype == BF16) bf16_by_32(w, out, scale, count, scratch, n, dtype, given, eps);
     else if (n == 64 && dtype == BF16) bf16_by_64(w, out, scale, count, scratch, n, dtype, given, eps);
@@ -296,7 +300,7 @@ static void some_groups(const Weight *weight, int64_t first, int64_t last, float
 // Quantizes weights of one dtype, all in one parallel region: each thread takes an equal share of all elements.
 //
 //   given     whether the scales are read; else they are written
-//   scratch   fp32, `room` elements for each of `threads`: 2 more than the longest group
+//   scratch   fp32 [threads, room]; `room` is at least 2 more than the longest group
 void bitcpm_fake_quantize_all(const Weight *weights, int64_t count, float *scratch, int64_t room, int dtype, int given,
                               const Quantizer *quantizer, int threads) {
     int64_t elements = 0;
@@ -314,7 +318,7 @@ void bitcpm_fake_quantize_all(const Weight *weights, int64_t count, float *scrat
     }
 }
 
-// One weight, for a caller that would take longer to write a table of it than a small one takes to quantize.
+// Quantizes one weight, for callers in which writing the table would take longer than quantizing a small weight.
 void bitcpm_fake_quantize(const void *latent, void *quantized, uint16_t *scales, int64_t groups, int64_t n,
                           float *scratch, int dtype, int given, const Quantizer *quantizer, int threads) {
     const Weight weight = {latent, quantized, scales, groups, n};

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What stands around an int8 GEMM on a CPU: one pass over its bf16 input, one over its sums, one over a ternary weight.
+// The passes around an int8 GEMM on a CPU: over its bf16 input, over its sums, and over a ternary weight.
 //
-// Bit for bit the arithmetic of bitcpm_megatron/quantization/activations.py, all of it in fp32 and rounded once. Compile
-// with -ffp-contract=off and without -ffast-math.
+// The arithmetic is that of bitcpm_megatron/quantization/activations.py bit for bit, all of it in fp32 and rounded
+// once. Compile with -ffp-contract=off and without -ffast-math.
 
 #include <math.h>
 #include <stdint.h>
@@ -12,13 +12,13 @@
 
 static inline float from_bf16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
 
-// Rounds to nearest even, for numbers that are no NaN: without the branch of to_bf16 this is one vector operation.
+// Rounds to nearest even a number that is not NaN. Unlike to_bf16 it has no branch, so that it vectorizes.
 static inline uint16_t round_bf16(float value) {
     const uint32_t bits = as_bits(value);
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// The largest of the magnitudes, which are ordered as their bits are as integers; NaN is larger than all numbers.
+// Returns the largest magnitude. Magnitudes are ordered like their bits as integers; NaN is larger than all numbers.
 static inline float largest(const uint16_t *x, const float *factors, int64_t n) {
     uint32_t most = 0;
     if (factors) {
@@ -38,11 +38,11 @@ static inline float largest(const uint16_t *x, const float *factors, int64_t n) 
 
 // Quantizes each of `rows` rows of n numbers to int8, under one scale.
 //
-//   x         bf16
-//   factors   fp32, one for each of the n columns, by which x is multiplied first; or null
-//   fake      bf16, written: what the codes stand for, codes * scale / 127; or null
-//   codes     int8, written; or null
-//   scales    fp32, one for each row, written; or null
+//   x         bf16 [rows, n]
+//   factors   fp32 [n], by which the columns of x are multiplied first; or null
+//   fake      bf16 [rows, n], written: the values that the codes represent, codes * scale / 127; or null
+//   codes     int8 [rows, n], written; or null
+//   scales    fp32 [rows], written; or null
 void bitcpm_quantize_rows(const uint16_t *x, const float *factors, uint16_t *fake, int8_t *codes, float *scales,
                           int64_t rows, int64_t n, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -54,7 +54,7 @@ void bitcpm_quantize_rows(const uint16_t *x, const float *factors, uint16_t *fak
         uint16_t *value = fake ? fake + row * n : 0;
         if (scales) scales[row] = s;
         if (!isfinite(s)) {
-            // A product with the scale is what it is in the reference: NaN, for 0 * infinity is.
+            // The value is NaN, as in the reference, where it is the product 0 * infinity or 0 * NaN.
             for (int64_t i = 0; i < n; i++) {
                 if (code) code[i] = 0;
                 if (value) value[i] = 0x7fc0;
@@ -77,10 +77,10 @@ void bitcpm_quantize_rows(const uint16_t *x, const float *factors, uint16_t *fak
     }
 }
 
-// Sums of products of integers, [rows, n], to bf16: sum * column scale * row scale / 127.
+// Converts sums of products of integers, [rows, n], to bf16: sum * column scale * (row scale / 127).
 //
-//   columns   bf16, one for each of the n columns, or null
-//   scales    fp32, one for each row
+//   columns   bf16 [n], or null
+//   scales    fp32 [rows]
 void bitcpm_scale_sums(const int32_t *sums, const uint16_t *columns, const float *scales, uint16_t *out, int64_t rows,
                        int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -98,7 +98,7 @@ void bitcpm_scale_sums(const int32_t *sums, const uint16_t *columns, const float
     }
 }
 
-// The codes of a quantized weight [rows, n], and the scale of each row: its largest magnitude.
+// Writes the codes of a quantized weight [rows, n], and the scale of each row, which is its largest magnitude.
 void bitcpm_codes(const uint16_t *weight, int8_t *codes, uint16_t *scales, int64_t rows, int64_t n, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C sources as a library, such as those of this folder: compiled for this machine, and kept in the user's cache."""
+"""Compilation of C sources, such as those of this folder, into a library for this machine, kept in the user's cache."""
 
 import ctypes
 import functools
@@ -17,22 +17,22 @@ from typing import Any
 import torch
 
 CACHE_VARIABLE = "BITCPM_CACHE_DIR"
-"""Names another folder than ``$XDG_CACHE_HOME/bitcpm_megatron`` for the compiled library."""
+"""The environment variable that names a folder for compiled code instead of ``$XDG_CACHE_HOME/bitcpm_megatron``."""
 MARCH_VARIABLE = "BITCPM_MARCH"
-"""Names another value of the compiler's ``-march`` than ``native``, such as ``x86-64-v2``; the bits are the same."""
+"""The environment variable that replaces ``-march=native``, by ``x86-64-v2`` for instance; the bits are the same."""
 SOURCES = tuple(sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".c", ".h")))
-# No reordering of sums.
+# Flags such as -ffast-math are left out, because they would reorder sums.
 _FLAGS: tuple[str, ...] = ("-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS += ("-mprefer-vector-width=512",)
 _COMPILERS = ("cc", "gcc", "clang")
-# Below this a thread costs more than it brings.
+# With fewer elements, a thread costs more time than it saves.
 _ELEMENTS_PER_THREAD = 1 << 15
 
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library of this folder, or why there is none."""
+    """Returns the library of this folder, or the reason why there is none."""
     pointer, long, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     how = (integer, integer, pointer, integer)
     signatures: dict[str, tuple[Any, ...]] = {
@@ -42,20 +42,20 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
         "bitcpm_scale_sums": (*[pointer] * 4, long, long, integer),
         "bitcpm_codes": (*[pointer] * 3, long, long, integer),
     }
-    # Bits must not depend on the compiler: no contraction into fused multiply-adds.
+    # Results must not depend on the compiler: no contraction into fused multiply-adds.
     return build("fake_quantize", SOURCES, signatures, ("-ffp-contract=off",))
 
 
 def build(
     name: str, sources: Sequence[Path], signatures: Mapping[str, tuple[Any, ...]], flags: Sequence[str]
 ) -> tuple[ctypes.CDLL | None, str | None]:
-    """A library, from the cache or compiled, or why there is none.
+    """Returns a library, from the cache or newly compiled, or the reason why there is none.
 
     Args:
-        name: of its file in the cache.
-        sources: C files and the headers that they include.
-        signatures: argument types of its functions, which return nothing.
-        flags: of the compiler, beside those of every library.
+        name: the name of its file in the cache.
+        sources: the C files and the headers that they include.
+        signatures: the argument types of its functions, which return nothing.
+        flags: the compiler flags in addition to those of every library.
     """
     named = shlex.split(os.environ.get("CC", ""))
     compiler = named or [name for name in _COMPILERS if shutil.which(name)][:1]
@@ -64,7 +64,7 @@ def build(
     command = [*compiler, *_FLAGS, *flags, f"-march={os.environ.get(MARCH_VARIABLE) or 'native'}"]
     try:
         library = _open(name, sources, compiler, command)
-    # pathlib has a RuntimeError for a user without a home.
+    # pathlib raises RuntimeError for a user without a home.
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or repr(error)
         return None, f"{shlex.join(compiler)} could not build it: {said.splitlines()[-1]}"
@@ -79,23 +79,23 @@ def _open(name: str, sources: Sequence[Path], compiler: list[str], command: list
     path = _compiled(name, sources, compiler, command)
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # cut short by a power failure, for instance
+    except OSError:  # the file may have been truncated by a power failure
         path.unlink(missing_ok=True)
         return ctypes.CDLL(str(_compiled(name, sources, compiler, command)))
 
 
 def _compiled(name: str, sources: Sequence[Path], compiler: list[str], command: list[str]) -> Path:
-    """The library for these sources, compiler, flags and machine; compiled where the cache has none.
+    """Returns the path of the library for these sources, compiler, flags and machine; compiles it if it is not cached.
 
     Raises:
-        OSError, subprocess.SubprocessError: the compiler fails, or the cache cannot be written.
+        OSError, subprocess.SubprocessError: if the compiler fails, or the cache cannot be written.
     """
     version = _run([*compiler, "--version"]).encode()
     texts = [path.read_bytes() for path in sources]
     key = hashlib.sha256(b"\0".join([*texts, version, shlex.join(command).encode(), _machine()]))
     library = _cache() / f"{name}-{key.hexdigest()[:32]}.so"
     if not library.is_file():
-        # Processes of one job compile at the same time: each to a name of its own, and the last rename stays.
+        # Processes of one job compile at the same time: each to a file name of its own; the last rename wins.
         handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
         os.close(handle)
         try:
@@ -112,10 +112,10 @@ def _run(command: list[str]) -> str:
 
 
 def _cache() -> Path:
-    """The user's own folder for compiled code; nobody else may write there.
+    """Returns the user's own folder for compiled code, which only the user may write to.
 
     Raises:
-        OSError: it cannot be made, or others may write to it.
+        OSError: if it cannot be created, or others may write to it.
     """
     named = os.environ.get(CACHE_VARIABLE)
     general = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -132,7 +132,7 @@ def _cache() -> Path:
 
 
 def _machine() -> bytes:
-    """What ``-march=native`` depends on: a cache may be shared by machines with different CPUs."""
+    """Returns what ``-march=native`` depends on, because machines with different CPUs may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
@@ -141,5 +141,5 @@ def _machine() -> bytes:
 
 
 def threads_for(rows: int, elements: int) -> int:
-    """How many threads are worth their while for rows that are each one thread's."""
+    """Returns how many threads pay off for rows that are processed by one thread each."""
     return max(1, min(torch.get_num_threads(), rows, elements // _ELEMENTS_PER_THREAD))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Int8 GEMMs of a ternary layer: activations in int8, one scale per token, times codes, one scale per row.
+"""Int8 GEMMs of a ternary layer: int8 activations with one scale per token, times codes with one scale per row.
 
 The product of the integers is a library's: torch._int_mm (oneDNN on a CPU, cuBLASLt on CUDA), or npu_quant_matmul on an
-NPU. What stands around it, the quantization of the activations in one pass and the scaling of the sums in one, is a
-kernel where there is one, and the reference elsewhere. All of them give the bits of
+NPU. Two passes surround it: the quantization of the activations, and the scaling of the sums. Each of them is a kernel
+if the device has one, and the reference elsewhere. All of them give the bits of
 :mod:`bitcpm_megatron.quantization.activations`.
 
 =========  ===============================================================
@@ -12,6 +12,8 @@ kernel where there is one, and the reference elsewhere. All of them give the bit
 ``cuda``   Triton kernels around it
 ``npu``    npu_quant_matmul
 =========  ===============================================================
+
+In shapes, ``in`` and ``out`` are the features of the layer, and ``...`` the dimensions of the tokens.
 """
 
 import torch
@@ -23,12 +25,12 @@ from . import cpu, cuda, npu, reference
 from .kernels import Int8Kernels, QuantizedTokens
 
 _KERNELS = {"cpu": cpu.kernels, "cuda": cuda.kernels, "npu": npu.kernels}
-# Of an input gradient, which may be of any size.
+# The lower bound of a scale of an input gradient, which may be of any magnitude.
 _TINY = torch.finfo(torch.float32).smallest_normal
 
 
 def int8_kernels(device_type: str) -> Int8Kernels:
-    """The kernels of a device: the reference's where ``--ternary-backend torch`` asks for it."""
+    """Returns the int8 kernels of a device type; the reference's if the backend is ``torch``, except on an NPU."""
     if active_backend(device_type).backend.name == "torch" and device_type != "npu":
         return reference.kernels
     return _KERNELS.get(device_type, lambda: reference.kernels)()
@@ -38,7 +40,7 @@ def check_int8(weight: torch.Tensor) -> None:
     """Checks that a weight ``[out, in]`` can be a factor of an int8 GEMM on its device.
 
     Raises:
-        ValueError: it cannot, with the reason.
+        ValueError: if it cannot; the message has the reason.
     """
     (rows, columns), device = weight.shape, weight.device.type
     if weight.dtype not in (torch.bfloat16, torch.float16):
@@ -52,24 +54,25 @@ def check_int8(weight: torch.Tensor) -> None:
 
 
 def quantize_tokens(x: torch.Tensor) -> QuantizedTokens:
-    """The int8 codes of every token, its scale, and the values that they stand for, in one pass.
+    """Returns the int8 codes of every token, its scale, and the values that they represent, computed in one pass.
 
     Args:
-        x: ``[..., features]`` in bf16 or fp16.
+        x: the activations, ``[..., in]`` in bf16 or fp16.
     """
     return int8_kernels(x.device.type).quantize(x, EPS, None, True)
 
 
 def int8_linear(x: torch.Tensor | QuantizedTokens, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """y = x W^T of quantized activations and a ternary weight, as an int8 GEMM.
+    """Computes y = x W^T of quantized activations and a ternary weight as an int8 GEMM.
 
     Args:
-        x: ``[..., in]`` in bf16 or fp16: quantized activations, whose codes are found exactly; or the codes themselves.
-        codes: int8 ``[out, in]`` of the weight.
-        scales: ``[out]`` of its rows.
+        x: the activations, ``[..., in]`` in bf16 or fp16, already quantized, so that their codes are found exactly; or
+            the codes themselves.
+        codes: the codes of the weight, int8 ``[out, in]``.
+        scales: the scales of its rows, ``[out]``.
 
     Returns:
-        ``[..., out]`` in the dtype of the activations.
+        The output y, ``[..., out]`` in the dtype of the activations.
     """
     kernels = int8_kernels(codes.device.type)
     tokens = x if isinstance(x, QuantizedTokens) else kernels.quantize(x, EPS, None, False)
@@ -77,20 +80,25 @@ def int8_linear(x: torch.Tensor | QuantizedTokens, codes: torch.Tensor, scales: 
 
 
 def int8_input_gradient(gradient: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """dy W of a ternary weight as an int8 GEMM: dy times the scales of the weight's rows, quantized per token.
+    """Computes the input gradient dy W of a ternary weight as an int8 GEMM.
+
+    The gradient dy times the scales of the weight's rows is quantized per token.
 
     Args:
-        gradient: ``[..., out]`` in bf16 or fp16.
-        codes: int8 ``[out, in]`` of the weight.
-        scales: ``[out]`` of its rows.
+        gradient: the output gradient dy, ``[..., out]`` in bf16 or fp16.
+        codes: the codes of the weight, int8 ``[out, in]``.
+        scales: the scales of its rows, ``[out]``.
 
     Returns:
-        ``[..., in]`` in the dtype of the gradient.
+        The input gradient, ``[..., in]`` in the dtype of the output gradient.
     """
     kernels = int8_kernels(codes.device.type)
     return kernels.product(kernels.quantize(gradient, _TINY, scales, False), codes, None)
 
 
 def codes_of(quantized: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes and scales of a quantized weight; see :func:`bitcpm_megatron.quantization.codes_of`."""
+    """Returns the codes and scales of a quantized weight, by the kernel of its device.
+
+    The result is that of :func:`bitcpm_megatron.quantization.codes_of`.
+    """
     return int8_kernels(quantized.device.type).codes(quantized.detach())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C kernels around torch._int_mm, which is oneDNN's: for bf16; anything else takes the reference's way."""
+"""C kernels around torch._int_mm (oneDNN) for bf16; other dtypes take the reference."""
 
 import ctypes
 import functools
@@ -16,7 +16,7 @@ _SUMS_AT_ONCE, _FEWEST_ROWS = 1 << 21, 256
 
 @functools.cache
 def kernels() -> Int8Kernels:
-    """The C kernels; the reference where they cannot be compiled."""
+    """Returns the C kernels; the reference's if they cannot be compiled."""
     library, _ = load()
     if library is None:
         return reference.kernels
@@ -71,7 +71,8 @@ def _product(
     rows, width = tokens.codes.shape[0], weight.shape[1]
     y = torch.empty(rows, width, dtype=torch.bfloat16, device=weight.device)
     columns = None if scales is None else scales.to(torch.bfloat16).contiguous()
-    # As many sums at once as a cache holds until they are scaled; fewer rows would cost the GEMM more than that.
+    # The sums of one block stay in the cache until they are scaled; fewer rows than the minimum would cost the GEMM
+    # more than that gains.
     at_once = max(_FEWEST_ROWS, _SUMS_AT_ONCE // max(1, width))
     for first in range(0, rows, at_once):
         sums = reference.integer_product(tokens.codes[first : first + at_once], weight)

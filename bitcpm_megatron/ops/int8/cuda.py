@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels around torch._int_mm, which is cuBLASLt's on a GPU."""
+"""Triton kernels around torch._int_mm, which is cuBLASLt on a GPU."""
 
 import functools
 import importlib.util
@@ -11,13 +11,13 @@ from . import reference
 from .kernels import Int8Kernels, QuantizedTokens
 
 _BLOCK = 1024
-# A product that is rounded, and a sum of it with a number that rounds to integers, may not become one operation.
+# No fused multiply-add: a product must be rounded before the sum that rounds it to an integer.
 _EXACT = {"enable_fp_fusion": False}
 
 
 @functools.cache
 def kernels() -> Int8Kernels:
-    """The Triton kernels; the reference where Triton is not installed."""
+    """Returns the Triton kernels; the reference's if Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return reference.kernels
     return Int8Kernels("triton", reference.refuses, _values, quantize, product, codes_of)
@@ -32,7 +32,7 @@ def _values(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, eps: float, factors: torch.Tensor | None, values: bool) -> QuantizedTokens:
-    """See :class:`~.kernels.Int8Kernels`."""
+    """Quantizes tokens: the ``quantize`` of :class:`~.kernels.Int8Kernels`."""
     from ..triton.int8 import quantize_tokens
 
     x = x.detach().contiguous()
@@ -57,7 +57,7 @@ def quantize(x: torch.Tensor, eps: float, factors: torch.Tensor | None, values: 
 
 
 def product(tokens: QuantizedTokens, weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    """See :class:`~.kernels.Int8Kernels`."""
+    """Multiplies tokens with codes: the ``product`` of :class:`~.kernels.Int8Kernels`."""
     from ..triton.int8 import scale_sums
 
     sums = reference.integer_product(tokens.codes, weight).contiguous()
@@ -78,5 +78,5 @@ def product(tokens: QuantizedTokens, weight: torch.Tensor, scales: torch.Tensor 
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """bf16 as its patterns, see :mod:`..triton.arithmetic`."""
+    """Returns bf16 as int16 bit patterns, as :mod:`..triton.arithmetic` takes it; other dtypes unchanged."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor

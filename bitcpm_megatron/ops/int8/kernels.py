@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of a device offer to int8 GEMMs."""
+"""The interface between int8 GEMMs and the kernels of a device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ class QuantizedTokens:
     """Activations, or gradients, in int8.
 
     Attributes:
-        shape: ``[..., features]`` of what was quantized.
-        dtype: its dtype, and that of what is computed with it.
-        codes: int8 ``[tokens, features]``.
-        scales: fp32 ``[tokens]``; 127 codes make one.
-        values: what codes and scales stand for, ``[..., features]``; None where it was not asked for.
+        shape: the shape ``[..., features]`` of the tensor that was quantized.
+        dtype: its dtype, which is also the dtype of results computed with it.
+        codes: the codes, int8 ``[tokens, features]``.
+        scales: the scales, fp32 ``[tokens]``; the code 127 represents one scale.
+        values: the values that codes and scales represent, ``[..., features]``; None if they were not requested.
     """
 
     shape: torch.Size
@@ -27,7 +27,7 @@ class QuantizedTokens:
 
     @classmethod
     def empty(cls, x: torch.Tensor, values: bool) -> "QuantizedTokens":
-        """Room for a kernel to write the tokens of ``x`` to, and their values where these are asked for."""
+        """Allocates tensors for a kernel to write the tokens of ``x`` to, and their values if ``values`` is true."""
         width = x.shape[-1]
         tokens = x.numel() // width if width else 0
         codes = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
@@ -40,14 +40,15 @@ class Int8Kernels:
     """The kernels of a device.
 
     Attributes:
-        name: for reports.
+        name: the name of the kernels, for reports.
         refuses: ``(device type, out, in)`` -> why weights of this shape cannot be used here, or None.
-        values: ``(x, groups, eps)`` -> see :func:`bitcpm_megatron.quantization.quantize_activations`.
-        quantize: ``(x, eps, factors or None, with the values)`` -> the tokens of ``x``, multiplied by ``[features]``
-            factors first.
-        product: ``(tokens, codes [features, n], scales [n] or None)`` -> what the integer product stands for, as
-            :func:`bitcpm_megatron.quantization.scale_sums`.
-        codes: see :func:`bitcpm_megatron.quantization.codes_of`.
+        values: ``(x, groups, eps)`` -> the result of :func:`bitcpm_megatron.quantization.quantize_activations`.
+        quantize: ``(x, eps, factors or None, whether values are wanted)`` -> the tokens of ``x``, first multiplied by
+            the ``[features]`` factors.
+        product: ``(tokens, codes [features, n], scales [n] or None)`` -> the values that the integer product
+            represents, as from :func:`bitcpm_megatron.quantization.scale_sums`; n is the number of columns of the
+            result.
+        codes: ``(quantized weight)`` -> the result of :func:`bitcpm_megatron.quantization.codes_of`.
     """
 
     name: str

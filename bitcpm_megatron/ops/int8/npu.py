@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch_npu.npu_quant_matmul: the integer product with both scales, by its documented signature.
+"""The integer product with both scales on an NPU: torch_npu.npu_quant_matmul, called by its documented signature.
 
-No NPU has run this: the tests check every call against the documentation (Atlas A2: x1 and x2 int8, x2 contiguous or
-the transpose of a contiguous one, scale float32 or bfloat16 ``[n]`` or ``[1]``, pertoken_scale float32 ``[m]``, output
-bfloat16, or float16 with a float32 scale; nothing empty, the last dimensions up to 65,535). The order in which the
-device multiplies with the two scales is not documented, so that its results may differ from the reference's in the last
-bit; the integers in them may not.
+This code has not run on an NPU: the tests check every call against the documentation (Atlas A2: x1 and x2 int8, x2
+contiguous or the transpose of a contiguous one, scale float32 or bfloat16 ``[n]`` or ``[1]``, pertoken_scale float32
+``[m]``, output bfloat16, or float16 with a float32 scale; nothing empty, the last dimensions up to 65,535; m is the
+number of tokens, n the number of output columns). The order in which the device multiplies with the two scales is not
+documented, so that its results may differ from the reference's in the last bit; the integer sums in them are the same.
 """
 
 import functools
@@ -22,7 +22,7 @@ _LONGEST = 65535
 
 @functools.cache
 def kernels() -> Int8Kernels:
-    """The op of torch_npu."""
+    """Returns the kernels around the op of torch_npu."""
     same = reference.kernels
     return Int8Kernels("npu_quant_matmul", _refuses, same.values, same.quantize, _product, codes_of)
 

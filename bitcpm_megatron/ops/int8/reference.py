@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference around torch._int_mm, on every device that has it."""
+"""The reference kernels around torch._int_mm, for every device that has it."""
 
 import functools
 
@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from ...quantization import codes_of, integer_activations, quantize_activations, scale_sums
 from .kernels import Int8Kernels, QuantizedTokens
 
-# Of cuBLASLt: more than 16 rows, and widths in multiples of 8.
+# cuBLASLt takes more than 16 rows, and widths in multiples of 8.
 _CUDA_ROWS, _CUDA_WIDTH = 32, 8
 
 
@@ -18,14 +18,14 @@ def _unavailable(device_type: str) -> str | None:
     try:
         one = torch.ones(_CUDA_ROWS, _CUDA_WIDTH, dtype=torch.int8, device=device_type)
         torch._int_mm(one, one[:_CUDA_WIDTH].t())
-    # A torch that was built without CUDA asserts.
+    # A torch that was built without CUDA raises an AssertionError.
     except (AssertionError, AttributeError, RuntimeError) as error:
         return f"this torch has no int8 GEMM on {device_type} ({str(error).splitlines()[0]}): use --ternary-gemm bf16"
     return None
 
 
 def refuses(device_type: str, rows: int, columns: int) -> str | None:
-    """Why torch._int_mm cannot take weights of these sizes, or None."""
+    """Returns the reason why torch._int_mm cannot take weights of these sizes, or None."""
     if reason := _unavailable(device_type):
         return reason
     if device_type == "cuda" and (rows % _CUDA_WIDTH or columns % _CUDA_WIDTH):
@@ -34,17 +34,17 @@ def refuses(device_type: str, rows: int, columns: int) -> str | None:
 
 
 def integer_product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """int32 ``[tokens, n]``, the exact product of int8 ``[tokens, k]`` and ``[k, n]``."""
+    """Returns the exact product, int32 ``[tokens, n]``, of int8 ``[tokens, k]`` and int8 ``[k, n]``."""
     tokens = codes.shape[0]
     if not tokens:
         return codes.new_zeros((0, weight.shape[1]), dtype=torch.int32)
     if codes.shape[1] == 1:
-        # oneDNN takes a transposed matrix of one row for one of one column, and reads beyond its end.
+        # oneDNN mistakes a transposed matrix of one row for one of one column, and reads beyond its end.
         return codes.int() * weight.int()
     if not codes.is_cuda:
         return torch._int_mm(codes, weight)
-    # A number of rows that is no multiple has given wrong sums (pytorch/pytorch#107671), and not every GPU multiplies
-    # with a second factor that is no transpose (#169961).
+    # A number of rows that is not a multiple of _CUDA_ROWS has given wrong sums (pytorch/pytorch#107671), and not every
+    # GPU multiplies by a second factor that is not a transpose (#169961).
     rows = pad(codes, (0, 0, 0, -tokens % _CUDA_ROWS))
     transposed = weight if weight.t().is_contiguous() else weight.t().contiguous().t()
     return torch._int_mm(rows, transposed)[:tokens]

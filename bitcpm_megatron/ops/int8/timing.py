@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the int8 GEMM of a layer takes here, and the one that it replaces."""
+"""Timing of the int8 GEMM of a layer on this machine, and of the GEMM that it replaces."""
 
 import time
 from collections.abc import Callable
@@ -15,12 +15,12 @@ class GemmTimes:
     """The shortest times of a layer's forward, in milliseconds.
 
     Attributes:
-        kernels: of the int8 GEMM, by name.
-        tokens: of the input.
-        plain: the GEMM of the quantized weight as it is stored.
-        int8: the int8 GEMM with everything around it.
-        integers: of that, the product of the integers with its scaling.
-        quantization: of that, the quantization of the input.
+        kernels: the name of the kernels of the int8 GEMM.
+        tokens: the number of tokens of the input.
+        plain: the time of the GEMM of the quantized weight as it is stored.
+        int8: the time of the int8 GEMM with quantization and scaling.
+        integers: the part of ``int8`` that is the product of the integers with its scaling.
+        quantization: the part of ``int8`` that is the quantization of the input.
     """
 
     kernels: str
@@ -33,12 +33,12 @@ class GemmTimes:
 
 @torch.no_grad()
 def time_gemms(weight: torch.Tensor, tokens: int = 256, repeats: int = 5) -> GemmTimes:
-    """Measures the GEMMs of a weight, in turns, after one round that does not count.
+    """Measures the GEMMs of a weight in turns, after one round that does not count.
 
     Args:
-        weight: ``[out, in]``; its values do not matter.
-        tokens: of the input.
-        repeats: of each; the shortest counts.
+        weight: the weight, ``[out, in]``; its values do not matter.
+        tokens: the number of tokens of the input.
+        repeats: the number of rounds; the shortest time of each GEMM counts.
     """
     weight = weight.detach()
     x = torch.ones(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)

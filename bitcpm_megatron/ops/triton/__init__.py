@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton backend. Importing this registers it and imports no triton: that waits for the first weight.
+"""The Triton backend: importing this module registers it; triton itself is imported for the first weight.
 
-The kernels keep to what triton-ascend has as well as upstream: plain masked loads and stores of blocks, elementwise
-arithmetic, comparisons and selections in fp32 and int32, bit casts, reshapes, sums along an axis, and, for many
-weights in one launch, pointers made of integers. There is no inline assembly, no libdevice, no atomics, no block
-pointer, no descriptor; the only tuned numbers are the tile and the warps, and on an NPU nothing is tuned and as many
+The kernels use only features that triton-ascend and upstream share: plain masked loads and stores of blocks,
+elementwise arithmetic, comparisons and selections in fp32 and int32, bit casts, reshapes, sums along an axis, and, for
+many weights in one launch, pointers made of integers. They use no inline assembly, no libdevice, no atomics, no block
+pointers and no descriptors. Only the tile and the number of warps are tuned; on an NPU nothing is tuned, and as many
 programs run as there are vector cores.
 
 ================  =============================================================
 ``arithmetic``    bf16 as bits, the ordered sum, the scale, the values of a space
 ``resident``      groups and rows that fit into a tile: one read, one write
-``grouped``       the same, of many weights in one launch
+``grouped``       the same for many weights in one launch
 ``streamed``      longer rows: two reads, one write
 ``packed``        codes in 2 bits, and their statistics
+``int8``          the passes around an int8 GEMM
 ``launch``        the host's side, with the functions to call
 ================  =============================================================
 """
@@ -27,12 +28,12 @@ from ...quantization import SPACES, QuantizerConfig
 from ..registry import Backend, register_backend
 
 _VARIABLE = "TRITON_INTERPRET"
-# Triton reads it when it is imported, so that a later change has no effect that could be relied on.
+# Triton reads the variable when it is imported; a later change has no reliable effect.
 _INTERPRETED = os.environ.get(_VARIABLE, "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why the kernels cannot run on a device type, or None."""
+    """Returns the reason why the kernels cannot run on a device type, or None."""
     if importlib.util.find_spec("triton") is None:
         package = "triton-ascend" if device_type == "npu" else "triton"
         return f"triton is not installed: pip install {package}"
@@ -67,7 +68,7 @@ def _grouped(
     return fake_quantize_all(weights, quantized, scales, group_sizes, config)
 
 
-# The interpreter is for finding out what a kernel does, not for training: never chosen by itself.
+# The interpreter is for debugging kernels and not for training, so that it is never chosen automatically.
 _PRIORITY = None if _INTERPRETED else 10
 register_backend(
     Backend("triton", _kernel, unavailable, _PRIORITY, spaces=tuple(SPACES), any_scale=True, grouped=_grouped)

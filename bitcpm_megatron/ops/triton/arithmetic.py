@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels share: bf16 as bits, a sum in one order everywhere, the scale, and the values of a group.
+"""Arithmetic that the kernels share: bf16 as bits, a sum in a fixed order, the scale, and the values of a group.
 
-bf16 is read and written as its 16-bit pattern. This costs nothing on a GPU, where bf16 widens by a shift; the outputs
-of a group are a few patterns to select from, so nothing is rounded on the way out; and it makes the interpreter exact,
-whose own casts truncate to bf16 and lose its subnormal values.
+bf16 is read and written as its 16-bit pattern. This costs nothing on a GPU, where bf16 is widened by a shift. The
+outputs of a group are a few patterns to select from, so that nothing is rounded on the way out. And it makes the
+interpreter exact, whose own casts truncate to bf16 and lose its subnormal values.
+
+A unit is what shares one scale, a group or a row. In shapes, UNITS is the number of units in a tile, and SIZE the
+number of elements of a unit, padded to a power of two.
 """
 
 import triton
@@ -12,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def widen(stored, BF16: tl.constexpr):
-    """Stored weights or scales in fp32; bf16 comes as int16 patterns."""
+    """Returns stored weights or scales in fp32; bf16 comes as int16 patterns."""
     if BF16:
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -21,12 +24,12 @@ def widen(stored, BF16: tl.constexpr):
 
 @triton.jit
 def ordered_sum(x, UNITS: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr):
-    """``[UNITS, SIZE]`` -> ``[UNITS, 1]``: neighbours are added, then neighbouring pairs, and so on.
+    """Sums ``[UNITS, SIZE]`` to ``[UNITS, 1]``: neighbors are added, then neighboring pairs, and so on.
 
-    A plain ``tl.sum`` adds in an order that follows the tile, the number of warps and even the address of the weight;
-    a scale at the midpoint of two bf16 values would follow it, too. A sum of two has one order only, so that this tree
-    gives the same bits on every rank, after every tuning, in the interpreter, and in the AscendC kernels, which add in
-    the same order. SIZE is 2**LEVELS.
+    A plain ``tl.sum`` adds in an order that depends on the tile, the number of warps and even the address of the
+    weight; a scale at the midpoint of two bf16 values would depend on it, too. A sum of two numbers has only one order,
+    so that this tree gives the same bits on every rank, after every tuning, in the interpreter, and in the AscendC
+    kernels, which add in the same order. SIZE is 2**LEVELS.
     """
     for level in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, [UNITS, SIZE >> (level + 1), 2]), axis=2)
@@ -35,13 +38,13 @@ def ordered_sum(x, UNITS: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr
 
 @triton.jit
 def largest(x, UNITS: tl.constexpr):
-    """``[UNITS, SIZE]`` of magnitudes -> ``[UNITS, 1]``, by their bits: as an integer NaN is larger than infinity."""
+    """Returns the maxima ``[UNITS, 1]`` of magnitudes ``[UNITS, SIZE]``, by their bits: NaN is the largest."""
     return tl.reshape(tl.max(x.to(tl.int32, bitcast=True), axis=1), [UNITS, 1]).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def statistic(x, count, ABSMAX: tl.constexpr, UNITS: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr):
-    """The mean or the maximum of magnitudes ``[UNITS, SIZE]``, of which ``count`` are none of padding."""
+    """Returns the mean or the maximum of magnitudes ``[UNITS, SIZE]``, of which ``count`` per unit are not padding."""
     if ABSMAX:
         return largest(x, UNITS)
     else:
@@ -50,37 +53,37 @@ def statistic(x, count, ABSMAX: tl.constexpr, UNITS: tl.constexpr, SIZE: tl.cons
 
 @triton.jit
 def scale_bits(found, factor, eps):
-    """bf16(max(statistic * factor, eps)) as an int32 that holds its 16 bits."""
+    """Returns bf16(max(statistic * factor, eps)) as an int32 that holds its 16 bits."""
     scale = found * factor
-    # Not tl.maximum, which may drop a NaN.
+    # tl.maximum may drop a NaN; this selection keeps it.
     scale = tl.where(scale < eps, eps, scale)
-    # The scale is positive, and a NaN must not be carried over into the sign.
+    # The scale is positive, but rounded_bits would carry the bits of a NaN into the sign.
     return tl.where(scale == scale, rounded_bits(scale), 0x7FC0)
 
 
 @triton.jit
 def rounded_bits(x):
-    """The 16 bits of bf16 in an int32, of a positive fp32 number: half to even."""
+    """Returns the 16 bits of bf16 in an int32, for a positive fp32 number, rounded half to even."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
 @triton.jit
 def widen_bits(bits):
-    """The fp32 value of the bf16 whose pattern an int32 holds."""
+    """Returns the fp32 value of a bf16 number whose pattern is in an int32."""
     return (bits << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def stored_values(positive, negative, bits, BF16: tl.constexpr, DTYPE: tl.constexpr):
-    """s, -s or +0.0 as they are stored; NaN for a scale that is not finite.
+    """Returns s, -s or +0.0 in stored form; NaN for a scale that is not finite.
 
     Args:
-        positive: where s is wanted; for a scale that is not finite, nowhere.
-        negative: where -s is; likewise.
-        bits: of the scales, in the shape of the masks or one that broadcasts to it.
+        positive: the mask of the elements that become s; false for a scale that is not finite.
+        negative: the mask of the elements that become -s; false for a scale that is not finite.
+        bits: the bits of the scales, int32, in the shape of the masks or one that broadcasts to it.
         BF16: whether bf16 patterns are stored.
-        DTYPE: what is stored: int16 for bf16, else fp16 or fp32.
+        DTYPE: the stored dtype: int16 for bf16, else fp16 or fp32.
     """
     wrong = (bits & 0x7F80) == 0x7F80
     if BF16:
@@ -89,14 +92,14 @@ def stored_values(positive, negative, bits, BF16: tl.constexpr, DTYPE: tl.conste
         zero = tl.where(wrong, 0x7FC0, 0).to(DTYPE)
     else:
         plus = widen_bits(bits).to(DTYPE)
-        minus = 0.0 - plus  # +0.0 where a scale underflows in fp16
+        minus = 0.0 - plus  # +0.0 if a scale underflows in fp16
         zero = tl.where(wrong, float("nan"), 0.0).to(DTYPE)
     return tl.where(positive, plus, tl.where(negative, minus, zero))
 
 
 @triton.jit
 def beyond(w, bound, UPPER: tl.constexpr):
-    """Whether w takes the upper of two levels; with a NaN it does not."""
+    """Returns whether w takes the upper of two levels; false for NaN."""
     if UPPER:
         return w >= bound
     else:
@@ -105,21 +108,23 @@ def beyond(w, bound, UPPER: tl.constexpr):
 
 @triton.jit
 def of_space(w, bits, SPACE: tl.constexpr, GIVEN: tl.constexpr, BF16: tl.constexpr, DTYPE: tl.constexpr):
-    """The level of a space times scale as it is stored.
+    """Returns level times scale in a quantization space, in stored form.
 
     Args:
-        w: fp32 ``[UNITS, SIZE]``.
-        bits: of the scales, int32 ``[UNITS, 1]``.
-        SPACE: its table, as :func:`~bitcpm_megatron.ops.triton.launch.space_number` writes it; 0 for ternary.
-        GIVEN: whether the scales are not the weight's own.
-        BF16: see :func:`stored_values`.
-        DTYPE: see there.
+        w: the weights, fp32 ``[UNITS, SIZE]``.
+        bits: the bits of the scales, int32 ``[UNITS, 1]``.
+        SPACE: the table of the space, encoded by :func:`~bitcpm_megatron.ops.triton.launch.space_number`; 0 for
+            ternary.
+        GIVEN: whether the scales are given, and not the weight's own.
+        BF16: whether bf16 patterns are stored.
+        DTYPE: the stored dtype: int16 for bf16, else fp16 or fp32.
     """
     if SPACE == 0:
         return ternary(w, bits, GIVEN, BF16, DTYPE)
     else:
         s = widen_bits(bits)
-        # Levels of the tile, and not values of a group to select from: these lie as scales do, a row to a thread.
+        # The selection runs on levels in the layout of the tile. Values per group would have the layout of the scales,
+        # with one row per thread.
         level = tl.zeros_like(w) + (((SPACE >> 3) & 15) * 0.5 - 4)
         for k in tl.static_range(SPACE & 7):
             field = SPACE >> (7 + 9 * k)
@@ -133,25 +138,25 @@ def of_space(w, bits, SPACE: tl.constexpr, GIVEN: tl.constexpr, BF16: tl.constex
             return tl.where(finite, pattern, 0x7FC0).to(DTYPE)
         else:
             value = magnitude.to(DTYPE)
-            value = tl.where(level < 0, 0.0 - value, value)  # +0.0 where it underflows in fp16
+            value = tl.where(level < 0, 0.0 - value, value)  # +0.0 if it underflows in fp16
             return tl.where(finite, value, float("nan")).to(DTYPE)
 
 
 @triton.jit
 def ternary(w, bits, GIVEN: tl.constexpr, BF16: tl.constexpr, DTYPE: tl.constexpr):
-    """sign(w) * (|w| > s/2) * s as it is stored.
+    """Returns sign(w) * (|w| > s/2) * s in stored form.
 
     Args:
-        w: fp32 ``[UNITS, SIZE]``.
-        bits: of the scales, int32 ``[UNITS, 1]``.
-        GIVEN: whether the scales are not the weight's own.
-        BF16: see :func:`stored_values`.
-        DTYPE: see there.
+        w: the weights, fp32 ``[UNITS, SIZE]``.
+        bits: the bits of the scales, int32 ``[UNITS, 1]``.
+        GIVEN: whether the scales are given, and not the weight's own.
+        BF16: whether bf16 patterns are stored.
+        DTYPE: the stored dtype: int16 for bf16, else fp16 or fp32.
     """
-    # Comparisons are false with a NaN, and beyond infinity there is nothing.
+    # Under a scale that is NaN or infinite, both comparisons are false.
     half = widen_bits(bits) * 0.5
     values = stored_values(w > half, w < -half, bits, BF16, DTYPE)
-    if GIVEN:  # else a NaN among the weights has made the scale NaN
+    if GIVEN:  # an own scale is NaN if a weight is
         nan = tl.where(bits == bits, 0x7FC0 if BF16 else float("nan"), 0).to(DTYPE)
         values = tl.where(w == w, values, nan)
     return values

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many weights in one launch, for units that fit into one tile."""
+"""Kernel for many weights in one launch, for units that fit into one tile."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,10 @@ import triton.language as tl
 from .resident import quantize_tile
 
 TABLE_ROWS = 6
-"""First step, the addresses of weight, quantized weight and scales, units, unit: see :func:`quantize_grouped`."""
+"""The rows of the table: first step, addresses of weight, quantized weight and scales, ``units``, and ``unit``.
+
+They describe the weights of a launch of :func:`quantize_grouped`.
+"""
 
 
 @triton.jit
@@ -26,22 +29,22 @@ def quantize_grouped(
     TILE: tl.constexpr,
     WEIGHTS: tl.constexpr,
 ):
-    """As :func:`~bitcpm_megatron.ops.triton.resident.quantize_resident` with own scales, of many weights.
+    """Quantizes many weights with their own scales, each as ``resident.quantize_resident`` does.
 
     Args:
-        table: int64 ``[TABLE_ROWS, WEIGHTS]``, one column per weight; those beyond the last begin behind all steps.
-        steps: tiles of all weights.
-        eps: lower bound of a scale.
-        factor: see there.
-        ABSMAX: see there.
-        SPACE: see there.
-        STORED: what is stored: int16 for bf16, else fp16 or fp32.
+        table: int64 ``[TABLE_ROWS, WEIGHTS]``, one column per weight; in unused columns the first step is ``steps``.
+        steps: the number of tiles of all weights.
+        eps: the lower bound of a scale.
+        factor: the multiplier of the statistic.
+        ABSMAX: whether the statistic is the largest magnitude instead of the mean.
+        SPACE: the table of the quantization space, see :func:`~bitcpm_megatron.ops.triton.arithmetic.of_space`.
+        STORED: the stored dtype: int16 for bf16, else fp16 or fp32.
         BF16: whether the weights are bf16.
-        ALIGNED: whether every address and unit is a multiple of 16.
-        SIZE: 2**LEVELS, the power of two from every ``unit`` up.
-        LEVELS: see there.
-        TILE: elements per program and step, a multiple of SIZE.
-        WEIGHTS: a power of two.
+        ALIGNED: whether the addresses of all weights and quantized weights, and every ``unit``, are multiples of 16.
+        SIZE: a power of two that is at least every ``unit``.
+        LEVELS: the binary logarithm of SIZE.
+        TILE: the number of elements per program and step, a multiple of SIZE.
+        WEIGHTS: the number of columns of the table, a power of two.
     """
     firsts = tl.load(table + tl.arange(0, WEIGHTS))
     for step in range(tl.program_id(0), steps, tl.num_programs(0)):

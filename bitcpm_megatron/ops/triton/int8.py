@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around an int8 GEMM: one program per token over its input, one over its sums."""
+"""Kernels around an int8 GEMM: one program per token over its input, and one per token over its sums."""
 
 import triton
 import triton.language as tl
@@ -9,13 +9,13 @@ from .arithmetic import widen
 
 @triton.jit
 def _rounded(value):
-    """The nearest integer of a number below 2**22, half to even: there is no room for a fraction beside 1.5 * 2**23."""
+    """Returns the nearest integer of a number below 2**22, half to even: 1.5 * 2**23 leaves no bits for a fraction."""
     return (value + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def _stored(value, BF16: tl.constexpr, DTYPE: tl.constexpr):
-    """fp32 in the dtype that is stored, rounded half to even; bf16 as its int16 pattern."""
+    """Returns fp32 in the stored dtype, rounded half to even; bf16 as its int16 pattern."""
     if BF16:
         bits = value.to(tl.int32, bitcast=True)
         return tl.where(value == value, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0).to(DTYPE)
@@ -46,27 +46,27 @@ def quantize_tokens(
     BF16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Quantizes a token of ``[tokens, width]`` to int8 under one scale, as ``integer_activations``.
+    """Quantizes one token of ``[tokens, width]`` to int8 under one scale, as ``integer_activations`` does.
 
     Args:
-        x: contiguous; bf16 as int16 patterns.
-        factors: fp32 ``[width]`` to multiply with first, where FACTORS.
-        fake: like x, written where FAKE: what codes and scale stand for.
-        codes: int8, written.
-        scales: fp32 ``[tokens]``, written.
-        width: features of a token.
-        eps: lower bound of a scale.
-        FACTORS: see there.
-        FAKE: see there.
-        BF16: whether x is bf16.
-        BLOCK: features per step.
+        x: the activations, contiguous ``[tokens, width]``; bf16 as int16 patterns.
+        factors: fp32 ``[width]``, multiplied with every token first; read if FACTORS.
+        fake: the values that codes and scale represent, in the form of ``x``; written if FAKE.
+        codes: the codes, int8 ``[tokens, width]``, written.
+        scales: the scales, fp32 ``[tokens]``, written.
+        width: the number of features of a token.
+        eps: the lower bound of a scale.
+        FACTORS: whether there are factors.
+        FAKE: whether the values are wanted.
+        BF16: whether ``x`` is bf16.
+        BLOCK: the number of features per step.
     """
     token = tl.program_id(0)
     offset = token.to(tl.int64) * width
     most = tl.zeros([BLOCK], dtype=tl.int32)
     for first in range(0, width, BLOCK):
         values = _values(x, factors, offset, first + tl.arange(0, BLOCK), width, FACTORS, BF16)
-        # Magnitudes are ordered as their bits are; NaN is larger than all numbers.
+        # Magnitudes are ordered like their bits as integers; NaN is larger than all numbers.
         most = tl.maximum(most, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     largest = tl.max(most, axis=0).to(tl.float32, bitcast=True)
     s = tl.where(largest < eps, eps, largest)
@@ -79,7 +79,7 @@ def quantize_tokens(
         levels = tl.where(finite, _rounded(tl.div_rn(values, tl.where(finite, s, 1.0)) * 127.0), 0.0)
         tl.store(codes + offset + column, levels.to(tl.int8), mask=inside)
         if FAKE:
-            # 0 times a scale that is not finite is NaN, as it should be.
+            # 0 times a scale that is not finite is NaN, as in the reference.
             made = tl.div_rn(levels * s, 127.0) + 0.0
             tl.store(fake + offset + column, _stored(made, BF16, fake.dtype.element_ty), mask=inside)
 
@@ -95,17 +95,17 @@ def scale_sums(
     BF16: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Scales a row of int32 sums ``[tokens, width]``, as the reference of this name.
+    """Scales one row of int32 sums ``[tokens, width]``, as the reference of the same name does.
 
     Args:
-        sums: contiguous.
-        columns: fp32 ``[width]``, where COLUMNS.
-        scales: fp32 ``[tokens]``.
-        out: ``[tokens, width]``, written; bf16 as int16 patterns.
-        width: of a row.
-        COLUMNS: see there.
+        sums: the sums of products of codes, int32 ``[tokens, width]``, contiguous.
+        columns: the scales of the columns, fp32 ``[width]``; read if COLUMNS.
+        scales: the scales of the tokens, fp32 ``[tokens]``.
+        out: the result, ``[tokens, width]``, written; bf16 as int16 patterns.
+        width: the number of columns.
+        COLUMNS: whether the columns have scales.
         BF16: whether the result is bf16.
-        BLOCK: columns per step.
+        BLOCK: the number of columns per step.
     """
     token = tl.program_id(0)
     offset = token.to(tl.int64) * width

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's side of the kernels: checks, tiles, tuning, launch. Importing it imports triton."""
+"""The host's side of the Triton kernels: checks, tiles, tuning and launches; importing it imports triton."""
 
 import contextlib
 import itertools
@@ -21,16 +21,19 @@ from .streamed import quantize_streamed
 
 INTERPRETED = not isinstance(quantize_resident, triton.JITFunction)
 RESIDENT_ELEMENTS = {"npu": 4096}
-"""Longest group that is quantized in one tile. A 910B core has 192 KiB for a tile and all that is computed from it."""
+"""The length of the longest group that is quantized in one tile, by device type.
+
+A 910B core has 192 KiB for a tile and everything that is computed from it.
+"""
 RESIDENT_ELEMENTS_ELSEWHERE = 32768
 STREAMED_ELEMENTS = 4096
 PACKED_BLOCKS = 32
 TUNED_ELEMENTS = 1 << 20
-"""Smaller weights take less time than their launch: there is nothing to tune."""
+"""The smallest weight that is tuned; smaller ones take less time than their launch."""
 _UNTUNED_ELEMENTS = 1 << 17 if INTERPRETED else 4096
-"""The interpreter's cost is per program, hardly per element."""
+"""The tile without tuning; it is large in the interpreter, whose cost is per program and hardly per element."""
 GROUPED_WEIGHTS = 512
-"""Most weights of one launch: every program looks through all of them for its own."""
+"""The largest number of weights in one launch, because every program searches all of them for its own."""
 _CONFIGS = [
     triton.Config({"TILE": tile}, num_warps=warps, num_stages=1)
     for tile, warps in (
@@ -48,24 +51,25 @@ _CONFIGS = [
 
 
 def _fitting(configs: Sequence[triton.Config], named_args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    """The configurations whose tile holds a unit: of those with several units in a tile, not the largest ones."""
+    """Returns the configurations whose tile holds a unit; of those with several units per tile, not the largest."""
     size = kwargs["SIZE"]
     smallest = min(c.kwargs["TILE"] for c in configs if c.kwargs["TILE"] >= size)
     return [c for c in configs if size <= c.kwargs["TILE"] <= max(smallest, 8192)]
 
 
-# Results do not depend on what is chosen: see arithmetic.ordered_sum.
+# Results do not depend on the choice, because arithmetic.ordered_sum adds in a fixed order.
 _tuned = triton.autotune(_CONFIGS, key=["units", "unit"], prune_configs_by={"early_config_prune": _fitting})(
     quantize_resident
 )
 
 
 def space_number(name: str) -> int:
-    """The table of a space as one number, for kernels that are compiled for it.
+    """Returns the table of a space as one number, for kernels that are compiled for it.
 
-    From the lowest bit: 3 for the number of thresholds; 4 for the lowest level; then for each threshold 4 for itself, 1
-    for whether a tie goes to the upper level, and 4 for the level above. Levels and thresholds are multiples of a half,
-    and 2 (x + 4) stands for each. 0 for ternary, which needs no table.
+    From the lowest bit on, it has 3 bits for the number of thresholds and 4 for the lowest level. Then, for each
+    threshold, it has 4 bits for the threshold itself, 1 for whether a tie goes to the upper level, and 4 for the level
+    above. Levels and thresholds x are multiples of a half, and encoded as 2 (x + 4). The number is 0 for ternary, which
+    needs no table.
     """
     if name == "ternary":
         return 0
@@ -89,22 +93,24 @@ def fake_quantize(
     tile: int | None = None,
     resident: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`bitcpm_megatron.quantization.quantize_dequantize`; scales may lie one bf16 step beside its own.
+    """Quantizes one weight like :func:`bitcpm_megatron.quantization.quantize_dequantize`.
 
-    Nothing waits for the device, except that the first call for a shape tries the launch configurations.
+    Its own scales may differ from the reference's by one bf16 step. Nothing waits for the device, except that the first
+    call for a shape tries the launch configurations.
 
     Args:
-        weight: ``[out, in]`` in fp32, bf16 or fp16; one that is not contiguous is copied first.
+        weight: the latent weight, ``[out, in]`` in fp32, bf16 or fp16; it is copied first if it is not contiguous.
         config: the quantizer.
-        scales: given bf16 scales ``[out, groups]``.
-        tile: elements per program instead of the tuned number: a power of two.
-        resident: longest group that is quantized in one tile, instead of the device's number: a power of two.
+        scales: given bf16 scales ``[out, groups]``, or None for the weight's own.
+        tile: the number of elements per program instead of the tuned one: a power of two.
+        resident: the length of the longest group that is quantized in one tile, instead of the device's: a power of
+            two.
 
     Returns:
         The quantized weight ``[out, in]`` and the bf16 scales ``[out, groups]``.
 
     Raises:
-        ValueError: see :func:`~bitcpm_megatron.quantization.check_weight`.
+        ValueError: if :func:`~bitcpm_megatron.quantization.check_weight` refuses the weight.
     """
     group = check_weight(weight, config.group_size, scales)
     weight = weight.detach().contiguous()
@@ -126,30 +132,32 @@ def fake_quantize_all(
     tile: int | None = None,
     resident: int | None = None,
 ) -> int:
-    """Quantizes weights of one dtype, in place or not, in one launch for all groups of about one length.
+    """Quantizes weights of one dtype, in place or not, with one launch for all groups of about the same length.
 
-    About one length is: up to the same power of two, and all at addresses of a multiple of 16, or not; of more than
-    GROUPED_WEIGHTS weights there are several launches. Groups that do not fit into a tile have one launch per weight.
-    Nothing waits for the device, and nothing is tuned; a graph must not be captured meanwhile, for a launch's table is
-    copied from the host.
+    Groups have about the same length if they round up to the same power of two and agree on alignment: whether their
+    addresses and length are multiples of 16. More than GROUPED_WEIGHTS such weights take several launches. Groups that
+    do not fit into a tile take one launch per weight. Nothing waits for the device, and nothing is tuned. A graph must
+    not be captured meanwhile, because a launch's table is copied from the host.
 
     Args:
-        weights: as for :func:`fake_quantize`.
-        quantized: like them, contiguous, written; each may be the weight itself.
-        scales: bf16 ``[out, groups]`` of each, contiguous, written.
-        group_sizes: elements per scale of each, -1 for the row.
-        config: the quantizer of all of them, but for its group size.
-        tile: elements per program and step instead of the device's number: a power of two.
-        resident: see :func:`fake_quantize`.
+        weights: the latent weights, ``[out, in]`` each; one that is not contiguous is copied first.
+        quantized: the tensors to write the quantized weights to, of the same shapes and dtype, contiguous; each may be
+            the weight itself.
+        scales: the tensors to write the scales to, bf16 ``[out, groups]`` each, contiguous.
+        group_sizes: the elements per scale of each weight, -1 for the row.
+        config: the quantizer of all of them; its group size is ignored.
+        tile: the number of elements per program and step instead of the device's: a power of two.
+        resident: the length of the longest group that is quantized in one tile, instead of the device's: a power of
+            two.
 
     Returns:
         The number of launches.
 
     Raises:
-        ValueError: see :func:`~bitcpm_megatron.quantization.check_weight`.
+        ValueError: if :func:`~bitcpm_megatron.quantization.check_weight` refuses a weight.
     """
     launches = 0
-    # What is copied here to be contiguous lives until the last launch.
+    # The list keeps contiguous copies alive until the last launch.
     latent = [weight.detach().contiguous() for weight in weights]
     kinds: defaultdict[tuple[int, bool], list[_Entry]] = defaultdict(list)
     for weight, out, own, group_size in zip(latent, quantized, scales, group_sizes, strict=True):
@@ -178,7 +186,7 @@ def _quantize(
     tile: int | None,
     resident: int | None,
 ) -> None:
-    """One launch; ``own`` scales are read where they are given, else written."""
+    """Quantizes one weight in one launch; the scales ``own`` are read if ``given``, else written."""
     units = weight.numel() // group
     arguments = (_stored(weight), _stored(quantized), _stored(own), units, group, config.eps, config.scale_multiplier)
     kind = weight.device.type
@@ -200,19 +208,19 @@ def _quantize(
         if tile is None:
             _tuned[grid](*arguments, **constants)
         else:
-            # No tile needs to be larger than the weight.
+            # A tile that is larger than the weight would only add padding.
             tile = max(size, min(tile, triton.next_power_of_2(units) * size))
             quantize_resident[grid](*arguments, **constants, TILE=tile, num_warps=_warps(tile))
 
 
 _Entry: TypeAlias = tuple[int, int, int, int, int]
-"""Addresses of weight, quantized weight and scales; units; unit."""
+"""One weight of a grouped launch: the addresses of weight, quantized weight and scales; ``units``; ``unit``."""
 
 
 def _launch_grouped(
     entries: Sequence[_Entry], like: torch.Tensor, config: QuantizerConfig, size: int, aligned: bool, tile: int | None
 ) -> None:
-    """One launch for weights of the dtype and device of ``like``."""
+    """Launches one grouped kernel for weights of the dtype and device of ``like``."""
     longest = max(units for *_, units, _ in entries)
     tile = max(size, min(tile or _UNTUNED_ELEMENTS, triton.next_power_of_2(longest) * size))
     tiles = [triton.cdiv(units, tile // size) for *_, units, _ in entries]
@@ -247,24 +255,25 @@ def quantize_packed(
     scales: torch.Tensor | None = None,
     previous: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The ternary codes of a weight in 2 bits, and statistics of them.
+    """Returns the ternary codes of a weight in 2 bits, its scales, and statistics of the codes.
 
     Nothing waits for the device. With given scales a weight is read once; without, it is quantized first.
 
     Args:
-        weight: as for :func:`fake_quantize`.
-        group_size: elements per scale, -1 for the row.
-        eps: lower bound of the scales, which are absmeans.
-        scales: given bf16 scales ``[out, groups]``.
-        previous: packed codes of an earlier time, to compare with.
+        weight: the latent weight, ``[out, in]`` in fp32, bf16 or fp16; it is copied first if it is not contiguous.
+        group_size: the elements per scale, -1 for the row.
+        eps: the lower bound of the scales, which are absmeans.
+        scales: given bf16 scales ``[out, groups]``, or None for the weight's own.
+        previous: earlier packed codes to compare with, in the form of the result; None for none.
 
     Returns:
-        - packed codes, uint8 ``[out, ceil(in / 128) * 32]``, as :func:`bitcpm_megatron.quantization.pack`;
+        - packed codes, uint8 ``[out, ceil(in / 128) * 32]``, as from :func:`bitcpm_megatron.quantization.pack`;
         - bf16 scales ``[out, groups]``; the codes of a group whose scale is not finite are 0;
         - int64 ``[2]`` on the device: codes that are not zero, codes that differ from ``previous`` (0 without it).
 
     Raises:
-        ValueError: see :func:`~bitcpm_megatron.quantization.check_weight`; or previous codes of another shape.
+        ValueError: if :func:`~bitcpm_megatron.quantization.check_weight` refuses the weight, or the previous codes have
+            another shape or dtype.
     """
     group = check_weight(weight, group_size, scales)
     weight = weight.detach().contiguous()
@@ -304,22 +313,23 @@ def quantize_packed(
 def unpack_weight(
     packed: torch.Tensor, scales: torch.Tensor, columns: int, group_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The weight that packed codes and scales stand for.
+    """Returns the weight that packed codes and scales represent.
 
-    Damage is not looked for, because that would wait for the device: see :func:`bitcpm_megatron.quantization.unpack`.
+    It does not look for damage, because that would wait for the device; :func:`bitcpm_megatron.quantization.unpack`
+    does.
 
     Args:
-        packed: uint8 ``[out, ceil(columns / 128) * 32]``.
-        scales: bf16 ``[out, groups]``.
-        columns: of the weight.
-        group_size: elements per scale, -1 for the row.
-        dtype: of the weight: fp32, bf16 or fp16.
+        packed: the packed codes, uint8 ``[out, ceil(columns / 128) * 32]``.
+        scales: the scales, bf16 ``[out, groups]``.
+        columns: the number of columns of the weight.
+        group_size: the elements per scale, -1 for the row.
+        dtype: the dtype of the weight: fp32, bf16 or fp16.
 
     Returns:
-        ``[out, columns]``, as :func:`bitcpm_megatron.quantization.dequantize`.
+        The quantized weight, ``[out, columns]``, as from :func:`bitcpm_megatron.quantization.dequantize`.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: if packed codes or scales have another shape or dtype.
     """
     width = packed_size(columns)
     if packed.dim() != 2 or packed.dtype != torch.uint8 or packed.numel() == 0 or packed.shape[1] != width:
@@ -360,7 +370,7 @@ def _warps(tile: int) -> int:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device, which need not be the weight's."""
+    """Makes a device the current one, because kernels are launched there, and the weight's device need not be it."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
@@ -369,7 +379,10 @@ def _grid(units: int, size: int, device: torch.device) -> Callable[[dict[str, An
 
 
 def _programs(steps: int, device: torch.device) -> int:
-    """Programs for so many steps: on an NPU one per vector core, for there more programs than cores run in turn."""
+    """Returns the number of programs for a number of steps.
+
+    On an NPU it is at most one per vector core, because further programs would run after the first ones.
+    """
     if device.type != "npu" or INTERPRETED:
         return steps
     properties = triton.runtime.driver.active.utils.get_device_properties(torch.npu.current_device())  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes in 2 bits, in the layout of :mod:`bitcpm_megatron.quantization.packing`, and what changed in them."""
+"""Kernels for codes in 2 bits, in the layout of :mod:`bitcpm_megatron.quantization.packing`, and for their changes."""
 
 import triton
 import triton.language as tl
@@ -23,22 +23,22 @@ def pack_codes(
     COMPARE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Packs the codes of ``[rows, columns]`` under given scales, and counts.
+    """Packs the codes of ``[rows, columns]`` under given scales, and counts them.
 
     Args:
-        weight: contiguous; bf16 as int16 patterns.
+        weight: the weight, contiguous ``[rows, columns]``; bf16 as int16 patterns.
         scales: int16 patterns of bf16, ``[rows, groups]``.
-        packed: uint8 ``[rows, blocks * 32]``, written.
-        previous: like it, of an earlier time; read where COMPARE.
+        packed: the packed codes, uint8 ``[rows, blocks * 32]``, written.
+        previous: earlier packed codes in the same form; read if COMPARE.
         counts: int32 ``[programs, 2]``, written: codes that are not zero, codes that differ from ``previous``.
-        rows: of the weight.
-        columns: of the weight.
-        blocks: of 128 codes in a row.
-        groups: scales per row.
-        group: elements per scale: any number where there is one group, else a multiple of 32.
+        rows: the number of rows of the weight.
+        columns: the number of columns of the weight.
+        blocks: the number of blocks of 128 codes in a row.
+        groups: the number of scales per row.
+        group: the elements per scale: any number if there is one group, else a multiple of 32.
         BF16: whether the weight is bf16.
         COMPARE: whether there are previous codes.
-        BLOCKS: blocks per program and step.
+        BLOCKS: the number of blocks per program and step.
     """
     block = tl.arange(0, BLOCKS)[:, None, None]
     field = tl.arange(0, 4)[None, :, None]
@@ -46,14 +46,14 @@ def pack_codes(
     nonzero = tl.zeros([BLOCKS, 4, 32], tl.int32)
     changed = tl.zeros([BLOCKS, 4, 32], tl.int32)
     for step in range(tl.program_id(0), tl.cdiv(rows * blocks, BLOCKS), tl.num_programs(0)):
-        # Blocks are counted through all rows.
+        # Blocks are numbered through all rows.
         index = step * BLOCKS + block
         known = index < rows * blocks
         row = index // blocks
         first = (index - row * blocks) * 128 + field * 32
         inside = known & (first + byte < columns)
         w = widen(tl.load(weight + (row.to(tl.int64) * columns + first + byte), mask=inside, other=0), BF16)
-        # 32 neighbours have one scale.
+        # 32 neighbors share one scale.
         own = known & (first < columns)
         bits = tl.load(scales + row * groups + first // group, mask=own, other=0).to(tl.int32) & 0xFFFF
         half = widen_bits(bits) * 0.5
@@ -83,7 +83,7 @@ def unpack_weight(
     BF16: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The weight ``[rows, columns]`` of packed codes and scales; arguments as of :func:`pack_codes`."""
+    """Writes the weight ``[rows, columns]`` of packed codes and scales; arguments as for :func:`pack_codes`."""
     block = tl.arange(0, BLOCKS)[:, None, None]
     field = tl.arange(0, 4)[None, :, None]
     byte = tl.arange(0, 32)[None, None, :]

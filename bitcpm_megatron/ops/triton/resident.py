@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups, or rows, that fit into one tile: each weight is read once and written once."""
+"""Kernel for groups or rows that fit into one tile: each weight is read once and written once."""
 
 import triton
 import triton.language as tl
@@ -25,9 +25,9 @@ def quantize_tile(
     LEVELS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile, the ``step``-th of ``[units, unit]``; all else as of :func:`quantize_resident`.
+    """Quantizes the ``step``-th tile of ``[units, unit]``; the other arguments are those of :func:`quantize_resident`.
 
-    It is read before it is written, so that ``quantized`` may be the weight itself.
+    The tile is read before it is written, so that ``quantized`` may be the weight itself.
     """
     UNITS: tl.constexpr = TILE // SIZE
     row = tl.arange(0, UNITS)[:, None]
@@ -62,23 +62,23 @@ def quantize_resident(
     LEVELS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Quantizes ``[units, unit]``, one scale per unit.
+    """Quantizes ``[units, unit]`` with one scale per unit.
 
     Args:
-        weight: contiguous; bf16 as int16 patterns.
-        quantized: like it, written.
-        scales: int16 patterns of bf16, ``[units]``; written, or read where GIVEN.
-        units: number of scales.
-        unit: elements per scale.
-        eps: lower bound of a scale.
-        factor: of the statistic.
-        ABSMAX: whether the statistic is the largest magnitude, and not the mean.
-        SPACE: see :func:`~bitcpm_megatron.ops.triton.arithmetic.of_space`.
-        GIVEN: use the scales as they are.
+        weight: the latent weight, contiguous ``[units, unit]``; bf16 as int16 patterns.
+        quantized: the quantized weight in the same form, written; it may be the weight itself.
+        scales: int16 patterns of bf16, ``[units]``; read if GIVEN, else written.
+        units: the number of scales.
+        unit: the number of elements per scale.
+        eps: the lower bound of a scale.
+        factor: the multiplier of the statistic.
+        ABSMAX: whether the statistic is the largest magnitude instead of the mean.
+        SPACE: the table of the quantization space, see :func:`~bitcpm_megatron.ops.triton.arithmetic.of_space`.
+        GIVEN: whether the scales are used as they are.
         BF16: whether the weight is bf16.
-        SIZE: 2**LEVELS, the power of two from ``unit`` up.
-        LEVELS: see there.
-        TILE: elements per program and step, a multiple of SIZE.
+        SIZE: ``unit`` rounded up to a power of two.
+        LEVELS: the binary logarithm of SIZE.
+        TILE: the number of elements per program and step, a multiple of SIZE.
     """
     for step in range(tl.program_id(0), tl.cdiv(units, TILE // SIZE), tl.num_programs(0)):
         quantize_tile(

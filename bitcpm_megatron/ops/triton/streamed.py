@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that do not fit into one tile: read twice, once for the scale and once for the values."""
+"""Kernel for rows that do not fit into one tile, which are read twice: once for the scale and once for the values."""
 
 import triton
 import triton.language as tl
@@ -25,11 +25,12 @@ def quantize_streamed(
     PIECES: tl.constexpr,
     PIECE_LEVELS: tl.constexpr,
 ):
-    """As :func:`~bitcpm_megatron.ops.triton.resident.quantize_resident`, in pieces of SIZE = 2**LEVELS elements.
+    """Quantizes ``[units, unit]`` with one scale per unit, in pieces of SIZE = 2**LEVELS elements.
 
-    The sum has the same order, too: that of the pieces' sums, of which there are at most PIECES = 2**PIECE_LEVELS. Or
-    these are the pieces' largest magnitudes.
-    With given scales each weight is read once.
+    The other arguments are those of :func:`~bitcpm_megatron.ops.triton.resident.quantize_resident`. The sum has the
+    same order: first within each piece, then over the sums of the pieces, of which there are at most PIECES =
+    2**PIECE_LEVELS. For ABSMAX, the largest magnitude of each piece takes the place of its sum. With given scales each
+    weight is read once.
     """
     lane = tl.arange(0, SIZE)[None, :]
     one = tl.zeros([1, 1], tl.int32)
