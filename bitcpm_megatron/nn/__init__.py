@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 4: the ternary layer on torch alone: the wrapped forward, its cache, the straight-through estimator."""
+"""Floor 4: the ternary layer on torch alone: the wrapped forward, its cache, and the straight-through estimator."""

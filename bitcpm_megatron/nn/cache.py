@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a cached quantized weight may be used: one epoch counter per model chunk."""
+"""Validity of cached quantized weights: one epoch counter per model chunk."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_ternary_epoch"
 
 Cohort: TypeAlias = "Sequence[tuple[TernaryState, Any]]"
-"""Layers, each with its state, whose weights are all in place when any one of them may run."""
+"""Layers, each with its state, whose weights are all in place as soon as any one of the layers may run."""
 
 
 @dataclass
 class CacheEpoch:
     """The validity of all quantized weights cached in one model chunk.
 
-    A quantized weight made in epoch ``number`` may be used again while ``number`` stands and ``open`` is true. The
-    counter moves when a schedule announces its first micro-batch and when a checkpoint is loaded; the epoch is open
-    from that micro-batch to the end of the schedule. Outside a schedule it is closed, and every forward quantizes anew:
-    nobody there promises that the weights stand still, unless by :func:`hold_weights`.
+    A quantized weight made in epoch ``number`` may be used again while ``number`` is unchanged and ``open`` is true.
+    The counter advances when a schedule announces its first micro-batch and when a checkpoint is loaded; the epoch is
+    open from that micro-batch to the end of the schedule. Outside a schedule it is closed, and every forward quantizes
+    anew, because nothing guarantees there that the weights do not change, except :func:`hold_weights`.
 
     Attributes:
-        number: of the epoch.
-        scheduled: whether a schedule runs.
+        number: the number of the epoch.
+        scheduled: whether a schedule is running.
         open: whether quantized weights may be used again.
         ramp: how much of the quantizer the forward uses, from 0 for none of it to 1: W + ramp (Wq - W). It may change
-            between schedules, and what is cached holds the blend.
-        cohorts: while a schedule runs, the layers that are quantized together, by the name of each of them. Not kept
-            beyond it: a copy of one layer would take all others along.
+            between schedules; the cache holds the blend.
+        cohorts: the layers that are quantized together, by the name of each of them. They are kept only while a
+            schedule runs, because otherwise a copy of one layer would copy all others with it.
     """
 
     number: int = 0
@@ -43,31 +43,35 @@ class CacheEpoch:
     cohorts: Mapping[str, Cohort] = field(default_factory=dict)
 
     def start(self, cohorts: Iterable[Cohort] = ()) -> None:
-        """A schedule starts: the weights will not change until it ends.
+        """Starts a schedule, during which the weights will not change.
 
         Args:
-            cohorts: the layers that are quantized together; one that is in none is quantized alone.
+            cohorts: the layers that are quantized together; a layer that is in no cohort is quantized alone.
         """
         self.scheduled = True
         self.cohorts = {state.name: cohort for cohort in cohorts for state, _ in cohort}
 
     def begin(self) -> None:
-        """The first micro-batch of a step: the weights may have changed before."""
+        """Begins the first micro-batch of a step, before which the weights may have changed."""
         self.number += 1
         self.open = self.scheduled
 
     def invalidate(self) -> None:
-        """The weights changed."""
+        """Marks the cached quantized weights as stale, because the weights changed."""
         self.number += 1
 
     def end(self) -> None:
-        """A schedule is over."""
+        """Ends a schedule."""
         self.scheduled = self.open = False
         self.cohorts = {}
 
 
 def attach_epoch(chunk: torch.nn.Module) -> CacheEpoch:
-    """Gives a model chunk its epoch and connects it to ``load_state_dict``; who runs schedules tells of them below."""
+    """Gives a model chunk its epoch, and lets ``load_state_dict`` invalidate it.
+
+    Code that runs schedules reports them by :meth:`CacheEpoch.start`, :func:`first_micro_batch` and
+    :func:`schedule_ended`.
+    """
     epoch = CacheEpoch()
     chunk.__dict__[_ATTRIBUTE] = epoch
     chunk.register_load_state_dict_post_hook(_invalidate_after_load)
@@ -75,18 +79,20 @@ def attach_epoch(chunk: torch.nn.Module) -> CacheEpoch:
 
 
 def find_epoch(model: torch.nn.Module) -> CacheEpoch | None:
-    """The epoch of a chunk, looking through wrappers."""
+    """Returns the epoch of a chunk, looking through wrappers; None if it has none."""
     return find_attached(model, _ATTRIBUTE)
 
 
 def find_attached(model: torch.nn.Module, attribute: str) -> Any:  # noqa: ANN401
-    """What a chunk holds in its instance dictionary, looking through wrappers (DDP, Float16Module) that hold the chunk
-    as ``module``; None where nothing does."""
+    """Returns an entry of a chunk's instance dictionary, looking through wrappers; None if there is none.
+
+    Wrappers (DDP, Float16Module) hold the chunk as ``module``.
+    """
     return next((found for seen in _unwrapped(model) if (found := seen.__dict__.get(attribute)) is not None), None)
 
 
 def wrappers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The wrappers around a chunk that has an epoch, the outermost first."""
+    """Returns the wrappers around a chunk that has an epoch, the outermost first."""
     return list(itertools.takewhile(lambda seen: _ATTRIBUTE not in seen.__dict__, _unwrapped(model)))
 
 
@@ -98,15 +104,16 @@ def _unwrapped(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def set_ramp(chunks: Iterable[torch.nn.Module], ramp: float) -> None:
-    """Says how much of the quantizer the forwards of these chunks use from now on; not while a schedule runs."""
+    """Sets how much of the quantizer the forwards of these chunks use; not to be called while a schedule runs."""
     for epoch in filter(None, map(find_epoch, chunks)):
         epoch.ramp = ramp
 
 
 def hold_weights(chunks: Iterable[torch.nn.Module]) -> None:
-    """Says that the weights of these chunks stand still, as those of a model that is only asked do.
+    """Declares that the weights of these chunks do not change, as in a model that is only used for inference.
 
-    What was quantized once is used again until a checkpoint is loaded, or a schedule that runs the chunks is over.
+    A weight that was quantized once is used again until a checkpoint is loaded, or until a schedule that runs the
+    chunks ends.
     """
     for epoch in filter(None, map(find_epoch, chunks)):
         epoch.start()
@@ -114,13 +121,13 @@ def hold_weights(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def first_micro_batch(model: torch.nn.Module) -> None:
-    """A chunk starts its first micro-batch of a schedule."""
+    """Tells a chunk that its first micro-batch of a schedule begins."""
     if epoch := find_epoch(model):
         epoch.begin()
 
 
 def schedule_ended(chunks: Sequence[torch.nn.Module]) -> None:
-    """A schedule is over, or has raised."""
+    """Tells chunks that their schedule has ended, or has raised."""
     for epoch in filter(None, map(find_epoch, chunks)):
         epoch.end()
 

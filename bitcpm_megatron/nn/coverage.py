@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was quantized and what was not, for the whole model: the table that is printed once at start-up."""
+"""The coverage table of a whole model, printed once at start-up: what was quantized and what was not."""
 
 import math
 import re
@@ -15,11 +15,11 @@ class CoverageEntry:
     """One module that holds weight matrices.
 
     Attributes:
-        path: module path with global layer numbers.
-        kind: see :class:`~bitcpm_megatron.parallel.linears.Candidate`.
-        shape: of the whole weight, over all tensor-parallel shards.
+        path: the module path with global layer numbers.
+        kind: the kind of the module, as in :class:`~bitcpm_megatron.parallel.linears.Candidate`.
+        shape: the shape of the whole weight, over all tensor-parallel shards.
         config: the quantizer of the local shard, or None for full precision.
-        groups: scales per row of the whole weight.
+        groups: the number of scales per row of the whole weight.
         reason: the matcher that decided, or why none could.
         frozen: whether the latent weight requires no gradient.
     """
@@ -34,7 +34,7 @@ class CoverageEntry:
 
     @property
     def parameters(self) -> int:
-        """Number of weights over all shards."""
+        """The number of weights over all shards."""
         return math.prod(self.shape)
 
 
@@ -43,8 +43,8 @@ class CoverageReport:
     """All modules with weight matrices, over all pipeline stages.
 
     Attributes:
-        entries: in model order.
-        row_parallel_shards: groups per whole row of row-parallel weights under ``group_size=-1``.
+        entries: the modules in model order.
+        row_parallel_shards: the number of groups per whole row of row-parallel weights under ``group_size=-1``.
     """
 
     entries: tuple[CoverageEntry, ...]
@@ -56,7 +56,14 @@ class CoverageReport:
         return tuple(e for e in self.entries if e.config is not None)
 
     def modules(self, default: QuantizerConfig) -> dict[str, dict[str, object]]:
-        """For the quantizer record: path -> effective group size along the whole row, and what differs from default."""
+        """Returns the modules of the quantizer record.
+
+        Args:
+            default: the quantizer of the record.
+
+        Returns:
+            For each path, the effective group size along the whole row, and the fields that differ from the default.
+        """
         found: dict[str, dict[str, object]] = {}
         for e in self.quantized:
             assert e.config is not None
@@ -65,7 +72,7 @@ class CoverageReport:
         return found
 
     def record(self, default: QuantizerConfig, latent_dtype: str, activation_bits: int = 16) -> QuantizerRecord:
-        """The record of a model that the recipe was applied to."""
+        """Returns the quantizer record of a model that the recipe was applied to."""
         return QuantizerRecord(
             state="latent",
             space=default.space,
@@ -79,14 +86,14 @@ class CoverageReport:
         )
 
     def uneven_layers(self) -> set[str]:
-        """Paths of modules that other layers, or other experts, quantize differently or not at all."""
+        """Returns the paths of modules that other layers, or other experts, quantize differently or not at all."""
         alike: dict[str, list[CoverageEntry]] = {}
         for entry in self.entries:
             alike.setdefault(_any_layer(entry.path), []).append(entry)
         return {e.path for layers in alike.values() if len({e.groups for e in layers}) > 1 for e in layers}
 
     def table(self) -> str:
-        """The coverage table: one line for all layers that are alike."""
+        """Returns the coverage table, with one line for all layers that are alike."""
         rows: dict[tuple[str, ...], list[CoverageEntry]] = {}
         for entry in self.entries:
             rows.setdefault(_row(entry), []).append(entry)

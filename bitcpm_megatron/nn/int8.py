@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stand-in for a ternary weight whose products are int8 GEMMs, inside an unchanged upstream linear.
 
-Upstream multiplies with the weight that it finds: ``torch.matmul(input, weight.t())`` in the forward,
-``grad_output.matmul(weight)`` in the backward. The stand-in sees these calls (``__torch_function__``) and computes them
-from its codes; gathering, reducing, fused weight gradients and everything else stay upstream's. What else it is asked,
-it does as the quantized weight that it holds.
+Upstream multiplies by the weight that it finds: ``torch.matmul(input, weight.t())`` in the forward,
+``grad_output.matmul(weight)`` in the backward. The stand-in intercepts these calls (``__torch_function__``) and
+computes them from its codes; gathering, reducing, fused weight gradients and everything else stay upstream's. In all
+other calls it acts as the quantized weight that it holds.
+
+In shapes, ``in`` and ``out`` are the features of the layer, and ``...`` the dimensions of the tokens.
 """
 
 from collections.abc import Callable
@@ -23,11 +25,11 @@ _MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm,
 
 @dataclass
 class Int8Gradients:
-    """Input gradients of a layer so far, over all its forward passes.
+    """Counts of a layer's input gradients so far, over all its forward passes.
 
     Attributes:
-        computed: as int8 GEMMs.
-        passed: that reached the layer's input.
+        computed: the number of gradients that were computed as int8 GEMMs.
+        passed: the number of gradients that reached the layer's input.
     """
 
     computed: int = 0
@@ -35,16 +37,17 @@ class Int8Gradients:
 
 
 class Int8Product:
-    """What one forward pass of a layer, and its backward, multiply with.
+    """The int8 products of one forward pass of a layer and of its backward.
 
     Args:
-        name: of the layer.
-        codes: int8 ``[out, in]`` and the scales ``[out]`` of the weight; None to take them from the weight at each use.
-        gradients: of the layer, where the input gradient is an int8 GEMM, too; else None.
+        name: the name of the layer.
+        codes: the codes, int8 ``[out, in]``, and scales ``[out]`` of the weight; None to take them from the weight at
+            each use.
+        gradients: the counts of the layer, if its input gradient is an int8 GEMM as well; else None.
 
     Attributes:
         tokens: the layer's input in int8, while its forward runs.
-        count: of forward products so far.
+        count: the number of forward products so far.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Int8Product:
         self._version = 0
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
-        """Takes the layer's input ``[..., in]``, and returns the values that its codes stand for."""
+        """Quantizes and keeps the layer's input ``[..., in]``; returns the values that its codes represent."""
         self.tokens = quantize_tokens(x)
         values = self.tokens.values
         assert values is not None  # quantize_tokens makes them
@@ -66,14 +69,14 @@ class Int8Product:
         return values
 
     def of(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codes and scales of the weight."""
+        """Returns the codes and scales of the weight."""
         return codes_of(weight) if self.codes is None else self.codes
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` -> ``[..., out]``.
+        """Computes the layer's output ``[..., out]`` from its input ``[..., in]``.
 
         Raises:
-            RuntimeError: the input has another dtype than the weight.
+            RuntimeError: if the input has another dtype than the weight.
         """
         if x.dtype != weight.dtype:
             raise RuntimeError(f"{self.name}: an input in {x.dtype} for a weight in {weight.dtype}: cast it")
@@ -81,17 +84,17 @@ class Int8Product:
         return int8_linear(self._known(x), *self.of(weight))
 
     def input_gradient(self, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``[..., out]`` -> ``[..., in]``."""
+        """Computes the input gradient ``[..., in]`` from the output gradient ``[..., out]``."""
         if self.gradients is None:
             return gradient.matmul(weight)
         self.gradients.computed += 1
         return int8_input_gradient(gradient, *self.of(weight))
 
     def gradient_passed(self) -> None:
-        """An input gradient is complete.
+        """Counts a complete input gradient, and checks that it was computed as requested.
 
         Raises:
-            RuntimeError: it was asked for as an int8 GEMM and computed in another way.
+            RuntimeError: if it was requested as an int8 GEMM and computed in another way.
         """
         if self.gradients is not None:
             self.gradients.passed += 1
@@ -104,9 +107,9 @@ class Int8Product:
                 )
 
     def _known(self, x: torch.Tensor) -> torch.Tensor | QuantizedTokens:
-        """The layer's input in int8 where ``x`` is it: the same elements in memory, and none written since.
+        """Returns the layer's input in int8 if ``x`` is that input: the same elements in memory, not written to since.
 
-        Gathered activations are others than those that were quantized; their codes are found again, exactly.
+        Gathered activations are other elements than those that were quantized; their codes are found again, exactly.
         """
         tokens = self.tokens
         if tokens is None or tokens.values is None or _version(tokens.values) != self._version:
@@ -116,12 +119,12 @@ class Int8Product:
 
 
 def _version(values: torch.Tensor) -> int:
-    """Counts what was written to a tensor, as far as torch does."""
+    """Returns torch's count of writes to a tensor; 0 for inference tensors, which have none."""
     return 0 if values.is_inference() else values._version
 
 
 class Int8Weight(torch.Tensor):
-    """See above. Made by :func:`as_int8`."""
+    """The stand-in described in the module's docstring; :func:`as_int8` makes it."""
 
     __slots__ = ("product",)
     product: Int8Product
@@ -130,12 +133,12 @@ class Int8Weight(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Carries out what torch is asked to do with a stand-in."""
+        """Executes a torch function that is called with a stand-in."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             asked = args[0] if args else None
             if type(asked) is Int8Weight and (func in _TRANSPOSED or (func in _TRANSPOSE and _last_two(args))):
-                # In the graph, for a linear that leaves the gradients to autograd.
+                # The transpose is part of the graph, for a linear that leaves the gradients to autograd.
                 transposed = func(*args, **kwargs).as_subclass(Int8WeightTransposed)
                 transposed.product = asked.product
                 return transposed
@@ -153,8 +156,8 @@ class Int8WeightTransposed(Int8Weight):
 
 
 def as_int8(quantized: torch.Tensor, product: Int8Product) -> Int8Weight:
-    """A stand-in with the values of a quantized weight ``[out, in]``, not copied, in no graph."""
-    # No view: what a view is asked its base is asked, too.
+    """Returns a stand-in that shares the values of a quantized weight ``[out, in]``, outside any graph."""
+    # It is not a view, because what is called on a view also reaches its base.
     made = torch.Tensor._make_subclass(Int8Weight, quantized)
     made.product = product
     return made
@@ -172,7 +175,7 @@ def _multiplied(
     out: torch.Tensor | None = None,
     **more: Any,
 ) -> torch.Tensor | None:
-    """The product with a stand-in that torch is asked for, or None where it is asked for something else."""
+    """Returns the product with a stand-in, if that is what ``func`` computes; else None."""
     transposed = type(weight) is Int8WeightTransposed
     if func in _MATMUL and not rest and not more:
         y = _Int8Linear.apply(x, weight, False) if transposed else weight.product.input_gradient(x, weight)
@@ -186,7 +189,7 @@ def _multiplied(
 
 
 class _Int8Linear(torch.autograd.Function):
-    """y = x W^T; for linears that leave the gradients to autograd."""
+    """The product y = x W^T with gradients, for linears that leave these to autograd."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: Int8Weight, as_stored: bool) -> torch.Tensor:  # noqa: ANN001

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ternary linear: an unchanged upstream module whose ``forward`` sees the quantized weight.
+"""The ternary linear: an unchanged upstream module whose ``forward`` uses the quantized weight.
 
 The latent weight stays the module's parameter, so that names, sharding, optimizer and checkpoint keys are untouched.
-The module *instance's* ``forward`` is wrapped, not its class: this survives hosts that replace the class, the linear
-function or ``_forward_impl`` (megatron-core 0.12.1 assigns the last one on the instance in every forward).
+The ``forward`` of the module *instance* is wrapped, not that of its class: this survives hosts that replace the class,
+the linear function or ``_forward_impl`` (megatron-core 0.12.1 assigns the last one on the instance in every forward).
 """
 
 import functools
@@ -26,38 +26,43 @@ from .unpacked import free_until_backward
 _ATTRIBUTE = "_ternary"
 
 HostModule: TypeAlias = Any
-"""A module of a host: its attributes (``weight``, ``input_size``, ...) are known to no type checker."""
+"""A module of a host, whose attributes (``weight``, ``input_size``, ...) are not known to a type checker."""
 
 
 class StaleCacheError(RuntimeError):
-    """A cached quantized weight is not the quantization of the latent weight any more."""
+    """A cached quantized weight that does not match the latent weight."""
 
 
 @dataclass
 class TernaryState:
-    """What a quantized module carries beside its latent weight.
+    """The state of a quantized module in addition to its latent weight.
+
+    In shapes, ``out`` and ``in`` are the features of the local weight, and ``groups`` is the number of scales per row.
 
     Attributes:
-        name: module path with global layer numbers.
-        config: the quantizer, its group size the effective one of the local weight.
-        epoch: validity of the cache, shared by the model chunk.
+        name: the module path with global layer numbers.
+        config: the quantizer; its group size is the effective one of the local weight.
+        epoch: the validity of the cache, shared by the model chunk.
         cache: ``step`` keeps one quantized weight per optimizer step, ``none`` quantizes in every forward.
-        verify: quantize again at every use of the cache and compare.
+        verify: whether to quantize again at every use of the cache and compare.
         like_all_layers: whether the same module of every other layer is quantized with the same number of groups.
-        activation_groups: 0 to leave the layer's input alone; else it is quantized to 8 bits per token, in this many
-            groups of its features.
-        gemm: ``int8`` multiplies the layer's input in int8 with the weight's codes; ``bf16`` both as they are stored.
-        gemm_backward: ``int8`` does so with the gradient of the output, too.
-        quantized: the last quantized weight ``[out, in]`` (kept only with ``step``), or its blend on a ramp.
+        activation_groups: 0 to leave the layer's input alone; else the input is quantized to 8 bits per token, in this
+            many groups of its features.
+        gemm: ``int8`` multiplies the layer's input in int8 by the weight's codes; ``bf16`` multiplies both as they are
+            stored.
+        gemm_backward: ``int8`` does the same with the gradient of the output.
+        quantized: the last quantized weight ``[out, in]``, or its blend on a ramp; kept only under ``step``.
         scales: its bf16 scales ``[out, groups]``.
-        count: quantizations made so far, for reports.
+        count: the number of quantizations so far, for reports.
         resident: whether the module's parameter holds the quantized weight itself, and the optimizer the latent one.
-        unpack: writes the quantized weight of now into a tensor ``[out, in]``, where it is kept packed and the
-            parameter has no values; None elsewhere.
-        used: whether a forward pass has run the layer since this was last reset; recompute in a backward pass is none.
-        made_in: the epoch of the cached quantized weight, and whether the layer trained.
-        codes: int8 ``[out, in]`` and the scales ``[out]`` of the quantized weight, for ``gemm="int8"``; valid in
-            ``codes_made_in``, as above, and not kept where nothing else of the weight is.
+        unpack: writes the current quantized weight into a tensor ``[out, in]``, if it is kept packed and the parameter
+            has no values; else None.
+        used: whether a forward pass has run the layer since this was last reset; recompute in a backward pass does not
+            count.
+        made_in: the epoch of the cached quantized weight, and whether the layer was in training mode.
+        codes: the codes, int8 ``[out, in]``, and scales ``[out]`` of the quantized weight, for ``gemm="int8"``; valid
+            in ``codes_made_in``, and kept only if the quantized weight is.
+        codes_made_in: the epoch of the codes, and whether the layer was in training mode.
         gradients: how many input gradients there were, and how many of them were int8 GEMMs.
     """
 
@@ -82,10 +87,10 @@ class TernaryState:
     gradients: Int8Gradients = field(default_factory=Int8Gradients)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The quantized weight and scales of a latent weight, from the op, outside any graph.
+        """Returns the quantized weight and scales of a latent weight, computed by the op outside any graph.
 
         Raises:
-            StaleCacheError: the parameters hold quantized weights already.
+            StaleCacheError: if the parameters hold quantized weights already.
         """
         if self.resident:
             raise StaleCacheError(
@@ -96,12 +101,16 @@ class TernaryState:
             return quantize_weight(weight.detach(), self.config)
 
     def weight(self, latent: torch.Tensor, training: bool) -> torch.Tensor:
-        """The quantized weight to use now: the cached one where it is valid, else a new one.
+        """Returns the quantized weight to use at present: the cached one if it is valid, else a new one.
 
-        Within a schedule the first layer that asks has all others of its cohort quantized with it.
+        Within a schedule, the first layer that asks quantizes all others of its cohort with its own weight.
+
+        Args:
+            latent: the latent weight, ``[out, in]``.
+            training: whether the layer is in training mode.
 
         Raises:
-            StaleCacheError: in verify mode, when the cached one does not fit the latent weight.
+            StaleCacheError: in verify mode, if the cached one does not match the latent weight.
         """
         quantized = self._cached(training)
         if quantized is not None:
@@ -113,7 +122,7 @@ class TernaryState:
         if others:
             _quantize_together([(self, latent, training), *others])
             return cast(torch.Tensor, self.quantized)
-        # The old one first, so that there are never two.
+        # The old weight is dropped first, so that two never exist at once.
         self.quantized = None
         quantized, scales = self.quantize(latent)
         quantized = self._blend(latent, quantized)
@@ -121,7 +130,7 @@ class TernaryState:
         return quantized
 
     def _blend(self, latent: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-        """What the forward uses: the quantized weight itself, or on a ramp W + ramp (Wq - W) in its place."""
+        """Returns the weight that the forward uses: the quantized one, or on a ramp W + ramp (Wq - W) in place."""
         if self.epoch.ramp == 1.0:
             return quantized
         with torch.inference_mode(False), torch.no_grad():
@@ -131,7 +140,7 @@ class TernaryState:
         return self.quantized if self.epoch.open and self.made_in == (self.epoch.number, training) else None
 
     def _waits(self, training: bool) -> bool:
-        """Whether a weight has to be quantized before its layer runs."""
+        """Returns whether a weight has to be quantized before its layer runs."""
         return self.cache == "step" and not self.resident and self._cached(training) is None
 
     def _keep(self, quantized: torch.Tensor, scales: torch.Tensor, training: bool) -> None:
@@ -141,7 +150,7 @@ class TernaryState:
             self.quantized, self.made_in = quantized, (self.epoch.number, training)
 
     def in_use(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The quantized weight and scales of the last forward, from the module's parameter where none are kept."""
+        """Returns the quantized weight and scales of the last forward, found from the parameter if none are kept."""
         if self.resident:
             held = self.held(weight)
             return held, scales_of(held, self.config)
@@ -150,7 +159,7 @@ class TernaryState:
         return self.quantize(weight)
 
     def held(self, weight: torch.Tensor) -> torch.Tensor:
-        """The quantized weight that a parameter stands for: what it holds, or unpacked into a tensor of its own."""
+        """Returns the quantized weight that a parameter represents: its values, or a newly unpacked tensor."""
         if self.unpack is None:
             return weight.detach()
         dense = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
@@ -158,14 +167,14 @@ class TernaryState:
         return dense
 
     def product(self, quantized: torch.Tensor, training: bool) -> Int8Product | None:
-        """What the layer multiplies with in one forward pass, and its backward; None where nothing is done in int8.
+        """Returns the int8 product of one forward pass and its backward; None if nothing is computed in int8.
 
         Args:
-            quantized: the weight of this forward.
-            training: whether the layer trains.
+            quantized: the quantized weight of this forward, ``[out, in]``.
+            training: whether the layer is in training mode.
 
         Raises:
-            StaleCacheError: in verify mode, when kept codes are not those of the weight.
+            StaleCacheError: in verify mode, if kept codes are not those of the weight.
         """
         if self.gemm == "bf16":
             return None
@@ -173,7 +182,7 @@ class TernaryState:
         if not self.epoch.open or self.unpack is not None or (self.cache == "none" and not self.resident):
             self.codes = self.codes_made_in = None
         elif self.codes_made_in != here:
-            # The old ones first, so that there are never two.
+            # The old codes are dropped first, so that two sets never exist at once.
             self.codes = None
             self.codes, self.codes_made_in = codes_of(quantized), here
         elif self.verify and self.codes is not None and not torch.equal(self.codes[0], codes_of(quantized)[0]):
@@ -192,7 +201,7 @@ class TernaryState:
 
 
 def per_row(state: TernaryState) -> QuantizerConfig:
-    """The quantizer of a weight that is seen as rows of one group each: those that share it go together."""
+    """Returns the quantizer of a weight reshaped to one group per row; weights that share it are quantized together."""
     return replace(state.config, group_size=-1)
 
 
@@ -200,11 +209,11 @@ def _quantize_together(members: Sequence[tuple[TernaryState, torch.Tensor, bool]
     """Quantizes latent weights by one call of the op for each quantizer, and keeps the results in their states.
 
     Args:
-        members: the state of each layer, its latent weight, and whether the layer trains.
+        members: the state of each layer, its latent weight, and whether the layer is in training mode.
     """
     kinds: defaultdict[QuantizerConfig, list[tuple[TernaryState, torch.Tensor, bool]]] = defaultdict(list)
     for member in members:
-        # The old ones first, so that there are never two of a weight.
+        # The old quantized weights are dropped first, so that no weight ever has two.
         member[0].quantized = None
         kinds[per_row(member[0])].append(member)
     with torch.inference_mode(False):
@@ -216,7 +225,7 @@ def _quantize_together(members: Sequence[tuple[TernaryState, torch.Tensor, bool]
 
 
 def ternary_state(module: torch.nn.Module) -> TernaryState | None:
-    """The state of a quantized module, or None."""
+    """Returns the state of a quantized module, or None."""
     return module.__dict__.get(_ATTRIBUTE)
 
 
@@ -224,7 +233,7 @@ def check_unwrapped(module: torch.nn.Module, name: str) -> None:
     """Checks that a module's forward can be wrapped.
 
     Raises:
-        ValueError: the module is quantized already, or another wrapper sits on its ``forward``.
+        ValueError: if the module is quantized already, or its ``forward`` has another wrapper.
     """
     if ternary_state(module) is not None:
         raise ValueError(f"{name} is ternary already: apply_recipe() once per model")
@@ -240,27 +249,30 @@ def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
 
     Args:
         module: a linear that holds its weight ``[out, in]`` as a parameter and reads it as ``self.weight``.
-        state: how to quantize it.
+        state: the state of the module, which says how to quantize it.
 
     Raises:
-        ValueError: see :func:`check_unwrapped`.
+        ValueError: if the module is quantized already, or its ``forward`` has another wrapper.
     """
     check_unwrapped(module, state.name)
     module.__dict__[_ATTRIBUTE] = state
-    # A partial of a module-level function, not a bound method, which pickle cannot find again on the class. Copies get
-    # one of their own, and a later change of the class is followed.
+    # A bound method could not be pickled, because it is not on the class. A partial of a module-level function can;
+    # copies get their own, and it follows a later change of the class.
     forward = _untraced_forward if state.gemm == "int8" else _ternary_forward
     module.__dict__["forward"] = functools.partial(forward, module)
 
 
 def _untraced_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
-    """Int8 GEMMs in the place of torch's are nothing for torch.compile, which compiles what is around the layer."""
+    """Runs the ternary forward outside torch.compile, which cannot trace int8 GEMMs in place of torch's.
+
+    The code around the layer is still compiled.
+    """
     return _untraced()(self, *args, **kwargs)
 
 
 @functools.cache
 def _untraced() -> Callable[..., Any]:
-    # Not before it is needed: this imports the compiler.
+    # This is deferred until it is needed, because it imports the compiler.
     return torch.compiler.disable(_ternary_forward)
 
 
@@ -274,11 +286,12 @@ def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
     if state.activation_groups:
         if not args:
             raise RuntimeError(f"{state.name}: hand the input to forward() by position, so that it can be quantized")
-        # Before any gather of the sequence: a token's scale needs its own features only.
+        # The input is quantized before any gather of the sequence: a token's scale depends only on its own features.
         args = (_quantized_input(state, args[0], product), *args[1:])
     if stand_in is latent:
         return type(self).forward(self, *args, **kwargs)
-    # Usually nothing stands there, for parameters live elsewhere; FSDP1 puts views of its flat parameter there.
+    # Usually there is no such entry, because parameters are stored elsewhere; FSDP1 stores views of its flat parameter
+    # here.
     before = self.__dict__.get("weight")
     self.__dict__["weight"] = stand_in
     try:
@@ -305,13 +318,16 @@ def _ternary_forward(self: HostModule, *args: Any, **kwargs: Any) -> Any:
 def _stand_in(
     module: HostModule, state: TernaryState, latent: torch.nn.Parameter
 ) -> tuple[torch.Tensor, Int8Product | None]:
-    """What stands for the parameter in a forward: itself where it holds the quantized weight; and its int8 product."""
+    """Returns the tensor that replaces the parameter in a forward, and its int8 product or None.
+
+    The tensor is the parameter itself if that holds the quantized weight.
+    """
     if state.epoch.ramp != 1.0:
         _refuse_on_a_ramp(state)
     if torch.compiler.is_compiling():
         return _traceable_stand_in(module, state, latent), None
     if state.resident and state.unpack is None and state.gemm == "bf16":
-        # The gradient of the parameter is that of the latent weight: nothing stands between them.
+        # The gradient of the parameter is already that of the latent weight, so that no stand-in is needed.
         return latent, None
     quantized = state.held(latent) if state.resident else state.weight(latent, module.training)
     product = state.product(quantized, module.training)
@@ -335,7 +351,7 @@ def _quantized_input(state: TernaryState, x: torch.Tensor, product: Int8Product 
     if product is None:
         return fake_quantize_activations(x, state.activation_groups)
     if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # what the product would be computed from
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # the dtype that the product would be computed in
     return pass_through(x, product)
 
 
@@ -344,7 +360,7 @@ def _in_backward() -> bool:
 
 
 def _traceable_stand_in(module: HostModule, state: TernaryState, latent: torch.nn.Parameter) -> torch.Tensor:
-    """Under torch.compile the registered op itself, without cache: same values, a gradient the compiler can see."""
+    """Returns the registered op's result, without cache, under torch.compile: same values, a traceable gradient."""
     if state.unpack is not None:
         raise RuntimeError(f"{state.name}: torch.compile cannot trace packed weights: use --ternary-cache resident")
     if state.resident:

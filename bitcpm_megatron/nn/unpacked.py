@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight that is unpacked for one layer has memory only while the layer runs, in the forward and in the backward.
+"""Memory of a weight that is unpacked for one layer: it exists only while the layer runs its forward or its backward.
 
-Between the two the graph holds the weight, or views of it, without bytes. Its storage is emptied and filled, and not a
-copy put in its place as saved-tensor hooks would: fused weight gradients want the very tensor that was saved, with its
-attributes, and a hook of ours would displace those of activation recompute.
+Between the two, the graph holds the weight, or views of it, without bytes. The weight's own storage is emptied and
+filled again. Saved-tensor hooks are no alternative: they would replace the weight by a copy, while fused weight
+gradients need the very tensor that was saved, with its attributes; and a hook of ours would displace those of
+activation recompute.
 """
 
 from collections.abc import Callable
@@ -15,13 +16,14 @@ _ASKED = "asked whether there are any"
 
 
 def free_until_backward(weight: torch.Tensor, result: Any, unpack: Callable[[torch.Tensor], None]) -> None:
-    """Takes the memory of an unpacked weight away, until the backward pass of what was computed with it comes.
+    """Frees the memory of an unpacked weight until the backward pass of its layer begins.
 
-    Where saved-tensor hooks of somebody else are active it stays, for what they keep of it is theirs.
+    If saved-tensor hooks of other code are active, the memory is not freed, because those hooks own what they save of
+    it.
 
     Args:
-        weight: the stand-in of a parameter in a graph, of which nothing else shares the storage.
-        result: of the layer: a tensor, or a tuple of some.
+        weight: the stand-in of a parameter in a graph; nothing else shares its storage.
+        result: the result of the layer: a tensor, or a tuple with tensors.
         unpack: writes the same values into a tensor of the weight's shape.
     """
     outputs = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, torch.Tensor)]
@@ -35,7 +37,7 @@ def free_until_backward(weight: torch.Tensor, result: Any, unpack: Callable[[tor
     def fill(gradient: torch.Tensor | None) -> None:
         if not storage.nbytes():
             storage.resize_(size)
-            # Through a tensor of its own: autograd counts what is written to the one that it saved.
+            # The values are written through another tensor, because autograd counts writes to the one that it saved.
             unpack(torch.empty_like(values).set_(storage, 0, shape, strides))
 
     def empty(gradient: torch.Tensor | None) -> None:
@@ -43,13 +45,13 @@ def free_until_backward(weight: torch.Tensor, result: Any, unpack: Callable[[tor
 
     for output in graph:
         output.register_hook(fill)
-    # Its gradient is there: the layer's backward is over. The graph, and with it these hooks, may live on.
+    # Once the weight has its gradient, the layer's backward is over. The graph, and these hooks with it, may live on.
     weight.register_hook(empty)
     storage.resize_(0)
 
 
 def _saved_tensors_are_hooked() -> bool:
-    """Whether anybody's saved-tensor hooks are active: those forbid that hooks be switched off."""
+    """Returns whether saved-tensor hooks of any code are active: while they are, hooks cannot be disabled."""
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(_ASKED):
             return False
