@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: F401  # these names are for the other floors
-"""Floor 5: ternary column / row parallel linears for megatron-core."""
+"""Floor 5: ternary column- and row-parallel linears for megatron-core."""
 
 from ..nn.cache import CacheEpoch, find_epoch
 from ..nn.coverage import CoverageEntry, CoverageReport

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe to ternary modules: apply all of it, or raise and change nothing."""
+"""Application of a recipe to a model: all of its modules become ternary, or an error is raised and nothing changes."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -39,27 +39,27 @@ def apply_recipe(
     """Makes the linears of a model ternary.
 
     Call it on the bare model, before DDP and the optimizer are built, on all ranks at once: they exchange their module
-    names, so that a matcher may name a layer of another pipeline stage, and that all raise where one cannot go on.
+    names, so that a matcher may name a layer of another pipeline stage and all ranks raise if one does.
 
     Args:
         model: a model, or all model chunks of this rank under virtual pipeline parallelism.
         recipe: a :class:`Recipe`, a YAML file, or None for every linear of the decoder layers.
-        default: quantizer of modules whose recipe entry does not say otherwise.
-        row_parallel_shards: groups per whole row of row-parallel weights under ``group_size=-1``; None for the
-            tensor-parallel size of this run. A later run must use the same number.
+        default: the quantizer of modules whose recipe entry does not say otherwise.
+        row_parallel_shards: the number of groups per whole row of row-parallel weights under ``group_size=-1``; None
+            for the tensor-parallel size of this run. A later run must use the same number.
         cache: ``step`` quantizes once per optimizer step, ``none`` in every forward; the results are bit-identical.
-        verify_cache: quantize again at every use of the cache, and raise where it is stale.
+        verify_cache: whether to quantize again at every use of the cache, and raise if it is stale.
         activation_bits: 8 also quantizes the input of every quantized layer, per token; 16 leaves it alone.
-        gemm: ``int8`` computes their forward from int8 inputs and ternary codes; needs ``activation_bits=8``.
-        gemm_backward: ``int8`` computes the input gradients so, too; needs ``gemm="int8"``.
+        gemm: ``int8`` computes the forward from int8 inputs and ternary codes; needs ``activation_bits=8``.
+        gemm_backward: ``int8`` also computes the input gradients as int8 GEMMs; needs ``gemm="int8"``.
 
     Returns:
-        What was quantized and what was not, in the whole model.
+        The report of what was quantized and what was not, in the whole model.
 
     Raises:
-        RecipeError: a matcher fits no module of the whole model, or one that cannot be quantized.
-        ValueError: a weight's dtype or shape does not fit, or fp8 / fp4 is configured.
-        TypeError: no modules, no configuration, or no recipe.
+        RecipeError: if a matcher fits no module of the whole model, or one that cannot be quantized.
+        ValueError: if a weight's dtype or shape does not fit, or fp8 / fp4 is configured.
+        TypeError: if the arguments hold no modules, no configuration, or no recipe.
     """
     chunks = _chunks(model)
     _check_options(default, row_parallel_shards, cache, activation_bits)
@@ -94,7 +94,7 @@ def _plan(
     gemm: Gemm,
     unnamed: bool,
 ) -> CoverageReport:
-    """What becomes of every candidate of the whole model; raises on all ranks where one of them cannot go on."""
+    """Decides about every candidate of the whole model; raises on all ranks if one of them fails."""
     mistakes: list[str] = []
     entries: list[CoverageEntry] = []
     for candidate, matcher in found:
@@ -138,7 +138,7 @@ def _check_gemms(gemm: Gemm, gemm_backward: Gemm, activation_bits: int) -> None:
 
 
 def _refuse_split_sums(candidate: Candidate, config: QuantizerConfig, activation_groups: int) -> None:
-    """An int8 GEMM sums a whole local row at once, so that there must be one scale for it, of weight and input."""
+    """Checks that weight and input have one scale per local row, which an int8 GEMM sums at once."""
     weight = candidate.module.weight
     groups = max(activation_groups, weight.shape[1] // effective_group(weight.shape[1], config.group_size))
     if config.space != "ternary":
@@ -201,7 +201,10 @@ def _entry(candidate: Candidate, matcher: Matcher | None, shards: int) -> Covera
 
 
 def _refuse_unnamed(candidate: Candidate) -> None:
-    """Without a recipe everything in the decoder layers counts as asked for, but the router of experts."""
+    """Refuses an unsupported module of a decoder layer when there is no recipe, except for the router of experts.
+
+    Without a recipe, everything in the decoder layers counts as requested.
+    """
     layer, router = ".layers." in f".{candidate.path}.", candidate.path.endswith(".router")
     if candidate.kind == "unsupported" and layer and not router:
         raise ValueError(
@@ -225,7 +228,7 @@ def _tensor_parallel_size(found) -> int:  # noqa: ANN001 - an iterator of Candid
 
 
 def _whole_model(entries: list[CoverageEntry], mistakes: list[str]) -> tuple[list[CoverageEntry], list[str]]:
-    """Entries and mistakes of all expert-, pipeline- and tensor-parallel ranks; the same on each."""
+    """Returns the entries and mistakes of all expert-, pipeline- and tensor-parallel ranks; the same on each."""
     if not parallel_state.model_parallel_is_initialized():
         return entries, mistakes
     for group in (

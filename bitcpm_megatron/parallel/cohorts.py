@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers of a model chunk are quantized together: those whose weights arrive together."""
+"""Cohorts: the layers of a model chunk that are quantized together, because their weights arrive together."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,22 +15,26 @@ from .probe import ternary_modules
 
 
 def schedule_started(chunks: Sequence[torch.nn.Module]) -> None:
-    """The weights of these chunks, as the schedule holds them, will not change until it ends."""
+    """Starts a schedule in the epochs of these chunks: their weights will not change until it ends.
+
+    Args:
+        chunks: the model chunks as the schedule holds them.
+    """
     for chunk in chunks:
         if epoch := find_epoch(chunk):
             epoch.start(cohorts_of(chunk))
 
 
 def cohorts_of(chunk: torch.nn.Module) -> list[Cohort]:
-    """The quantized layers of a chunk in groups whose weights are in place as soon as one of their layers may run.
+    """Returns the cohorts of a chunk: quantized layers whose weights are all in place once one of them may run.
 
-    All layers are one such group, except where ``DistributedDataParallel`` overlaps the gathering of parameters with
-    the forward pass: before a layer runs, its hook waits for the bucket of the layer's weight and for no other. What
-    is in no bucket is not gathered at all.
+    All quantized layers are one cohort, unless ``DistributedDataParallel`` overlaps the gathering of parameters with
+    the forward pass. Then, before a layer runs, its hook waits only for the bucket of the layer's weight. Weights that
+    are in no bucket are not gathered at all.
 
     Args:
-        chunk: as a schedule holds it, in its wrappers. Of a wrapper that is not megatron-core's DDP or Float16Module
-            nothing is known, and each layer is quantized alone.
+        chunk: a chunk as a schedule holds it, in its wrappers. If one of them is neither megatron-core's DDP nor
+            Float16Module, nothing is known about it, and each layer is quantized alone.
     """
     buckets: Mapping[torch.nn.Parameter, Any] = {}
     for wrapper in wrappers_of(chunk):

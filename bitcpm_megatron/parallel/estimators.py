@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the optimizer takes for the gradient of a latent weight: estimators of the gradient through the quantizer.
+"""Estimators of the gradient through the quantizer, which the optimizer takes as the gradient of a latent weight.
 
-The gradient with respect to a quantized weight, summed over micro-batches and reduced over ranks, stands in its
-``main_grad`` when the optimizer steps, and during a step the latent weight W and its scale s stand still. So an
-estimator that is elementwise in W, s and the gradient is one product per optimizer step, in front of the norm and the
-clipping. It works wherever the gradient came from: fused into ``main_grad``, overlapped with the backward pass, or
-scattered over the shards of the distributed optimizer, of which each is multiplied by its slice of the factors. Inside
-the straight-through function it would do nothing under gradient-accumulation fusion, which goes past it.
+The gradient with respect to a quantized weight, summed over micro-batches and reduced over ranks, is in its
+``main_grad`` when the optimizer steps, and during a step the latent weight W and its scale s do not change. So an
+estimator that is elementwise in W, s and the gradient is one product per optimizer step, before the norm and the
+clipping. It works however the gradient was computed: fused into ``main_grad``, overlapped with the backward pass, or
+scattered over the shards of the distributed optimizer, each of which is multiplied by its slice of the factors. Inside
+the straight-through function an estimator would do nothing under gradient-accumulation fusion, which bypasses that
+function.
 """
 
 import functools
@@ -23,57 +24,60 @@ from .probe import ternary_modules
 from .resident import find_resident, optimizers_of
 
 Factor: TypeAlias = Callable[[torch.Tensor, torch.Tensor, Space], torch.Tensor]
-"""From fp32 weights and their scales, both ``[n]``, to what their gradient is multiplied by, ``[n]``."""
+"""A function from fp32 weights ``[n]`` and their scales ``[n]`` to the factors ``[n]`` of their gradient.
 
-# The factors of a weight are made block by block, so that they take 16 MiB each.
+n is the number of elements of a block; the third argument is the quantization space.
+"""
+
+# The factors of a weight are computed block by block, so that they take 16 MiB.
 _BLOCK_ELEMENTS = 1 << 22
 
 
 class EstimatorError(ValueError):
-    """The gradients of this run cannot be shaped."""
+    """A run whose gradients cannot be shaped by an estimator."""
 
 
 def clipped(w: torch.Tensor, s: torch.Tensor, space: Space) -> torch.Tensor:
-    """Whether a weight lies at most half a step beyond the outermost levels; elsewhere it has no gradient.
+    """Returns whether each weight is at most half a step beyond the outermost levels; elsewhere the gradient is zero.
 
-    That is ``|W| <= 1.5 s`` for ternary: where the quantizer clamps by more than it rounds, moving W changes nothing
-    but the scale. The mask of the clipped straight-through estimator (Hubara et al., "Quantized Neural Networks", 2016:
+    For ternary this is ``|W| <= 1.5 s``: where the quantizer clamps by more than it rounds, moving W changes only the
+    scale. The mask is that of the clipped straight-through estimator (Hubara et al., "Quantized Neural Networks", 2016:
     the gradient times ``1[|r| <= 1]``), with the range of ``torch.fake_quantize_per_channel_affine``, whose gradient
     passes where ``round(W / s)`` is a level. In fp32 the bounds are exact, and a weight on one of them keeps its
     gradient.
 
     Args:
-        w: fp32 latent weights ``[n]``.
-        s: their scales ``[n]`` in fp32, each of them a bf16 number.
-        space: that they are quantized to.
+        w: the latent weights, fp32 ``[n]``.
+        s: their scales, fp32 ``[n]``, each of them a bf16 number.
+        space: the space that they are quantized to.
 
     Returns:
-        bool ``[n]``.
+        The mask, bool ``[n]``.
     """
     below, above = _reach(space)
     return (w >= s * below) & (w <= s * above)
 
 
 ESTIMATORS: Mapping[str, Factor] = {"clipped": clipped}
-"""By the name after ``--ternary-estimator``; ``identity`` does nothing and is in no table."""
+"""The estimators by the name after ``--ternary-estimator``; ``identity`` does nothing and has no entry."""
 
 
 def shape_gradients(chunks: Sequence[torch.nn.Module], optimizer: Any, estimator: Estimator) -> str | None:
-    """Lets an optimizer step with the gradients that an estimator makes of the straight-through ones.
+    """Makes an optimizer step with the gradients that an estimator makes of the straight-through ones.
 
-    To be called once the optimizer is built, after :func:`~.resident.hold_in_parameters` or without it. It wraps the
-    optimizer's ``step``, which computes norm, clipping and update from what it finds in ``main_grad``.
+    Call it after the optimizer is built, after :func:`~.resident.hold_in_parameters` or without it. It wraps the
+    optimizer's ``step``, which computes norm, clipping and update from ``main_grad``.
 
     Args:
         chunks: the model chunks of this rank, wrapped in DDP, after :func:`~.apply.apply_recipe`.
-        optimizer: that trains them, as ``get_megatron_optimizer`` builds it.
-        estimator: ``identity`` changes nothing; else a name in :data:`ESTIMATORS`.
+        optimizer: the optimizer that trains them, as ``get_megatron_optimizer`` builds it.
+        estimator: ``identity``, which changes nothing, or a name in :data:`ESTIMATORS`.
 
     Returns:
-        One line for the log, None for ``identity``.
+        One line for the log; None for ``identity``.
 
     Raises:
-        EstimatorError: there is no ``main_grad`` to shape, or the optimizer does not step with it.
+        EstimatorError: if there is no ``main_grad`` to shape, or the optimizer does not step with it.
     """
     if estimator == "identity":
         return None
@@ -93,10 +97,10 @@ def _step(original: Callable[[], Any], chunks: Sequence[torch.nn.Module], factor
 def _latents(
     chunks: Sequence[torch.nn.Module],
 ) -> Iterator[tuple[TernaryState, torch.nn.Parameter, torch.Tensor, int]]:
-    """Of every weight that is trained and quantized: its state, itself, and from an element on its latent values, flat.
+    """Yields the state, parameter, flat latent values and first element of every trained, quantized weight.
 
-    Where the parameters hold quantized weights, the latent ones are this rank's masters, of its shard alone; and that
-    of the reduced gradient is all that the rank has, too.
+    If the parameters hold quantized weights, the latent values are this rank's masters, only of its shard, which begins
+    at the first element; the rank has no reduced gradient of other elements either.
     """
     resident = find_resident(chunks[0])
     if resident is not None and resident.holds:
@@ -117,21 +121,22 @@ def _shape(
     gradient = parameter.main_grad.view(-1)  # type: ignore[attr-defined] # DDP's
     for first in range(start, start + latent.numel(), _BLOCK_ELEMENTS):
         last = min(first + _BLOCK_ELEMENTS, start + latent.numel())
-        # Rounded as the forward saw it: a master has more digits.
+        # The latent value is rounded to what the forward used, because a master has more digits.
         w = latent[first - start : last - start].to(parameter.dtype).float()
         cut = scales[first // group : (last - 1) // group + 1].float()
         s = cut.repeat_interleave(group)[first % group :][: last - first]
         of_quantizer = factor(w, s, SPACES[state.config.space])
-        # On a ramp the rest of the weight that the forward used is the latent one itself.
+        # On a ramp, the rest of the weight that the forward used is the latent weight itself.
         whole = of_quantizer if ramp == 1.0 else 1.0 - ramp + ramp * of_quantizer
-        # A product, and no filling with zeros: what is not finite must not go unnoticed.
+        # This multiplies instead of filling with zeros, so that values that are not finite do not go unnoticed.
         gradient[first:last].mul_(whole)
 
 
 def _check_reach(state: TernaryState, estimator: str) -> None:
-    """Refuses quantizers that leave nothing to clip, or nothing but what rounding decides.
+    """Refuses quantizers that leave nothing to clip, or only what rounding decides.
 
-    A scale that is made of a group's maximum may reach beyond it; bf16 has 8 digits.
+    The levels under a scale from a group's maximum may reach beyond that maximum; the tolerance is that of a bf16
+    scale, which has 8 binary digits.
     """
     config, space = state.config, SPACES[state.config.space]
     below, above = _reach(space)
@@ -144,16 +149,16 @@ def _check_reach(state: TernaryState, estimator: str) -> None:
 
 
 def _reach(space: Space) -> tuple[float, float]:
-    """Half a step beyond the outermost levels, in units of the scale."""
+    """Returns the bounds half a step beyond the outermost levels, in units of the scale."""
     low, high = space.levels[0], space.levels[-1]
     return low - (space.levels[1] - low) / 2, high + (high - space.levels[-2]) / 2
 
 
 def _shows_its_scales(config: QuantizerConfig) -> bool:
-    """Whether the scale of every group can be read off its quantized weights.
+    """Returns whether the scale of every group can be read from its quantized weights.
 
-    In ternary it is their largest magnitude, unless all of them are zero. A mean does not exceed the maximum, so that
-    they are that only where the scale is the least one.
+    In ternary, the scale is their largest magnitude, unless all of them are zero. A mean does not exceed the maximum,
+    so that all are zero only if the scale is the lower bound eps.
     """
     return config.space == "ternary" and config.statistic == "absmean" and config.scale_multiplier <= 1.0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What counts as a linear, where it stands in the whole model, and how its local shard is grouped."""
+"""Linears of a model: which modules count as linears, their global names, and how their local shards are grouped."""
 
 import re
 from collections.abc import Iterator
@@ -17,27 +17,27 @@ from ..quantization.grouping import row_group, row_parallel_group
 Kind = Literal["column", "row", "dense", "never", "unsupported"]
 ParallelKind = Literal["column", "row"]
 
-# Kept here, for hosts put classes of their own, derived from these, in the place of the names.
+# These hold the original classes, because hosts replace the names by classes of their own that derive from them.
 _COLUMN, _ROW = (ColumnParallelLinear,), (RowParallelLinear,)
 _NEVER_NAMES = ("output_layer", "embedding", "word_embeddings", "position_embeddings", "lm_head")
 
-# Low-rank adapters (PEFT's, Megatron-Bridge's) are small, and what is added to a ternary layer's output is no part of
-# its weight. Their wrappers keep the layer itself as a child of one of these names.
+# Low-rank adapters (PEFT's, Megatron-Bridge's) are small, and the output that they add to a ternary layer's is not part
+# of its weight. Their wrappers keep the layer itself as a child with one of the names in _ADAPTED.
 _ADAPTER = re.compile(r"lora_.*|adapters?")
 _ADAPTED = ("base_layer", "to_wrap")
 
-# Their fast paths and functional calls read the weights of the linears inside without calling them.
+# The fast paths and functional calls of these modules read the weights of the linears inside without calling them.
 _READ_WEIGHTS_DIRECTLY = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
 class RegisteredLinear:
-    """A host's parallel linear that is no subclass of megatron-core's.
+    """A host's parallel linear that is not a subclass of megatron-core's.
 
     Attributes:
         kind: how its weight is sharded.
-        norm_methods: methods that normalise the input before the GEMM, each hidden states -> hidden states; empty
-            where nothing is done to it.
+        norm_methods: the methods that normalize the input before the GEMM, each hidden states -> hidden states; empty
+            if the input is not changed.
     """
 
     kind: ParallelKind
@@ -48,19 +48,19 @@ _registered: dict[type, RegisteredLinear] = {}
 
 
 def register_linear(linear: type, kind: ParallelKind, norm_methods: tuple[str, ...] = ()) -> None:
-    """Makes a host's linear known, so that a recipe may quantize it.
+    """Registers a host's linear, so that a recipe may quantize it.
 
-    It must have ``input_size`` and ``output_size`` of the whole weight, a parameter ``weight`` ``[out, in]`` that
-    ``forward`` reads as ``self.weight``, and its tensor-parallel group as ``tp_group`` or ``parallel_group`` (else the
-    common one is taken). The start-up probe proves the rest.
+    The class must have ``input_size`` and ``output_size`` of the whole weight, a parameter ``weight`` ``[out, in]``
+    that ``forward`` reads as ``self.weight``, and its tensor-parallel group as ``tp_group`` or ``parallel_group`` (else
+    the common one is taken). The start-up probe proves the rest.
 
     Args:
         linear: the class; subclasses count as well.
         kind: ``column`` or ``row``.
-        norm_methods: see :class:`RegisteredLinear`.
+        norm_methods: the methods that normalize the input before the GEMM, as in :class:`RegisteredLinear`.
 
     Raises:
-        ValueError: the class lacks one of these methods.
+        ValueError: if the class lacks one of these methods.
     """
     missing = [name for name in norm_methods if not callable(getattr(linear, name, None))]
     if missing:
@@ -69,12 +69,12 @@ def register_linear(linear: type, kind: ParallelKind, norm_methods: tuple[str, .
 
 
 def registered_linear(module: torch.nn.Module) -> RegisteredLinear | None:
-    """What :func:`register_linear` was told of a module's class, or None."""
+    """Returns what :func:`register_linear` registered for a module's class, or None."""
     return next((_registered[c] for c in type(module).__mro__ if c in _registered), None)
 
 
 def parallel_kind(module: torch.nn.Module) -> ParallelKind | None:
-    """``column`` or ``row`` for tensor-parallel linears, None for all else."""
+    """Returns ``column`` or ``row`` for tensor-parallel linears, None for other modules."""
     if isinstance(module, _COLUMN):
         return "column"
     if isinstance(module, _ROW):
@@ -100,7 +100,7 @@ class Candidate:
 
 
 def candidates(chunk: torch.nn.Module) -> Iterator[Candidate]:
-    """Every module of a chunk that directly holds a parameter of two or more dimensions."""
+    """Yields every module that directly holds a parameter of two or more dimensions, and the output layer."""
     bypassed: set[torch.nn.Module] = set()
     for path, module in _globally_named(chunk):
         if isinstance(module, _READ_WEIGHTS_DIRECTLY):
@@ -117,18 +117,21 @@ def _kind(path: str, module: torch.nn.Module) -> Kind:
     kind = parallel_kind(module)
     if kind is not None:
         return kind
-    # A subclass may read its weight elsewhere than in forward().
+    # A subclass is excluded, because it may read its weight elsewhere than in forward().
     if type(module) is torch.nn.Linear:
         return "dense"
     return "unsupported"
 
 
 def _globally_named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """``named_modules`` with the names of the whole model: a pipeline stage counts its own layers from 0, an
-    expert-parallel rank its own experts, and an adapted layer is called what it is called without the adapter."""
+    """Yields ``named_modules`` with the names of the whole model.
+
+    A pipeline stage counts its own layers from 0 and an expert-parallel rank its own experts; these numbers become
+    global. An adapted layer has the name that it has without the adapter.
+    """
     renamed: dict[str, str] = {"": ""}
     first_expert: dict[str, int] = {}
-    # PEFT puts the model two levels deeper.
+    # PEFT nests the model two levels deeper.
     adapted: Any = chunk
     base = adapted.get_base_model() if hasattr(chunk, "get_base_model") else chunk
     for local, module in base.named_modules():
@@ -145,7 +148,10 @@ def _globally_named(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
 
 
 def tensor_parallel_group(module: torch.nn.Module) -> torch.distributed.ProcessGroup | None:
-    """The group that a parallel linear is sharded over; None for other modules. (0.12.1 keeps none on the module.)"""
+    """Returns the group that a parallel linear is sharded over; None for other modules.
+
+    megatron-core 0.12.1 keeps no group on the module.
+    """
     if parallel_kind(module) is None:
         return None
     for name in ("tp_group", "parallel_group"):
@@ -157,8 +163,11 @@ def tensor_parallel_group(module: torch.nn.Module) -> torch.distributed.ProcessG
 
 
 def whole_shape(module: HostModule) -> tuple[int, ...]:
-    """Shape of a module's weight over all tensor-parallel shards; of several matrices, or none, just their number of
-    elements."""
+    """Returns the shape of a module's weight over all tensor-parallel shards.
+
+    For a module with several matrices, or without an attribute ``weight``, it has one dimension: the number of
+    elements.
+    """
     weight = getattr(module, "weight", None)
     if weight is None:
         return (sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2),)
@@ -170,18 +179,18 @@ def whole_shape(module: HostModule) -> tuple[int, ...]:
 
 
 def local_config(candidate: Candidate, config: QuantizerConfig, row_parallel_shards: int | None) -> QuantizerConfig:
-    """The quantizer of a local shard: ``config`` with the group size that fits it.
+    """Returns the quantizer of a local shard: ``config`` with the group size that fits the shard.
 
-    Column-parallel shards keep whole rows; row-parallel shards split them, see
+    Column-parallel shards keep whole rows; row-parallel shards split them, as in
     :func:`~bitcpm_megatron.quantization.grouping.row_parallel_group`.
 
     Args:
         candidate: a column, row or dense linear.
-        config: as the recipe gives it, for the whole row.
-        row_parallel_shards: None for the tensor-parallel size of this run.
+        config: the quantizer as the recipe gives it, for the whole row.
+        row_parallel_shards: the number of row-parallel shards; None for the tensor-parallel size of this run.
 
     Raises:
-        ValueError: the group does not fit the shard, or the tensor-parallel size does not divide the shards.
+        ValueError: if the group does not fit the shard, or the tensor-parallel size does not divide the shards.
     """
     local_in = candidate.module.weight.shape[1]
     try:
@@ -199,12 +208,14 @@ def local_config(candidate: Candidate, config: QuantizerConfig, row_parallel_sha
 
 
 def activation_groups(candidate: Candidate, row_parallel_shards: int) -> int:
-    """Scales per token of a layer's local input: the features of row-parallel layers are split over the ranks, so that
-    they are quantized per row-parallel shard, whatever the tensor-parallel size.
+    """Returns the number of scales per token of a layer's local input.
+
+    The features of row-parallel layers are split over the ranks, so that they are quantized per row-parallel shard,
+    whatever the tensor-parallel size.
 
     Raises:
-        ValueError: the tensor-parallel size does not divide the shards, or the shards the features; or the layer
-            normalises its input itself.
+        ValueError: if the tensor-parallel size does not divide the shards, or the shards do not divide the features; or
+            if the layer normalizes its input itself.
     """
     registered = registered_linear(candidate.module)
     if registered is not None and registered.norm_methods:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From bare model chunks to ternary ones that were proved to be: the same for our loop and for every host."""
+"""Preparation of bare model chunks, which become ternary and are proved to be so, in our loop and every host."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Prepared:
     """A ternary model.
 
     Attributes:
-        coverage: what was quantized and what was not, in the whole model.
-        record: that goes into every checkpoint.
-        states: of the quantized modules of this rank.
-        notes: what was decided, a line each.
+        coverage: the report of what was quantized and what was not, in the whole model.
+        record: the quantizer record for every checkpoint.
+        states: the states of the quantized modules of this rank.
+        notes: the decisions that were taken, one line each.
     """
 
     coverage: CoverageReport
@@ -40,21 +40,22 @@ def prepare_ternary(
     will_train: bool = True,
     fill: Callable[[Sequence[torch.nn.Parameter]], None] | None = None,
 ) -> Prepared:
-    """Quantizes, and proves that every quantized layer computes ``y = x Wq^T``.
+    """Makes a model ternary, and proves that every quantized layer computes ``y = x Wq^T``.
 
-    Collective over all ranks. To be called before DDP and the optimizer are built, when the weights have the dtype
-    that the forward sees.
+    It is collective over all ranks. Call it before DDP and the optimizer are built, when the weights have the dtype
+    that the forward uses.
 
     Args:
         chunks: all model chunks of this rank, without wrappers.
-        settings: how.
+        settings: the settings of the quantization.
         will_train: whether the first training step has to prove that every quantized layer is used.
-        fill: gives the latent weights values for the proof, where they have none yet.
+        fill: gives the latent weights values for the proof, if they have none yet.
 
     Raises:
-        RecipeError, ValueError, TypeError: see :func:`~.apply.apply_recipe`; also weights of several dtypes.
-        RuntimeError: the backend cannot be used on this device.
-        ProbeError: a layer is not ternary.
+        RecipeError, ValueError, TypeError: as in :func:`~.apply.apply_recipe`; ValueError also if the weights have
+            several dtypes.
+        RuntimeError: if the backend cannot be used on this device.
+        ProbeError: if a layer is not ternary.
     """
     choice = set_backend(settings.backend, next(chunks[0].parameters()).device.type)
     coverage = apply_recipe(
@@ -62,7 +63,7 @@ def prepare_ternary(
         settings.recipe,
         default=settings.default,
         row_parallel_shards=settings.row_parallel_shards,
-        # What the parameters hold is the optimizer's to say, and there is none yet.
+        # Whether parameters hold quantized weights depends on the optimizer, which does not exist yet.
         cache="none" if settings.cache == "none" else "step",
         verify_cache=settings.verify_cache,
         activation_bits=settings.activation_bits,
@@ -81,14 +82,17 @@ def prepare_ternary(
     if len(dtypes) > 1:
         names = ", ".join(sorted(map(_name, dtypes)))
         raise ValueError(f"the weights to quantize have several dtypes ({names}): use one")
-    # A stage without a ternary layer has nobody to ask: all stages have one dtype.
+    # A stage without a ternary layer takes the dtype of its parameters: all stages have the same one.
     dtype = dtypes.pop() if dtypes else next(chunks[0].parameters()).dtype
     record = coverage.record(settings.default, _name(dtype), settings.activation_bits)
     return Prepared(coverage, record, [state for state, _ in modules], notes)
 
 
 def _int8_notes(modules: Sequence[HostModule]) -> list[str]:
-    """How fast the int8 GEMM of the largest layer is here: it is asked for, and never chosen for its speed."""
+    """Returns a note on the speed of the int8 GEMM of the largest layer.
+
+    An int8 GEMM is used only on request, and never chosen for its speed.
+    """
     if not modules:
         return []
     weight = max((module.weight for module in modules), key=lambda w: w.numel())

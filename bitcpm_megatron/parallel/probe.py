@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proofs that a host trains ternary: at start-up of every quantized layer, in the first step of its use.
+"""Proofs that a host trains ternary: of every quantized layer at start-up, and of its use in the first training step.
 
-A host may replace a linear's class, its forward or the functions below it, and a quantizer that is bypassed trains in
-full precision with a perfectly good-looking loss. So each layer is run, as it stands, on one-hot inputs: its outputs
+A host may replace a linear's class, its forward or the functions below it, and a model whose quantizer is bypassed
+trains in full precision with a perfectly normal loss. So each layer is run, as it is, on one-hot inputs: its outputs
 are then columns of the weight that the GEMM really used, exact in every dtype, and compared bit for bit. An int8 GEMM
-is given integers, too, whose sums are known. A norm inside the layer is left out meanwhile.
+is also given integers, whose sums are known. A norm inside the layer is skipped meanwhile.
 
-A fused kernel that reads the weights of layers which it never calls passes this. So the first training step must have
-run every quantized layer.
+A fused kernel that reads the weights of layers without calling them would pass this test. So the first training step
+must have run every quantized layer.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ _NAMED = 32
 
 
 class ProbeError(MismatchError):
-    """A layer that should be ternary computes with another weight, or is not used."""
+    """A layer that should be ternary but computes with another weight, or is not used."""
 
 
 def ternary_modules(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[tuple[TernaryState, HostModule]]:
-    """The quantized modules of a model or of its chunks, in order."""
+    """Returns the states and quantized modules of a model or of its chunks, in order."""
     chunks = [model] if isinstance(model, torch.nn.Module) else model
     return [(s, m) for chunk in chunks for m in chunk.modules() if (s := ternary_state(m)) is not None]
 
@@ -44,16 +44,17 @@ def ternary_modules(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[
 def probe(model: torch.nn.Module | Sequence[torch.nn.Module]) -> int:
     """Runs every quantized layer on one-hot inputs and compares with an independent quantization of its weight.
 
-    Layers communicate as in training, so every rank of a tensor-parallel group must call this at once.
+    Layers communicate as in training, so that every rank of a tensor-parallel group must call this at once.
 
     Args:
         model: a model, or all chunks of this rank, after :func:`apply_recipe`.
 
     Returns:
-        The number of layers proved.
+        The number of layers that were proved.
 
     Raises:
-        ProbeError: names every layer whose output is not ``x Wq^T``, with the largest difference.
+        ProbeError: if a layer's output is not ``x Wq^T``; the message names every such layer, with the largest
+            difference.
     """
     wrong = []
     modules = ternary_modules(model)
@@ -72,7 +73,7 @@ def probe(model: torch.nn.Module | Sequence[torch.nn.Module]) -> int:
 
 
 def _columns(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of the weight as the layer's forward used them, and as they should be; both ``[positions, out]``."""
+    """Returns columns of the weight that the layer's forward used, and the expected ones; both ``[positions, out]``."""
     weight, place = module.weight, _Place(module)
     positions = torch.linspace(0, place.whole_in - 1, _POSITIONS * place.size, device=weight.device).long()
     one_hot = torch.nn.functional.one_hot(positions, place.whole_in).to(weight.dtype)
@@ -84,10 +85,10 @@ def _columns(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, tor
 
 
 def _sums(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an int8 GEMM makes of integers, and what it should; both ``[positions, out]``.
+    """Returns the results of an int8 GEMM for integer inputs, and the expected ones; both ``[positions, out]``.
 
-    An input goes up to 127, so that it is its own int8 codes and nothing but the weight's scale is left to multiply
-    with. Of row-parallel layers one rank has all of an input, so that nothing is rounded when ranks add up.
+    The largest magnitude of an input is 127, so that the input is its own int8 codes and is multiplied only by the
+    weight's scale. In row-parallel layers one rank has all of an input, so that nothing is rounded when ranks add up.
     """
     weight, place = module.weight, _Place(module)
     positions = torch.arange(_POSITIONS * place.size, device=weight.device).unsqueeze(-1)
@@ -96,18 +97,18 @@ def _sums(state: TernaryState, module: HostModule) -> tuple[torch.Tensor, torch.
     mine = positions % place.size == place.first // weight.shape[1] if place.row_parallel else True
     local = (x * mine).to(weight.dtype)
     quantized, scales = _quantized(state, weight)
-    # fp32 holds the sums exactly, and every GEMM in it the factors, rounded to fewer bits or not.
+    # fp32 holds the sums exactly, and every fp32 GEMM the factors, even if it rounds them to fewer bits.
     sums = local.float() @ quantized.sign().float().t()
     return place.run(local, (sums * scales.float().t()).to(weight.dtype))
 
 
 def _quantized(state: TernaryState, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference's quantization under the backend's scales, which may lie one bf16 step beside its own."""
+    """Returns the reference's quantization under the backend's scales, which may be one bf16 step off its own."""
     return quantize_dequantize(weight, state.config, state.quantize(weight)[1])
 
 
 class _Place:
-    """Where a layer stands among the ranks, and what it makes of an input there."""
+    """The place of a layer among the tensor-parallel ranks, and its run on an input there."""
 
     def __init__(self, module: HostModule) -> None:
         self._module = module
@@ -122,11 +123,11 @@ class _Place:
         """Runs the layer.
 
         Args:
-            x: ``[positions, in]``, this rank's part of the inputs.
-            expected: ``[positions, out]`` of this rank's shard of the weight.
+            x: this rank's part of the inputs, ``[positions, in]``.
+            expected: the expected outputs from this rank's shard of the weight, ``[positions, out]``.
 
         Returns:
-            What the layer makes of it, and what it should.
+            The layer's outputs, and the expected ones.
         """
         module, x = self._module, x.unsqueeze(1)
         # Experts leave gathering, reducing and scattering to the token dispatcher.
@@ -149,7 +150,7 @@ class _Place:
 
 @contextlib.contextmanager
 def _without_norm(module: torch.nn.Module) -> Iterator[None]:
-    """Lets the input of a layer through to its GEMM as it is."""
+    """Context in which the norm of a layer is skipped, so that its input reaches the GEMM unchanged."""
     registered = registered_linear(module)
     names = () if registered is None else registered.norm_methods
     for name in names:
@@ -162,16 +163,16 @@ def _without_norm(module: torch.nn.Module) -> Iterator[None]:
 
 
 def watch_use(model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
-    """Lets the first training step prove that the host runs every quantized layer.
+    """Makes the first training step prove that the host runs every quantized layer.
 
-    That is the first schedule with gradients. Every layer must have been run there at least once over all micro-batches
-    of its rank, in a forward pass: recompute in the backward pass does not count. Layers of experts that received no
-    token are exempt, and named in a line that rank 0 prints. Where one was not run all ranks raise :class:`ProbeError`
-    from the schedule. Afterwards nothing is watched any more.
+    This is the first schedule with gradients. Every layer must run there at least once over all micro-batches of its
+    rank, in a forward pass: recompute in the backward pass does not count. Layers of experts that received no token are
+    exempt, and named in a line that rank 0 prints. If a layer was not run, all ranks raise :class:`ProbeError` from the
+    schedule. After that schedule nothing is watched.
 
     Args:
-        model: a model, or all chunks of this rank, after :func:`apply_recipe`. On every rank alike, for the proof is
-            collective over all of them.
+        model: a model, or all chunks of this rank, after :func:`apply_recipe`. Every rank has to call this, because the
+            proof is collective over all of them.
     """
     chunks = [model] if isinstance(model, torch.nn.Module) else model
     for chunk in chunks:
@@ -180,7 +181,7 @@ def watch_use(model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
 
 
 class _Watch:
-    """Which layers of a model chunk a schedule ran, and how many tokens its experts received meanwhile."""
+    """The layers of a model chunk that a schedule ran, and the number of tokens that its experts received."""
 
     def __init__(self, chunk: torch.nn.Module) -> None:
         self.layers = [state for state, _ in ternary_modules(chunk)]
@@ -194,7 +195,7 @@ class _Watch:
                 self.hooks.append(module.register_forward_pre_hook(count, with_kwargs=True))
 
     def _count_tokens(self, experts: list[str | None], module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before megatron-core's ``experts(hidden_states, tokens_per_expert, probabilities)``."""
+        """Counts tokens before megatron-core's ``experts(hidden_states, tokens_per_expert, probabilities)``."""
         tokens = kwargs.get("tokens_per_expert", args[1] if len(args) > 1 else None)
         tokens = [] if tokens is None else torch.as_tensor(tokens).flatten().tolist()
         if len(tokens) == len(experts):
@@ -208,7 +209,7 @@ class _Watch:
             state.used = False
 
     def stop(self) -> tuple[list[str], list[str]]:
-        """The layers that were not run, and the experts without a token among those that were not."""
+        """Returns the layers that were not run, and separately the experts that were not because they had no token."""
         self.over = True
         for hook in self.hooks:
             hook.remove()
@@ -217,7 +218,7 @@ class _Watch:
         for state in self.layers:
             if not state.used:
                 expert = _expert_of(state.name)
-                # An expert of which nothing is known may have been bypassed with its tokens.
+                # An expert without a token count may have been bypassed together with its tokens.
                 if expert is not None and self.tokens.get(expert) == 0:
                     idle.append(expert)
                 else:
@@ -231,7 +232,7 @@ def _expert_of(layer: str) -> str | None:
 
 
 def _expert_in(module: torch.nn.Module) -> str | None:
-    """The global path of an expert, None for one without quantized layers."""
+    """Returns the global path of an expert, or None if it has no quantized layers."""
     return next((_expert_of(state.name) for state, _ in ternary_modules(module)), None)
 
 
@@ -265,7 +266,7 @@ def _prove_use(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def _of_all_ranks(unused: list[str], idle: list[str]) -> tuple[list[str], list[str]]:
-    """Both lists over all ranks, without repetition and cut to a length that can be read; the same on each rank."""
+    """Returns both lists over all ranks, without repetition and cut to a readable length; the same on each rank."""
     gathered = all_gathered((unused[: _NAMED + 1], idle[: _NAMED + 1]))
     found = [list(dict.fromkeys(name for pair in gathered for name in pair[i])) for i in (0, 1)]
     unused, idle = ([*names[:_NAMED], "..."] if len(names) > _NAMED else names for names in found)

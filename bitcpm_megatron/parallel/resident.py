@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized weights that live in the model's own parameters, so that ternary training takes no second copy of them.
+"""Quantized weights in the model's own parameters, so that ternary training needs no second copy of them.
 
-The bf16 copy of a latent weight serves the quantizer alone. Here the latent weight stands in the optimizer's fp32
-masters only: after its step the optimizer writes bf16(master) into the parameters, as always, they are quantized there
-in place, each data-parallel rank its own shard, and the ordinary all-gather of the distributed optimizer hands out
-quantized weights. A linear multiplies with its parameter itself, whose gradient is the latent weight's: that is the
-straight-through estimator. Every bit is that of ``--ternary-cache step``.
+The bf16 copy of a latent weight serves only the quantizer. Here the latent weight is stored only in the optimizer's
+fp32 masters. After its step the optimizer writes bf16(master) into the parameters, as always. They are quantized there
+in place, each data-parallel rank its own shard, and the ordinary all-gather of the distributed optimizer distributes
+quantized weights. A linear multiplies by its parameter itself, whose gradient is used as the latent weight's: that is
+the straight-through estimator. Every bit is that of ``--ternary-cache step``.
 """
 
 import contextlib
@@ -26,32 +26,32 @@ from .shards import Share, Shares, places_of
 
 _ATTRIBUTE = "_ternary_resident"
 _FSDP = ("use_megatron_fsdp", "use_custom_fsdp")
-# Methods of megatron-core's optimizers, from 0.12.1 to 0.19: after a step, and for weights that came without masters.
+# Methods of megatron-core's optimizers, from 0.12.1 to 0.19: _COPY runs after a step, _RELOAD after weights were loaded
+# without masters.
 _COPY = "_copy_main_params_to_model_params"
 _RELOAD = "_copy_model_params_to_main_params"
 
 
 class ResidentError(ValueError):
-    """The parameters of this run cannot hold quantized weights."""
+    """A run whose parameters cannot hold quantized weights."""
 
 
 class Resident:
-    """The quantized weights of a training run that live in the parameters.
+    """The quantized weights of a training run that are stored in the parameters.
 
-    They become so when the first schedule starts, or :meth:`begin` is called: until then, and inside :meth:`latents`,
-    the parameters are the latent weights, and only then may a ``load_state_dict`` write them.
+    The parameters become quantized when the first schedule starts or :meth:`begin` is called. Until then, and inside
+    :meth:`latents`, they are the latent weights, and only then may ``load_state_dict`` write them.
 
     Args:
-        chunks: the model chunks of this rank, wrapped in DDP, after
-            :func:`~bitcpm_megatron.parallel.apply_recipe`.
-        optimizer: that trains them, as ``get_megatron_optimizer`` builds it.
+        chunks: the model chunks of this rank, wrapped in DDP, after :func:`~bitcpm_megatron.parallel.apply_recipe`.
+        optimizer: the optimizer that trains them, as ``get_megatron_optimizer`` builds it.
 
     Attributes:
-        holds: whether the parameters hold quantized weights now.
-        gathers_packed: whether they travel as codes and scales in any case.
+        holds: whether the parameters hold quantized weights at present.
+        gathers_packed: whether the weights are always gathered as codes and scales.
 
     Raises:
-        ResidentError: they cannot, with the reason.
+        ResidentError: if the parameters cannot hold quantized weights; the message has the reason.
     """
 
     gathers_packed = False
@@ -68,7 +68,8 @@ class Resident:
         self._shares: list[tuple[Any, Shares]] = []
         for i, part in enumerate(parts):
             weights = [(s, m.weight) for s, m in self._modules if owner[m.weight] == i]
-            # Also where it trains none of them: its data-parallel ranks do all the same.
+            # An optimizer that trains none of them gets Shares as well, so that all its data-parallel ranks do the
+            # same.
             self._shares.append((part, Shares(part, weights)))
         self.holds = False
         for part, shares in self._shares:
@@ -76,7 +77,7 @@ class Resident:
             setattr(part, _RELOAD, functools.partial(self._reload, getattr(part, _RELOAD)))
         for chunk in self._chunks:
             chunk.__dict__[_ATTRIBUTE] = self
-            # Wrappers hand load_state_dict on to the chunk inside, some without a hook of their own.
+            # Wrappers pass load_state_dict on to the chunk inside, some without a hook of their own.
             while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):
                 chunk = inner
             chunk.register_load_state_dict_pre_hook(self._refuse_load)
@@ -84,17 +85,17 @@ class Resident:
 
     @property
     def cut_groups(self) -> int:
-        """Groups that a shard's edge cuts, as this rank sees them."""
+        """The number of groups that an edge of this rank's shard cuts."""
         return sum(shares.cut_groups for _, shares in self._shares)
 
     @property
     def shares(self) -> list[Share]:
-        """What this rank quantizes of every weight."""
+        """The shares that this rank quantizes, one for every weight."""
         return [share for _, shares in self._shares for share in shares.shares]
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Quantizes the latent weights in the parameters, in place; does nothing where they are quantized."""
+        """Quantizes the latent weights in the parameters, in place; does nothing if they are quantized already."""
         if self.holds:
             return
         kinds: defaultdict[QuantizerConfig, list[tuple[TernaryState, HostModule]]] = defaultdict(list)
@@ -110,15 +111,16 @@ class Resident:
 
     @contextlib.contextmanager
     def latents(self) -> Iterator[None]:
-        """While it lasts, the parameters are the latent weights of the optimizer; collective over all ranks.
+        """Context in which the parameters are the latent weights of the optimizer; collective over all ranks.
 
-        For what reads or writes weights: saving, exporting, loading (``load_state_dict`` and then the optimizer's
-        ``reload_model_params``, for its masters go on). The optimizer may not step meanwhile.
+        It is for code that reads or writes weights: saving, exporting, and loading (``load_state_dict`` and then the
+        optimizer's ``reload_model_params``, because training continues from its masters). The optimizer must not step
+        inside.
         """
         if not self.holds:
             yield
             return
-        # What is being gathered comes first, and then what the masters say.
+        # A gather that is in progress must end before the masters are written to the parameters.
         self._synchronize()
         self._set(False)
         for part, _ in self._shares:
@@ -133,7 +135,7 @@ class Resident:
         """Checks this rank's shard against the masters; collective over all ranks.
 
         Raises:
-            StaleCacheError: a parameter was written by somebody else.
+            StaleCacheError: if other code has written to a parameter.
         """
         for part, shares in self._shares:
             masters = masters_of(part)
@@ -153,7 +155,7 @@ class Resident:
                 check_held(share.state, made, _flat(share))
 
     def masters(self) -> Iterator[tuple[Share, torch.Tensor]]:
-        """The shards of quantized weights that this rank trains, each with its fp32 master, flat."""
+        """Yields this rank's shares of quantized weights, each with its flat fp32 master ``[end - start]``."""
         for part, shares in self._shares:
             masters = masters_of(part)
             for share in shares.shares:
@@ -186,7 +188,7 @@ class Resident:
             state.resident = holds
 
     def _synchronize(self) -> None:
-        """Gathers all shards, after those that are on their way."""
+        """Gathers all shards, after a gather that is in progress."""
         for chunk in self._chunks:
             config = getattr(chunk, "ddp_config", None)
             if config is not None and config.use_distributed_optimizer:
@@ -196,20 +198,21 @@ class Resident:
 
 
 def hold_in_parameters(chunks: Sequence[torch.nn.Module], optimizer: Any, cache: str) -> str | None:
-    """Lets the parameters hold the quantized weights where ``--ternary-cache`` asks for it.
+    """Makes the parameters hold the quantized weights if ``--ternary-cache`` asks for it.
 
-    To be called once the optimizer is built, before or after a checkpoint is loaded: it begins with the first schedule.
+    Call it after the optimizer is built, before or after a checkpoint is loaded: it takes effect with the first
+    schedule.
 
     Args:
-        chunks: as for :class:`Resident`.
-        optimizer: see there.
-        cache: ``resident``; ``auto`` for resident where it is possible; anything else does nothing.
+        chunks: the model chunks of this rank, as for :class:`Resident`.
+        optimizer: the optimizer that trains them, as for :class:`Resident`.
+        cache: ``resident``, or ``auto`` for resident if it is possible; other values do nothing.
 
     Returns:
-        One line for the log, None where nothing was asked for.
+        One line for the log; None if nothing was requested.
 
     Raises:
-        ResidentError: ``resident`` is not possible, with the cure.
+        ResidentError: if ``resident`` is requested and not possible; the message has the cure.
     """
     if cache not in ("auto", "resident") or not ternary_modules(chunks):
         return None
@@ -223,24 +226,24 @@ def hold_in_parameters(chunks: Sequence[torch.nn.Module], optimizer: Any, cache:
 
 
 def find_resident(model: torch.nn.Module) -> Resident | None:
-    """What holds the quantized weights of a chunk in its parameters, looking through wrappers; None without."""
+    """Returns the :class:`Resident` of a chunk, looking through wrappers; None if there is none."""
     return find_attached(model, _ATTRIBUTE)
 
 
 def latents(chunks: Sequence[torch.nn.Module]) -> contextlib.AbstractContextManager[None]:
-    """While it lasts, the parameters of model chunks are latent weights, however the run keeps the quantized ones.
+    """Returns a context in which the parameters of model chunks are latent weights, whatever the cache of the run is.
 
-    Collective over all ranks, see :meth:`Resident.latents`.
+    It is collective over all ranks, like :meth:`Resident.latents`.
     """
     resident = find_resident(chunks[0])
     return contextlib.nullcontext() if resident is None else resident.latents()
 
 
 def check_held(state: TernaryState, expected: torch.Tensor, found: torch.Tensor) -> None:
-    """Checks that what is held of a weight is what it should be; any NaN is one.
+    """Checks that the stored values of a weight are the expected ones; all NaN are equal.
 
     Raises:
-        StaleCacheError: it is not.
+        StaleCacheError: if they are not.
     """
     if not torch.equal(expected.nan_to_num(), found.nan_to_num()):
         raise StaleCacheError(
@@ -263,13 +266,13 @@ def _flat(share: Share) -> torch.Tensor:
 
 
 def optimizers_of(optimizer: Any) -> list[Any]:
-    """The optimizers that one of megatron-core's is chained of; itself where it is not."""
+    """Returns the parts of a chained optimizer of megatron-core; the optimizer itself if it is not chained."""
     chained = getattr(optimizer, "chained_optimizers", None)
     return [optimizer] if chained is None else [part for inner in chained for part in optimizers_of(inner)]
 
 
 def masters_of(part: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """fp32 masters of this rank's shard, by the parameter."""
+    """Returns the fp32 masters of this rank's shard, by parameter."""
     pairs: Iterable[tuple[Any, Any]]
     if hasattr(part, "model_float16_groups"):
         pairs = zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scales in the checkpoint: ``<weight key>.ternary_scale`` beside each ternary weight, sharded as it is.
+"""The scales in the checkpoint: ``<weight key>.ternary_scale`` next to each ternary weight, sharded like the weight.
 
-Whoever exports the checkpoint needs the very scales that training uses: summing in another order moves a scale by one
+An export of the checkpoint needs exactly the scales that training uses: summing in another order moves a scale by one
 bf16 step in a few rows of a hundred thousand.
 
-Where all layers (and experts) are quantized alike their scales are stacked into one tensor ``[layers, out, groups]``,
-as upstream stacks the weights; otherwise each has a key of its own that ends in its layer number (and expert number).
+If all layers (and experts) are quantized alike, their scales are stacked into one tensor ``[layers, out, groups]``, as
+upstream stacks the weights; otherwise each has a key of its own that ends in its layer number (and expert number).
 """
 
 import contextlib
@@ -27,12 +27,12 @@ _left_out = 0
 
 
 def save_scales_with(module: torch.nn.Module) -> None:
-    """Lets a ternary column / row parallel linear add its scales to ``sharded_state_dict``."""
+    """Makes a ternary column- or row-parallel linear add its scales to ``sharded_state_dict``."""
     module.__dict__["sharded_state_dict"] = functools.partial(_sharded_state_dict, module)
 
 
 def without_scales(state: dict[str, Any]) -> dict[str, Any]:
-    """A nested sharded state dict without its scales: what loading asks for, since it derives them from the weights."""
+    """Returns a nested sharded state dict without its scales, for loading, which derives them from the weights."""
     return {
         key: without_scales(value) if isinstance(value, dict) else value
         for key, value in state.items()
@@ -42,8 +42,10 @@ def without_scales(state: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def scales_left_out() -> Iterator[None]:
-    """Inside, ``sharded_state_dict`` of any model comes without scales: for hosts that build what they ask of a
-    checkpoint where we cannot filter it."""
+    """Context in which ``sharded_state_dict`` of any model omits the scales.
+
+    It is for hosts that build what they request of a checkpoint where this package cannot filter it.
+    """
     global _left_out
     _left_out += 1
     try:
@@ -64,7 +66,7 @@ def _sharded_state_dict(
     if not ternary.like_all_layers:
         key += "".join(f".{n}" for n in re.findall(r"\.(?:layers|local_experts)\.(\d+)\.", ternary.name))
         sharded_offsets = ()
-    # Of the weight as it is now: an optimizer step lies between it and the scales of the last forward.
+    # These are the scales of the present weight: since those of the last forward, an optimizer step has changed it.
     _, scales = ternary.quantize(self.weight)
     row_parallel = parallel_kind(self) == "row"
     data_group = (metadata or {}).get("dp_cp_group") or parallel_state.get_data_parallel_group(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which data-parallel rank quantizes what of a weight whose optimizer is sharded over them.
+"""Shards of quantized weights: which data-parallel rank quantizes which part, if the optimizer is sharded over ranks.
 
 The shards of the distributed optimizer's flat buffers ignore rows, so that a shard's edge may cut a group. All ranks
-that hold a piece of it send each other the raw bf16 piece, and each sums the whole group in the one order that all
-backends have; sums of pieces would not be exact.
+that hold a piece of such a group send each other the raw bf16 piece, and each sums the whole group in the order that
+all backends use; a sum of partial sums would not be exact.
 """
 
 from collections import defaultdict
@@ -19,9 +19,12 @@ from ..quantization import QuantizerConfig, effective_group
 
 
 def places_of(part: Any) -> dict[torch.nn.Parameter, tuple[int, int]]:
-    """Where every parameter of a distributed optimizer begins in its bucket, and the bucket's length, in elements.
+    """Returns the start of every parameter of a distributed optimizer in its bucket, and the bucket's length.
 
-    By the map of the buffer, as the optimizer: that of a bucket leaves out what a parameter's start is padded with.
+    Both count elements; the result is empty for another optimizer.
+
+    The positions are taken from the map of the buffer, as the optimizer takes them, because the map of a bucket leaves
+    out the padding before a parameter.
     """
     if not hasattr(part, "gbuf_ranges"):
         return {}
@@ -35,7 +38,7 @@ def places_of(part: Any) -> dict[torch.nn.Parameter, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring elements of one group, in one data-parallel rank's shard; offsets count in the flat weight."""
+    """Neighboring elements of one group, in one data-parallel rank's shard; offsets count in the flat weight."""
 
     rank: int
     start: int
@@ -44,15 +47,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Share:
-    """What a data-parallel rank quantizes of one weight.
+    """The part of one weight that a data-parallel rank quantizes.
 
     Attributes:
-        state: of the module.
-        parameter: its weight ``[out, in]``.
-        group: elements per scale.
-        start: first element of the flat weight in this rank's shard.
-        end: behind the last one; equal to ``start`` where the shard holds nothing of it.
-        cuts: the groups of which the shard holds a piece, and others the rest; each in order of the shards.
+        state: the state of the module.
+        parameter: its weight, ``[out, in]``.
+        group: the number of elements per scale.
+        start: the first element of the flat weight in this rank's shard.
+        end: the end of the shard's elements, exclusive; equal to ``start`` if the shard holds nothing of the weight.
+        cuts: the spans of each group of which the shard holds a piece and other shards the rest, in order of the
+            shards.
     """
 
     state: TernaryState
@@ -64,32 +68,32 @@ class Share:
 
     @property
     def whole(self) -> tuple[int, int]:
-        """The elements of the shard that are whole groups."""
+        """The range of the shard's elements that are whole groups, ``(start, end)``."""
         first, last = -(-self.start // self.group) * self.group, self.end // self.group * self.group
         return (first, last) if first < last else (self.start, self.start)
 
     @property
     def scales(self) -> torch.Tensor:
-        """The scales of all groups of which the shard holds a piece, in their order ``[pieces]``."""
+        """The scales ``[pieces]`` of all groups of which the shard holds a piece, in their order."""
         made = self.state.scales
         if made is None or self.start == self.end:
             return self.parameter.new_empty(0, dtype=torch.bfloat16, requires_grad=False)
-        # What quantized the whole weight kept all of its scales.
+        # If the whole weight was quantized at once, the state has the scales of all its groups, ``[out, groups]``.
         return made if made.dim() == 1 else made.flatten()[self.start // self.group : -(-self.end // self.group)]
 
 
 def share_of(
     state: TernaryState, parameter: torch.nn.Parameter, first: int, shard: int, rank: int, ranks: int
 ) -> Share:
-    """The share of one rank in a weight that lies in a buffer which is cut into equal shards.
+    """Returns the share of one rank in a weight in a buffer that is cut into equal shards.
 
     Args:
-        state: of the module.
-        parameter: its weight ``[out, in]``.
-        first: where the weight begins in the buffer.
-        shard: elements of one shard.
-        rank: data-parallel rank that asks.
-        ranks: shards of the buffer.
+        state: the state of the module.
+        parameter: its weight, ``[out, in]``.
+        first: the position in the buffer where the weight begins.
+        shard: the number of elements of one shard.
+        rank: the data-parallel rank whose share is returned.
+        ranks: the number of shards of the buffer.
     """
     count = parameter.numel()
     group = effective_group(parameter.shape[1], state.config.group_size)
@@ -106,11 +110,15 @@ def share_of(
 
 
 class Shares:
-    """The quantized weights of one of megatron-core's optimizers, as this data-parallel rank sees them.
+    """The quantized weights of one of megatron-core's optimizers, as this data-parallel rank holds them.
 
     Args:
         optimizer: a ``DistributedOptimizer`` or ``Float16OptimizerWithFloat16Params``.
-        weights: quantized modules whose weights it trains.
+        weights: the states and weights of the quantized modules that it trains.
+
+    Attributes:
+        group: the data-parallel group that the optimizer is sharded over; None if it is not sharded.
+        shares: this rank's share of every weight.
     """
 
     def __init__(self, optimizer: Any, weights: Sequence[tuple[TernaryState, torch.nn.Parameter]]) -> None:
@@ -128,20 +136,21 @@ class Shares:
 
     @property
     def cut_groups(self) -> int:
-        """Groups of which this rank holds a piece only."""
+        """The number of groups of which this rank holds only a piece."""
         return sum(len(share.cuts) for share in self.shares)
 
     @property
     def scales(self) -> torch.Tensor:
-        """Those of all shares in turn, see :attr:`Share.scales`."""
+        """The scales of all shares in turn, each as in :attr:`Share.scales`."""
         return torch.cat([share.scales for share in self.shares])
 
     @torch.no_grad()
     def quantize(self, flat: Callable[[Share], torch.Tensor]) -> None:
-        """Quantizes this rank's shard in place, and keeps the scales of it; collective over the data-parallel group.
+        """Quantizes this rank's shard in place, and keeps its scales; collective over the data-parallel group.
 
         Args:
-            flat: from a share its latent weight ``[end - start]``, contiguous, which becomes the quantized one.
+            flat: a function from a share to its latent weight ``[end - start]``, contiguous, which becomes the
+                quantized one.
         """
         pieces = [flat(share) for share in self.shares]
         kinds: defaultdict[QuantizerConfig, list[tuple[int, torch.Tensor]]] = defaultdict(list)
@@ -164,14 +173,14 @@ class Shares:
                     pieces[i][span.start - share.start : span.end - share.start] = own
         for i, (share, parts) in enumerate(zip(self.shares, scales, strict=True)):
             if i in completed and share.start % share.group:
-                # The whole groups lie between the first one and the last.
+                # The cut groups are the first one and possibly the last one; the whole groups are between them.
                 *whole, cut = parts
                 parts = [cut[:1], *whole, cut[1:]]
             share.state.scales = torch.cat(parts) if parts else None
             share.state.count += 1
 
     def _complete(self, pieces: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The whole groups ``[cuts, group]`` of which the shard holds a piece, by the share's number."""
+        """Completes the groups that the shard's edges cut; returns them ``[cuts, group]`` by index of the share."""
         groups: dict[int, torch.Tensor] = {}
         sent: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         wanted: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
@@ -189,7 +198,7 @@ class Shares:
                     place.copy_(own)
                     for peer in {s.rank for s in spans} - {self._rank}:
                         sent[peer].append(own)
-        # One message each way between two ranks; both list the groups in the order of the buffers.
+        # Two ranks exchange one message each way; both list the groups in the order of the buffers.
         received = {peer: torch.cat(places) for peer, places in wanted.items()}
         operations = []
         for peer in sorted(sent):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the quantizer does while a model trains: zeros, changed codes, levels, scales; per module and in total.
+"""Statistics of the quantizer during training: zeros, changed codes, levels and scales, per module and in total.
 
-Nothing is kept or computed between records, except one byte per weight of this rank: the codes of the last record.
+Between records nothing is kept or computed, except one byte per weight of this rank: the codes of the last record.
 """
 
 import functools
@@ -19,14 +19,17 @@ from ..quantization import SPACES, codes_under
 from ..quantization.spaces import TERNARY
 from .probe import ternary_modules
 
-# Codes are made, counted and compared block by block, so that the weights are read once.
+# Codes are computed, counted and compared block by block, so that the weights are read once.
 _BLOCK_ROWS = 256
 
 
 Counts = dict[str, float]
-"""Of the codes of a module, or of several: ``weights``, ``zeros``, ``changed`` (codes that differ from the last record,
-NaN at the first one), ``scales``, and ``scale_sum``, ``scale_min`` and ``scale_max`` of these; of other spaces than
-ternary, of which zeros say it all, ``level -2`` and so on for every level."""
+"""Counts of the codes and scales of one module, or of several.
+
+``weights``, ``zeros`` and ``changed`` count codes; ``changed`` are those that differ from the last record, NaN in the
+first one. ``scales``, ``scale_sum``, ``scale_min`` and ``scale_max`` describe the scales. In spaces other than ternary,
+for which the zeros suffice, ``level <space> -2`` and so on count the codes of every level.
+"""
 _MERGED = {"scale_min": min, "scale_max": max}
 _LEVEL = "level "
 
@@ -38,7 +41,10 @@ def merged(counts: Counts, others: Counts) -> Counts:
 
 
 def as_record(counts: Counts) -> dict[str, Any]:
-    """As fractions and means, for the log; ``levels`` are shares of the weights of each space but ternary."""
+    """Converts counts to fractions and means, for the log.
+
+    ``levels`` are shares of the weights of each space except ternary.
+    """
     changed = counts["changed"] / counts["weights"]
     levels: dict[str, dict[str, float]] = {}
     for name, count in counts.items():
@@ -57,7 +63,7 @@ def as_record(counts: Counts) -> dict[str, Any]:
 
 
 class Telemetry:
-    """Makes the records of one run; every rank holds one.
+    """The telemetry of one run, which makes its records; every rank holds one.
 
     Args:
         chunks: the model chunks of this rank, after :func:`~bitcpm_megatron.parallel.apply_recipe`.
@@ -69,15 +75,15 @@ class Telemetry:
 
     @torch.no_grad()
     def record(self) -> dict[str, dict[str, Any]] | None:
-        """Statistics of the weights that the last training forward used; collective over all ranks.
+        """Returns statistics of the weights that the last training forward used; collective over all ranks.
 
         Call it between the schedule and the optimizer step.
 
         Returns:
-            On rank 0, module path -> statistics of the whole weight, and ``"total"``; None elsewhere.
+            On rank 0, the statistics of the whole weight for each module path, and ``"total"``; None on other ranks.
         """
         mine = {state.name: self._measure(state, module) for state, module in self._modules}
-        # Tensor-parallel shards add up; pipeline stages and expert-parallel ranks complete each other.
+        # Counts of tensor-parallel shards are added; pipeline stages and expert-parallel ranks hold different modules.
         whole: dict[str, Counts] = {}
         for part in all_gathered(mine, parallel_state.get_tensor_model_parallel_group()):
             for name, counts in part.items():

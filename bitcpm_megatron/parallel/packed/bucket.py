@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One bucket of megatron-core's DDP without its bf16 values: codes of all shards, scales, and what is not quantized."""
+"""A bucket of megatron-core's DDP without its bf16 values: codes of all shards, scales, and values not quantized."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from ..shards import Share, Shares
 from .gather import Outgoing
 from .packing import Packing, Rows, Weight, rows_between, scales_in
 
-# So many elements of a shard, or one weight, are bf16 values at a time while they are quantized.
+# While a shard is quantized, this many of its elements, or one weight, are bf16 values at a time.
 _BLOCK_ELEMENTS = 1 << 24
 
 Masters: TypeAlias = Mapping[torch.nn.Parameter, torch.Tensor]
@@ -23,14 +23,14 @@ Masters: TypeAlias = Mapping[torch.nn.Parameter, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Block:
-    """Neighbouring weights of a bucket, which are quantized together.
+    """Neighboring weights of a bucket, which are quantized together.
 
     Attributes:
-        low: first element of the bucket that lies in this rank's shard.
-        high: behind the last one; equal to ``low`` where the shard holds nothing of the block.
-        rows: pieces of groups between the two.
-        shares: of the weights.
-        starts: of the weights in the bucket.
+        low: the first element of the bucket in this rank's shard of the block.
+        high: the end of these elements, exclusive; equal to ``low`` if the shard holds nothing of the block.
+        rows: the pieces of groups between the two.
+        shares: this rank's shares of the weights.
+        starts: the first element in the bucket of each weight.
     """
 
     low: int
@@ -40,14 +40,14 @@ class _Block:
     starts: Mapping[torch.nn.Parameter, int]
 
     def of(self, share: Share, values: torch.Tensor) -> torch.Tensor:
-        """What ``values`` between low and high have of one weight."""
+        """Returns the part of ``values``, the elements from ``low`` to ``high``, that belongs to one weight."""
         start = self.starts[share.parameter] - self.low
         return values[start + share.start : start + share.end] if share.start < share.end else values[:0]
 
 
 @dataclass(frozen=True)
 class _Raw:
-    """Neighbouring elements ``[start, end)`` of a parameter that is not quantized, and their words in a message."""
+    """Neighboring elements ``[start, end)`` of a parameter that is not quantized, and their words in a message."""
 
     parameter: torch.nn.Parameter
     start: int
@@ -64,19 +64,19 @@ class _Raw:
 
 
 class PackedBucket:
-    """What a rank keeps of one bucket.
+    """The packed content of one bucket that a rank keeps.
 
     Until :meth:`pack` is called, and again after :meth:`restore`, the bucket is as megatron-core made it.
 
     Args:
-        part: megatron-core's distributed optimizer that trains its parameters.
-        bucket: megatron-core's.
-        starts: its parameters, and where each begins in the bucket.
-        modules: those of them that are quantized, with the states of their modules.
+        part: megatron-core's distributed optimizer that trains the parameters of the bucket.
+        bucket: the bucket of megatron-core's DDP.
+        starts: the parameters of the bucket, and where each begins in it.
+        modules: the states of the quantized modules and their weights, which are among the parameters.
 
     Attributes:
-        packing: of the bucket.
-        parameters: all of them.
+        packing: the packing of the bucket.
+        parameters: all parameters of the bucket.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class PackedBucket:
             for state, p in self._modules
         ]
         self.packing = Packing(weights, data.numel(), group.size(), data.device)
-        # Each weight is one of whole groups.
+        # One entry per weight, because each weight consists of whole groups.
         self._rows = list(rows_between(weights, 0, data.numel()))
         self._blocks = list(self._blocks_of(part, weights))
         quantized = {parameter for _, parameter in modules}
@@ -115,7 +115,7 @@ class PackedBucket:
             first = last
 
     def _raw_of(self, rank: int) -> Iterator[_Raw]:
-        """Where the values that are not quantized stand in the words of a rank, but for what is padding."""
+        """Yields the places in the words of a rank of the values that are not quantized, except for padding."""
         shard = self.packing.shards[rank]
         word = shard.scales
         for a, b in shard.raw:
@@ -127,10 +127,10 @@ class PackedBucket:
             word += b - a
 
     def pack(self) -> None:
-        """Takes over what the bucket holds, whose weights are quantized; its memory is not needed any more then."""
+        """Packs the values of the bucket, whose weights are quantized; its memory is not needed after that."""
         packing, data = self.packing, self._data
         self._codes = data.new_zeros(packing.ranks, packing.code_bytes, dtype=torch.uint8)
-        # All weights are quantized on every rank: it has all of their scales.
+        # Every rank has quantized all weights here, and so has all of their scales.
         own = None
         if packing.needs_scales:
             own = torch.cat([state.scales.flatten() for state, _ in self._modules if state.scales is not None])
@@ -149,7 +149,7 @@ class PackedBucket:
             state.unpack = functools.partial(self.unpack, number)
 
     def restore(self) -> None:
-        """Lets the parameters be views of the bucket again, which has memory, and no values yet."""
+        """Makes the parameters views of the bucket again, which has memory, but no values yet."""
         self._codes, self._scales = self._codes.new_empty(0), self._scales.new_empty(0)
         for parameter, start in self._starts.items():
             parameter.data = self._data[start : start + parameter.numel()].view(parameter.shape)
@@ -161,15 +161,15 @@ class PackedBucket:
         """Writes one quantized weight.
 
         Args:
-            number: of the weight in the bucket.
-            out: bf16 ``[out, in]``, contiguous.
+            number: the index of the weight in the bucket.
+            out: the tensor to write to, bf16 ``[out, in]``, contiguous.
         """
         rows = self._rows[number]
         self.packing.multiply(self._codes, self._scales, [rows], out.view(-1), rows.start)
 
     @torch.no_grad()
     def write(self, masters: Masters) -> None:
-        """Writes this rank's shard as the optimizer's fp32 masters have it; collective over its data-parallel group."""
+        """Writes this rank's shard from the optimizer's fp32 masters; collective over its data-parallel group."""
         shard, codes = self.packing.shards[self._rank], self._codes[self._rank].zero_()
         for block in self._blocks:
             values = self._quantized(block, masters)
@@ -182,11 +182,12 @@ class PackedBucket:
 
     @torch.no_grad()
     def check(self, masters: Masters) -> None:
-        """Checks this rank's shard against the masters, and that parameters read as NaN; collective over the
-        data-parallel group of the optimizer.
+        """Checks this rank's shard against the masters, and that parameters read as NaN.
+
+        It is collective over the data-parallel group of the optimizer.
 
         Raises:
-            StaleCacheError: a parameter was written by somebody else.
+            StaleCacheError: if other code has written to a parameter.
         """
         for block in self._blocks:
             kept = [(share.state.scales, share.state.count) for share in block.shares.shares]
@@ -196,11 +197,12 @@ class PackedBucket:
                 share.state.scales, share.state.count = scales, count
                 check_held(share.state, block.of(share, fresh), block.of(share, found))
         for state, parameter in self._modules:
-            # All of its elements are this one. To fill a parameter is the one way to write to it.
+            # All elements of the parameter share the memory of this one. Filling the parameter is the only way to write
+            # to it.
             check_held(state, torch.ones(1), parameter.detach()[0, :1].isnan().float().cpu())
 
     def _quantized(self, block: _Block, masters: Masters) -> torch.Tensor:
-        """The quantized values of this rank between low and high of a block, zeros where there is no weight."""
+        """Returns this rank's quantized values from ``low`` to ``high`` of a block, with zeros outside of weights."""
         values = self._scales.new_zeros(block.high - block.low)
 
         def latent(share: Share) -> torch.Tensor:
@@ -213,7 +215,7 @@ class PackedBucket:
         return values
 
     def send(self) -> Outgoing:
-        """What the gather sends: codes, which arrive where they stay, and words."""
+        """Returns what the gather sends: codes, which arrive where they are kept, and words."""
         shard = self.packing.shards[self._rank]
         words = self._scales.new_zeros(self.packing.words)
         first = shard.rows[0].group if shard.rows else 0

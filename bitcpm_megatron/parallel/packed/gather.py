@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized weights travel between data-parallel ranks as codes and scales, and arrive bit for bit.
+"""The packed gather: quantized weights are sent between data-parallel ranks as codes and scales, bit for bit.
 
-Where the parameters hold the quantized weights (:mod:`..resident`), the all-gather of the distributed optimizer moves
-values of which a group has three to five, such as 0 and plus and minus its scale. Here each rank sends, per bucket, a
-message instead of its shard:
+If the parameters hold the quantized weights (:mod:`..resident`), the all-gather of the distributed optimizer moves
+groups of only three to five different values, such as 0 and plus and minus the scale. Here each rank sends, for each
+bucket, a message instead of its shard:
 
     codes of the whole shard in 2 bits (4 in a space of five levels), in the order of the bucket, as many bytes on
     every rank
     a bf16 scale for each group of which the shard holds an element
-    raw bf16 for what is not quantized: norms, embeddings, what the buffer is padded with
+    raw bf16 for values that are not quantized: norms, embeddings, the padding of the buffer
 
-All are as long as that of the fullest shard, and go in one uniform all-gather. What arrives is unpacked into the buffer
-behind the wait. A shard that is raw from end to end would make the messages longer than the shards: such a bucket is
-gathered as always. :mod:`.packing` says what codes and scales are.
+All messages are as long as that of the fullest shard, and are sent in one uniform all-gather. They are unpacked into
+the buffer after the wait. A shard that is raw from end to end would make the messages longer than the shards: such a
+bucket is gathered as always. :mod:`.packing` describes codes and scales.
 """
 
 import functools
@@ -30,14 +30,17 @@ from ..shards import Share
 from .packing import Packing, Traffic, Weight
 
 Outgoing: TypeAlias = tuple[list[tuple[torch.Tensor, torch.Tensor]], Callable[[], None] | None]
-"""What a bucket's gather sends: pairs of what is to hold that of all ranks and of the own, and what to do behind it."""
+"""What a bucket's gather sends: pairs of tensors, and a function to call after the wait, or None.
+
+Each pair consists of the tensor that receives the values of all ranks, and this rank's own values.
+"""
 _Placed: TypeAlias = tuple[Weight, torch.nn.Parameter]
 _CURE = "leave --ternary-param-gather out"
 
 
 @dataclass
 class _Handle:
-    """What megatron-core waits for: the collectives of a bucket group, and then their unpacking."""
+    """The handle that megatron-core waits for: the collectives of a bucket group, and then their unpacking."""
 
     works: list[torch.distributed.Work] = field(default_factory=list)
     arrived: list[Callable[[], None]] = field(default_factory=list)
@@ -57,15 +60,15 @@ class PackedGather:
 
     Args:
         chunks: the model chunks of this rank, wrapped in megatron-core's DDP with the distributed optimizer.
-        resident: that keeps quantized weights in their parameters.
+        resident: the :class:`~..resident.Resident` that keeps quantized weights in the parameters.
 
     Attributes:
-        traffic: of one gather of every bucket of this rank, those that are gathered as always included.
-        buckets: how many there are.
-        packed: how many of them are packed.
+        traffic: the traffic of one gather of every bucket of this rank, including those that are gathered as always.
+        buckets: the number of buckets.
+        packed: the number of buckets that are packed.
 
     Raises:
-        ResidentError: there is no gather of parameters, with the cure.
+        ResidentError: if there is no gather of parameters; the message has the cure.
     """
 
     def __init__(self, chunks: Sequence[HostModule], resident: Resident) -> None:
@@ -87,7 +90,7 @@ class PackedGather:
                 self._take(group, weights)
 
     def _take(self, group: Any, weights: dict[int, list[_Placed]]) -> None:
-        """Packs what a bucket group gathers, where that is less."""
+        """Makes a bucket group gather packed messages, for buckets whose traffic they reduce."""
         ranks = group.intra_distributed_optimizer_instance_size
         packed, sends = 0, []
         for bucket in group.buckets:
@@ -123,22 +126,22 @@ def _send_message(group: Any, bucket: Any, packing: Packing, shares: Sequence[Sh
 
 
 def send_plain(group: Any, bucket: Any) -> Outgoing:
-    """What the ordinary gather of a bucket sends."""
+    """Returns what the ordinary gather of a bucket sends."""
     everything = bucket.param_data
     shards = everything.view(group.intra_distributed_optimizer_instance_size, -1)
     return [(everything, shards[group.intra_distributed_optimizer_instance_rank])], None
 
 
 def replace_gather(group: Any, resident: Resident, sends: Sequence[Callable[[], Outgoing]]) -> None:
-    """Lets a bucket group gather what its buckets send; while the parameters hold latent weights, as always.
+    """Makes a bucket group gather what its buckets send; as always, while the parameters hold latent weights.
 
-    Displaces ``_ParamAndGradBucketGroup.start_param_sync`` (megatron-core 0.12.1 to 0.19) of the group.
-    ``finish_param_sync``, and a start that is forced, wait for the handle that it leaves.
+    It displaces ``_ParamAndGradBucketGroup.start_param_sync`` (megatron-core 0.12.1 to 0.19) of the group.
+    ``finish_param_sync``, and a forced start, wait for the handle that it sets.
 
     Args:
-        group: of buckets.
-        resident: that knows what the parameters hold.
-        sends: of each bucket, called when its gather starts.
+        group: the bucket group.
+        resident: the :class:`~..resident.Resident` that knows what the parameters hold.
+        sends: for each bucket, a function that is called when its gather starts, and returns what to send.
     """
     group.start_param_sync = functools.partial(_start, group, resident, sends, group.start_param_sync)
 
@@ -172,19 +175,20 @@ def _start(
 
 
 def gather_packed(chunks: Sequence[torch.nn.Module], gather: str) -> str | None:
-    """Lets the parameters be gathered as ``--ternary-param-gather`` asks.
+    """Makes the parameters be gathered as ``--ternary-param-gather`` asks.
 
-    To be called behind :func:`~..resident.hold_in_parameters`.
+    Call it after :func:`~..resident.hold_in_parameters`.
 
     Args:
-        chunks: as for :class:`PackedGather`.
-        gather: ``packed``; ``bf16`` does nothing.
+        chunks: the model chunks of this rank, as for :class:`PackedGather`.
+        gather: ``packed``, or ``bf16``, which does nothing.
 
     Returns:
-        One line for the log, None where nothing was asked for, or weights that are packed for good travel so anyhow.
+        One line for the log; None if nothing was requested, or if the weights are kept packed and so are gathered
+        packed in any case.
 
     Raises:
-        ResidentError: it is not possible.
+        ResidentError: if it is not possible.
     """
     if gather != "packed" or not ternary_modules(chunks):
         return None
@@ -204,9 +208,10 @@ def gather_packed(chunks: Sequence[torch.nn.Module], gather: str) -> str | None:
 
 
 def _weights_of(buffers: Sequence[Any], kinds: dict[torch.nn.Parameter, tuple[int, str]]) -> dict[int, list[_Placed]]:
-    """The quantized weights of every bucket by its ``id``, in its order; ``kinds`` are their groups and spaces.
+    """Returns the quantized weights of every bucket, by its ``id`` and in its order.
 
-    By the map of the buffer: that of a bucket leaves out what a parameter's start is padded with.
+    ``kinds`` holds their group sizes and spaces. The positions are taken from the map of the buffer, because the map of
+    a bucket leaves out the padding before a parameter.
     """
     found: dict[int, list[_Placed]] = {}
     for buffer in buffers:

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a bucket of quantized and other values is packed: codes of 2 or 4 bits, scales, and raw values.
+"""Packing of a bucket of quantized and other values: codes of 2 or 4 bits, scales, and raw values.
 
-A group of a ternary weight has three values: 0 and plus and minus its scale. The codes of a shard lie in planes: code
-``e`` of it in byte ``e % code_bytes``, its bits in place ``e // code_bytes``, so that neighbours stay neighbours. They
-are signed numbers of 2 bits, or of 4 where a weight of the bucket has more than four levels.
+A group of a ternary weight has three values: 0 and plus and minus its scale. The codes of a shard are stored in planes:
+code ``e`` is in byte ``e % code_bytes``, and its bits at position ``e // code_bytes`` of that byte, so that neighbors
+stay neighbors. Codes are signed numbers of 2 bits, or of 4 if a weight of the bucket has more than four levels.
 
-Codes and scales of ternary weights are read off the quantized values themselves. Of a group that a shard's edge cuts,
-each piece says its largest magnitude; the largest of these is the scale, which all members of the group that are not
-zero have. A piece of zeros says 0. In the other spaces a piece may leave open which levels its values are: the scales
-are those that it was quantized with, and the codes follow from both. Nothing here waits for a device.
+Codes and scales of ternary weights are found from the quantized values themselves. If a shard's edge cuts a group, each
+piece reports its largest magnitude, which is 0 for a piece of zeros; the largest of these is the scale, because all
+members of the group that are not zero have this magnitude. In the other spaces a piece may leave open which levels its
+values are: the scales are those that it was quantized with, and the codes follow from both. Nothing here waits for a
+device.
+
+In shapes, ``length`` is the number of elements of a bucket, ``ranks`` the number of its shards, ``shard`` the elements
+of a shard, ``pieces`` those of groups in it, and ``groups`` all groups of the bucket; ``code_bytes``, ``words`` and
+``message`` are attributes of :class:`Packing`.
 """
 
 import itertools
@@ -20,13 +25,20 @@ import torch
 from ...quantization import SPACES, codes_under
 
 _TERNARY = "ternary"
-# Codes are unpacked into a byte each before they are multiplied: of so many elements at a time, or of one shard.
+# Codes are unpacked into one byte each before they are multiplied, this many elements or one shard at a time.
 _UNPACKED_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a quantized weight lies in a bucket: first element, elements, and elements per scale; and its space."""
+    """A quantized weight in a bucket.
+
+    Attributes:
+        start: its first element in the bucket.
+        count: its number of elements.
+        group: the number of elements per scale.
+        space: its quantization space.
+    """
 
     start: int
     count: int
@@ -35,20 +47,20 @@ class Weight:
 
     @property
     def end(self) -> int:
-        """Behind the last element."""
+        """The end of its elements in the bucket, exclusive."""
         return self.start + self.count
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Neighbouring pieces of groups of one weight, equally wide: whole groups, or one piece of a group.
+    """Neighboring pieces of groups of one weight, equally wide: whole groups, or one piece of a group.
 
     Attributes:
-        start: first element in the bucket.
-        count: pieces.
-        width: elements of each.
-        group: number of the first piece's group among all groups of the bucket.
-        space: of the weight.
+        start: the first element in the bucket.
+        count: the number of pieces.
+        width: the number of elements of each piece.
+        group: the index of the first piece's group among all groups of the bucket.
+        space: the quantization space of the weight.
     """
 
     start: int
@@ -59,16 +71,16 @@ class Rows:
 
     @property
     def end(self) -> int:
-        """Behind the last element."""
+        """The end of the elements in the bucket, exclusive."""
         return self.start + self.count * self.width
 
     def of(self, values: torch.Tensor, origin: int) -> torch.Tensor:
-        """These pieces ``[count, width]`` of a flat tensor that begins with an element of the bucket."""
+        """Returns these pieces ``[count, width]`` of a flat tensor that begins with the bucket's element ``origin``."""
         return values[self.start - origin : self.end - origin].view(self.count, self.width)
 
 
 def rows_between(weights: Sequence[Weight], low: int, high: int) -> Iterator[Rows]:
-    """All pieces of groups that lie between two elements of a bucket, in its order."""
+    """Yields all pieces of groups between two elements of a bucket, in its order."""
     groups = 0
     for weight in weights:
         start, end = (min(max(edge - weight.start, 0), weight.count) for edge in (low, high))
@@ -81,15 +93,15 @@ def rows_between(weights: Sequence[Weight], low: int, high: int) -> Iterator[Row
 
 
 class Shard:
-    """What one data-parallel rank holds of a bucket.
+    """The part of a bucket that one data-parallel rank holds.
 
     Attributes:
-        start: first element in the bucket.
-        end: behind the last one.
-        rows: of quantized weights, in order.
-        raw: what lies between them, each by its first element and the one behind its last.
-        scales: pieces of groups.
-        words: of 16 bits in its message, for scales and raw values.
+        start: the first element in the bucket.
+        end: the end of the elements, exclusive.
+        rows: the pieces of quantized weights, in order.
+        raw: the ranges between them, each by its first element and its exclusive end.
+        scales: the number of pieces of groups.
+        words: the number of 16-bit words in its message, for scales and raw values.
     """
 
     def __init__(self, weights: Sequence[Weight], start: int, end: int) -> None:
@@ -103,13 +115,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a gather hands to every rank.
+    """The bytes that a gather delivers to every rank.
 
     Attributes:
-        packed: those of the messages.
-        plain: those of the ordinary gather.
-        raw: those of values that are not quantized, in the ordinary gather.
-        weights: quantized ones.
+        packed: the bytes of the messages.
+        plain: the bytes of the ordinary gather.
+        raw: the bytes of values that are not quantized, in the ordinary gather.
+        weights: the number of quantized weights.
     """
 
     packed: int = 0
@@ -122,27 +134,27 @@ class Traffic:
 
     @property
     def per_weight(self) -> float:
-        """Bytes per quantized weight, without the raw values."""
+        """The bytes per quantized weight, without the raw values."""
         return (self.packed - self.raw) / self.weights
 
 
 class Packing:
-    """How the shards of one bucket are packed, and unpacked.
+    """The layout in which the shards of one bucket are packed, with the functions that pack and unpack them.
 
     Args:
-        weights: the quantized ones in the bucket, in its order.
-        length: elements of the bucket.
-        ranks: equal shards that it is cut into.
-        device: of the bucket.
+        weights: the quantized weights in the bucket, in its order.
+        length: the number of elements of the bucket.
+        ranks: the number of equal shards that it is cut into.
+        device: the device of the bucket.
 
     Attributes:
-        bits: of a code.
-        needs_scales: whether the values alone do not say what their scales are.
-        code_bytes: for the codes of a shard.
-        words: of 16 bits for scales and raw values of the fullest shard.
-        message: bytes of both.
-        groups: scales of the bucket.
-        traffic: of one gather of the bucket.
+        bits: the number of bits of a code.
+        needs_scales: whether the values alone do not determine their scales.
+        code_bytes: the number of bytes for the codes of a shard.
+        words: the number of 16-bit words for scales and raw values of the fullest shard.
+        message: the number of bytes of both together.
+        groups: the number of scales of the bucket.
+        traffic: the traffic of one gather of the bucket.
     """
 
     def __init__(self, weights: Sequence[Weight], length: int, ranks: int, device: torch.device) -> None:
@@ -151,13 +163,13 @@ class Packing:
         self.weights = tuple(weights)
         self.bits = max((SPACES[weight.space].code_bits for weight in weights), default=2)
         self.needs_scales = any(weight.space != _TERNARY for weight in weights)
-        # Levels are exact in bf16. Ternary codes are the levels themselves.
+        # Levels are exact in bf16. Ternary needs no table, because its codes are the levels themselves.
         self._levels = {
             weight.space: torch.tensor(SPACES[weight.space].levels, dtype=torch.bfloat16, device=device)
             for weight in weights
             if weight.space != _TERNARY
         }
-        # Even, so that the words behind the codes are aligned.
+        # The number is even, so that the words after the codes are aligned.
         self.code_bytes = -(-self.shard // (2 * (8 // self.bits))) * 2
         self.words = max(shard.words for shard in self.shards)
         self.message = self.code_bytes + 2 * self.words
@@ -174,12 +186,14 @@ class Packing:
 
     @property
     def pays(self) -> bool:
-        """Whether the messages are shorter than the shards, and there is somebody to send them to."""
+        """Whether the messages are shorter than the shards, and there is another rank to send them to."""
         return self.ranks > 1 and self.traffic.packed < self.traffic.plain
 
     def _place_scales(self, device: torch.device) -> None:
-        """Finds which words of each shard are scales that no shard before has, and those of groups that several shards
-        hold pieces of."""
+        """Finds which words of each shard are scales that no earlier shard has, and which belong to shared groups.
+
+        A shared group is one of which several shards hold pieces.
+        """
         self._fresh: list[tuple[int, int]] = []
         places: dict[int, list[tuple[int, int]]] = {}
         known = 0
@@ -197,15 +211,15 @@ class Packing:
         self._cut_words = torch.tensor(filled, dtype=torch.int64, device=device).view(len(cuts), most, 2).unbind(2)
 
     def pack(self, values: torch.Tensor, rank: int, own: torch.Tensor | None = None) -> torch.Tensor:
-        """The message of a rank: the codes of its shard, a scale for each group that it holds a piece of, raw values.
+        """Returns the message of a rank: codes of its shard, a scale for each piece of a group, and raw values.
 
         Args:
-            values: bf16 ``[shard]``, the rank's shard of the bucket, whose weights are quantized.
-            rank: whose it is.
-            own: see :func:`scales_in`.
+            values: the rank's shard of the bucket, bf16 ``[shard]``, whose weights are quantized.
+            rank: the rank that holds the shard.
+            own: the scales that all pieces were quantized with, as for :func:`scales_in`; ternary weights need none.
 
         Returns:
-            uint8 ``[message]``.
+            The message, uint8 ``[message]``.
         """
         shard = self.shards[rank]
         message = values.new_zeros(self.message, dtype=torch.uint8)
@@ -217,11 +231,11 @@ class Packing:
         return message
 
     def unpack(self, messages: torch.Tensor, bucket: torch.Tensor) -> None:
-        """Writes what all ranks have packed.
+        """Writes the values that all ranks have packed.
 
         Args:
-            messages: uint8 ``[ranks, message]``.
-            bucket: bf16 ``[length]``, which is overwritten, the own shard with what it holds.
+            messages: the messages, uint8 ``[ranks, message]``.
+            bucket: the bucket, bf16 ``[length]``, which is overwritten; the own shard keeps its values.
         """
         codes, words = messages[:, : self.code_bytes], messages.view(bucket.dtype)[:, self.code_bytes // 2 :]
         for shard, own in zip(self.shards, words, strict=True):
@@ -233,7 +247,7 @@ class Packing:
             self.multiply(codes, scales, rows, bucket[start:end], start)
 
     def merged_scales(self, words: torch.Tensor) -> torch.Tensor:
-        """The scales ``[groups]`` of a bucket, of the words ``[ranks, words]`` of all ranks."""
+        """Returns the scales ``[groups]`` of a bucket from the words ``[ranks, words]`` of all ranks."""
         scales = torch.cat([own[a:b] for own, (a, b) in zip(words, self._fresh, strict=True)])
         if self._cut_groups.numel():
             scales.index_copy_(0, self._cut_groups, words[self._cut_words].amax(1))
@@ -242,14 +256,14 @@ class Packing:
     def multiply(
         self, codes: torch.Tensor, scales: torch.Tensor, rows: Sequence[Rows], values: torch.Tensor, start: int
     ) -> None:
-        """Writes quantized values.
+        """Writes quantized values, the products of codes and scales.
 
         Args:
-            codes: uint8 ``[ranks, code_bytes]``.
-            scales: bf16 ``[groups]``.
-            rows: what to write.
-            values: neighbouring elements of the bucket, in which these are.
-            start: the first of them.
+            codes: the codes, uint8 ``[ranks, code_bytes]``.
+            scales: the scales, bf16 ``[groups]``.
+            rows: the pieces to write.
+            values: neighboring elements of the bucket that contain the pieces, bf16; written.
+            start: the position of the first of these elements in the bucket.
         """
         codes_here = self.codes(codes, start, start + values.numel()) if rows else values
         for piece in rows:
@@ -260,15 +274,15 @@ class Packing:
             torch.mul(codes_there, own, out=piece.of(values, start))
 
     def codes(self, codes: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """The codes of neighbouring elements of the bucket, a byte each.
+        """Returns the codes of neighboring elements of the bucket, one byte each.
 
         Args:
-            codes: uint8 ``[ranks, code_bytes]``.
-            start: first element.
-            end: behind the last one.
+            codes: the packed codes, uint8 ``[ranks, code_bytes]``.
+            start: the first element.
+            end: the end of the elements, exclusive.
 
         Returns:
-            int8 ``[end - start]``, of what is not quantized any.
+            The codes, int8 ``[end - start]``, with arbitrary values for elements that are not quantized.
         """
         fields, size = codes.view(torch.int8), self.code_bytes
         made = torch.empty(end - start, dtype=torch.int8, device=codes.device)
@@ -276,7 +290,7 @@ class Packing:
         for first, last, low, high in self._pieces(start, end):
             piece = made[done : (done := done + (last - first) * (high - low))].view(last - first, high - low)
             for j, a, b in _planes(low, high, size):
-                # The bits go to the top, and come down again with their sign.
+                # The bits are shifted to the top of the byte, and later down again with their sign.
                 field = fields[first:last, a - j * size : b - j * size]
                 torch.bitwise_left_shift(field, 8 - self.bits * (j + 1), out=piece[:, a - low : b - low])
         return made.bitwise_right_shift_(8 - self.bits)
@@ -290,17 +304,17 @@ class Packing:
         scales: Sequence[torch.Tensor],
         start: int,
     ) -> None:
-        """Adds the codes of neighbouring elements of a shard to those that are there.
+        """Adds the codes of neighboring elements of a shard to its other codes.
 
         Args:
-            codes: uint8 ``[code_bytes]`` of the shard; those of the elements are 0.
-            rows: pieces of weights among the elements; needed for those that are not ternary.
-            values: bf16, quantized.
-            origin: the first of the elements in the bucket.
-            scales: of the pieces, as :func:`scales_in` gives them.
-            start: the first of the elements in the shard.
+            codes: the codes of the shard, uint8 ``[code_bytes]``; those of the elements are 0.
+            rows: the pieces of weights among the elements; needed if some are not ternary.
+            values: the quantized values of the elements, bf16.
+            origin: the position of the first of the elements in the bucket.
+            scales: the scales of the pieces, as :func:`scales_in` returns them.
+            start: the position of the first of the elements in the shard.
         """
-        # The signs of ternary values. NaN has code 0 and a scale of NaN, of which any multiple is NaN.
+        # These are the signs of ternary values. NaN has code 0 and a scale of NaN, every multiple of which is NaN.
         new = (values > 0).view(torch.int8).sub_((values < 0).view(torch.int8))
         for piece, own in zip(rows, scales, strict=True) if self.needs_scales else ():
             if piece.space != _TERNARY:
@@ -312,8 +326,10 @@ class Packing:
             codes[a - j * size : b - j * size] |= fields[a - start : b - start] << self.bits * j
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Neighbouring elements of the bucket as ranges of shards, and of elements in each of them: what lies in front
-        of the first whole shard, all whole ones, and what lies behind."""
+        """Yields neighboring elements of the bucket as ranges of shards, each with a range of elements in these shards.
+
+        The ranges are the part before the first whole shard, all whole shards, and the part after them.
+        """
         first, last = -(-start // self.shard), end // self.shard
         if first > last:
             yield last, first, start - last * self.shard, end - last * self.shard
@@ -329,13 +345,15 @@ class Packing:
 def scales_in(
     rows: Sequence[Rows], values: torch.Tensor, origin: int, own: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """The scale of every piece of a group, of ternary ones as far as the piece tells, for all ``rows`` in turn.
+    """Returns the scales of all pieces, ``[count]`` for each of ``rows``.
+
+    The scale of a ternary piece is its largest magnitude, which is 0 if the piece does not show the scale of its group.
 
     Args:
-        rows: pieces.
-        values: bf16, quantized, neighbouring elements of the bucket in which the pieces are.
-        origin: the first of them.
-        own: bf16, the scales ``[pieces]`` that all of them were quantized with; ternary ones need none.
+        rows: the pieces.
+        values: neighboring elements of the bucket that contain the pieces, bf16, quantized.
+        origin: the position of the first of these elements in the bucket.
+        own: the scales that all pieces were quantized with, bf16 ``[pieces]``; None if all are ternary.
     """
     found, first = [], 0
     for piece in rows:
@@ -344,13 +362,13 @@ def scales_in(
         else:
             assert own is not None
             scales = own[first : first + piece.count]
-            # Any multiple of NaN is NaN, but not of infinity.
+            # Every multiple of NaN is NaN, which is not true of infinity.
             found.append(torch.where(scales.isfinite(), scales, torch.nan))
         first += piece.count
     return found
 
 
 def _planes(start: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """The planes that elements of a shard meet, each with the first element there and the one behind the last."""
+    """Yields the planes that elements of a shard are in, each with the range of elements there (exclusive end)."""
     for j in range(start // size, -(-end // size)):
         yield j, max(start, j * size), min(end, (j + 1) * size)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized weights of which a rank keeps 2-bit codes and scales alone; a layer's are unpacked when it runs.
+"""Quantized weights that a rank keeps only as packed codes and scales; a layer's weight is unpacked when it runs.
 
-As under :mod:`..resident` the latent weights stand in the optimizer's fp32 masters. But the bf16 buffer of DDP, which
-would hold quantized values, has no memory: per bucket there are the codes of all shards, the scales of all groups, and
-tensors of their own for what is not quantized. A parameter that is quantized reads as NaN, and cannot be written to.
-After a step each rank quantizes its own shard block by block and writes its own codes; the gather hands out codes where
-they stay, and scales with raw values in one message. Every bit is that of ``--ternary-cache resident``.
+As with :mod:`..resident`, the latent weights are in the optimizer's fp32 masters. But the bf16 buffer of DDP, which
+would hold quantized values, has no memory: for each bucket there are the codes of all shards, the scales of all groups,
+and separate tensors for values that are not quantized. A parameter that is quantized reads as NaN, and cannot be
+written to. After a step each rank quantizes its own shard block by block and writes its own codes. The gather
+distributes the codes to where they are kept, and the scales with raw values in one message. Every bit is that of
+``--ternary-cache resident``.
 """
 
 import contextlib
@@ -30,19 +31,20 @@ _MASTERS = "model_float16_groups", "shard_fp32_from_float16_groups"
 class PackedWeights(Resident):
     """The quantized weights of a training run that are kept as codes and scales.
 
-    They become so when the first schedule starts. While :meth:`latents` lasts, and until then, everything is as
+    They are packed when the first schedule starts. Until then, and inside :meth:`latents`, everything is as
     megatron-core made it, bf16 buffers included.
 
     Args:
-        chunks: see :class:`~..resident.Resident`; wrapped in megatron-core's DDP with the distributed optimizer.
-        optimizer: see there.
+        chunks: the model chunks of this rank, as for :class:`~..resident.Resident`, wrapped in megatron-core's DDP with
+            the distributed optimizer.
+        optimizer: the optimizer that trains them, as ``get_megatron_optimizer`` builds it.
 
     Attributes:
-        packed_bytes: that this rank keeps of codes and scales.
-        weights: quantized ones that it keeps so.
+        packed_bytes: the bytes of codes and scales that this rank keeps.
+        weights: the number of quantized weights that it keeps as codes and scales.
 
     Raises:
-        ResidentError: they cannot, with the reason.
+        ResidentError: if this is not possible; the message has the reason.
     """
 
     gathers_packed = True
@@ -50,7 +52,7 @@ class PackedWeights(Resident):
     def __init__(self, chunks: Sequence[HostModule], optimizer: Any) -> None:
         _check_buffers(chunks)
         super().__init__(chunks, optimizer)
-        # Buffers that hold a quantized weight, and their bytes.
+        # The buffers that hold a quantized weight, with their sizes in bytes.
         self._buffers: list[tuple[Any, int]] = []
         self._buckets: dict[int, PackedBucket] = {}
         self._of_part: list[tuple[Any, list[PackedBucket]]] = []
@@ -66,17 +68,21 @@ class PackedWeights(Resident):
         self.weights = sum(packing.traffic.weights for packing in packings)
 
     def verify(self) -> None:
-        """See :meth:`~..resident.Resident.verify`."""
+        """Checks this rank's shard against the masters; collective over all ranks.
+
+        Raises:
+            StaleCacheError: if other code has written to a parameter.
+        """
         for part, buckets in self._of_part:
             masters = masters_of(part)
             for bucket in buckets:
                 bucket.check(masters)
 
     def _take(self, part: Any, buffer: Any) -> list[PackedBucket]:
-        """The packed buckets of a buffer; none where it holds no quantized weight."""
+        """Returns the packed buckets of a buffer; none if it holds no quantized weight."""
         states = {module.weight: state for state, module in self._modules}
         starts: dict[int, dict[torch.nn.Parameter, int]] = {number: {} for number in range(len(buffer.buckets))}
-        # By the map of the buffer: that of a bucket leaves out what a parameter's start is padded with.
+        # The map of the buffer is used, because that of a bucket leaves out the padding before a parameter.
         for parameter, (start, _, number) in buffer.param_index_map.items():
             starts[number][parameter] = start - buffer.buckets[number].offset
         packed = []
@@ -111,7 +117,7 @@ class PackedWeights(Resident):
             storage = buffer.param_data.untyped_storage()
             if not holds:
                 storage.resize_(size)
-                # Also what lies between parameters, which is gathered with them.
+                # This also clears the padding between parameters, which is gathered with them.
                 buffer.param_data.zero_()
             for bucket in buffer.buckets:
                 packed = self._buckets.get(id(bucket))
@@ -124,7 +130,7 @@ class PackedWeights(Resident):
         super()._set(holds)
 
     def _move(self, buffer: Any, bucket: Any) -> None:
-        """Gives a bucket without a quantized weight, for good, memory of its own, which everything upstream uses."""
+        """Gives a bucket without a quantized weight memory of its own, for good, which everything upstream uses."""
         bucket.param_data = bucket.param_data.clone()
         for parameter in bucket.params_list:
             start = buffer.param_index_map[parameter][0] - bucket.offset
@@ -135,15 +141,16 @@ class PackedWeights(Resident):
 
 
 def pack_weights(chunks: Sequence[torch.nn.Module], optimizer: Any) -> str | None:
-    """Lets a rank keep its quantized weights packed, as ``--ternary-cache packed`` asks.
+    """Makes a rank keep its quantized weights packed, as ``--ternary-cache packed`` asks.
 
-    To be called once the optimizer is built, before or after a checkpoint is loaded: it begins with the first schedule.
+    Call it after the optimizer is built, before or after a checkpoint is loaded: it takes effect with the first
+    schedule.
 
     Returns:
         One line for the log; None for a model without quantized weights.
 
     Raises:
-        ResidentError: it is not possible, with the reason.
+        ResidentError: if it is not possible; the message has the reason.
     """
     if not ternary_modules(chunks):
         return None
@@ -156,7 +163,7 @@ def pack_weights(chunks: Sequence[torch.nn.Module], optimizer: Any) -> str | Non
 
 @contextlib.contextmanager
 def _without(part: Any, parameters: set[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, a distributed optimizer knows nothing of some of its bf16 parameters."""
+    """Context in which some bf16 parameters are hidden from a distributed optimizer."""
     kept = [getattr(part, name) for name in _MASTERS]
     every = [list(zip(*groups, strict=True)) for groups in zip(*kept, strict=True)]
     pairs = [[pair for pair in group if pair[0] not in parameters] for group in every]
