@@ -35,7 +35,7 @@ _LEVEL = "level "
 
 
 def merged(counts: Counts, others: Counts) -> Counts:
-    """The counts of both together."""
+    """Merges two sets of counts: adds them, and takes the extremes of ``scale_min`` and ``scale_max``."""
     names = {**counts, **others}
     return {name: _MERGED.get(name, operator.add)(counts.get(name, 0), others.get(name, 0)) for name in names}
 

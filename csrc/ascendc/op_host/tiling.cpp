@@ -11,7 +11,7 @@ namespace {
 constexpr uint32_t kBlock = 32;
 constexpr uint32_t kFloatLanes = 64;
 constexpr uint32_t kGroupMultiple = 32;
-constexpr uint32_t kTileLimit = 4096;                              // a longer segment is worked on alone
+constexpr uint32_t kTileLimit = 4096;                              // a longer segment is processed alone
 constexpr uint32_t kRowLimit = kMaxRepeats * kFloatLanes * kFloatLanes;   // one instruction folds its partial sums
 constexpr uint32_t kTilePieces[] = {8192, 6144, 4096};
 constexpr uint32_t kRowPieces[] = {4096, 2048, 1024};
@@ -52,7 +52,7 @@ uint32_t Flags(const WeightSpec& w, const Space& space)
     return flags;
 }
 
-// What one launch needs of UB beside its table.
+// The sizes that determine the buffers of one launch in UB.
 struct Layout {
     uint32_t piece = 0;
     uint32_t inputBytes = kBlock;
@@ -62,7 +62,7 @@ struct Layout {
     uint32_t flags = 0;
 };
 
-// Mirrors Core::InitBuffers; a test compares it with what the emulated kernel allocates.
+// Returns the bytes that Core::InitBuffers allocates; a test compares them with those of the emulated kernel.
 uint64_t UnifiedBufferBytes(const Layout& layout, Dtype dtype)
 {
     const uint64_t element = ElementBytes(dtype);
@@ -89,7 +89,7 @@ bool Fits(const Layout& layout, Dtype dtype)
     return UnifiedBufferBytes(layout, dtype) <= kUnifiedBufferBytes;
 }
 
-// How a weight is cut: equal tiles, but for the last of every line.
+// The cut of a weight into tiles, which are equal except for the last one of every line.
 struct Cut {
     uint32_t lines;
     uint32_t lineLength;
@@ -99,13 +99,14 @@ struct Cut {
     uint32_t Tiles() const { return lines * tilesPerLine; }
 };
 
-// Packed bytes of a row end on 32: where a row is no multiple of 128, tiles must not run over its end.
+// Returns whether tiles must not cross the end of a row: packed rows are padded to a multiple of 32 bytes, if a row is
+// not a multiple of 128 elements.
 bool ByRows(const WeightSpec& w)
 {
     return HasCodes(w) && w.columns % kPackedBlock != 0;
 }
 
-// Returns false where whole tiles of this size cannot end on packed bytes.
+// Returns false if whole tiles of this size cannot end on blocks of packed bytes.
 bool CutTiles(const WeightSpec& w, uint32_t piece, Cut* cut)
 {
     const bool byRows = ByRows(w);
@@ -197,7 +198,7 @@ Launch WriteTable(Kernel kernel, const std::vector<WeightSpec>& weights, const S
         launch.table.push_back(Bits(level));
     }
 
-    // Core k begins where k / blocks of all elements are dealt out: an equal share, to within a tile.
+    // Core k begins after k / blocks of all elements, so that shares are equal to within a tile.
     uint32_t weight = 0;
     uint32_t first = 0;          // first tile of `weight`
     uint64_t before = 0;         // elements before it
@@ -281,7 +282,8 @@ Launch PlanRows(const std::vector<WeightSpec>& weights, const Space& space, Dtyp
             lengths.push_back(AlignUp(w.group, kPackedBlock));
         }
     }
-    // The longest segment that can stay, two if possible so that loading overlaps; longer ones are read twice.
+    // This finds the longest segment that can stay in UB, with two buffers if possible, so that loading overlaps with
+    // computing. Longer segments are read twice.
     std::sort(lengths.rbegin(), lengths.rend());
     lengths.push_back(0);
     for (uint32_t length : lengths) {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// From magnitudes and spread scales to codes and values; packing and counting of codes, and the way back from packed.
+// Computation of codes and values from magnitudes and spread scales; packing, counting and unpacking of codes.
 #pragma once
 
 #include "ternary_core.h"
 
 namespace ternary {
 
-// magnitude_ <- |input| of `padded` elements, zeros beyond `count`: they add nothing and quantize to code 0.
+// magnitude_ <- |input| of `padded` elements, with zeros beyond `count`, which add nothing and quantize to code 0.
 template <typename T>
 __aicore__ inline void Core<T>::Magnitudes(const LocalTensor<T>& input, uint32_t count, uint32_t padded)
 {
@@ -26,7 +26,8 @@ __aicore__ inline void Core<T>::Magnitudes(const LocalTensor<T>& input, uint32_t
     Barrier();
 }
 
-// output, code_ <- from input and magnitude_, for segments whose blocks are spread.
+// output, code_ <- values and codes of `segments` segments of `length` elements, `padded` elements in all, from input
+// and magnitude_. The blocks of the segments are spread; `across` is that of WithBlocks.
 template <typename T>
 __aicore__ inline void Core<T>::Quantize(const Weight<T>& weight, const LocalTensor<T>& input,
                                          const LocalTensor<T>& output, uint32_t segments, uint32_t length,
@@ -50,7 +51,8 @@ __aicore__ inline void Core<T>::Quantize(const Weight<T>& weight, const LocalTen
     Barrier();
     CompareWith(mask_, magnitude_, 0.0f, AscendC::CMPMODE::GT, padded);
     if (weight.NeedsCodes()) {
-        // The sign with 1.0, which becomes the code; fp32 has no other room for it than the magnitudes.
+        // The sign is combined with 1.0, which becomes the code. For fp32 the only room for it is that of the
+        // magnitudes.
         LocalTensor<uint16_t> codeWords = code_.template ReinterpretCast<uint16_t>();
         if constexpr (wide) {
             codeWords = magnitude_.template ReinterpretCast<uint16_t>();
@@ -84,14 +86,14 @@ __aicore__ inline void Core<T>::Quantize(const Weight<T>& weight, const LocalTen
         AscendC::Adds(output, output, static_cast<half>(0.0f), padded);
     }
     if (weight.Has(kGivenScales)) {
-        // An own scale would have told of a NaN; a given one knows nothing of it.
+        // With an own scale, a NaN among the weights makes the scale NaN. A given scale does not show it.
         Barrier();
         AscendC::Select(outputBits, number_, outputBits, NotANumber<sizeof(T)>(),
                         AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, padded);
     }
 }
 
-// Packs code_ and stores it: Horner's rule over the four quarters of every 128 codes.
+// Packs code_ and stores it, by Horner's rule over the four quarters of every 128 codes.
 template <typename T>
 __aicore__ inline void Core<T>::Pack(const Weight<T>& weight, uint64_t offset, uint32_t padded)
 {
@@ -118,7 +120,7 @@ __aicore__ inline void Core<T>::Pack(const Weight<T>& weight, uint64_t offset, u
     packedQueue_.FreeTensor(done);
 }
 
-// other_ <- the codes of packed bytes that LoadPrevious has queued.
+// other_ <- the codes of the packed bytes that LoadPrevious has queued.
 template <typename T>
 __aicore__ inline void Core<T>::Unpack(uint32_t padded)
 {
@@ -154,7 +156,8 @@ __aicore__ inline void Core<T>::Unpack(uint32_t padded)
     Barrier();
 }
 
-// statistics_ += how many of other_ are 1, the rest being 0. `kind`: 0 non-zero codes, 1 changed codes.
+// statistics_ += the number of ones in other_, whose other elements are 0. `kind` is 0 for non-zero codes, 1 for
+// changed codes.
 template <typename T>
 __aicore__ inline void Core<T>::CountOnes(uint32_t kind, uint32_t padded)
 {
@@ -187,7 +190,7 @@ __aicore__ inline void Core<T>::Count(const Weight<T>& weight, uint32_t padded)
     }
 }
 
-// output <- levels times the scales whose blocks are spread.
+// output <- levels times the scales, whose blocks are spread.
 template <typename T>
 __aicore__ inline void Core<T>::Dequantize(const LocalTensor<half>& levels, const LocalTensor<T>& output,
                                            uint32_t segments, uint32_t length, uint32_t padded, bool across)

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// All spaces but ternary, whose levels and thresholds are those of the table: one comparison per threshold.
+// All spaces except ternary, with the levels and thresholds of the table: one comparison per threshold.
 //
-// The levels are chosen upwards: a weight that is not beyond the next threshold keeps the level that it has, any other
-// takes the next one. w - t s is compared with 0, which is exact. With infinities it may be NaN, which compares false;
-// for which reason the comparisons are those under which w lies on its threshold then: w < t s where a tie goes up, and
-// else the opposite of w > t s.
+// The levels are chosen upward: a weight that is not beyond the next threshold keeps its present level, any other takes
+// the next one. w - t s is compared with 0, which is exact. With infinities the difference may be NaN, which compares
+// false. The comparisons are chosen so that w is then on its threshold: w < t s if a tie goes up, and else the negation
+// of w > t s.
 #pragma once
 
 #include "codes.h"
 
 namespace ternary {
 
-// code_ <- the levels of the weights `exact`, under the scales of scale_. No barrier stands behind the last of them.
+// code_ <- the levels of the weights `exact`, under the scales of scale_. There is no barrier after the last selection.
 template <typename T>
 __aicore__ inline void Core<T>::FindLevels(const LocalTensor<float>& exact, uint32_t segments, uint32_t length,
                                            uint32_t padded, bool across)
@@ -39,8 +39,8 @@ __aicore__ inline void Core<T>::FindLevels(const LocalTensor<float>& exact, uint
     }
 }
 
-// output <- from input, magnitude_ and scale_: the levels of the weights, times their scales. `padded`, `length` and
-// `across` as for Quantize.
+// output <- the levels of the weights times their scales, from input, magnitude_ and scale_. `segments`, `length`,
+// `padded` and `across` are those of Quantize.
 template <typename T>
 __aicore__ inline void Core<T>::QuantizeLevels(const Weight<T>& weight, const LocalTensor<T>& input,
                                                const LocalTensor<T>& output, uint32_t segments, uint32_t length,
@@ -59,7 +59,7 @@ __aicore__ inline void Core<T>::QuantizeLevels(const Weight<T>& weight, const Lo
         CompareWith(number_, magnitude_, 0.0f, AscendC::CMPMODE::GE, padded);
     }
     FindLevels(exact, segments, length, padded, across);
-    // s + (s - s): NaN where s is not finite, and so is any level times that.
+    // s + (s - s) is NaN if s is not finite, and so is any level times it.
     AscendC::Sub(poison_, scale_, scale_, scales);
     Barrier();
     AscendC::Add(poison_, poison_, scale_, scales);

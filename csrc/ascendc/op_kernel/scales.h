@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scales of a tile's segments: taken from their sums or given, and spread to a block of 32 bytes each.
+// The scales of a tile's segments: computed from their sums or given, and spread to a block of 32 bytes each.
 #pragma once
 
 #include "ternary_core.h"
@@ -19,13 +19,14 @@ __aicore__ inline void Core<T>::GivenScales(const Weight<T>& weight, uint64_t fi
     scaleInQueue_.FreeTensor(ready);
 }
 
-// scale_ <- the scales of the sums in sum_, or of the largest magnitudes in threshold_; they also go to global memory.
+// scale_ <- the scales from the sums in sum_, or from the largest magnitudes in threshold_. They are also written to
+// global memory.
 template <typename T>
 __aicore__ inline void Core<T>::OwnScales(const Weight<T>& weight, uint64_t first, uint32_t segments)
 {
     const uint32_t padded = AlignUp(segments, 8);
     if (weight.Has(kAbsmax)) {
-        // What a maximum makes of NaN is not documented. The sum of magnitudes is NaN exactly where one of them is.
+        // The result of a maximum with NaN is not documented. A sum of magnitudes is NaN exactly if one of them is.
         CompareWith(mask_, sum_, 0.0f, AscendC::CMPMODE::GE, AlignUp(segments, kFloatLanes));
         Barrier();
         AscendC::Select(sum_, mask_, threshold_, sum_, AscendC::SELMODE::VSEL_TENSOR_TENSOR_MODE, segments);
@@ -39,7 +40,7 @@ __aicore__ inline void Core<T>::OwnScales(const Weight<T>& weight, uint64_t firs
         AscendC::Muls(sum_, sum_, weight.multiplier, padded);
         Barrier();
     }
-    // Not Maxs: what it makes of NaN is not documented, and a NaN must come through.
+    // Maxs is not used, because its result with NaN is not documented, and a NaN must be kept.
     CompareWith(mask_, sum_, weight.epsilon, AscendC::CMPMODE::LT, AlignUp(segments, kFloatLanes));
     Barrier();
     AscendC::Select(scale_, mask_, epsilon_, sum_, AscendC::SELMODE::VSEL_TENSOR_TENSOR_MODE, padded);
@@ -56,7 +57,7 @@ __aicore__ inline void Core<T>::OwnScales(const Weight<T>& weight, uint64_t firs
     scaleOutQueue_.FreeTensor(done);
 }
 
-// From scale_, one 32-byte block per segment: s / 2, the bits of s as T, and NaN where s is not finite, else 0.
+// Spreads scale_ to 32-byte blocks, three per segment: s / 2, the bits of s as T, and NaN if s is not finite, else 0.
 template <typename T>
 __aicore__ inline void Core<T>::SpreadScales(uint32_t segments)
 {
@@ -80,7 +81,7 @@ __aicore__ inline void Core<T>::SpreadScales(uint32_t segments)
     Barrier();
 }
 
-// From scale_, one block of s per segment, for Dequantize: behind the barriers of Unpack.
+// Spreads scale_ to one block of s per segment, for Dequantize. Unpack, which runs before that, has the barriers.
 template <typename T>
 __aicore__ inline void Core<T>::SpreadFactors(uint32_t segments)
 {

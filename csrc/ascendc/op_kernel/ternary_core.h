@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tile kernel and the row kernel share: the table, the buffers, and what is loaded and stored.
+// The part that the tile kernel and the row kernel share: the table, the buffers, loading and storing.
 //
 // For a segment w (a group, or a row) of a weight, as bitcpm_megatron/quantization/quantizer.py defines it:
-//     s = bf16(max(m * statistic |w|, eps)),    code = sign(w) where |w| > s / 2, else 0,    result = code * s,
-// the statistic being the mean or the largest. For ternary there is no division by s, and no multiplication with it: the
-// result's bits are the sign bit of w and the bits of s, or zero. What other spaces do is in levels.h.
-// A segment whose scale is not finite has codes 0 and results NaN.
+//     s = bf16(max(m * statistic(|w|), eps)),    code = sign(w) if |w| > s / 2, else 0,    result = code * s,
+// where the statistic is the mean or the maximum, and m its multiplier. For ternary there is no division by s, and no
+// multiplication by it: the bits of the result are the sign bit of w and the bits of s, or zero. The other spaces are
+// in levels.h. A segment whose scale is not finite has the codes 0 and the results NaN.
 //
-// Every sum is one binary tree over neighbours of the segment, padded with zeros, whatever the tile, the core, or the
-// kernel: this is the order in which WholeReduceSum adds, continued upwards.
+// Every sum is one binary tree over neighbors of the segment, padded with zeros, whatever the tile, the core, or the
+// kernel: this is the order in which WholeReduceSum adds, continued upward.
 #pragma once
 
 #include "../op_host/table.h"
@@ -19,7 +19,7 @@ namespace ternary {
 // A weight's entry in the table.
 template <typename T>
 struct Weight {
-    AscendC::GlobalTensor<uint16_t> input;   // 16-bit words: a load does not look at them, and can pad with 0
+    AscendC::GlobalTensor<uint16_t> input;   // as 16-bit words, which a load copies for any T and can pad with 0
     AscendC::GlobalTensor<T> output;
     AscendC::GlobalTensor<uint16_t> scales;
     AscendC::GlobalTensor<uint8_t> packed;
@@ -73,7 +73,7 @@ protected:
         return reinterpret_cast<GM_ADDR>(high << 32 | low);
     }
 
-    // The entries lie behind the cuts.
+    // The entries follow the cuts.
     __aicore__ inline void ReadWeight(uint32_t index, Weight<T>& weight) const
     {
         const uint32_t blocks = static_cast<uint32_t>(AscendC::GetBlockNum());
@@ -178,10 +178,11 @@ protected:
             count_ = countBuffer_.template Get<int32_t>();
         }
 
-        // What is set here and in BeginWeight is read behind the first barriers of a tile.
-        // Whole scalar buffers take part in comparisons, beyond the segments of a tile too.
+        // Values set here and in BeginWeight are read after the first barriers of a tile.
+        // Comparisons cover whole scalar buffers, including the part after the segments of a tile.
         AscendC::Duplicate(sum_, 0.0f, maxSegments_);
-        // One block each, read again and again by a stride of 0: the sign bit, 1.0, and a digit of each byte.
+        // One block each, read repeatedly with a stride of 0: the sign bit, 1.0, and the mask of one digit in each
+        // byte.
         if constexpr (sizeof(T) == sizeof(half)) {
             AscendC::Duplicate(signPattern_, static_cast<uint16_t>(0x8000), kBlock / sizeof(uint16_t));
             AscendC::Duplicate(onePattern_, static_cast<uint16_t>(0x3C00), kBlock / sizeof(uint16_t));
@@ -192,7 +193,7 @@ protected:
         AscendC::Duplicate(digitPattern_, static_cast<uint16_t>(0x0303), kBlock / sizeof(uint16_t));
     }
 
-    // ---------------------------------------------------------------------------------------- around the tiles of one
+    // ------------------------------------------------------------------- before and after the tiles of a weight
 
     __aicore__ inline void BeginWeight(const Weight<T>& weight)
     {
@@ -204,7 +205,7 @@ protected:
         }
     }
 
-    // Every core has its own slot: no atomics, and the host's sum is exact.
+    // Every core has its own slot, so that no atomics are needed and the host's sum is exact.
     __aicore__ inline void EndWeight(const Weight<T>& weight)
     {
         if (weight.Has(kCount)) {
@@ -218,7 +219,7 @@ protected:
 
     // -------------------------------------------------------------------------------------------- global memory <-> UB
 
-    // dst <- 16-bit words, and zeros up to the next 32 bytes.
+    // dst <- `words` 16-bit words, and zeros up to the next multiple of 32 bytes.
     __aicore__ inline void LoadWords(const LocalTensor<uint16_t>& dst, const AscendC::GlobalTensor<uint16_t>& src,
                                      uint32_t words)
     {
@@ -303,7 +304,7 @@ protected:
     AscendC::TBuf<AscendC::TPosition::VECCALC> digitBuffer_;
     AscendC::TBuf<AscendC::TPosition::VECCALC> countBuffer_;
 
-    LocalTensor<float> magnitude_;           // |w|, then |w| - s / 2; in other spaces than ternary w - t s
+    LocalTensor<float> magnitude_;           // |w|, then |w| - s / 2; in spaces other than ternary w - t s
     LocalTensor<uint8_t> mask_;              // |w| > s / 2; in other spaces: w is not beyond t s
     LocalTensor<uint8_t> number_;            // w is a number
     LocalTensor<float> partial_;
@@ -321,7 +322,7 @@ protected:
     LocalTensor<uint16_t> signPattern_;
     LocalTensor<uint16_t> onePattern_;
     LocalTensor<uint16_t> digitPattern_;
-    LocalTensor<half> code_;                 // in other spaces than ternary: the levels
+    LocalTensor<half> code_;                 // codes; in spaces other than ternary: levels
     LocalTensor<float> exact_;               // w of 16 bits, in fp32
     LocalTensor<half> other_;                // |codes|, or the codes of packed bytes
     LocalTensor<half> packing_;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One segment at a time, in pieces: long rows and groups, and rows that are no multiple of 32. Where a segment fits it
-// stays in UB between summing and quantizing; else it is read twice.
+// The kernel for one segment at a time, in pieces: long rows and groups, and rows that are not a multiple of 32. A
+// segment that fits stays in UB between summing and quantizing; any other is read twice.
 #pragma once
 
 #include "levels.h"
@@ -103,8 +103,9 @@ private:
         return this->inputQueue_.template DeQue<T>();
     }
 
-    // sum_[0] <- the sum of the row's magnitudes: 64 at a time into partial sums, and those 64 at a time until one is
-    // left. Beside it threshold_[0] <- the largest of them, over 64 lanes of scale_, which has no scale yet.
+    // sum_[0] <- the sum of the row's magnitudes: 64 at a time are added into partial sums, and these 64 at a time
+    // until one is left. With kAbsmax also threshold_[0] <- the largest magnitude, collected in 64 lanes of scale_,
+    // which holds no scale yet.
     __aicore__ inline void Sum(const Weight<T>& weight, uint64_t offset, bool resident)
     {
         uint32_t sums = 0;

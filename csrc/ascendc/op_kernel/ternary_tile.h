@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Many segments per tile: groups and rows of up to 4096 elements, in multiples of 32.
+// The kernel for many segments per tile: groups and rows of up to 4096 elements, in multiples of 32.
 #pragma once
 
 #include "levels.h"
@@ -96,7 +96,7 @@ private:
         }
     }
 
-    // Column by column over all segments at once, then the columns in pairs of neighbours.
+    // Sums column by column over all segments at once, then the columns in pairs of neighbors.
     __aicore__ inline void SumAcross(uint32_t segments, uint32_t length, uint32_t columns)
     {
         const uint32_t stride = AlignUp(segments, kBlock / sizeof(float));
@@ -136,8 +136,8 @@ private:
         Barrier();
     }
 
-    // threshold_ <- the largest of each segment of magnitude_, as far as that is numbers. Behind Sum, in its room; with no
-    // barrier at the end, for OwnScales has one before it looks.
+    // threshold_ <- the largest magnitude of each segment of magnitude_, if none is NaN. It runs after Sum and uses the
+    // same buffers. There is no barrier at the end, because OwnScales has one before it reads the result.
     __aicore__ inline void Largest(uint32_t segments, uint32_t length, bool across)
     {
         const uint32_t whole = length / kFloatLanes;
@@ -151,7 +151,8 @@ private:
             LargestRepeats(this->partial_[i * stride], this->magnitude_[i * length], kFloatLanes, whole, 8);
         }
         if (tail != 0) {
-            // Of all segments at once: on its own the largest of one would lie on 4 bytes.
+            // This covers all segments at once: the maximum of a single one would be stored at an address aligned to
+            // only 4 bytes.
             LargestRepeats(this->scale_, this->magnitude_[whole * kFloatLanes], tail, segments,
                            length / (kBlock / sizeof(float)));
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels say to the vector unit: its sizes, and the few instructions whose names or operands need care.
+// The interface to the vector unit: its sizes, and the few instructions whose names or operands need care.
 #pragma once
 
 #include "kernel_operator.h"
@@ -23,14 +23,15 @@ __aicore__ inline uint32_t Smaller(uint32_t a, uint32_t b)
     return a < b ? a : b;
 }
 
-// Between two vector instructions of which the second needs the first.
+// Separates two vector instructions, the second of which needs the result of the first.
 __aicore__ inline void Barrier()
 {
     AscendC::PipeBarrier<PIPE_V>();
 }
 
-// mask <- one bit per value: does it compare with the scalar? The one place that knows the instruction's name: it is
-// CompareScalar from CANN 8.5 on to the newest (which also calls it Compares, and 8.5 does not).
+// mask <- one bit per value: whether it compares with the scalar as `mode` says. Only this function uses the
+// instruction's name. It is CompareScalar from CANN 8.5 to the newest version, which also calls it Compares; 8.5 does
+// not.
 template <typename T>
 __aicore__ inline void CompareWith(const LocalTensor<uint8_t>& mask, const LocalTensor<T>& values, T scalar,
                                    AscendC::CMPMODE mode, uint32_t count)
@@ -38,7 +39,8 @@ __aicore__ inline void CompareWith(const LocalTensor<uint8_t>& mask, const Local
     AscendC::CompareScalar(mask, values, scalar, mode, count);
 }
 
-// The one place that knows the name of the reduction: from CANN 9.1 on it is ReduceRepeat.
+// sums <- the sum of each repeat. Only this function uses the name of the reduction, which is ReduceRepeat from CANN
+// 9.1 on.
 template <typename T>
 __aicore__ inline void SumRepeats(const LocalTensor<T>& sums, const LocalTensor<T>& values, uint32_t lanes,
                                   uint32_t repeats, uint32_t valueStride)
@@ -50,7 +52,7 @@ __aicore__ inline void SumRepeats(const LocalTensor<T>& sums, const LocalTensor<
 #endif
 }
 
-// Likewise the largest of each repeat, on their own: without an index beside them. `largest` lies on 8 bytes.
+// largest <- the largest value of each repeat, without its index. `largest` is aligned to 8 bytes.
 __aicore__ inline void LargestRepeats(const LocalTensor<float>& largest, const LocalTensor<float>& values, uint32_t lanes,
                                       uint32_t repeats, uint32_t valueStride)
 {
@@ -63,7 +65,7 @@ __aicore__ inline void LargestRepeats(const LocalTensor<float>& largest, const L
 #endif
 }
 
-// Binary instructions, as types, for the loops over segments below.
+// Binary instructions as types, for the loops over segments below.
 struct Subtract {
     template <typename T>
     static __aicore__ inline void Run(const LocalTensor<T>& result, const LocalTensor<T>& values,
@@ -94,8 +96,9 @@ struct Multiply {
     }
 };
 
-// result <- values (op) the segment's own 32-byte block, for `segments` segments of `length` elements side by side.
-// Short segments go across: one instruction per column of 256 bytes, one repeat per segment. Long ones along.
+// result <- values (op) the segment's own 32-byte block, for `segments` consecutive segments of `length` elements.
+// Short segments are processed `across`, with one instruction per column of 256 bytes and one repeat per segment; long
+// ones are processed one by one.
 template <typename Op, typename T>
 __aicore__ inline void WithBlocks(const LocalTensor<T>& result, const LocalTensor<T>& values,
                                   const LocalTensor<T>& blocks, uint32_t segments, uint32_t length, bool across)
@@ -133,7 +136,7 @@ struct Same<A, A> {
     static constexpr bool kValue = true;
 };
 
-// As what Select sees an element: also bf16 as half, for a choice between bit patterns does not look at them.
+// The type in which Select takes an element. bf16 is taken as half, because a selection does not interpret the bits.
 template <uint32_t kBytes>
 struct SelectAs {
     using Type = half;
