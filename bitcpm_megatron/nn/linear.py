@@ -256,8 +256,8 @@ def make_ternary(module: torch.nn.Module, state: TernaryState) -> None:
     """
     check_unwrapped(module, state.name)
     module.__dict__[_ATTRIBUTE] = state
-    # A bound method could not be pickled, because it is not on the class. A partial of a module-level function can;
-    # copies get their own, and it follows a later change of the class.
+    # This is a partial of a module-level function, because pickle would not find a bound method on the class again.
+    # Copies of the module get their own partial, and it follows a later change of the class.
     forward = _untraced_forward if state.gemm == "int8" else _ternary_forward
     module.__dict__["forward"] = functools.partial(forward, module)
 

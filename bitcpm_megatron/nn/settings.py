@@ -11,7 +11,7 @@ from ..quantization.recipe import Recipe
 CacheMode = Literal["step", "none"]
 """How long a layer keeps its quantized weight: ``step`` until the weights change, ``none`` not at all."""
 CacheChoice = Literal["auto", "resident", "packed", "step", "none"]
-"""The cache of a training run: a :data:`CacheMode`, or where else the quantized weights are kept.
+"""The cache of a training run: a :data:`CacheMode`, or another place for the quantized weights.
 
 ``resident`` keeps them in the parameters themselves, and ``packed`` in 2 bits; ``auto`` is ``resident`` if possible,
 else ``step``.

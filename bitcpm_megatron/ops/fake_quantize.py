@@ -24,7 +24,7 @@ def _in_turn(
     group_sizes: Sequence[int],
     config: QuantizerConfig,
 ) -> int:
-    """Grouped kernel of the torch backend: quantizes one weight after the other, without a second copy of any."""
+    """Quantizes weights one after the other, without a second copy of any: the grouped kernel of the torch backend."""
     for weight, out, scale, group_size in zip(weights, quantized, scales, group_sizes, strict=True):
         scale.copy_(quantize_dequantize(weight, replace(config, group_size=group_size), out=out)[1])
     return len(weights)

@@ -56,7 +56,7 @@ def _together(backend: Backend, device: torch.device | str) -> str | None:
         scales = [torch.zeros_like(own) for _, own in alone]
         try:
             backend.together(weights, weights, scales, groups, QuantizerConfig())
-        except Exception as error:  # as above
+        except Exception as error:  # any error belongs in the report
             return f"{len(weights)} weights together, {dtype}: {type(error).__name__}: {error}"
         for found in zip(weights, scales, strict=True):
             wrong = [_different(mine.cpu(), other.cpu()) for mine, other in zip(found, alone.pop(0), strict=True)]

@@ -173,7 +173,7 @@ class Shares:
                     pieces[i][span.start - share.start : span.end - share.start] = own
         for i, (share, parts) in enumerate(zip(self.shares, scales, strict=True)):
             if i in completed and share.start % share.group:
-                # The cut groups are the first one and possibly the last one; the whole groups are between them.
+                # Here the first group is cut, and possibly the last one; the whole groups come between them.
                 *whole, cut = parts
                 parts = [cut[:1], *whole, cut[1:]]
             share.state.scales = torch.cat(parts) if parts else None

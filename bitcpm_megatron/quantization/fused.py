@@ -104,8 +104,8 @@ def _surviving(rows: torch.Tensor, block: int, sizes: list[int], space: Space) -
 def _common(magnitudes: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Returns the largest magnitude along the last dimension, and whether all others there are equal to it or zero."""
     largest = magnitudes.amax(-1, keepdim=True)
-    # Without masks, which are slow on a CPU: min(a, max - a) is 0 for 0 and max only, since the difference of two
-    # floating-point numbers of one type never rounds to 0. It is NaN where the maximum is infinite or NaN.
+    # This avoids masks, which are slow on a CPU. min(a, max - a) is 0 only for 0 and max, because the difference of two
+    # unequal floating-point numbers of one type never rounds to 0. It is NaN if the maximum is infinite or NaN.
     odd = torch.minimum(magnitudes, largest - magnitudes).amax()
     return largest.squeeze(-1), odd.item() == 0
 

@@ -197,7 +197,10 @@ class QuantizerRecord:
 
 
 def record_of_model(directory: str | Path) -> QuantizerRecord | None:
-    """Reads the quantizer record of a Hugging Face directory: from its file, its ``config.json`` or both; else None.
+    """Reads the quantizer record of a Hugging Face directory, from its file, its ``config.json`` or both.
+
+    Returns:
+        The record; None if the directory has none.
 
     Raises:
         RecordError: if a record cannot be understood or is of the middle of a ramp, or if the two contradict each

@@ -312,7 +312,7 @@ protected:
     LocalTensor<float> sum_;
     LocalTensor<float> scale_;
     LocalTensor<float> threshold_;           // until there are scales: the largest magnitudes
-    LocalTensor<float> poison_;              // NaN where the scale is not finite, else 0
+    LocalTensor<float> poison_;              // NaN if the scale is not finite, else 0
     LocalTensor<float> length_;
     LocalTensor<float> epsilon_;
     LocalTensor<T> value_;                   // scales, then poison, as T
