@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """bitcpm_megatron: ternary (1.58-bit) pretraining as a Megatron-LM / MindSpeed plugin.
 
-The names below need torch alone; :func:`apply_recipe` needs megatron-core beside it and is loaded at first use.
+All names below except :func:`apply_recipe` need only torch; :func:`apply_recipe` also needs megatron-core and is
+imported on first use.
 """
 
 import importlib.util
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from .quantization import QuantizerConfig
 
-# A login node, where jobs are checked and printed, may have none.
+# A login node, where jobs are only checked and printed, may have no torch.
 if importlib.util.find_spec("torch") is not None:
     from .ops import fake_quantize
     from .quantization import dequantize, quantize
@@ -17,8 +18,8 @@ if importlib.util.find_spec("torch") is not None:
 __version__ = "0.1.0"
 __all__ = ["QuantizerConfig", "__version__", "apply_recipe", "dequantize", "fake_quantize", "quantize"]
 
-# From a bare checkout (PYTHONPATH=checkout) patches/, launch/ and checkpoint_tools/ stand beside this package; an
-# installed copy holds them inside. Either way they are imported as bitcpm_megatron.patches and so on.
+# In a bare checkout (PYTHONPATH=checkout) patches/, launch/ and checkpoint_tools/ are beside this package; an installed
+# copy contains them. In both cases they are imported as bitcpm_megatron.patches and so on.
 _checkout = Path(__file__).resolve().parent.parent
 if all((_checkout / room / "__init__.py").is_file() for room in ("patches", "launch", "checkpoint_tools")):
     __path__.append(str(_checkout))

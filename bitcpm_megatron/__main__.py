@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bitcpm_megatron``: what this machine offers, and which backend quantizes on which device, and why.
+"""``python -m bitcpm_megatron``: reports what this machine offers, and which backend quantizes on each device and why.
 
-Each available backend quantizes a few small weights and is compared with the reference.
+Each available backend quantizes a few small weights, and the results are compared with the reference.
 
-Exit status: 0 all of them agree, 3 one does not.
+Exit status: 0 if all of them agree, 3 if one does not.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ def _devices() -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; returns 3 if a backend disagrees with the reference."""
+    """Prints the report; returns the exit status, 3 if a backend disagrees with the reference."""
     cli.Parser(prog="python -m bitcpm_megatron", description=__doc__).parse_args(argv)
     return cli.run(_report)
 

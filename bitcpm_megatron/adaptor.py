@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one import that lets an unmodified Megatron-LM job train ternary.
+"""The one import that makes an unmodified Megatron-LM job train ternary weights.
 
 Put ``import bitcpm_megatron.adaptor`` first in ``pretrain_gpt.py``, before every ``megatron`` import, and before or
-instead of ``import mindspeed.megatron_adaptor`` (or run ``launch/pretrain_gpt.py``, which changes no file). From then
-on the job knows the ``--ternary`` flags; without ``--ternary`` it computes what it always did.
+instead of ``import mindspeed.megatron_adaptor`` (or run ``launch/pretrain_gpt.py``, which changes no file). The job
+then accepts the ``--ternary`` flags; without ``--ternary`` its computation does not change.
 
-The host is MindSpeed-LLM where ``mindspeed_llm`` can be imported, else MindSpeed where ``mindspeed`` can, else plain
-Megatron-LM; the environment variable ``BITCPM_HOST`` (``megatron-lm``, ``mindspeed``, ``mindspeed-llm``) says
-otherwise. Importing this twice does nothing more.
+The host is MindSpeed-LLM if ``mindspeed_llm`` can be imported, else MindSpeed if ``mindspeed`` can be imported, else
+plain Megatron-LM; the environment variable ``BITCPM_HOST`` (``megatron-lm``, ``mindspeed``, ``mindspeed-llm``)
+overrides this choice. A second import has no effect.
 
-What the plugin refuses ends the job with one line and an exit code, in any script as in our own commands: 2 for what
-cannot be done, 3 where a proof finds a layer that is not ternary. As exceptions they can be caught.
+If the plugin refuses something, the job ends with one line and an exit code, in any script as in our own commands: 2
+for a request that cannot be carried out, 3 if the start-up proof finds a layer that is not ternary. A script can catch
+the refusals as exceptions.
 """
 
 import contextlib
@@ -30,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def report_refusals() -> None:
-    """Makes one line and an exit code of ours out of a refusal that ends the process.
+    """Makes a refusal that ends the process print one line and set one of our exit codes.
 
-    Displaces ``sys.excepthook``, for the script is the host's: there is no handler of ours around it. All other errors
+    Displaces ``sys.excepthook``, because the script is the host's and contains no handler of ours. All other errors
     keep their traceback.
     """
     before = sys.excepthook
@@ -44,20 +45,20 @@ def report_refusals() -> None:
         def again() -> None:
             raise error
 
-        # torch.distributed's hook collects what the one before it prints, and loses it where that one ends the process.
+        # torch.distributed's hook captures what the previous hook prints, and loses it if that hook ends the process.
         with contextlib.redirect_stderr(sys.__stderr__):
             status = cli.run(again)
-        # Python takes this exit for the process's own.
+        # Python makes the status of this SystemExit the exit status of the process.
         sys.exit(status)
 
     sys.excepthook = excepthook
 
 
 def choose_host() -> str:
-    """The host to adapt: one of :data:`HOSTS`.
+    """Returns the host to adapt: one of :data:`HOSTS`.
 
     Raises:
-        HostError: ``BITCPM_HOST`` names an unknown one, or one that cannot be imported.
+        HostError: if ``BITCPM_HOST`` names an unknown host, or one that cannot be imported.
     """
     named = os.environ.get(_VARIABLE, "auto")
     if named == "auto":
@@ -70,10 +71,10 @@ def choose_host() -> str:
 
 
 def install() -> str:
-    """Takes hold of the host; returns its name. Called by the import.
+    """Patches the host and returns its name; importing this module calls it.
 
     Raises:
-        HostError: the import comes too late, or the host is not there or not one that is known; with the cure.
+        HostError: if the import comes too late, or if the host is unknown or absent; the message names the cure.
     """
     cure = "put `import bitcpm_megatron.adaptor` first, before every megatron and mindspeed import"
     if early := mindspeed.imported_too_early():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank meets, every rank raises: nobody is left waiting in a collective operation."""
+"""Agreement among ranks on errors: an error on one rank is raised on all, so that no rank waits in a collective."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,16 +12,17 @@ from .cli import FailedError
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Runs a block on every rank; where it raised on one, every rank raises that, once all of them are through.
+    """Runs a block on every rank; if it raises on any rank, every rank raises once all ranks have finished the block.
 
-    Collective over all ranks. The block itself must not leave other ranks in a collective operation when it raises.
+    A rank that raised re-raises its own exception; the others raise that of the lowest rank that raised. Collective
+    over all ranks. The block itself must not leave other ranks in a collective operation when it raises.
     """
     mine: Exception | None = None
     try:
         yield
     except Exception as error:
         mine = error
-    # Other exceptions may not survive the journey.
+    # Exceptions of other types may not survive being pickled and sent to other ranks.
     told = mine if mine is None or isinstance(mine, OSError | ValueError | FailedError) else FailedError(repr(mine))
     met = all_gathered(told)
     if mine is not None:
@@ -31,7 +32,7 @@ def together() -> Iterator[None]:
 
 
 def all_gathered(mine: Any, group: torch.distributed.ProcessGroup | None = None) -> list[Any]:
-    """The value of every rank of a group (None: of the job), in their order; collective over them."""
+    """Gathers a value from every rank, in rank order; collective over the group (None: all ranks of the job)."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size(group) == 1:
         return [mine]
     found: list[Any] = [None] * torch.distributed.get_world_size(group)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every command shares: its parser, flags that are numbers, one handler for errors, and the exit codes.
+"""Shared parts of all commands: the parser, flags that are numbers, one handler for errors, and the exit codes.
 
-Nothing here imports torch, so that a command line is refused before anything slow is loaded.
+Nothing here imports torch, so that a wrong command line is refused before anything slow is loaded.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from .files import nearest
 
 DONE, FAILED, BAD_INPUT, MISMATCH = 0, 1, 2, 3
 
-# Set to 1, a command prints where in the code an error arose, above the message.
+# If this variable is 1, a command prints the traceback of an error above its message.
 TRACEBACK = "BITCPM_TRACEBACK"
-# torchrun looks after its processes ten times a second, and ends all of them when one has failed.
+# torchrun polls its processes ten times a second, and ends all of them when one has failed.
 _SECONDS_FOR_RANK_0 = 3.0
-# The user named something that is not what it should be; other errors of the system are not the user's.
+# These mean that the user named an unsuitable path; other errors of the operating system are not the user's mistake.
 _BAD_PATH = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
@@ -41,26 +41,26 @@ _WHOLE = re.compile(r"[+-]?[0-9]{1,25}")
 
 
 class FailedError(RuntimeError):
-    """The work was asked for rightly and did not succeed; exit code 1."""
+    """The exception for work that was requested correctly but did not succeed; exit code 1."""
 
 
 class MismatchError(RuntimeError):
-    """A verification found that something is not what it should be; exit code 3."""
+    """The exception for a verification that found a difference from what is expected; exit code 3."""
 
 
 @contextlib.contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """While it lasts, SIGTERM does what Ctrl-C does: KeyboardInterrupt, so that a cancelled command tidies up.
+    """Makes SIGTERM raise KeyboardInterrupt within the context, like Ctrl-C, so that a canceled command cleans up.
 
     For commands of one process. A rank of a job may wait for others in C++, where no exception reaches it.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        # Once: a second one must not interrupt the tidying up.
+        # Ignore further signals: a second one must not interrupt the cleanup.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    in_main_thread = threading.current_thread() is threading.main_thread()  # the one that may have handlers
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only this thread may install handlers
     before = signal.signal(signal.SIGTERM, interrupt) if in_main_thread else None
     try:
         yield
@@ -72,10 +72,10 @@ def interrupted_by_sigterm() -> Iterator[None]:
 def run(work: Callable[[], int | None]) -> int:
     """Runs a command and turns what it raises into one line on stderr and an exit code.
 
-    ValueError (all our errors about input derive from it) and paths that are not usable are bad input (2),
-    :class:`MismatchError` is 3, :class:`FailedError`, other errors of the operating system, exhausted memory and an
-    interruption are 1. Anything else is a fault of the program and keeps its traceback. What `work` returns is the exit
-    code, None stands for 0.
+    ValueError (all our errors about input derive from it) and unusable paths are bad input (2).
+    :class:`MismatchError` is 3. :class:`FailedError`, other errors of the operating system, exhausted memory and an
+    interruption are 1. Anything else is a fault of the program and keeps its traceback. The exit code is what `work`
+    returns; None stands for 0.
     """
     try:
         return work() or DONE
@@ -86,7 +86,7 @@ def run(work: Callable[[], int | None]) -> int:
         if os.environ.get(TRACEBACK) == "1":
             traceback.print_exception(error)
         if isinstance(error, BrokenPipeError):
-            # The reader of our output has left, such as ``head``: there is nobody to tell.
+            # The reader of our output, such as ``head``, has exited, so that the message would reach nobody.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
@@ -95,7 +95,7 @@ def run(work: Callable[[], int | None]) -> int:
 
 
 def _verdict(error: BaseException) -> tuple[int | None, str]:
-    """The exit code and the words for what a command raised; no code for a fault of the program."""
+    """Returns the exit code and the message for an exception; the code is None for a fault of the program."""
     said = str(error)
     match error:
         case MismatchError():
@@ -109,7 +109,7 @@ def _verdict(error: BaseException) -> tuple[int | None, str]:
             return BAD_INPUT if error.errno in _BAD_PATH else FAILED, said
         case FailedError():
             return FAILED, said
-        case RuntimeError() if said.startswith("Symlink loop"):  # of pathlib, before Python 3.13
+        case RuntimeError() if said.startswith("Symlink loop"):  # raised by pathlib before Python 3.13
             return BAD_INPUT, said
         case MemoryError():
             return FAILED, "the memory of this machine is exhausted"
@@ -119,18 +119,18 @@ def _verdict(error: BaseException) -> tuple[int | None, str]:
 
 
 def complain(message: str) -> None:
-    """Prints an error on stderr, once per job where all its processes meet the same one.
+    """Prints an error on stderr, only once per job if all its processes have the same error.
 
-    The other ranks wait for a moment: where rank 0 fails too, ``torchrun`` ends them meanwhile; where it does not, they
-    say who they are.
+    Ranks other than 0 wait for a moment: if rank 0 fails too, ``torchrun`` ends them meanwhile; if it does not, they
+    print the message with their rank.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        with contextlib.suppress(ValueError):  # not in the main thread
+        with contextlib.suppress(ValueError):  # raised outside the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SECONDS_FOR_RANK_0)
         message = f"rank {rank}: {message}"
-    # Progress bars that the error left open: the message must not stand at the end of one.
+    # Close progress bars that the error left open, so that the message does not start at the end of one.
     tqdm = sys.modules.get("tqdm")
     for bar in list(tqdm.tqdm._instances) if tqdm is not None else ():
         bar.close()
@@ -138,13 +138,13 @@ def complain(message: str) -> None:
 
 
 def refuse_arguments(message: str) -> NoReturn:
-    """What a parser does with a mistake, in the place of ``argparse.ArgumentParser.error`` and its usage text."""
+    """Prints a mistake in the arguments and exits with code 2, without the usage text of ``argparse``'s ``error``."""
     complain(f"{message} (--help lists all flags)")
     raise SystemExit(BAD_INPUT)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations and answers a mistake with one line instead of the usage text."""
+    """An argument parser without abbreviations, which answers a mistake with one line instead of the usage text."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -152,7 +152,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # one signature in the place of overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """As argparse's; an unknown flag is answered with the nearest known one."""
+        """Parses like argparse; the error for an unknown flag names the nearest known one."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = sorted(s for action in self._actions for s in action.option_strings if s.startswith("--"))
@@ -162,7 +162,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with exit code 2."""
+        """Prints the message and ends the process with exit code 2."""
         refuse_arguments(message)
 
 
@@ -170,7 +170,7 @@ def _read(kind: "Whole | Number", text: str) -> Any:
     """Reads a number from a command line.
 
     Raises:
-        argparse.ArgumentTypeError: it is none of that kind, is NaN or infinite, or out of bounds.
+        argparse.ArgumentTypeError: if the text is no number of that kind, is NaN or infinite, or is out of bounds.
     """
     value: float | None = None
     if isinstance(kind, Whole):
@@ -185,14 +185,17 @@ def _read(kind: "Whole | Number", text: str) -> Any:
 
 
 def command_digest(args: argparse.Namespace, without: Collection[str]) -> str:
-    """A digest of a command line, `without` the arguments that do not change the output: the same one goes on."""
+    """Returns the SHA-256 of a command line `without` the arguments that do not change the output.
+
+    A command that resumes interrupted work compares it, to continue only the work of the same command line.
+    """
     words = json.dumps({key: value for key, value in sorted(vars(args).items()) if key not in without}, default=str)
     return hashlib.sha256(words.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Whole:
-    """The type of a flag that is a whole number within bounds, both included."""
+    """The type of a flag that is a whole number within bounds, both inclusive."""
 
     minimum: int = 1
     maximum: int = 2**31 - 1
@@ -200,7 +203,7 @@ class Whole:
     __call__ = _read
 
     def mistake(self, value: object) -> str | None:
-        """What is wrong with a value, also one from elsewhere than a command line, or None."""
+        """Returns what is wrong with a value, from a command line or from elsewhere; None if nothing is."""
         if isinstance(value, bool) or not isinstance(value, int):
             return "expected a whole number"
         return None if self.minimum <= value <= self.maximum else f"must be {self}"
@@ -211,7 +214,9 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """The type of a flag that is a finite number within bounds; the bounds themselves belong to it unless ``open_``."""
+    """The type of a flag that is a finite number within bounds, which are inclusive unless ``open_minimum`` or
+    ``open_maximum`` is set.
+    """
 
     minimum: float = -math.inf
     maximum: float = math.inf
@@ -221,10 +226,10 @@ class Number:
     __call__ = _read
 
     def mistake(self, value: object) -> str | None:
-        """What is wrong with a value, also one from elsewhere than a command line, or None."""
+        """Returns what is wrong with a value, from a command line or from elsewhere; None if nothing is."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "expected a number"
-        if not abs(value) <= sys.float_info.max:  # also a whole number that no float holds
+        if not abs(value) <= sys.float_info.max:  # also refuses whole numbers too large for a float
             return "expected a finite number"
         below = value <= self.minimum if self.open_minimum else value < self.minimum
         above = value >= self.maximum if self.open_maximum else value > self.maximum
@@ -240,7 +245,10 @@ class Number:
 
 
 def bounded(kind: Whole | Number) -> BeforeValidator:
-    """For the models of files: ``Annotated[int, bounded(Whole(1, 8))]`` refuses what a flag of that kind refuses."""
+    """Returns a pydantic validator that refuses what a flag of that kind refuses.
+
+    For the models of files: ``Annotated[int, bounded(Whole(1, 8))]``.
+    """
 
     def check(value: Any) -> Any:
         mistake = kind.mistake(value)
@@ -252,10 +260,10 @@ def bounded(kind: Whole | Number) -> BeforeValidator:
 
 
 def from_environment(name: str, kind: Whole | Number, default: Any, environ: Mapping[str, str] = os.environ) -> Any:
-    """A number that a variable of the environment holds, or the default where it is not set or empty.
+    """Returns the number in an environment variable, or the default if the variable is not set or empty.
 
     Raises:
-        ValueError: it holds something else, naming the variable.
+        ValueError: if the variable holds something else; the message names the variable.
     """
     text = environ.get(name, "")
     if not text:
@@ -267,7 +275,7 @@ def from_environment(name: str, kind: Whole | Number, default: Any, environ: Map
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """``0-3,5``: the numbers, each once, in runs."""
+    """Formats numbers as ascending runs, each number once, such as ``0-3,5``."""
     runs: list[list[int]] = []
     for n in sorted(set(numbers)):
         if runs and n == runs[-1][-1] + 1:

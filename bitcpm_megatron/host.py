@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a host's training job does for us, and when; the host itself is known to ``patches/`` alone.
+"""The plugin that a host's training job calls: what it does to the model, and when.
 
-This module is the plugin (:class:`~bitcpm_megatron.patches.megatron_lm.Plugin`) that the patches of a host
-(Megatron-LM, with or without MindSpeed) call: :func:`check_arguments` when it has validated its own, :func:`prepare`
-when its bare model chunks stand in the dtype of training, :func:`check_loaded` and :func:`write_record` when it loads
-and saves. Everything asked for happens or raises.
+This module implements :class:`~bitcpm_megatron.patches.megatron_lm.Plugin`; only ``patches/`` knows the host itself
+(Megatron-LM, with or without MindSpeed). The patches call :func:`check_arguments` after the host has validated its own
+arguments, :func:`prepare` when its bare model chunks exist in the dtype of training, and :func:`check_loaded` and
+:func:`write_record` when it loads and saves. Everything that a user asked for is applied, or an error is raised.
 """
 
 import argparse
@@ -34,11 +34,11 @@ _PREPARED = "_bitcpm_prepared"
 
 @dataclass
 class Job:
-    """What was decided for the model of this process.
+    """The decisions for the model of this process.
 
     Attributes:
-        theirs: family arguments that the host defines, and therefore carries out, itself.
-        record: of the prepared model, None for one without quantizer.
+        theirs: the names of the family arguments that the host defines, and therefore carries out, itself.
+        record: the quantizer record of the prepared model, None for a model without quantizer.
         prepared: whether a model was prepared.
         allow_change: whether a checkpoint of another quantizer may be loaded.
     """
@@ -50,11 +50,12 @@ class Job:
 
 
 job = Job()
-"""There is one per process, as there is one set of Megatron's arguments."""
+"""The job of this process: there is one per process, as there is one set of Megatron's arguments."""
 
 _READS_WEIGHTS = "its kernels read the latent weights and never call the linears, which would train in full precision"
 
-# Why arguments of hosts do not go with --ternary, and the cure -> their names. Hosts without them leave them unset.
+# Reason why arguments of hosts cannot be combined with --ternary, and the cure -> names of these arguments. On a host
+# without an argument, it is simply not set.
 _CANNOT = {
     "its GEMMs would quantize the ternary weight once more: leave it out": "fp8 fp8_format fp4 fp4_format qat_scheme",
     "fp8 parameters hold no latent weight to quantize: leave it out": "fp8_param_gather",
@@ -77,9 +78,9 @@ _CANNOT = {
     "delayed weight gradients were not proved to reach the latent weight: leave it out": "delay_wgrad_compute",
     "it goes into the log of launch/pretrain.py, which hosts do not have: leave it out": "ternary_telemetry_interval",
 }
-# With these of MindSpeed the fp32 masters are not where megatron-core keeps them.
+# With these features of MindSpeed the fp32 masters are not where megatron-core keeps them.
 _OTHER_MASTERS = ("reuse_fp32_param", "swap_optimizer")
-# Flag -> what Megatron-LM derives from it and from the parallel sizes: it sets both, also where no flag is given.
+# Flag -> what Megatron-LM derives from it and from the parallel sizes; it sets both even if no flag is given.
 _WEIGHT_SHARDS = {
     "tensor_parallel_num_weight_shards": "gtp_weight_remat_size",
     "expert_tensor_parallel_num_weight_shards": "expert_gtp_weight_remat_size",
@@ -91,21 +92,21 @@ _UNINITIALISED = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds our flags to the host's parser, and remembers which are the host's already."""
+    """Adds our flags to the host's parser, and records in the job which family flags the host defines itself."""
     job.theirs = ternary_flags.add_arguments(parser)
     flags.add_flags_of_runs(parser, "distillation", flags.OF_DISTILLATION)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuses what cannot go together, after the host's own validation.
+    """Refuses arguments that cannot be combined; to be called after the host's own validation.
 
     Raises:
-        HostError: naming every flag and its cure.
+        HostError: if there are such arguments; the message names every flag and its cure.
     """
     found = list(family_flags.mistakes(_ours(args)))
     if "rope_scaling_type" in job.theirs and args.rope_scaling_type == "longrope" and args.reset_attention_mask:
-        # MindSpeed's rotary forward of packed samples takes the place of MindSpeed-LLM's, which applies the factors.
-        # A BF16 model to compare with would lose it, too.
+        # MindSpeed's rotary forward for packed samples replaces MindSpeed-LLM's, which applies the LongRoPE factors. A
+        # BF16 model for comparison would lose them, too.
         found.append(_LOSES_LONGROPE)
     with_a_teacher = refused(args, "rope_scaling_type" in job.theirs)
     impossible = [*(_refused(args) if args.ternary else ()), *with_a_teacher]
@@ -139,7 +140,7 @@ def _refused(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def softmax_scale(args: argparse.Namespace, kv_channels: int) -> float | None:
-    """What ``TransformerConfig.softmax_scale`` must be, None for the host's own choice."""
+    """Returns the value that ``TransformerConfig.softmax_scale`` must have, None for the host's own choice."""
     from .models.customize import softmax_scale as wanted
 
     multipliers, longrope = _multipliers(args)
@@ -158,18 +159,18 @@ def prepare(
     that the forward sees.
 
     Args:
-        args: the host's, validated.
+        args: the host's validated arguments.
         chunks: all model chunks of this rank, without wrappers.
-        checkpoint: the one that is going to be loaded, None for none: its record says how many row-parallel shards
-            there are where no flag does.
-        vocab_size: tokens that the tokenizer knows, None where it does not say.
+        checkpoint: the checkpoint that is going to be loaded, None for none: its record gives the number of
+            row-parallel shards if no flag does.
+        vocab_size: the number of tokens that the tokenizer knows, None if it does not say.
 
     Returns:
         Lines for the log, the coverage table last.
 
     Raises:
-        HostError: it cannot be done.
-        ProbeError: a layer is not ternary.
+        HostError: if the request cannot be carried out.
+        ProbeError: if a layer is not ternary.
     """
     notes: list[str] = []
     try:
@@ -187,7 +188,7 @@ def prepare(
     except HostError:
         raise
     except ValueError as error:
-        # A recipe, a shape, a backend: the host's script has no handler that knows our errors apart.
+        # An error of a recipe, a shape or a backend: the host's script cannot tell our errors from others.
         raise HostError(str(error)) from error
     for chunk in chunks:
         setattr(chunk, _PREPARED, True)
@@ -196,10 +197,10 @@ def prepare(
 
 
 def check_prepared(chunks: Sequence[torch.nn.Module]) -> None:
-    """Checks that a host's finished model chunks, wrapped as they may be, went through :func:`prepare`.
+    """Checks that :func:`prepare` has seen all finished model chunks of a host, whatever wraps them.
 
     Raises:
-        HostError: one did not, so that it would train in full precision.
+        HostError: if one was not prepared, so that it would train in full precision.
     """
     for chunk in chunks:
         seen: torch.nn.Module | None = chunk
@@ -213,14 +214,16 @@ def check_prepared(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def trains_with(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], optimizer: Any) -> str | None:
-    """Lets the parameters hold the quantized weights, where ``--ternary-cache`` asks for it and the host allows it, and
-    the optimizer step with the gradients of ``--ternary-estimator``.
+    """Moves the quantized weights into the parameters, and makes the optimizer step with the estimator's gradients.
+
+    The first happens if ``--ternary-cache`` asks for it and the host allows it; ``--ternary-estimator`` chooses the
+    second.
 
     Returns:
         Lines for the log, None without a quantizer.
 
     Raises:
-        HostError: ``--ternary-cache resident`` or the estimator is not possible.
+        HostError: if ``--ternary-cache resident`` or the estimator is not possible.
     """
     if not args.ternary:
         return None
@@ -252,7 +255,7 @@ def _hold(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], optimizer
 
 
 def saving(chunks: Sequence[torch.nn.Module]) -> contextlib.AbstractContextManager[None]:
-    """While it lasts, the parameters are latent weights."""
+    """Returns a context in which the parameters are latent weights, for saving a checkpoint."""
     if job.record is None:
         return contextlib.nullcontext()
     from .parallel.resident import latents
@@ -261,7 +264,7 @@ def saving(chunks: Sequence[torch.nn.Module]) -> contextlib.AbstractContextManag
 
 
 def loading() -> contextlib.AbstractContextManager[None]:
-    """While it lasts, a model asks a checkpoint for no scales: they are derived, and it need not hold any."""
+    """Returns a context in which a model asks a checkpoint for no scales, which are derived and need not be in it."""
     from .parallel.sharded_scales import scales_left_out
 
     return scales_left_out()
@@ -271,15 +274,17 @@ def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Nam
     """Compares a checkpoint's quantizer record, multipliers and LongRoPE with the model's, before its weights are used.
 
     Args:
-        checkpoint: its directory.
-        args: of this run.
-        saved: of the run that wrote it; None, or without our names, where another job or tool did.
+        checkpoint: the directory of the checkpoint.
+        args: the arguments of this run.
+        saved: the arguments of the run that wrote the checkpoint; None, or without our names, if another job or tool
+            wrote it.
 
     Returns:
-        One line for the log; None before a model was prepared.
+        One line for the log; None if no model was prepared.
 
     Raises:
-        HostError: the record contradicts and ``--allow-quantizer-change`` is not given, or the model is another one.
+        HostError: if the checkpoint is of another model, or its record contradicts the model's and
+            ``--allow-quantizer-change`` is not given.
     """
     if not job.prepared:
         return None
@@ -305,17 +310,19 @@ def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Nam
 
 
 def register_linear(linear: type, kind: Literal["column", "row"], norm_methods: tuple[str, ...]) -> None:
-    """See :func:`bitcpm_megatron.parallel.register_linear`."""
+    """Registers a class of linears that megatron-core does not have, as
+    :func:`bitcpm_megatron.parallel.register_linear` does.
+    """
     from .parallel import register_linear as register
 
     register(linear, kind, norm_methods)
 
 
-is_quantized = is_shadow  # as a linear's forward sees it
+is_quantized = is_shadow  # the test of a weight as the forward of a linear sees it
 
 
 def write_record(checkpoint: Path) -> None:
-    """Writes the quantizer record of the model into a checkpoint's directory; nothing without a quantizer."""
+    """Writes the model's quantizer record into a checkpoint's directory; does nothing without a quantizer."""
     if job.record is not None:
         checkpoint.mkdir(parents=True, exist_ok=True)
         job.record.write(checkpoint)
@@ -327,7 +334,7 @@ def _quantize(
     from .parallel.prepare import prepare_ternary
 
     def fill(weights: Sequence[torch.nn.Parameter]) -> None:
-        """Out of the meta device they hold no values until the checkpoint brings them; the probe needs some."""
+        """Fills weights from the meta device, without values before loading, with random ones for the probe."""
         if checkpoint is None:
             raise HostError(_UNINITIALISED)
         for weight in weights:
@@ -349,7 +356,7 @@ def _teach(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], vocab_si
 
 
 def _multipliers(args: argparse.Namespace) -> tuple[Multipliers, LongRope | None]:
-    """What is ours to apply; what the host defines flags for, it carries out itself."""
+    """Returns the multipliers and the LongRoPE that we must apply; the host applies those it has flags for itself."""
     ours = vars(_ours(args))
     return from_arguments.multipliers_of(ours), from_arguments.longrope_of(ours)
 
@@ -359,14 +366,14 @@ def _ours(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _check_attention(chunk: HostModule) -> None:
-    """An attention that a host replaced may not ask the configuration for its scale."""
+    """Checks the softmax scale of attention that a host replaced, which may not read the scale of the configuration."""
     wanted = chunk.config.softmax_scale
     if wanted is None:
         return
     for name, module in chunk.named_modules():
         if not name.endswith("attention.core_attention") or name.endswith("core_attention.core_attention"):
             continue
-        # MindSpeed's emulated Transformer Engine keeps it one level deeper.
+        # MindSpeed's emulated Transformer Engine keeps the scale one level deeper.
         inside: Iterable[Any] = module.modules()
         found = {m.softmax_scale for m in inside if hasattr(m, "softmax_scale")}
         if found != {wanted}:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that are ours, with the same names and meanings on every host.
+"""The plugin's own flags, with the same names and meanings on every host.
 
-Importing this imports no Megatron, so that a host's adaptor may do it before Megatron is there.
+Importing this module imports no Megatron, so that a host's adaptor can import it before Megatron is imported.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class GroupSize(Whole):
     maximum: int = LARGEST_GROUP
 
     def mistake(self, value: Any) -> str | None:
-        """What is wrong with a value, or None."""
+        """Returns what is wrong with a value; None if nothing is."""
         found = super().mistake(value)
         if found is None and value != -1 and (not value or value % GROUP_MULTIPLE):
             return f"must be {self}"
@@ -41,17 +41,17 @@ class GroupSize(Whole):
 def add_arguments(parser: argparse.ArgumentParser) -> tuple[str, ...]:
     """Adds the ``--ternary`` flags and those of the MiniCPM4 family to a host's parser.
 
-    Where the host has a family flag already (MindSpeed-LLM: ``--scale-emb``, ``--rope-scaling-type`` and others) the
-    host's stays, and carries out what it says; a host with a LongRoPE of its own gets none of our details of it.
+    If the host already has a family flag (MindSpeed-LLM: ``--scale-emb``, ``--rope-scaling-type`` and others), the
+    host's flag stays, and the host carries it out; a host with a LongRoPE of its own gets none of our LongRoPE flags.
 
     Returns:
-        The family arguments that are the host's, by name.
+        The names of the family arguments that the host defines.
 
     Raises:
-        ValueError: the host has a ``--ternary`` flag already.
+        ValueError: if the host already has a ``--ternary`` flag.
     """
     taken = parser._option_string_actions
-    # MindSpeed's parser would let a second flag of the same name win.
+    # MindSpeed's parser accepts a second flag of the same name, which would silently win.
     if clash := [flag for flag in taken if flag.startswith("--ternary") or flag == "--allow-quantizer-change"]:
         raise ValueError(f"the parser has {', '.join(clash)} already: add_arguments() once per parser")
     theirs = {name for name in NAMES if f"--{name.replace('_', '-')}" in taken}
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> tuple[str, ...]:
 
 
 def add_ternary_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the ``--ternary`` flags; the same on every host."""
+    """Adds the ``--ternary`` flags, which are the same on every host, and returns the parser."""
     group = parser.add_argument_group("ternary")
     group.add_argument("--ternary", action="store_true", help="quantize the linears of the decoder layers")
     _add_quantizer_arguments(group)
@@ -149,7 +149,7 @@ def _add_gradient_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
-    """The flags of the quantizer that modules have unless a recipe says otherwise."""
+    """Adds the flags of the default quantizer, which modules have unless a recipe says otherwise."""
     group.add_argument(
         "--ternary-space",
         choices=tuple(SPACES),
@@ -175,7 +175,7 @@ def _add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _backends() -> Iterable[str]:
-    """The names of the registered backends; where there is no torch, of those that come with the package."""
+    """Returns the names of the registered backends; without torch, of those that come with the package."""
     if importlib.util.find_spec("torch") is None:
         return "ascendc", "triton", "cpu", "torch"
     from .ops import backends
@@ -184,7 +184,7 @@ def _backends() -> Iterable[str]:
 
 
 def ternary_settings(args: argparse.Namespace) -> TernarySettings:
-    """What the ``--ternary`` flags ask of a model."""
+    """Returns the settings that the ``--ternary`` flags request for a model."""
     return TernarySettings(
         default=QuantizerConfig(
             args.ternary_space,
@@ -204,10 +204,10 @@ def ternary_settings(args: argparse.Namespace) -> TernarySettings:
 
 
 def take_recorded_shards(args: argparse.Namespace, checkpoint: Path) -> str | None:
-    """Sets ``--ternary-row-parallel-shards`` as a checkpoint that will be loaded records it, unless it is given.
+    """Sets ``--ternary-row-parallel-shards`` to the value that the checkpoint to load records, unless it is given.
 
     Returns:
-        A line for the log where it was set, or None.
+        A line for the log if the flag was set, else None.
     """
     recorded = QuantizerRecord.read(checkpoint)
     if not args.ternary or recorded is None or args.ternary_row_parallel_shards is not None:
@@ -217,7 +217,7 @@ def take_recorded_shards(args: argparse.Namespace, checkpoint: Path) -> str | No
 
 
 def ternary_mistakes(args: argparse.Namespace) -> list[str]:
-    """What cannot go together in the parsed ``--ternary`` flags, one line each."""
+    """Returns the contradictions among the parsed ``--ternary`` flags, one line each."""
     if args.ternary:
         shards = args.ternary_row_parallel_shards
         grouped = args.ternary_group_size != -1 and args.ternary_recipe is None
