@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``--data-path`` and ``--split`` mean."""
+"""The meaning of ``--data-path`` and ``--split``."""
 
 import math
 from collections.abc import Sequence
 
 
 def blend_of(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights of ``--data-path``: one prefix, several, or weights and prefixes in turn.
+    """Returns the prefixes and the weights of ``--data-path``: one prefix, several, or weights and prefixes in turn.
 
-    The rule is that of ``get_blend_from_list`` in ``megatron.core.datasets.utils``.
+    The weights are None if none are given. The rule is that of ``get_blend_from_list`` in
+    ``megatron.core.datasets.utils``.
 
     Raises:
-        ValueError: some weights are missing, or one is no positive number.
+        ValueError: if some weights are missing, or one is no positive number.
     """
     numbers = [_number(path) for path in paths[::2]]
     weights = [number for number in numbers if number is not None]
@@ -25,12 +26,13 @@ def blend_of(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
 
 def split_bounds(split: str) -> list[tuple[float, float] | None]:
-    """The parts of the data for training, validation and test that ``--split`` means, each from 0 to 1; None is empty.
+    """Returns the ranges of the data, each within 0 to 1, that ``--split`` gives to training, validation and test.
 
-    The arithmetic is that of ``megatron.core.datasets.blended_megatron_dataset_config``.
+    The range of an empty part is None. The arithmetic is that of
+    ``megatron.core.datasets.blended_megatron_dataset_config``.
 
     Raises:
-        ValueError: it is not one to three shares, or the first is nothing.
+        ValueError: if `split` is not one to three shares, or the first share is 0.
     """
     shares = [_number(part) for part in split.replace("/", ",").split(",")]
     known = [share for share in shares if share is not None and math.isfinite(share) and share >= 0]

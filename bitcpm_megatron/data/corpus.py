@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text in: streaming readers of plain text and JSON Lines, and the split into training and validation documents.
+"""Streaming readers of plain text and JSON Lines, and the split into training and validation documents.
 
-A document is a ``dict`` from key to text. A JSON Lines file holds one per line; a plain text file is ONE document under
-the key ``text``, as a book or an article would be, unless lines that hold nothing but a separator (by default a form
+A document is a ``dict`` from key to text. A JSON Lines file has one document per line. A plain text file is one
+document under the key ``text``, like a book or an article, unless lines that hold only a separator (by default a form
 feed) split it. Blank lines do not split: they separate paragraphs, and a model should see paragraphs in their context.
 """
 
@@ -26,7 +26,7 @@ FORM_FEED = "\f"
 TEXT_KEY = "text"
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst"}
-# SentencePiece needs about 50 bytes of memory per character of a document; a longer one has an unknown separator.
+# SentencePiece needs about 50 bytes of memory per character; a longer document probably has an unknown separator.
 _MAX_TEXT_CHARACTERS = 64_000_000
 _BUFFER_BYTES = 2**18
 _VALID_FRACTION = 0.05
@@ -40,18 +40,18 @@ def read_documents(
     separator: str = FORM_FEED,
     on_read: Callable[[int], object] = lambda count: None,
 ) -> Iterator[dict[str, str]]:
-    """Yield the documents of files, in order, holding one document in memory at a time.
+    """Yields the documents of files, in order, holding one document in memory at a time.
 
     Args:
         paths: UTF-8 files, plain or ``.gz``.
-        keys: what to take from each JSON object; plain text has the key ``text`` only.
+        keys: the keys to take from each JSON object; plain text has the key ``text`` only.
         input_format: ``jsonl``, ``text``, or ``auto``, which goes by the suffix.
-        separator: a plain text line that equals this, spaces around it aside, ends a document. The empty string stands
-            for blank lines.
-        on_read: called with the number of bytes that were just read from disk (for a progress bar).
+        separator: the line of plain text, ignoring spaces around it, that ends a document. The empty string stands for
+            blank lines.
+        on_read: a function called with the number of bytes that were just read from disk (for a progress bar).
 
     Raises:
-        ValueError: a file cannot be read or does not hold what was asked for; names file, line and cure.
+        ValueError: if a file cannot be read or lacks what was asked for; the message names file, line and cure.
     """
     for path in map(Path, paths):
         if detect_format(path, input_format) == "jsonl":
@@ -68,10 +68,10 @@ def read_documents(
 
 
 def detect_format(path: Path, input_format: str = "auto") -> str:
-    """Return ``jsonl`` or ``text`` for a file by its suffix (``.gz`` aside), or `input_format` unless that is ``auto``.
+    """Returns `input_format`, or if it is ``auto`` the format ``jsonl`` or ``text`` by the suffix before any ``.gz``.
 
     Raises:
-        ValueError: the suffix says nothing.
+        ValueError: if the suffix does not tell the format.
     """
     if input_format != "auto":
         return input_format
@@ -136,13 +136,13 @@ def _read_text(path: Path, separator: str, on_read: Callable[[int], object]) -> 
 
 
 def read_lines(path: Path, on_read: Callable[[int], object]) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a UTF-8 file, plain or ``.gz``, as (number from 1, line with its newline).
+    """Yields the lines of a UTF-8 file, plain or ``.gz``, as (number from 1, line with its newline).
 
-    ``\\r\\n`` becomes ``\\n``, and a byte order mark goes. `on_read` is called with the number of bytes that were just
-    read from disk.
+    ``\\r\\n`` becomes ``\\n``, and a byte order mark is removed. `on_read` is called with the number of bytes that were
+    just read from disk.
 
     Raises:
-        ValueError: the file cannot be read, is not UTF-8 or is damaged; names file and cure.
+        ValueError: if the file cannot be read, is not UTF-8 or is damaged; the message names file and cure.
     """
     if path.is_dir():
         raise ValueError(f"{path}: a directory; name the files in it")
@@ -158,7 +158,7 @@ def read_lines(path: Path, on_read: Callable[[int], object]) -> Iterator[tuple[i
             for number, raw in enumerate(GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, line[:-2] + "\n" if line.endswith("\r\n") else line
-                # Compressed bytes count as they are stored, so that an ETA is right.
+                # Compressed bytes count as stored, so that the estimated time of arrival is right.
                 if (read := file.raw.tell()) != told:
                     on_read(read - told)
                     told = read
@@ -174,7 +174,7 @@ def read_lines(path: Path, on_read: Callable[[int], object]) -> Iterator[tuple[i
 
 
 def reading_progress(paths: Sequence[Path], title: str) -> "tqdm[NoReturn]":
-    """A progress bar on stderr for the bytes of files, a context manager; its ``update`` is for `on_read`."""
+    """Returns a progress bar on stderr for the bytes of files; its ``update`` is an `on_read` function."""
     total = sum(path.stat().st_size for path in paths)
     # A terminal gets a live bar, a log file a line every half minute.
     interval = 0.1 if sys.stderr.isatty() else 30.0
@@ -182,7 +182,7 @@ def reading_progress(paths: Sequence[Path], title: str) -> "tqdm[NoReturn]":
 
 
 def add_split_arguments(group: argparse._ArgumentGroup, what: str) -> None:
-    """Adds ``--split`` and ``--valid-fraction``, whose help speaks of `what`; :func:`settle_split` reads them."""
+    """Adds ``--split`` and ``--valid-fraction``, whose help names `what`; :func:`settle_split` reads them."""
     group.add_argument(
         "--split",
         choices=["all", "train", "valid"],
@@ -198,17 +198,17 @@ def add_split_arguments(group: argparse._ArgumentGroup, what: str) -> None:
 
 
 def settle_split(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fills in the default of ``--valid-fraction``; one without a split is an error of the parser."""
+    """Fills in the default of ``--valid-fraction``; the flag without a split is an error of the parser."""
     if args.valid_fraction is not None and args.split == "all":
         parser.error("--valid-fraction needs --split train or --split valid")
     args.valid_fraction = _VALID_FRACTION if args.valid_fraction is None else args.valid_fraction
 
 
 def require_files(paths: Iterable[Path]) -> None:
-    """Refuses files of ``--input`` that are not there, before anything begins.
+    """Raises if a file of ``--input`` does not exist, before any work begins.
 
     Raises:
-        ValueError: with the path.
+        ValueError: if a file does not exist; the message names its path.
     """
     for path in paths:
         if not path.exists():
@@ -216,15 +216,15 @@ def require_files(paths: Iterable[Path]) -> None:
 
 
 def document_split(text: str, valid_fraction: float = _VALID_FRACTION) -> str:
-    """Return ``train`` or ``valid`` for a document, by a hash of its words.
+    """Returns ``train`` or ``valid`` for a document, by a hash of its words.
 
-    It depends on the text alone (not on its place in a file, its line breaks or the Python version), so that a
-    document, and every copy of it, stays on one side for good. About `valid_fraction` of all documents are ``valid``.
+    The result depends only on the words (not on the place in a file, the line breaks or the Python version), so that a
+    document and all its copies always stay on one side. About `valid_fraction` of all documents are ``valid``.
     """
     digest = hashlib.blake2b(normalized(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "valid" if int.from_bytes(digest, "big") < valid_fraction * 2**64 else "train"
 
 
 def normalized(text: str) -> str:
-    """Return the words of `text`, one space between them: what `document_split` goes by."""
+    """Returns the words of `text` with one space between them, which is what `document_split` hashes."""
     return " ".join(text.split())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A corpus without a download: the English prose in the documentation that every CPython carries, about 2 MB."""
+"""A corpus without a download: the English prose in the documentation that every CPython contains, about 2 MB."""
 
 import ast
 import os
@@ -14,23 +14,23 @@ from .corpus import normalized
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _MIN_DOCUMENT_CHARACTERS = 200
-# Shorter paragraphs (headings, "Changed in version 3.8: ...") may recur; longer ones that do are copies.
+# Shorter paragraphs (headings, "Changed in version 3.8: ...") may recur; longer ones that recur are copies.
 _LONG_PARAGRAPH = 60
-# Share of letters below which a paragraph of that length is a formula, a table or a diagram.
+# A paragraph of that length with a smaller share of letters is a formula, a table or a diagram.
 _MIN_LETTERS = 0.65
 
 
 def python_prose(stdlib: str | os.PathLike[str] | None = None) -> Iterator[str]:
-    """Yield English prose that every CPython carries: pydoc's language reference, docstrings and block comments.
+    """Yields English prose that every CPython contains: pydoc's language reference, docstrings and block comments.
 
     The modules are parsed, not imported. Test packages and site-packages are left out, interpreter sessions, grammar
     rules and diagrams are cut, and a paragraph of 60 characters or more is yielded only the first time it occurs, so
-    that none stands on both sides of `document_split`. The order is the same on every run of one Python version. The
+    that none is on both sides of `document_split`. The order is the same on every run of one Python version. The
     documents have at least 200 characters and are dedented, their paragraphs separated by blank lines. `stdlib` is the
     folder of the library's sources, by default that of the running Python.
 
     Raises:
-        ValueError: this Python has no ``pydoc_data.topics`` or no sources of its library.
+        ValueError: if this Python has no ``pydoc_data.topics`` or no sources of its library.
     """
     seen: set[str] = set()
     for text in _raw_prose(Path(stdlib or sysconfig.get_path("stdlib"))):
@@ -62,10 +62,10 @@ def _raw_prose(root: Path) -> Iterator[str]:
             with tokenize.open(path) as stream:
                 source = stream.read()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old modules are none of our business
+                warnings.simplefilter("ignore")  # invalid escapes in old modules do not concern us
                 tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError):
-            continue  # templates and samples that are no Python of this version
+            continue  # templates and samples that are not Python code of this version
         yield from _docstrings(tree)
         yield from _block_comments(source)
 
@@ -82,7 +82,7 @@ def _pydoc_topics() -> dict[str, str]:
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
-    """Yield docstrings in the order of the source."""
+    """Yields docstrings in the order of the source."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield ast.get_docstring(node, clean=False) or ""
     for child in ast.iter_child_nodes(node):
@@ -90,19 +90,19 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
 
 
 def _block_comments(source: str) -> Iterator[str]:
-    """Yield runs of whole-line comments without their signs."""
+    """Yields runs of whole-line comments without their ``#`` signs."""
     block: list[str] = []
     for line in [*source.splitlines(), ""]:
         stripped = line.strip()
         if stripped.startswith("#"):
             block.append(stripped.lstrip("#"))
         elif block:
-            yield "\n".join(["", *block])  # cleandoc leaves the first line out when it looks for the common indent
+            yield "\n".join(["", *block])  # cleandoc ignores the first line when it looks for the common indent
             block = []
 
 
 def _prose_of(paragraph: str) -> str:
-    """Return a paragraph without rulers, up to its first interpreter prompt; nothing for grammar and diagrams."""
+    """Returns a paragraph without rulers, up to its first interpreter prompt; nothing for grammar and diagrams."""
     if "::=" in paragraph:
         return ""
     lines = []

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""megatron-core's sample indices on disk: whole or not there, never of other data, and never code.
+"""Cache of megatron-core's sample indices on disk: complete or absent, never of other data, and never executable code.
 
-Upstream names them by the path of the data, takes whatever file has the name, and reads it with
-``allow_pickle=True``. Here each set of indices has a directory of its own, named by a key of all that they depend on.
-It is built under another name, gets its own when it is complete, and is checked before upstream reads it.
+Upstream names the indices by the path of the data, accepts any file of that name, and reads it with
+``allow_pickle=True``. Here each set of indices has its own directory, named by a key of everything that it depends on.
+The directory is built under a temporary name, gets its final name when it is complete, and is checked before upstream
+reads it.
 """
 
 import json
@@ -21,25 +22,25 @@ from ..cli import FailedError
 from ..files import DIGESTS, FileError, disk_is_full, find_damage, incomplete, publish, read_digests, write_digests
 from ..files.lock import FileLock, LockedError
 
-# Another job may be building the same indices.
+# How long to wait for another job that may be building the same indices.
 _PATIENCE_SECONDS = 300.0
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """The name of the indices that depend on these values and nothing else."""
+    """Returns the name of the indices that depend on these values and nothing else: a digest of them."""
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
 def sample_cache(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, str | None]:
-    """The directory ``root/key`` with the indices, built where they are not there or damaged; collective.
+    """Returns the directory ``root/key`` with the indices; builds it if it is absent or damaged. Collective.
 
-    `build` writes them into the directory that it is given; it is called on rank 0 alone.
+    `build` writes the indices into the directory that it is given; it is called on rank 0 only.
 
     Returns:
-        The directory, and a line for the log where one was damaged (on rank 0).
+        The directory, and a line for the log if a damaged one was rebuilt (on rank 0; else None).
 
     Raises:
-        ValueError, FailedError: on every rank alike.
+        ValueError, FailedError: on every rank alike, if the indices cannot be built, written or read.
     """
     note = None
     with together():
@@ -70,7 +71,7 @@ def _ensure(root: Path, key: str, build: Callable[[Path], None]) -> str | None:
     try:
         mistake = _mistake(final)
         if mistake is None:
-            return None  # another job has built them meanwhile
+            return None  # another job has built them in the meantime
         _remove(temporary)
         temporary.mkdir()
         try:
@@ -87,9 +88,9 @@ def _ensure(root: Path, key: str, build: Callable[[Path], None]) -> str | None:
 
 
 def _mistake(directory: Path, contents: bool = True) -> str | None:
-    """Why indices cannot be used, or None; nothing in them is executed.
+    """Returns why indices cannot be used, or None; nothing in them is executed.
 
-    Their digests are compared where `contents` says so; else only what would be dangerous is looked for.
+    With `contents` their digests are compared; without, only sizes, and whether upstream can read them safely.
     """
     if not directory.is_dir():
         return f"{directory} is not there"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three token files of supervised fine-tuning, which belong together.
 
-Sequence `n` of each is sample `n`: its tokens; for each of them whether it is learned as a target (uint8, 0 or 1); and
-where its conversations end (int32, in tokens from the beginning of the sample, the last one is its length).
+Sequence `n` of each describes sample `n`: its tokens; whether each token is learned as a target (uint8, 0 or 1); and
+the ends of its conversations (int32, in tokens from the beginning of the sample; the last one is its length).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _CURE = "write all three again, with launch/preprocess_sft.py"
 
 
 def sft_prefixes(prefix: str | os.PathLike[str]) -> dict[str, str]:
-    """The prefixes of the files, without ``.bin`` and ``.idx``: of ``tokens``, ``answers`` and ``ends``."""
+    """Returns the prefixes, without ``.bin`` and ``.idx``, of the files ``tokens``, ``answers`` and ``ends``."""
     return {part: f"{os.fspath(prefix)}_{part}" for part in (TOKENS, ANSWERS, ENDS)}
 
 
@@ -25,10 +25,10 @@ def read_sft_files(prefix: str | os.PathLike[str]) -> dict[str, TokenFile]:
     """Checks the three files as :func:`~.token_headers.read_token_file` does, and against one another.
 
     Returns:
-        What each says about itself, by the keys of :func:`sft_prefixes`.
+        The descriptions of the files, by the keys of :func:`sft_prefixes`.
 
     Raises:
-        TokenFileError: with the file and what is wrong with it.
+        TokenFileError: if a file is damaged or does not fit the others; the message names the file and its fault.
     """
     found = {part: read_token_file(path) for part, path in sft_prefixes(prefix).items()}
     tokens, answers, ends = (found[part] for part in (TOKENS, ANSWERS, ENDS))
@@ -49,10 +49,10 @@ def read_sft_files(prefix: str | os.PathLike[str]) -> dict[str, TokenFile]:
 
 
 def read_samples(seq_length: int, prefix: str | os.PathLike[str]) -> TokenFile:
-    """The tokens of the three files, with a digest of them all.
+    """Returns the description of the tokens of the three files, with a digest of all three.
 
     Raises:
-        TokenFileError: see :func:`read_sft_files`; or a sample has more than `seq_length` tokens.
+        TokenFileError: if :func:`read_sft_files` raises it, or a sample has more than `seq_length` tokens.
     """
     files = read_sft_files(prefix)
     longest = int(files[TOKENS].lengths().max(initial=0))
@@ -64,14 +64,14 @@ def read_samples(seq_length: int, prefix: str | os.PathLike[str]) -> TokenFile:
 
 
 def _wrong_ends(file: TokenFile, lengths: np.ndarray) -> int | None:
-    """The first sample whose ends do not ascend from above 0 to its length, or None."""
+    """Returns the first sample whose ends do not ascend from above 0 to its length, or None."""
     counts = file.lengths()
     if not counts.all():
         return int(np.argmin(counts))
     values = np.fromfile(f"{file.prefix}.bin", np.int32)
     last = np.cumsum(counts, dtype=np.int64) - 1
     segments = np.diff(values, prepend=np.int32(0))
-    # The first of a sample counts from its beginning.
+    # The first segment of a sample counts from the beginning of the sample, not from the last end of the one before.
     segments[last[:-1] + 1] = values[last[:-1] + 1]
     samples = np.repeat(np.arange(len(counts)), counts)
     wrong = [*np.flatnonzero(values[last] != lengths)[:1], *samples[segments <= 0][:1]]

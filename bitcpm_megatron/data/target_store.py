@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A target store: what a teacher says of every sample of some data, written once and read by students of any layout.
+"""A target store: a teacher's targets for every sample of a data set, written once and read by students of any layout.
 
-A directory with ``store.json``, which says what the targets are and of what; shards ``targets-00000.bin`` with a fixed
-number of samples each; and ``DIGESTS.json``, which comes last: a store without it is not complete. Whoever writes a
-shard makes the whole of it, under another name, so that writers share the shards among themselves and a killed one
-leaves whole shards alone.
+A store is a directory with ``store.json``, which describes the targets and the samples; shards ``targets-00000.bin``
+with a fixed number of samples each; and ``DIGESTS.json``, which comes last: a store without it is not complete. A
+writer writes whole shards, each under a temporary name, so that several writers can share the shards among themselves
+and a killed one leaves only whole shards.
 
-Samples are numbered through the parts of the data, one behind the other: see :class:`Part`. A shard holds the records
-of its samples (:mod:`~.target_records`); then for each of them its end in the shard and its XXH3-64, two uint64; and
-last ``b"BITCPMT1"``, their number, and the XXH3-64 of those pairs. Sizes are compared with ``DIGESTS.json`` when a
-store is opened, and every record with its digest when it is read: nothing damaged is trained on.
+Samples are numbered through the parts of the data in order (:class:`Part`). A shard holds the records of its samples
+(:mod:`~.target_records`); then for each of them its end in the shard and its XXH3-64, two uint64; and last
+``b"BITCPMT1"``, the number of samples, and the XXH3-64 of those pairs. Sizes are compared with ``DIGESTS.json`` when a
+store is opened, and every record with its digest when it is read, so that nothing damaged is trained on.
 """
 
 import json
@@ -44,23 +44,23 @@ SAMPLED = "sampled"
 _MAGIC = b"BITCPMT1"
 _END = struct.Struct("<8sQQ")
 _ENTRY = np.dtype([("end", "<u8"), ("digest", "<u8")])
-# A thousand shards, but none so small that files are all there is, and none so large that a kill costs much.
+# About a thousand shards, but none so small that there are too many files, and none so large that a kill costs much.
 _SHARDS, _LEAST_TOKENS, _MOST_TOKENS = 1024, 2**14, 2**20
 _MAX_SHARDS = 2**20
 _CURE = f"copy the store again, or delete this file and {DIGESTS} and let write_targets.py go on"
 
 
 class StoreError(FileError):
-    """A target store that is not there, not complete, damaged, or of other samples than those that it is asked for."""
+    """The exception for a target store that is absent, incomplete, damaged, or of other samples than requested."""
 
 
 class Part(Strict):
-    """Samples in one order: those of one of the datasets of a blend.
+    """The samples of one dataset of a blend, in one order.
 
     Attributes:
-        name: of the data files, for people.
-        digest: of the files and of everything that decides which tokens are which sample.
-        samples: the first so many are in the store.
+        name: the name of the data files, for people.
+        digest: the digest of the files and of everything that decides which tokens are which sample.
+        samples: the number of samples in the store, which are the first ones of the part.
     """
 
     name: str
@@ -69,20 +69,20 @@ class Part(Strict):
 
 
 class Description(Strict):
-    """What a store holds, and of what.
+    """The description of a store: what its targets are, and of which samples.
 
     Attributes:
-        kind: of the targets.
-        width: draws of each token, or the k of top-k.
-        temperature: at which the teacher's softmax was taken.
-        vocab_size: ids that it was taken over.
-        seq_length: tokens of a sample.
-        seed: of the draws, with the number of a sample.
-        samples_per_shard: the last shard may have fewer.
-        teacher: its checkpoint's name, and a digest of the contents.
-        tokenizer: what tells it from others.
-        data: the arguments that shaped the samples, for people: digests of the parts decide.
-        parts: of the data.
+        kind: the kind of the targets.
+        width: the number of draws of each token, or the k of top-k.
+        temperature: the temperature of the teacher's softmax.
+        vocab_size: the number of ids that the softmax was taken over.
+        seq_length: the number of tokens of a sample.
+        seed: the seed of the draws, which are seeded with it and the number of the sample.
+        samples_per_shard: the number of samples of a shard; the last shard may have fewer.
+        teacher: the name of the teacher's checkpoint, and a digest of its contents.
+        tokenizer: the identity of the tokenizer, which tells it from others.
+        data: the arguments that shaped the samples, for people: the digests of the parts decide.
+        parts: the parts of the data.
     """
 
     version: Literal[1] = 1
@@ -100,7 +100,7 @@ class Description(Strict):
 
     @property
     def samples(self) -> int:
-        """Of all parts."""
+        """The number of samples of all parts."""
         return sum(part.samples for part in self.parts)
 
     @property
@@ -110,27 +110,27 @@ class Description(Strict):
         return [range(begin, min(begin + size, self.samples)) for begin in range(0, self.samples, size)]
 
     def about(self) -> str:
-        """For people: ``50 draws of 73,448 ids at a temperature of 1``."""
+        """Describes the targets for people, such as ``50 draws of 73,448 ids at a temperature of 1``."""
         what = f"{self.width} draws" if self.kind == SAMPLED else f"the {self.width} likeliest"
         return f"{what} of {self.vocab_size:,} ids at a temperature of {self.temperature:g}"
 
 
 def samples_per_shard(samples: int, seq_length: int) -> int:
-    """Samples in a shard of a store with so many."""
+    """Returns the number of samples per shard for a store of so many samples of `seq_length` tokens."""
     tokens = min(max(samples * seq_length // _SHARDS, _LEAST_TOKENS), _MOST_TOKENS)
     return max(tokens // seq_length, 1)
 
 
 def shard_path(directory: Path, shard: int) -> Path:
-    """Where a shard lies."""
+    """Returns the path of a shard."""
     return directory / f"targets-{shard:05d}.bin"
 
 
 def read_description(directory: Path) -> Description:
-    """What a store, or one that is being written, says of itself.
+    """Reads the description of a store, complete or still being written.
 
     Raises:
-        StoreError: it is no store, or its description is damaged.
+        StoreError: if the directory is no store, or its description is damaged.
     """
     path = directory / DESCRIPTION
     if not path.is_file():
@@ -147,10 +147,10 @@ def read_description(directory: Path) -> Description:
 
 
 def begin(directory: Path, description: Description) -> None:
-    """Makes a directory a store that is to be filled; one that is such a store already stays as it is.
+    """Makes a directory an empty store with this description; leaves an existing store with the same one unchanged.
 
     Raises:
-        StoreError: there is another store, or something else.
+        StoreError: if the directory holds another store, or something else.
     """
     wanted = description.model_dump()
     if (directory / DESCRIPTION).is_file():
@@ -169,7 +169,7 @@ def write_shard(path: Path, records: Sequence[bytes]) -> None:
     """Writes a whole shard; after an error or a kill there is none.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if the shard cannot be written.
     """
     entries = np.zeros(len(records), _ENTRY)
     entries["end"] = np.cumsum([len(record) for record in records])
@@ -185,22 +185,23 @@ def write_shard(path: Path, records: Sequence[bytes]) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = os.fspath(path)  # of a full disk it says no more than that
+            error.filename = os.fspath(path)  # the error of a full disk names no file
         raise
 
 
 class TargetStore:
-    """A complete store, to be read. It may be handed to other processes.
+    """A complete store, opened for reading; it can be sent to other processes.
 
     Args:
-        directory: of the store.
+        directory: the directory of the store.
 
     Attributes:
-        description: what it holds.
-        digest: of its contents.
+        directory: the directory of the store.
+        description: the description of the store.
+        digest: a digest of the contents of the store.
 
     Raises:
-        StoreError: it is no store, not complete, or a file lacks, was cut, or is not what was written.
+        StoreError: if the directory is no store, the store is not complete, or a file is missing, cut or changed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -223,10 +224,10 @@ class TargetStore:
         self._tables: dict[int, np.ndarray] = {}
 
     def record(self, number: int) -> bytes:
-        """The record of a sample, as it was written.
+        """Returns the record of a sample, as it was written.
 
         Raises:
-            StoreError: it is not, or cannot be read.
+            StoreError: if the record is damaged or cannot be read.
         """
         shard, place = divmod(number, self.description.samples_per_shard)
         path = shard_path(self.directory, shard)
@@ -249,11 +250,11 @@ class TargetStore:
 
 
 def read_table(path: Path, samples: int) -> np.ndarray:
-    """Ends and digests of the records of a shard with so many samples.
+    """Returns the ends and the digests of the records of a shard with so many samples.
 
     Raises:
-        StoreError: it is no whole shard of so many.
-        OSError: it cannot be read.
+        StoreError: if the file is no whole shard of so many samples.
+        OSError: if the file cannot be read.
     """
     with path.open("rb") as stream:
         size = stream.seek(0, 2)
@@ -269,5 +270,5 @@ def read_table(path: Path, samples: int) -> np.ndarray:
 
 
 def missing(directory: Path, description: Description) -> int:
-    """Shards that are not written yet."""
+    """Counts the shards that are not written yet."""
     return sum(not shard_path(directory, number).is_file() for number in range(len(description.shards)))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token files out: documents, tokenized, as the ``.bin`` / ``.idx`` pairs that Megatron reads.
+"""Writer of token files: tokenizes documents into the ``.bin`` / ``.idx`` pairs that Megatron reads.
 
-The files get their names when all of them are on disk, and existing ones are replaced only on demand.
+The files get their final names when all of them are on disk, and existing ones are replaced only on demand.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from ..files.lock import PendingFiles
 from .corpus import TEXT_KEY
 from .tokenizers import Tokenizer
 
-# Enough documents per call that native threads have work, few enough that memory stays flat.
+# Enough documents per call to keep native threads busy, few enough to keep memory use constant.
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 4_000_000
 
 
 @dataclass
 class CorpusSummary:
-    """What one ``.bin`` / ``.idx`` pair holds. `text_bytes` is the UTF-8 size; `tokens` includes the eod tokens."""
+    """The content of one ``.bin`` / ``.idx`` pair. `text_bytes` is the UTF-8 size; `tokens` includes the eod tokens."""
 
     prefix: Path
     documents: int = 0
@@ -45,7 +45,7 @@ class CorpusSummary:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--output-prefix``, ``--overwrite`` and ``--workers``, which every writer of token files has."""
+    """Adds ``--output-prefix``, ``--overwrite`` and ``--workers``, which all writers of token files have."""
     output = parser.add_argument_group("output")
     output.add_argument("--output-prefix", required=True, metavar="PREFIX", help="leading part of the output names")
     output.add_argument("--overwrite", action="store_true", help="replace existing outputs")
@@ -62,22 +62,22 @@ def write_corpus(
     append_eod: bool = True,
     threads: int = 1,
 ) -> dict[str, CorpusSummary]:
-    """Tokenize documents into ``<output_prefix>_<key>_document.bin`` and ``.idx``, one pair and summary per key.
+    """Tokenizes documents into ``<output_prefix>_<key>_document.bin`` and ``.idx``, one pair and summary per key.
 
-    Tokens are uint16 for vocabularies below 65500, else int32 (megatron-core's ``DType.optimal_dtype``); each document
-    is one sequence, and ends with ``tokenizer.eod`` if `append_eod` says so. A text of white space only is skipped and
-    counted. The output does not depend on the number of native `threads`. After an error or a kill there is none, at
-    most (after SIGKILL) hidden files that the next run removes.
+    Tokens are uint16 for vocabularies below 65500, else int32 (megatron-core's ``DType.optimal_dtype``). Each document
+    is one sequence, and ends with ``tokenizer.eod`` if `append_eod` is true. A text of only white space is skipped and
+    counted. The output does not depend on the number of native `threads`. After an error or a kill there is no output;
+    after SIGKILL there may be hidden files, which the next run removes.
 
     Args:
         documents: mappings that have all `keys`.
-        output_prefix: leading part of the file names.
-        tokenizer: gives ids, ``eod`` and ``vocab_size``.
-        pending: what :func:`outputs` names, and more files that are ready by then.
+        output_prefix: the leading part of the file names.
+        tokenizer: the tokenizer; its ``tokenize_batch``, ``eod`` and ``vocab_size`` are used.
+        pending: the files that :func:`outputs` names, and others that are ready by the end of this call.
 
     Raises:
-        ValueError: there was not one document to write for a key.
-        ModuleNotFoundError: megatron-core is not installed.
+        ValueError: if there is no document to write for a key.
+        ModuleNotFoundError: if megatron-core is not installed.
     """
     summaries = {key: CorpusSummary(prefix) for key, prefix in _prefixes(output_prefix, keys).items()}
     with contextlib.ExitStack() as stack:
@@ -130,10 +130,10 @@ def _batches(documents: Iterable[Mapping[str, str]]) -> Iterator[list[Mapping[st
 
 
 def outputs(output_prefix: str | os.PathLike[str], keys: Sequence[str] = (TEXT_KEY,)) -> list[tuple[Path, str]]:
-    """The files that `write_corpus` writes, and what to say where one exists: for `PendingFiles`."""
+    """Returns the files that `write_corpus` writes, each with the refusal if it exists, for `PendingFiles`."""
     refusal = "choose another --output-prefix, or pass --overwrite to replace it"
     prefixes = _prefixes(output_prefix, keys).values()
-    # The index makes a dataset: it must not meet the tokens of another.
+    # The index comes last and makes a dataset valid: it must never be combined with the tokens of another one.
     return [(Path(f"{prefix}{suffix}"), refusal) for prefix in prefixes for suffix in (".bin", ".idx")]
 
 
@@ -142,15 +142,15 @@ def _prefixes(output_prefix: str | os.PathLike[str], keys: Sequence[str]) -> dic
 
 
 def open_builder(path: Path, vocab_size: int | None = None, dtype: type[np.generic] | None = None) -> Any:
-    """megatron-core's writer of a ``.bin`` file, under the name `path`; its ``finalize`` writes the index.
+    """Returns megatron-core's writer of a ``.bin`` file named `path`; its ``finalize`` writes the index.
 
-    It writes `dtype`, or without one what holds the tokens of a vocabulary.
+    It writes tokens of `dtype`, or by default of the dtype that megatron-core chooses for a vocabulary.
 
     Raises:
-        ModuleNotFoundError: megatron-core is not installed.
+        ModuleNotFoundError: if megatron-core is not installed.
     """
     # Imported on use: reading a corpus needs no Megatron, and the import takes seconds. Its warnings about absent
-    # accelerator packages do not concern a tool that writes files.
+    # accelerator packages do not matter to a tool that only writes files.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a ``.bin`` / ``.idx`` pair says about itself, checked before megatron-core believes it, and without it."""
+"""Checks of ``.bin`` / ``.idx`` token files without megatron-core, before megatron-core trusts their headers."""
 
 import os
 import struct
@@ -28,19 +28,22 @@ _CURES = {
 
 
 class TokenFileError(ValueError):
-    """A token file that is missing, damaged, not of that format, or not what it is used for."""
+    """The exception for a token file that is missing, damaged, of another format, or unfit for its purpose."""
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One pair.
+    """The description of one pair of ``.bin`` and ``.idx`` files.
 
     Attributes:
-        prefix: without ``.bin`` and ``.idx``.
-        dtype: of the tokens.
-        sequences: entries of the index, ``documents`` and ``tokens`` what they make up.
-        smallest: the smallest token of those that were looked at, ``largest`` the largest.
-        looked_at: how many those are: all of a file up to 256 MiB, else 256 blocks of 1 MiB, evenly over the file.
+        prefix: the path without ``.bin`` and ``.idx``.
+        dtype: the dtype of the tokens.
+        sequences: the number of entries of the index.
+        documents: the number of documents that the sequences make up.
+        tokens: the number of tokens of all sequences.
+        smallest: the smallest token of those that were looked at.
+        largest: the largest token of those that were looked at.
+        looked_at: the number of those tokens: all of a file up to 256 MiB, else 256 blocks of 1 MiB, evenly spread.
         digest: XXH3-128 of the whole index, the size of the ``.bin`` file and the tokens that were looked at: other
             documents, other lengths and another tokenizer change it, a few tokens between the blocks do not.
     """
@@ -56,17 +59,17 @@ class TokenFile:
     digest: str
 
     def tokens_between(self, begin: int, end: int) -> int:
-        """Tokens of the sequences ``begin`` to ``end``."""
+        """Counts the tokens of the sequences from ``begin`` up to, but not including, ``end``."""
         return int(np.sum(self.lengths()[begin:end], dtype=np.int64))
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence, int32 [sequences], mapped from the index."""
+        """Returns the number of tokens of each sequence, int32 [sequences], mapped from the index."""
         return _mapped(Path(f"{self.prefix}.idx"), "<i4", _HEADER_BYTES, self.sequences)
 
     def ends_with(self, token: int) -> bool:
-        """Whether documents end with a token: all of up to 256, else 256 of them, evenly over the file, with the last.
+        """Returns whether documents end with a token: all of up to 256, else 256 of them, evenly spread.
 
-        Sequences that hold no token are passed.
+        The last document is among them. Empty sequences are skipped.
         """
         index, tokens = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
         if not (self.tokens and self.documents):
@@ -81,7 +84,7 @@ class TokenFile:
         return bool((np.memmap(tokens, self.dtype, "r")[at] == token).all())
 
     def mistake(self, vocab_size: int | None = None) -> str | None:
-        """Why nothing can be trained on it, or None; the vocabulary is that of the model, where it is known."""
+        """Returns why nothing can be trained on the file, or None; `vocab_size` is the model's, if it is known."""
         if self.dtype.startswith("float"):
             return f"{self.prefix}.bin holds {self.dtype}, which are no tokens: write it again"
         if self.tokens == 0:
@@ -98,12 +101,12 @@ class TokenFile:
 def split_mistake(
     files: Sequence[TokenFile], split: str, needed: Collection[str], sequence: int, weighted: bool
 ) -> str | None:
-    """Why ``--split`` leaves a needed part (``training``, ``validation``, ``test``) without data, or None.
+    """Returns why ``--split`` leaves a needed part (``training``, ``validation``, ``test``) without data, or None.
 
-    Samples have ``sequence`` tokens; without weights each of several files gives the samples that it has.
+    Samples have `sequence` tokens. Each of several files without weights (`weighted` is false) must hold a sample.
 
     Raises:
-        ValueError: the shares are none.
+        ValueError: if ``--split`` does not hold shares.
     """
     for part, (name, cure) in zip(split_bounds(split), _CURES.items(), strict=True):
         if name not in needed:
@@ -123,10 +126,10 @@ def split_mistake(
 
 
 def read_token_file(prefix: str) -> TokenFile:
-    """Checks the index against itself and the size of the tokens, and looks at tokens of the whole file.
+    """Reads a pair of files; checks the index against itself and the size of the tokens, and looks at the tokens.
 
     Raises:
-        TokenFileError: with the file and what is wrong with it.
+        TokenFileError: if a file is missing, damaged or of another format; the message names the file and its fault.
     """
     if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
         raise TokenFileError(f"{prefix} is a file: give the prefix, without .bin and .idx")
@@ -147,7 +150,7 @@ def read_token_file(prefix: str) -> TokenFile:
     size = index.stat().st_size
     if size < expected:
         raise TokenFileError(f"{index} is cut off: {size} bytes, its header promises {expected}")
-    if size not in (expected, expected + sequences):  # with a mode for each, where the data is multimodal
+    if size not in (expected, expected + sequences):  # multimodal data has one byte more per sequence, its mode
         raise TokenFileError(f"{index} has {size} bytes, its header promises {expected}: one of them is damaged")
     dtype = np.dtype(_DTYPES[code])
     state = xxhash.xxh3_128(head)
@@ -163,7 +166,7 @@ def _mapped(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:
 def _check_index(
     index: Path, tokens: Path, sequences: int, documents: int, itemsize: int, state: xxhash.xxh3_128
 ) -> int:
-    """Each sequence lies within the tokens, all together are as many as are returned, and documents are in order."""
+    """Checks that sequences are within the tokens and documents in order; returns the number of tokens of all."""
     lengths = _mapped(index, "<i4", _HEADER_BYTES, sequences)
     pointers = _mapped(index, "<i8", _HEADER_BYTES + 4 * sequences, sequences)
     ends = _mapped(index, "<i8", _HEADER_BYTES + 12 * sequences, documents)
@@ -175,7 +178,7 @@ def _check_index(
         pointer = np.array(pointers[start : start + _ENTRIES])
         state.update(length.tobytes())
         state.update(pointer.tobytes())
-        # Not their sum, which may overflow.
+        # Compare a difference and not a sum, which may overflow.
         wrong = (length < 0) | (pointer < 0) | (pointer > size) | (length * itemsize > size - pointer)
         if wrong.any():
             n = int(np.argmax(wrong))
@@ -194,7 +197,7 @@ def _check_index(
 
 
 def _look(path: Path, dtype: np.dtype, state: xxhash.xxh3_128) -> tuple[int, int, int]:
-    """Smallest and largest token, and the number of those that were looked at."""
+    """Returns the smallest and the largest token, and the number of tokens that were looked at."""
     extremes: list[int] = []
     looked_at = 0
     state.update(str(path.stat().st_size).encode())
@@ -208,7 +211,7 @@ def _look(path: Path, dtype: np.dtype, state: xxhash.xxh3_128) -> tuple[int, int
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The whole of a file, or blocks of it from its beginning to its end; none cuts a token."""
+    """Yields the whole of a file, or blocks of it from its beginning to its end; no block cuts a token."""
     size = path.stat().st_size
     starts: Sequence[int] = range(0, size, _BLOCK_BYTES)
     if len(starts) > _BLOCKS:
@@ -216,5 +219,5 @@ def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as stream:
         for start in starts:
             stream.seek(start)
-            # The last reaches to the end, whatever was rounded off.
+            # The last block reaches to the end of the file, in spite of the rounding of its start.
             yield stream.read(-1 if start == starts[-1] else _BLOCK_BYTES)

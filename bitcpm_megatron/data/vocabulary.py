@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of a vocabulary as the embedding holds it, and other bounds that flags are checked with."""
+"""The padded size of a vocabulary, and other bounds that flags are checked with."""
 
 SENTENCE_PIECE, HUGGING_FACE = "GPTSentencePieceTokenizer", "HuggingFaceTokenizer"
 TOKENIZER_TYPES = (SENTENCE_PIECE, HUGGING_FACE)
-"""What ``--tokenizer-type`` may say: Megatron-LM's names."""
+"""The values of ``--tokenizer-type``, which are Megatron-LM's names."""
 MAX_TOP_K = 1024
-"""Ids kept of a token's targets, at most."""
+"""The largest number of ids that are kept as the targets of a token."""
 
 
 def padded_vocab_size(vocab_size: int, make_divisible_by: int = 128, tensor_parallel: int = 1) -> int:
-    """Return `vocab_size` rounded up to a multiple of ``make_divisible_by * tensor_parallel`` (Megatron-LM's rule).
+    """Returns `vocab_size` rounded up to a multiple of ``make_divisible_by * tensor_parallel`` (Megatron-LM's rule).
 
     Raises:
-        ValueError: an argument is not positive.
+        ValueError: if an argument is not positive.
     """
     if min(vocab_size, make_divisible_by, tensor_parallel) < 1:
         raise ValueError(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From conversations to the token files of supervised fine-tuning."""
+"""The way from conversations to the token files of supervised fine-tuning."""

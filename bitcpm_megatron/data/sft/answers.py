@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the answers stand in a rendered conversation, proved or refused, and which tokens of it are learned."""
+"""Location of the answers in a rendered conversation, proved or refused, and the tokens of them that are learned."""
 
 import itertools
 import re
@@ -18,23 +18,23 @@ _LEFT_OUT = "give one that writes it (--chat-template FILE), or leave it out of 
 
 
 class AnswerFinder:
-    """Finds what a model is to write in the text of a conversation: each assistant message and its end-of-turn.
+    """A finder of what a model must learn to write in a conversation: each assistant message and its end-of-turn.
 
-    The end-of-turn is the first added token behind the message with nothing but white space in between. Where the
-    template has ``{% generation %}`` blocks, they say where the messages stand, and the end-of-turn is the first added
-    token behind a plain answer, in its block or behind it. Else a message is what changes in the text when another one
-    takes its place, and everything in front of it and behind it has to stay. Where the template begins that other one
+    The end-of-turn is the first added token after the message, with only white space in between. If the template has
+    ``{% generation %}`` blocks, they locate the messages, and the end-of-turn is the first added token after a plain
+    answer, in its block or after it. Otherwise a message is the part of the text that changes if another message
+    replaces it; the text before and after it must stay the same. If the template begins that other message
     differently (reasoning and tool calls have their own words), the message is what follows the text that asks for it.
-    No text is searched for the words of an answer.
+    The text is never searched for the words of an answer.
 
     Args:
-        template: renders the conversations.
-        added_tokens: what the tokenizer reads as one token wherever it is written.
+        template: the chat template that renders the conversations.
+        added_tokens: the texts that the tokenizer reads as one token wherever they are written.
     """
 
     def __init__(self, template: ChatTemplate, added_tokens: Collection[str]) -> None:
         self._template = template
-        # Some vocabularies have runs of white space as added tokens.
+        # Some vocabularies have runs of white space as added tokens, which end no turn.
         longest_first = sorted(filter(str.strip, added_tokens), key=len, reverse=True)
         token = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._token = re.compile(token)
@@ -42,11 +42,11 @@ class AnswerFinder:
         self._token_at_end = re.compile(rf"(?:{token})\s*\Z")
 
     def find(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[Span]]:
-        """The text of a conversation, and the (start, end) of each answer in it, in characters and in order.
+        """Returns the text of a conversation and the (start, end) of each answer in it, in characters and in order.
 
         Raises:
-            ValueError: the template refuses the conversation, leaves out a part of it, or writes it so that answers and
-                their ends cannot be told from the rest for certain; with the cure.
+            ValueError: if the template refuses the conversation, leaves out a part of it, or writes it so that answers
+                and their ends cannot be told from the rest for certain; the message names the cure.
         """
         text = self._template.render(messages, tools)
         self._require_whole(text, messages, tools)
@@ -60,11 +60,11 @@ class AnswerFinder:
         return text, spans
 
     def _require_whole(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
-        """Refuses a template that drops what it does not know, which the data holds for a reason."""
+        """Refuses a template that silently drops parts of the conversation, which are in the data for a reason."""
         word = _unused_word(text)
         words = {number: f"{word}n{number}n" for number, message in enumerate(messages) if message.get("content")}
         replaced = [{**message, "content": words.get(n, message.get("content"))} for n, message in enumerate(messages)]
-        # A template that refuses such words looks at them, at least.
+        # A template that refuses such words at least looks at them.
         written = self._rendered(replaced, tools)
         for number, one in words.items():
             if written is not None and one not in written:
@@ -77,7 +77,7 @@ class AnswerFinder:
             raise ValueError(f"the chat template leaves out tool_calls: {_LEFT_OUT}")
         for field in REASONING:
             if holding := [number for number, message in enumerate(messages) if field in message]:
-                # Templates may drop it once the user goes on, as they will when the model is asked.
+                # Templates may drop reasoning once the user goes on, as they also will at inference.
                 goes_on = (n for n in range(holding[-1], len(messages)) if messages[n]["role"] == "user")
                 asked = list(messages[: next(goes_on, len(messages))])
                 written = self._rendered(asked, tools)
@@ -86,13 +86,13 @@ class AnswerFinder:
                     raise ValueError(f"the chat template leaves out {field}: {_LEFT_OUT}")
 
     def _locate(self, text: str, messages: Sequence[Message], number: int, tools: Sequence[Any] | None) -> Span:
-        """The span of an assistant message and its end-of-turn."""
+        """Returns the span of an assistant message and its end-of-turn."""
         where = f"message {number + 1} (assistant)"
         word = _unused_word(text)
         so_far, another = list(messages[:number]), {"role": "assistant", "content": word}
         instead = self._rendered([*so_far, another, *messages[number + 1 :]], tools) or ""
         before, found, behind = instead.partition(word)
-        # A template that writes the word twice fails here, too: the text does not hold it.
+        # If a template writes the word twice, this test fails too, because the text does not contain the word.
         if found and text.startswith(before) and text.endswith(behind):
             start, end = len(before), len(text) - len(behind)
             if start >= end:
@@ -104,7 +104,7 @@ class AnswerFinder:
         asked = self._rendered(so_far, tools, prompt=True)
         given = self._rendered(messages[: number + 1], tools)
         if asked is not None and given is not None and text.startswith(asked) and text.startswith(given):
-            # Where nothing asks for a message, it may have a head, which must not be learned.
+            # If nothing in the text asks for a message, the message may have a header, which must not be learned.
             begun, _, _ = (self._rendered([*so_far, another], tools) or "").partition(word)
             asks = asked != self._rendered(so_far, tools) or asked.rstrip() == begun.rstrip()
             token = self._token_at_end.search(given, len(asked))
@@ -113,14 +113,14 @@ class AnswerFinder:
         raise ValueError(f"the chat template writes {where} so that it cannot be told from the rest: {_CURE}")
 
     def _rendered(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool = False) -> str | None:
-        """The text of a conversation that nobody gave, or None where the template refuses it."""
+        """Renders a conversation that is not in the data; returns None if the template refuses it."""
         try:
             return self._template.render(messages, tools, prompt)
         except ValueError:
             return None
 
     def _generated(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Span]:
-        """The generation blocks, each with the end-of-turn in it or behind it."""
+        """Returns the spans of the generation blocks, each with the end-of-turn in it or after it."""
         blocks = self._template.generated(messages, tools)
         if not blocks:
             return []
@@ -129,7 +129,7 @@ class AnswerFinder:
         spans = []
         for number, (start, end) in enumerate(blocks, start=1):
             ended, behind = at_end.search(text, start, end), after.match(text, end)
-            # What a message says may end with such a token, and the next turn may begin with one.
+            # The content of a message may end with such a token, and the next turn may begin with one.
             if behind is not None and not (within and ended):
                 end = behind.end()
             elif not ended:
@@ -139,7 +139,7 @@ class AnswerFinder:
         return spans
 
     def _end_of_turn(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[str, bool]:
-        """What ends a plain answer in the place of the first one, and whether its generation block holds that."""
+        """Returns the token that ends a plain answer in place of the first one, and whether its block contains it."""
         number = next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         word = _unused_word(text)
         said = [*messages[:number], {"role": "assistant", "content": word}]
@@ -154,12 +154,12 @@ class AnswerFinder:
 
 
 def answer_mask(offsets: Sequence[Span], spans: Sequence[Span], size: int) -> np.ndarray:
-    """Which tokens are learned: those that have at least one character of an answer.
+    """Returns which tokens are learned: those that have at least one character of an answer.
 
     Args:
-        offsets: (start, end) of each token, in characters.
-        spans: of the answers.
-        size: of the text, in characters.
+        offsets: the (start, end) of each token, in characters.
+        spans: the (start, end) of each answer, in characters.
+        size: the length of the text, in characters.
 
     Returns:
         uint8 [tokens], 1 for a token that is learned as a target.

@@ -19,7 +19,7 @@ from ..tokenizers.hugging_face import CONFIG, HuggingFaceTokenizer
 
 Message = Mapping[str, Any]
 FILE = "chat_template.jinja"
-# Noncharacters, which no text holds and no template looks for.
+# Unicode noncharacters, which no text contains and no template looks for.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 _MARK = re.compile(f"([{_BEGIN}{_END}])")
 
@@ -27,19 +27,20 @@ _MARK = re.compile(f"([{_BEGIN}{_END}])")
 class ChatTemplate:
     """A chat template, which renders conversations.
 
-    Nothing that it names is opened or downloaded, and it reaches no object of the interpreter. The present time, which
-    some templates write into the text, is that of this object's making: all conversations get the same.
+    A template cannot open or download anything, and it reaches no object of the interpreter. The present time, which
+    some templates write into the text, is the time at which this object was made, so that all conversations get the
+    same.
 
     Args:
         source: the Jinja program.
-        name: what messages call it.
-        special: the special tokens that it may write, by name (``bos_token``, ``eos_token``, ...).
+        name: the name of the template in error messages.
+        special: the special tokens that the template may write, by name (``bos_token``, ``eos_token``, ...).
 
     Attributes:
-        has_generation: whether it says by ``{% generation %}`` blocks what the model writes.
+        has_generation: whether the template marks what the model writes by ``{% generation %}`` blocks.
 
     Raises:
-        ValueError: it is no Jinja program.
+        ValueError: if `source` is no Jinja program.
     """
 
     def __init__(self, source: str, name: str, special: Mapping[str, str]) -> None:
@@ -47,7 +48,7 @@ class ChatTemplate:
         now = datetime.now()
         plain, marking = _environment(now, _Generation), _environment(now, _MarkedGeneration)
         try:
-            # No other extension makes such nodes.
+            # No other extension in use makes such nodes.
             self.has_generation = plain.parse(source).find(jinja2.nodes.ExtensionAttribute) is not None
             self._plain, self._marking = plain.from_string(source), marking.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -58,23 +59,23 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation.
+        """Renders a conversation as text.
 
         Args:
-            messages: each with ``role``, ``content`` and whatever else the template reads.
-            tools: JSON schemas of the functions that the model may call.
-            add_generation_prompt: ends the text where an answer would begin.
+            messages: the messages, each with ``role``, ``content`` and whatever else the template reads.
+            tools: the JSON schemas of the functions that the model may call.
+            add_generation_prompt: whether to end the text at the place where an answer would begin.
 
         Raises:
-            ValueError: the template refuses the conversation or cannot render it, in its words.
+            ValueError: if the template refuses the conversation or cannot render it; the message quotes the reason.
         """
         return self._render(self._plain, messages, tools, add_generation_prompt)
 
     def generated(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[tuple[int, int]]:
-        """Where the ``{% generation %}`` blocks stand in the text of :meth:`render`: their (start, end), in characters.
+        """Returns the (start, end) of each ``{% generation %}`` block in the text of :meth:`render`, in characters.
 
         Raises:
-            ValueError: as for :meth:`render`; or a block is in another, or is changed after it was written.
+            ValueError: as for :meth:`render`; or if a block is in another, or is changed after it was written.
         """
         parts = _MARK.split(self._render(self._marking, messages, tools, False))
         texts, marks = parts[::2], parts[1::2]
@@ -91,19 +92,19 @@ class ChatTemplate:
         values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
             return template.render(**self._special, **values)
-        except Exception as error:  # of any type: a template adds and cuts values that it did not expect
+        except Exception as error:  # of any type, as a template may combine and slice values that it did not expect
             raise ValueError(f"{self._name} refuses this conversation: {error}") from None
 
 
 def require_chat_tokenizer(tokenizer: Tokenizer, name: str) -> HuggingFaceTokenizer:
-    """The tokenizer, which is one that can have a chat template.
+    """Returns the tokenizer if it is of a kind that can have a chat template, else raises.
 
     Args:
-        tokenizer: of any kind.
-        name: what the message calls it.
+        tokenizer: a tokenizer of any kind.
+        name: the name of the tokenizer in the error message.
 
     Raises:
-        ValueError: it is none.
+        ValueError: if the tokenizer cannot have a chat template.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ValueError(
@@ -114,14 +115,14 @@ def require_chat_tokenizer(tokenizer: Tokenizer, name: str) -> HuggingFaceTokeni
 
 
 def open_chat_template(tokenizer: HuggingFaceTokenizer, given: Path | None = None) -> ChatTemplate:
-    """The chat template of a tokenizer.
+    """Opens the chat template of a tokenizer.
 
     Args:
-        tokenizer: its special tokens are what the template may write.
-        given: a file to take in the place of the one that came with the tokenizer.
+        tokenizer: the tokenizer, whose special tokens the template may write.
+        given: a file to use instead of the template that came with the tokenizer.
 
     Raises:
-        ValueError: there is none, or it is no Jinja program.
+        ValueError: if there is no template, or it is no Jinja program.
     """
     beside = tokenizer.directory / FILE
     if given is not None or beside.is_file():
@@ -139,12 +140,12 @@ def open_chat_template(tokenizer: HuggingFaceTokenizer, given: Path | None = Non
 
 
 class _Generation(Extension):
-    """``{% generation %}`` blocks, as if the tags were not there."""
+    """The extension that renders ``{% generation %}`` blocks as if the tags were not there."""
 
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Called by Jinja at the tag."""
+        """Parses a block; Jinja calls this at the tag."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
@@ -154,14 +155,14 @@ class _Generation(Extension):
 
 
 class _MarkedGeneration(_Generation):
-    """``{% generation %}`` blocks, with marks around what they write."""
+    """The extension that puts marks around what ``{% generation %}`` blocks write."""
 
     def _written(self, caller: Callable[[], str]) -> str:
         return _BEGIN + caller() + _END
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's, without the attributes by which a template could reach the interpreter."""
+    """Jinja's namespace without the attributes by which a template could reach the interpreter."""
 
     def __init__(self, *values: Any, **named: Any) -> None:
         super().__init__()
@@ -175,13 +176,13 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 def _environment(now: datetime, generation: type[Extension]) -> ImmutableSandboxedEnvironment:
-    """What Transformers offers to a template."""
+    """Builds the sandbox, with everything that Transformers offers to a template."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[generation, loopcontrols])
     made.filters["tojson"] = _to_json
     made.globals |= {
         "raise_exception": _raise,
         "strftime_now": lambda format: now.strftime(format),
-        # Not the type itself, which leads to others.
+        # A function and not the type itself, whose attributes lead to other types.
         "dict": lambda *values, **named: dict(*values, **named),
         "namespace": _Namespace,
     }
@@ -195,7 +196,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes characters of HTML.
+    # Jinja's own filter escapes HTML characters.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations in: JSON Lines with ``messages``, or with ``instruction``, ``input`` and ``output``."""
+"""Reader of conversations: JSON Lines with ``messages``, or with ``instruction``, ``input`` and ``output``."""
 
 import json
 import os
@@ -12,19 +12,19 @@ from ..corpus import read_lines
 from .answers import REASONING
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# What chat templates read of a message. Anything else, such as a weight of the turn, would have no effect.
+# What chat templates read of a message. Any other field, such as a weight of the turn, would have no effect.
 _FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING)
 _INSTRUCTION, _MESSAGES = "instruction", "messages"
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What people, tools and the model said.
+    """A conversation of people, tools and the model.
 
     Attributes:
-        messages: in order, each with ``role``, ``content`` and what else the line had.
-        tools: JSON schemas of the functions that the model may call, or None.
-        place: ``file:line``, for messages.
+        messages: the messages in order, each with ``role``, ``content`` and the other known fields of the line.
+        tools: the JSON schemas of the functions that the model may call, or None.
+        place: ``file:line`` of the conversation, for error messages.
     """
 
     messages: list[dict[str, Any]]
@@ -33,24 +33,24 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """All that was said, for what goes by the words alone."""
+        """The contents of all messages, a line each, for code that needs only the words."""
         return "\n".join(message.get("content") or "" for message in self.messages)
 
 
 def read_conversations(
     paths: Iterable[str | os.PathLike[str]], on_read: Callable[[int], object] = lambda count: None
 ) -> Iterator[Conversation]:
-    """Yield the conversations of files, in order, holding one in memory at a time.
+    """Yields the conversations of files, in order, holding one in memory at a time.
 
     A line is a JSON object with ``messages`` (and ``tools``), or with ``instruction`` and ``output`` (and ``input``,
     which follows the instruction after a blank line, and ``system``). Other keys of the object are not read.
 
     Args:
         paths: UTF-8 files in JSON Lines, plain or ``.gz``.
-        on_read: called with the number of bytes that were just read from disk (for a progress bar).
+        on_read: a function called with the number of bytes that were just read from disk (for a progress bar).
 
     Raises:
-        ValueError: a file cannot be read, or a line is no conversation; it begins with file and line.
+        ValueError: if a file cannot be read, or a line is no conversation; the message begins with file and line.
     """
     for path in map(Path, paths):
         for number, line in read_lines(path, on_read):
@@ -65,7 +65,7 @@ def read_conversations(
 def _parsed(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        # Its escapes may spell what UTF-8 cannot.
+        # JSON escapes may spell lone surrogates, which have no UTF-8 form.
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair (\\ud800 to \\udfff); repair the escape") from None
@@ -89,7 +89,7 @@ def _conversation(record: dict[str, Any], place: str) -> Conversation:
         raise ValueError(f"'system' beside {_MESSAGES!r}; make it the first message, of the role system")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{_MESSAGES!r} must be a list of at least one message")
-    # Tables write every field of every message, with nothing in it.
+    # Data sets in table form write every field of every message, even if the field is empty.
     messages = [
         {key: value for key, value in message.items() if key == "content" or value not in (None, "")}
         if isinstance(message, dict)
@@ -107,7 +107,7 @@ def _conversation(record: dict[str, Any], place: str) -> Conversation:
 
 
 def _mistake(message: Any) -> str | None:
-    """What is wrong with a message, or None."""
+    """Returns what is wrong with a message, or None."""
     if not isinstance(message, dict):
         return f"is a JSON {type(message).__name__}, not an object"
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")

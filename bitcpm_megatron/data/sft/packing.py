@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which conversations share a sample."""
+"""Packing: the choice of the conversations that share a sample."""
 
 import bisect
 from collections import defaultdict
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items into few bins by best-fit decreasing: the longest first, each into the fullest bin that has room.
+    """Puts items into few bins by best-fit decreasing: the longest first, each into the fullest bin that has room.
 
     No two bins would fit into one, so that all but one are more than half full. The same lengths give the same bins.
 
     Args:
-        lengths: of the items, each from 1 to `capacity`.
-        capacity: of a bin.
+        lengths: the lengths of the items, each from 1 to `capacity`.
+        capacity: the capacity of a bin.
 
     Returns:
         The numbers of the items in each bin, ascending; bins in the order of their first items.
 
     Raises:
-        ValueError: an item fits into no bin, or has no length.
+        ValueError: if an item fits into no bin, or has no length.
     """
     bins: list[list[int]] = []
-    with_room: defaultdict[int, list[int]] = defaultdict(list)  # bins by their room
+    with_room: defaultdict[int, list[int]] = defaultdict(list)  # the bins with a given remaining room
     rooms: list[int] = []  # the keys of `with_room`, ascending
     for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
         length = lengths[item]

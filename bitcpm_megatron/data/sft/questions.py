@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model that was trained on conversations is asked with, and what ends its answers."""
+"""The prompts for a model that was trained on conversations, and the tokens that end its answers."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from .chat_template import ChatTemplate, Message
 
 
 class Questioner:
-    """Writes what a user says as training saw it, up to where the answer begins.
+    """A writer of prompts: what a user says, in the form of training, up to where the answer begins.
 
     Args:
-        tokenizer: of the model.
-        template: its chat template.
+        tokenizer: the model's tokenizer.
+        template: the tokenizer's chat template.
 
     Attributes:
-        ends: ids of the tokens that end an answer: the one that the template writes behind answers, and the tokenizer's
-            ``eos_token``.
+        ends: the ids of the tokens that end an answer: the one that the template writes after answers, and the
+            tokenizer's ``eos_token``.
 
     Raises:
-        ValueError: the template does not show where answers stand and end.
+        ValueError: if the template does not show where answers are and end.
     """
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, template: ChatTemplate) -> None:
@@ -32,14 +32,14 @@ class Questioner:
         self.ends = {tokenizer.eod, *(tokenizer.tokenize(token)[0] for token in ends)}
 
     def ask(self, question: str, before: Sequence[Message] = ()) -> list[int]:
-        """The ids of a conversation in which a user says `question` now.
+        """Returns the ids of a conversation whose last message is the user's `question`.
 
         Args:
             question: what the user says.
-            before: what was said before it.
+            before: the earlier messages.
 
         Raises:
-            ValueError: the template refuses it.
+            ValueError: if the template refuses the conversation.
         """
         messages = [*before, {"role": "user", "content": question}]
         text = self._template.render(messages, add_generation_prompt=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of supervised fine-tuning out: conversations, tokenized and packed, as three token files."""
+"""Writer of samples for supervised fine-tuning: conversations, tokenized and packed, as three token files."""
 
 import contextlib
 import itertools
@@ -21,23 +21,24 @@ from .chat_template import ChatTemplate
 from .conversations import Conversation
 from .packing import pack
 
-# Enough per call that native threads have work.
+# Enough conversations per call to keep native threads busy.
 _BATCH = 512
 
 
 @dataclass
 class SftSummary:
-    """What the files of one prefix hold, and what of the input they do not.
+    """The contents of the files of one prefix, and the parts of the input that are not in them.
 
     Attributes:
-        prefix: leading part of their names.
-        seq_length: tokens that a sample has room for.
-        conversations: in the samples.
-        samples: sequences of each file.
-        tokens: in all samples.
-        answer_tokens: of them, those that are learned as targets.
-        truncated: conversations of which only the beginning is in the samples.
-        dropped: conversations whose first `seq_length` tokens hold no token of an answer; they are in no sample.
+        prefix: the leading part of the file names.
+        seq_length: the number of tokens that a sample has room for.
+        conversations: the number of conversations in the samples.
+        samples: the number of sequences of each file.
+        tokens: the number of tokens of all samples.
+        answer_tokens: the number of those tokens that are learned as targets.
+        truncated: the number of conversations of which only the beginning is in the samples.
+        dropped: the number of conversations whose first `seq_length` tokens have no token of an answer; they are in no
+            sample.
     """
 
     prefix: str
@@ -51,7 +52,7 @@ class SftSummary:
 
     @property
     def efficiency(self) -> float:
-        """The share of the room in the samples that tokens take."""
+        """The share of the room in the samples that tokens occupy."""
         return self.tokens / (self.samples * self.seq_length)
 
     def __str__(self) -> str:
@@ -63,7 +64,7 @@ class SftSummary:
 
 
 def outputs(prefix: str | os.PathLike[str]) -> list[tuple[Path, str]]:
-    """The files that `write_samples` writes, and what to say where one exists: for `PendingFiles`."""
+    """Returns the files that `write_samples` writes, each with the refusal if it exists, for `PendingFiles`."""
     refusal = "choose another --output-prefix, or pass --overwrite to replace it"
     return [(Path(f"{path}{suffix}"), refusal) for path in sft_prefixes(prefix).values() for suffix in (".bin", ".idx")]
 
@@ -78,24 +79,25 @@ def write_samples(
     seq_length: int,
     threads: int = 1,
 ) -> SftSummary:
-    """Tokenize conversations, pack them into samples and write the files of :mod:`~..sft_files`.
+    """Tokenizes conversations, packs them into samples and writes the files of :mod:`~..sft_files`.
 
-    A conversation that is longer than a sample is cut at its end, and dropped where no token of an answer is left. The
+    A conversation that is longer than a sample is cut at its end, and dropped if no token of an answer is left. The
     conversations of a sample keep their order, and samples have the order of their first ones. Until they are packed,
-    the tokens lie in a nameless file beside the output. After an error or a kill there is no output.
+    the tokens are stored in nameless files beside the output. After an error or a kill there is no output.
 
     Args:
-        conversations: in the order that they are to be numbered.
-        prefix: leading part of the file names.
-        tokenizer: gives the ids.
-        template: renders the conversations.
-        pending: what :func:`outputs` names.
-        seq_length: the most tokens of a sample.
-        threads: native ones of the tokenizer; they change nothing.
+        conversations: the conversations in the order in which they are numbered.
+        prefix: the leading part of the file names.
+        tokenizer: the tokenizer that gives the ids.
+        template: the chat template that renders the conversations.
+        pending: the files that :func:`outputs` names.
+        seq_length: the largest number of tokens of a sample.
+        threads: the number of native threads of the tokenizer, which does not affect the output.
 
     Raises:
-        ValueError: the template does not serve a conversation, with its place; or nothing was left to write.
-        ModuleNotFoundError: megatron-core is not installed.
+        ValueError: if the template cannot render a conversation properly (the message names its place), or if nothing
+            is left to write.
+        ModuleNotFoundError: if megatron-core is not installed.
     """
     summary = SftSummary(os.fspath(prefix), seq_length)
     with contextlib.ExitStack() as stack:
@@ -124,14 +126,14 @@ def write_samples(
 def _tokenized(
     conversations: Iterable[Conversation], finder: AnswerFinder, tokenizer: HuggingFaceTokenizer, threads: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids (int32) of each conversation, and whether each of them is learned (uint8)."""
+    """Yields the ids (int32) of each conversation, and whether each id is learned (uint8)."""
     remaining = iter(conversations)
     while batch := list(itertools.islice(remaining, _BATCH)):
         found = [_found(finder, conversation) for conversation in batch]
         tokenized = tokenizer.tokenize_with_offsets([text for text, _ in found], threads)
         for (text, spans), (ids, offsets) in zip(found, tokenized, strict=True):
             learned = answer_mask(offsets, spans, len(text))
-            learned[:1] = 0  # nothing stands in front of it that could ask for it
+            learned[:1] = 0  # no token is in front of the first one to predict it from
             yield np.array(ids, np.int32), learned
 
 
@@ -143,7 +145,7 @@ def _found(finder: AnswerFinder, conversation: Conversation) -> tuple[str, list[
 
 
 class _Spool:
-    """Conversations on disk until all lengths are known: there may be more than memory holds."""
+    """Conversations on disk until all lengths are known, since they may be larger than the memory."""
 
     def __init__(self, tokens: IO[bytes], learned: IO[bytes]) -> None:
         self._tokens, self._learned = tokens, learned
@@ -155,7 +157,7 @@ class _Spool:
         self.lengths.append(len(ids))
 
     def mapped(self) -> tuple[np.ndarray, np.ndarray]:
-        """All ids, int32 [tokens], and whether each is learned, uint8 [tokens]."""
+        """Returns all ids, int32 [tokens], and whether each is learned, uint8 [tokens]."""
         self._tokens.flush()
         self._learned.flush()
         return np.memmap(self._tokens, np.int32, "r"), np.memmap(self._learned, np.uint8, "r")

@@ -3,9 +3,9 @@
 """The tokenizers that data preparation, training and generation share.
 
 All have the attributes that megatron-core's ``GPTDataset`` and ``MockGPTDataset`` read from
-``GPTDatasetConfig.tokenizer``. megatron-core 0.16 has wrappers too (``megatron.core.tokenizers``), but those are
-identified by their path, so that a model retrained in place would silently get the sample indices cached for the old
-one, and importing them imports transformers wherever that is installed.
+``GPTDatasetConfig.tokenizer``. megatron-core 0.16 also has wrappers (``megatron.core.tokenizers``), but it identifies
+them by their path, so that a model retrained in place would silently get the sample indices cached for the old one.
+Importing them also imports transformers wherever it is installed.
 """
 
 import os
@@ -19,21 +19,21 @@ _MODEL, _JSON = "tokenizer.model", "tokenizer.json"
 
 
 def open_tokenizer(path: str | os.PathLike[str], kind: str | None = None) -> Tokenizer:
-    """The tokenizer of a file or directory.
+    """Opens the tokenizer in a file or directory.
 
     Args:
-        path: a SentencePiece ``.model`` file; or a directory as Hugging Face has it, or the ``tokenizer.json`` in it.
-        kind: one of :data:`~..vocabulary.TOKENIZER_TYPES`; None for what the path holds, and of a directory that has
-            both its ``tokenizer.json``.
+        path: a SentencePiece ``.model`` file; or a directory in Hugging Face's layout, or the ``tokenizer.json`` in it.
+        kind: one of :data:`~..vocabulary.TOKENIZER_TYPES`; None to go by what the path holds, which prefers
+            ``tokenizer.json`` in a directory that has both.
 
     Raises:
-        ValueError: it is none, with the cure.
+        ValueError: if the path holds no such tokenizer; the message names the cure.
     """
     found = Path(path)
     if kind is None:
         kind = HUGGING_FACE if found.name == _JSON or (found / _JSON).is_file() else SENTENCE_PIECE
     if kind == HUGGING_FACE:
-        # Not before it is needed.
+        # Imported here because only this kind needs the library tokenizers.
         from .hugging_face import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer(found)

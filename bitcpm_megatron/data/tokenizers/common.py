@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tokenizers share, and the one of numbers."""
+"""The interface and the checks that all tokenizers share, and the null tokenizer for mock data."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -7,13 +7,13 @@ from typing import Protocol
 
 
 class Tokenizer(Protocol):
-    """What data preparation, training and generation need, and megatron-core's ``GPTDataset`` reads.
+    """The tokenizer interface of data preparation, training and generation, and of megatron-core's ``GPTDataset``.
 
     Attributes:
         vocab_size: rows of an embedding for all ids, special ones included, padding for tensor parallelism excluded.
-        eod: id of the token that ends a document.
-        eos: the same.
-        pad: id of the padding token, -1 without one (then ``GPTDataset`` masks padding by -1, too).
+        eod: the id of the token that ends a document.
+        eos: the same id as ``eod``.
+        pad: the id of the padding token, -1 without one (then ``GPTDataset`` masks padding by -1, too).
         unique_identifiers: what megatron-core hashes into the name of its index cache: the content of the tokenizer,
             not its path.
     """
@@ -25,25 +25,25 @@ class Tokenizer(Protocol):
     unique_identifiers: OrderedDict[str, str]
 
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text, without ``eod``."""
+        """Returns the ids of a text, without ``eod``."""
 
     def tokenize_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """The ids of each text, in order, computed by native threads."""
+        """Returns the ids of each text, in order, computed by `threads` native threads."""
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """The text of ids; special ones vanish."""
+        """Returns the text of ids; special tokens are left out."""
 
 
 def identifiers(tokenizer: object, **values: str) -> OrderedDict[str, str]:
-    """See :class:`Tokenizer`."""
+    """Builds the ``unique_identifiers`` of a tokenizer (:class:`Tokenizer`): the name of its class, and `values`."""
     return OrderedDict({"class": type(tokenizer).__qualname__, **values})
 
 
 def require_utf8(text: str) -> None:
-    """Checks that a text has a UTF-8 form.
+    """Raises if a text has no UTF-8 form.
 
     Raises:
-        ValueError: it has lone surrogates.
+        ValueError: if the text has lone surrogates.
     """
     try:
         text.encode("utf-8")
@@ -55,10 +55,10 @@ def require_utf8(text: str) -> None:
 
 
 def outside_of_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
-    """Checks ids.
+    """Raises if an id is outside of the vocabulary.
 
     Raises:
-        ValueError: one is outside of the vocabulary.
+        ValueError: if an id is negative, or `vocab_size` or more.
     """
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
@@ -71,11 +71,11 @@ def outside_of_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
 class NullTokenizer:
     """A tokenizer for ``--mock-data``: its "text" is numbers separated by spaces.
 
-    As with Megatron-LM's ``NullTokenizer``, the argument `vocab_size` counts the ordinary ids; the end-of-document
-    token comes on top, so that the attribute is one larger. There is no padding token.
+    Like Megatron-LM's ``NullTokenizer``, it takes the number of ordinary ids as the argument `vocab_size` and adds an
+    end-of-document token, so that the attribute is one larger. There is no padding token.
 
     Raises:
-        ValueError: `vocab_size` is not positive.
+        ValueError: if `vocab_size` is not positive.
     """
 
     pad = -1
@@ -88,10 +88,10 @@ class NullTokenizer:
         self.unique_identifiers = identifiers(self, vocab_size=str(vocab_size))
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the numbers in `text`.
+        """Returns the numbers in `text`.
 
         Raises:
-            ValueError: a word is no id of the vocabulary.
+            ValueError: if a word is no id of the vocabulary.
         """
         words = text.split()
         wrong = [word for word in words if not (word.isdecimal() and int(word) < self.vocab_size)]
@@ -100,9 +100,9 @@ class NullTokenizer:
         return [int(word) for word in words]
 
     def tokenize_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Return the numbers in each text."""
+        """Returns the numbers in each text."""
         return [self.tokenize(text) for text in texts]
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """Return `ids` as numbers separated by spaces."""
+        """Returns `ids` as numbers separated by spaces."""
         return " ".join(str(int(token)) for token in ids)

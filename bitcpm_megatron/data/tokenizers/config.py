@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside a ``tokenizer.json``, with the types that Transformers writes."""
+"""The configuration files beside a ``tokenizer.json``, checked against the types that Transformers writes."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +12,12 @@ CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 
 
 def content_of(token: Any) -> Any:
-    """The text of a special token, which stands there by itself or with how it is read."""
+    """Returns the text of a special token, which is stored either as text or as a mapping with its ``content``."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens that have names of their own, such as ``eos_token``, as they are written."""
+    """Returns the text of the special tokens that have names of their own, such as ``eos_token``, by name."""
     named = {name: content_of(token) for name, token in config.items() if name.endswith("_token")}
     return {name: content for name, content in named.items() if isinstance(content, str)}
 
@@ -53,7 +53,7 @@ class _Template(_Lenient):
 
 
 class _Config(_Lenient):
-    """Of its many keys those that are read here, and those that change the ids."""
+    """The model of both files, with the keys that are read here and those that change the ids; others are ignored."""
 
     bos_token: _Named | None = None
     eos_token: _Named | None = None
@@ -72,16 +72,16 @@ class _Config(_Lenient):
 
 
 def all_special_tokens(config: dict[str, Any]) -> list[str]:
-    """What the tokenizer of Transformers makes special tokens, those without names of their own among them."""
+    """Returns all tokens that Transformers makes special, including those without names of their own."""
     lists = [_listed(config.get(name)) or [] for name in ("additional_special_tokens", "extra_special_tokens")]
     return [*special_tokens(config).values(), *(content_of(token) for tokens in lists for token in tokens)]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """What ``special_tokens_map.json`` and ``tokenizer_config.json`` of a directory hold; of both the second counts.
+    """Reads ``special_tokens_map.json`` and ``tokenizer_config.json`` of a directory; the second overrides the first.
 
     Raises:
-        FileError: a file is damaged, or what it holds has another type than Transformers writes.
+        FileError: if a file is damaged, or a value has another type than Transformers writes.
     """
     found: dict[str, Any] = {}
     for name in (SPECIAL, CONFIG):

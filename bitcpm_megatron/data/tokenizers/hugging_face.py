@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's fast tokenizers: a directory with a ``tokenizer.json``, by the library ``tokenizers``."""
+"""Hugging Face's fast tokenizers: a directory with a ``tokenizer.json``, read by the library ``tokenizers``."""
 
 import hashlib
 import itertools
@@ -14,36 +14,36 @@ from .common import identifiers, outside_of_vocabulary, require_utf8
 from .config import CONFIG, SPECIAL, all_special_tokens, content_of, read_config, special_tokens
 
 FILE = "tokenizer.json"
-# The library looks at it whenever it encodes.
+# The library reads this variable whenever it encodes.
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 _SAVED = "write both files with save_pretrained of the tokenizer that the model was trained with"
-# Classes of Transformers that take tokenizer.json as it stands; the others build it anew from its vocabulary.
+# Classes of Transformers that use tokenizer.json unchanged; the others rebuild the tokenizer from its vocabulary.
 _GENERIC = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
-# What an added token says of itself.
+# The properties with which an added token is declared.
 _HOW = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class HuggingFaceTokenizer:
-    """A fast tokenizer as Transformers would use it, with the same ids.
+    """A fast tokenizer with the same ids as in Transformers.
 
-    Documents end with the tokenizer's ``eos_token``, as in Megatron-LM's ``HuggingFaceTokenizer``; nothing is put in
-    front but by :meth:`tokenize_with_front`. Special tokens that are written out in a text are special: chat templates
-    write them so.
+    Documents end with the tokenizer's ``eos_token``, as in Megatron-LM's ``HuggingFaceTokenizer``; only
+    :meth:`tokenize_with_front` puts anything in front of a text. Special tokens that are written out in a text are
+    special, because chat templates write them that way.
 
     Args:
         path: the directory, or the ``tokenizer.json`` in it.
 
     Attributes:
-        directory: where its files are.
-        config: what ``tokenizer_config.json`` and ``special_tokens_map.json`` hold, empty without them.
+        directory: the directory of the tokenizer's files.
+        config: the content of ``tokenizer_config.json`` and ``special_tokens_map.json``, empty without them.
         vocab_size: one more than the largest id, added tokens included.
-        eod: id of ``eos_token``, the same as ``eos``.
-        pad: id of ``pad_token``, -1 without one.
+        eod: the id of ``eos_token``, the same as ``eos``.
+        pad: the id of ``pad_token``, -1 without one.
         unique_identifiers: the content of ``tokenizer.json`` and the special tokens.
 
     Raises:
-        ValueError: a file is missing or damaged, there is no ``eos_token``, or the configuration asks for other ids
-            than ``tokenizer.json`` gives; it begins with the path.
+        ValueError: if a file is missing or damaged, there is no ``eos_token``, or the configuration asks for other ids
+            than ``tokenizer.json`` gives; the message begins with the path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -54,10 +54,10 @@ class HuggingFaceTokenizer:
             self._tokenizer = Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f"{directory / FILE}: not a tokenizer of the library tokenizers: {error}") from None
-        # What a file may ask for is for batches of tensors.
+        # A file may request padding and truncation, which are for batches of tensors.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        # It adds the special tokens, which training never asks for, and may cut spaces off the offsets of tokens.
+        # The post-processor adds special tokens, which training never wants, and may cut spaces off token offsets.
         self._post_processor = self._tokenizer.post_processor
         self._tokenizer.post_processor = processors.Sequence([])
         self.config = read_config(directory)
@@ -75,52 +75,52 @@ class HuggingFaceTokenizer:
         self.unique_identifiers = identifiers(self, sha256=hashlib.sha256(content).hexdigest(), **ends)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text`, without ``eod``.
+        """Returns the ids of `text`, without ``eod``.
 
         Raises:
-            ValueError: see :meth:`tokenize_batch`.
+            ValueError: if the text cannot be encoded, as for :meth:`tokenize_batch`.
         """
         return self.tokenize_batch([text])[0]
 
     def tokenize_with_front(self, text: str) -> list[int]:
-        """Return the ids of `text` behind those that the post-processor of ``tokenizer.json`` puts in front of it.
+        """Returns the ids of `text` after those that the post-processor of ``tokenizer.json`` puts in front of a text.
 
-        They are what Transformers gives by default, but for what the post-processor puts behind a text.
+        These are the ids that Transformers gives by default, except for those that the post-processor appends.
 
         Raises:
-            ValueError: see :meth:`tokenize_batch`.
+            ValueError: if the text cannot be encoded, as for :meth:`tokenize_batch`.
         """
         [found] = self._encode([text], 1)
         if self._post_processor is None:
             return found.ids
         whole = self._post_processor.process(found)
-        # Tokens that belong to no sequence are the processor's own.
+        # Tokens that belong to no sequence were added by the post-processor.
         front = itertools.takewhile(lambda pair: pair[1] is None, zip(whole.ids, whole.sequence_ids, strict=True))
         return [token for token, _ in front] + found.ids
 
     def tokenize_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Return the ids of each text, in order, computed by one native thread, or by all cores for more.
+        """Returns the ids of each text, in order; computed by one native thread if `threads` is 1, else by all cores.
 
         Raises:
-            ValueError: a text holds lone surrogates, which have no UTF-8 form, or what the vocabulary cannot express.
+            ValueError: if a text has lone surrogates, which have no UTF-8 form, or the vocabulary cannot express it.
         """
         return [found.ids for found in self._encode(texts, threads)]
 
     def tokenize_with_offsets(
         self, texts: Sequence[str], threads: int = 1
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Return the ids of :meth:`tokenize_batch`, and for each the (start, end) of its characters in the text.
+        """Returns the ids of :meth:`tokenize_batch`, and for each id the (start, end) of its characters in the text.
 
-        Tokens that are parts of one character all have that character.
+        If several tokens are parts of one character, each of them has the span of that character.
 
         Raises:
-            ValueError: see :meth:`tokenize_batch`.
+            ValueError: if a text cannot be encoded, as for :meth:`tokenize_batch`.
         """
         return [(found.ids, found.offsets) for found in self._encode(texts, threads)]
 
     @property
     def added_tokens(self) -> list[str]:
-        """What is one token wherever it is written: special tokens, and what else was added to the vocabulary."""
+        """The texts that are one token wherever they occur: special tokens, and others added to the vocabulary."""
         return [token.content for token in self.added.values()]
 
     @property
@@ -130,21 +130,21 @@ class HuggingFaceTokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The special tokens that the files name, such as ``bos_token`` and ``eos_token``, as they are written."""
+        """The texts of the special tokens that the files name, such as ``bos_token`` and ``eos_token``, by name."""
         return special_tokens(self.config)
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids` (a list, an array or a 1-D tensor); special tokens vanish.
+        """Returns the text of `ids` (a list, an array or a 1-D tensor); special tokens are left out.
 
         Raises:
-            ValueError: an id is outside of the vocabulary.
+            ValueError: if an id is outside of the vocabulary.
         """
         values = [int(token) for token in ids]
         outside_of_vocabulary(values, self.vocab_size)
         return self._tokenizer.decode(values, skip_special_tokens=True)
 
     def _added(self) -> dict[int, dict[str, Any]]:
-        """Tokens that stand in the configuration alone, as Transformers writes them, by id."""
+        """Returns the added tokens that the configuration lists, in the form that Transformers writes, by id."""
         listed = self.config.get("added_tokens_decoder")
         return {int(number): dict(token) for number, token in (listed or {}).items()}
 
@@ -155,7 +155,7 @@ class HuggingFaceTokenizer:
                 self._tokenizer.add_tokens([AddedToken(token["content"], **how)])
 
     def _require_ids_of_transformers(self) -> None:
-        """Refuses what Transformers would follow and ``tokenizer.json`` does not say."""
+        """Refuses settings that Transformers would apply and ``tokenizer.json`` does not contain."""
         added, where = set(self.added_tokens), self.directory / CONFIG
         if absent := [token for token in all_special_tokens(self.config) if token and token not in added]:
             raise ValueError(
@@ -169,7 +169,7 @@ class HuggingFaceTokenizer:
             raise ValueError(f"{where}: add_prefix_space is {wanted}, {FILE} does the opposite: {_SAVED}")
 
     def _adds_space(self) -> bool:
-        """Whether something is put in front of a text."""
+        """Returns whether the tokenizer puts something, such as a space, in front of a text."""
         normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
         text = "a" if normalizer is None else normalizer.normalize_str("a")
         parts = [(text, None)] if splitter is None else splitter.pre_tokenize_str(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SentencePiece models: as a tokenizer, and trained on text."""
+"""SentencePiece models: the tokenizer that uses one, and their training on text."""
 
 import errno
 import hashlib
@@ -17,10 +17,10 @@ from .common import identifiers, outside_of_vocabulary, require_utf8
 
 _WITHOUT_TEXT = 3 + 256
 LARGEST_VOCABULARY = 1_000_000
-"""Pieces that are trained at most: far above any, and what SentencePiece still answers within seconds."""
+"""Limit of ``--vocab-size`` in training: far above any real vocabulary, and SentencePiece answers within seconds."""
 # The trainer silently drops sentences above its own limit, so longer lines are cut into chunks of this many characters.
 _MAX_LINE_CHARACTERS = 2000
-# That are held in memory to train on.
+# The number of lines that are held in memory to train on.
 _MAX_LINES = 2_000_000
 
 
@@ -32,17 +32,17 @@ class SentencePieceTokenizer:
 
     Args:
         model_path: a ``.model`` file written by SentencePiece.
-        model: what that file holds, where it is known already.
+        model: the content of that file, if it is known already.
 
     Attributes:
         vocab_size: pieces of the model, special ones included, padding for tensor parallelism excluded.
-        eod: id of the token that ends a document, the end-of-sentence piece; the same as ``eos``.
-        pad: id of the padding piece, -1 if the model has none (then ``GPTDataset`` masks padding by -1, too).
+        eod: the id of the token that ends a document, the end-of-sentence piece; the same as ``eos``.
+        pad: the id of the padding piece, -1 if the model has none (then ``GPTDataset`` masks padding by -1, too).
         unique_identifiers: what megatron-core hashes into the name of its index cache: the content of the model, not
             its path.
 
     Raises:
-        ValueError: the file is missing, is no SentencePiece model or has no end-of-sentence piece.
+        ValueError: if the file is missing, is no SentencePiece model or has no end-of-sentence piece.
     """
 
     def __init__(self, model_path: str | os.PathLike[str], model: bytes | None = None) -> None:
@@ -68,27 +68,27 @@ class SentencePieceTokenizer:
         self.unique_identifiers = identifiers(self, sha256=hashlib.sha256(model).hexdigest())
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text`, without ``eod``. Special pieces written out in the text stay plain text."""
+        """Returns the ids of `text`, without ``eod``. Special pieces written out in the text stay plain text."""
         return self.tokenize_batch([text])[0]
 
     def tokenize_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Return the ids of each text, in order, computed by `threads` native threads.
+        """Returns the ids of each text, in order, computed by `threads` native threads.
 
         Raises:
-            ValueError: a text holds lone surrogates, which have no UTF-8 form.
+            ValueError: if a text has lone surrogates, which have no UTF-8 form.
         """
         for text in texts:
             require_utf8(text)
         return self._processor.encode(list(texts), num_threads=threads)
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids` (a list, an array or a 1-D tensor); special pieces such as ``eod`` vanish.
+        """Returns the text of `ids` (a list, an array or a 1-D tensor); special pieces such as ``eod`` are left out.
 
         For models of `train_sentencepiece` this inverts `tokenize`, except that U+2581, the character by which
         SentencePiece writes a space, comes back as a space.
 
         Raises:
-            ValueError: an id is outside of the vocabulary.
+            ValueError: if an id is outside of the vocabulary.
         """
         values = [int(token) for token in ids]
         outside_of_vocabulary(values, self.vocab_size)
@@ -96,23 +96,23 @@ class SentencePieceTokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Train a byte-fallback BPE model on `texts` and return what its ``.model`` file holds.
+    """Trains a byte-fallback BPE model on `texts` and returns the content of its ``.model`` file.
 
-    The model keeps text exactly: no normalization, no dummy prefix, runs of spaces survive, and what the vocabulary
-    lacks, newlines among it, is spelled in bytes. Digits are single pieces. Ids: 0 unknown, 1 ``<s>``, 2 ``</s>``
-    (``eod``), no padding piece; `vocab_size` counts the 3 special ones and 256 bytes, too. The texts are streamed, and
-    a fixed random sample of their lines is held in memory: the same texts give the same model, byte for byte, under one
-    version of SentencePiece. A request to stop (SIGINT, SIGTERM) is answered at once.
+    The model keeps text exactly: no normalization, no dummy prefix, runs of spaces survive, and characters that the
+    vocabulary lacks, including newlines, are spelled in bytes. Digits are single pieces. Ids: 0 unknown, 1 ``<s>``,
+    2 ``</s>`` (``eod``), no padding piece; `vocab_size` includes the 3 special ones and 256 bytes. The texts are
+    streamed, and a fixed random sample of their lines is held in memory: the same texts give the same model, byte for
+    byte, under one version of SentencePiece. A request to stop (SIGINT, SIGTERM) is answered at once.
 
     Raises:
-        ValueError: the texts are too few for the vocabulary, or the vocabulary cannot hold bytes and characters.
+        ValueError: if the texts are too few for the vocabulary, or the vocabulary cannot hold bytes and characters.
         Exception: whatever iterating `texts` raises, unchanged.
     """
     if not 1 <= vocab_size <= LARGEST_VOCABULARY:
         raise ValueError(f"a vocabulary of {vocab_size} pieces: give a --vocab-size from 1 to {LARGEST_VOCABULARY}")
     lines = _TrainingLines(texts)
     model = io.BytesIO()
-    # In a thread of its own: Python's signal handlers wait for native code in theirs.
+    # In a thread of its own, because Python's signal handlers would have to wait for native code in the main thread.
     thread = ThreadPoolExecutor(max_workers=1)
     training = thread.submit(
         sentencepiece.SentencePieceTrainer.train,
@@ -136,7 +136,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     try:
         training.result()
     except RuntimeError as error:
-        # The trainer turns an exception of the iterator into its own RuntimeError, and we want the original.
+        # The trainer turns an exception of the iterator into its own RuntimeError; raise the original.
         if lines.error is not None:
             raise lines.error from None
         raise _explained(error, vocab_size, lines.count) from error
@@ -146,7 +146,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 class _TrainingLines:
-    """The lines of texts as the trainer takes them, until `stopped`; remembers their number and what went wrong."""
+    """The lines of texts as the trainer takes them, until `stopped`; it records their number and the first error."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts
@@ -168,7 +168,7 @@ class _TrainingLines:
 
 
 def _explained(error: RuntimeError, vocab_size: int, lines: int) -> Exception:
-    """Return a `ValueError` with a cure where the trainer's message is a known one, else one that quotes it."""
+    """Returns a `ValueError` with a cure for a known message of the trainer, else a `FailedError` that quotes it."""
     message = str(error)
     if lines == 0 or "sentences_.empty()" in message:
         return ValueError("no text to train a tokenizer on; give input that is not empty")
@@ -178,7 +178,7 @@ def _explained(error: RuntimeError, vocab_size: int, lines: int) -> Exception:
             f"{match[1]}; lower the vocabulary size (--vocab-size {match[1]}) or give more text"
         )
     match = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
-    # Below its own special pieces the trainer says nothing of characters.
+    # For a vocabulary smaller than its own special pieces the trainer does not mention characters.
     if match or vocab_size < _WITHOUT_TEXT:
         return ValueError(
             f"a vocabulary of {vocab_size} pieces cannot hold 256 bytes, the special pieces and the characters of the "
