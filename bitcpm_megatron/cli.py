@@ -214,9 +214,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """The type of a flag that is a finite number within bounds, which are inclusive unless ``open_minimum`` or
-    ``open_maximum`` is set.
-    """
+    """The type of a flag that is a finite number within bounds; a bound is inclusive unless it is declared open."""
 
     minimum: float = -math.inf
     maximum: float = math.inf

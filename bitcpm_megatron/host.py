@@ -310,9 +310,7 @@ def check_loaded(checkpoint: Path, args: argparse.Namespace, saved: argparse.Nam
 
 
 def register_linear(linear: type, kind: Literal["column", "row"], norm_methods: tuple[str, ...]) -> None:
-    """Registers a class of linears that megatron-core does not have, as
-    :func:`bitcpm_megatron.parallel.register_linear` does.
-    """
+    """Registers a class of linears unknown to megatron-core (:func:`bitcpm_megatron.parallel.register_linear`)."""
     from .parallel import register_linear as register
 
     register(linear, kind, norm_methods)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 3: checkpoint directories, read on torch alone and without running code that a file names."""
+"""Floor 3: checkpoint directories, read with torch only and without running code that a file names."""

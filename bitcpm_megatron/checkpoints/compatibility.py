@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""May a run go on from a checkpoint? Contradictions are refused by name, other changes are told."""
+"""Checks whether a run may continue from a checkpoint: contradictions are refused by name, other changes are logged."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ ARCHITECTURE = (
     "rotary_base normalization norm_epsilon swiglu add_bias_linear untie_embeddings_and_output_weights num_experts "
     "moe_router_topk moe_ffn_hidden_size window_size"
 ).split()
-"""The arguments that say what a model is, by name."""
+"""The names of the arguments that describe the architecture of a model."""
 _OPTIMIZER = ("use_distributed_optimizer", "bf16", "adam_beta1", "adam_beta2", "adam_eps")
 _TOLD = (
     "seq_length global_batch_size train_iters data_path split train_data_path valid_data_path tokenizer_model "
@@ -27,10 +27,10 @@ _TOLD = (
 
 
 def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_change: bool) -> str:
-    """Compares a checkpoint's quantizer record with what this run wants, and returns a line for the log.
+    """Compares a checkpoint's quantizer record with the one of this run, and returns a line for the log.
 
     Raises:
-        CheckpointError: they contradict each other and ``allow_change`` is false.
+        CheckpointError: if they contradict each other and ``allow_change`` is false.
     """
     found = QuantizerRecord.read(checkpoint)
     try:
@@ -39,7 +39,7 @@ def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_chan
         raise CheckpointError(str(error)) from None
 
 
-# What runs had that knew nothing of these.
+# The values that hold for runs which did not know these arguments.
 _BEFORE = {
     "window_size": None,
     "start_weight_decay": None,
@@ -54,10 +54,10 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     """Compares the arguments of a run with those of the run that wrote a checkpoint.
 
     Raises:
-        CheckpointError: the model, the optimizer or the order of samples is another one, with the flags by name.
+        CheckpointError: if the model, the optimizer or the order of samples differs; the message names the flags.
     """
     model = _differences(args, {**_BEFORE, **saved}, ARCHITECTURE)
-    # By meaning: MiniCPM and Granite have different flags for the same numbers.
+    # Compare meanings, because MiniCPM and Granite have different flags for the same numbers.
     for what, of in (("multipliers", multipliers_of), ("LongRoPE", longrope_of)):
         if (before := of(saved)) != (now := of(vars(args))):
             model.append(f"{what} {before} (now {now})")
@@ -65,7 +65,7 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     # A shorter embedding would be cut silently; a longer one would hold rows that were never trained.
     vocabulary = _differences(args, saved, ["vocab_size"])
     checks.append((vocabulary, "the vocabulary is another one: give its tokenizer, or --vocab-size"))
-    # By content: a path may be another one. Checkpoints from before there were identities do not tell.
+    # Compare contents, because the path may differ. Checkpoints written before there were identities do not have one.
     before, now = saved.get("tokenizer_identity"), getattr(args, "tokenizer_identity", None)
     if None not in (before, now) and before != now and not args.finetune:
         was = "mock data" if saved.get("mock_data") else f"the tokenizer {saved.get('tokenizer_model')}"
@@ -78,7 +78,7 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
         optimizer = _differences(args, saved, _OPTIMIZER)
         checks.append((optimizer, "the optimizer state would not fit: give the same flags, or --no-load-optim"))
     if not args.finetune and checkpoint.name != RELEASE:
-        # A ramp that is over, like one that never was, leaves nothing to go on with.
+        # A ramp that is over leaves no state to continue from, and neither does one that never was.
         ramps = [of.get("ternary_ramp_iters") or 0 for of in (saved, vars(args))]
         if ramps[0] != ramps[1] and iteration_of(checkpoint) < max(ramps):
             was = f"--ternary-ramp-iters {ramps[0]} (now {ramps[1]})"
@@ -94,7 +94,7 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
 
 
 def change_of_teacher(args: argparse.Namespace, saved: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Which teacher, or targets, the run that wrote a checkpoint had, and that these are others; None where not."""
+    """Returns the previous teacher or targets and the complaint about other ones; None if they did not change."""
     before, now = saved.get("distill_identity"), getattr(args, "distill_identity", None)
     if before is None or now is None or before == now or args.finetune:
         return None
@@ -105,14 +105,14 @@ def change_of_teacher(args: argparse.Namespace, saved: Mapping[str, Any]) -> tup
 
 
 def check_data(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Path) -> list[str]:
-    """Compares the training data with what a checkpoint was trained on: where it stopped means nothing in others.
+    """Compares the training data with what a checkpoint was trained on: its position means nothing in other data.
 
-    Returns a line for the log where they differ and ``--allow-data-change`` allows it.
+    Returns a line for the log if they differ and ``--allow-data-change`` allows it.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: if they differ and ``--allow-data-change`` is not given.
     """
-    # Checkpoints from before there were digests do not tell.
+    # Checkpoints written before there were digests do not have any.
     if saved.get("data_digests", args.data_digests) == args.data_digests:
         return []
     now, before = (
@@ -128,7 +128,7 @@ def check_data(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: P
 
 
 def changes(args: argparse.Namespace, saved: Mapping[str, Any]) -> list[str]:
-    """What else differs from the run that wrote the checkpoint, one line for the log or none."""
+    """Returns one line for the log with the other differences from the run that wrote the checkpoint, or none."""
     different = _differences(args, {**_BEFORE, **saved}, _TOLD)
     return [f"changed since the checkpoint, which had {', '.join(different)}"] if different else []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of a checkpoint, made and checked by all ranks at once: each looks after its own share of the files."""
+"""Digests of a checkpoint, made and checked by all ranks in parallel, each for its own share of the files."""
 
 import contextlib
 import functools
@@ -18,10 +18,10 @@ _Digests = dict[str, dict[str, Any]]
 
 
 def with_digests(write: Callable[..., None] | None, directory: Path) -> Callable[..., None] | None:
-    """A function that writes this rank's files into a directory and then leaves their digests there.
+    """Returns a function that writes this rank's files into a directory and then leaves their digests there.
 
-    So the process that writes in the background makes the digests, too, and training does not wait for them. `write` is
-    that of megatron-core's asynchronous request, None where this rank writes nothing.
+    The process that writes in the background thus makes the digests, too, and training does not wait for them. `write`
+    is the function of megatron-core's asynchronous request, None if this rank writes nothing.
     """
     if write is None:
         return None
@@ -29,7 +29,7 @@ def with_digests(write: Callable[..., None] | None, directory: Path) -> Callable
 
 
 def gather_digests(directory: Path) -> _Digests:
-    """The digests of what all ranks wrote into a directory, by file name; collective over all ranks."""
+    """Gathers the digests of the files that all ranks wrote into a directory, by name; collective over all ranks."""
     rank = torch.distributed.get_rank()
     with together():
         left = _left_by_writer(directory, rank)
@@ -42,18 +42,18 @@ def verify_digests(checkpoint: Path) -> None:
     """Compares a checkpoint with its digests; collective over all ranks, and raises on all of them alike.
 
     Raises:
-        CheckpointError: there are no digests.
-        DigestError: files are damaged, naming them.
+        CheckpointError: if there are no digests.
+        DigestError: if files are damaged; the message names them.
     """
     recorded = read_digests(checkpoint)
     if recorded is None:
         raise CheckpointError(f"{checkpoint} has no {DIGESTS} to compare with: leave out --verify-digests")
-    # The largest first, so that the shares are alike.
+    # The largest files come first, so that the shares have similar sizes.
     names = sorted(recorded, key=lambda name: (-recorded[name]["bytes"], name))
     share = names[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
     try:
         damage = find_damage(checkpoint, share) or []
-    except OSError as error:  # the others wait for an answer
+    except OSError as error:  # answer with it, because the other ranks wait in the gather below
         damage = [str(error)]
     lines = [line for part in all_gathered(damage) for line in part]
     if lines:
@@ -62,7 +62,7 @@ def verify_digests(checkpoint: Path) -> None:
 
 def _write_then_digest(write: Callable[..., None], directory: Path, rank: int, *args: Any, **options: Any) -> None:
     write(*args, **options)
-    # On a full disk the writer has said so already; where it has not, gather_digests makes up for what is not here.
+    # On a full disk the writer has already raised; if it has not, gather_digests makes the digests that are missing.
     with contextlib.suppress(OSError):
         write_text(_left_by_writer(directory, rank), json.dumps(_digests(directory, rank)))
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where checkpoints lie, and how they are published: whole or not at all.
+"""Layout of checkpoint directories, and their publication: a checkpoint appears completely or not at all.
 
 Layout of ``--save DIR``: ``iter_0000100/`` per checkpoint with the tensors, ``ternary_quantizer.json`` (the quantizer
 record) and ``arguments.json``; ``latest_checkpointed_iteration.txt``, the tracker, names the newest. A checkpoint is
 written as ``.iter_0000100.incomplete`` and renamed when every rank has finished, then the tracker is replaced: at any
-moment :func:`latest` finds a complete checkpoint. It only looks; :func:`recover`, for the one who holds the
-directory's lock, tidies up after a killed run.
+moment :func:`latest` finds a complete checkpoint. That function only looks; :func:`recover`, for the process that holds
+the directory's lock, cleans up after a killed run.
 
-A tracker that says ``release`` names the directory ``release/``: weights alone, such as the converters write, from
-which training starts at iteration 0 (Megatron-LM's convention).
+A tracker that says ``release`` names the directory ``release/``: only weights, such as the converters write, from which
+training starts at iteration 0 (Megatron-LM's convention).
 """
 
 import json
@@ -36,35 +36,35 @@ from ..files import (
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 HF_DIRECTORY = "hf"
-"""Of a checkpoint that was converted: the small files of the model that it was, its tokenizer and ``config.json``."""
+"""The folder of a converted checkpoint with its model's original small files: its tokenizer and ``config.json``."""
 _ARGUMENTS = "arguments.json"
 _METADATA = "metadata.json"
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _ITERATION = re.compile(r"iter_([0-9]{7,18})")
-# Where a checkpoint is written before it is published under its final name.
+# The path at which a checkpoint is written before it is published under its final name.
 incomplete_directory = incomplete
 
 
 class CheckpointError(FileError):
-    """A checkpoint, or a directory of checkpoints, that cannot be used as asked."""
+    """The exception for a checkpoint, or a directory of checkpoints, that cannot be used as requested."""
 
 
 def latest(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint under ``directory``, or None where there is none; changes nothing there.
+    """Returns the newest complete checkpoint under ``directory``, or None if there is none; changes nothing there.
 
     Raises:
-        CheckpointError: the directory is none, holds checkpoints and no tracker, or the tracker is damaged or names a
-            checkpoint that is not complete; with the cure.
+        CheckpointError: if the directory is not usable, holds checkpoints and no tracker, or the tracker is damaged or
+            names a checkpoint that is not complete; the message names the cure.
     """
     directory = Path(directory)
     name = tracked(directory)
     while name is not None:
         path = directory / name
-        # A run may have been killed while it replaced it.
+        # A run may have been killed while it replaced the checkpoint.
         place = path if path.exists() else _aside(path)
         if (place / _METADATA).is_file():
             return place
-        # A run that goes on meanwhile may have published a newer one and deleted this.
+        # A run that is still active may have published a newer checkpoint and deleted this one.
         before, name = name, tracked(directory)
         if name != before:
             continue
@@ -80,14 +80,14 @@ def latest(directory: str | Path) -> Path | None:
 
 
 def content_digest(path: Path, without: Collection[str] = ()) -> str:
-    """The digest of a file, of a checkpoint, or of a directory: of its newest checkpoint, where it holds some.
+    """Returns the digest of a file, of a checkpoint, or of a directory (of its newest checkpoint, if it holds some).
 
     Args:
-        path: of it.
-        without: names of files in the directory that do not count.
+        path: the file, checkpoint or directory.
+        without: names of files in the directory to leave out.
 
     Raises:
-        FileError: there is nothing.
+        FileError: if there is no file to digest.
     """
     import xxhash
 
@@ -105,10 +105,10 @@ def content_digest(path: Path, without: Collection[str] = ()) -> str:
 
 
 def tracked(directory: Path) -> str | None:
-    """Name of the directory that the tracker names; None where there are neither tracker nor checkpoints.
+    """Returns the name of the directory that the tracker names; None if there are neither tracker nor checkpoints.
 
     Raises:
-        CheckpointError: see :func:`latest`; whether the checkpoint is complete is not looked at.
+        CheckpointError: as for :func:`latest`, except that it is not checked whether the checkpoint is complete.
     """
     _check_directory(directory)
     tracker, pending = directory / TRACKER, incomplete(directory / TRACKER)
@@ -116,10 +116,10 @@ def tracked(directory: Path) -> str | None:
         text = read_text(pending).strip() if pending.is_file() else ""
         standing = _standing(directory)
         if os.path.lexists(tracker):
-            # The first checkpoint was published in this moment.
+            # The first checkpoint was published just now.
             return tracked(directory)
         if _NUMBER.fullmatch(text) and int(text) in iterations(directory):
-            # A run was killed between the two renames of its first checkpoint.
+            # A run was killed between the two renames that publish its first checkpoint.
             return f"iter_{int(text):07d}"
         if standing:
             raise CheckpointError(f"{directory} holds checkpoints and {TRACKER} is missing: {tracker_cure(directory)}")
@@ -137,7 +137,7 @@ def tracked(directory: Path) -> str | None:
 
 
 def tracker_cure(directory: Path) -> str:
-    """What to do where the tracker is of no use."""
+    """Returns advice for a directory whose tracker is of no use."""
     complete = iterations(directory)
     if not complete:
         return f"no complete checkpoint stands there; to start anew choose another directory, or remove {TRACKER}"
@@ -149,28 +149,28 @@ def tracker_cure(directory: Path) -> str:
 
 
 def iteration_directory(directory: str | Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration lies."""
+    """Returns the path of the checkpoint of an iteration."""
     return Path(directory) / f"iter_{iteration:07d}"
 
 
 def iteration_of(checkpoint: Path) -> int:
-    """The iteration of a checkpoint by its name; 0 for a release."""
+    """Returns the iteration of a checkpoint by its name; 0 for a release."""
     found = _ITERATION.search(checkpoint.name)
     return 0 if found is None else int(found[1])
 
 
 def iterations(directory: str | Path) -> list[int]:
-    """The iterations of all complete checkpoints in a directory, in ascending order."""
+    """Returns the iterations of all complete checkpoints in a directory, in ascending order."""
     standing = _standing(Path(directory))
     return [i for i in standing if (iteration_directory(directory, i) / _METADATA).is_file()]
 
 
 def check_start(save: str | Path, loaded: Path | None, iteration: int) -> None:
-    """Refuses a start that would write over checkpoints of which this run is no continuation.
+    """Refuses a start that would overwrite checkpoints which this run does not continue.
 
     Raises:
-        CheckpointError: ``save`` holds checkpoints, and the run starts at iteration 0 or from elsewhere before them. A
-            step back, to an earlier checkpoint of the same directory by its tracker, is allowed.
+        CheckpointError: if ``save`` holds checkpoints beyond ``iteration``, and the run starts at iteration 0 or from
+            another directory. A step back, to an earlier checkpoint of the same directory by its tracker, is allowed.
     """
     save = Path(save)
     standing = _standing(save)
@@ -186,10 +186,10 @@ def check_start(save: str | Path, loaded: Path | None, iteration: int) -> None:
 
 
 def saved_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The arguments of the run that wrote a checkpoint.
+    """Returns the arguments of the run that wrote a checkpoint.
 
     Raises:
-        CheckpointError: they are not there, or damaged.
+        CheckpointError: if the arguments are missing or damaged.
     """
     path = checkpoint / _ARGUMENTS
     try:
@@ -205,17 +205,18 @@ def saved_arguments(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_arguments(checkpoint: Path, arguments: Mapping[str, Any]) -> None:
-    """Puts the arguments of a run beside the tensors of its checkpoint."""
+    """Writes the arguments of a run beside the tensors of its checkpoint."""
     write_text(checkpoint / _ARGUMENTS, json.dumps(dict(arguments), indent=1, default=str))
 
 
 def publish_checkpoint(temporary: Path, final: Path, keep_last_n: int | None) -> None:
-    """Makes a complete checkpoint the latest one; one that stands at `final` is replaced.
+    """Makes a complete checkpoint the latest one; an existing one at `final` is replaced.
 
-    Older ones are deleted, so that `keep_last_n` are left with this one; None keeps all.
+    Older ones are deleted, so that `keep_last_n` are left including this one; None keeps all.
     """
-    # Written before anything is renamed: from then on no disk can be too full. If this process is killed between the
-    # two renames, a first checkpoint stands there without a tracker, and this file says that none was lost.
+    # The new tracker is written before anything is renamed, so that later steps cannot fail because of a full disk. If
+    # this process is killed between the two renames, a first checkpoint has no tracker, and this file shows that no
+    # tracker was lost.
     pending = incomplete(final.parent / TRACKER)
     try:
         pending.write_text(str(iteration_of(final)), encoding="utf-8")
@@ -223,7 +224,7 @@ def publish_checkpoint(temporary: Path, final: Path, keep_last_n: int | None) ->
     except OSError:
         pending.unlink(missing_ok=True)
         raise
-    # A checkpoint of the same iteration, which the tracker may name, stands aside until the new one is there.
+    # A checkpoint of the same iteration, which the tracker may name, is kept aside until the new one is published.
     aside = _aside(final)
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -232,7 +233,7 @@ def publish_checkpoint(temporary: Path, final: Path, keep_last_n: int | None) ->
     publish(pending, final.parent / TRACKER)
     shutil.rmtree(aside, ignore_errors=True)
     if keep_last_n is not None:
-        # Only older ones: after a step back there may be newer ones, and none of them is the latest.
+        # Delete only older ones: after a step back there may be newer ones, and none of them is the latest.
         older = sorted(path for path in final.parent.glob("iter_*") if path.name < final.name)
         for path in older[: max(0, len(older) + 1 - keep_last_n)]:
             os.replace(path, _aside(path))
@@ -240,16 +241,16 @@ def publish_checkpoint(temporary: Path, final: Path, keep_last_n: int | None) ->
 
 
 def recover(directory: str | Path) -> None:
-    """Brings a directory into order after a killed run; only for the one who holds its lock.
+    """Brings a directory into order after a killed run; only the holder of the directory's lock may call it.
 
-    What the tracker needs gets its name back; what else was left of checkpoints that were being written, replaced or
-    deleted is removed.
+    The checkpoint that the tracker needs gets its name back; other remains of checkpoints that were being written,
+    replaced or deleted are removed.
     """
     directory = Path(directory)
     found = latest(directory)
     if found is not None:
         if found.name.endswith(".aside"):
-            # Killed while a checkpoint of this iteration was replaced by another.
+            # The run was killed while it replaced a checkpoint of this iteration by another.
             os.replace(found, directory / found.name.removeprefix(".").removesuffix(".aside"))
         if not (directory / TRACKER).exists():
             write_text(directory / TRACKER, str(iteration_of(found)))
@@ -260,7 +261,7 @@ def recover(directory: str | Path) -> None:
 
 
 def _check_directory(directory: Path) -> None:
-    """Raises where something is there that is no directory of checkpoints; what is not there at all is none, too."""
+    """Raises if a path is not a readable directory of checkpoints; a path that does not exist is accepted."""
     try:
         is_directory = stat.S_ISDIR(directory.stat().st_mode)
     except FileNotFoundError:
@@ -283,32 +284,32 @@ def _check_directory(directory: Path) -> None:
 
 
 def _standing(directory: Path) -> list[int]:
-    """The iterations of all checkpoints in a directory, those of other loops and broken ones, too."""
+    """Returns the iterations of all checkpoints in a directory, including broken ones and those of other loops."""
     found = [(path, _ITERATION.fullmatch(path.name)) for path in directory.glob("iter_*")]
     return sorted(int(match[1]) for path, match in found if match is not None and any(path.glob("*")))
 
 
 def _aside(path: Path) -> Path:
-    """Where a checkpoint stands while it is replaced or deleted."""
+    """Returns the path at which a checkpoint is kept while it is replaced or deleted."""
     return path.with_name(f".{path.name}.aside")
 
 
 def kept_tokenizer(checkpoint: Path) -> Path | None:
-    """The directory of the tokenizer that a converted checkpoint brought along, or None."""
+    """Returns the directory of the tokenizer that a converted checkpoint contains, or None."""
     kept = checkpoint / HF_DIRECTORY
     return kept if any((kept / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None
 
 
 def check_ends(checkpoint: Path, eod: int, tokenizer: str) -> None:
-    """Checks that a tokenizer ends documents as the model of a converted checkpoint ends texts.
+    """Checks that a tokenizer ends documents with a token that ends texts for the model of a converted checkpoint.
 
     Args:
-        checkpoint: a directory; one that says nothing of it is passed.
-        eod: id of the token that ends a document.
-        tokenizer: its path, for the message.
+        checkpoint: the directory of the checkpoint; one that does not name such tokens is accepted.
+        eod: the id of the token that ends a document.
+        tokenizer: the path of the tokenizer, for the message.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: if the tokenizer ends documents with another token.
     """
     path = checkpoint / HF_DIRECTORY / "config.json"
     config = read_json(path) if path.is_file() else {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One job at a time writes into a ``--save`` directory: a lock that its process takes along when it dies."""
+"""Exclusive writing into a ``--save`` directory by one job, with a lock that is released when its process dies."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def held(directory: str | None) -> Iterator[str | None]:
-    """Holds a ``--save`` directory on rank 0, brought into order, for as long as the block runs; collective.
+    """Locks a ``--save`` directory on rank 0 while the block runs, and cleans it up before; collective.
 
     Yields:
         :attr:`FileLock.note`.
 
     Raises:
-        CheckpointError: on every rank alike; see :func:`lock_directory`.
+        CheckpointError, FailedError: on every rank alike, if :func:`lock_directory` or :func:`recover` raises.
     """
     lock = None
     try:
@@ -39,11 +39,11 @@ def held(directory: str | None) -> Iterator[str | None]:
 
 
 def lock_directory(directory: str | Path) -> FileLock:
-    """Takes the lock ``DIR/.lock`` of a ``--save`` directory, which is made if it is not there.
+    """Takes the lock ``DIR/.lock`` of a ``--save`` directory, and makes the directory if it does not exist.
 
     Raises:
-        CheckpointError: another process holds it, naming it, or nothing can be written there.
-        FailedError: the disk is full; nothing is left there.
+        CheckpointError: if another process, which the message names, holds the lock, or nothing can be written there.
+        FailedError: if the disk is full; nothing is left in the directory.
     """
     try:
         return FileLock(Path(directory) / LOCK)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads checkpoints in megatron-core's ``torch_dist`` format, without running code that they name."""
+"""Loader of checkpoints in megatron-core's ``torch_dist`` format that does not run the code that they name."""
 
 import argparse
 import io
@@ -22,14 +22,14 @@ from .directory import CheckpointError
 from .safe_load import refusal, screen
 from .torch_dist import COMMON, COMMON_ENTRY, Contents, read_contents
 
-# What the random states and Megatron-LM's arguments are made of. megatron-core declares it, too, but not every version.
+# The types in random states and in Megatron-LM's arguments. Only some versions of megatron-core declare them safe, too.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     io.BytesIO,
     np.ndarray,
     np.dtype,
     type(np.dtype(np.uint32)),
-    # The two names that numpy 1 and 2 write.
+    # The two names that numpy 1 and 2 give to this function.
     (np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
     (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
 ]
@@ -39,16 +39,16 @@ def read(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Fills a sharded state from a checkpoint; collective over all ranks.
 
     Raises:
-        FileError: a file is missing or damaged, or names code that would have to run.
-        CheckpointError: the checkpoint lacks what the state asks for.
+        FileError: if a file is missing or damaged, or names code that would have to run.
+        CheckpointError: if the checkpoint lacks what the state asks for.
     """
     description = checkpoint / "metadata.json"
     found = read_json(description)
-    # megatron-core 0.17 and later do not write the second.
+    # megatron-core 0.17 and later do not write common_backend.
     backends = (found.get("sharded_backend"), found.get("common_backend", "torch")) if isinstance(found, dict) else None
     if backends != ("torch_dist", "torch"):
         raise CheckpointError(f"{description}: this loop reads torch_dist with a torch common.pt, and no other format")
-    # Not as a context manager, which would take away what megatron-core has declared safe itself.
+    # Not as a context manager, which would remove what megatron-core itself has declared safe.
     torch.serialization.add_safe_globals(_HARMLESS)
     contents = read_contents(checkpoint)
     if COMMON_ENTRY not in contents.objects:
@@ -57,7 +57,7 @@ def read(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         with checkpointing.load_without_code(_as_torch(contents), screen, _refused):
             return dist_checkpointing.load(state, str(checkpoint))
     except CheckpointException as error:
-        # Every rank gets what each of them met; a BaseException, which would pass by every handler.
+        # Every rank gets the errors of all ranks in this exception, a BaseException, which other handlers do not catch.
         cause = next(iter(error.failures.values()))[0]
         known = isinstance(cause, KeyError | RuntimeError | AssertionError | ValueError)
         raise CheckpointError(f"{checkpoint}: {str(cause).splitlines()[0] if known else refusal(cause)}") from cause
@@ -66,19 +66,19 @@ def read(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 def _check_common(path: Path) -> None:
-    """Loads a file before megatron-core does, which would not name it where it is damaged or names code."""
+    """Loads a file before megatron-core does, whose error would not name a file that is damaged or names code."""
     require_file(path)
     try:
         screen(path)
         torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged pickle makes of itself
+    except Exception as error:  # a damaged pickle can raise anything
         raise _refused(str(path), error) from error
 
 
 def _as_torch(contents: Contents) -> torch_metadata.Metadata:
-    """The contents as torch's own reader would have unpickled them."""
+    """Returns the contents in the form in which torch's own reader would have unpickled them."""
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for name, tensor in contents.tensors.items():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch.save`` files, read without running code that they name.
+"""Reader of ``torch.save`` files that does not run the code that they name.
 
 Training checkpoints hold more than tensors: argparse.Namespace, enums of megatron, random states of numpy. PyTorch's
-``weights_only`` loader refuses a file for any of these. Here each such name becomes an inert stand-in, that keeps its
+``weights_only`` loader refuses a file for any of these. Here each such name becomes an inert stand-in, which keeps its
 arguments and does nothing; nothing is imported.
 """
 
@@ -26,7 +26,7 @@ _TRUST = ". If you trust its author, add --allow-pickle: the file can then run a
 
 
 class StandIn:
-    """What stands for an object whose class is not run: its name, constructor arguments and state."""
+    """An inert object in place of one whose class is not run; it keeps the name, constructor arguments and state."""
 
     path = ""
     arguments: tuple[Any, ...]
@@ -46,7 +46,7 @@ class StandIn:
 
 @functools.cache
 def stand_in(path: str) -> type[StandIn]:
-    """A class of stand-ins for ``path``, the full name of a class or function."""
+    """Returns a class of stand-ins for ``path``, the full name of a class or function."""
     return type(path.rpartition(".")[2], (StandIn,), {"path": path})
 
 
@@ -61,13 +61,14 @@ def load_without_code(
 
     Args:
         path: the file.
-        mmap: map the tensors instead of reading them; a file of before PyTorch 1.6 is read.
-        allow_pickle: when the safe way fails, unpickle for real, after a warning on stderr.
-        stand_ins: put a :class:`StandIn` in place of objects that ``weights_only`` does not know; else they are errors.
-        entry: first byte and length of what was saved, where the file holds more than that.
+        mmap: whether to map the tensors instead of reading them; a file older than PyTorch 1.6 is always read.
+        allow_pickle: whether to unpickle for real, after a warning on stderr, if the safe way fails.
+        stand_ins: whether a :class:`StandIn` replaces an object that ``weights_only`` does not know; else it is an
+            error.
+        entry: the first byte and the length of the saved data, if the file holds more than that.
 
     Raises:
-        FileError: the file is missing or damaged, or cannot be read without running code.
+        FileError: if the file is missing or damaged, or cannot be read without running code.
     """
     require_file(path)
     with open(path, "rb") as file:
@@ -76,7 +77,7 @@ def load_without_code(
             file.seek(entry[0])
             source = io.BytesIO(file.read(entry[1]))
         is_zip = _screened(source, path)
-        # Only a name can be mapped.
+        # Only a file name can be mapped, not a stream.
         load = functools.partial(
             torch.load, path if entry is None else source, map_location="cpu", mmap=mmap and is_zip
         )
@@ -91,7 +92,7 @@ def load_without_code(
         except pickle.UnpicklingError as error:
             if not allow_pickle:
                 raise FileError(f"{path}: {refusal(error, _TRUST)}") from None
-        except Exception as error:  # whatever a damaged pickle makes of itself: KeyError, struct.error, EOFError, ...
+        except Exception as error:  # a damaged pickle can raise anything: KeyError, struct.error, EOFError, ...
             raise FileError(f"{path}: {refusal(error)}") from error
         print(
             f"warning: {path} is unpickled with weights_only=False (--allow-pickle): it can run any code, with your "
@@ -109,7 +110,7 @@ def load_without_code(
 
 
 def _screened(source: BinaryIO, path: Path) -> bool:
-    """Whether this is an archive, which :func:`screen` lets through; a file of before PyTorch 1.6 is none."""
+    """Returns whether this is an archive, after :func:`screen` accepted it; a file older than PyTorch 1.6 is none."""
     is_zip = zipfile.is_zipfile(source)
     source.seek(0)
     if not is_zip and source.read(4) == b"PK\x03\x04":
@@ -122,10 +123,10 @@ def _screened(source: BinaryIO, path: Path) -> bool:
 
 
 def screen(source: Any) -> None:
-    """Refuses a path or stream that ``torch.load`` would unfold to more than lies on the disk, before it does.
+    """Refuses a path or stream that ``torch.load`` would expand to more than is on the disk, before it does.
 
     Raises:
-        ValueError: an entry is compressed, or the archive is damaged.
+        ValueError: if an entry is compressed, or the archive is damaged.
     """
     with contextlib.ExitStack() as stack:
         stream = source if hasattr(source, "read") else stack.enter_context(open(source, "rb"))
@@ -141,10 +142,10 @@ def screen(source: Any) -> None:
 
 
 def refusal(error: BaseException, cure: str = ": copy it again, or ask its author for one without them") -> str:
-    """What ``torch.load(weights_only=True)`` raised, in words that begin after the name of the file or entry."""
+    """Words an error of ``torch.load(weights_only=True)``, to follow the name of the file or entry in a message."""
     if not isinstance(error, pickle.UnpicklingError):
         return f"the file is damaged ({_first_line(error)}): copy it again"
-    # What the long message of weights_only is about.
+    # Take the essential part of the long message of weights_only.
     found = re.search(r"(?:WeightsUnpickler error:|unsupported GLOBAL)\s*(.+?)(?:\. |\n|$)", str(error))
     reason = found[1].strip(" .") if found else str(error).split("\n")[0]
     said = "the file is damaged, or holds objects that cannot be read without running code that it names"
@@ -152,10 +153,12 @@ def refusal(error: BaseException, cure: str = ": copy it again, or ask its autho
 
 
 def refuse_compressed(archive: zipfile.ZipFile) -> None:
-    """PyTorch stores what it saves: who compressed it wants the reader to unfold more than lies on the disk.
+    """Raises if an archive has compressed entries: PyTorch stores entries uncompressed.
+
+    A compressed archive is made to expand to more than is on the disk.
 
     Raises:
-        ValueError: an entry is compressed, or said to be longer than the file.
+        ValueError: if an entry is compressed, or its declared size is not the size that is stored.
     """
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
@@ -163,7 +166,7 @@ def refuse_compressed(archive: zipfile.ZipFile) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value of a loaded file as plain data: namespaces become dicts, stand-ins their text."""
+    """Converts a value of a loaded file to plain data: namespaces become dicts, and stand-ins their text."""
     if isinstance(value, argparse.Namespace):
         return plain(vars(value))
     if isinstance(value, StandIn):
@@ -179,7 +182,7 @@ def plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _no_other_globals() -> Iterator[None]:
-    """What other libraries of this process declared safe (megatron does, when imported) is not run either."""
+    """Disables the globals that other libraries of this process declared safe, as megatron does on import."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -193,7 +196,7 @@ def _replacements(source: BinaryIO) -> list[Any]:
     source.seek(0)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-    except Exception:  # a damaged file, or not a plain pickle: torch.load says more
+    except Exception:  # a damaged file, or not a plain pickle: torch.load reports more
         return []
     return [(_KNOWN.get(name) or stand_in(name), name) for name in names]
 
@@ -202,13 +205,13 @@ def _rebuild_npu_tensor(storage: Any, offset: int, size: Any, stride: Any, *_: A
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
-# What is put in the place of a name, where it is no stand-in.
+# The substitutes for names that do not become stand-ins.
 _KNOWN: dict[str, Callable[..., Any]] = {
     "argparse.Namespace": argparse.Namespace,
-    # The loader fills nothing but plain dicts and lists.
+    # The weights_only loader can fill only plain dicts and lists.
     "collections.defaultdict": lambda *_: {},
     "collections.deque": lambda *_: [],
-    # Tensors that were saved by older torch_npu; the last argument is the format in the NPU's memory.
+    # Tensors saved by older versions of torch_npu; the last argument is the format in the NPU's memory.
     "torch_npu.utils.storage._rebuild_npu_tensor": _rebuild_npu_tensor,
 }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a ``torch_dist`` checkpoint says that it holds: its ``.metadata``, read without running code.
+"""Reader of the ``.metadata`` of a ``torch_dist`` checkpoint, which describes its contents, without running code.
 
-``.metadata`` is a pickle of what ``torch.distributed.checkpoint`` knows of each tensor, and of where its chunks lie in
-the ``*.distcp`` files. Here it becomes plain values that were checked; of the classes that it names none is run.
+``.metadata`` is a pickle of what ``torch.distributed.checkpoint`` knows of each tensor, and of where its chunks are in
+the ``*.distcp`` files. Here it becomes plain values that were checked; none of the classes that it names is run.
 """
 
 import collections
@@ -20,12 +20,12 @@ from .safe_load import StandIn, stand_in
 METADATA = ".metadata"
 COMMON = "common.pt"
 COMMON_ENTRY = "common_state/shard_0_1"
-"""Where megatron-core 0.19 keeps what it kept in :data:`COMMON` before."""
+"""The entry in which megatron-core 0.19 stores what it stored in :data:`COMMON` before."""
 
-# Where the classes come from that a .metadata of torch 2.1 to 2.13 or of megatron-core names. None of them is run: all
-# but sizes, dtypes and dicts become stand-ins.
+# The modules of the classes that a .metadata of torch 2.1 to 2.13 or of megatron-core names. None of these classes is
+# run: all except sizes, dtypes and dicts become stand-ins.
 _MODULES = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing.")
-# Enum members, as Python 3.11 pickles them, and a memory layout.
+# The functions that rebuild enum members, as Python 3.11 pickles them, sets and a memory layout.
 _FUNCTIONS = ("builtins.getattr", "builtins.set", "torch.serialization._get_layout")
 _PLAIN = {
     "torch.Size": torch.Size,
@@ -35,7 +35,7 @@ _PLAIN = {
 
 
 class Place(NamedTuple):
-    """Where an entry lies: a file within the checkpoint, the first byte there, and how many they are."""
+    """The location of an entry: a file within the checkpoint, the first byte in it, and the number of bytes."""
 
     file: str
     start: int
@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class StoredChunk(NamedTuple):
-    """A piece of a tensor, ``sizes`` elements from ``offsets`` on, and where it lies."""
+    """A piece of a tensor, ``sizes`` elements from ``offsets`` on in each dimension, and where it is stored."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -51,7 +51,7 @@ class StoredChunk(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor, and its chunks in the order of their offsets."""
+    """A tensor's shape and dtype, and its chunks in the order of their offsets."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -59,10 +59,10 @@ class StoredTensor(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds, by name.
+    """The contents of a checkpoint, by name.
 
-    ``objects`` are no tensors: ``_extra_state``, random states, parts of the optimizer. ``megatron`` is megatron-core's
-    own ``mcore_data`` about tensors; inert, and not checked.
+    ``objects`` are not tensors: ``_extra_state``, random states, parts of the optimizer. ``megatron`` is
+    megatron-core's own ``mcore_data`` about tensors; it is inert, and not checked.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -71,10 +71,10 @@ class Contents(NamedTuple):
 
 
 def read_contents(directory: Path) -> Contents:
-    """Reads the ``.metadata`` of a checkpoint and checks that the files that it names are there and long enough.
+    """Reads the ``.metadata`` of a checkpoint and checks that the files that it names exist and are long enough.
 
     Raises:
-        FileError: there is none, it is damaged or made to harm, or a file is missing or too short.
+        FileError: if there is no ``.metadata``, it is damaged or malicious, or a file is missing or too short.
     """
     path = directory / METADATA
     if not path.is_file():
@@ -86,14 +86,17 @@ def read_contents(directory: Path) -> Contents:
         raise FileError(f"{path}: {error}") from None
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged pickle makes of itself
+    except Exception as error:  # a damaged pickle can raise anything
         raise FileError(f"{path}: the file is damaged ({error!r}): copy it again") from error
     _check_files(directory, contents)
     return contents
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles names of :data:`_MODULES` and :data:`_FUNCTIONS` as stand-ins, and no others."""
+    """An unpickler that makes stand-ins of names of :data:`_MODULES` and :data:`_FUNCTIONS`, and refuses most others.
+
+    The exceptions are harmless: dtypes, :data:`_PLAIN` and paths.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
@@ -113,7 +116,7 @@ class _Unpickler(pickle.Unpickler):
 def _understand(metadata: StandIn) -> Contents:
     places = {}
     for key, stored in metadata.state["storage_data"].items():
-        offset = key.state.get("offset")  # absent for what is no tensor
+        offset = key.state.get("offset")  # absent for objects that are not tensors
         name = key.state["fqn"]
         places[name, None if offset is None else _whole(name, offset)] = _place(name, stored.state)
     tensors: dict[str, StoredTensor] = {}

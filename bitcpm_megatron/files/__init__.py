@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: F401  # these names are for the other floors
-"""Floor 0: files that are there whole or not at all, digests that show damage, and readers that believe nothing."""
+"""Floor 0: files that appear completely or not at all, digests that show damage, and readers that trust no input."""
 
 from .atomic import (
     FileError,

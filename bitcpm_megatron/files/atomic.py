@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all: written under a temporary name, synced to disk, then renamed."""
+"""Files that appear completely or not at all: written under a temporary name, synced to disk, then renamed."""
 
 import contextlib
 import errno
@@ -12,13 +12,13 @@ _MAX_TEXT_BYTES = 64 * 2**20
 
 
 class FileError(ValueError):
-    """A file that is not there, damaged or not understood; the message names it and the cure."""
+    """The exception for a file that is missing, damaged or not understood; the message names it and the cure."""
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Gives a complete file or directory its final name; after a crash the name holds all of it or nothing of it.
 
-    Both lie on one file system. A file of the final name is replaced, a directory must not exist.
+    Both paths must be on one file system. An existing file of the final name is replaced; a directory must not exist.
     """
     if temporary.is_dir():
         for path in temporary.rglob("*"):
@@ -29,13 +29,13 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def incomplete(final: Path) -> Path:
-    """Where a file or directory is written before it gets its final name."""
+    """Returns the path at which a file or directory is written before it gets its final name."""
     return final.with_name(f".{final.name}.incomplete")
 
 
 @contextlib.contextmanager
 def replacing(final: Path) -> Iterator[Path]:
-    """Where the block writes a file, which gets its final name behind the block, and is removed where that fails."""
+    """Yields the path to write a file to, which is published when the block ends, or removed if the block fails."""
     temporary = incomplete(final)
     try:
         yield temporary
@@ -46,13 +46,13 @@ def replacing(final: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small text file, replacing what stood there."""
+    """Writes a small text file, replacing an existing one."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def directory_mistake(path: str | Path) -> str | None:
-    """Why nothing can be written below a directory that may have to be made yet, or None; nothing is changed."""
+    """Returns why nothing can be written below a directory, which need not exist yet, or None; changes nothing."""
     for place in (Path(path), *Path(path).absolute().parents):
         try:
             mode = place.stat().st_mode
@@ -67,7 +67,7 @@ def directory_mistake(path: str | Path) -> str | None:
 
 
 def disk_is_full(error: OSError) -> bool:
-    """Whether an error says that the file system, or the user's share of it, has no room left."""
+    """Returns whether an error says that the file system, or the user's share of it, has no room left."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -81,16 +81,16 @@ def fsync(path: Path) -> None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative name that a file holds stays below the directory that it is relative to."""
+    """Returns whether a relative path from a file stays below the directory that it is relative to."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def require_file(path: Path) -> os.stat_result:
-    """Makes sure that a path leads to a regular file: a directory, pipe or socket is read by nobody here.
+    """Returns the status of a path, which must lead to a regular file and not to a directory, pipe or socket.
 
     Raises:
-        FileError: it does not, in words that tell what is there from what is missing.
+        FileError: if the path leads to no regular file; the message tells a missing file from one of another kind.
     """
     try:
         found = path.stat()
@@ -104,10 +104,10 @@ def require_file(path: Path) -> os.stat_result:
 
 
 def read_text(path: Path) -> str:
-    """The text of a small file.
+    """Returns the text of a small file.
 
     Raises:
-        FileError: not a regular file, not readable, too large for a text that people write, or not UTF-8.
+        FileError: if the file is not regular, not readable, too large for a text that people write, or not UTF-8.
     """
     try:
         size = require_file(path).st_size

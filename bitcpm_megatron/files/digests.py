@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``DIGESTS.json`` beside what we write: it shows damage, and no forgery."""
+"""Digests of what we write, in ``DIGESTS.json`` beside it: they reveal damage, but not forgery."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -10,14 +10,14 @@ from .atomic import FileError, is_inside, write_text
 from .documents import Strict, listed, read_json, validated
 
 DIGESTS = "DIGESTS.json"
-# Stays in the processor's cache between the copy and the digest of it.
+# A block of this size stays in the processor's cache between the copy and the digest of it.
 _BLOCK_BYTES = 2**18
-# Is called with the number of bytes that were just read.
+# A function that is called with the number of bytes that were just read.
 _OnRead = Callable[[int], object]
 
 
 class DigestError(FileError):
-    """A file is not the one whose digest was recorded: it was damaged, cut or replaced."""
+    """The exception for a file that differs from its recorded digest: it was damaged, cut or replaced."""
 
 
 class _Digest(Strict):
@@ -31,10 +31,10 @@ class _Digests(Strict):
 
 
 class Digester:
-    """Digests a file from its first byte to its last, as it is read or while it is written.
+    """A digest of a file from its first byte to its last, computed while the file is read or written.
 
     Attributes:
-        size: bytes so far.
+        size: the number of bytes so far.
     """
 
     def __init__(self) -> None:
@@ -44,13 +44,15 @@ class Digester:
         self._state = xxhash.xxh3_128()
 
     def update(self, block: bytes | bytearray | memoryview) -> None:
-        """Takes the next bytes of the file."""
+        """Adds the next bytes of the file."""
         self._state.update(block)
         self.size += len(block)
 
     def write(self, stream: BinaryIO, data: Any) -> int:
-        """Writes bytes to a stream and takes them as the next of its file, which so need not be read again; returns how
-        many they are."""
+        """Writes bytes to a stream and adds them to the digest; returns their number.
+
+        The file then need not be read again for its digest.
+        """
         whole = memoryview(data).cast("B")
         for start in range(0, len(whole), _BLOCK_BYTES):
             block = whole[start : start + _BLOCK_BYTES]
@@ -59,14 +61,14 @@ class Digester:
         return len(whole)
 
     def entry(self) -> dict[str, Any]:
-        """Size and XXH3-128 of the file, as an entry of ``DIGESTS.json``."""
+        """Returns the size and the XXH3-128 of the file, as an entry of ``DIGESTS.json``."""
         return {"bytes": self.size, "xxh3_128": self._state.hexdigest()}
 
 
 def digest(path: Path, on_read: _OnRead = lambda count: None) -> dict[str, Any]:
-    """Size and XXH3-128 of a file, as an entry of ``DIGESTS.json``."""
+    """Returns the size and the XXH3-128 of a file, as an entry of ``DIGESTS.json``."""
     found, buffer = Digester(), memoryview(bytearray(_BLOCK_BYTES))
-    # Into the same memory each time: the system clears every page of what is fresh.
+    # Read into the same memory each time, because the system clears every page of fresh memory.
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             found.update(buffer[:count])
@@ -75,12 +77,12 @@ def digest(path: Path, on_read: _OnRead = lambda count: None) -> dict[str, Any]:
 
 
 def write_digests(directory: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Writes ``DIGESTS.json`` beside the files of a directory that nobody writes into any more.
+    """Writes ``DIGESTS.json`` into a directory whose files are complete.
 
-    All files below it are recorded, by their path from there; `known` are entries that :func:`digest`, or a
-    :class:`Digester` while it wrote them, made before.
+    All files below the directory are recorded, by their path relative to it; `known` are entries that :func:`digest`,
+    or a :class:`Digester` while it wrote the files, made before.
     """
-    # What is known need not be visible from here yet: on a network file system another node may have written it.
+    # Known files need not be visible here yet: on a network file system another node may have written them.
     files = dict(known or {})
     for path in directory.rglob("*"):
         name = path.relative_to(directory).as_posix()
@@ -90,7 +92,7 @@ def write_digests(directory: Path, known: Mapping[str, Mapping[str, Any]] | None
 
 
 def add_digest(entry: Mapping[str, Any], final: Path) -> None:
-    """Adds the entry of a file to the ``DIGESTS.json`` of the directory that it is going to lie in."""
+    """Adds the entry of a file to the ``DIGESTS.json`` of the directory that the file will be in."""
     _record(final.parent, {**(read_digests(final.parent) or {}), final.name: entry})
 
 
@@ -100,10 +102,12 @@ def _record(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_digests(directory: Path, names: Iterable[str] | None = None, on_read: _OnRead = lambda count: None) -> bool:
-    """Compares files with their digests, as :func:`find_damage`; returns whether there are any: not from elsewhere.
+    """Compares files with their digests, as :func:`find_damage` does; returns whether there are digests.
+
+    Directories that were not written by us have none.
 
     Raises:
-        DigestError: files are missing or differ, naming them.
+        DigestError: if files are missing or differ; the message names them.
     """
     damage = find_damage(directory, names, on_read=on_read)
     if damage:
@@ -114,21 +118,21 @@ def check_digests(directory: Path, names: Iterable[str] | None = None, on_read: 
 def find_damage(
     directory: Path, names: Iterable[str] | None = None, contents: bool = True, on_read: _OnRead = lambda count: None
 ) -> list[str] | None:
-    """Compares the files of a directory with its ``DIGESTS.json``; files that it does not name are not looked at.
+    """Compares the files of a directory with its ``DIGESTS.json``; files that it does not name are ignored.
 
-    This shows damage and not forgery: whoever changes a file can change its digest.
+    This reveals damage but not forgery: whoever changes a file can change its digest, too.
 
     Args:
-        directory: of the files.
-        names: look at these alone; None for all that are recorded.
-        contents: whether to read them; else only their sizes are compared.
-        on_read: told of what is read.
+        directory: the directory of the files.
+        names: the only files to compare; None for all that are recorded.
+        contents: whether to read the files; otherwise only their sizes are compared.
+        on_read: a function called with the number of bytes that were just read.
 
     Returns:
-        One line per file that is missing or differs; None where there are no digests.
+        One line per file that is missing or differs; None if there are no digests.
 
     Raises:
-        FileError: ``DIGESTS.json`` itself is damaged.
+        FileError: if ``DIGESTS.json`` itself is damaged.
     """
     recorded = read_digests(directory)
     if recorded is None:
@@ -141,7 +145,7 @@ def find_damage(
         if not path.is_file():
             damage.append(f"{path} is missing, and {DIGESTS} names it: copy the directory again")
             continue
-        # The size first: it needs no reading.
+        # Compare the size first, because that needs no reading.
         if (size := path.stat().st_size) != expected["bytes"]:
             said = f"has {size:,} bytes and {DIGESTS} says {expected['bytes']:,}: the file is cut or changed"
         elif contents and digest(path, on_read) != expected:
@@ -153,10 +157,10 @@ def find_damage(
 
 
 def read_digests(directory: Path) -> dict[str, dict[str, Any]] | None:
-    """What ``DIGESTS.json`` records, by path from the directory; None where there is none.
+    """Returns the entries of ``DIGESTS.json``, by path relative to the directory; None if the file does not exist.
 
     Raises:
-        FileError: it is damaged, or names a file outside.
+        FileError: if ``DIGESTS.json`` is damaged, or names a file outside the directory.
     """
     path = directory / DIGESTS
     if not path.exists():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON and YAML, read here and nowhere else: plain values, or one :class:`FileError`."""
+"""The only readers of JSON and YAML: they return plain values, or raise one :class:`FileError`."""
 
 import difflib
 import json
@@ -15,20 +15,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .atomic import FileError, read_text
 
 _MAX_DEPTH = 100
-# With its aliases written out; the files that people write have some hundred.
+# The limit counts nodes with aliases written out; the files that people write have some hundred.
 _MAX_YAML_NODES = 1_000_000
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file, under the promises of :func:`parse_json`."""
+    """Returns the value of a JSON file, under the rules of :func:`parse_json`."""
     return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, where: str, allow_nan: bool = False) -> Any:
-    """The value of a JSON text; `allow_nan` takes NaN and infinities for numbers, as Python writes them.
+    """Returns the value of a JSON text; `allow_nan` accepts NaN and infinities, as Python writes them.
 
     Raises:
-        FileError: not JSON, a key twice, NaN or infinity, or nested beyond reason; it begins with `where`.
+        FileError: if the text is not JSON, has a key twice or NaN or an infinity without `allow_nan`, or is nested
+            beyond reason; the message begins with `where`.
     """
     try:
         constant = float if allow_nan else _refuse_constant
@@ -52,18 +53,18 @@ def _refuse_constant(text: str) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value of a YAML file, under the promises of :func:`parse_yaml`."""
+    """Returns the value of a YAML file, under the rules of :func:`parse_yaml`."""
     return parse_yaml(read_text(path), str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text, by the core schema of YAML 1.2.
+    """Returns the value of a YAML text, by the core schema of YAML 1.2.
 
-    So ``1e-4`` is a number, ``on`` and ``no`` are text, and dates are text.
+    By this schema ``1e-4`` is a number, ``on`` and ``no`` are text, and dates are text.
 
     Raises:
-        FileError: not YAML, a key twice, an alias that contains itself, or nested or large beyond reason; it begins
-            with `where`.
+        FileError: if the text is not YAML, has a key twice or an alias that contains itself, or is nested or large
+            beyond reason; the message begins with `where`.
     """
     try:
         value = yaml.load(text, Loader=_Loader)  # a SafeLoader
@@ -133,7 +134,7 @@ for _kind in ("int", "float"):
 
 
 def _count(value: Any, known: dict[int, int]) -> int:
-    """Nodes of a value with its aliases written out; raises where they are too many or contain themselves."""
+    """Counts the nodes of a value with its aliases written out; raises if they are too many or contain themselves."""
     if not isinstance(value, dict | list):
         return 1
     total = known.get(id(value))
@@ -147,7 +148,7 @@ def _count(value: Any, known: dict[int, int]) -> int:
 
 
 class Strict(BaseModel):
-    """Base of the models of our files: unknown keys are errors, and no value is converted into another type."""
+    """The base of the models of our files: unknown keys are errors, and no value is converted to another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -156,16 +157,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validated(kind: type[Model], content: Any, where: str) -> Model:
-    """Content of a file, as a reader returned it, as the model that describes it.
+    """Validates the content of a file, as a reader returned it, and returns the model that describes it.
 
     Raises:
-        FileError: the first mistakes, a line each, with the path of its key; an unknown key with the nearest known one.
+        FileError: if the content has mistakes: the message lists the first ones, a line each, with the path of its key,
+            and for an unknown key the nearest known one.
     """
     try:
-        # By the names that the file has: a model may have another spelling of them for Python.
+        # By the names that the file uses, because a model may spell them differently for Python.
         return kind.model_validate(content, by_alias=True, by_name=False)
     except ValidationError as error:
-        # Unknown keys first: what is missing is often what was misspelt.
+        # Unknown keys come first, because a missing key is often a misspelled one.
         entries = sorted(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden")
         lines = [_mistake(kind, entry) for entry in entries]
     raise FileError(f"{where}: {listed(lines)}")
@@ -185,7 +187,7 @@ def _mistake(kind: type[BaseModel], entry: Any) -> str:
     return f"{path}: {expected}, got {got if len(got) <= 80 else f'{got[:80]}...'}"
 
 
-# pydantic's types of mistakes -> our words; the others are told in its own.
+# pydantic's types of mistakes -> our words; other types keep pydantic's message.
 _EXPECTED = {
     "model_type": "expected a mapping",
     "dict_type": "expected a mapping",
@@ -199,7 +201,7 @@ _EXPECTED = {
 
 
 def _keys(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """The keys that a model knows at a place inside of it."""
+    """Returns the keys that a model knows at a location inside it."""
     for part in location:
         annotation = next((f.annotation for n, f in kind.model_fields.items() if part in (n, f.alias)), None)
         kind = next(iter(_models(annotation)), kind)
@@ -207,14 +209,14 @@ def _keys(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a type is made of."""
+    """Returns the models that a type annotation contains."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in typing.get_args(annotation) for model in _models(argument)]
 
 
 def nearest(key: str, known: Sequence[str], otherwise: str | None = None) -> str:
-    """``: did you mean ...?`` for an unknown key; where nothing is near `otherwise`, or the list of what is known."""
+    """Returns ``: did you mean ...?`` for an unknown key; if no key is near, `otherwise` or the list of known keys."""
     close = difflib.get_close_matches(key.replace("_", "-"), known, n=1) or difflib.get_close_matches(key, known, n=1)
     if close:
         return f": did you mean {close[0]}?"
@@ -222,6 +224,6 @@ def nearest(key: str, known: Sequence[str], otherwise: str | None = None) -> str
 
 
 def listed(lines: Sequence[str], limit: int = 5) -> str:
-    """The first lines of a message that may have hundreds, and how many more there are."""
+    """Joins the first lines of a message that may have hundreds, and says how many more there are."""
     more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
     return "\n  ".join([*lines[:limit], *more])

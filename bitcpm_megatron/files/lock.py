@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process at a time writes a file: a lock that dies with its process, and outputs that appear together."""
+"""Exclusive writing of files by one process: a lock that ends with its process, and outputs that appear together."""
 
 import contextlib
 import errno
@@ -16,15 +16,15 @@ from pathlib import Path
 
 from .atomic import FileError, fsync, incomplete, publish
 
-# A process that was killed with much memory takes a moment to go, and its lock goes last.
+# A killed process with much memory takes a moment to exit, and it releases its lock last.
 _PATIENCE_SECONDS = 5.0
 _UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-# Of one length, so that a new description covers all of an old one in a single call.
+# Descriptions have one length, so that a new one overwrites all of an old one in a single call.
 _DESCRIPTION_BYTES = 1024
 
 
 class LockedError(FileError):
-    """Another process holds a lock; ``holder`` says which."""
+    """The exception for a lock that another process holds; ``holder`` describes that process."""
 
     def __init__(self, message: str, holder: str = "") -> None:
         super().__init__(message)
@@ -32,19 +32,19 @@ class LockedError(FileError):
 
 
 class FileLock:
-    """Holds a lock file until :meth:`release` or the end of this process, also by SIGKILL.
+    """A lock file that is held until :meth:`release` or the end of this process, also by SIGKILL.
 
-    A POSIX record lock: it is the one kind that NFS carries from node to node, and that processes which this one forks
-    do not inherit (an orphaned one would keep its restart out). Making one makes the directory and takes the lock, and
-    waits for another holder for `patience` seconds; None for a few.
+    It is a POSIX record lock: the one kind that NFS carries from node to node, and that processes which this one forks
+    do not inherit (an orphaned one would keep its restart out). The constructor makes the directory and takes the lock;
+    if another process holds it, it waits for `patience` seconds, or for a few if that is None.
 
     Attributes:
-        note: a line for the log where the file system has no locks, else None.
-        left: what a holder that was killed had left unfinished, in its words, or nothing.
+        note: a line for the log if the file system has no locks, else None.
+        left: what a killed holder left unfinished, in its words, or an empty text.
 
     Raises:
-        LockedError: another process holds it, naming it.
-        OSError: nothing can be written there.
+        LockedError: if another process holds the lock; the message names the process.
+        OSError: if nothing can be written there.
     """
 
     def __init__(self, path: Path, patience: float | None = None) -> None:
@@ -66,13 +66,13 @@ class FileLock:
             raise
 
     def describe(self, unfinished: str = "") -> None:
-        """Writes into the lock file who holds it, and what is unfinished where this process is killed."""
+        """Writes into the lock file who holds it, and what is unfinished if this process is killed."""
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         holder = f"{_job()}, process {os.getpid()} on {socket.gethostname()}, since {since}"
         os.pwrite(self._file, f"{unfinished}\n{holder}\n".encode(errors="replace").ljust(_DESCRIPTION_BYTES), 0)
 
     def _read(self) -> tuple[str, str]:
-        """What is unfinished, and who holds the lock, as far as the file says."""
+        """Returns what is unfinished, and who holds the lock, as far as the file says."""
         text = ""
         with contextlib.suppress(OSError):
             text = os.pread(self._file, _DESCRIPTION_BYTES, 0).decode(errors="replace")
@@ -80,18 +80,18 @@ class FileLock:
         return unfinished, holder.strip() or "it does not say which"
 
     def release(self, keep: bool = False) -> None:
-        """Gives the file free; `keep` leaves it there with its description, as a kill does."""
+        """Releases the lock and removes its file; `keep` leaves the file with its description, as a kill does."""
         if not keep:
             with contextlib.suppress(OSError):
                 self._path.unlink()
         os.close(self._file)
 
     def _try(self) -> bool:
-        """Opens the file and takes the lock, unless another process has it."""
+        """Opens the file and takes the lock; returns whether that succeeded, or the file system has no locks."""
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have removed the file between our opening and our locking it.
+            # The previous holder may have removed the file between our opening and our locking it.
             return os.path.samestat(os.fstat(self._file), os.stat(self._path))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
@@ -115,23 +115,23 @@ def _job() -> str:
 
 
 class PendingFiles:
-    """Files of one command that get their names when all of them are complete; a context manager.
+    """A context manager for the files of one command, which get their final names when all of them are complete.
 
-    Each is written under :meth:`temporary`, a fixed name, and locked meanwhile, so that whatever a killed command left
-    is known for what it is: the next one cleans it up. Killed between two names, it leaves its mark in the locks, and
-    the same command may replace what it had published.
+    Each file is written under :meth:`temporary`, a fixed name, and locked meanwhile, so that the next command
+    recognizes and removes what a killed command left. A command that is killed between two renames leaves its mark in
+    the locks, so that the same command may replace what it had published.
 
     Args:
-        finals: the files, and for each what to say where it exists. The last one is what makes the others valid: it
-            is removed first and published last.
-        command: what the caller does, in words of one line; the same words mean the same command.
-        inputs: files that the command reads.
-        overwrite: whether files that exist are replaced.
+        finals: the files, each with the text of the refusal if it exists. The last file is the one that makes the
+            others valid: it is removed first and published last.
+        command: what the caller does, in one line; equal texts mean the same command.
+        inputs: the files that the command reads.
+        overwrite: whether to replace existing files.
 
     Raises:
-        FileError: an output is an input, a directory, named twice, there (without `overwrite`), or being written by
-            another process.
-        OSError: nothing can be written there.
+        FileError: if an output is an input, is a directory, is named twice, exists (without `overwrite`), or is being
+            written by another process.
+        OSError: if nothing can be written there.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class PendingFiles:
     temporary = staticmethod(incomplete)
 
     def publish(self, first: Callable[[], None] = lambda: None) -> None:
-        """Gives all files their names; each must lie at its temporary one.
+        """Gives all files their final names; each must be complete under its temporary one.
 
         `first` is called when everything is on disk and nothing has been replaced yet.
         """
@@ -179,19 +179,19 @@ class PendingFiles:
             for final in self._finals:
                 publish(self.temporary(final), final)
             self._published = True
-            requests.clear()  # what they would have stopped is done
+            requests.clear()  # the work that they would have stopped is done
 
     def close(self) -> None:
-        """Removes what has no final name, and gives the names free."""
+        """Removes the files without final names, and releases the locks."""
         with _undisturbed():
-            if len(self._locks) == len(self._finals):  # else they are another process's
+            if len(self._locks) == len(self._finals):  # otherwise the temporary files belong to another process
                 self._clean()
             for lock in self._locks:
-                # What a killed command published in part is still only in part.
+                # Keep the mark of a killed command whose files are still only partly published.
                 lock.release(keep=bool(lock.left) and not self._published)
             self._locks = []
             for directory in self._made:
-                with contextlib.suppress(OSError):  # there is something in it
+                with contextlib.suppress(OSError):  # the directory is not empty
                     directory.rmdir()
 
     def _clean(self) -> None:
@@ -223,7 +223,7 @@ def _lock(final: Path) -> FileLock:
     except LockedError as error:
         raise LockedError(f"{final} is being written by another job ({error.holder}): wait for it, or end it") from None
     except OSError as error:
-        error.filename = os.fspath(final)  # what the user knows
+        error.filename = os.fspath(final)  # the name that the user knows
         raise
 
 
@@ -231,10 +231,11 @@ def _lock(final: Path) -> FileLock:
 def _undisturbed() -> Iterator[list[int]]:
     """Holds back requests to stop while a few files change their names; yields those that arrived.
 
-    By Python's handlers and not by a mask: a signal may reach any thread, and its handler runs in this one.
+    It replaces Python's handlers instead of masking signals: a signal may reach any thread, but its handler runs in
+    this one.
     """
     arrived: list[int] = []
-    # In other threads they never interrupt.
+    # Other threads are never interrupted by signals.
     numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in numbers}
     try:
