@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Core attention for megatron-core's local layers: packed sequences, sliding windows in them, context parallelism.
 
-By themselves these layers have none of it, and write T x T scores.
+By themselves these layers have none of these, and store T x T scores for T tokens.
 
-It stands where megatron-core takes substitutes: ``core_attention`` of a layer spec's ``SelfAttentionSubmodules``
-(``megatron/core/models/backends.py``). There it displaces ``DotProductAttention``, and keeps its meanings: of
-``softmax_scale``, of ``window_size``, and of dropout, which draws as that one does.
+:class:`CoreAttention` is used where megatron-core accepts substitutes: ``core_attention`` of a layer spec's
+``SelfAttentionSubmodules`` (``megatron/core/models/backends.py``). There it displaces ``DotProductAttention``. It keeps
+the meanings of ``softmax_scale``, ``window_size`` and dropout, for which it draws random numbers in the same way.
 """
 
 import contextlib
@@ -31,13 +31,14 @@ def give_core_attention(layers: ModuleSpec) -> ModuleSpec:
 
 
 class CoreAttention(MegatronModule):
-    """Causal attention within rows, or within the documents of a packed row; over Ulysses where ranks share tokens.
+    """Causal attention within rows, or within the documents of a packed row; over Ulysses if ranks share tokens.
 
     Args:
-        config: ``window_size`` is None or ``(W, 0)``; ``softmax_scale`` None for ``kv_channels ** -0.5``.
+        config: the configuration; ``window_size`` is None or ``(W, 0)``, and ``softmax_scale`` is None for
+            ``kv_channels ** -0.5``.
 
     Raises:
-        ValueError: the configuration asks for what it does not do.
+        ValueError: if the configuration asks for a feature that this class does not have.
     """
 
     def __init__(
@@ -80,20 +81,21 @@ class CoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attends.
+        """Computes attention of this rank's tokens.
 
         Args:
-            query: ``[length, rows, heads, d]``, or ``[tokens of this rank, heads, d]`` of a packed row.
-            key: the same with the heads of key and value; of rows also the tokens before those of the queries, where
-                megatron-core's inference context kept them.
-            value: like ``key``.
-            packed_seq_params: from :func:`~bitcpm_megatron.attention.documents.packed_seq_params`.
+            query: the queries ``[length, rows, heads, d]``, or ``[tokens of this rank, heads, d]`` of a packed row,
+                with heads of size d.
+            key: the keys, shaped likewise with the heads of key and value; for rows also those of the tokens before the
+                queries, if megatron-core's inference context kept them.
+            value: the values, shaped like ``key``.
+            packed_seq_params: the result of :func:`~bitcpm_megatron.attention.documents.packed_seq_params`, or None.
 
         Returns:
-            ``[length, rows, heads * d]``, or ``[tokens of this rank, heads, d]``.
+            The weighted values ``[length, rows, heads * d]``, or ``[tokens of this rank, heads, d]``.
 
         Raises:
-            ValueError: a mask or a bias: they would not be heeded.
+            ValueError: if there is a mask or a bias, which would have no effect.
         """
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("core attention takes no mask and no bias: documents are told by their lengths")

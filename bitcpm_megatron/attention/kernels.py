@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention by the kernels of torch and torch_npu, document by document; T x T scores with dropout alone.
+"""Causal attention by the kernels of torch and torch_npu, document by document; T x T scores only with dropout.
 
-With a window of W a token attends to itself and to the W tokens before it. Where there are fewer queries than keys,
-they are those of the last tokens: the others were asked before, and their keys and values were kept.
+Shapes: d is the size of a head, T the tokens of a packed row; keys and values have ``groups`` heads. With a window of W
+a token attends to itself and to the W tokens before it. If there are fewer queries than keys, the queries are those of
+the last tokens: the earlier ones were computed before, and their keys and values were kept.
 """
 
 import functools
@@ -12,19 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-# Queries of one call with a mask, which is a tensor of this by (this + W), or by all keys.
+# The number of queries per call with a mask, whose shape is this by (this + W), or this by all keys.
 _MASKED_BLOCK = 512
 _COMPRESSED = 2048
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """How much a token attends to which others.
+    """The rule of how much a token attends to which others.
 
     Attributes:
-        scale: of the scores, before the softmax.
-        window: tokens before itself that a token sees; None for all.
-        dropout: probability with which a weight is dropped.
+        scale: the multiplier of the scores, before the softmax.
+        window: the number of tokens before itself that a token sees; None for all.
+        dropout: the probability with which a weight is dropped.
     """
 
     scale: float
@@ -33,16 +34,17 @@ class Weighting:
 
 
 def attend_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weighting: Weighting) -> torch.Tensor:
-    """Attention within rows of one length.
+    """Computes attention within rows of one length.
 
     Args:
-        query: ``[length, rows, heads, d]``, of the last tokens.
-        key: ``[all, rows, groups, d]``, all at least length; query head i attends with group ``i // (heads / groups)``.
-        value: like ``key``.
-        weighting: of the tokens of a row.
+        query: the queries ``[length, rows, heads, d]``, of the last tokens.
+        key: the keys ``[all, rows, groups, d]`` with all >= length; query head i attends with group
+            ``i // (heads / groups)``.
+        value: the values, shaped like ``key``.
+        weighting: how the tokens of a row attend to each other.
 
     Returns:
-        ``[length, rows, heads, d]``.
+        The weighted values ``[length, rows, heads, d]``.
     """
     if query.device.type == "npu":
         return _rows_on_npu(query, key, value, weighting)
@@ -57,17 +59,17 @@ def attend_documents(
     weighting: Weighting,
     cumulative: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention within the documents of a packed row, as :func:`attend_rows` within rows.
+    """Computes attention within the documents of a packed row, as :func:`attend_rows` does within rows.
 
     Args:
-        query: ``[T, heads, d]``.
-        key: ``[T, groups, d]``.
-        value: like ``key``.
-        weighting: of the tokens of a document.
-        cumulative: int32 ``[documents + 1]``, from 0 to T, on the CPU.
+        query: the queries ``[T, heads, d]``.
+        key: the keys ``[T, groups, d]``.
+        value: the values, shaped like ``key``.
+        weighting: how the tokens of a document attend to each other.
+        cumulative: the bounds of the documents, int32 ``[documents + 1]``, from 0 to T, on the CPU.
 
     Returns:
-        ``[T, heads, d]``.
+        The weighted values ``[T, heads, d]``.
     """
     if query.device.type == "npu":
         return _on_npu(query, key, value, cumulative, weighting)
@@ -82,7 +84,7 @@ def attend_documents(
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weighting: Weighting) -> torch.Tensor:
-    """Attention of ``[rows, heads, length, d]``, with ``[rows, groups, all, d]``."""
+    """Computes attention of queries ``[rows, heads, length, d]`` with keys and values ``[rows, groups, all, d]``."""
     length, window = query.shape[2], weighting.window
     earlier = key.shape[2] - length
     grouped = key.shape[1] != query.shape[1]
@@ -103,7 +105,7 @@ def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weighting
 
 
 def _flash_takes(query: torch.Tensor, weighting: Weighting) -> bool:
-    """Whether torch's flash attention over cumulative lengths computes this, by the checks in its CUDA sources."""
+    """Returns whether torch's flash attention over cumulative lengths computes this, by the checks in its CUDA code."""
     return (
         query.device.type == "cuda"
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -117,7 +119,7 @@ def _flash_takes(query: torch.Tensor, weighting: Weighting) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _has_varlen() -> bool:
-    """Whether this torch has flash attention over cumulative lengths with everything that is asked of it."""
+    """Returns whether this torch has flash attention over cumulative lengths with every option that is used here."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -144,7 +146,7 @@ def _varlen(
         window_size=(-1 if weighting.window is None else weighting.window, 0),
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    assert isinstance(attended, torch.Tensor)  # a pair where more is asked for
+    assert isinstance(attended, torch.Tensor)  # it would be a pair if more outputs were requested
     return attended
 
 
@@ -163,14 +165,14 @@ def _on_npu(
     weighting: Weighting,
     of_keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``torch_npu.npu_fusion_attention`` in layout TND, whose cumulative lengths have no leading 0.
+    """Calls ``torch_npu.npu_fusion_attention`` in layout TND, whose cumulative lengths have no leading 0.
 
-    ``of_keys`` are those of the keys, where they are not those of the queries.
+    ``of_keys`` are the cumulative lengths of the keys, if they differ from those of the queries.
     """
     import torch_npu
 
     ends, key_ends = (x[1:].tolist() for x in (cumulative, cumulative if of_keys is None else of_keys))
-    # Modes 3 (causal) and 4 (band) of the operator take one compressed mask for all lengths, and have its diagonal in
+    # Modes 3 (causal) and 4 (band) of the operator take one compressed mask for all lengths. They align its diagonal to
     # the lower right corner: the last query is that of the last key.
     mask = _compressed_mask(query.device)
     banded = {"sparse_mode": 3}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embeddings of packed documents: every token's own, from position 0 at the start of its document."""
+"""Rotary position embeddings of packed documents: each token has its own, from position 0 at its document's start."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 
 class RotaryOfDocuments(torch.nn.Module):
-    """Takes the place of ``GPTModel.rotary_pos_emb``; for what isn't packed it is the embedding that it was made of.
+    """A replacement of ``GPTModel.rotary_pos_emb`` for packed rows; other rows use the original embedding ``rope``.
 
-    megatron-core's own makes one table for the longest document, of which each takes the front. For a LongRoPE, whose
-    frequencies are those of a sequence's length, that would let the longest document choose for all the others; and a
-    table as long as the row is looked up in another way (``_apply_rotary_pos_emb_thd``). This one makes a table with an
-    entry per token, which upstream then only cuts by context-parallel rank.
+    megatron-core's own embedding makes one table for the longest document, of which each document takes the front. With
+    LongRoPE, whose frequencies depend on the length of a sequence, the longest document would then choose for all the
+    others; and a table as long as the row is looked up in another way (``_apply_rotary_pos_emb_thd``). This class makes
+    a table with an entry per token, which upstream then only splits by context-parallel rank.
     """
 
     def __init__(self, rope: RotaryEmbedding) -> None:
@@ -30,10 +30,10 @@ class RotaryOfDocuments(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **others: Any,
     ) -> Any:
-        """What :meth:`forward` gets from ``GPTModel``, which only passes it on: a length, or those of documents.
+        """Returns what ``GPTModel`` passes on to :meth:`forward`: a length, or the lengths of the documents.
 
-        With an inference context it is the number of tokens so far: megatron-core takes the context's whole room, by
-        which a LongRoPE would choose its frequencies.
+        With an inference context it is the number of tokens so far. megatron-core would take the context's whole
+        capacity, by which a LongRoPE would choose its frequencies.
         """
         if inference_context is not None:
             return inference_context.sequence_len_offset + len(transformer_input)
@@ -44,7 +44,10 @@ class RotaryOfDocuments(torch.nn.Module):
         return packed_seq_params.cu_seqlens_q.diff().tolist()
 
     def forward(self, lengths: Any, packed_seq: bool = False, **others: Any) -> torch.Tensor:
-        """Angles ``[T, 1, 1, kv_channels]`` in fp32 of all tokens of the row, on every context-parallel rank."""
+        """Returns the fp32 angles ``[T, 1, 1, kv_channels]`` of all T tokens of the row.
+
+        Every context-parallel rank gets all of them. Without ``packed_seq``, they are those of the original embedding.
+        """
         if not packed_seq:
             return self.rope(lengths, packed_seq=False, **others)
         return torch.cat([self.rope.get_emb(length) for length in lengths])

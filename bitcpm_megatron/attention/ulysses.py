@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ulysses context parallelism (Jacobs et al. 2023, arXiv 2309.14509): all-to-all from tokens to heads, and back.
 
-Every rank comes with all heads of its part of the tokens, and attends with its part of the heads over all tokens.
+Every rank starts with all heads of its part of the tokens, and attends with its part of the heads over all tokens.
 """
 
 from collections.abc import Callable
@@ -18,23 +18,26 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def over_heads(
     attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: ProcessGroup
 ) -> torch.Tensor:
-    """Attention over the tokens of all ranks of a group.
+    """Computes attention over the tokens of all ranks of a group.
+
+    T is the number of tokens of the whole row, N the number of ranks, and d the size of a head.
 
     Args:
         attend: attention over a whole row: query ``[T, heads, d]``, key and value ``[T, groups, d]`` -> like query.
-        query: ``[T / N, heads, d]`` of this rank; N must divide the heads.
-        key: ``[T / N, groups, d]``; heads of fewer groups than ranks are repeated, so that each rank has its own.
-        value: like ``key``.
+        query: the queries ``[T / N, heads, d]`` of this rank; N must divide the heads.
+        key: the keys ``[T / N, groups, d]`` of this rank; if N does not divide the groups, their heads are repeated, so
+            that each rank has its own.
+        value: the values, shaped like ``key``.
 
     Returns:
-        ``[T / N, heads, d]``.
+        The weighted values ``[T / N, heads, d]``.
     """
     ranks, heads, groups = group.size(), query.shape[1], key.shape[1]
     if groups % ranks:
         repeats = ranks // groups if ranks % groups == 0 else heads // groups
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     parts = [x.unflatten(1, (ranks, -1)) for x in (query, key, value)]
-    # One exchange for all three: rank r gets the r-th part of the heads of each.
+    # One exchange serves all three: rank r gets the r-th part of the heads of each.
     sent = torch.cat(parts, 2).transpose(0, 1)
     received = in_order(_Exchange.apply(sent, group).flatten(0, 1), ranks)
     attended = attend(*received.split([part.shape[2] for part in parts], 1))
@@ -43,7 +46,7 @@ def over_heads(
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all of ``[N, ...]``, part r to rank r; its gradient goes the same way back."""
+    """All-to-all of ``[N, ...]``, part r to rank r of N; its gradient takes the same way back."""
 
     @staticmethod
     def forward(ctx: Any, parts: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
