@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoder of the Llama / MiniCPM4 / Granite family is, in one frozen description that needs torch nowhere.
+"""The architecture of a decoder of the Llama / MiniCPM4 / Granite family, as a frozen description without torch.
 
 The three families share their layers (pre-norm RMSNorm, rotary GQA, SwiGLU, no biases) and their tensors. They differ
-in four numbers, which are all 1 (or the usual ``head_dim ** -0.5``) in a Llama::
+in four numbers, which are all 1 (or the usual ``head_dim ** -0.5``) in a Llama. With embedding E and output layer W::
 
     h      = embedding_multiplier * E[tokens]
     h      = h + residual_multiplier * attention(norm(h))       softmax(attention_multiplier * q k^T)
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..cli import Number, Whole
 
-# Beyond what anybody trains; whoever loops over layers must come to an end.
+# More layers than anybody trains; code that loops over the layers of a description must come to an end.
 MAX_LAYERS = 10_000
 _BOUNDS: dict[str, Whole | Number] = {
     "num_layers": Whole(maximum=MAX_LAYERS),
@@ -32,20 +32,22 @@ _BOUNDS: dict[str, Whole | Number] = {
 
 
 class ArchitectureError(ValueError):
-    """A model description that is contradictory, or that this package does not know."""
+    """The exception for a model description that is contradictory, or that this package does not know."""
 
 
 @dataclass(frozen=True)
 class LongRope:
-    """LongRoPE (arXiv 2402.13753, as Transformers' ``rope_type: longrope`` has it): every rotary frequency is divided
-    by a factor of its own, from one list up to the original length and from another beyond it.
+    """LongRoPE (arXiv 2402.13753), which divides every rotary frequency by a factor that depends on the length.
+
+    As in Transformers' ``rope_type: longrope``, each frequency has a factor in one list up to the original length, and
+    in another list beyond it.
 
     Attributes:
         short_factor: ``head_dim / 2`` divisors for sequences up to ``original_max_position_embeddings`` tokens.
-        long_factor: the same for longer ones.
-        original_max_position_embeddings: in tokens.
-        attention_factor: multiplies cos and sin; None for :meth:`effective_attention_factor`'s formula.
-        factor: ratio of maximal to original length in that formula; None for what the two lengths say.
+        long_factor: ``head_dim / 2`` divisors for longer sequences.
+        original_max_position_embeddings: the original length, in tokens.
+        attention_factor: the multiplier of cos and sin; None for the formula of :meth:`effective_attention_factor`.
+        factor: the ratio of maximal to original length in that formula; None for the ratio of the two lengths.
     """
 
     short_factor: tuple[float, ...]
@@ -68,7 +70,10 @@ class LongRope:
                 raise ArchitectureError(f"LongRoPE's {name} {value!r}: must be above 0")
 
     def effective_attention_factor(self, max_position_embeddings: int) -> float:
-        """``sqrt(1 + ln(factor) / ln(original length))``, and 1 where nothing is stretched."""
+        """Returns the multiplier of cos and sin.
+
+        If it is not given, it is ``sqrt(1 + ln(factor) / ln(original length))``, and 1 if nothing is stretched.
+        """
         if self.attention_factor is not None:
             return self.attention_factor
         factor = self.factor or max_position_embeddings / self.original_max_position_embeddings
@@ -77,8 +82,10 @@ class LongRope:
 
 @dataclass(frozen=True)
 class Multipliers:
-    """The four numbers in which MiniCPM and Granite differ from a Llama (see the module); an attention multiplier of
-    None stands for ``kv_channels ** -0.5``."""
+    """The four numbers in which MiniCPM and Granite differ from a Llama, defined in the module's docstring.
+
+    An attention multiplier of None stands for ``kv_channels ** -0.5``.
+    """
 
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
@@ -88,20 +95,20 @@ class Multipliers:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(Multipliers):
-    """Shapes and constants of a model.
+    """The shapes and constants of a model.
 
     Attributes:
-        ffn_hidden_size: rows of the gate and of the up projection.
-        num_query_groups: key / value heads.
-        kv_channels: size of one head; ``heads * kv_channels`` need not be ``hidden_size``.
-        vocab_size: tokens, without padding.
-        max_position_embeddings: longest sequence, in tokens.
-        norm_epsilon: of every RMSNorm.
-        tied: whether the embedding is the output layer, too.
-        longrope: None for plain RoPE.
+        ffn_hidden_size: the rows of the gate projection, and of the up projection.
+        num_query_groups: the number of key / value heads.
+        kv_channels: the size of one head; ``heads * kv_channels`` need not be ``hidden_size``.
+        vocab_size: the number of tokens, without padding.
+        max_position_embeddings: the length of the longest sequence, in tokens.
+        norm_epsilon: the epsilon of every RMSNorm.
+        tied: whether the embedding is also the output layer.
+        longrope: the LongRoPE, None for plain RoPE.
 
     Raises:
-        ArchitectureError: naming the numbers that do not go together.
+        ArchitectureError: if numbers are out of bounds or contradict each other; the message names them.
     """
 
     num_layers: int
@@ -144,11 +151,11 @@ class Architecture(Multipliers):
 
     @property
     def softmax_scale(self) -> float:
-        """Multiplier of ``q k^T``."""
+        """The multiplier of ``q k^T``."""
         return self.kv_channels**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     def computes_like(self, other: "Architecture") -> bool:
-        """Whether two descriptions mean the same, up to the rounding of the multipliers in fp64."""
+        """Returns whether two descriptions mean the same, up to the rounding of the multipliers in fp64."""
         names = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "softmax_scale")
         close = all(math.isclose(getattr(self, n), getattr(other, n), rel_tol=1e-12) for n in names)
         ones: dict[str, Any] = dict.fromkeys(names[:3], 1.0)
@@ -156,7 +163,7 @@ class Architecture(Multipliers):
         return close and ours == theirs
 
     def parameter_count(self) -> int:
-        """Parameters, without padding of the vocabulary."""
+        """Counts the parameters, without padding of the vocabulary."""
         heads = self.num_attention_heads + 2 * self.num_query_groups
         attention = self.hidden_size * self.kv_channels * (heads + self.num_attention_heads)
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
@@ -165,14 +172,16 @@ class Architecture(Multipliers):
 
 
 def uneven(parts: Mapping[str, int], size: int) -> str | None:
-    """What of the parts (name -> how many of it there are) a tensor-parallel size does not divide, and which sizes
-    divide everything; None where this one does."""
+    """Returns which parts (name -> count) a tensor-parallel size does not divide, and which sizes divide all parts.
+
+    Returns None if the size divides all parts.
+    """
     wrong = [f"{count} {what}" for what, count in parts.items() if count % size]
     fitting = ", ".join(map(str, divisors(math.gcd(*parts.values()))))
     return f"{' and '.join(wrong)}; these sizes do: {fitting}" if wrong else None
 
 
 def divisors(number: int) -> list[int]:
-    """Every whole number that divides a positive one, ascending."""
+    """Returns all divisors of a positive whole number, in ascending order."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})

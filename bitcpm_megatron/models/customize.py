@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MiniCPM4 family on a built ``GPTModel``: multipliers and LongRoPE, where megatron-core has neither.
+"""Multipliers and LongRoPE of the MiniCPM4 family on a built ``GPTModel``; megatron-core has neither.
 
-Everything is set on the instances of one model, after it was built and whoever built it, so that megatron-core's own
-code stays unchanged and Megatron-LM's model builder is served alike. Per item, what is displaced:
+Everything is set on the instances of one model after any builder has built it, so that megatron-core's own code stays
+unchanged and Megatron-LM's model builder is served alike. The symbols that each item displaces:
 
 - embedding multiplier: a forward hook on ``GPTModel.embedding``;
-- residual multiplier: ``TransformerLayer.self_attn_bda`` and ``.mlp_bda`` (bias-dropout-add), which get the branch
-  scaled;
+- residual multiplier: ``TransformerLayer.self_attn_bda`` and ``.mlp_bda`` (bias-dropout-add), which get the scaled
+  branch;
 - logits scaling: a forward pre-hook on ``GPTModel.output_layer`` divides the final hidden states, as MiniCPM does;
 - LongRoPE: ``GPTModel.rotary_pos_emb``.
 
 The attention multiplier is megatron-core's own ``TransformerConfig.softmax_scale``, which must be set before the model
-is built: see :func:`softmax_scale`. It takes LongRoPE's attention factor f along: cos and sin times f in queries and
-keys is ``f ** 2`` in their product, since every channel is rotated.
+is built, to the value of :func:`softmax_scale`. It includes LongRoPE's attention factor f: cos and sin times f in
+queries and keys is ``f ** 2`` in their product, since every channel is rotated.
 """
 
 import functools
@@ -32,7 +32,10 @@ _DONE = "_bitcpm_customized"
 def softmax_scale(
     multipliers: Multipliers, longrope: LongRope | None, kv_channels: int, max_position_embeddings: int
 ) -> float | None:
-    """What ``TransformerConfig.softmax_scale`` must be; None for megatron-core's own ``kv_channels ** -0.5``."""
+    """Returns the value that ``TransformerConfig.softmax_scale`` must have; None for megatron-core's default.
+
+    The default is ``kv_channels ** -0.5``.
+    """
     factor = 1.0 if longrope is None else longrope.effective_attention_factor(max_position_embeddings)
     scale = multipliers.attention_multiplier
     if scale is None and factor == 1.0:
@@ -41,10 +44,10 @@ def softmax_scale(
 
 
 def customize(model: GPTModel, multipliers: Multipliers, longrope: LongRope | None) -> None:
-    """Gives a model chunk its multipliers and LongRoPE (or leaves its RoPE); before DDP and :func:`apply_recipe`.
+    """Gives a model chunk its multipliers and LongRoPE (None keeps its RoPE); before DDP and :func:`apply_recipe`.
 
     Raises:
-        ValueError: the model was customized before, has no plain RoPE to replace, or was built with another softmax
+        ValueError: if the model was customized before, has no plain RoPE to replace, or was built with another softmax
             scale.
     """
     if getattr(model, _DONE, False):
@@ -75,7 +78,7 @@ class LongRotaryEmbedding(RotaryEmbedding):
     """megatron-core's rotary embedding with LongRoPE's frequencies, chosen by the length of the sequence.
 
     As in Transformers (``longrope_frequency_update``), all positions of a sequence beyond the original length take the
-    long factors, also the early ones.
+    long factors, including the early ones.
     """
 
     inv_freq: torch.Tensor
@@ -84,16 +87,16 @@ class LongRotaryEmbedding(RotaryEmbedding):
     original_length: int
 
     def forward(self, max_seq_len: int, offset: int = 0, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Angles ``[max_seq_len, 1, 1, kv_channels]`` in fp32, without what other context-parallel ranks rotate.
+        """Returns the fp32 angles ``[max_seq_len, 1, 1, kv_channels]``, without those of other context-parallel ranks.
 
-        MindSpeed's forward, which takes the place of megatron-core's for packed samples, reads ``inv_freq`` and asks
-        no method.
+        The frequencies are chosen by setting ``inv_freq``, because MindSpeed's forward, which replaces megatron-core's
+        for packed samples, reads that attribute and calls no method.
         """
         self._choose(max_seq_len + offset)
         return super().forward(max_seq_len, offset, *args, **kwargs)
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
-        """Angles ``[max_seq_len, kv_channels / 2]`` in fp32."""
+        """Returns the fp32 angles ``[max_seq_len, kv_channels / 2]``."""
         self._choose(max_seq_len + offset)
         return super().get_freqs_non_repeated(max_seq_len, offset)
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from ..cli import Number, Whole
 from .from_arguments import NAMES
 
-# Models have some tens or hundreds; beyond these bounds everything would overflow, and training be blamed.
+# Real models have some tens or hundreds; beyond these bounds everything would overflow, and training would be blamed.
 _FACTOR = Number(1e-6, 1e6)
 
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags to a group of a parser."""
+    """Adds the flags of the family to a group of a parser."""
     add = group.add_argument
     add("--scale-emb", type=_FACTOR, help="multiplies the embeddings (MiniCPM; Granite's embedding_multiplier)")
     add("--scale-depth", type=_FACTOR, help="multiplies every residual branch by this / sqrt(layers) (MiniCPM)")
@@ -39,7 +39,7 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def mistakes(args: argparse.Namespace) -> Iterator[str]:
-    """What cannot go together in parsed arguments, one line each."""
+    """Yields the contradictions among parsed arguments, one line each."""
     if args.scale_depth is not None and args.residual_multiplier is not None:
         yield "--scale-depth and --residual-multiplier say the same: give one"
     if args.dim_model_base is not None and args.logits_scaling is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What model a set of Megatron-LM's arguments describes, and the other way round.
+"""Conversion between Megatron-LM's arguments and the model that they describe, in both directions.
 
-Works on Megatron-LM's arguments by name, from wherever they come: a parsed command line, or a checkpoint's record.
+It works on Megatron-LM's arguments by name, from any source: a parsed command line, or a checkpoint's record.
 """
 
 import math
@@ -22,7 +22,7 @@ _OFF = (
     "add_qkv_bias qk_layernorm multi_latent_attention rotary_interleaved use_rope_scaling apply_layernorm_1p "
     "squared_relu quick_geglu attention_output_gate apply_residual_connection_post_layernorm"
 ).split()
-# What a model of this family says of itself; None is what a version without the argument says.
+# The values that arguments of a model of this family have; None is the value in versions without the argument.
 _NEEDED: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("rope",),
     "normalization": ("RMSNorm",),
@@ -40,7 +40,7 @@ _NEEDED: dict[str, tuple[Any, ...]] = {
 
 
 def multipliers_of(args: Mapping[str, Any]) -> Multipliers:
-    """The multipliers that arguments describe; absent ones are those of a Llama."""
+    """Returns the multipliers that arguments describe; absent ones are those of a Llama."""
 
     def given(name: str, default: Any = 1.0) -> Any:
         return default if args.get(name) is None else args[name]
@@ -54,7 +54,7 @@ def multipliers_of(args: Mapping[str, Any]) -> Multipliers:
 
 
 def longrope_of(args: Mapping[str, Any]) -> LongRope | None:
-    """LongRoPE's numbers, or None where the arguments name none."""
+    """Returns LongRoPE's numbers, or None if the arguments name no LongRoPE."""
     if args.get("rope_scaling_type") is None:
         return None
     return LongRope(
@@ -67,10 +67,15 @@ def longrope_of(args: Mapping[str, Any]) -> LongRope | None:
 
 
 def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
-    """The model that a run's arguments (with dependent defaults filled in) describe; ``vocab_size`` is unpadded.
+    """Returns the model that a run's arguments describe.
+
+    Args:
+        args: the arguments by name, with dependent defaults filled in.
+        vocab_size: the number of tokens, without padding.
 
     Raises:
-        ArchitectureError: the model is not of this family (no RoPE, LayerNorm, biases, experts ...), naming the flags.
+        ArchitectureError: if the model is not of this family (no RoPE, LayerNorm, biases, experts ...) or an argument
+            is missing; the message names the arguments.
     """
     foreign = [f"{name}={args.get(name)!r}" for name, accepted in _NEEDED.items() if args.get(name) not in accepted]
     if foreign:
@@ -90,7 +95,7 @@ def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
         num_query_groups=args["num_query_groups"] if grouped else heads,
         kv_channels=args.get("kv_channels") or args["hidden_size"] // heads,
         vocab_size=vocab_size,
-        # Megatron-LM's --norm-epsilon, under the configuration's name from 0.16 on.
+        # Megatron-LM's --norm-epsilon; from 0.16 on it has the configuration's name, layernorm_epsilon.
         norm_epsilon=args["layernorm_epsilon"] if args.get("norm_epsilon") is None else args["norm_epsilon"],
         rotary_base=float(args.get("rotary_base") or 10000),
         tied=not args.get("untie_embeddings_and_output_weights", False),
@@ -100,10 +105,10 @@ def architecture_of(args: Mapping[str, Any], vocab_size: int) -> Architecture:
 
 
 def arguments_of(architecture: Architecture) -> dict[str, Any]:
-    """The arguments, by name, that describe an architecture; the inverse of :func:`architecture_of`.
+    """Returns the arguments, by name, that describe an architecture; the inverse of :func:`architecture_of`.
 
     Raises:
-        ArchitectureError: Megatron-LM's flags cannot say it.
+        ArchitectureError: if Megatron-LM's flags cannot express the architecture.
     """
     a = architecture
     if a.rotary_base != int(a.rotary_base):
@@ -146,7 +151,11 @@ def arguments_of(architecture: Architecture) -> dict[str, Any]:
 
 
 def flags_of(architecture: Architecture) -> dict[str, Any]:
-    """The flags of a preset file (``launch/models``) that describe an architecture; see :func:`arguments_of`."""
+    """Returns the flags of a preset file (``launch/models``) that describe an architecture.
+
+    Raises:
+        ArchitectureError: if :func:`arguments_of` raises it.
+    """
     found: dict[str, Any] = {}
     for name, value in arguments_of(architecture).items():
         if name == "add_bias_linear":
