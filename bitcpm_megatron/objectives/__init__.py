@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 1: what training minimises."""
+"""Floor 1: the objectives that training minimizes."""

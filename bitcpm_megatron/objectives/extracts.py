@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of a teacher's logits where they cannot be: draws, or the likeliest ids; the logits are not gathered.
+"""Extracts of a teacher's logits that are small enough to keep: draws, or the likeliest ids.
 
-The vocabulary is split over ranks, and every rank gets the whole of what is kept. Tokens are taken in chunks, as by the
-losses of :mod:`~bitcpm_megatron.objectives.distillation`.
+The vocabulary is split over ranks; the logits are not gathered, and every rank gets the whole of what is kept. Tokens
+are taken in chunks, as by the losses of :mod:`~bitcpm_megatron.objectives.distillation`. In shapes, V is the padded
+vocabulary size and TP the number of ranks; T is the temperature.
 """
 
 import torch
@@ -15,23 +16,23 @@ from .distillation import Shard, chunks
 def draws(
     logits: torch.Tensor, uniform: torch.Tensor, vocab_size: int, temperature: float, group: ProcessGroup
 ) -> torch.Tensor:
-    """Ids drawn with replacement from softmax(logits / T), by the inverse of its cumulative sums.
+    """Draws ids with replacement from softmax(logits / T), by the inverse of its cumulative sums.
 
-    Each number finds its rank by the sums of all ranks, and its id within the rank's own: the same numbers give the
-    same ids over any number of ranks, but for the rounding of sums.
+    Each number finds its rank by the sums of all ranks, and its id within the rank's own sums: the same numbers give
+    the same ids over any number of ranks, except for the rounding of sums.
 
     Args:
         logits: bf16, fp16 or fp32 ``[..., V / TP]``, the columns of this rank.
-        uniform: fp32 ``[..., draws]``, from 0 to below 1, the same on every rank.
-        vocab_size: ids without padding; no other is drawn.
-        temperature: T.
+        uniform: the random numbers, fp32 ``[..., draws]``, from 0 to below 1, the same on every rank.
+        vocab_size: the number of ids without padding; no other is drawn.
+        temperature: the temperature T.
         group: the ranks that the vocabulary is split over, in equal parts by rank.
 
     Returns:
-        int32 ``[..., draws]``, the same on every rank.
+        The drawn ids, int32 ``[..., draws]``, the same on every rank.
 
     Raises:
-        ValueError: the logits of a token are not finite; on every rank alike.
+        ValueError: if the logits of a token are not finite; on every rank alike.
     """
     rows, numbers = logits.flatten(0, -2), uniform.flatten(0, -2)
     shard = Shard(rows.shape[1] * group.rank(), rows.shape[1], vocab_size, group)
@@ -43,7 +44,7 @@ def draws(
         bounds = shard.reduced(sums).cumsum(0).t().contiguous()
         require_finite(bounds[:, -1])
         wanted = numbers[chunk] * bounds[:, -1:]
-        # Rounding must not lead into the padding.
+        # Rounding must not select a rank or a column of the padding.
         owner = torch.searchsorted(bounds, wanted, right=True).clamp_(max=(vocab_size - 1) // shard.width)
         before = bounds[:, group.rank() - 1 : group.rank()] if group.rank() else torch.zeros_like(bounds[:, :1])
         column = torch.searchsorted(below, wanted - before, right=True).clamp_(max=shard.real - 1)
@@ -56,18 +57,18 @@ def draws(
 def likeliest(
     logits: torch.Tensor, k: int, vocab_size: int, temperature: float, group: ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k ids of each token that softmax(logits / T) is largest for, and its logarithm there.
+    """Returns the k ids of each token with the largest softmax(logits / T), and the logarithms of the softmax there.
 
     Args:
         logits: bf16, fp16 or fp32 ``[..., V / TP]``, the columns of this rank.
-        k: below the vocabulary size.
-        vocab_size: ids without padding; no other is among them.
-        temperature: T.
+        k: the number of ids per token, below the vocabulary size.
+        vocab_size: the number of ids without padding; no other is among the results.
+        temperature: the temperature T.
         group: the ranks that the vocabulary is split over, in equal parts by rank.
 
     Returns:
-        Ids int32 ``[..., k]``, the likeliest first, and fp32 ``[..., k]``, NaN for a token whose logits are not finite;
-        the same on every rank.
+        The ids, int32 ``[..., k]``, the likeliest first, and the logarithms, fp32 ``[..., k]``, NaN for a token whose
+        logits are not finite; the same on every rank.
     """
     rows = logits.flatten(0, -2)
     shard = Shard(rows.shape[1] * group.rank(), rows.shape[1], vocab_size, group)
@@ -88,17 +89,17 @@ def likeliest(
 def log_likelihoods(
     logits: torch.Tensor, ids: torch.Tensor, vocab_size: int, group: ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logarithm of softmax(logits) at an id of each token, and whether no other id has a larger one.
+    """Returns the logarithm of softmax(logits) at an id of each token, and whether no other id has a larger one.
 
     Args:
         logits: bf16, fp16 or fp32 ``[..., V / TP]``, the columns of this rank.
-        ids: int64 ``[...]``, below ``vocab_size``.
-        vocab_size: ids without padding; no other has a share in the softmax.
+        ids: the ids, int64 ``[...]``, below ``vocab_size``.
+        vocab_size: the number of ids without padding; no other has a share in the softmax.
         group: the ranks that the vocabulary is split over, in equal parts by rank.
 
     Returns:
-        fp32 ``[...]``, NaN for a token whose logits are not finite, and bool ``[...]``, of equal logits true for the
-        least id; the same on every rank.
+        The logarithms, fp32 ``[...]``, NaN for a token whose logits are not finite, and bool ``[...]``, true only for
+        the least id if several have the largest logit; the same on every rank.
     """
     rows, wanted = logits.flatten(0, -2), ids.flatten()
     shard = Shard(rows.shape[1] * group.rank(), rows.shape[1], vocab_size, group)
@@ -116,19 +117,19 @@ def log_likelihoods(
 
 
 def _weights(z: torch.Tensor, temperature: float, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exponentials of z / T below the maximum over all ranks, and their logarithms; those are in the place of z."""
+    """Returns the exponentials of z / T below the maximum over all ranks, and their logarithms, which overwrite z."""
     below = z.sub_(shard.reduced(z.amax(-1, keepdim=True), ReduceOp.MAX)).div_(temperature)
     return below.exp(), below
 
 
 def require_finite(found: torch.Tensor) -> None:
-    """Waits for the device, and raises a ValueError where what was made of a teacher's logits is not finite."""
+    """Waits for the device, and raises a ValueError if a result from a teacher's logits is not finite."""
     if not found.isfinite().all():
         raise ValueError("the teacher's logits are not finite: its weights are damaged, or it needs another precision")
 
 
 def _gathered(part: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """Those of all ranks, ``[n, k x ranks]``."""
+    """Gathers a part ``[n, k]`` from all ranks, as ``[n, k x ranks]``."""
     parts = [torch.empty_like(part) for _ in range(group.size())]
     torch.distributed.all_gather(parts, part, group=group)
     return torch.cat(parts, -1)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a teacher says of each token: all its logits, its likeliest ids with the rest as one bucket, or a few draws.
+"""A teacher's targets for each token: all logits, the likeliest ids with the rest as one bucket, or a few draws.
 
-The first axes of every tensor are those of the tokens, and the same as those of the student's logits: ``[s, b]`` as
-megatron-core has them, or ``[tokens]`` in a store. The last axis is the vocabulary, or the k ids kept of each token.
+The first axes of every tensor are those of the tokens, ``[...]``, and the same as those of the student's logits:
+``[s, b]`` (sequence length, micro-batch size) as in megatron-core, or ``[tokens]`` in a store. The last axis is the
+vocabulary (V padded ids over TP tensor-parallel ranks), or the k ids kept of each token.
 """
 
 from collections.abc import Callable
@@ -16,31 +17,31 @@ TokenIndex: TypeAlias = _Index | tuple[_Index, ...]
 
 _T = TypeVar("_T", bound="_OfTokens")
 
-# The largest ln sum_K p that is rounding: ln p in fp16 is off by 2^-12 of itself, and the sum of -p ln p is below 12.
+# The largest ln sum_K p that rounding can give: ln p in fp16 is off by 2^-12 of itself, the sum of -p ln p is below 12.
 _ROUNDING = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class _OfTokens:
-    """Tensors that share the axes of their tokens."""
+    """The base of targets: tensors that share the axes of their tokens."""
 
     def __getitem__(self: _T, tokens: TokenIndex) -> _T:
-        """Those of some tokens, a view where torch has one: ``targets[start:end]``, ``targets[:, rows]``."""
+        """Returns the targets of some tokens, as views if possible: ``targets[start:end]``, ``targets[:, rows]``."""
         axes = tokens if isinstance(tokens, tuple) else (tokens,)
         index = (*axes, ..., slice(None))
         return self._each(lambda tensor: tensor[index])
 
     def to(self: _T, device: torch.device | str, non_blocking: bool = False) -> _T:
-        """The same on another device, moved as ``torch.Tensor.to`` moves."""
+        """Returns the targets on another device, moved as ``torch.Tensor.to`` does."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def flatten(self: _T) -> _T:
-        """The same with one axis of tokens."""
+        """Returns the targets with one axis of tokens."""
         return self._each(lambda tensor: tensor.flatten(0, -2))
 
     @property
     def shape(self) -> torch.Size:
-        """Of the tokens."""
+        """The shape of the axes of the tokens."""
         return next(iter(self._tensors().values())).shape[:-1]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -57,7 +58,7 @@ class DenseTargets(_OfTokens):
     Attributes:
         logits: bf16, fp16 or fp32 ``[..., V / TP]`` as the teacher's output layer gives them, before any temperature.
             The columns of this rank are the same ids as in the student: the teacher is built with the student's padded
-            vocabulary size, and whatever stands in the padding is not read.
+            vocabulary size, and the values in the padding are not read.
     """
 
     logits: torch.Tensor
@@ -65,17 +66,17 @@ class DenseTargets(_OfTokens):
 
 @dataclass(frozen=True, eq=False)
 class TopKTargets(_OfTokens):
-    """The likeliest ids of each token; whatever probability they leave is that of all other ids together.
+    """The likeliest ids of each token; the probability that they leave is that of all other ids together.
 
     Attributes:
-        ids: int32 ``[..., k]``, each once per token, below the vocabulary size; k is below it too.
+        ids: int32 ``[..., k]``, each once per token, below the vocabulary size; k is below it, too.
         log_probabilities: ``[..., k]``, natural logarithms of the teacher's softmax over the whole vocabulary at
-            ``temperature``, not renormalised over k. fp32 leaves the rest exact to some 1e-7; fp16 to ``2^-12`` of the
-            teacher's entropy, which is small where the rest is.
-        temperature: at which the teacher's softmax was taken.
+            ``temperature``, not renormalized over k. With fp32 the rest is exact to some 1e-7, with fp16 to ``2^-12``
+            of the teacher's entropy, which is small if the rest is small.
+        temperature: the temperature of the teacher's softmax.
 
     Raises:
-        ValueError: other shapes or dtypes.
+        ValueError: if the shapes or dtypes are others.
     """
 
     ids: torch.Tensor
@@ -86,24 +87,24 @@ class TopKTargets(_OfTokens):
         _check_pair(self.ids, "log_probabilities", self.log_probabilities, self.log_probabilities.is_floating_point())
 
     def malformed(self, vocab_size: int) -> torch.Tensor:
-        """Bool ``[...]``: tokens with an id outside the vocabulary, or with probabilities whose sum is above 1."""
+        """Marks, as bool ``[...]``, tokens with an id outside the vocabulary, or probabilities whose sum is above 1."""
         return _outside(self.ids, vocab_size) | ~(self.log_probabilities.float().logsumexp(-1) < _ROUNDING)
 
 
 @dataclass(frozen=True, eq=False)
 class SampledTargets(_OfTokens):
-    """How often each id came up in draws from the teacher's softmax: p is estimated by ``counts / draws``.
+    """The counts of each id among draws from the teacher's softmax: p is estimated by ``counts / draws``.
 
     Sampled distillation is unbiased (arXiv 2503.16870).
 
     Attributes:
         ids: int32 ``[..., k]``, each once per token, below the vocabulary size; 0 where the count is 0.
-        counts: uint8 ``[..., k]``, whose sum is ``draws`` for every token; 0 in places that a token does not need.
-        draws: drawn per token.
-        temperature: at which the teacher's softmax was taken.
+        counts: uint8 ``[..., k]``, whose sum is ``draws`` for every token; 0 in unused places.
+        draws: the number of draws per token.
+        temperature: the temperature of the teacher's softmax.
 
     Raises:
-        ValueError: other shapes or dtypes.
+        ValueError: if the shapes or dtypes are others.
     """
 
     ids: torch.Tensor
@@ -115,7 +116,7 @@ class SampledTargets(_OfTokens):
         _check_pair(self.ids, "uint8 counts", self.counts, self.counts.dtype == torch.uint8)
 
     def malformed(self, vocab_size: int) -> torch.Tensor:
-        """Bool ``[...]``: tokens with an id outside the vocabulary, or with another number of draws."""
+        """Marks, as bool ``[...]``, tokens with an id outside the vocabulary, or with another number of draws."""
         return _outside(self.ids, vocab_size) | (self.counts.sum(-1) != self.draws)
 
 
