@@ -316,7 +316,7 @@ def register_linear(linear: type, kind: Literal["column", "row"], norm_methods: 
     register(linear, kind, norm_methods)
 
 
-is_quantized = is_shadow  # the test of a weight as the forward of a linear sees it
+is_quantized = is_shadow  # tests a weight as the forward of a linear sees it
 
 
 def write_record(checkpoint: Path) -> None:

@@ -39,7 +39,7 @@ def check_quantizer(checkpoint: Path, wanted: QuantizerRecord | None, allow_chan
         raise CheckpointError(str(error)) from None
 
 
-# The values that hold for runs which did not know these arguments.
+# The values of arguments that are missing in checkpoints of older versions.
 _BEFORE = {
     "window_size": None,
     "start_weight_decay": None,
@@ -65,7 +65,7 @@ def check_arguments(args: argparse.Namespace, saved: Mapping[str, Any], checkpoi
     # A shorter embedding would be cut silently; a longer one would hold rows that were never trained.
     vocabulary = _differences(args, saved, ["vocab_size"])
     checks.append((vocabulary, "the vocabulary is another one: give its tokenizer, or --vocab-size"))
-    # Compare contents, because the path may differ. Checkpoints written before there were identities do not have one.
+    # Compare contents, because the path may differ. Checkpoints of older versions have no identity to compare.
     before, now = saved.get("tokenizer_identity"), getattr(args, "tokenizer_identity", None)
     if None not in (before, now) and before != now and not args.finetune:
         was = "mock data" if saved.get("mock_data") else f"the tokenizer {saved.get('tokenizer_model')}"
@@ -112,7 +112,7 @@ def check_data(args: argparse.Namespace, saved: Mapping[str, Any], checkpoint: P
     Raises:
         CheckpointError: if they differ and ``--allow-data-change`` is not given.
     """
-    # Checkpoints written before there were digests do not have any.
+    # Checkpoints of older versions have no digests to compare.
     if saved.get("data_digests", args.data_digests) == args.data_digests:
         return []
     now, before = (

@@ -90,7 +90,7 @@ def require_file(path: Path) -> os.stat_result:
     """Returns the status of a path, which must lead to a regular file and not to a directory, pipe or socket.
 
     Raises:
-        FileError: if the path leads to no regular file; the message tells a missing file from one of another kind.
+        FileError: if the path leads to no regular file; the message says whether it is missing or of another kind.
     """
     try:
         found = path.stat()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way from conversations to the token files of supervised fine-tuning."""
+"""Preparation of conversations as the token files of supervised fine-tuning."""

@@ -20,7 +20,7 @@ class Questioner:
             tokenizer's ``eos_token``.
 
     Raises:
-        ValueError: if the template does not show where answers are and end.
+        ValueError: if the template does not show where answers begin and end.
     """
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, template: ChatTemplate) -> None:

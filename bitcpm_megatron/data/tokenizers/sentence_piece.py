@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SentencePiece models: the tokenizer that uses one, and their training on text."""
+"""SentencePiece models: a tokenizer that uses one, and the training of one on text."""
 
 import errno
 import hashlib
