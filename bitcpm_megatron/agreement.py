@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement among ranks on errors: an error on one rank is raised on all, so that no rank waits in a collective."""
+"""Agreement among ranks on errors: an error on one rank is raised on all, so that no rank hangs in a collective."""
 
 import contextlib
 from collections.abc import Iterator

@@ -187,7 +187,7 @@ def _read(kind: "Whole | Number", text: str) -> Any:
 def command_digest(args: argparse.Namespace, without: Collection[str]) -> str:
     """Returns the SHA-256 of a command line `without` the arguments that do not change the output.
 
-    A command that resumes interrupted work compares it, to continue only the work of the same command line.
+    Equal digests mean the same command, which may finish what a killed one has left.
     """
     words = json.dumps({key: value for key, value in sorted(vars(args).items()) if key not in without}, default=str)
     return hashlib.sha256(words.encode()).hexdigest()

@@ -332,7 +332,7 @@ def _quantize(
     from .parallel.prepare import prepare_ternary
 
     def fill(weights: Sequence[torch.nn.Parameter]) -> None:
-        """Fills weights from the meta device, without values before loading, with random ones for the probe."""
+        """Gives weights from the meta device, which have no values before loading, random ones for the probe."""
         if checkpoint is None:
             raise HostError(_UNINITIALISED)
         for weight in weights:

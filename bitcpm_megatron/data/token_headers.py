@@ -103,7 +103,8 @@ def split_mistake(
 ) -> str | None:
     """Returns why ``--split`` leaves a needed part (``training``, ``validation``, ``test``) without data, or None.
 
-    Samples have `sequence` tokens. Each of several files without weights (`weighted` is false) must hold a sample.
+    Samples have `sequence` tokens. Without weights (`weighted` is false) each of several files contributes the samples
+    that it has, and must have at least one.
 
     Raises:
         ValueError: if ``--split`` does not hold shares.

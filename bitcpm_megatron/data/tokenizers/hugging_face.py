@@ -39,7 +39,8 @@ class HuggingFaceTokenizer:
         vocab_size: one more than the largest id, added tokens included.
         eod: the id of ``eos_token``, the same as ``eos``.
         pad: the id of ``pad_token``, -1 without one.
-        unique_identifiers: the content of ``tokenizer.json`` and the special tokens.
+        unique_identifiers: what megatron-core hashes into the name of its index cache: the digest of
+            ``tokenizer.json``, ``eod``, ``pad`` and the tokens that the configuration adds.
 
     Raises:
         ValueError: if a file is missing or damaged, there is no ``eos_token``, or the configuration asks for other ids
