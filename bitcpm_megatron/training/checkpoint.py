@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a run, to and from checkpoints in megatron-core's ``torch_dist`` format."""
+"""Saving and loading the state of a run as checkpoints in megatron-core's ``torch_dist`` format."""
 
 import argparse
 import contextlib
@@ -54,16 +54,17 @@ _LAYOUT = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model"
 class Saver:
     """Writes the checkpoints of a run; collective over all ranks.
 
-    With ``--async-save`` a forked process writes a snapshot of this moment while training goes on, and the checkpoint
-    is published at a later :meth:`poll`. A save waits for the one before it. One that fails, such as on a full disk,
-    leaves nothing behind: every method then raises :class:`~bitcpm_megatron.cli.FailedError`, on every rank alike.
+    With ``--async-save`` a forked process writes a snapshot of the current state while training goes on, and the
+    checkpoint is published at a later :meth:`poll`. A save waits for the one before it. A save that fails, for example
+    on a full disk, leaves no files: the method that meets the failure, which may be any method, raises
+    :class:`~bitcpm_megatron.cli.FailedError`, on every rank alike.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._queue = AsyncCallsQueue() if run.args.async_save else None
         self._bytes = 0
-        # The one that is being written, and those that became complete since they were last asked for.
+        # The checkpoint that is being written, and those that have become complete since the last poll.
         self._final = Path()
         self._complete: list[Path] = []
         self._record = run.model.record
@@ -71,7 +72,7 @@ class Saver:
         checkpointing.hold_write_errors()
 
     def save(self) -> None:
-        """Saves this moment, or begins to."""
+        """Saves the current state, or begins to."""
         self.wait()
         with latents(self._run.model.chunks):
             self._save()
@@ -83,7 +84,7 @@ class Saver:
             self._record = replace(run.model.record, ramp=run.ramp)
         for chunk in run.model.chunks:
             if chunk.ddp_config.overlap_param_gather:
-                # Other ranks' shards of the weights would come with the next forward only.
+                # Otherwise the other ranks' shards of the weights would arrive only with the next forward pass.
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
         state = _model_state(run.model)
@@ -116,7 +117,7 @@ class Saver:
                 self._queue.schedule_async_request(request)
 
     def poll(self) -> list[Path]:
-        """The checkpoints that became complete since the last call."""
+        """Returns the checkpoints that have become complete since the last call."""
         self._is_writing()
         complete, self._complete = self._complete, []
         return complete
@@ -125,7 +126,8 @@ class Saver:
         """Waits until every checkpoint that was begun is complete.
 
         Raises:
-            FailedError: also where the writer does not finish within ``--distributed-timeout-minutes``.
+            FailedError: if a checkpoint cannot be written, or its writer does not finish within
+                ``--distributed-timeout-minutes``.
         """
         deadline = time.monotonic() + 60 * self._run.args.distributed_timeout_minutes
         while self._is_writing():
@@ -137,11 +139,11 @@ class Saver:
             time.sleep(0.02)
 
     def _is_writing(self) -> bool:
-        """Whether a checkpoint is still being written; one that is not any more gets published."""
+        """Returns whether a checkpoint is still being written; publishes those whose writing has finished."""
         if self._queue is None or not self._queue.get_num_unfinalized_calls():
             return False
         with self._or_nothing():
-            # Not blocking=True: upstream's writer waits for ever for a process of its own that was killed.
+            # With blocking=True, upstream's writer would wait forever for a killed process of its own.
             self._queue.maybe_finalize_async_calls(blocking=False)
         return self._queue.get_num_unfinalized_calls() > 0
 
@@ -160,7 +162,7 @@ class Saver:
 
     @contextlib.contextmanager
     def _or_nothing(self) -> Iterator[None]:
-        """Removes what was written of a checkpoint where its writing raises, which is on every rank alike."""
+        """Removes an incomplete checkpoint if writing it raises, which happens on every rank alike."""
         final = self._final
         try:
             yield
@@ -177,7 +179,7 @@ class Saver:
 
 
 def _words(error: OSError | CheckpointException) -> str:
-    """The reason why something was not written; empty on ranks that upstream does not tell."""
+    """Returns the reason why something was not written; empty on ranks to which upstream does not report it."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     causes = [str(cause) for cause, _ in error.failures.values()]
@@ -185,18 +187,19 @@ def _words(error: OSError | CheckpointException) -> str:
 
 
 def _bytes(state: dict[str, Any]) -> int:
-    """What this rank writes of a sharded state dict."""
+    """Returns how many bytes of a sharded state dict this rank writes."""
     tensors = (value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory))
     return sum(t.data.nbytes for t in tensors if is_main_replica(t.replica_id) and t.data is not None)
 
 
 def load(run: Run, checkpoint: Path) -> list[str]:
-    """Restores weights, and unless ``--finetune`` optimizer, schedule, position and random states; returns what to log.
+    """Restores the state of a run from a checkpoint, and returns lines for the log.
 
-    A ``release`` holds weights alone.
+    The state is the weights and, without ``--finetune``, also the optimizer, the schedule, the position in the data
+    and the random states. A ``release`` holds weights only.
 
     Raises:
-        CheckpointError: the checkpoint lacks what is asked of it.
+        CheckpointError: if the checkpoint lacks what is requested, or does not fit the arguments.
     """
     args, saved = run.args, saved_arguments(checkpoint)
     weights_alone = args.finetune or checkpoint.name == RELEASE
@@ -247,27 +250,27 @@ def _load_schedule(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
             "for these, or --use-checkpoint-opt-param-scheduler for the checkpoint's"
         ) from None
     if run.args.override_opt_param_scheduler:
-        # The scheduler asks the parameter groups first, which came with the optimizer state.
+        # The scheduler prefers the rates of the parameter groups, which were loaded with the optimizer state.
         for group in run.optimizer.param_groups:
             group["max_lr"], group["min_lr"] = run.args.lr, run.args.min_lr
-    # It has set the weight decay of this moment before it took the checkpoint's.
+    # load_state_dict() sets the weight decay of this moment before it has restored the checkpoint's.
     run.scheduler.step(0)
 
 
 def load_weights(checkpoint: Path, model: Model) -> None:
-    """Restores the latent weights alone; collective over all ranks, at any parallel layout."""
+    """Restores only the latent weights; collective over all ranks, in any parallel layout."""
     _load(checkpoint, model, without_scales(_model_state(model)))
 
 
 def trained_model(args: argparse.Namespace, checkpoint: Path, padded_vocab_size: int) -> Model:
-    """The model of a checkpoint, to be read and not to be trained; collective over all ranks.
+    """Returns the model of a checkpoint for inference, without gradients; collective over all ranks.
 
-    One that was saved on a ramp of the quantizer computes what the next step of its run would.
+    A model that was saved during the quantizer's ramp computes what the next step of its run would compute.
 
     Args:
-        args: of :func:`~.flags.arguments_of`, with a layout that the process groups have.
-        checkpoint: whose weights it gets.
-        padded_vocab_size: rows of its embedding; what stands in those that the checkpoint lacks is undefined.
+        args: the arguments from :func:`~.flags.arguments_of`, with the layout of the process groups.
+        checkpoint: the checkpoint that the weights come from.
+        padded_vocab_size: the rows of the embedding; the values of rows that the checkpoint lacks are undefined.
     """
     model = build_model(args, padded_vocab_size, with_ddp=False)
     load_weights(checkpoint, model)
@@ -279,7 +282,7 @@ def trained_model(args: argparse.Namespace, checkpoint: Path, padded_vocab_size:
 
 
 def _load(checkpoint: Path, model: Model, state: dict[str, Any]) -> dict[str, Any]:
-    """Reads what a sharded state dict asks for, and gives the model its weights."""
+    """Reads the entries of a sharded state dict from a checkpoint, and loads the weights among them into the model."""
     loaded = read(state, checkpoint)
     for key, chunk in _chunks(model).items():
         chunk.load_state_dict(loaded[key])
@@ -287,7 +290,7 @@ def _load(checkpoint: Path, model: Model, state: dict[str, Any]) -> dict[str, An
 
 
 def _chunks(model: Model) -> dict[str, GPTModel]:
-    """The model chunks of this rank, by their names in a checkpoint."""
+    """Returns the model chunks of this rank, by their names in a checkpoint."""
     return {"model" if len(model.bare) == 1 else f"model{i}": chunk for i, chunk in enumerate(model.bare)}
 
 
@@ -299,14 +302,14 @@ def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": _RESHARDABLE,
         "distrib_optim_fully_reshardable_mem_efficient": False,
-        # With expert parallelism there are two optimizers: their keys must not depend on it.
+        # With expert parallelism there are two optimizers; the keys must be the same as without it.
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
 
 def _rng_state(args: argparse.Namespace) -> ShardedObject:
-    """The random states of this tensor / pipeline rank, under Megatron-LM's key."""
+    """Returns the random states of this tensor- and pipeline-parallel rank, under Megatron-LM's key."""
     state = {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From arguments to micro-batches: megatron-core's GPTDataset, or conversations; resumes at the very next sample."""
+"""Training data: micro-batches of megatron-core's GPTDataset or of conversations; a run resumes at the next sample."""
 
 import argparse
 import functools
@@ -32,19 +32,19 @@ from .mistakes import AT_ENDS
 
 Batch = dict[str, torch.Tensor]
 STORED = "stored"
-"""In a batch: what a target store says of its samples; see :class:`~.distillation.store.StoredTargets`."""
+"""Key of a batch: the records of its samples in a target store (:class:`~.distillation.store.StoredTargets`)."""
 _SOURCES = ("data_path", "train_data_path", "valid_data_path")
-# Another number for indices of the same data that are not what they were.
+# The version of the sample indices in the cache: increase it when the same data are to have other indices.
 _INDICES = 1
 
 
 class DataError(ValueError):
-    """The data hold what the model cannot read; raised on every rank alike."""
+    """Data that the model cannot be trained on; raised on every rank alike."""
 
 
 @dataclass
 class Data:
-    """Training and validation samples; ``valid`` is None where none were asked for, ``note`` a line for the log."""
+    """Training and validation samples; ``valid`` is None if none were requested, ``note`` is a line for the log."""
 
     train: torch.utils.data.Dataset
     valid: torch.utils.data.Dataset | None
@@ -52,12 +52,13 @@ class Data:
 
 
 def build_tokenizer(args: argparse.Namespace) -> tuple[Tokenizer, int]:
-    """The tokenizer and the padded size of the vocabulary; fills in ``vocab_size`` where it was not given.
+    """Returns the tokenizer and the padded size of the vocabulary; fills in ``vocab_size`` if it was not given.
 
-    Fills in ``tokenizer_identity`` of the arguments, too: what tells the tokenizer from others, wherever it stands.
+    Also fills in ``tokenizer_identity`` of the arguments, which distinguishes the tokenizer from others independently
+    of its path.
 
     Raises:
-        ValueError: none is named, or ``--vocab-size`` is less than the tokenizer needs.
+        ValueError: if no tokenizer is named, or ``--vocab-size`` is less than the tokenizer needs.
     """
     tokenizer: Tokenizer
     if args.mock_data:
@@ -80,16 +81,17 @@ def build_tokenizer(args: argparse.Namespace) -> tuple[Tokenizer, int]:
 
 
 def find_files(args: argparse.Namespace, end_of_document: int) -> dict[str, list[TokenFile]]:
-    """Reads what the token files say about themselves, on rank 0 for all ranks; collective.
+    """Reads and checks the headers of the token files, on rank 0 for all ranks; collective.
 
-    Fills in ``data_digests`` of the arguments: what tells the training data from others.
+    Fills in ``data_digests`` of the arguments, which distinguish the training data from others.
 
     Returns:
         The files of ``--data-path``, ``--train-data-path`` and ``--valid-data-path``, by the names of the arguments.
 
     Raises:
-        ValueError: on every rank alike, naming the file: it is missing or damaged, holds tokens that the vocabulary
-            lacks, ``--split`` leaves nothing of it, or it has no ends of documents that a flag asks for.
+        ValueError: if a file is missing or damaged, holds tokens that the vocabulary lacks, is left empty by
+            ``--split``, or lacks the end-of-document tokens that a flag requires. The message names the file; raised
+            on every rank alike.
     """
     told: list[dict[str, list[TokenFile]]] = [{}]
     with together():
@@ -110,7 +112,7 @@ def _read_files(args: argparse.Namespace, end_of_document: int) -> dict[str, lis
     if args.data_path is not None:
         needed = ("training", "validation") if args.eval_iters else ("training",)
         weighted = blends["data_path"][1] is not None
-        # Samples of conversations are whole ones, however short.
+        # A sample of conversations is usable however short it is.
         length = 0 if args.sft else args.seq_length
         found.append(split_mistake(files["data_path"], args.split, needed, length, weighted))
     asked = [f"--{name.replace('_', '-')}" for name in AT_ENDS if getattr(args, name)]
@@ -126,13 +128,13 @@ def _read_files(args: argparse.Namespace, end_of_document: int) -> dict[str, lis
 
 
 def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[str, Sequence[TokenFile]]) -> Data:
-    """Builds (or finds in the cache) the sample indices, for as many samples as the run will ask for; collective.
+    """Builds the sample indices, or finds them in the cache, for as many samples as the run will use; collective.
 
-    megatron-core shuffles exactly so many: beyond one pass over the data the order of the training samples depends on
-    ``--train-iters``, which may be None for one pass. The files are those that :func:`find_files` found.
+    megatron-core shuffles exactly this number of samples: beyond one pass over the data the order of the training
+    samples depends on ``--train-iters``, which may be None for one pass. The files are those of :func:`find_files`.
 
     Raises:
-        ValueError: no training samples, or too few for evaluation; on every rank alike.
+        ValueError: if there are no training samples, or none for evaluation; on every rank alike.
     """
     # Every evaluation reads the same validation samples, from the first.
     wanted = None if args.train_iters is None else args.train_iters * args.global_batch_size
@@ -144,11 +146,11 @@ def build_data(args: argparse.Namespace, tokenizer: Tokenizer, files: Mapping[st
 
     paths, root, note = args.data_path or args.train_data_path, None, None
     if args.sft:
-        pass  # the order of conversations is not kept: it takes no time
+        pass  # The order of conversations is not cached, because computing it takes no time.
     elif args.data_cache_path is not None:
         root = Path(args.data_cache_path)
     elif paths is not None:
-        # Where megatron-core keeps them, too. The indices of synthetic data need not be kept.
+        # megatron-core has its cache here, too. The indices of synthetic data need no cache.
         root = Path(blend_of(paths)[0][0]) / "cache" / "GPTDataset_indices"
     if root is not None:
         parts = {
@@ -188,25 +190,25 @@ def _config(args: argparse.Namespace, tokenizer: Tokenizer, directory: Path | No
         path_to_cache=None if directory is None else str(directory),
         tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
-        # For masks, which nothing here makes: see batches().
+        # This concerns attention masks, which the dataset does not make: read_batches() marks the documents instead.
         reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
     )
     if config.split_matrix is not None:
-        # For a part without documents upstream counts epochs for ever, also where no sample of it is wanted. The bounds
-        # of the others stay where --split puts them.
+        # Upstream counts epochs forever for a part without documents, even if no sample of it is wanted. Unwanted parts
+        # are therefore removed; the bounds of the others remain those of --split.
         wanted = (True, args.eval_iters > 0, False)
         config.split_matrix = [part if want else None for part, want in zip(config.split_matrix, wanted, strict=True)]
     return config
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """Builds the datasets of one rank. The original lets rank 0 go first, and where that one fails the others hang."""
+    """Builder of the datasets of one rank; upstream's lets rank 0 go first, and if that fails, the others hang."""
 
     @staticmethod
     def build_generic_dataset(cls: Callable, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any) -> Any:
-        """Builds one."""
+        """Builds one dataset."""
         return cls(*args)
 
     def _build_megatron_datasets_parallel(self, prefixes: list[str], split: Any, sizes_per_dataset: Any) -> list[list]:
@@ -218,20 +220,21 @@ class _Builder(BlendedMegatronDatasetBuilder):
 
 
 class ConversationDataset(MegatronDataset):
-    """Samples of supervised fine-tuning, of which answers count; each epoch has an order of its own.
+    """Samples for supervised fine-tuning, with a loss on answers only; each epoch has an order of its own.
 
-    Sample i is the same however many are asked for. Its tensors are ``[sequence_length]``: ``tokens`` and ``labels``
-    (int64), ``loss_mask`` (float; 1 where the next token belongs to an answer), ``position_ids`` (int64, from 0 in each
-    conversation), and where conversations start (bool). The padding behind the last conversation counts as one more:
-    it is told by its place, for many models end texts with the token that they pad with.
+    Sample i does not depend on the number of samples requested. Its tensors are ``[sequence_length]``: ``tokens`` and
+    ``labels`` (int64), ``loss_mask`` (fp32; 1 if the next token belongs to an answer), ``position_ids`` (int64, from 0
+    in each conversation), and under :data:`STARTS` the first tokens of conversations (bool). The padding after the last
+    conversation counts as one more conversation. It is recognized by its position, because many models end texts with
+    the token that they pad with.
 
     Args:
-        dataset: of :meth:`build_low_level_dataset`.
-        dataset_path: the prefix.
-        indices: of the samples that belong to this split.
-        num_samples: the least that there have to be, over epochs; None for one epoch.
-        index_split: train, validation or test.
-        config: its ``random_seed``, ``sequence_length`` and ``tokenizer`` are used.
+        dataset: the token files from :meth:`build_low_level_dataset`.
+        dataset_path: the prefix of the token files.
+        indices: the indices of the samples that belong to this split.
+        num_samples: the least number of samples over all epochs; None for one epoch.
+        index_split: the split: train, validation or test.
+        config: the configuration; its ``random_seed``, ``sequence_length`` and ``tokenizer`` are used.
     """
 
     def __init__(
@@ -250,12 +253,12 @@ class ConversationDataset(MegatronDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> dict[str, IndexedDataset]:
-        """The three token files of a prefix."""
+        """Opens the three token files of a prefix."""
         return {part: IndexedDataset(path, mmap=True) for part, path in sft_prefixes(dataset_path).items()}
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: dict[str, IndexedDataset]) -> int:
-        """The number of samples, which ``--split`` divides."""
+        """Returns the number of samples, which ``--split`` divides."""
         return len(low_level_dataset[TOKENS])
 
     def __len__(self) -> int:
@@ -265,7 +268,7 @@ class ConversationDataset(MegatronDataset):
         return self.sample(self.number(index))
 
     def number(self, index: int) -> int:
-        """Which of the samples of this split, in the order of the files, comes at an index."""
+        """Returns the number, in the order of the files, of this split's sample that comes at an index."""
         epoch, place = divmod(index, len(self.indices))
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.config.random_seed, epoch]).permutation(len(self.indices))
@@ -273,14 +276,14 @@ class ConversationDataset(MegatronDataset):
         return int(self._order[place])
 
     def sample(self, number: int) -> dict[str, torch.Tensor]:
-        """One of the samples of this split, by its number in the order of the files."""
+        """Returns one of this split's samples, by its number in the order of the files."""
         at = int(self.indices[number])
         found = {part: torch.from_numpy(file[at].astype(np.int64)) for part, file in self.dataset.items()}
         used, ends = len(found[TOKENS]), found[ENDS]
         length, tokenizer = self.config.sequence_length, self.config.tokenizer
         tokens = torch.full((length,), tokenizer.eod if tokenizer.pad < 0 else tokenizer.pad)
         tokens[:used] = found[TOKENS]
-        # A token counts where the next one belongs to an answer; behind the last one of a conversation is none.
+        # A token counts if the next one belongs to an answer; the last token of a conversation has no next one.
         counted = torch.zeros(length)
         counted[: used - 1] = found[ANSWERS][1:].float()
         counted[ends - 1] = 0.0
@@ -298,10 +301,10 @@ class ConversationDataset(MegatronDataset):
 
 
 def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[Batch]:
-    """Micro-batches of this data- and context-parallel rank, from sample number ``consumed`` on, around for ever.
+    """Yields the micro-batches of this data- and context-parallel rank from sample ``consumed`` on, cycling forever.
 
-    Every global batch is the next ``global_batch_size`` samples of the dataset, so that the order depends neither on
-    where a run was stopped nor on the number of ranks.
+    Every global batch consists of the next ``global_batch_size`` samples of the dataset, so that the order depends
+    neither on where a run was stopped nor on the number of ranks.
     """
     size = args.micro_batch_size
     starts = itertools.count(consumed + parallel_state.get_data_parallel_rank() * size, size * args.data_parallel_size)
@@ -309,39 +312,39 @@ def batches(args: argparse.Namespace, dataset: Any, consumed: int) -> Iterator[B
 
 
 def read_batches(args: argparse.Namespace, dataset: Any, indices: Iterable[list[int]]) -> Iterator[Batch]:
-    """The micro-batches with the samples at these indices, as this context-parallel rank takes them."""
+    """Yields the micro-batches of the samples at the given indices, each as this context-parallel rank takes it."""
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=indices,
         num_workers=args.num_workers,
-        # Of its own: from the global one each loader would draw, and a resumed run go on with other random numbers.
+        # Each loader would draw from the global generator, and a resumed run would go on with other random numbers.
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
     for batch in loader:
         if args.reset_attention_mask:
             batch[STARTS] = starts_after(batch["tokens"], dataset.config.tokenizer.eod)
-        # Of whole samples, whichever part of them is this rank's.
+        # Stored targets stay whole here; StoredTargets.attach() takes this rank's part of them.
         stored = {STORED: batch.pop(STORED)} if STORED in batch else {}
         yield {**of_this_rank(args, batch), **stored}
 
 
 def of_this_rank(args: argparse.Namespace, batch: Batch) -> Batch:
-    """A micro-batch as the model takes it: as it is, or this context-parallel rank's part of one packed row."""
+    """Returns a micro-batch as the model takes it: unchanged, or this context-parallel rank's part of a packed row."""
     if not packs(args):
         return batch
     return pack(batch, parallel_state.get_context_parallel_rank(), args.context_parallel_size)
 
 
 def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A micro-batch on this process's device, but for the lengths of documents, over which loops run on the CPU."""
+    """Moves a micro-batch to this process's device, except for the document lengths, which the CPU loops over."""
     return {
         name: value if name == CUMULATIVE else value.to(device(), non_blocking=True) for name, value in batch.items()
     }
 
 
 def schedule_shape(args: argparse.Namespace) -> dict[str, int]:
-    """What megatron-core's schedules are told of a micro-batch: a packed row holds the tokens of all of its rows."""
+    """Returns a micro-batch's shape for megatron-core's schedules; a packed row holds the tokens of all its rows."""
     rows = args.micro_batch_size
     if packs(args):
         return {"seq_length": args.seq_length * rows, "micro_batch_size": 1}
@@ -349,12 +352,12 @@ def schedule_shape(args: argparse.Namespace) -> dict[str, int]:
 
 
 def packs(args: argparse.Namespace) -> bool:
-    """Whether micro-batches are one packed row each, of documents or, over context-parallel ranks, of samples."""
+    """Returns whether a micro-batch is one packed row, of documents or, with context parallelism, of samples."""
     return args.sft or args.reset_attention_mask or args.context_parallel_size > 1
 
 
 def withdraw_unknown_tokens(batches: Sequence[Batch], vocab_size: int) -> list[str]:
-    """Replaces token ids that the vocabulary lacks by 0, until every rank can be told; says which were found."""
+    """Replaces token ids outside the vocabulary by 0 until all ranks can raise together; returns which were found."""
     found = []
     for batch in batches:
         for name in ("tokens", "labels"):
@@ -367,7 +370,7 @@ def withdraw_unknown_tokens(batches: Sequence[Batch], vocab_size: int) -> list[s
 
 
 def refuse_unknown_tokens(args: argparse.Namespace, found: Sequence[str], training: bool) -> None:
-    """Raises a DataError on every rank for what :func:`withdraw_unknown_tokens` has found on some; collective."""
+    """Raises a DataError on every rank if :func:`withdraw_unknown_tokens` found any token on some rank; collective."""
     paths = (args.data_path or args.train_data_path) if training else (args.data_path or args.valid_data_path)
     with together():
         if found:

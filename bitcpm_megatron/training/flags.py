@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of the training loop: Megatron-LM's names and meanings, and the ``--ternary`` flags.
+"""The command line of the training loop: flags with Megatron-LM's names and meanings, and the ``--ternary`` flags.
 
-An unknown flag is an error (also an abbreviated one), and contradictions are reported together before anything starts.
+An unknown or abbreviated flag is an error, and contradictions are reported together before anything starts.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from .mistakes import WEIGHT_DECAY_STYLES, ffn_channels, has_cuda, mistakes
 
 DIRECTIONS = ("forward", "reverse")
 WEIGHT_DECAY = 0.01
-"""Where none is given, and it does not change from step to step."""
+"""The weight decay if none is given and it is constant over the steps."""
 _DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 
-# Far above what anybody trains, and low enough that a slip of the finger is refused instead of filling the memory.
+# Far above any real training run, and low enough that a typing error is refused instead of filling the memory.
 _WIDTH = Whole(1, 2**20)
 _LENGTH = Whole(1, 2**24)
 _LAYERS = Whole(1, MAX_LAYERS)
@@ -34,15 +34,15 @@ _ITERATIONS = Whole(1, 10**9)
 _VOCABULARY = Whole(1, 2**24)
 _DECAY = Number(0, 100)
 _PROBABILITY = Number(0, 1, open_maximum=True)
-# fp32 holds it: below, a row without gradient would be divided by zero.
+# fp32 can represent the minimum. A smaller value could be rounded to 0, and a row without gradient divided by 0.
 _EPSILON = Number(1e-30, 1)
-# What Python, NumPy and torch all take.
+# Seeds that Python, NumPy and torch all accept.
 _SEED = Whole(0, 2**32 - 1)
 _Add = Callable[..., argparse.Action]
 
 
 class _Window:
-    """Megatron-LM's pair ``W,0``: tokens to the left and to the right; as a list, which a checkpoint records."""
+    """Type of Megatron-LM's pair ``W,0``: tokens to the left and to the right, as a list that a checkpoint records."""
 
     def __call__(self, text: str) -> list[int]:
         parts = text.strip("()").split(",")
@@ -52,7 +52,7 @@ class _Window:
         return window or []
 
     def mistake(self, window: Any) -> str | None:
-        """What is wrong with the pair, if anything."""
+        """Returns what is wrong with the pair, or None."""
         good = isinstance(window, list | tuple) and len(window) == 2 and all(type(part) is int for part in window)
         if good and _LENGTH.mistake(window[0]) is None and window[1] == 0:
             return None
@@ -62,12 +62,12 @@ class _Window:
 OF_DISTILLATION = (
     "distill_teacher distill_targets distill_alpha distill_temperature distill_direction distill_top_k"
 ).split()
-"""The arguments of distillation, by name."""
+"""The names of the arguments of distillation."""
 _OF_THE_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 
 
 def build_parser() -> Parser:
-    """The parser of ``launch/pretrain.py``."""
+    """Returns the parser of ``launch/pretrain.py``."""
     parser = Parser(
         description=__doc__,
         epilog="--model NAME stands for the flags of launch/models/NAME.yaml (or of a file); other flags override them",
@@ -229,14 +229,14 @@ def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespac
     """Parses and checks the command line.
 
     Args:
-        argv: without the program's name; None for this process's.
-        world_size: number of processes of the job.
+        argv: the command line without the program's name; None for this process's command line.
+        world_size: the number of processes of the job.
 
     Returns:
         The arguments, with ``data_parallel_size``, ``num_microbatches`` and all dependent defaults filled in.
 
     Raises:
-        SystemExit: status 2, after naming every mistake.
+        SystemExit: with status 2, after every mistake has been named.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -256,7 +256,7 @@ def parse_args(argv: Sequence[str] | None, world_size: int) -> argparse.Namespac
 
 
 def fill_in_distillation(args: argparse.Namespace) -> None:
-    """What the flags of distillation are where they are not given, which means nothing without a teacher."""
+    """Fills in the defaults of the distillation flags that depend on there being a teacher or a target store."""
     if args.distill_teacher is not None:
         args.distill_temperature = args.distill_temperature or 1.0
     if args.distill_teacher is not None or args.distill_targets is not None:
@@ -265,7 +265,7 @@ def fill_in_distillation(args: argparse.Namespace) -> None:
 
 
 def add_flags_of_runs(parser: argparse.ArgumentParser, title: str, names: Collection[str]) -> None:
-    """Gives another command's parser flags of a run, by the names of their arguments: types, defaults and help."""
+    """Adds a run's flags, selected by argument name, to another command's parser, with types, defaults and help."""
     group = parser.add_argument_group(title)
     for action in build_parser()._actions:
         if action.dest in names:
@@ -273,7 +273,7 @@ def add_flags_of_runs(parser: argparse.ArgumentParser, title: str, names: Collec
 
 
 def defaults() -> dict[str, Any]:
-    """Every argument of a run by name, as it is where the command line does not say otherwise; required ones absent."""
+    """Returns the default of every argument of a run, by name; required arguments are absent."""
     parser = build_parser()
     return {
         action.dest: parser.get_default(action.dest)
@@ -283,10 +283,10 @@ def defaults() -> dict[str, Any]:
 
 
 def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
-    """The arguments of a run as its checkpoint (``where``) records them; what it does not record is the default.
+    """Returns the arguments that the checkpoint ``where`` records of its run, with defaults for those it lacks.
 
     Raises:
-        ValueError: a value that the command line would refuse, or none where one is required to build the model.
+        ValueError: if the command line would refuse a value, or a value that is needed to build the model is missing.
     """
     found = argparse.Namespace(**{**defaults(), **saved})
     for action in build_parser()._actions:
@@ -300,17 +300,16 @@ def recorded(saved: Mapping[str, Any], where: str) -> argparse.Namespace:
 
 
 def arguments_of(checkpoint: Path, tensor_parallel: int) -> argparse.Namespace:
-    """The arguments that build the model of a checkpoint to be read: ternary where its weights are latent.
+    """Returns the arguments that build a checkpoint's model for inference: ternary if its weights are latent.
 
-    They ask for tensor parallelism alone: who wants more sets it.
+    They request tensor parallelism only; a caller that wants other parallelism sets it.
 
     Args:
         checkpoint: an iteration directory, or a release.
-        tensor_parallel: ranks.
+        tensor_parallel: the number of tensor-parallel ranks.
 
     Raises:
-        ValueError: they do not divide the model or its row-parallel shards, or what the checkpoint says of its run
-            cannot be.
+        ValueError: if the ranks do not divide the model, or the checkpoint records impossible arguments.
     """
     args = recorded(saved_arguments(checkpoint), str(checkpoint))
     args.tensor_model_parallel_size = tensor_parallel
@@ -318,10 +317,10 @@ def arguments_of(checkpoint: Path, tensor_parallel: int) -> argparse.Namespace:
     args.num_virtual_stages_per_pipeline_rank = None
     args.recompute_granularity = args.recompute_method = args.recompute_num_layers = None
     args.sequence_parallel = args.gradient_accumulation_fusion = False
-    # The same model to within rounding, at every tensor-parallel size, in fp32, and without the op.
+    # This computes the same model up to rounding, and works at every tensor-parallel size, in fp32 and without the op.
     args.ternary_gemm = args.ternary_gemm_backward = "bf16"
     record = QuantizerRecord.read(checkpoint)
-    # Fused weights are ternary already.
+    # Fused weights are already ternary and need no quantizer.
     args.ternary = False
     if record is not None and record.state == "latent":
         args.ternary = True

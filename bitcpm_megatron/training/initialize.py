@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of the job: its groups, patches and seeds, and the signals that ask it to stop."""
+"""Set-up of a process of the job: its patches, process groups and seeds, and the signals that ask it to stop."""
 
 import argparse
 import contextlib
@@ -18,15 +18,16 @@ from ..cli import Whole, from_environment
 from ..patches import cpu
 from ..patches.megatron_core import checkpointing, without_te
 
-# SIGTERM is how schedulers preempt and end a job; SIGUSR1 what people have SLURM send before (--signal=USR1@600).
+# Schedulers preempt and end a job with SIGTERM; SLURM can be told to send SIGUSR1 before that (--signal=USR1@600).
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def world_size() -> int:
-    """Number of processes of this job, as ``torchrun`` says; 1 without it.
+    """Returns the number of processes of this job as ``torchrun`` sets it; 1 without torchrun.
 
     Raises:
-        ValueError: what the environment says of this process's place is no number, or not of this job.
+        ValueError: if a variable of the environment that places this process in the job is no number, is out of range,
+            or is missing.
     """
     world = from_environment("WORLD_SIZE", Whole(1, 2**20), 1)
     from_environment("LOCAL_RANK", Whole(0, world - 1), 0)
@@ -37,23 +38,23 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """The device of this process."""
+    """Returns the device of this process."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # In a host on the CPU that one answers for CUDA, with a device in the place of a number.
+    # In a host on the CPU a patched function answers here, with a device instead of a number.
     current: int | torch.device = torch.cuda.current_device()
     return current if isinstance(current, torch.device) else torch.device("cuda", current)
 
 
 def sum_over_ranks(number: int, group: torch.distributed.ProcessGroup | None = None) -> int:
-    """The sum over the ranks of a group, or of the whole job; collective."""
+    """Returns the sum of a number over the ranks of a group (None: of the whole job); collective."""
     total = torch.tensor([number], dtype=torch.int64, device=device())
     torch.distributed.all_reduce(total, group=group)
     return int(total)
 
 
 def initialize(args: argparse.Namespace) -> None:
-    """Patches the host, joins the process group, builds the parallel groups and seeds every generator."""
+    """Patches the upstream packages, joins the process group, builds the parallel groups and seeds every generator."""
     if torch.cuda.is_available():
         torch.cuda.set_device(from_environment("LOCAL_RANK", Whole(0), 0))
     else:
@@ -63,7 +64,7 @@ def initialize(args: argparse.Namespace) -> None:
 
     if not torch.distributed.is_initialized():
         timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
-        # Without torchrun there is no store to meet at, and nobody to meet.
+        # Without torchrun the job has one process and needs no rendezvous.
         alone: dict[str, Any] = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         alone = {} if os.environ.get("RANK") else alone
         torch.distributed.init_process_group(args.distributed_backend, timeout=timeout, **alone)
@@ -75,7 +76,7 @@ def initialize(args: argparse.Namespace) -> None:
         context_parallel_size=args.context_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
-    # Pipeline stages differ, as in Megatron-LM.
+    # Each pipeline stage has its own seed, as in Megatron-LM.
     seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -91,7 +92,10 @@ def shutdown() -> None:
 
 @contextlib.contextmanager
 def exit_signals(enabled: bool) -> Iterator[list[int]]:
-    """``--exit-signal-handler``: while the block runs, requests to stop do no more than to get into the list."""
+    """Collects requests to stop in the list that it yields, for ``--exit-signal-handler``.
+
+    While the block runs, SIGTERM and SIGUSR1 have no other effect. If not ``enabled``, they keep their handlers.
+    """
     received: list[int] = []
     before = {name: signal.signal(name, lambda number, _: received.append(number)) for name in _SIGNALS if enabled}
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: one pretraining run from arguments to its last checkpoint."""
+"""The training loop: one run from its arguments to its last checkpoint."""
 
 import argparse
 import math
@@ -40,20 +40,21 @@ _CURE = "Resume from the last checkpoint with a lower --lr (and --override-opt-p
 
 
 class TrainingError(FailedError):
-    """Training cannot go on; the last checkpoint stands."""
+    """A failure after which training cannot go on; the last checkpoint remains valid."""
 
 
 def pretrain(args: argparse.Namespace, on_step: Callable[[Step], None] | None = None) -> Run:
-    """Trains as the arguments say, and returns the run as far as it has come; the process groups must stand.
+    """Trains a model as the arguments say, and returns the run in its last state; needs initialized process groups.
 
     Args:
-        args: from :func:`~bitcpm_megatron.training.flags.parse_args`.
-        on_step: called on every rank after each optimizer step, before the evaluation and the checkpoint that may
-            follow it. It may run collective operations, since every rank is there; what it changes is trained on, and
-            what it raises ends the run.
+        args: the arguments from :func:`~bitcpm_megatron.training.flags.parse_args`.
+        on_step: a function that is called on every rank after each optimizer step, before an evaluation or a
+            checkpoint that follows it. It may run collective operations, since all ranks call it. Training goes on
+            with what it changes, and an exception from it ends the run.
 
     Raises:
-        TrainingError, CheckpointError, RecipeError, ProbeError, ValueError: with the cure in the message.
+        TrainingError, CheckpointError, RecipeError, ProbeError, ValueError: if the run cannot start or go on; the
+            message names the cure.
     """
     with exit_signals(args.exit_signal_handler) as signals, held(args.save) as note:
         run, samples = _prepare(args, signals, note)
@@ -61,7 +62,7 @@ def pretrain(args: argparse.Namespace, on_step: Callable[[Step], None] | None = 
         try:
             _train(run, samples, report, saver, on_step)
         except (TrainingError, DataError, StoreError):
-            # Raised on all ranks alike, so that the checkpoint that is being written can be completed.
+            # All ranks raise these errors together, so that the checkpoint that is being written can be completed.
             saver.wait()
             raise
         finally:
@@ -70,7 +71,7 @@ def pretrain(args: argparse.Namespace, on_step: Callable[[Step], None] | None = 
 
 
 def _prepare(args: argparse.Namespace, signals: list[int], note: str | None) -> tuple[Run, Data]:
-    """Builds the model, loads the checkpoint that ``--load`` names, finds the data, and prints what was decided."""
+    """Builds the model, loads the checkpoint that the arguments name, finds the data and prints what was decided."""
     found = _find_checkpoint(args)
     tokenizer, vocabulary = data.build_tokenizer(args)
     if found is not None and not args.mock_data:
@@ -136,15 +137,17 @@ def _due(iteration: int, interval: int | None) -> bool:
 
 
 def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None = None) -> Step:
-    """One optimizer step.
+    """Takes one optimizer step.
 
     Args:
-        run: what is moved; ``num_microbatches`` of its arguments says how many batches are taken.
-        batches: micro-batches ``[micro_batch_size, seq_length]`` of this data-parallel rank.
-        telemetry: records the codes of the steps at which ``--ternary-telemetry-interval`` is due, or None.
+        run: the run to advance; ``num_microbatches`` of its arguments is the number of micro-batches taken.
+        batches: the micro-batches of this data-parallel rank, ``[micro_batch_size, seq_length]`` or one packed row.
+        telemetry: a recorder of the codes at the steps where ``--ternary-telemetry-interval`` is due, or None.
 
     Raises:
-        TrainingError: training has diverged; on every rank alike.
+        TrainingError: if training has diverged; on every rank alike.
+        DataError: if the step has no token to learn, or tokens that the vocabulary lacks; on every rank alike.
+        StoreError: if the target store's record of a sample is damaged; on every rank alike.
     """
     started = time.perf_counter()
     rate = float(next(g["lr"] for g in run.optimizer.param_groups if g.get("default_config", True)))
@@ -166,7 +169,7 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
     if not math.isfinite(loss):
         raise TrainingError(f"the loss is {loss}: training has diverged. {_CURE}")
     if not math.isfinite(apart):
-        # A student whose logits are not finite has no finite cross entropy either.
+        # The teacher is at fault: if the student's logits were not finite, the loss would not be finite either.
         raise TrainingError(
             f"the divergence from the teacher is {apart}: its weights are damaged, or it needs another precision"
         )
@@ -176,7 +179,7 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
     grad_norm = None if grad_norm is None else float(grad_norm)
     if grad_norm is not None and not math.isfinite(grad_norm):
         raise TrainingError(f"the gradient norm is {grad_norm}: training has diverged. {_CURE}")
-    # A loss scaler may skip a step.
+    # The optimizer skips a step if its loss scaler finds an overflow.
     if taken:
         run.scheduler.step(increment=run.args.global_batch_size)
     run.iteration += 1
@@ -187,10 +190,10 @@ def train_step(run: Run, batches: Iterator[Batch], telemetry: Telemetry | None =
 
 @torch.no_grad()
 def evaluate(run: Run, batches: Iterator[Batch]) -> float:
-    """Mean validation loss, in nats per token, over ``--eval-iters`` global batches.
+    """Returns the mean validation loss, in nats per token, over ``--eval-iters`` global batches.
 
     Raises:
-        DataError: they have no token to learn; on every rank alike.
+        DataError: if the batches have no token to learn; on every rank alike.
     """
     for chunk in run.model.chunks:
         chunk.eval()
@@ -210,12 +213,12 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
     Returns:
         float64 ``[sum of the cross entropy, tokens, ranks with a scale that is not finite, ranks that were asked to
         stop, sum of the divergence from a teacher]`` over the whole job, on the CPU. Every tensor-parallel rank counts
-        the same loss, which the quotient does not see. This is the one point per step that waits for the device in any
-        case.
+        the same loss and the same tokens, which cancels in their quotient. This is the only point of a step that always
+        waits for the device.
 
     Raises:
-        DataError: a micro-batch of any rank holds tokens that the vocabulary lacks; on every rank alike.
-        StoreError: what a target store says of one is damaged; likewise.
+        DataError: if a micro-batch of any rank holds tokens that the vocabulary lacks; on every rank alike.
+        StoreError: if the target store's record of a sample is damaged; on every rank alike.
     """
     args, chunks = run.args, run.model.chunks
     set_ramp(run.model.bare, run.ramp)
@@ -227,7 +230,7 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
             batch[TARGETS] = teacher.targets([batch])[0]
         return objective(batch, model)
 
-    # The schedule's stages (and virtual stages) each read the same micro-batches.
+    # All stages of the schedule, virtual stages included, read the same micro-batches.
     shared: list[Any] = list(islice(batches, args.num_microbatches))
     unknown = data.withdraw_unknown_tokens(shared, args.vocab_size)
     damaged = [] if run.stored is None else run.stored.attach(shared)
@@ -261,7 +264,7 @@ def _run_schedule(run: Run, batches: Iterator[Batch], objective: Objective, forw
 
 
 def _find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to load; takes the recorded number of row-parallel shards where none is given."""
+    """Returns the checkpoint to load, or None; adopts its recorded row-parallel shards if none are given."""
     found = None if args.load is None else latest(args.load)
     if found is None and args.exit_on_missing_checkpoint:
         raise CheckpointError(f"no checkpoint in {args.load}, and --exit-on-missing-checkpoint is given")
@@ -280,7 +283,7 @@ def _find_checkpoint(args: argparse.Namespace) -> Path | None:
 
 
 def _take_its_tokenizer(args: argparse.Namespace, checkpoint: Path) -> None:
-    """The tokenizer that a converted checkpoint brought along, or that of the run which wrote the checkpoint."""
+    """Adopts the tokenizer that a converted checkpoint contains, or that of the run which wrote the checkpoint."""
     saved = saved_arguments(checkpoint)
     kept = kept_tokenizer(checkpoint)
     args.tokenizer_model = saved.get("tokenizer_model") if kept is None else str(kept)
@@ -304,10 +307,10 @@ def _introduce(run: Run, vocabulary: int, notes: list[str]) -> None:
 
 
 def _refuse_broken_weights(model: Model) -> None:
-    """A checkpoint never holds a weight that is not finite; raises on every rank alike."""
+    """Raises on every rank if any weight is not finite, so that no checkpoint holds such a weight; collective."""
     held = {module.weight: state for state, module in ternary_modules(model.bare) if state.resident}
     parameters = [p for chunk in model.bare for p in chunk.parameters()]
-    # One at a time: of packed weights these are copies.
+    # A generator, because the values of packed weights are copies: only one exists at a time.
     weights = (held[p].held(p) if p in held else p.detach() for p in parameters)
     if sum_over_ranks(int(sum((~weight.isfinite().all()).int() for weight in weights))):
         raise TrainingError(f"weights are not finite and will not be saved: training has diverged. {_CURE}")

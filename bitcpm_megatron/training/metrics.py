@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves to be looked at: ``metrics.jsonl``, TensorBoard events and pictures."""
+"""The metrics of a run, written as ``metrics.jsonl``, TensorBoard events and pictures."""
 
 import importlib.util
 import json
@@ -14,10 +14,10 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """All records of a run's ``metrics.jsonl``, oldest first; a last line that a killed run left unfinished is none.
+    """Returns all records of a run's ``metrics.jsonl``, oldest first, without a last line that a killed run cut short.
 
     Raises:
-        FileError: there is no such regular file, or a line of it is no record, by its number.
+        FileError: if there is no such regular file, or a line of it is no record; the message has the line's number.
     """
     path = Path(directory) / METRICS
     require_file(path)
@@ -29,7 +29,7 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
-    # A validation loss may be NaN, and what was written has to be read again.
+    # A validation loss may be NaN, and every written record must be readable.
     record = parse_json(line, where, allow_nan=True)
     good = isinstance(record, dict) and isinstance(record.get("kind"), str)
     if not good or Whole(0, 2**63).mistake(record.get("iteration")) is not None:
@@ -38,17 +38,17 @@ def _record(line: str, where: str) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Writes the records of one run; only rank 0 holds one.
+    """Writer of the records of one run; only rank 0 gives it a directory.
 
-    A resumed run appends to the same files; records after the iteration it resumes from are dropped first, so that
-    every iteration stands there once.
+    A resumed run appends to the same files. Records after the iteration that it resumes from are dropped first, so that
+    every iteration is recorded once.
 
     Args:
-        directory: where to write, or None for nowhere.
-        resumed_from: iteration that training goes on from.
+        directory: the directory to write to, or None to write nothing.
+        resumed_from: the iteration that training goes on from.
 
     Raises:
-        ImportError: a directory is given, and :func:`missing_packages` is not empty.
+        ImportError: if a directory is given and the package tensorboard is not installed.
     """
 
     def __init__(self, directory: str | Path | None, resumed_from: int = 0) -> None:
@@ -76,7 +76,7 @@ class MetricsLog:
             self._events.add_scalar(f"{record['kind']}/{name}", value, record["iteration"])
 
     def close(self) -> None:
-        """Flushes the events and draws ``loss.png``, and ``ternary.png`` where there is telemetry."""
+        """Flushes the events and draws ``loss.png``, and ``ternary.png`` if there is telemetry."""
         if self._directory is None:
             return
         self._events.close()
@@ -90,9 +90,9 @@ def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Map
     """Draws training (line) and validation (dots) losses of one or more runs.
 
     Args:
-        runs: name in the legend -> directory with ``metrics.jsonl``.
+        runs: the directories with a ``metrics.jsonl``, by the name in the legend.
         picture: the PNG to write.
-        levels: horizontal lines to compare with, name -> loss in nats per token.
+        levels: the losses, in nats per token and by name, at which horizontal lines are drawn for comparison.
     """
     from matplotlib.figure import Figure
 
@@ -113,7 +113,7 @@ def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Map
 
 
 def plot_telemetry(directory: str | Path, picture: str | Path) -> None:
-    """Draws a run's zeros, changed codes and mean scales as a PNG, a line per kind of module and one for all."""
+    """Draws a run's zeros, changed codes and mean scales as a PNG, with a line per kind of module and one for all."""
     from matplotlib.figure import Figure
 
     records = [r for r in read_metrics(directory) if r["kind"] == "ternary"]
@@ -148,5 +148,5 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def missing_packages() -> list[str]:
-    """What a log directory needs and this environment lacks."""
+    """Returns the packages that a log directory needs and this environment lacks."""
     return [name for name in ("matplotlib", "tensorboard") if importlib.util.find_spec(name) is None]

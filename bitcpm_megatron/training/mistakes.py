@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contradictions among the flags, found together before anything starts."""
+"""Contradictions among the flags of a run, all found before anything starts."""
 
 import argparse
 import importlib.util
@@ -12,7 +12,7 @@ from ..models.architecture import uneven
 from ..ternary_flags import ternary_mistakes
 from .metrics import missing_packages
 
-# Arguments that mean nothing where the one they belong to is not given.
+# For each argument, those that require it.
 _NEEDED_BY = {
     "load": (
         "finetune exit_on_missing_checkpoint no_load_optim no_load_rng allow_quantizer_change allow_data_change"
@@ -26,17 +26,17 @@ _NEEDED_BY = {
     "log_dir": ["ternary_telemetry_interval"],
 }
 AT_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
-"""Arguments that ask for something at the end of documents."""
+"""Arguments whose effect is at the end of documents."""
 WEIGHT_DECAY_STYLES = ("linear", "cosine")
-"""Of a weight decay that is another one from step to step."""
+"""Styles of a weight decay that changes from step to step."""
 
 
 def mistakes(args: argparse.Namespace, world_size: int) -> list[str]:
-    """What cannot go together, one line each; empty where all can.
+    """Returns the contradictions among the arguments, one line each; empty if there are none.
 
     Args:
-        args: as parsed. Gets ``data_parallel_size``, ``global_batch_size`` and ``num_microbatches``.
-        world_size: number of processes of the job.
+        args: the parsed arguments; gets ``data_parallel_size``, ``global_batch_size`` and ``num_microbatches``.
+        world_size: the number of processes of the job.
     """
     missing = [
         f"{_flag(name)} needs {_flag(needed)}"
@@ -82,9 +82,10 @@ def _shape_mistakes(args: argparse.Namespace) -> Iterator[str]:
 
 
 def ffn_channels(args: argparse.Namespace) -> int:
-    """``--ffn-hidden-size``, or Megatron-LM's default for it.
+    """Returns ``--ffn-hidden-size``, or Megatron-LM's default for it.
 
-    That is two thirds of 4h, rounded down to a multiple of 64, so that SwiGLU's three matrices weigh alike; else 4h.
+    With h the hidden size, the default is 4h; with SwiGLU it is two thirds of that, rounded down to a multiple of 64,
+    so that SwiGLU's three matrices have about as many parameters as the usual two.
     """
     default = (4 * args.hidden_size * 2 // 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size
     return args.ffn_hidden_size or default
@@ -131,12 +132,12 @@ def _context_mistakes(args: argparse.Namespace, cp: int, tp: int) -> Iterator[st
         yield f"--context-parallel-size {cp}: {heads} cannot be split over {tp} x {cp} ranks"
     shares = {"--context-parallel-size": cp > 1, "--sft": args.sft, "--reset-attention-mask": args.reset_attention_mask}
     for flag in (flag for flag, given in shares.items() if given and args.attention_dropout):
-        # Ranks would draw by the lengths of their documents, and other heads drop the same weights.
+        # The random draws would depend on the documents' lengths, and other heads would drop the same weights.
         yield f"{flag} needs --attention-dropout 0"
     if cp > 1 and args.num_experts is not None:
         yield "--context-parallel-size does not go with --num-experts"
     if args.position_embedding_type == "rope" and args.reset_position_ids != args.reset_attention_mask:
-        # Rotary embeddings know no positions but those within what attends to itself.
+        # Rotary embeddings count positions within a segment that attends to itself, and take no other positions.
         yield "with rope --reset-position-ids and --reset-attention-mask go together"
 
 
@@ -175,7 +176,7 @@ def _weight_decay_mistakes(args: argparse.Namespace) -> Iterator[str]:
 
 
 def data_mistakes(args: argparse.Namespace) -> Iterator[str]:
-    """What cannot go together among the flags that say which data there are."""
+    """Yields the contradictions among the flags of the data."""
     if [args.data_path is not None, args.train_data_path is not None, args.mock_data].count(True) != 1:
         yield "give the data in one way: --data-path, --train-data-path, or --mock-data"
     if args.valid_data_path is not None and args.train_data_path is None:
@@ -198,7 +199,7 @@ def data_mistakes(args: argparse.Namespace) -> Iterator[str]:
 
 
 def distillation_mistakes(args: argparse.Namespace) -> Iterator[str]:
-    """What cannot go together among the flags that say what a student learns from."""
+    """Yields the contradictions among the flags of distillation."""
     if args.distill_teacher is not None and args.distill_targets is not None:
         yield "--distill-teacher and --distill-targets exclude each other"
     if args.distill_teacher is None and args.distill_targets is None:
@@ -214,7 +215,7 @@ def distillation_mistakes(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _place_mistakes(args: argparse.Namespace) -> Iterator[str]:
-    """What this machine, and what is in the way on its disk, does not allow."""
+    """Yields what this machine, its packages or its disk do not allow, and contradictions about checkpoints."""
     if args.distributed_backend == "nccl" and not has_cuda():
         yield "--distributed-backend nccl needs CUDA: use gloo"
     for name in ("log_dir", "data_cache_path"):
@@ -230,16 +231,16 @@ def _place_mistakes(args: argparse.Namespace) -> Iterator[str]:
 
 
 def teaching_mistakes(teacher: argparse.Namespace, args: argparse.Namespace) -> list[str]:
-    """Why a teacher cannot teach a student beside which it runs; empty where it can.
+    """Returns the reasons why a teacher cannot run beside a student and teach it; empty if it can.
 
     Args:
-        teacher: the arguments that its checkpoint records.
-        args: of the student. Tokenizers are compared where both have a ``tokenizer_identity``.
+        teacher: the arguments that the teacher's checkpoint records.
+        args: the student's arguments. Tokenizers are compared if both have a ``tokenizer_identity``.
     """
     stages, heads = args.pipeline_model_parallel_size, args.tensor_model_parallel_size * args.context_parallel_size
     positions = teacher.max_position_embeddings
     theirs, ours = (getattr(of, "tokenizer_identity", None) for of in (teacher, args))
-    # The student's own may be its tokenizer's, which only those know who have read it.
+    # The student's vocabulary size may not be known yet: it is then that of a tokenizer that has not been read.
     ids = min(teacher.vocab_size, args.vocab_size or teacher.vocab_size)
     found = {
         f"its {teacher.num_layers} layers cannot be split over {stages} stages": teacher.num_layers % stages,
@@ -255,7 +256,7 @@ def teaching_mistakes(teacher: argparse.Namespace, args: argparse.Namespace) -> 
 
 
 def has_cuda() -> bool:
-    """Whether this machine can train on CUDA; one without torch cannot train at all."""
+    """Returns whether this machine can train on CUDA; False if torch is not installed."""
     if importlib.util.find_spec("torch") is None:
         return False
     import torch

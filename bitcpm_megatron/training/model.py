@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From arguments to model chunks: GPTModel, ternary linears, mixed precision, DDP."""
+"""Building of model chunks from arguments: GPTModel, ternary linears, mixed precision and DDP."""
 
 import argparse
 import dataclasses
@@ -43,11 +43,11 @@ class Model:
     """The model chunks of this rank.
 
     Attributes:
-        chunks: wrapped in DDP, as the schedules take them; more than one with virtual pipeline stages.
+        chunks: the chunks as the schedules take them, wrapped in DDP for training; several with virtual stages.
         bare: the same chunks without wrappers.
-        config: shared by all.
-        ternary: what was quantized, None for a BF16 / FP32 run.
-        notes: what was decided at start-up, for the log.
+        config: the configuration that all chunks share.
+        ternary: what was quantized; None for a BF16 / FP32 run.
+        notes: the decisions at start-up, for the log.
     """
 
     chunks: list[HostModule]
@@ -58,20 +58,20 @@ class Model:
 
     @property
     def states(self) -> list[TernaryState]:
-        """Of the quantized modules of this rank."""
+        """The states of the quantized modules of this rank."""
         return [] if self.ternary is None else self.ternary.states
 
     @property
     def record(self) -> QuantizerRecord | None:
-        """What its checkpoints say of the quantizer; None for a run without one."""
+        """The record of the quantizer for checkpoints; None for a run without a quantizer."""
         return None if self.ternary is None else self.ternary.record
 
 
 def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool = True) -> Model:
-    """Builds, quantizes and probes the model, and wraps it for training where ``with_ddp`` says so.
+    """Builds, quantizes and probes the model, and wraps it for training if ``with_ddp``.
 
     Raises:
-        RecipeError, ProbeError, ValueError, RuntimeError: the ternary request cannot be carried out.
+        RecipeError, ProbeError, ValueError, RuntimeError: if the model cannot be quantized as requested.
     """
     config = _transformer_config(args)
     notes = []
@@ -84,7 +84,7 @@ def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool
         chunk.to(device())
         for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    # Before the quantizer: it must see the dtype that the forward sees.
+    # This precedes the quantizer, which must see the dtype that the forward pass sees.
     chunks: list[HostModule] = [Float16Module(config, chunk) if args.bf16 else chunk for chunk in bare]
     ternary = None
     if args.ternary:
@@ -96,9 +96,9 @@ def build_model(args: argparse.Namespace, padded_vocab_size: int, with_ddp: bool
 
 
 def _transformer_config(args: argparse.Namespace) -> TransformerConfig:
-    """megatron-core's configuration for these arguments (local spec, unfused element-wise operations)."""
+    """Returns megatron-core's configuration for the arguments: local spec, unfused element-wise operations."""
     fusion = args.gradient_accumulation_fusion and importlib.util.find_spec(_FUSED_GEMM) is not None
-    # MindSpeed takes what is not given from the arguments of its job, and a teacher there is not that job's model.
+    # MindSpeed takes fields that are not given from the arguments of its job; a teacher is not that job's model.
     given = {field.name: _default(field) for field in dataclasses.fields(TransformerConfig) if field.init}
     given |= {name: getattr(args, name) for name in _SAME_NAMES}
     given |= dict(
@@ -113,12 +113,12 @@ def _transformer_config(args: argparse.Namespace) -> TransformerConfig:
         moe_ffn_hidden_size=(args.moe_ffn_hidden_size or args.ffn_hidden_size) if args.num_experts else None,
         moe_token_dispatcher_type="allgather",
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
-        # One mean over all tokens of the global batch, however it is cut into micro-batches and ranks.
+        # The loss is one mean over all tokens of the global batch, however it is divided into micro-batches and ranks.
         calculate_per_token_loss=True,
         params_dtype=params_dtype(args),
         pipeline_dtype=params_dtype(args),
         gradient_accumulation_fusion=fusion,
-        # Interleaved stages with batched exchanges run over gloo and do not learn; overlapped ones do.
+        # Over gloo, interleaved stages with batched exchanges run but do not learn; with overlapped ones they learn.
         overlap_p2p_comm=args.num_virtual_stages_per_pipeline_rank is not None,
         batch_p2p_comm=args.num_virtual_stages_per_pipeline_rank is None,
         bias_activation_fusion=False,
@@ -133,17 +133,20 @@ def _transformer_config(args: argparse.Namespace) -> TransformerConfig:
 def _default(field: dataclasses.Field) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    # Those without one are given.
+    # Fields without a default are always given.
     return None if field.default is dataclasses.MISSING else field.default
 
 
 def params_dtype(args: argparse.Namespace) -> torch.dtype:
-    """Dtype of the weights that the forward sees."""
+    """Returns the dtype of the weights that the forward pass sees."""
     return torch.bfloat16 if args.bf16 else torch.float32
 
 
 def answer_with_logits(model: Model) -> None:
-    """From now on the last stage answers with logits ``[seq_length, batch, V / TP]`` where it would with losses."""
+    """Makes the last stage return logits ``[seq_length, batch, V / TP]`` instead of losses, for good.
+
+    V is the padded vocabulary size, TP the number of tensor-parallel ranks.
+    """
     for chunk in model.bare:
         if chunk.post_process:
             chunk.compute_language_model_loss = _logits
@@ -158,14 +161,14 @@ def hear(model: Model, forward: Callable, data_iterator: Any, count: int, **shap
     """Runs a model that has no virtual stages on micro-batches; collective over the ranks that share it.
 
     Args:
-        model: asked without the wrapper of half precision, which would make fp32 of its logits.
-        forward: as megatron-core's schedules take a ``forward_step_func`` whose second result is no loss.
-        data_iterator: that ``forward`` takes them from.
-        count: of micro-batches.
-        shape: what the schedule is told of one: ``seq_length``, ``micro_batch_size`` and the like.
+        model: the model; it is run without the half-precision wrapper, which would convert its logits to fp32.
+        forward: a ``forward_step_func`` of megatron-core's schedules whose second result collects non-loss data.
+        data_iterator: the iterator from which ``forward`` takes the micro-batches.
+        count: the number of micro-batches.
+        shape: the shape of a micro-batch for the schedule: ``seq_length``, ``micro_batch_size`` and the like.
 
     Returns:
-        What ``forward`` kept of each, in their order; nothing on any stage but the last one.
+        The data that ``forward`` collected of each micro-batch, in their order; empty on all stages except the last.
     """
     schedule = (
         schedules.forward_backward_pipelining_without_interleaving
@@ -184,7 +187,7 @@ def hear(model: Model, forward: Callable, data_iterator: Any, count: int, **shap
 
 
 def parameter_count(model: Model) -> int:
-    """Parameters of the whole model, over all tensor-, pipeline- and expert-parallel ranks."""
+    """Returns the number of parameters of the whole model, over all tensor-, pipeline- and expert-parallel ranks."""
     local = 0
     expert_ranks = parallel_state.get_expert_model_parallel_world_size()
     for chunk in model.bare:
@@ -201,7 +204,7 @@ def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_s
     spec = get_gpt_layer_local_spec(
         num_experts=args.num_experts, moe_grouped_gemm=False, normalization=args.normalization
     )
-    # A teacher's stages are whole, whatever its student's are. megatron-core 0.12 knows no stage by number.
+    # A teacher's stages are whole even if its student's are virtual. megatron-core 0.12 has no argument vp_stage.
     whole = vp_stage is None
     stage = {} if whole else {"vp_stage": vp_stage}
     model = GPTModel(
@@ -225,7 +228,7 @@ def _chunk(args: argparse.Namespace, config: TransformerConfig, vocab: int, vp_s
 
 
 def _wrap(args: argparse.Namespace, config: TransformerConfig, chunks: Sequence[HostModule]) -> list[HostModule]:
-    """Wraps all chunks in DDP, and hands the schedule the hooks that Megatron-LM's ``train()`` hands it."""
+    """Wraps all chunks in DDP, and gives the schedule the same hooks as Megatron-LM's ``train()``."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.use_distributed_optimizer,

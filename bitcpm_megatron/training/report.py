@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says while it trains: a progress bar, lines on standard output, and the records of its log."""
+"""The output of a run while it trains: a progress bar, lines on standard output, and the records of its log."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from .metrics import MetricsLog
 from .run import Run, Step
 
 RARE_LEVEL = 0.01
-"""Share of the weights below which a level is hardly used."""
+"""The share of the weights below which a level counts as hardly used."""
 
 
 class RunReport:
-    """The voice of one run; silent on all ranks but the first."""
+    """Reporter of the progress of one run; silent on all ranks except the first."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -30,7 +30,7 @@ class RunReport:
         )
 
     def step(self, step: Step) -> None:
-        """An optimizer step is done."""
+        """Reports a finished optimizer step."""
         args = self._run.args
         tokens = args.global_batch_size * args.seq_length / step.seconds
         self._bar.set_postfix({"loss": f"{step.loss:.3f}", "tok/s": f"{tokens:.0f}"}, refresh=False)
@@ -60,21 +60,21 @@ class RunReport:
                     )
 
     def valid(self, loss: float) -> None:
-        """An evaluation is done."""
+        """Reports a finished evaluation, whose loss is in nats per token."""
         self._write("valid", consumed_samples=self._run.consumed_samples, lm_loss=loss)
         self.say(f"validation loss {loss:.4f}")
 
     def say(self, text: str) -> None:
-        """A line about this moment of the run."""
+        """Prints a line with the current iteration in front."""
         self.line(f"iteration {self._run.iteration:>7}/{self._run.args.train_iters} | {text}")
 
     def line(self, text: str) -> None:
-        """A line above the bar."""
+        """Prints a line above the progress bar."""
         if self._speaks:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Leaves the bar as it stands, and draws the pictures."""
+        """Closes the bar as it stands, and the log, which draws its pictures."""
         self._bar.close()
         self._log.close()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run moves: a model with megatron-core's optimizer and learning-rate schedule; and each step of it."""
+"""The state of a training run: a model with megatron-core's optimizer and schedule, and the result of each step."""
 
 import argparse
 from collections.abc import Mapping
@@ -28,19 +28,22 @@ _SAME_NAMES = (
 
 @dataclass
 class Run:
-    """Everything that a training run moves, and what for.
+    """Everything that a training run changes, and the objective that it trains for.
 
     Attributes:
-        optimizer: Adam with fp32 master weights, gradient clipping, and the distributed optimizer where asked for.
-        scheduler: learning rate and weight decay over samples, as in Megatron-LM: warm-up, then constant / linear /
-            cosine / WSD; and a decay that is constant, or linear / cosine from its start to its end.
-        objective: what a micro-batch is trained for.
-        teacher: that the objective learns from, or None.
-        stored: what a teacher said before, that the objective learns from; or None.
-        signals: that asked this process to stop.
-        stopping: whether one has reached any process of the job, as all of them learned in the same step.
-        iteration: optimizer steps taken.
-        consumed_samples: training samples used.
+        args: the arguments of the run.
+        model: the model chunks of this rank.
+        optimizer: Adam with fp32 master weights, gradient clipping, and the distributed optimizer if requested.
+        scheduler: the learning rate and weight decay over samples, as in Megatron-LM: a warm-up, then constant, linear,
+            cosine, inverse-square-root or WSD; and a weight decay that is constant, or goes from its start to its end
+            along a line or a cosine.
+        objective: the training objective of a micro-batch.
+        teacher: the teacher that the objective learns from, or None.
+        stored: the store of a teacher's targets that the objective learns from, or None.
+        signals: the signals that have asked this process to stop.
+        stopping: whether such a signal has reached any process of the job; all processes learn this in the same step.
+        iteration: the number of optimizer steps taken.
+        consumed_samples: the number of training samples used.
     """
 
     args: argparse.Namespace
@@ -57,24 +60,25 @@ class Run:
 
     @property
     def ramp(self) -> float:
-        """How much of the quantizer the next forward uses: from 0 up to 1, where ``--ternary-ramp-iters`` are over."""
+        """The share of the quantizer in the next forward pass, rising from 0 to 1 over ``--ternary-ramp-iters``."""
         iterations = self.args.ternary_ramp_iters
         return self.iteration / iterations if self.iteration < iterations else 1.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, as those are told who watch a run.
+    """The results of one optimizer step, for reports and for ``on_step``.
 
     Attributes:
-        iteration: its number, from 1 for the first of a model's training.
-        loss: mean over the tokens of the global batch, in nats.
-        grad_norm: before clipping; None without clipping.
-        learning_rate: that the step used.
-        seconds: it took.
-        codes: telemetry, on rank 0 and where it was due (see :class:`~bitcpm_megatron.parallel.Telemetry`).
-        run: after the step: its ``model.chunks``, ``optimizer``, ``scheduler`` and ``consumed_samples``.
-        divergence: from the teacher, mean over the same tokens, in nats times the temperature squared; None without.
+        iteration: the number of the step, from 1 for the first of a model's training.
+        loss: the mean cross entropy over the tokens of the global batch, in nats.
+        grad_norm: the norm of the gradient before clipping; None without clipping.
+        learning_rate: the learning rate that the step used.
+        seconds: the duration of the step.
+        codes: the telemetry of :class:`~bitcpm_megatron.parallel.Telemetry`, on rank 0 if it was due; else None.
+        run: the run after the step, with ``model.chunks``, ``optimizer``, ``scheduler`` and ``consumed_samples``.
+        divergence: the mean divergence from the teacher over the same tokens, in nats times the temperature squared;
+            None without a teacher's share in the loss.
     """
 
     iteration: int
@@ -88,11 +92,11 @@ class Step:
 
 
 class Schedule(OptimizerParamScheduler):
-    """megatron-core's schedule of learning rate and weight decay, whose weight decay may fall, too.
+    """megatron-core's schedule of learning rate and weight decay, with a weight decay that may also fall.
 
     After ``n`` of ``wd_incr_steps`` samples the weight decay is ``start_wd + c (end_wd - start_wd)``, with
-    ``c = n / wd_incr_steps`` for ``linear`` and ``(1 - cos(pi n / wd_incr_steps)) / 2`` for ``cosine``. That is
-    upstream's formula (``OptimizerParamScheduler.get_wd``), of which its constructor alone demands that it rises.
+    ``c = n / wd_incr_steps`` for ``linear`` and ``(1 - cos(pi n / wd_incr_steps)) / 2`` for ``cosine``. This is
+    upstream's formula (``OptimizerParamScheduler.get_wd``); only upstream's constructor requires that it rises.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, *, start_wd: float, end_wd: float, **others: Any) -> None:
@@ -102,7 +106,7 @@ class Schedule(OptimizerParamScheduler):
 
 
 def build_run(args: argparse.Namespace, model: Model) -> Run:
-    """Optimizer and schedule for a model that was built for training."""
+    """Adds an optimizer and a schedule to a model that was built for training, and returns the run."""
     same = {name: getattr(args, name) for name in _SAME_NAMES}
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", params_dtype=params_dtype(args), **same), model.chunks
@@ -110,7 +114,7 @@ def build_run(args: argparse.Namespace, model: Model) -> Run:
     if args.ternary_cache == "packed":
         held = pack_weights(model.chunks, optimizer)
     else:
-        # The packed gather is of resident weights alone: where they cannot be, this says why.
+        # The packed gather requires resident weights: if they are impossible, requesting them raises with the reason.
         cache = "resident" if args.ternary_param_gather == "packed" else args.ternary_cache
         if args.ternary_ramp_iters and cache == "auto":
             held = (

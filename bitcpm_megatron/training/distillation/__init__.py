@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A student that learns from a teacher: the teacher beside it, and the objective that both make up."""
+"""Distillation: a teacher that runs beside its student or has written targets before, and the student's objective."""

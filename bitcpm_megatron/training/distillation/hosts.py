@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher in a host: the model and the training loop are Megatron-LM's, and so is the step that reads micro-batches.
+"""Distillation in a host, where the model, the training loop and the forward step are Megatron-LM's.
 
-The teacher runs through the forward step of the host's own script, which takes the micro-batch from the data, hands it
-to the tensor-parallel ranks that read none, and calls a model with it. So it sees what its student sees, whatever the
-script does to a micro-batch.
+The teacher runs through the forward step of the host's own script, which takes a micro-batch from the data, passes it
+to the tensor-parallel ranks that read none, and calls a model with it. The teacher therefore sees exactly what its
+student sees, whatever the script does to a micro-batch.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from .objective import DistillationObjective
 from .teacher import Teacher, objective_of
 
 LM_LOSS, DISTILL_LOSS = "lm loss", "distill loss"
-"""Names in the host's log: cross entropy, as without a teacher, and the divergence."""
+"""Names in the host's log: of the cross entropy, as without a teacher, and of the divergence."""
 
-# Of a model, and of virtual stages, of which a teacher has none.
+# The arguments that describe a model, and those of virtual pipeline stages, of which a teacher has none.
 _DESCRIBING = (*ARCHITECTURE, "max_position_embeddings", "bf16", "attention_dropout", "hidden_dropout")
 _VIRTUAL = (
     "num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank virtual_pipeline_model_parallel_size"
 ).split()
-# What a host tells its schedules of a micro-batch.
+# The arguments with which a host gives its schedules the shape of a micro-batch.
 _SHAPE = ("seq_length", "micro_batch_size", "decoder_seq_length")
 
 
@@ -44,15 +44,15 @@ def learn_in_host(args: argparse.Namespace, chunks: Sequence[GPTModel], vocab_si
     """Gives a host's model the teacher that ``--distill-teacher`` names; collective over all ranks.
 
     Args:
-        args: the host's; get ``distill_identity``, which the host's checkpoints record with them.
-        chunks: of the student on this rank, without wrappers.
-        vocab_size: tokens that the student knows, without padding.
+        args: the host's arguments; they get ``distill_identity``, which the host's checkpoints record with them.
+        chunks: the student's model chunks on this rank, without wrappers.
+        vocab_size: the size of the student's vocabulary, without padding.
 
     Returns:
         Lines for the log.
 
     Raises:
-        CheckpointError, ValueError: see :class:`~.teacher.Teacher`; also a teacher with experts.
+        CheckpointError, ValueError: if :class:`~.teacher.Teacher` refuses the teacher, or the teacher has experts.
     """
     checkpoint = latest(args.distill_teacher)
     if checkpoint is not None and saved_arguments(checkpoint).get("num_experts"):
@@ -61,7 +61,7 @@ def learn_in_host(args: argparse.Namespace, chunks: Sequence[GPTModel], vocab_si
             "teacher"
         )
     identity = _tokenizer_identity(args)
-    # The host's list of ways in which ranks share tokens is none that our models know, and of no use here.
+    # The host's cp_comm_type is a list that our models do not take; without context parallelism it has no effect.
     ours = {"cp_comm_type": "a2a", "tokenizer_identity": identity, "vocab_size": vocab_size}
     student = argparse.Namespace(**{**vars(args), **ours})
     teacher = Teacher(student, args.padded_vocab_size, functools.partial(_described, args))
@@ -76,7 +76,7 @@ def learn_in_host(args: argparse.Namespace, chunks: Sequence[GPTModel], vocab_si
 
 
 class _Taught:
-    """What a schedule that trains the student is called with: a forward step that hears the teacher first."""
+    """A change of a training schedule's arguments, after which its forward step consults the teacher first."""
 
     def __init__(self, teacher: Teacher, objective: DistillationObjective) -> None:
         self._teacher, self._objective = teacher, objective
@@ -87,7 +87,7 @@ class _Taught:
         if not self._teacher.runs_ahead:
             return {**called, "forward_step_func": functools.partial(self._beside, forward, shape)}
         data = called["data_iterator"]
-        # One for each chunk; None where the step reads nothing.
+        # One list of micro-batches for each chunk; None if the step reads no data.
         read = [_taken(one, count) for one in (data if isinstance(data, list) else [data])]
         own = read[0] if parallel_state.is_pipeline_first_stage(ignore_virtual=True) else read[-1]
         said = self._teacher.hear(functools.partial(self._say, forward), _again(own), count, **shape)
@@ -101,7 +101,7 @@ class _Taught:
     def _beside(
         self, forward: Callable, shape: Mapping[str, Any], data: Iterator | None, model: torch.nn.Module, *more: Any
     ) -> tuple[Any, Callable]:
-        """A forward step without pipeline stages: of each micro-batch the teacher's logits are there when needed."""
+        """Runs a forward step without pipeline stages: the teacher sees each micro-batch just before the student."""
         batch = _taken(data, 1)
         (said,) = self._teacher.hear(functools.partial(self._say, forward), _again(batch), 1, **shape)
         return self._learn(said, lambda: forward(_again(batch), model, *more))
@@ -109,15 +109,15 @@ class _Taught:
     def _after(
         self, forward: Callable, said: Iterator[Targets], data: Iterator | None, model: torch.nn.Module, *more: Any
     ) -> tuple[Any, Callable]:
-        """A forward step of a stage, when the teacher has seen all of the step.
+        """Runs a forward step of a pipeline stage, after the teacher has seen all micro-batches of the step.
 
-        Whatever the order in which chunks take turns, each sees its micro-batches in theirs.
+        However the schedule alternates between chunks, each chunk sees its micro-batches in their order.
         """
         heard = next(said) if get_attr_wrapped_model(model, "post_process") else None
         return self._learn(heard, lambda: forward(data, model, *more))
 
     def _say(self, forward: Callable, data: Iterator | None, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-        """The host's forward step of the teacher, whose output is logits, with targets in the place of a loss."""
+        """Runs the host's forward step on the teacher, whose output is logits, with targets instead of a loss."""
         output, _ = forward(data, model)
         return output, lambda logits, non_loss_data: self._teacher.said(logits)
 
@@ -135,16 +135,16 @@ def _again(batches: Iterable[Any] | None) -> Iterator | None:
 
 
 def _reported(loss_of: Callable, losses: Losses, output: torch.Tensor) -> tuple[Any, ...]:
-    """The host's loss of the mixture, reported by its parts.
+    """Computes the host's loss of the mixture of cross entropy and divergence, and reports the two parts instead.
 
     Raises:
-        ValueError: the host's script reports no language-modeling loss.
+        ValueError: if the host's script reports no language-modeling loss.
     """
     *loss, reported = loss_of(output)
     if LM_LOSS not in reported:
         names = ", ".join(map(str, reported))
         raise ValueError(f"--distill-teacher: this script reports {names} and no {LM_LOSS}: use pretrain_gpt.py")
-    # The host's own function: it knows over which ranks the parts are summed, and in which form.
+    # The host's own function is used because it knows over which ranks the parts are summed, and in which form.
     parts = {LM_LOSS: losses.cross_entropy, DISTILL_LOSS: losses.divergence}
     with torch.no_grad():
         told = {name: loss_of(part)[-1][LM_LOSS] for name, part in parts.items() if part is not None}
@@ -153,7 +153,7 @@ def _reported(loss_of: Callable, losses: Losses, output: torch.Tensor) -> tuple[
 
 @contextlib.contextmanager
 def _described(args: argparse.Namespace, own: argparse.Namespace) -> Iterator[None]:
-    """While it lasts, the host's arguments describe the teacher: MindSpeed asks them to build and to run a model."""
+    """Lets the host's arguments describe the teacher in a block; MindSpeed reads them to build and to run a model."""
     now = {name: getattr(own, name) for name in _DESCRIBING if hasattr(args, name)}
     now |= {name: None for name in _VIRTUAL if hasattr(args, name)}
     before = {name: getattr(args, name) for name in now}
@@ -165,16 +165,16 @@ def _described(args: argparse.Namespace, own: argparse.Namespace) -> Iterator[No
 
 
 def _without_mask(chunk: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Its attention is causal by itself; whatever asks for another mask is refused."""
+    """Removes the attention mask from a teacher's inputs: its attention is causal, and other masks are refused."""
     if len(args) > 2:
         return (*args[:2], None, *args[3:]), kwargs
     return args, {**kwargs, "attention_mask": None}
 
 
 def _tokenizer_identity(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What tells the tokenizer from others as in our own loop; None of a kind that our loop does not have."""
+    """Returns the tokenizer's identity as in our own loop; None if our loop does not have this kind of tokenizer."""
     if args.tokenizer_type in TOKENIZER_TYPES and args.tokenizer_model and Path(args.tokenizer_model).exists():
-        # The host has read it, and what ours would refuse is no mistake of the job's.
+        # The host has read the tokenizer, so that it is no mistake of the job if our reader refuses it.
         with contextlib.suppress(ValueError, OSError):
             return dict(open_tokenizer(args.tokenizer_model, args.tokenizer_type).unique_identifiers)
     return None

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a student is trained for: cross entropy and divergence from its teacher, mixed from one tensor of logits."""
+"""The objective of a student: a mixture of cross entropy and divergence from its teacher, from one tensor of logits.
+
+In shapes, V is the padded vocabulary size and TP the number of tensor-parallel ranks. ``[seq_length,
+micro_batch_size]`` of a packed micro-batch is ``[tokens on this context-parallel rank, 1]``.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,27 +17,27 @@ from ...objectives.language_modeling import Batch, LossOf, language_modeling, ma
 from ...objectives.targets import Targets
 
 TARGETS = "targets"
-"""In a batch: what the teacher says of its tokens, ``[seq_length, micro_batch_size]``; on the last stage alone."""
+"""Key of a batch: the teacher's targets of its tokens, ``[seq_length, micro_batch_size]``; only on the last stage."""
 
 _T = TypeVar("_T")
 
 
 class DistillationObjective:
-    """The objective of a student; evaluation is that of language modeling.
+    """The training objective of a student; its evaluation is that of language modeling.
 
     The loss is computed where GPTModel computes it, in ``compute_language_model_loss`` of the chunk that has the output
-    layer, which is displaced on that instance: there the logits are at hand, in their own dtype, and nothing else keeps
-    them alive.
+    layer. This method is displaced on that instance, because it gets the logits in their own dtype, and nothing else
+    keeps them alive.
 
     Args:
-        chunks: of the student on this rank, without wrappers.
-        rule: which divergence.
-        alpha: its share; the rest is cross entropy.
+        chunks: the student's model chunks on this rank, without wrappers.
+        rule: the kind of divergence.
+        alpha: the share of the divergence in the loss; the rest is cross entropy.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], rule: Divergence, alpha: float) -> None:
         self._rule, self._alpha = rule, alpha
-        # Of the micro-batch that is in the model, what its teacher says, and what came out.
+        # The teacher's targets of the micro-batch that is in the model, and the losses computed from them.
         self._said: Targets | None = None
         self._losses: Losses | None = None
         for chunk in chunks:
@@ -42,21 +46,21 @@ class DistillationObjective:
                 chunk.compute_language_model_loss = functools.partial(self._compute, original)
 
     def __call__(self, batch: Batch, model: torch.nn.Module) -> tuple[torch.Tensor, LossOf]:
-        """Runs the model on a micro-batch with :data:`TARGETS`; reports ``lm_loss``, and ``distill_loss`` of it."""
+        """Runs the model on a micro-batch with :data:`TARGETS`; its loss reports ``lm_loss`` and ``distill_loss``."""
         said: Any = batch.get(TARGETS)
         (output, _), losses = self.heed(said, lambda: language_modeling(batch, model))
         return output, functools.partial(_sums, batch["loss_mask"], losses)
 
     def heed(self, said: Targets | None, forward: Callable[[], _T]) -> tuple[_T, Losses | None]:
-        """Runs the model on a micro-batch of which its teacher has said something.
+        """Runs the model on a micro-batch, with its loss computed against the teacher's targets.
 
         Args:
-            said: of the tokens ``[seq_length, micro_batch_size]``; None on the stages that have no output layer.
-            forward: runs the model, once.
+            said: the targets of the tokens ``[seq_length, micro_batch_size]``; None on stages without an output layer.
+            forward: a function that runs the model, once.
 
         Returns:
-            What ``forward`` returns, and per token ``[micro_batch_size, seq_length]`` what the loss is made of; None
-            where no loss was computed.
+            The result of ``forward``, and the losses of each token, fp32 ``[micro_batch_size, seq_length]``; None if no
+            loss was computed.
         """
         self._said = said
         try:
@@ -69,7 +73,10 @@ class DistillationObjective:
     def _compute(
         self, original: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
-        """Per token, ``[micro_batch_size, seq_length]``, of logits ``[seq_length, micro_batch_size, V / TP]``."""
+        """Computes the loss of each token, ``[micro_batch_size, seq_length]``.
+
+        The labels are int64 ``[micro_batch_size, seq_length]``, the logits ``[seq_length, micro_batch_size, V / TP]``.
+        """
         if self._said is None:
             return original(labels, logits)
         found = distillation(logits, labels.t().contiguous(), self._said, self._rule, self._alpha)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sample is which: the number of a training sample in a target store, whatever the layout of the run.
+"""Numbering of training samples in a target store, independent of the layout of the run.
 
-Every dataset of a blend is a part of its own, so that the weights of a blend are the student's affair. A sample of
-plain text has the number at which the dataset has it: within one pass over the data, megatron-core's order depends on
-the files, ``--split``, ``--seq-length`` and ``--seed``, and neither on the layout nor on ``--train-iters``. Beyond one
-pass all of that order depends on how many samples a run asks for. A sample of conversations has its number in the
-file, and keeps it in every epoch and under every seed.
+Every dataset of a blend is a part of its own, so that a student may weight a blend as it likes. The number of a sample
+of plain text is its index in the dataset: within one pass over the data, megatron-core's order depends on the files,
+``--split``, ``--seq-length`` and ``--seed``, and neither on the layout nor on ``--train-iters``. Beyond one pass, the
+whole order depends on how many samples a run requests. The number of a sample of conversations is its number in the
+file, which is the same in every epoch and with every seed.
 
-What decides the tokens and what each attends to is in the digest of a part: the content of the files, and the indices
-that megatron-core built.
+The digest of a part covers everything that decides the tokens and what each attends to: the content of the files, and
+the indices that megatron-core built.
 """
 
 import argparse
@@ -32,33 +32,33 @@ _SHAPING = "seq_length split seed sft reset_position_ids reset_attention_mask".s
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of one part, numbered.
+    """The numbered samples of one part.
 
     Attributes:
-        dataset: as megatron-core built it.
-        part: what a store records of it.
+        dataset: the dataset as megatron-core built it.
+        part: the description of the part that a store records.
     """
 
     dataset: MegatronDataset
     part: Part
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """A sample by its number."""
+        """Returns a sample by its number."""
         of_file = isinstance(self.dataset, ConversationDataset)
         return self.dataset.sample(number) if of_file else self.dataset[number]
 
     def number(self, index: int) -> int:
-        """The number of the sample that the dataset has at an index."""
+        """Returns the number of the sample at an index of the dataset."""
         return self.dataset.number(index) if isinstance(self.dataset, ConversationDataset) else index
 
 
 def parts_of(args: argparse.Namespace, dataset: Any, wanted: int | None) -> dict[int, Samples]:
-    """The parts of training data, by their places in the blend.
+    """Returns the parts of the training data, by their positions in the blend.
 
     Args:
-        args: of the run that built it, with what tells its data files from others.
-        dataset: of training samples.
-        wanted: how many samples a run takes from the first on; None for all that there are.
+        args: the arguments of the run that built the dataset, with the digests of its data files.
+        dataset: the dataset of training samples.
+        wanted: the number of samples that a run takes, from the first on; None for all.
     """
     wanted = len(dataset) if wanted is None else min(wanted, len(dataset))
     blended = isinstance(dataset, BlendedDataset)
@@ -66,7 +66,7 @@ def parts_of(args: argparse.Namespace, dataset: Any, wanted: int | None) -> dict
     counts = np.bincount(dataset.dataset_index[:wanted], minlength=len(datasets)) if blended else [wanted]
     found = {}
     for place, (one, count, of_files) in enumerate(zip(datasets, counts, args.data_digests, strict=True)):
-        # Of a file any sample may come at any index.
+        # Any sample of a file of conversations may come at any index, so that all of them are needed.
         samples = len(one.indices) if isinstance(one, ConversationDataset) else int(count)
         if samples:
             name = "mock data" if one.dataset_path is None else Path(one.dataset_path).name
@@ -76,7 +76,7 @@ def parts_of(args: argparse.Namespace, dataset: Any, wanted: int | None) -> dict
 
 
 def shaping(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that shape samples, by name."""
+    """Returns the arguments that determine the samples, by name."""
     found = {name: getattr(args, name) for name in _SHAPING}
     if args.data_path is None:
         del found["split"]
@@ -86,7 +86,7 @@ def shaping(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _digest(args: argparse.Namespace, dataset: Any, of_files: str) -> str:
-    """Of everything that decides what the samples of a dataset are, and what their tokens attend to."""
+    """Returns the digest of everything that decides the samples of a dataset, and what their tokens attend to."""
     said = {name: getattr(args, name) for name in ("seq_length", "reset_position_ids", "reset_attention_mask")}
     said |= {"kind": type(dataset).__name__, "files": of_files}
     state = xxhash.xxh3_128(json.dumps(said, sort_keys=True).encode())

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a host's arguments does not go with a teacher, and the cure. Importing this imports no Megatron."""
+"""Arguments of a host that cannot be combined with a teacher, and the cures. Importing this imports no Megatron."""
 
 import argparse
 from collections.abc import Iterator, Mapping
 
 _OWN_LOOP = "or use launch/pretrain.py"
 
-# Why arguments of hosts do not go with --distill-teacher, and the cure -> their names. Hosts without them leave them
-# unset.
+# The reasons why arguments of hosts cannot be combined with --distill-teacher, with the cure -> the arguments' names.
+# In hosts that do not have them they are unset.
 _CANNOT = {
     "it is MindSpeed's own distillation, of dense models without pipeline stages and with a second forward pass of the "
     "student: use one of the two": "qad_enable",
@@ -41,25 +41,25 @@ _CANNOT = {
 
 
 def given(args: argparse.Namespace, table: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """The arguments of a table that are given, with the reason.
+    """Yields the arguments of a table that are given, each with its reason.
 
     Args:
-        args: the host's.
-        table: reason -> names of arguments.
+        args: the host's arguments.
+        table: the names of arguments, separated by spaces, by the reason to look for them.
     """
     for why, names in table.items():
         for name in names.split():
             value = getattr(args, name, None)
-            # By identity: a layer index of 0 is no False.
+            # Compared by identity, because a layer index of 0 equals False.
             if not (value is None or value is False or value in ("none", "")):
                 yield name, why
 
 
 def refused(args: argparse.Namespace, own_family: bool) -> Iterator[tuple[str, str]]:
-    """Arguments of a host that rule a teacher out, by name and with the reason; none where no teacher is asked for.
+    """Yields the names of a host's arguments that exclude a teacher, with the reason; nothing if none is requested.
 
     Args:
-        args: the host's, validated.
+        args: the host's validated arguments.
         own_family: whether the host builds models of the MiniCPM4 family by itself, as MindSpeed-LLM does.
     """
     if args.distill_teacher is None and args.distill_targets is None:

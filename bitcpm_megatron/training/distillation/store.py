@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A student that learns from a target store: which one it is, what it serves, and the targets of each micro-batch."""
+"""Distillation from a target store: its checks against the run, and the targets of each micro-batch."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -24,16 +24,18 @@ from .parts import Samples, parts_of, shaping
 
 
 class StoredTargets:
-    """What a teacher said of the samples of a run, from a store.
+    """A teacher's targets for the samples of a run, read from a store.
 
     Args:
-        args: of the run; gets ``distill_identity``, which tells this store from others, and the store's temperature.
+        args: the arguments of the run; they get ``distill_identity``, which distinguishes this store from others, and
+            the store's temperature.
 
     Attributes:
-        notes: what is to be logged.
+        vocab_size: the number of ids that the targets are about, without padding.
+        notes: lines for the log.
 
     Raises:
-        StoreError: it is not there, damaged, not complete, or of another tokenizer, vocabulary or temperature.
+        StoreError: if the store is missing, damaged or incomplete, or has another tokenizer, vocabulary or temperature.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -58,10 +60,10 @@ class StoredTargets:
         self.notes = [f"targets: {args.distill_targets}, {about.about()}, of {checkpoint}"]
 
     def beside(self, dataset: Any) -> Any:
-        """The training samples with what the store says of them, where this rank computes a loss.
+        """Returns the training samples together with their targets, or alone if this rank computes no loss.
 
         Raises:
-            StoreError: it does not hold all samples that the run is going to take.
+            StoreError: if the store does not hold all samples that the run is going to take.
         """
         wanted = self._args.train_iters * self._args.global_batch_size
         parts = parts_of(self._args, dataset, wanted)
@@ -71,9 +73,10 @@ class StoredTargets:
         return _Taught(dataset, parts, begins, self._store)
 
     def attach(self, batches: Sequence[dict[str, Any]]) -> list[str]:
-        """Gives micro-batches their :data:`TARGETS`, those of this context-parallel rank's tokens.
+        """Adds to micro-batches the :data:`TARGETS` of this context-parallel rank's tokens.
 
-        What is damaged says nothing; the messages are returned, and the ranks have yet to agree on them.
+        Returns:
+            Messages about damaged records, whose targets are all zero; the caller makes the ranks agree on them.
         """
         found: list[str] = []
         for batch in batches:
@@ -84,7 +87,10 @@ class StoredTargets:
         return found
 
     def _of_this_rank(self, rows: torch.Tensor) -> torch.Tensor:
-        """From ``[micro_batch_size, seq_length, k]`` to the axes of the logits."""
+        """Takes this rank's tokens from rows ``[micro_batch_size, seq_length, k]``, with the token axes of the logits.
+
+        k is the number of ids that the store has room for per token.
+        """
         if packs(self._args):
             whole = rows.reshape(1, -1, rows.shape[-1])
             rows = of_rank(whole, 1, parallel_state.get_context_parallel_rank(), self._args.context_parallel_size)
@@ -94,13 +100,17 @@ class StoredTargets:
         about = self._store.description
         if about.kind != SAMPLED:
             return TopKTargets(ids.contiguous(), weights.contiguous(), about.temperature)
-        # Few tokens need a place for every draw.
+        # Few tokens have as many distinct ids as draws, so that the arrays can be narrower.
         width = max(int((weights > 0).sum(-1).max()), 1)
         ids, weights = ids[..., :width].contiguous(), weights[..., :width].contiguous()
         return SampledTargets(ids, weights, about.width, about.temperature)
 
     def _begin(self, samples: Samples) -> int:
-        """The number of the first sample of a part in the store."""
+        """Returns the number in the store of a part's first sample.
+
+        Raises:
+            StoreError: if the store lacks the part, or holds fewer samples of it than the run takes.
+        """
         about, part, where = self._store.description, samples.part, self._args.distill_targets
         begin = 0
         for held in about.parts:
@@ -129,9 +139,10 @@ class StoredTargets:
 
 
 class _Taught(torch.utils.data.Dataset):
-    """Training samples, each with what a store says of it.
+    """Training samples, each with its targets from a store.
 
-    Under :data:`STORED` a sample has ``ids`` and ``weights`` ``[seq_length, k]``, and why there are none, if so.
+    Under :data:`STORED` a sample has ``ids`` (int32) and ``weights`` (uint8 counts of draws, or fp16 logarithms of the
+    top k), both ``[seq_length, k]`` with k draws or ids, and under ``damage`` why they could not be read, or "".
     """
 
     def __init__(
@@ -157,7 +168,7 @@ class _Taught(torch.utils.data.Dataset):
             else:
                 ids, weights = decode_top_k(record, about.seq_length, about.width)
         except StoreError as error:
-            # Other ranks wait for this one: see StoredTargets.attach().
+            # Raising here would leave the other ranks waiting: StoredTargets.attach() returns the message instead.
             damage = str(error)
             shape = (about.seq_length, about.width)
             ids, weights = np.zeros(shape, np.int32), np.zeros(shape, np.uint8 if about.kind == SAMPLED else np.float16)
@@ -165,7 +176,7 @@ class _Taught(torch.utils.data.Dataset):
         return {**sample, STORED: stored}
 
     def _number(self, index: int) -> int:
-        """In the store."""
+        """Returns the number in the store of the sample at an index."""
         place = 0
         if isinstance(self._dataset, BlendedDataset):
             place, index = int(self._dataset.dataset_index[index]), int(self._dataset.dataset_sample_index[index])
@@ -176,7 +187,7 @@ def learn_from_targets(run: Run) -> None:
     """Gives a run the target store that its arguments name, and the objective to learn from it; collective.
 
     Raises:
-        StoreError: see :class:`StoredTargets`; on every rank alike.
+        StoreError: if :class:`StoredTargets` refuses the store; on every rank alike.
     """
     args = run.args
     with together():
@@ -187,7 +198,7 @@ def learn_from_targets(run: Run) -> None:
 
 
 def refuse_damage(found: Sequence[str]) -> None:
-    """Raises a StoreError on every rank for what :meth:`StoredTargets.attach` has found on some; collective."""
+    """Raises a StoreError on every rank if :meth:`StoredTargets.attach` found damage on some rank; collective."""
     with together():
         if found:
             raise StoreError(found[0])

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher that runs along: model chunks of its own in the student's process groups, and nobody else's business."""
+"""A teacher that runs beside its student: model chunks of its own in the student's process groups.
+
+In shapes, V is the padded vocabulary size and TP the number of tensor-parallel ranks.
+"""
 
 import argparse
 import contextlib
@@ -30,7 +33,7 @@ from ..model import answer_with_logits, hear
 from ..run import Run
 from .objective import DistillationObjective
 
-# What a teacher shares with its student: its ranks, and the micro-batches.
+# The arguments that a teacher shares with its student: those of the layout and of the micro-batches.
 _SHARED = (
     "pipeline_model_parallel_size context_parallel_size cp_comm_type sequence_parallel micro_batch_size seq_length "
     "ternary_backend"
@@ -40,23 +43,24 @@ Surrounding = Callable[[argparse.Namespace], contextlib.AbstractContextManager[N
 
 
 class Teacher:
-    """The model of a checkpoint of ours, of any size, that says what it thinks of a student's micro-batches.
+    """The model of one of our checkpoints, of any size, that gives targets for a student's micro-batches.
 
-    It is built from its own arguments, in the student's layout and with the rows of the student's embedding, and is
-    ternary only where its checkpoint is. It stands outside of everything that the student has: optimizer, DDP,
-    checkpoints, record and telemetry never see it, and building it draws no random number of the student's.
+    It is built from its own arguments, in the student's layout and with as many embedding rows as the student, and is
+    ternary only if its checkpoint is. It is separate from everything of the student: optimizer, DDP, checkpoints,
+    quantizer record and telemetry never see it, and building it leaves the student's random states as they are.
 
     Args:
-        args: of the student's run; gets ``distill_identity``, which tells this teacher from others.
-        padded_vocab_size: of the student.
-        surrounding: what holds while it is built and while it runs, from the arguments that build it.
+        args: the arguments of the student's run; they get ``distill_identity``, which distinguishes this teacher from
+            others.
+        padded_vocab_size: the student's padded vocabulary size.
+        surrounding: makes, from the arguments that build the teacher, the context in which it is built and runs.
 
     Attributes:
-        vocab_size: ids that both know, without padding: of any other neither has learned anything.
-        notes: what is to be logged.
+        vocab_size: the number of ids that both models know, without padding; other ids mean nothing to one of them.
+        notes: lines for the log.
 
     Raises:
-        CheckpointError, ValueError: there is none, or it cannot teach this student, with the reason.
+        CheckpointError, ValueError: if there is no checkpoint, or it cannot teach this student; with the reason.
     """
 
     def __init__(
@@ -82,49 +86,49 @@ class Teacher:
 
     @property
     def chunks(self) -> list[GPTModel]:
-        """Of its model on this rank: one."""
+        """The chunks of the teacher's model on this rank; there is exactly one."""
         return self._model.bare
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether it has to see all micro-batches of a step before the student sees one; its stages share the work."""
+        """Whether the teacher must see all micro-batches of a step before the student does, as with pipeline stages."""
         return parallel_state.get_pipeline_model_parallel_world_size() > 1
 
     def targets(self, batches: Sequence[Batch], keep: Callable[[torch.Tensor, Batch], Any] | None = None) -> list[Any]:
-        """What it says of micro-batches on this device, in their order; nothing on any stage but the last one.
+        """Returns the targets of micro-batches, in their order; an empty list on all stages except the last.
 
         Collective over the ranks that share the model.
 
         Args:
-            batches: micro-batches.
-            keep: what is kept of the logits ``[seq_length, micro_batch_size, V / TP]`` of each; by default
-                :class:`TopKTargets` of them where ``--distill-top-k`` says how many, else :class:`DenseTargets`.
+            batches: the micro-batches, on this process's device.
+            keep: makes a target from the logits ``[seq_length, micro_batch_size, V / TP]`` of a micro-batch; by default
+                :class:`TopKTargets` if ``--distill-top-k`` is given, else :class:`DenseTargets`.
         """
         forward = functools.partial(_forward, keep or (lambda logits, batch: self.said(logits)))
         return self.hear(forward, iter(batches), len(batches), **schedule_shape(self._args))
 
     def hear(self, forward: Callable, data_iterator: Any, count: int, **shape: Any) -> list[Any]:
-        """Runs it on micro-batches, in their order; collective over the ranks that share the model.
+        """Runs the teacher on micro-batches, in their order; collective over the ranks that share the model.
 
         Args:
-            forward: as megatron-core's schedules take a ``forward_step_func`` whose second result is no loss.
-            data_iterator: that ``forward`` takes them from.
-            count: of micro-batches.
-            shape: what the schedule is told of one: ``seq_length``, ``micro_batch_size`` and the like.
+            forward: a ``forward_step_func`` of megatron-core's schedules whose second result collects non-loss data.
+            data_iterator: the iterator from which ``forward`` takes the micro-batches.
+            count: the number of micro-batches.
+            shape: the shape of a micro-batch for the schedule: ``seq_length``, ``micro_batch_size`` and the like.
 
         Returns:
-            What ``forward`` kept of each; nothing on any stage but the last one.
+            The data that ``forward`` collected of each micro-batch; empty on all stages except the last.
         """
         with _whole_stages(), self._surrounding():
             return hear(self._model, forward, data_iterator, count, **shape)
 
     def said(self, logits: torch.Tensor) -> Targets:
-        """What a student is told of logits ``[seq_length, micro_batch_size, V / TP]``; collective over their ranks."""
+        """Returns the targets of logits ``[seq_length, micro_batch_size, V / TP]``; collective over the TP ranks."""
         k, temperature = self._args.distill_top_k, self._args.distill_temperature
         if k is None:
             return DenseTargets(logits)
         group = parallel_state.get_tensor_model_parallel_group()
-        # Logits that are not finite give a loss that is not: nobody waits for the device here.
+        # This does not check the logits, which would wait for the device: if they are not finite, neither is the loss.
         return TopKTargets(*likeliest(logits, k, self.vocab_size, temperature, group), temperature)
 
 
@@ -132,7 +136,7 @@ def learn_from_teacher(run: Run, padded_vocab_size: int) -> None:
     """Gives a run the teacher that its arguments name, and the objective to learn from it; collective over all ranks.
 
     Raises:
-        CheckpointError, ValueError: see :class:`Teacher`.
+        CheckpointError, ValueError: if :class:`Teacher` refuses the teacher.
     """
     run.teacher = Teacher(run.args, padded_vocab_size)
     run.objective = objective_of(run.args, run.teacher, run.model.bare)
@@ -140,7 +144,7 @@ def learn_from_teacher(run: Run, padded_vocab_size: int) -> None:
 
 
 def objective_of(args: argparse.Namespace, teacher: Teacher, chunks: Sequence[GPTModel]) -> DistillationObjective:
-    """What the chunks of a student are trained for, as the arguments of its run say."""
+    """Returns the training objective for a student's chunks, as the arguments of its run say."""
     rule = Divergence(teacher.vocab_size, args.distill_temperature, args.distill_direction == "reverse")
     return DistillationObjective(chunks, rule, args.distill_alpha)
 
@@ -154,10 +158,10 @@ def _forward(
 
 
 def _arguments(args: argparse.Namespace, checkpoint: Path) -> argparse.Namespace:
-    """Those that build a teacher in a student's layout.
+    """Returns the arguments that build a teacher in a student's layout.
 
     Raises:
-        ValueError: it cannot teach this student.
+        ValueError: if the teacher cannot teach this student.
     """
     own = arguments_of(checkpoint, args.tensor_model_parallel_size)
     for name in _SHARED:
@@ -170,7 +174,7 @@ def _arguments(args: argparse.Namespace, checkpoint: Path) -> argparse.Namespace
 
 
 def _identity(checkpoint: Path) -> dict[str, str]:
-    """Tells a teacher from others by its content; collective."""
+    """Returns what distinguishes a teacher from others, a digest of its checkpoint's content; collective."""
     told: list[str] = [""]
     with together():
         if torch.distributed.get_rank() == 0:
@@ -184,9 +188,9 @@ def _identity(checkpoint: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _whole_stages() -> Iterator[None]:
-    """While it lasts this process has no virtual stages: a teacher's are whole, whatever its student's are.
+    """Hides the virtual stages of this process in a block: a teacher's stages are whole even if its student's are not.
 
-    megatron-core 0.12 asks the process, where later versions ask a chunk.
+    megatron-core 0.12 reads them from the process, later versions from a chunk.
     """
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
@@ -198,10 +202,10 @@ def _whole_stages() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undrawn() -> Iterator[None]:
-    """Leaves the random states as they were, whatever is drawn meanwhile."""
+    """Restores the random states at the end of a block, whatever was drawn in it."""
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states = tracker.get_states()
-    # Of all devices of the machine by default, each of which would then hold memory of this process.
+    # By default, fork_rng() takes all devices of the machine, and this process would then hold memory on each of them.
     with torch.random.fork_rng([device()] if torch.cuda.is_available() else []):
         yield
     tracker.set_states(states)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets a teacher say what it thinks of every training sample, once, into a target store.
+"""Writing of a target store: a teacher's targets for every training sample, once.
 
-Data-parallel ranks share the shards of the store among themselves, and each makes whole ones: what is written depends
-on neither the layout nor the micro-batch size (but for the rounding of logits), and a killed writer goes on with the
-shards that are missing. A thread turns targets into records and writes them while the teacher goes on.
+The shards of the store are divided among the data-parallel ranks, and each rank writes whole shards: what is written
+depends on neither the layout nor the micro-batch size (except for the rounding of logits), and a killed writer resumes
+with the shards that are missing. A thread turns targets into records and writes them while the teacher goes on.
 """
 
 import argparse
@@ -39,23 +39,24 @@ from ..data import DataError
 from .parts import Samples, parts_of, shaping
 from .teacher import Teacher
 
-# About 12 distinct ids of a token.
+# The default number of draws per token; they give about 12 distinct ids.
 _DRAWS = 50
-# In a batch: the numbers of its samples in the store.
+# Key of a batch: the numbers of its samples in the store.
 _NUMBERS = "numbers"
-# Micro-batches that go through a pipeline together, for each of its stages.
+# How many micro-batches per pipeline stage go through the pipeline together.
 _PER_STAGE = 4
 
 
 def write_targets(args: argparse.Namespace) -> None:
-    """Writes the store ``args.output``, or what is missing of it; collective over all ranks.
+    """Writes the store ``args.output``, or the shards that it lacks; collective over all ranks.
 
     Args:
-        args: all of a run's that say what its data and its layout are, with ``train_iters`` samples, or None for one
-            pass; ``distill_teacher``, ``distill_draws`` or ``distill_top_k``, ``distill_temperature`` and ``output``.
+        args: a run's arguments of the data and the layout, with ``train_iters`` the number of samples, or None for one
+            pass; and ``distill_teacher``, ``distill_draws`` or ``distill_top_k``, ``distill_temperature`` and
+            ``output``.
 
     Raises:
-        ValueError, CheckpointError, StoreError, OSError: with the cure in the message.
+        ValueError, CheckpointError, StoreError, OSError: if the store cannot be written; the message names the cure.
     """
     tokenizer, vocabulary = data.build_tokenizer(args)
     files = data.find_files(args, tokenizer.eod)
@@ -90,7 +91,7 @@ def write_targets(args: argparse.Namespace) -> None:
 
 
 class _Writer:
-    """One rank's part in the writing of a store."""
+    """Writer of one rank's shards of a store."""
 
     def __init__(
         self, args: argparse.Namespace, teacher: Teacher, parts: Sequence[Samples], description: Description
@@ -104,7 +105,7 @@ class _Writer:
         self._together = 1 if stages == 1 else _PER_STAGE * stages
 
     def write(self, waiting: Sequence[int]) -> list[int]:
-        """Writes this rank's share of the shards; returns those that this process wrote."""
+        """Writes this rank's share of the shards; returns the numbers of those that this process wrote."""
         ranks = parallel_state.get_data_parallel_world_size()
         mine, shards = waiting[parallel_state.get_data_parallel_rank() :: ranks], self._about.shards
         stream = data.read_batches(
@@ -121,7 +122,7 @@ class _Writer:
                 while numbers := list(islice(steps, self._together)):
                     batches = list(islice(stream, len(numbers)))
                     said = self._said(numbers, batches)
-                    # One at a time, so that the thread's failures are met and its memory stays flat.
+                    # The thread gets one task at a time, so that its failures surface and its memory stays constant.
                     if pending is not None:
                         pending.result()
                     pending = thread.submit(self._keep, records, numbers, batches, said)
@@ -135,10 +136,12 @@ class _Writer:
         return list(mine) if self._writes else []
 
     def _said(self, numbers: Sequence[Sequence[int]], batches: Sequence[data.Batch]) -> list[tuple[np.ndarray, ...]]:
-        """What the teacher says of micro-batches, arrays ``[micro_batch_size, seq_length, width]``; on the last stage.
+        """Returns the teacher's targets of micro-batches, on the last stage, as tuples of arrays.
+
+        The arrays are ``[micro_batch_size, seq_length, width]``, with width draws or ids per token.
 
         Raises:
-            DataError: they hold tokens that the vocabulary lacks.
+            DataError: if the micro-batches hold tokens that the vocabulary lacks.
         """
         unknown = data.withdraw_unknown_tokens(batches, self._args.vocab_size)
         if unknown:
@@ -167,7 +170,7 @@ class _Writer:
         return tuple(map(self._as_rows, found))
 
     def _as_rows(self, said: torch.Tensor) -> np.ndarray:
-        """``[micro_batch_size, seq_length, width]``, from the axes of the logits."""
+        """Turns targets with the token axes of the logits into an array ``[micro_batch_size, seq_length, width]``."""
         rows = said.transpose(0, 1).reshape(self._rows, self._about.seq_length, -1)
         return rows.cpu().numpy()
 
@@ -178,7 +181,7 @@ class _Writer:
         batches: Sequence[Batch],
         said: Sequence[tuple[np.ndarray, ...]],
     ) -> None:
-        """Appends the records of micro-batches, each sample once."""
+        """Appends the records of the samples of micro-batches, without the repetitions that fill the last one."""
         if not self._writes:
             return
         for some, batch, arrays in zip(numbers, batches, said, strict=True):
@@ -191,7 +194,7 @@ class _Writer:
 
 
 class _Numbered(torch.utils.data.Dataset):
-    """Samples by their numbers in the store."""
+    """The samples of all parts, indexed by their numbers in the store."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
         self._parts = parts
@@ -207,7 +210,7 @@ class _Numbered(torch.utils.data.Dataset):
 
 
 def _distinct(parts: Mapping[int, Samples]) -> list[Samples]:
-    """Each part once, though a blend may name a file twice."""
+    """Returns each part once, with the most samples that any occurrence has; a blend may name a file twice."""
     found: dict[str, Samples] = {}
     for one in parts.values():
         held = found.get(one.part.digest)
@@ -217,16 +220,16 @@ def _distinct(parts: Mapping[int, Samples]) -> list[Samples]:
 
 
 def _micro_batches(numbers: range, size: int) -> Iterator[list[int]]:
-    """The samples of a shard in micro-batches of one size; the last one repeats its last sample."""
+    """Yields the numbers of a shard's samples in micro-batches of equal size; the last repeats its last sample."""
     for start in range(numbers.start, numbers.stop, size):
         yield [min(start + row, numbers.stop - 1) for row in range(size)]
 
 
 def _waiting(directory: Path, description: Description) -> list[int]:
-    """The shards that are not there yet, as rank 0 sees them before anybody writes; collective.
+    """Returns the shards that do not exist yet, as rank 0 sees them before any rank writes; collective.
 
     Raises:
-        StoreError: one that is there is damaged.
+        StoreError: if an existing shard is damaged.
     """
     told: list[list[int]] = [[]]
     with together():
@@ -242,9 +245,9 @@ def _waiting(directory: Path, description: Description) -> list[int]:
 
 
 def _complete(directory: Path, description: Description, waiting: Sequence[int], mine: Sequence[int]) -> None:
-    """Writes the digests of all shards, when all are there; collective."""
+    """Writes the digests of all shards once every rank has written its own; collective."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    # Those of an earlier attempt are shared out.
+    # The digests of shards from an earlier attempt are computed by all ranks, each a share.
     before = sorted({*range(len(description.shards))} - {*waiting})[rank::ranks]
     with together():
         known = {path.name: digest(path) for path in (shard_path(directory, shard) for shard in [*mine, *before])}
@@ -256,7 +259,7 @@ def _complete(directory: Path, description: Description, waiting: Sequence[int],
 
 @contextlib.contextmanager
 def _held(directory: Path) -> Iterator[None]:
-    """Keeps other jobs from writing the same store; collective."""
+    """Keeps other jobs from writing the same store during a block; collective."""
     lock = None
     try:
         with together():
