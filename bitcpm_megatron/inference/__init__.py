@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floor 6: what a trained model says."""
+"""Floor 6: text generation with trained models."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation with a model, turn by turn."""
+"""Conversations with a model, turn by turn."""
 
 from collections.abc import Generator, Iterator
 
@@ -12,25 +12,25 @@ from .text_model import TextModel
 
 
 class Conversation:
-    """What was said so far, and what the model answers to more of it.
+    """A conversation between a user and a model, which answers one message after the other.
 
-    A turn is asked with the whole conversation, by the chat template. As far as its tokens are those that the model saw
-    or wrote in the turns before, they are in its cache.
+    The prompt of a turn is the whole conversation, formatted by the chat template. The tokens with which it repeats the
+    turns before are already in the model's cache and are not computed again.
 
     Args:
-        model: that is asked.
-        questioner: writes the conversation for it.
-        system: what the conversation begins with, as the system says; None without.
-        count: tokens of an answer, at most.
-        temperature: 0 takes the likeliest token.
-        seed: of the draws.
+        model: the model that answers.
+        questioner: formats the conversation for the model.
+        system: the system message with which the conversation begins; None for none.
+        count: the maximum number of tokens of an answer.
+        temperature: the temperature of the draws; 0 takes the likeliest token.
+        seed: the seed of the draws.
 
     Attributes:
-        messages: of the conversation, answers that were stopped as far as they came.
-        full: whether the last answer ended where the model's context does.
+        messages: the messages of the conversation so far; an answer that was stopped is kept up to where it stopped.
+        full: whether the last answer was cut off because it reached the end of the model's context.
 
     Raises:
-        ValueError: the template refuses such a conversation.
+        ValueError: if the template refuses a conversation with this system message.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Conversation:
         questioner.ask("?", self.messages)
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """The answer to what a user says, in parts, one per token as it comes; many are empty.
+        """Returns an iterator over the answer to a user's message, in parts, one per token; many parts are empty.
 
-        It becomes part of the conversation when it ends or the iterator is closed, as far as it came; what the model
-        cannot be asked leaves the conversation as it was.
+        Message and answer become part of the conversation when the answer ends or the iterator is closed, up to the
+        last token drawn. A message that raises leaves the conversation unchanged.
 
         Raises:
-            ValueError: the conversation is longer than the model's context, or the text cannot be tokenized.
+            ValueError: if the conversation would leave no room in the model's context, or the text cannot be tokenized.
         """
         prompt = self._questioner.ask(text, self.messages)
         room = self._model.context - len(prompt)
@@ -89,7 +89,7 @@ class Conversation:
             yield stream.end()
             self.full = full and said[-1] not in self._ends
         finally:
-            # A user who stopped an answer before its first token has said something, and heard nothing.
+            # A message whose answer was stopped before its first token is left out of the conversation.
             if said:
                 answer = self._model.tokenizer.detokenize(said)
                 self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]

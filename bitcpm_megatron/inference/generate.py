@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of any causal model, token by token: a key-value cache that follows what is asked, and one way to draw."""
+"""Generation of text with any causal model: a key-value cache that reuses common beginnings, and drawing of tokens."""
 
 import abc
 from collections.abc import Collection, Iterator, Sequence
@@ -8,14 +8,14 @@ import torch
 
 
 class NextToken(abc.ABC):
-    """What a model says of the token behind others, with a cache of keys and values.
+    """A model's prediction of the token that follows others, with a cache of keys and values.
 
-    Asked for tokens that begin as those before did, it computes the others alone: one more token while a text grows, or
-    the next turn of a conversation. Whatever else it is asked, the answer is that of a model without a cache.
+    If a call's tokens begin like those of the call before, only the rest is computed: one more token while a text
+    grows, or the next turn of a conversation. The result is always that of a model without a cache.
 
     Args:
-        original: the length beyond which a LongRoPE takes its long factors, for all tokens of a text, so that what was
-            kept of a shorter one is of another model; None without one.
+        original: the length beyond which a LongRoPE uses its long factors, for all tokens of a text, so that the cache
+            of a shorter text is invalid for it; None for a model without LongRoPE.
     """
 
     def __init__(self, original: int | None = None) -> None:
@@ -24,17 +24,17 @@ class NextToken(abc.ABC):
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The logits of what follows: ``[rows]``, which may be more than the vocabulary has entries.
+        """Returns the logits of the next token, ``[rows]``; rows may exceed the vocabulary, because of padding.
 
         Args:
-            tokens: at least one, and no more than the model's context.
+            tokens: the ids of the tokens so far, at least one, and no more than the model's context.
         """
         if self._is_long(tokens) != self._is_long(self._seen):
             self._seen = []
         kept = 0
         while kept < min(len(self._seen), len(tokens) - 1) and self._seen[kept] == tokens[kept]:
             kept += 1
-        # Of a forward that is interrupted nothing is known.
+        # If the forward pass is interrupted, the contents of the cache are unknown.
         self._seen = []
         logits = self._forward(list(tokens), kept)
         self._seen = list(tokens)
@@ -45,9 +45,10 @@ class NextToken(abc.ABC):
 
     @abc.abstractmethod
     def _forward(self, tokens: list[int], kept: int) -> torch.Tensor:
-        """The logits behind ``tokens``, of which the cache holds the first ``kept``, and maybe others behind them.
+        """Computes the logits of the token after ``tokens``, ``[rows]``.
 
-        ``kept`` is 0 where the forward before this one did not end.
+        The cache holds the first ``kept`` of them, and possibly entries after those, which are not valid. ``kept`` is 0
+        if the previous forward pass did not finish.
         """
 
 
@@ -61,24 +62,25 @@ def generate(
     generator: torch.Generator | None = None,
     ends: Collection[int] = (),
 ) -> Iterator[int]:
-    """The next ``count`` tokens of a prompt, or fewer where one of ``ends`` comes, which is then the last of them.
+    """Returns an iterator over the next ``count`` tokens of a prompt, or fewer if one of ``ends`` is drawn, the last.
 
-    Every tensor-parallel rank must call this alike, and gets the same.
+    Every tensor-parallel rank must call this with the same arguments, and gets the same tokens.
 
     Args:
-        model: says what follows.
-        prompt: token ids, at least one.
-        count: of tokens, at most.
-        context: longest input of the model. Earlier tokens are dropped, and since all others then stand elsewhere,
-            every token beyond it costs a forward of the whole context.
-        vocab_size: without padding; padded entries are never drawn.
-        temperature: 0 takes the likeliest token.
-        generator: of the draws, on the CPU; None for torch's own.
-        ends: ids of tokens behind which nothing is drawn.
+        model: the model that predicts the next token.
+        prompt: the ids of the prompt's tokens, at least one.
+        count: the maximum number of tokens.
+        context: the longest input of the model. Tokens that do not fit are dropped from the beginning. Since this
+            shifts the positions of all others, every token beyond the context costs a forward pass of the whole
+            context.
+        vocab_size: the size of the vocabulary without padding; padded entries are never drawn.
+        temperature: the temperature of the draws; 0 takes the likeliest token.
+        generator: the generator of the draws, on the CPU; None for torch's default.
+        ends: the ids of tokens after which nothing is drawn.
 
     Raises:
-        ValueError: a prompt without tokens, or with one that is none of the vocabulary; or, while tokens are drawn, a
-            model that computes no number.
+        ValueError: if the prompt has no token or one outside the vocabulary; or, while tokens are drawn, if the model
+            computes logits that are not finite.
     """
     if not prompt or not all(0 <= token < vocab_size for token in prompt):
         raise ValueError(f"a prompt of {len(prompt)} tokens: give one or more, from 0 to {vocab_size - 1}")
@@ -100,6 +102,6 @@ def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator |
         raise ValueError("the model computes NaN or infinity: its weights are damaged, or too large for its dtype")
     if temperature == 0:
         return int(logits.argmax())
-    # Of the differences to the largest: however small the temperature is, that one is no infinity.
+    # The largest logit is subtracted first, so that it does not overflow, however small the temperature is.
     likelihood = ((logits - logits.max()) / temperature).softmax(-1)
     return int(torch.multinomial(likelihood, 1, generator=generator))

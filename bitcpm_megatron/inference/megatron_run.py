@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of a training run, to be asked: its model over all tensor-parallel ranks, its cache, its tokenizer."""
+"""Inference from a training run's checkpoint: its model over all tensor-parallel ranks, its cache and its tokenizer."""
 
 import argparse
 from pathlib import Path
@@ -20,17 +20,19 @@ from .generate import NextToken
 
 
 def load_for_inference(path: Path, fp32: bool = False, stages: int = 1) -> tuple[argparse.Namespace, Model]:
-    """The arguments of the run that wrote a checkpoint, and its model: ternary where it was, over all processes of this
-    job as tensor-parallel ranks of some stages. Every weight is quantized once, whatever ``--ternary-cache`` it had.
+    """Loads a checkpoint for inference; returns the arguments of the run that wrote it, and its model.
+
+    The model is ternary if the run's was. All processes of this job become tensor-parallel ranks of the pipeline
+    stages. Every weight is quantized once, whatever ``--ternary-cache`` the run had.
 
     Args:
         path: an iteration directory, or a release.
-        fp32: compute in fp32, with the same weights, also where the run did not.
-        stages: of the pipeline.
+        fp32: whether to compute in fp32, with the same weights, even if the run did not.
+        stages: the number of pipeline stages.
 
     Raises:
-        ValueError: this number of processes or stages does not fit the model or its row-parallel shards, or what the
-            checkpoint says of its run cannot be.
+        ValueError: if this number of processes or stages does not fit the model or its row-parallel shards, or the
+            checkpoint records impossible arguments.
     """
     if world_size() % stages:
         raise ValueError(f"{world_size()} processes cannot be split into {stages} pipeline stages")
@@ -48,16 +50,16 @@ def load_for_inference(path: Path, fp32: bool = False, stages: int = 1) -> tuple
 
 
 def context_of(run: argparse.Namespace) -> int:
-    """The tokens that a run's model was trained with: its longest input."""
+    """Returns the longest input of a run's model, in tokens: the sequence length that it was trained with."""
     return int(run.seq_length if hasattr(run, "seq_length") else run.max_position_embeddings)
 
 
 class MegatronNextToken(NextToken):
-    """megatron-core's ``StaticInferenceContext`` as the cache of a run's model; every rank must ask alike.
+    """A run's model with megatron-core's ``StaticInferenceContext`` as its cache; every rank must call it alike.
 
     Args:
-        model: of :func:`load_for_inference`, without pipeline stages.
-        context: tokens for which the cache has room.
+        model: the model from :func:`load_for_inference`, with one pipeline stage.
+        context: the number of tokens for which the cache has room.
     """
 
     def __init__(self, model: Model, context: int) -> None:
@@ -70,22 +72,23 @@ class MegatronNextToken(NextToken):
         self._cache.sequence_len_offset = kept
         inputs = torch.tensor([tokens[kept:]], device=device())
         positions = torch.arange(kept, len(tokens), device=device()).unsqueeze(0)
-        # megatron-core asserts that logits are gathered wherever there is a context.
+        # megatron-core asserts that logits are gathered if there is an inference context.
         logits = self._chunk(inputs, positions, None, inference_context=self._cache, runtime_gather_output=True)
         return logits[0, -1]
 
 
 def tokenizer_of(run: argparse.Namespace, path: Path, given: str | None = None, kind: str | None = None) -> Tokenizer:
-    """The run's tokenizer, that which came with a converted checkpoint, or another file that can be it.
+    """Opens the tokenizer of a run: the given one, that of a converted checkpoint, or the one that the run recorded.
 
     Args:
-        run: its arguments, from :func:`load_for_inference`.
-        path: its checkpoint.
-        given: a tokenizer to take in the place of the run's.
-        kind: of :data:`~..data.vocabulary.TOKENIZER_TYPES`, where one is given; None for what it holds.
+        run: the arguments of the run from :func:`load_for_inference`; they get the path of the tokenizer.
+        path: the checkpoint of the run.
+        given: the path of a tokenizer to use instead of the run's; it must be equivalent.
+        kind: the type of the given tokenizer, one of :data:`~..data.vocabulary.TOKENIZER_TYPES`; None to detect it.
 
     Raises:
-        ValueError: there is none, or one of another size, whose pieces stand for other rows of the embedding.
+        ValueError: if there is no tokenizer, or it differs from the run's, so that its pieces would belong to other
+            rows of the embedding.
     """
     recorded, trained = run.tokenizer_model, run.vocab_size
     if run.mock_data and given is not None:
@@ -100,7 +103,7 @@ def tokenizer_of(run: argparse.Namespace, path: Path, given: str | None = None, 
     # A run may have more rows than its own tokenizer has pieces (--vocab-size); with another file that is a mistake.
     if not run.mock_data:
         run.vocab_size = None
-    # By content, which a checkpoint from before there were identities does not tell.
+    # Tokenizers are compared by content, except for checkpoints that record no tokenizer_identity.
     trained_with = getattr(run, "tokenizer_identity", None)
     tokenizer, _ = build_tokenizer(run)
     if trained_with not in (None, run.tokenizer_identity):
@@ -108,7 +111,7 @@ def tokenizer_of(run: argparse.Namespace, path: Path, given: str | None = None, 
     if not run.mock_data:
         check_ends(path, tokenizer.eod, run.tokenizer_model)
     pieces = tokenizer.vocab_size
-    # Published models have their rows padded already, and say how many; a run of ours says how many pieces it had.
+    # A published model records its number of rows, padding included; a run of ours records its number of pieces.
     multiple = run.make_vocab_size_divisible_by if recorded is None else 1
     other = given is not None and given != recorded
     if pieces > trained or (other and padded_vocab_size(pieces, multiple) < trained):

@@ -10,25 +10,25 @@ from ..quantization import GROUP_MULTIPLE, packed_size
 from .kernels import MOST_TOKENS, kernels_for
 
 _DECODED_ELEMENTS = 1 << 20
-"""Of rows that are unpacked at a time, when there are many tokens: 2 MiB in bf16."""
+"""The number of elements that are unpacked at a time if there are many tokens: 2 MiB in bf16."""
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
 class PackedTernaryLinear(torch.nn.Module):
-    """y = x W^T of a ternary weight that is kept in 2 bits per code; for inference alone.
+    """The layer y = x W^T with a ternary weight that is stored in 2 bits per code; only for inference.
 
-    Few tokens are multiplied with the packed weight, summed in fp32. Of more than 32, or where a device has no such
-    kernel, rows are unpacked to the dtype of the activations, some MiB at a time, and multiplied by the device's own
-    matrix product. Codes and scales are buffers: whatever dtype the module is cast to, the scales stay bf16.
+    Up to 32 tokens are multiplied with the packed weight, summed in fp32. With more tokens, or if the device has no
+    such kernel, rows are unpacked to the dtype of the activations, some MiB at a time, and multiplied by the device's
+    own matrix product. Codes and scales are buffers; the scales stay bf16 whatever dtype the module is cast to.
 
     Args:
-        packed: uint8 ``[out, ceil(in / 128) * 32]``, see :func:`bitcpm_megatron.quantization.pack`.
-        scales: bf16 ``[out, groups]``: one for a row, or for each of its groups, which are of equal size; a
-            row-parallel weight of N shards has N.
-        in_features: elements of a row.
+        packed: the codes of :func:`bitcpm_megatron.quantization.pack`, uint8 ``[out, ceil(in / 128) * 32]``.
+        scales: the scales, bf16 ``[out, groups]``: one for a row, or one for each of its groups of equal size; a
+            row-parallel weight of N shards has N groups.
+        in_features: the number of elements of a row.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or groups that are no multiple of 32.
+        ValueError: if shapes or dtypes do not fit, or the size of several groups is no multiple of 32.
     """
 
     packed: torch.Tensor
@@ -54,12 +54,13 @@ class PackedTernaryLinear(torch.nn.Module):
         self.register_buffer("scales", scales.contiguous())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` in bf16 or fp32 -> ``[..., out]`` in the same dtype.
+        """Multiplies activations ``[..., in]`` in bf16 or fp32 with the weight: ``[..., out]`` in the same dtype.
 
         Raises:
-            TypeError: activations of another dtype.
-            ValueError: of another width.
-            RuntimeError: they want a gradient, are on another device, or the device has no kernel.
+            TypeError: if the activations have another dtype.
+            ValueError: if the activations have another width.
+            RuntimeError: if the activations require a gradient or are on another device than the weight, or the device
+                has no kernel.
         """
         self._check(x.dtype)
         if x.shape[-1:] != (self.in_features,):
@@ -80,16 +81,16 @@ class PackedTernaryLinear(torch.nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight ``[out, in]`` of the training forward, unpacked to bf16 or fp32.
+        """Returns the weight ``[out, in]`` of the training forward pass, unpacked to bf16 or fp32.
 
         Raises:
-            TypeError: another dtype.
+            TypeError: if another dtype is requested.
         """
         self._check(dtype)
         return self._rows(0, self.out_features, dtype)
 
     def extra_repr(self) -> str:
-        """What a printed model says of it."""
+        """Returns the description of the layer in a printed model."""
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
 
     @staticmethod
@@ -103,6 +104,6 @@ class PackedTernaryLinear(torch.nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedTernaryLinear":
         self.packed = fn(self.packed)
-        # As integers: a cast of the module changes numbers of floating point, and with them what is computed.
+        # The scales are passed on as integers, because a cast of the module would round them if they were floats.
         self.scales = fn(self.scales.view(torch.int16)).view(torch.bfloat16)
         return self

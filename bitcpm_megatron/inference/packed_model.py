@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compressed-tensors export of ours as a Transformers model whose ternary linears stay packed in memory."""
+"""Loading of our compressed-tensors exports as Transformers models whose ternary linears stay packed in memory."""
 
 import importlib.util
 import logging
@@ -23,9 +23,9 @@ _MADE_BY = "export_packed.py --format compressed-tensors --bits 2"
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = (torch.bfloat16, torch.float32)
 _BITS, _LOWEST = 2, 2
-"""Of a code in the format, and what it adds to one."""
+"""The bits of a code in the format, and the number that it adds to a code."""
 _ELEMENTS = 1 << 18
-"""Of a weight whose codes are rearranged at a time."""
+"""The number of a weight's codes that are rearranged at a time."""
 
 
 def load_packed_model(
@@ -33,23 +33,23 @@ def load_packed_model(
 ) -> "PreTrainedModel":
     """Opens an export of ``export_packed.py --format compressed-tensors`` with codes of 2 bits.
 
-    The model is of Transformers' own class, so that ``generate``, its cache, LongRoPE and multipliers are those of
+    The model has Transformers' own class, so that ``generate``, the cache, LongRoPE and multipliers are those of
     Transformers; its ternary linears are :class:`~.packed_linear.PackedTernaryLinear`. Tensors are read one at a time,
-    and nothing is expanded: memory holds the packed bytes, and in ``dtype`` what was not ternary. Files are compared
-    with their digests first, where there are any. No code that the directory may hold is run.
+    and nothing is expanded: memory holds the packed bytes, and everything that is not ternary in ``dtype``. Files are
+    first compared with their digests, if there are any. Code in the directory is never run.
 
     Args:
-        directory: of the export.
-        device: to compute on.
-        dtype: of activations, embeddings, norms and output layer: bfloat16 or float32. Scales stay bf16.
+        directory: the directory of the export.
+        device: the device to compute on.
+        dtype: the dtype of activations, embeddings, norms and output layer: bfloat16 or float32. Scales stay bf16.
 
     Returns:
-        The model, in evaluation mode; no parameter wants a gradient.
+        The model, in evaluation mode, with no parameter that requires a gradient.
 
     Raises:
-        FileError: this is no such export, a file is damaged, or the tensors are not those of the model: one is missing,
-            left over, of another shape, or not ternary.
-        ValueError: another dtype, or Transformers is not installed.
+        FileError: if this is no such export, a file is damaged, or the tensors are not those of the model: one is
+            missing, left over, of another shape, or not ternary.
+        ValueError: if another dtype is requested, or Transformers or Accelerate is not installed.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype}: packed models compute in bfloat16 or float32")
@@ -83,16 +83,16 @@ def load_packed_model(
 
 
 def check_model_files(directory: Path) -> None:
-    """Compares the files of a model with their digests, where there are any; its card may be edited.
+    """Compares the files of a model with their digests, if there are any, except for its card, which may be edited.
 
     Raises:
-        DigestError: files are damaged, naming them.
+        DigestError: if files are damaged; the message names them.
     """
     check_digests(directory, [name for name in read_digests(directory) or {} if not name.endswith(".md")])
 
 
 class _Tensors:
-    """The tensors of an export's safetensors files, each to be taken once."""
+    """The tensors of an export's safetensors files; each can be taken once."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         from safetensors import SafetensorError, safe_open
@@ -111,14 +111,14 @@ class _Tensors:
             self._files.update(dict.fromkeys(found, file))
 
     def names(self) -> set[str]:
-        """Of those that were not taken."""
+        """Returns the names of the tensors that have not been taken."""
         return set(self._files)
 
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """A tensor, a view of its file.
+        """Returns a tensor as a view of its file.
 
         Raises:
-            FileError: there is none of this name and shape.
+            FileError: if there is no tensor of this name and shape.
         """
         if name not in self._files:
             raise FileError(f"{self._directory}: there is no tensor {name}: export the model again by {_MADE_BY}")
@@ -132,7 +132,7 @@ class _Tensors:
 
 
 def _files(directory: Path) -> Mapping[str, set[str] | None]:
-    """The safetensors files of an export, each with the tensors that the index says it holds."""
+    """Returns the safetensors files of an export, each with its tensors by the index; None for a file without index."""
     if (directory / _FILE).is_file():
         return {_FILE: None}
     index = directory / _INDEX
@@ -151,7 +151,7 @@ def _files(directory: Path) -> Mapping[str, set[str] | None]:
 
 
 def _checked_record(directory: Path) -> QuantizerRecord:
-    """The quantizer record of an export of ours that can be opened."""
+    """Returns the quantizer record of an export, after checking that it is ours and can be opened."""
     if not (directory / "config.json").is_file():
         raise FileError(f"{directory} holds no model (config.json): give a directory of {_MADE_BY}")
     config = read_json(directory / "config.json")
@@ -177,7 +177,7 @@ def _checked_record(directory: Path) -> QuantizerRecord:
 
 
 def _empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """Transformers' model of the configuration, its parameters without memory."""
+    """Builds Transformers' model of the configuration, with parameters that have no memory."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -188,7 +188,7 @@ def _empty_model(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # of whatever type: of keys and values of a file that it did not expect
+    except Exception as error:  # Unexpected keys and values in a file raise errors of any type.
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise FileError(
             f"{directory}: Transformers cannot make a causal language model of its configuration: {said[0]}"
@@ -234,13 +234,13 @@ def _put_others(
             tensor = tensors.take(name, tuple(parameter.shape))
             if not tensor.is_floating_point():
                 raise FileError(f"{directory}: {name} is {tensor.dtype}: export the model again by {_MADE_BY}")
-            # A copy: what is a view of a file changes, or fails, with it.
+            # A copy, because a view of the file would change, or fail, together with the file.
             copied = tensor.to(device=device, dtype=dtype, copy=True)
             module.register_parameter(own, torch.nn.Parameter(copied, requires_grad=False))
 
 
 def _repacked(words: torch.Tensor, where: str, device: torch.device) -> torch.Tensor:
-    """Codes in the format's order, int32 ``[rows, in / 16]``, in that of :mod:`..quantization.packing`."""
+    """Rearranges codes from the format's order, int32 ``[rows, in / 16]``, to that of :mod:`..quantization.packing`."""
     if words.dtype != torch.int32:
         raise FileError(f"{where}.weight_packed is {words.dtype}, not int32: export the model again by {_MADE_BY}")
     columns = words.shape[1] * 32 // _BITS

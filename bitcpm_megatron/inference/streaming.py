@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of tokens as they come."""
+"""Streaming of text: tokens become text as they are generated."""
 
 from ..data.tokenizers import Tokenizer
 
@@ -7,13 +7,13 @@ _INCOMPLETE = "\ufffd"
 
 
 class TextStream:
-    """Turns tokens into text, one by one, and holds back what may still change: characters that lack some bytes.
+    """Converter of tokens to text, one by one, which holds back characters of which some bytes are still missing.
 
-    All parts together are what the tokenizer makes of all the tokens at once; only a character whose last bytes never
-    come is U+FFFD, once per token of it.
+    The concatenated parts equal the text that the tokenizer makes of all tokens at once. The one exception is a
+    character whose last bytes never come: it becomes U+FFFD, once per token of it.
 
     Args:
-        tokenizer: of the tokens.
+        tokenizer: the tokenizer of the tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -22,9 +22,9 @@ class TextStream:
         self._held: list[int] = []
 
     def put(self, token: int) -> str:
-        """The text that is complete with one more token; often empty."""
+        """Takes one more token, and returns the text that it completes, which is often empty."""
         self._held.append(token)
-        # Tokens are read behind those before them: the first of a text may lose its space.
+        # Tokens are decoded together with those before them, because the first token of a text may lose its space.
         before = self._tokenizer.detokenize(self._said)
         text = self._tokenizer.detokenize(self._said + self._held)
         if text.endswith(_INCOMPLETE) or len(text) <= len(before):
@@ -33,7 +33,7 @@ class TextStream:
         return text[len(before) :]
 
     def end(self) -> str:
-        """What was held back; the stream starts anew."""
+        """Returns the text that was held back, and resets the stream."""
         held = self._tokenizer.detokenize(self._held)
         self._said, self._held = [], []
         return held

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens whatever a model is stored as: a training run, a Hugging Face directory, or a packed export of one."""
+"""Opening of models for text generation: training runs, Hugging Face directories and packed exports."""
 
 import os
 from collections.abc import Callable
@@ -22,12 +22,12 @@ class TextModel:
     """A model with its tokenizer.
 
     Attributes:
-        path: what was opened: the checkpoint of a run, or a directory.
-        tokens: says what follows tokens.
-        tokenizer: of the model.
-        context: its longest input, in tokens.
-        ends: ids of the tokens that end its texts.
-        close: leaves the process groups that were joined to open it.
+        path: the path that was opened: the checkpoint of a run, or a Hugging Face directory.
+        tokens: the model as a predictor of the next token.
+        tokenizer: the tokenizer of the model.
+        context: the model's longest input, in tokens.
+        ends: the ids of the tokens that end its texts.
+        close: a function that leaves the process groups that were joined to open the model.
     """
 
     path: Path
@@ -39,25 +39,27 @@ class TextModel:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of its job that speaks."""
+    """Returns whether this process is the one of its job that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def open_text_model(
     path: Path, *, fp32: bool = False, tokenizer: str | None = None, tokenizer_type: str | None = None
 ) -> TextModel:
-    """Opens a model to be asked.
+    """Opens a model for text generation.
 
     Args:
-        path: the ``--save`` directory of a run, or one checkpoint in it, which opens over all processes of the job as
+        path: the ``--save`` directory of a run or one checkpoint in it, which opens over all processes of the job as
             tensor-parallel ranks; or a Hugging Face directory of dense weights (fused or latent) or of a
             compressed-tensors export.
-        fp32: compute in fp32, with the same weights.
-        tokenizer: a file or directory to take in the place of the model's own.
-        tokenizer_type: of :data:`~..data.vocabulary.TOKENIZER_TYPES`; None for what ``tokenizer`` holds.
+        fp32: whether to compute in fp32, with the same weights.
+        tokenizer: the file or directory of a tokenizer to use instead of the model's own.
+        tokenizer_type: the type of that tokenizer, one of :data:`~..data.vocabulary.TOKENIZER_TYPES`; None to detect
+            it.
 
     Raises:
-        ValueError: there is nothing of the kind, it is damaged, or it opens elsewhere, with the command.
+        ValueError: if there is no such model, it is damaged, or it is of a kind that other software opens; the message
+            then has the command.
     """
     if path.suffix == ".gguf":
         raise ValueError(_in_llama_cpp(path))
@@ -83,10 +85,10 @@ def open_text_model(
 
 
 def open_questioner(model: TextModel, template: Path | None = None) -> Questioner:
-    """What writes conversations for a model, by its tokenizer's chat template or the one in a file.
+    """Returns a formatter of conversations for a model, with its tokenizer's chat template or the one in a file.
 
     Raises:
-        ValueError: the tokenizer has no template, or none that shows where answers end; with the cure.
+        ValueError: if there is no template, or it does not show where answers end; the message names the cure.
     """
     chats = require_chat_tokenizer(model.tokenizer, f"the tokenizer of {model.path}")
     return Questioner(chats, open_chat_template(chats, template))
@@ -104,7 +106,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _of_run(checkpoint: Path, fp32: bool, tokenizer: str | None, kind: str | None) -> TextModel:
-    # Not before it is needed: exports open without megatron-core.
+    # These are imported only when needed, because exports open without megatron-core.
     from ..training.initialize import shutdown
     from .megatron_run import MegatronNextToken, context_of, load_for_inference, tokenizer_of
 
@@ -136,7 +138,7 @@ def _of_hugging_face(path: Path, fp32: bool, tokenizer: str | None, kind: str | 
 
 
 def _ends(directory: Path) -> set[int]:
-    """The tokens that end texts by ``config.json`` and ``generation_config.json``."""
+    """Returns the tokens that end texts according to ``config.json`` and ``generation_config.json``."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         content: Any = read_json(directory / name) if (directory / name).is_file() else {}

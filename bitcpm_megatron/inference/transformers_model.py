@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face directory, to be asked: by a class that Transformers has itself, and with the quantized weights.
+"""Inference from a Hugging Face directory, with a class of Transformers' own and the quantized weights.
 
-No file of the directory is run. Needs Transformers, and no megatron-core.
+Code in the directory is never run. This needs Transformers, and no megatron-core.
 """
 
 import functools
@@ -21,26 +21,26 @@ from .generate import NextToken
 from .packed_model import check_model_files, load_packed_model
 
 _LATENT = "bitcpm"
-"""Model type of our own latent exports: Granite, which computes with quantized weights."""
+"""The model type of our latent exports, which are Granite models that compute with quantized weights."""
 _ROW_PARALLEL = ("o_proj", "down_proj")
 _FUSE = "python checkpoint_tools/qat_convert.py --input_bin {0} --output OUT writes one that needs no code of its own"
 _CONVERT = "python checkpoint_tools/convert_hf_to_megatron.py --load-dir {0} --save-dir OUT writes one that opens here"
 
 
 def open_transformers_model(directory: Path, device: torch.device, fp32: bool = False) -> Any:
-    """The model of a directory of dense or packed weights, for inference.
+    """Opens a directory of dense or packed weights as a model for inference.
 
-    Latent weights are quantized once, and with them the inputs of their layers where training quantized these to 8
-    bits. Fused ones are what stock clients compute with, on inputs as they are.
+    Latent weights are quantized once; the inputs of their layers are quantized to 8 bits in every forward pass if
+    training did so. Fused weights are used as stock clients use them, with inputs that are not quantized.
 
     Args:
-        directory: with ``config.json`` and safetensors.
-        device: where it computes.
-        fp32: compute in fp32, with the same weights; otherwise in their own dtype, or bf16 for packed ones.
+        directory: the directory with ``config.json`` and safetensors.
+        device: the device to compute on.
+        fp32: whether to compute in fp32, with the same weights; otherwise in their own dtype, or bf16 for packed ones.
 
     Raises:
-        ValueError: Transformers is not installed or has no class for it, code of the directory would have to be run,
-            files are missing or damaged, or its record does not fit it; with the cure.
+        ValueError: if Transformers is not installed or has no class for the model, code of the directory would have to
+            be run, files are missing or damaged, or the quantizer record does not fit; the message names the cure.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(f"{directory} needs Transformers, which is not installed: pip install 'bitcpm_megatron[hf]'")
@@ -75,7 +75,7 @@ def _packed(directory: Path, quantization: Any, device: torch.device, dtype: tor
 
 
 def _built(directory: Path, config: Mapping[str, Any], record: QuantizerRecord | None, dtype: Any) -> Any:
-    """The model as it is stored, from a class of Transformers' own."""
+    """Loads the model with its weights as stored, in a class of Transformers' own."""
     from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
     from transformers.utils import logging as hf_logging
 
@@ -94,7 +94,7 @@ def _built(directory: Path, config: Mapping[str, Any], record: QuantizerRecord |
             return GraniteForCausalLM.from_pretrained(directory, config=granite, **options)
         found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_pretrained(directory, config=found, trust_remote_code=False, **options)
-    except Exception as error:  # of whatever type: of keys and values of a file that it did not expect
+    except Exception as error:  # Unexpected keys and values in a file raise errors of any type.
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{directory}: Transformers cannot open it as a causal language model: {said[0]}") from error
     finally:
@@ -103,15 +103,15 @@ def _built(directory: Path, config: Mapping[str, Any], record: QuantizerRecord |
 
 
 def quantize_latents(model: torch.nn.Module, record: QuantizerRecord, where: Path) -> None:
-    """Puts the quantized weights of a model in the place of its latent ones, in place.
+    """Replaces the latent weights of a model by their quantized ones, in place, and quantizes inputs if training did.
 
     Args:
-        model: with the module names of the record.
-        record: of latent weights.
+        model: the model, whose modules have the names that the record lists.
+        record: the record of the latent weights.
         where: the model's directory, for messages.
 
     Raises:
-        ValueError: the record does not fit the model.
+        ValueError: if the record does not fit the model.
     """
     modules = dict(model.named_modules())
     dtype = getattr(torch, record.latent_dtype)
@@ -135,7 +135,7 @@ def _quantize_input(groups: int, module: torch.nn.Module, inputs: tuple) -> tupl
 
 
 class TransformersNextToken(NextToken):
-    """Transformers' ``DynamicCache`` as the cache of a model.
+    """A Transformers model with ``DynamicCache`` as its cache.
 
     Args:
         model: a causal language model of Transformers.
@@ -161,7 +161,7 @@ class TransformersNextToken(NextToken):
 
 
 def original_length(config: Any) -> int | None:
-    """The length beyond which a LongRoPE takes its long factors; None for other rotary embeddings."""
+    """Returns the length beyond which a LongRoPE uses its long factors; None for other rotary embeddings."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) != "longrope":
         return None

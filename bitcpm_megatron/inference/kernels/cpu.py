@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C kernels, compiled for the machine at hand; torch where they cannot be, or do not compute what they should."""
+"""The C kernels, compiled for this machine; torch's operations if they cannot be compiled or fail their self-test."""
 
 import ctypes
 import functools
@@ -14,7 +14,7 @@ from .reference import MOST_TOKENS, PackedKernels
 
 _SOURCES = (Path(__file__).with_name("packed_linear.c"), Path(__file__).parents[2] / "ops" / "cpu" / "bits.h")
 _PAIR, _FIELDS, _TOKENS = 256, 8, 4  # as the C source has them
-# Products of bf16 numbers are exact in fp32, so that a fused multiply-add rounds as a product and a sum do.
+# Products of bf16 numbers are exact in fp32, so that a fused multiply-add rounds like a product and a sum.
 _FLAGS = ("-ffp-contract=fast",)
 _POINTER, _LONG, _INTEGER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
@@ -25,12 +25,12 @@ _SIGNATURES = {
 
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
+    """Returns the compiled library, or None and the reason why there is none."""
     return build("packed_linear", _SOURCES, _SIGNATURES, _FLAGS)
 
 
 def kernels() -> PackedKernels:
-    """The C kernels; torch's operations, with a line in the log, where there is no compiler or the self-test fails."""
+    """Returns the C kernels, or torch's operations and a line in the log if there is no compiler or a test fails."""
     library, why = load()
     if library is None:
         return reference.fallback("cpu", str(why), "install a C compiler (apt-get install gcc), or name one by CC")
@@ -42,7 +42,7 @@ def kernels() -> PackedKernels:
 
 
 def self_test(made: PackedKernels) -> str | None:
-    """Compares kernels with torch on small weights of integers, whose sums are exact: None, or what is wrong."""
+    """Compares kernels with torch on small integer weights, whose sums are exact; returns what is wrong, or None."""
     assert made.multiply is not None
     for rows, columns, groups in ((5, 200, 1), (3, 384, 4), (2, 640, 5)):
         codes = (torch.arange(rows * columns).view(rows, columns) * 7 // 3 % 3 - 1).to(torch.int8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels; torch where Triton is not installed."""
+"""The Triton kernels; torch's operations if Triton cannot run."""
 
 import torch
 
@@ -9,7 +9,7 @@ from .reference import MOST_TOKENS, PackedKernels
 
 
 def kernels() -> PackedKernels:
-    """The Triton kernels; torch's operations, with a line in the log, where they cannot run."""
+    """Returns the Triton kernels, or torch's operations and a line in the log if Triton cannot run."""
     why = backend.unavailable("cuda")
     if why is not None:
         return reference.fallback("cuda", why, "pip install triton, and leave TRITON_INTERPRET unset")
@@ -17,14 +17,14 @@ def kernels() -> PackedKernels:
 
 
 def triton_kernels() -> PackedKernels:
-    """The Triton kernels, interpreted or not."""
+    """Returns the Triton kernels, interpreted or not."""
     from ...ops.triton.launch import unpack_weight
 
     return PackedKernels("triton", unpack_weight, multiply)
 
 
 def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """See :class:`~.reference.PackedKernels`."""
+    """Computes x W^T of at most 32 tokens, as ``multiply`` of :class:`~.reference.PackedKernels` does."""
     from .packed_product import launch
 
     if not 0 < len(x) <= MOST_TOKENS:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bitcpm::ascendc_unpack`` for every number of tokens: the matrix product is the NPU's own."""
+"""The AscendC kernel: ``bitcpm::ascendc_unpack`` for any number of tokens; the matrix product is the NPU's own."""
 
 from ...ops import ascendc
 from .reference import PackedKernels
 
 
 def kernels() -> PackedKernels:
-    """The AscendC kernel.
+    """Returns the AscendC kernel.
 
     Raises:
-        RuntimeError: it is not there, with what is missing.
+        RuntimeError: if the kernel is not available; the message names what is missing.
     """
     why = ascendc.unavailable("npu")
     if why is not None:

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Products with ternary weights that stay packed, for few tokens: y = x W^T, with sums in fp32; and rows of W unpacked.
+// Products of few tokens with ternary weights that stay packed, y = x W^T with sums in fp32; and unpacking of W's rows.
 //
-// A row of codes lies in blocks of 128 codes, 32 bytes each, as bitcpm_megatron/quantization/packing.py says: bits 2 j
-// of byte i hold element 32 j + i plus 1. What fills up the last block are zeros, and the activations of it are zeros,
-// too. Groups are whole rows or multiples of 32 elements, so that 32 neighbours, a field, have one scale.
+// W is [rows, columns]. A row of codes is stored in blocks of 128 codes, 32 bytes each, as in
+// bitcpm_megatron/quantization/packing.py: bits 2 j and 2 j + 1 of byte i hold the code of element 32 j + i, plus 1.
+// The last block is filled up with codes 0, and the activations there are zeros, too. A group is a whole row or a
+// multiple of 32 elements, so that 32 consecutive elements, a field, have one scale.
 //
-// Products take two blocks at a time, as 16 words of 32 bits with 16 codes each, and nothing is moved between the words:
-// the activations are put into the order in which the codes come, once for all rows. A code becomes a number by its two
-// bits alone. In two's complement they are 11, 00 and 01, and at the top of a word, above zeros, these are the bits of
-// -2.0, 0.0 and 2.0. Vectors are of 16 numbers, which a compiler makes of whatever registers the processor has; words
-// are little-endian.
+// Products take two blocks at a time, as 16 words of 32 bits with 16 codes each, and nothing is moved between words:
+// the activations are put into the order in which the codes come, once for all rows. The two bits of a code suffice to
+// make a number of it: in two's complement they are 11, 00 and 01, and at the top of a word, above zeros, these are the
+// bits of -2.0, 0.0 and 2.0. Vectors have 16 numbers; the compiler maps them to the registers that the processor has.
+// Words are little-endian.
 
 #include <stdint.h>
 #include <string.h>
@@ -18,18 +19,19 @@
 #include "../../ops/cpu/bits.h"
 
 enum { FIELD = 32, FIELDS = 4, BLOCK = FIELDS * FIELD, BYTES = 32, LANES = 16, PAIR = 2 * BLOCK };
-enum { ROWS = 4, TOKENS = 4, MOST_TOKENS = 32, CHUNK = 4 };  // of a tile of products; CHUNK counts pairs of blocks
+// The size of a tile of products; CHUNK counts pairs of blocks.
+enum { ROWS = 4, TOKENS = 4, MOST_TOKENS = 32, CHUNK = 4 };
 
 typedef float Lanes __attribute__((vector_size(64)));
 typedef float HalfLanes __attribute__((vector_size(32)));
 typedef float QuarterLanes __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 
-// A packed weight; scales are bf16, [rows, groups].
+// A packed weight. Codes are [rows, blocks * 32]; scales are bf16, [rows, groups].
 typedef struct {
     const uint8_t *codes;
     const uint16_t *scales;
-    const int32_t *group_of;  // of every field of a row, those that fill up the last pair of blocks included
+    const int32_t *group_of;  // the group of every field of a row, including those that fill up the last pair of blocks
     int64_t blocks, pairs, groups;
 } Weight;
 
@@ -41,7 +43,7 @@ static inline Lanes load(const float *from) {
     return lanes;
 }
 
-// Two blocks of codes, in two's complement. An odd last block has one of zeros behind it.
+// Loads two blocks of codes, in two's complement. After an odd last block come bytes of 0, whose activations are 0.
 static inline Words load_codes(const Weight *w, int64_t row, int64_t pair) {
     const uint8_t *from = w->codes + (row * w->blocks + 2 * pair) * BYTES;
     Words words = {0};
@@ -51,7 +53,7 @@ static inline Words load_codes(const Weight *w, int64_t row, int64_t pair) {
     return (low ^ 0x55555555u) | ((low | high) ^ 0x55555555u) << 1;
 }
 
-// The k-th of 16 codes of every word, doubled.
+// Returns the k-th of the 16 codes of every word, times 2.
 static inline Lanes doubled(Words codes, int k) {
     const Words top = (codes << (30 - 2 * k)) & 0xc0000000u;
     Lanes numbers;
@@ -59,7 +61,7 @@ static inline Lanes doubled(Words codes, int k) {
     return numbers;
 }
 
-// Halves of the scales of two blocks, for a field of each.
+// Returns half the scales of the same field in two blocks.
 static inline Lanes half_scales(const Weight *w, int64_t row, int64_t pair, int field) {
     const uint16_t *scales = w->scales + row * w->groups;
     const int32_t *group_of = w->group_of + pair * 2 * FIELDS + field;
@@ -77,7 +79,7 @@ static inline float sum_of(Lanes lanes) {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Of one row with one token. A sum of activations has its scale behind it.
+// Returns the product of one row with one token. Signed activations are summed first, and then multiplied by the scale.
 static float one_product(const Weight *w, int64_t row, const float *x) {
     Lanes total = {0}, sums[FIELDS] = {{0}};
     for (int64_t pair = 0; pair < w->pairs; pair++, x += PAIR) {
@@ -93,7 +95,7 @@ static float one_product(const Weight *w, int64_t row, const float *x) {
     return sum_of(total);
 }
 
-// Of ROWS rows with all tokens, in pieces of the rows that stay in the cache while the tokens pass.
+// Computes the products of ROWS rows with all tokens, in pieces of the rows that stay in the cache for all tokens.
 static void some_products(const Weight *w, int64_t first, int64_t rows, const float *x, int tokens,
                           Lanes sums[MOST_TOKENS][ROWS]) {
     float unpacked[ROWS][CHUNK * PAIR] __attribute__((aligned(64)));
@@ -101,7 +103,7 @@ static void some_products(const Weight *w, int64_t first, int64_t rows, const fl
     for (int64_t start = 0; start < w->pairs; start += CHUNK) {
         const int64_t count = w->pairs - start < CHUNK ? w->pairs - start : CHUNK;
         for (int r = 0; r < ROWS; r++) {
-            // Behind the last row it is that row again, and nobody looks at the sums.
+            // Places after the last row repeat that row; their sums are not used.
             const int64_t row = first + r < rows ? first + r : rows - 1;
             for (int64_t pair = 0; pair < count; pair++) {
                 const Words codes = load_codes(w, row, start + pair);
@@ -130,8 +132,8 @@ static void some_products(const Weight *w, int64_t first, int64_t rows, const fl
     }
 }
 
-// The activations [tokens, columns] as fp32 in the order of the codes: word i of a pair has byte k / 4 of its block at
-// the bits that k shifts to the top. Rows are filled up with zeros, and tokens, too.
+// Writes the activations [tokens, columns] as fp32 in the order of the codes: the k-th code of a word is field k % 4 of
+// byte k / 4 of the word. Rows are filled up with zeros, and so are the tokens, up to `filled`.
 static void arrange(const void *x, int is_bf16, int64_t columns, int64_t pairs, int tokens, int filled, float *to) {
     for (int token = 0; token < filled; token++)
         for (int64_t pair = 0; pair < pairs; pair++)
@@ -149,14 +151,14 @@ static inline void store(void *y, int is_bf16, int64_t place, float value) {
     else ((float *)y)[place] = value;
 }
 
-// y = x W^T for at most MOST_TOKENS tokens.
+// Computes y = x W^T for at most MOST_TOKENS tokens.
 //
-//   x         [tokens, columns], bf16 or fp32
-//   codes     [rows, blocks * 32]
-//   scales    bf16, [rows, groups]
-//   y         [tokens, rows] in the dtype of x, written
-//   arranged  fp32, [tokens up to a multiple of 4, pairs of blocks * 256]
-//   group_of  int32, [pairs of blocks * 8]
+//   x         the activations [tokens, columns], bf16 or fp32
+//   codes     the packed codes [rows, blocks * 32]
+//   scales    the scales [rows, groups], bf16
+//   y         the output [tokens, rows], in the dtype of x
+//   arranged  scratch memory, fp32, [tokens rounded up to a multiple of 4, pairs of blocks * 256]
+//   group_of  scratch memory, int32, [pairs of blocks * 8]
 void bitcpm_packed_product(const void *x, const uint8_t *codes, const uint16_t *scales, void *y, float *arranged,
                            int32_t *group_of, int64_t rows, int64_t columns, int64_t groups, int tokens, int is_bf16,
                            int threads) {
@@ -186,7 +188,7 @@ void bitcpm_packed_product(const void *x, const uint8_t *codes, const uint16_t *
     }
 }
 
-// One field of codes, or what a row has of it, as numbers: `plus` for 1, `minus` for -1, else +0.0.
+// Unpacks the first `count` codes of a field to numbers: `plus` for 1, `minus` for -1, else +0.0.
 #define DEFINE_UNPACK(name, word)                                                                          \
     static inline void name(const uint8_t *bytes, int field, int count, word minus, word plus, word *to) { \
         for (int i = 0; i < count; i++) {                                                                  \
@@ -198,7 +200,7 @@ void bitcpm_packed_product(const void *x, const uint8_t *codes, const uint16_t *
 DEFINE_UNPACK(unpack_bf16, uint16_t)
 DEFINE_UNPACK(unpack_fp32, uint32_t)
 
-// The weight [rows, columns] itself, in bf16 or fp32: exact in either, for a code times a bf16 scale is a bf16 number.
+// Unpacks the weight [rows, columns] to bf16 or fp32. Both are exact: a code times a bf16 scale is a bf16 number.
 void bitcpm_unpack_rows(const uint8_t *codes, const uint16_t *scales, void *weight, int64_t rows, int64_t columns,
                         int64_t groups, int is_bf16, int threads) {
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, group = columns / groups;
@@ -210,7 +212,8 @@ void bitcpm_unpack_rows(const uint8_t *codes, const uint16_t *scales, void *weig
             const uint8_t *bytes = codes + (row * blocks + first / BLOCK) * BYTES;
             const int field = (int)(first % BLOCK / FIELD);
             const int count = columns - first < FIELD ? (int)(columns - first) : FIELD;
-            const uint16_t plus = *scale & 0x7fff ? *scale : 0, minus = plus ? plus ^ 0x8000 : 0;  // 0 has no sign
+            // A scale of 0 gives +0.0 for all codes.
+            const uint16_t plus = *scale & 0x7fff ? *scale : 0, minus = plus ? plus ^ 0x8000 : 0;
             if (!is_bf16) {
                 uint32_t *to = (uint32_t *)weight + row * columns + first;
                 if (count == FIELD) unpack_fp32(bytes, field, FIELD, (uint32_t)minus << 16, (uint32_t)plus << 16, to);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""x W^T of few tokens and a packed ternary weight, in Triton: a program for some rows and one token."""
+"""x W^T of few tokens and a packed ternary weight, in Triton; each program computes some rows for one token."""
 
 import contextlib
 
@@ -26,20 +26,20 @@ def packed_product(
     BF16: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Multiplies ROWS rows of a weight ``[rows, columns]`` with a token, summed in fp32.
+    """Multiplies ROWS rows of a weight ``[rows, columns]`` with one token, summed in fp32.
 
     Args:
-        x: ``[tokens, columns]``, contiguous; bf16 as int16 patterns.
-        packed: uint8 ``[rows, blocks * 32]``.
-        scales: int16 patterns of bf16, ``[rows, groups]``.
-        y: fp32 ``[tokens, rows]``, written.
-        rows: of the weight.
-        columns: of the weight.
-        blocks: of 128 codes in a row.
-        groups: scales per row.
-        group: elements per scale: any number where there is one group, else a multiple of 32.
+        x: the activations ``[tokens, columns]``, contiguous; bf16 numbers as int16 bit patterns, else fp32.
+        packed: the codes, uint8 ``[rows, blocks * 32]``.
+        scales: the scales ``[rows, groups]``, bf16 numbers as int16 bit patterns.
+        y: the output, fp32 ``[tokens, rows]``.
+        rows: the number of rows of the weight.
+        columns: the number of columns of the weight.
+        blocks: the number of blocks of 128 codes in a row.
+        groups: the number of scales per row.
+        group: the number of elements per scale: any number with one group, else a multiple of 32.
         BF16: whether x is bf16.
-        ROWS: see there.
+        ROWS: the number of rows that a program computes.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
     token = tl.program_id(1).to(tl.int64)
@@ -61,12 +61,15 @@ def packed_product(
 
 
 def launch(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The products ``[tokens, rows]`` in the dtype of x; see :class:`~.reference.PackedKernels`."""
+    """Launches the kernel, and returns x W^T ``[tokens, rows]`` in the dtype of x.
+
+    The arguments are those of ``multiply`` in :class:`~.reference.PackedKernels`.
+    """
     (tokens, columns), rows = x.shape, packed.shape[0]
     y = torch.empty(tokens, rows, dtype=torch.float32, device=x.device)
     interpreted = not isinstance(packed_product, triton.JITFunction)
     size = _INTERPRETED_ROWS if interpreted else _ROWS
-    # Triton launches on the current device, whose tensors these need not be.
+    # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         packed_product[(triton.cdiv(rows, size), tokens)](
             x.view(torch.int16) if x.dtype == torch.bfloat16 else x,
