@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model has answered so far, on disk after every batch: what was killed asks nothing twice."""
+"""Storage of a model's answers on disk, every few batches: a killed evaluation resumes without asking them again."""
 
 import json
 import os
@@ -12,28 +12,28 @@ import xxhash
 from ..files import FileError, parse_json
 
 DIRECTORY = "answers"
-# A negative log-likelihood and whether every token is the likeliest; or a text.
+# A log-likelihood in nats and whether every token is the likeliest; or a generated text.
 Answer = list[Any] | str
 
 
 def key_of(kind: str, *asked: Any) -> str:
-    """Tells a question from others."""
+    """Returns a digest that distinguishes a question from others."""
     return xxhash.xxh3_128_hexdigest(json.dumps([kind, *asked], sort_keys=True).encode())
 
 
 class AnswerStore:
-    """An append-only file of answers, a line each behind a first line that says whose they are.
+    """An append-only file of answers, one per line, after a first line with the identity of the model.
 
-    The file's name is a digest of that, so that another model, or the same one asked otherwise, never finds it. A last
-    line that a kill has left unfinished is cut off.
+    The file's name is a digest of the identity, so that another model, or the same model with other settings, never
+    finds it. A last line that was left unfinished by a kill is cut off.
 
     Args:
-        output: directory of an evaluation.
-        identity: everything that an answer depends on beside the question, such as the digest of the weights.
+        output: the directory of an evaluation.
+        identity: everything that an answer depends on except the question, such as the digest of the weights.
 
     Raises:
-        FileError: the file is damaged.
-        OSError: it cannot be written.
+        FileError: if the file is damaged.
+        OSError: if the file cannot be written.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
@@ -64,11 +64,11 @@ class AnswerStore:
             self._write([{"identity": identity}])
 
     def get(self, key: str) -> Answer | None:
-        """An answer, or None where there is none yet."""
+        """Returns the answer to a question, or None if there is none yet."""
         return self._known.get(key)
 
     def add(self, answers: Sequence[tuple[str, Answer]]) -> None:
-        """Keeps answers; they are on the disk when this returns."""
+        """Stores answers; they are on the disk when this returns."""
         self._write([{"key": key, "answer": answer} for key, answer in answers])
         self._known.update(answers)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of lm-evaluation-harness that keeps every answer, and is not asked what is longer than its context."""
+"""Models of lm-evaluation-harness that store every answer, and skip questions that are longer than their context."""
 
 import functools
 import math
@@ -12,40 +12,41 @@ from tqdm import tqdm
 from ..cli import FailedError
 from .answers import Answer, AnswerStore, key_of
 
-# Of what is too long: finite, since the harness takes the softmax of it, though nobody reads the result.
+# The answer to a question that is too long. It is finite because the harness takes its softmax; the result is not used.
 _UNASKED = (-1e9, False)
-# Batches between two writes to the disk.
+# The number of batches between two writes to the disk.
 _BATCHES = 4
-# Context and continuation as the harness hands them on: their texts (None of a window of a text), then their ids.
+# A context and a continuation as the harness passes them: their texts (None for a window of a text), then their ids.
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class Recorded:
-    """Stands before a model class of the harness, whose ``_loglikelihood_tokens`` and ``generate_until`` it calls with
-    what is not answered yet, the longest first, a few batches at a time.
+    """A mixin that stores the answers of a model class of the harness, and asks it only what is not answered yet.
 
-    Every rank of a job asks the same in the same order; the first one has the store, and all go by what it knows.
+    It calls the model's ``_loglikelihood_tokens`` and ``generate_until`` with the open questions, the longest first, a
+    few batches at a time. Every rank of a job asks the same questions in the same order. Only the first rank has the
+    store, and all ranks use what it holds.
 
     Attributes:
-        store: of the answers; None on every rank but the first.
-        title: of the progress bar.
-        skipped: contexts that were too long, and continuations (None of a generated answer).
-        tokens: of contexts and continuations alike a digest of their ids, of those that were too long, too.
-        asked: questions that the model itself was asked by this process.
+        store: the store of the answers; None on all ranks except the first.
+        title: the title of the progress bar.
+        skipped: the questions that were too long, as context and continuation (None for a generated answer).
+        tokens: a digest of the token ids of every question, by context and continuation, including skipped ones.
+        asked: the number of questions that this process has put to the model itself.
     """
 
     store: AnswerStore | None
     title: str
 
     def record(self, store: AnswerStore | None, title: str) -> None:
-        """Begins to keep answers."""
+        """Begins to record answers, in the store if there is one."""
         self.store, self.title = store, title
         self.skipped: set[tuple[str, str | None]] = set()
         self.tokens: dict[tuple[str, str | None], str] = {}
         self.asked = 0
 
     def loglikelihood(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        """See the harness; without its progress bars."""
+        """Returns the log-likelihoods of continuations as the harness defines them, without its progress bars."""
         return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Sequence[Scored], **kwargs: Any) -> list[tuple[float, bool]]:
@@ -70,7 +71,10 @@ class Recorded:
         ]
 
     def generate_until(self, requests: Sequence[Any], **kwargs: Any) -> list[str]:
-        """See the harness. Of what would not fit with all the tokens that may be generated the answer is nothing."""
+        """Returns generated answers as the harness defines them; "" for a question that leaves too little context.
+
+        A question is skipped if it does not fit into the context together with all tokens that may be generated.
+        """
         this: Any = self
         questions = []
         for request in requests:
@@ -132,7 +136,7 @@ def _rank() -> int:
 
 
 def _agreed(known: list[Any]) -> list[Any]:
-    """What the first rank knows."""
+    """Returns the first rank's list on every rank; collective."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.broadcast_object_list(known)
     return known

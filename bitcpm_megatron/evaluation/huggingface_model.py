@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model, as lm-evaluation-harness itself asks it, in batches that LongRoPE treats alike."""
+"""Hugging Face models for lm-evaluation-harness: the harness's own class, with batches that LongRoPE treats alike."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from .asking import Recorded, Scored
 
 
 class _HuggingFace(HFLM):
-    """See :class:`HuggingFaceModel`."""
+    """The harness's Hugging Face model, with batches divided as :class:`HuggingFaceModel` describes."""
 
     def _loglikelihood_tokens(self, requests: Sequence[Scored], **kwargs: Any) -> list[tuple[float, bool]]:
         original = original_length(self.config)
@@ -32,15 +32,15 @@ class _HuggingFace(HFLM):
     def generate_until(self, requests: Sequence[Any], **kwargs: Any) -> list[str]:
         if original_length(self.config) is None:
             return super().generate_until(requests, **kwargs)
-        # Any of a batch that grows beyond the original length would change the factors of the others.
+        # A text that grows beyond the original length would change the factors of all others in its batch.
         return [
             answer for request in requests for answer in super(_HuggingFace, self).generate_until([request], **kwargs)
         ]
 
 
 class HuggingFaceModel(Recorded, _HuggingFace):
-    """The model of a directory.
+    """The model of a Hugging Face directory, which stores its answers.
 
-    Of a LongRoPE the longest input of a batch chooses the factors for all of it, so that no batch has inputs on both
-    sides of its original length, and answers are generated one by one.
+    With LongRoPE the longest input of a batch decides the factors for the whole batch. Therefore no batch has inputs on
+    both sides of LongRoPE's original length, and answers are generated one by one.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run's model, as lm-evaluation-harness asks models: over tensor-parallel ranks and pipeline stages.
+"""Models of training runs for lm-evaluation-harness, over tensor-parallel ranks and pipeline stages.
 
-Every rank of the job asks the same in the same order, and gets the same answers.
+Every rank of the job asks the same questions in the same order, and gets the same answers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,12 @@ from ..training.initialize import device
 from ..training.model import Model, answer_with_logits, hear
 from .asking import Recorded, Scored
 
-# In a batch: the tokens whose log-likelihood is asked, bool [batch, tokens].
+# Key of a batch: the positions whose labels' log-likelihood is wanted, bool [batch, tokens].
 _ASKED = "asked"
 
 
 class _Megatron(TemplateLM):
-    """See :class:`MegatronModel`."""
+    """The harness's interface to a run's model, without the storage of answers of :class:`MegatronModel`."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, context: int, vocab_size: int, batch_size: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Megatron(TemplateLM):
         self._stages = parallel_state.get_pipeline_model_parallel_group()
         rope = getattr(model.bare[0], "rotary_pos_emb", None)
         self._original_length = getattr(getattr(rope, "rope", rope), "original_length", None) or context
-        # Over stages every token costs a forward of the whole text.
+        # There is no cache over pipeline stages: every generated token costs a forward pass of the whole text.
         self._cache = MegatronNextToken(model, context) if self._stages.size() == 1 else None
 
     @property
@@ -47,13 +47,16 @@ class _Megatron(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before what has nothing before it: as for the harness's Hugging Face models ``bos_token``, if any."""
+        """The token in front of a text without context: ``bos_token`` if any, as in the harness's own models."""
         begin = getattr(self._tokenizer, "special_tokens", {}).get("bos_token")
         return self.eot_token_id if begin is None else self._tokenizer.tokenize(begin)[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """As the harness's Hugging Face models do: behind what the tokenizer puts in front of a text, such as
-        ``bos_token``, unless the text begins with that token or special tokens are not wanted."""
+        """Tokenizes a text as the harness's Hugging Face models do.
+
+        The ids include those that the tokenizer puts in front of a text, such as ``bos_token``, unless the text begins
+        with that token or ``add_special_tokens`` is False.
+        """
         ids = self._tokenizer.tokenize(string)
         wanted = add_special_tokens is not False and ids[:1] != [self.prefix_token_id]
         if wanted and isinstance(self._tokenizer, HuggingFaceTokenizer):
@@ -68,7 +71,10 @@ class _Megatron(TemplateLM):
         return found
 
     def _batches(self, requests: Sequence[Scored]) -> Iterator[list[Scored]]:
-        """In their order, none with inputs on both sides of LongRoPE's original length, which chooses its factors."""
+        """Yields batches in order, none with inputs on both sides of LongRoPE's original length.
+
+        The longest input of a batch decides the factors of LongRoPE for the whole batch.
+        """
         original = self._original_length
         batch: list[Scored] = []
         for one in requests:
@@ -81,7 +87,7 @@ class _Megatron(TemplateLM):
             yield batch
 
     def _score(self, sequences: Sequence[Sequence[int]], counts: Sequence[int]) -> list[tuple[float, bool]]:
-        """Of the last ``counts`` tokens of each sequence the sum of log-likelihoods, and whether all are likeliest."""
+        """Returns for the last ``counts`` tokens of each sequence the log-likelihood, and whether all are likeliest."""
         rows, length = len(sequences), max(map(len, sequences)) - 1
         ids = torch.zeros(rows, length + 1, dtype=torch.int64)
         asked = torch.zeros(rows, length, dtype=torch.bool)
@@ -93,14 +99,19 @@ class _Megatron(TemplateLM):
         return [(float(values.sum()), bool(best.all())) for values, best in parts]
 
     def _hear(self, ids: torch.Tensor, more: Batch, keep: Any, found: torch.Tensor) -> torch.Tensor:
-        """What the last stage keeps of a forward, on every rank: like ``found``, on the CPU."""
+        """Runs a forward pass on ids ``[batch, tokens + 1]``; returns on every rank what the last stage computes of it.
+
+        ``keep`` makes a tensor from the logits ``[tokens, batch, V / TP]``, with V the padded vocabulary size and TP
+        the number of tensor-parallel ranks. ``found`` has the shape and dtype of that tensor, which is returned on the
+        CPU; ``more`` are additional entries of the batch.
+        """
         inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         positions = torch.arange(inputs.shape[1]).expand_as(inputs).contiguous()
         batch = {"tokens": inputs, "labels": labels, "position_ids": positions}
         batch |= {"loss_mask": torch.ones(inputs.shape), **more}
         there = {name: value.to(device()) for name, value in batch.items()}
         if self._stages.size() == 1:
-            # Without a schedule, behind which all weights would be quantized anew.
+            # No schedule is used, because all weights would be quantized anew after it.
             with torch.no_grad():
                 return keep(language_modeling(there, self._model.bare[0])[0], there).cpu()
         rows, length = inputs.shape
@@ -129,14 +140,14 @@ class _Megatron(TemplateLM):
         return answers
 
     def _generate(self, prompt: list[int], count: int, until: list[str]) -> str:
-        """Greedily, until one of the texts appears or the document ends."""
+        """Generates at most ``count`` tokens greedily, until a text of ``until`` appears or the document ends."""
         tokens, text = list(prompt), ""
         for _ in range(count):
             token = self._next(tokens)
             if token == self.eot_token_id:
                 break
             tokens.append(token)
-            # Rows of the embedding that the tokenizer has no piece for have no text, as in Transformers.
+            # Rows of the embedding for which the tokenizer has no piece have no text, as in Transformers.
             pieces = [one for one in tokens[len(prompt) :] if one < self._tokenizer.vocab_size]
             text = self._tokenizer.detokenize(pieces)
             if any(stop in text for stop in until):
@@ -146,7 +157,7 @@ class _Megatron(TemplateLM):
     def _next(self, tokens: list[int]) -> int:
         if self._cache is not None:
             return int(self._cache.logits(tokens)[: self._vocab_size].argmax())
-        # The label behind the last token is none, and nobody looks at it.
+        # The last token has no label; the 0 takes its place and is not used.
         return int(self._hear(torch.tensor([[*tokens, 0]]), {}, self._likeliest, torch.empty(1, dtype=torch.int32)))
 
     def _likeliest(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -160,13 +171,13 @@ def _forward(keep: Any, batches: Iterator[Batch], model: torch.nn.Module) -> tup
 
 
 class MegatronModel(Recorded, _Megatron):
-    """The model of a checkpoint, over the ranks of this job.
+    """The model of a checkpoint, over the ranks of this job, which stores its answers.
 
     Args:
-        model: of :func:`~bitcpm_megatron.inference.megatron_run.load_for_inference`; its last stage answers with logits
-            from now on.
-        tokenizer: of it.
-        context: its longest input, in tokens.
-        vocab_size: rows that have a share in the softmax.
-        batch_size: sequences of a forward.
+        model: the model from :func:`~bitcpm_megatron.inference.megatron_run.load_for_inference`; this makes its last
+            stage return logits, for good.
+        tokenizer: the tokenizer of the model.
+        context: the model's longest input, in tokens.
+        vocab_size: the number of embedding rows that take part in the softmax.
+        batch_size: the number of sequences in a forward pass.
     """

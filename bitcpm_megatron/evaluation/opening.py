@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models by their path: a training run, a Hugging Face directory, a packed export."""
+"""Opening of models by their path for evaluation: training runs, Hugging Face directories and packed exports."""
 
 import importlib.metadata
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from .answers import key_of
 from .perplexity import require_overlap
 from .retention.scores import model_digest
 
-# What families call the longest input in config.json, in the harness's order.
+# The names that model families use for the longest input in config.json, in the harness's order.
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 Kind = Literal["megatron", "huggingface", "packed"]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is going to be asked.
+    """A model to be evaluated.
 
     Attributes:
-        name: as the user calls it.
-        path: a run's newest checkpoint, or the directory.
-        kind: what the path holds.
-        digest: of its weights, configuration and tokenizer.
+        name: the user's name for the model.
+        path: the newest checkpoint of a run, or the directory of a model.
+        kind: the kind of model that the path holds.
+        digest: the digest of its weights, configuration and tokenizer.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Subject:
 
     @property
     def context(self) -> int | None:
-        """Its longest input in tokens, as its configuration says; None where that says nothing."""
+        """The model's longest input in tokens, according to its configuration; None if that does not say it."""
         if self.kind == "megatron":
-            # Imported after what silences its complaints about packages that nobody here uses.
+            # Imported late, after the filters of upstream's warnings are in place.
             from ..inference.megatron_run import context_of
             from ..training.flags import arguments_of
 
@@ -48,15 +48,15 @@ class Subject:
 
 
 def require_contexts(subject: Subject, context: int | None, overlap: int | None) -> None:
-    """Makes sure that a model has a context, and that windows of it can overlap so.
+    """Checks that a model's context is long enough, and that windows of this length can overlap as requested.
 
     Args:
         subject: the model.
-        context: that is asked for; None for its own.
-        overlap: of windows of a text; None for half of one.
+        context: the requested context; None for the model's own.
+        overlap: the requested overlap of the windows of a text; None for half a window.
 
     Raises:
-        FileError: it has not, or they cannot.
+        FileError: if the model's context is shorter, or not longer than the overlap.
     """
     own = subject.context
     _require_context(subject, context, own)
@@ -71,10 +71,10 @@ def _require_context(subject: Subject, context: int | None, own: int | None) -> 
 
 
 def find_model(name: str, path: Path) -> Subject:
-    """Looks what a path holds; opens nothing yet.
+    """Finds out what kind of model a path holds, without loading it.
 
     Raises:
-        FileError: nothing that can be asked, with the cure.
+        FileError: if the path holds no model that can be evaluated; the message names the cure.
     """
     if not path.is_dir():
         raise FileError(f"--model {name}={path}: there is no such directory")
@@ -94,12 +94,12 @@ def find_model(name: str, path: Path) -> Subject:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that can be asked.
+    """A loaded model, ready to be evaluated.
 
     Attributes:
-        model: of the harness, :class:`~.asking.Recorded`.
-        dtype: that it computes in.
-        tokenizer: a digest of it; that of an exported model is within the digest of its directory.
+        model: the model for the harness, an instance of :class:`~.asking.Recorded`.
+        dtype: the dtype that it computes in.
+        tokenizer: the digest of a run's tokenizer; that of a directory is part of the directory's digest.
         is_run: whether it was opened over the process groups of a run's layout.
     """
 
@@ -110,7 +110,7 @@ class Opened:
 
     def close(self) -> None:
         """Leaves the process groups of a run's layout, so that the next model may have another."""
-        # Imported after what silences its complaints about packages that nobody here uses.
+        # Imported late, after the filters of upstream's warnings are in place.
         from megatron.core import parallel_state
 
         if self.is_run and parallel_state.model_parallel_is_initialized():
@@ -123,15 +123,15 @@ def open_model(
     """Loads a model; collective over the ranks of the job.
 
     Args:
-        subject: of :func:`find_model`.
-        batch_size: sequences of a forward.
-        context: longest input, of :func:`require_contexts`; None for the model's own.
-        fp32: compute in fp32, whatever the weights' dtype is.
-        stages: of a run's pipeline.
-        tokenizer: of a run, in the place of its own.
+        subject: the model from :func:`find_model`.
+        batch_size: the number of sequences in a forward pass.
+        context: the longest input, checked by :func:`require_contexts`; None for the model's own.
+        fp32: whether to compute in fp32, whatever the dtype of the weights.
+        stages: the number of pipeline stages of a run's model.
+        tokenizer: the path of a tokenizer to use instead of a run's own.
 
     Raises:
-        ValueError: it cannot be loaded here.
+        ValueError: if the model cannot be loaded here.
     """
     if subject.kind == "megatron":
         return _open_run(subject, batch_size, context, fp32, stages, tokenizer)
@@ -144,9 +144,9 @@ def open_model(
     loaded = open_transformers_model(subject.path, device(), fp32)
     try:
         own = AutoTokenizer.from_pretrained(subject.path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of whatever type: of files that are missing or that it did not expect
+    except Exception as error:  # Missing and unexpected files raise errors of any type.
         raise FileError(f"{subject.path}: Transformers finds no tokenizer in it: {error}") from None
-    # Of a family that names it otherwise in config.json.
+    # Checked once more, because some families have another name for the context in config.json.
     _require_context(subject, context, getattr(loaded.config, "max_position_embeddings", None))
     model = HuggingFaceModel(pretrained=loaded, tokenizer=own, batch_size=batch_size, max_length=context)
     return Opened(model, str(loaded.dtype).removeprefix("torch."))
@@ -159,7 +159,7 @@ def _open_run(
     from .megatron_model import MegatronModel
 
     run, loaded = load_for_inference(subject.path, fp32, stages)
-    # Of an export, too, all rows have a share in the softmax, whatever the tokenizer has pieces.
+    # All rows take part in the softmax, as in an export, however many pieces the tokenizer has.
     rows = run.vocab_size
     tokenizer = tokenizer_of(run, subject.path, given)
     own = context_of(run)
@@ -169,6 +169,6 @@ def _open_run(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that an answer may depend on."""
+    """Returns the versions of the packages that an answer may depend on, by package."""
     names = ("lm-eval", "torch", "transformers", "datasets")
     return {name: importlib.metadata.version(name) for name in names}

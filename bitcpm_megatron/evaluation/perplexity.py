@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How likely a model finds a text: by document, over windows of its context."""
+"""Perplexity: the log-likelihood of a text's documents, over overlapping windows of a model's context."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from .retention.scores import TextScores
 
 
 def read_texts(path: Path) -> list[str]:
-    """The documents of a file: see :mod:`~bitcpm_megatron.data.corpus`.
+    """Returns the documents of a file in a format of :mod:`~bitcpm_megatron.data.corpus`, without empty ones.
 
     Raises:
-        ValueError: it cannot be read, or holds no text.
+        ValueError: if the file cannot be read, or holds no text.
     """
     texts = [document["text"] for document in read_documents([path]) if document["text"].strip()]
     if not texts:
@@ -27,16 +27,17 @@ def read_texts(path: Path) -> list[str]:
 
 
 def windows(ids: Sequence[int], prefix: int, context: int, overlap: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Cuts a document into what a model is shown and what of it is scored: every token is scored once.
+    """Cuts a document into windows; yields the context and the scored tokens of each. Every token is scored once.
 
-    A token has all earlier ones of its document before it, as far as the context holds them, and at least ``overlap``
-    of them in any window but the first. With an overlap of 0 these are the harness's disjoint windows.
+    A scored token is preceded by all earlier tokens of its document that fit into the model's context; in all windows
+    except the first these are at least ``overlap`` tokens. With an overlap of 0 these are the harness's disjoint
+    windows.
 
     Args:
-        ids: of the document.
-        prefix: shown before it.
-        context: longest input.
-        overlap: below ``context``.
+        ids: the ids of the document's tokens.
+        prefix: the id of the token in front of the document.
+        context: the model's longest input.
+        overlap: the number of tokens that are context only, in every window except the first; below ``context``.
     """
     whole = [prefix, *ids]
     done = 1
@@ -47,10 +48,10 @@ def windows(ids: Sequence[int], prefix: int, context: int, overlap: int) -> Iter
 
 
 def require_overlap(name: str, context: int, overlap: int) -> None:
-    """Makes sure that every window of a text has a token that is new.
+    """Checks that windows overlap by less than their length, so that each has a token to score.
 
     Raises:
-        FileError: it has not, naming the model and its context.
+        FileError: if the overlap is too large; the message names the model and its context.
     """
     if overlap >= context:
         raise FileError(
@@ -60,15 +61,15 @@ def require_overlap(name: str, context: int, overlap: int) -> None:
 
 
 def score_texts(model: Any, texts: Sequence[str], overlap: int) -> TextScores:
-    """Asks a model of the harness, :class:`~.asking.Recorded`, for every token.
+    """Scores every token of a text's documents, over windows of the model's context.
 
     Args:
-        model: computes log-likelihoods of ids.
-        texts: documents.
-        overlap: see :func:`windows`.
+        model: a model for the harness, an instance of :class:`~.asking.Recorded`.
+        texts: the documents.
+        overlap: the overlap of the windows, as :func:`windows` takes it.
 
     Raises:
-        ValueError: no document has a token, or windows cannot overlap so.
+        ValueError: if no document has a token, or the overlap is not below the context.
     """
     context = model.max_length
     require_overlap(model.title, context, overlap)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks one model everything, and turns what the harness says of its answers into scores by item."""
+"""Evaluation of one model on all benchmarks, with the harness's results turned into scores by item."""
 
 import json
 from collections import Counter
@@ -20,15 +20,15 @@ _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"
 
 
 def ask(model: Any, asked: Asked, chat: bool) -> dict[str, TaskScores]:
-    """The scores of a model in every benchmark; every rank of a job calls it alike.
+    """Returns the scores of a model on every benchmark; every rank of a job must call it with the same arguments.
 
     Args:
-        model: of the harness, :class:`~.asking.Recorded`.
-        asked: of :func:`~.tasks.load_tasks`.
-        chat: whether questions go through the model's chat template, with examples as turns.
+        model: a model for the harness, an instance of :class:`~.asking.Recorded`.
+        asked: the tasks from :func:`~.tasks.load_tasks`.
+        chat: whether questions go through the model's chat template, with few-shot examples as turns.
 
     Raises:
-        FailedError, ValueError: what the model says is no number, or a task's score is unknown here.
+        FailedError, ValueError: if a log-likelihood is not finite, or a task has no score that is known here.
     """
     from lm_eval import evaluator
 
@@ -44,7 +44,7 @@ def ask(model: Any, asked: Asked, chat: bool) -> dict[str, TaskScores]:
 
 
 def template_of(model: Any) -> str:
-    """A digest of what the chat template makes of a conversation, which tells templates apart."""
+    """Returns a digest of a conversation formatted by the model's chat template, which distinguishes templates."""
     return xxhash.xxh3_128_hexdigest(model.apply_chat_template(_PROBE, add_generation_prompt=True).encode())
 
 
@@ -71,7 +71,7 @@ def _scores(name: str, leaves: Sequence[str], asked: Asked, samples: Mapping[str
 
 
 def _of_its_filter(name: str, leaf: str, samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of the ways in which the harness reads an answer: the benchmark's, or the last one."""
+    """Returns the samples of one of the harness's filters: the benchmark's if it names one, else the last."""
     benchmark = BENCHMARKS.get(name)
     wanted = (benchmark and benchmark.filter) or samples[-1]["filter"]
     found = [sample for sample in samples if sample["filter"] == wanted]
@@ -92,7 +92,7 @@ def _metric(name: str, sample: Mapping[str, Any]) -> str:
 
 
 def _question(pair: Sequence[Any]) -> tuple[str, str | None]:
-    """As :class:`~.asking.Recorded` names what it skips."""
+    """Returns a question as :class:`~.asking.Recorded` identifies it."""
     return pair[0], pair[1] if isinstance(pair[1], str) else None
 
 
@@ -109,7 +109,7 @@ def _chance(name: str, samples: Mapping[str, Mapping[str, Any]]) -> float | None
 
 
 def _majority(name: str, samples: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Where all items have the same choices: texts, or letters of a generated answer."""
+    """Returns the share of the commonest answer, if all items have the same choices or are generated letters."""
     benchmark = BENCHMARKS.get(name)
     choices = {tuple(pair[1] for pair in sample["arguments"]) for sample in samples.values() if _chooses(sample)}
     generated = benchmark is not None and benchmark.chance is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of lm-evaluation-harness, with their own data sets or with items from files."""
+"""Loading of lm-evaluation-harness's tasks, with their own data sets or with items from files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from .benchmarks import BENCHMARKS
 from .offline import Items, read_items
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-# The harness's own, where a task says none.
+# The harness's default, if a task does not say how many.
 NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What models are asked.
+    """The tasks that models are evaluated on.
 
     Attributes:
         tasks: the tasks of the harness, by name.
-        leaves: of each benchmark the names of its tasks.
+        leaves: the names of each benchmark's tasks, by the benchmark's name.
     """
 
     tasks: Mapping[str, Any]
@@ -35,15 +35,15 @@ def load_tasks(
     """Loads tasks and all of their items.
 
     Args:
-        names: of tasks, groups or tags of the harness.
-        shots: examples before every question; None for what each task says.
-        data: directory of ``TASK/SPLIT.jsonl``; None for the tasks' own data sets, which may be downloaded.
-        max_new_tokens: of an answer; None for what each task says.
-        seed: of the draw of examples.
+        names: the names of tasks, groups or tags of the harness.
+        shots: the number of examples before every question; None for what each task says.
+        data: the directory of ``TASK/SPLIT.jsonl``; None for the tasks' own data sets, which may be downloaded.
+        max_new_tokens: the limit of an answer's tokens, if a task's own is not lower; None for what each task says.
+        seed: the seed of the draw of examples.
 
     Raises:
-        FileError: there is no such task, or its items are not there or not what they should be.
-        FailedError: a data set cannot be had.
+        FileError: if there is no such task, or its items are missing or have another format.
+        FailedError: if a data set cannot be obtained.
     """
     manager, index = _index(names)
     leaves = {name: _leaves(index, name) for name in names}
@@ -59,7 +59,7 @@ def load_tasks(
             tasks |= manager.load([config])["tasks"]
         except FileError:
             raise
-        except Exception as error:  # of any type: the harness renders the first item, whatever it holds
+        except Exception as error:  # The harness renders the first item, which may raise errors of any type.
             raise _unloaded(leaf, data, error) from error
     for task in tasks.values():
         _set_up(task, max_new_tokens, seed)
@@ -71,7 +71,7 @@ def _index(names: Sequence[str]) -> tuple[Any, Mapping[str, Any]]:
 
     root = Path(lm_eval.tasks.__file__).parent
     known = [BENCHMARKS[name].folder for name in names if name in BENCHMARKS]
-    # To look through all tasks of the harness takes half a minute.
+    # Only these folders are searched if possible, because searching all tasks of the harness takes half a minute.
     places = [root / folder for folder in sorted(set(known))] if len(known) == len(names) else [root]
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=places)
     for name in names:
@@ -83,7 +83,7 @@ def _index(names: Sequence[str]) -> tuple[Any, Mapping[str, Any]]:
 
 
 def _leaves(index: Mapping[str, Any], name: str) -> list[str]:
-    """The tasks below a group or tag, in the order of the harness."""
+    """Returns the tasks of a group or tag, in the order of the harness, or a task itself."""
     entry = index[name]
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
@@ -125,7 +125,10 @@ def _config(path: Path, leaf: str, shots: int | None, data: Path | None, columns
 
 
 def _split_of_examples(config: Mapping[str, Any]) -> str | None:
-    """As ``Task.fewshot_docs`` of the harness takes them; None where the task itself has them."""
+    """Returns the split of the few-shot examples as the harness's ``Task.fewshot_docs`` chooses it.
+
+    It is None if the task itself lists its examples, or has no split.
+    """
     if (config.get("fewshot_config") or {}).get("samples") is not None:
         return None
     for name in ("fewshot_split", "training_split", "validation_split", "test_split"):
@@ -139,7 +142,7 @@ def _dataset(leaf: str, items: Mapping[str, Items]) -> Any:
 
     try:
         return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in items.items()})
-    except Exception as error:  # of pyarrow's many types
+    except Exception as error:  # pyarrow raises errors of many types.
         raise FileError(f"{leaf}: items differ in what their columns hold: {error}") from None
 
 
@@ -157,7 +160,7 @@ def _set_up(task: Any, max_new_tokens: int | None, seed: int) -> None:
     task.set_fewshot_seed(seed=seed)
     if task.OUTPUT_TYPE == "generate_until":
         kwargs = task.config.generation_kwargs
-        # As normalize_gen_kwargs of the harness: a temperature alone draws, too.
+        # As in the harness's normalize_gen_kwargs, a temperature above 0 suffices for random draws.
         drawn = kwargs.get("do_sample")
         if drawn or (drawn is None and float(kwargs.get("temperature") or 0) > 0):
             raise FileError(f"{task.task_name} draws its answers at random: only greedy answers are asked for here")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores by item, what they say of two models together, and the table of it: on numpy alone, without the harness."""
+"""Retention: scores by item, the comparison of two models, and its report; computed with numpy, without the harness."""

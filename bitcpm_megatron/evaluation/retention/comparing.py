@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of the retention table: every task, the mean over tasks, and texts, of each model beside the first one."""
+"""The rows of the retention table: tasks, the mean over tasks, and texts, of each model compared with the first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ MEAN = "mean"
 
 @dataclass(frozen=True)
 class Row:
-    """A task, or the mean over tasks, or a text, of one model.
+    """The result of one model on a task or a text, or its mean over tasks.
 
     Attributes:
-        model: its name.
-        task: its name, :data:`MEAN`, or the text's.
-        metric: what the score is.
-        items: that both models were asked; of a text its documents.
-        skipped: items that are longer than the context of one of them.
-        score: None where no item is left.
-        interval: 95 %, of the score of the model that the others are compared with; None for these.
-        comparison: with that model; None for itself.
-        chance: see :class:`~.scores.TaskScores`.
-        majority: likewise.
-        remarks: what a reader must know before he believes the row.
+        model: the name of the model.
+        task: the name of the task or text, or :data:`MEAN`.
+        metric: the metric of the score.
+        items: the number of items that both models were asked; for a text, the number of its documents.
+        skipped: the number of items that are longer than the context of one of the models.
+        score: the score of the model; None if no item is left.
+        interval: the 95 % interval of a task's score, for the model that the others are compared with; else None.
+        comparison: the comparison with that model; None for that model itself.
+        chance: the expected score of random guessing, as in :class:`~.scores.TaskScores`.
+        majority: the score of always giving the commonest answer, as in :class:`~.scores.TaskScores`.
+        remarks: the caveats of the row.
     """
 
     model: str
@@ -46,14 +46,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All models of an evaluation: the first one is what the others are compared with."""
+    """The rows of all models of an evaluation, each compared with the first model."""
 
     models: Sequence[ModelScores]
     tasks: Sequence[Row]
     texts: Sequence[Row]
 
     def of(self, model: str, task: str) -> Row | None:
-        """One row; None for a mean over no task."""
+        """Returns the row of a model and a task or text; None if there is none, such as a mean over one task."""
         rows = (*self.tasks, *self.texts)
         return next((row for row in rows if (row.model, row.task) == (model, task)), None)
 
@@ -62,7 +62,7 @@ def table_of(models: Sequence[ModelScores]) -> Table:
     """Compares every model with the first.
 
     Raises:
-        ValueError: they were not asked the same.
+        ValueError: if the models were not asked the same questions.
     """
     base = models[0]
     tasks, texts = _alone(base)
@@ -108,7 +108,7 @@ def _task(name: str, first: str, model: str, base: TaskScores, other: TaskScores
 
 
 def _mean(model: str, rows: Sequence[Row], comparison: Comparison | None, alone: bool = False) -> list[Row]:
-    """The row of the mean, where it is over more than one task."""
+    """Returns the row of the mean in a list, which is empty with fewer than two tasks or without any score."""
     asked = [row for row in rows if row.score is not None]
     if len(rows) < 2 or comparison is None:
         return []
@@ -133,7 +133,7 @@ def _text(name: str, first: str, model: str, base: TextScores, other: TextScores
 
 
 def _documents(base: TextScores, other: TextScores) -> tuple[np.ndarray, np.ndarray]:
-    """Bits ``[documents, 2]`` and bytes."""
+    """Returns the bits ``[documents, 2]`` of the base and the other model, and the bytes ``[documents]``."""
     bits = [(one[0], two[0]) for one, two in zip(base.documents, other.documents, strict=True)]
     return np.array(bits) / np.log(2), np.array([document[2] for document in base.documents])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The retention table as files: for people, for programs, and as a picture. They hold no time."""
+"""The retention table as files: Markdown for people, CSV for programs, and a picture; none contains a time."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ _COLUMNS = (
 
 
 def write(table: Table, output: Path) -> None:
-    """Writes the three files into the directory of an evaluation, each whole or not at all."""
+    """Writes the three files into the directory of an evaluation, each completely or not at all."""
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / DATA, _csv(table))
     draw(table, output / PICTURE)
@@ -30,7 +30,7 @@ def write(table: Table, output: Path) -> None:
 
 
 def lines(table: Table) -> list[str]:
-    """The lines of the Markdown file."""
+    """Returns the lines of the Markdown file."""
     base, *others = table.models
     said = [f"# {' and '.join(m.name for m in others)} beside {base.name}" if others else f"# {base.name}", ""]
     said += [*summary(table), ""]
@@ -40,7 +40,7 @@ def lines(table: Table) -> list[str]:
 
 
 def summary(table: Table) -> list[str]:
-    """The tables alone: of every model beside the first one, or of one that is alone."""
+    """Returns the lines of the tables only: of every model compared with the first, or of a single model."""
     base, *others = table.models
     sections = [_section(table, model.name) for model in others or [base]]
     return [line for section in sections for line in ("", *section)][1:]
@@ -110,7 +110,7 @@ def _provenance(table: Table) -> list[str]:
 
 
 def versions_of(versions: Mapping[str, Any]) -> str:
-    """Of the harness's tasks below a task, in words."""
+    """Returns the versions of a task's tasks in the harness as text."""
     different = sorted({str(version) for version in versions.values()})
     return ", ".join(different) + (f" ({len(versions)} tasks)" if len(versions) > 1 else "")
 
@@ -120,17 +120,17 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def card_lines(output: Path, model: Path) -> list[str]:
-    """What the card of a model says of its evaluation: its rows of the table, computed from the scores.
+    """Returns the evaluation section of a model's card: its rows of the table, computed from the scores.
 
-    It is compared with the first model of ``retention.csv``.
+    The model is compared with the first model of ``retention.csv``.
 
     Args:
-        output: directory of an evaluation.
-        model: the model, which that evaluation must have asked.
+        output: the directory of an evaluation.
+        model: the path of the model, which the evaluation must include.
 
     Raises:
-        FileError: it has not, or a file is missing or damaged.
-        ValueError: both models were not asked the same.
+        FileError: if the evaluation does not include the model as it is, or a file is missing or damaged.
+        ValueError: if the two models were not asked the same questions.
     """
     wanted = model_digest(model)
     asked = {path.stem: read_scores(output, path.stem) for path in sorted((output / DIRECTORY).glob("*.json"))}
@@ -172,7 +172,7 @@ def _csv(table: Table) -> str:
 
 
 def _records(table: Table) -> list[dict[str, str]]:
-    """The rows by column, as they are written."""
+    """Returns the rows as they are written, by column."""
     base, found = table.models[0].name, []
     for row in (*table.tasks, *table.texts):
         c = row.comparison
@@ -192,7 +192,7 @@ def _cell(value: Any) -> str:
 
 
 def draw(table: Table, path: Path) -> None:
-    """Draws the retention of every task with its interval, or the scores of a model that is alone."""
+    """Draws the retention of every task with its interval, or the scores of a single model."""
     from matplotlib.figure import Figure
 
     base, *others = table.models

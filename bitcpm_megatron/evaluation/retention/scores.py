@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one model scored, item by item, as a file: the report needs nothing else."""
+"""The scores of one model, item by item, as a file that contains everything that the report needs."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -13,18 +13,18 @@ DIRECTORY = "scores"
 
 
 class TaskScores(Strict):
-    """One task of one model.
+    """The scores of one model on one task.
 
     Attributes:
-        metric: whose values the scores are; its mean over the items is the task's score.
-        versions: of the harness's tasks below it, as they say themselves.
-        shots: examples before each question.
-        data: digest of the items as they were asked.
-        tokens: digest of the ids of all contexts and continuations, which depend on the model's tokenizer.
-        items: id -> score, of those that were asked.
-        skipped: ids of those that are longer than the model's context.
-        chance: the expected score of who draws an answer; None where answers are free text.
-        majority: the score of who always gives the commonest answer; None where answers are of no fixed set.
+        metric: the metric of the items' scores; its mean over the items is the task's score.
+        versions: the versions that the harness's tasks of this task report, by name.
+        shots: the number of examples before each question.
+        data: the digest of the items as they were asked.
+        tokens: the digest of the ids of all contexts and continuations, which depend on the model's tokenizer.
+        items: the scores of the items that were asked, by item.
+        skipped: the items that are longer than the model's context.
+        chance: the expected score of random guessing; None if answers are free text.
+        majority: the score of always giving the commonest answer; None if answers are not from one fixed set.
     """
 
     metric: str
@@ -39,19 +39,20 @@ class TaskScores(Strict):
 
     @property
     def mean(self) -> float | None:
-        """The task's score; None where every item was skipped."""
+        """The task's score; None if every item was skipped."""
         return float(np.mean(list(self.items.values()))) if self.items else None
 
 
 class TextScores(Strict):
-    """One text of one model.
+    """The scores of one model on one text.
 
     Attributes:
-        data: digest of the text.
-        tokens: digest of the ids of its documents, and of what stands before them.
-        window: longest input of a forward, in tokens.
-        overlap: tokens of it at least that are context alone, in every window but a document's first.
-        documents: of each ``[nats, tokens, bytes]``: the negative log-likelihood of its tokens, each once.
+        data: the digest of the text.
+        tokens: the digest of the ids of its documents, and of the token in front of them.
+        window: the longest input of a forward pass, in tokens.
+        overlap: the least number of tokens that are context only, in every window except a document's first.
+        documents: of each document ``[nats, tokens, bytes]``: the negative log-likelihood of its tokens, each scored
+            once, the number of its tokens, and its length in UTF-8.
     """
 
     data: str
@@ -62,14 +63,15 @@ class TextScores(Strict):
 
 
 class ModelScores(Strict):
-    """One model.
+    """All scores of one model.
 
     Attributes:
-        name: as the user calls it.
-        model: what it is: path, kind, revision, digest of its weights, dtype, context.
-        settings: how it was asked: harness, template, seeds, versions of packages.
-        tasks: by name, in the order of the suite.
-        texts: by name.
+        format: the version of the file format.
+        name: the user's name for the model.
+        model: the description of the model: path, kind, revision, digest of its weights, dtype, context.
+        settings: the settings of the evaluation: harness, template, seeds, versions of packages.
+        tasks: the scores on tasks by name, in the order of the suite.
+        texts: the scores on texts by name.
     """
 
     format: Literal[1] = 1
@@ -80,22 +82,22 @@ class ModelScores(Strict):
     texts: dict[str, TextScores]
 
     def write(self, output: Path) -> None:
-        """Writes it below the directory of an evaluation."""
+        """Writes the scores to a file below the directory of an evaluation."""
         path = scores_path(output, self.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, self.model_dump_json(indent=1) + "\n")
 
 
 def scores_path(output: Path, name: str) -> Path:
-    """Where the scores of a model lie."""
+    """Returns the path of a model's scores below the directory of an evaluation."""
     return output / DIRECTORY / f"{name}.json"
 
 
 def read_scores(output: Path, name: str) -> ModelScores:
-    """The scores of a model that was evaluated into a directory.
+    """Reads the scores of a model from the directory of an evaluation.
 
     Raises:
-        FileError: it was not, or the file is damaged.
+        FileError: if the model was not evaluated there, or the file is damaged.
     """
     path = scores_path(output, name)
     if not path.is_file():
@@ -104,19 +106,21 @@ def read_scores(output: Path, name: str) -> ModelScores:
 
 
 def model_digest(path: Path) -> str:
-    """The digest that tells a model from others: of the newest checkpoint of a run, or of a directory but for its card.
+    """Returns a digest that distinguishes a model from others: of a run's newest checkpoint, or of a directory.
+
+    The card of a model in a directory is left out.
 
     Raises:
-        FileError: there is nothing.
+        FileError: if the path holds no model.
     """
     return content_digest(path, ("README.md",))
 
 
 def check_alike(base: ModelScores, other: ModelScores) -> None:
-    """Makes sure that two models were asked the same.
+    """Checks that two models were asked the same questions in the same way.
 
     Raises:
-        ValueError: they were not, naming the task and what differs.
+        ValueError: if they were not; the message names the task and what differs.
     """
     for what in ("tasks", "texts"):
         _same(f"{base.name} and {other.name}", what, list(getattr(base, what)), list(getattr(other, what)))
@@ -127,7 +131,7 @@ def check_alike(base: ModelScores, other: ModelScores) -> None:
             )
     for name, text in base.texts.items():
         _same(f"{name} of {base.name} and {other.name}", "data", text.data, other.texts[name].data)
-    # The seed draws the examples; where there are none it draws nothing.
+    # The seed matters only if examples are drawn.
     drawn = ("seed",) if any(task.shots for task in base.tasks.values()) else ()
     for what in ("template", "max_new_tokens", *drawn):
         _same(f"{base.name} and {other.name}", what, base.settings.get(what), other.settings.get(what))

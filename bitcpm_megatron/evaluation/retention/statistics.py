@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two models' answers to the same items say: retention as a ratio of means, and a paired bootstrap over items."""
+"""Statistics of two models on the same items: retention as a ratio of means, and a paired bootstrap over items."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 10_000
-# With fewer items the resampled means take too few values for their quantiles to mean 95 %.
+# With fewer items the resampled means take too few values for their quantiles to be a 95 % interval.
 LEAST_ITEMS = 10
 _ENDS = (0.025, 0.975)
 _AT_ONCE = 2**24
@@ -15,15 +15,17 @@ _AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same items.
+    """The comparison of two models on the same items.
 
     Attributes:
-        base: mean score of the model that is compared with.
-        score: of the other one.
-        difference: ``score - base``, with the ends of its 95 % interval.
-        retention: ``score / base``; None where that is 0.
-        retention_interval: its ends; None also where so many resamples have a ``base`` of 0 that an end has no value.
-        significant: whether the interval of the difference leaves out 0, over :data:`LEAST_ITEMS` items at least.
+        base: the mean score of the model that the other is compared with.
+        score: the mean score of the other model.
+        difference: the difference ``score - base``.
+        interval: the ends of the 95 % interval of the difference.
+        retention: the ratio ``score / base``; None if ``base`` is 0.
+        retention_interval: the ends of the 95 % interval of the retention; None if ``base`` is 0, or is 0 in so many
+            resamples that an end has no value.
+        significant: whether the interval of the difference excludes 0, with at least :data:`LEAST_ITEMS` items.
     """
 
     base: float
@@ -43,8 +45,8 @@ def compare(tasks: Sequence[np.ndarray], seed: int = 0) -> Comparison:
     :data:`RESAMPLES` resamples.
 
     Args:
-        tasks: of each the scores ``[items, 2]``, of the model that is compared with and of the other one.
-        seed: of the resamples; the same one gives the same interval on every machine.
+        tasks: the scores of each task, ``[items, 2]``: of the base model and of the other one.
+        seed: the seed of the resamples; the same seed gives the same interval on every machine.
     """
     generator = np.random.default_rng(seed)
     base, score = np.mean([task.mean(0) for task in tasks], 0)
@@ -53,12 +55,12 @@ def compare(tasks: Sequence[np.ndarray], seed: int = 0) -> Comparison:
 
 
 def compare_rates(totals: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Comparison:
-    """Compares two models by a sum over documents that is divided by their size, such as nats per byte.
+    """Compares two models by a sum over documents divided by the documents' total size, such as nats per byte.
 
     Args:
-        totals: ``[documents, 2]``, of the model that is compared with and of the other one.
-        sizes: ``[documents]``.
-        seed: of the resamples, which draw whole documents.
+        totals: the totals of the documents, ``[documents, 2]``: of the base model and of the other one.
+        sizes: the sizes of the documents, ``[documents]``.
+        seed: the seed of the resamples, which draw whole documents.
     """
     base, score = totals.sum(0) / sizes.sum()
     drawn = _resampled(totals, sizes, np.random.default_rng(seed))
@@ -66,7 +68,7 @@ def compare_rates(totals: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Compa
 
 
 def interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of one model's mean score ``[items]``, by the same bootstrap."""
+    """Returns the 95 % interval of the mean of one model's scores ``[items]``, by the same bootstrap."""
     both = np.stack([scores, scores], 1)
     return _ends(_resampled(both, np.ones(len(scores)), np.random.default_rng(seed))[:, 0])
 
@@ -74,7 +76,7 @@ def interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
 def _comparison(base: float, score: float, drawn: np.ndarray, count: int) -> Comparison:
     ends = _ends(drawn[:, 1] - drawn[:, 0])
     ratios = np.divide(drawn[:, 1], drawn[:, 0], out=np.full(len(drawn), np.inf), where=drawn[:, 0] > 0)
-    # By rank, since nothing lies between a number and infinity.
+    # The nearest rank is taken, because there is no value between a number and infinity.
     low, high = np.quantile(ratios, _ENDS, method="nearest")
     return Comparison(
         base=float(base),
@@ -93,9 +95,10 @@ def _ends(drawn: np.ndarray) -> tuple[float, float]:
 
 
 def _resampled(totals: np.ndarray, sizes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Sums of rows drawn with replacement, divided by the sums of their sizes: ``[RESAMPLES, 2]``.
+    """Draws rows of ``[n, 2]`` with replacement; returns their sums over the sums of their sizes, ``[RESAMPLES, 2]``.
 
-    How often each kind of row is drawn is multinomial: most tasks have four, right or wrong twice.
+    Equal rows are counted together, and how often each kind is drawn is multinomial. Most tasks have four kinds: each
+    of the two models is right or wrong.
     """
     kinds, counts = np.unique(np.column_stack([totals, sizes]), axis=0, return_counts=True)
     rows = max(1, _AT_ONCE // len(kinds))
