@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of upstream packages: one module per upstream, each patch idempotent, logged, and explained where it stands.
+"""Patches of upstream packages, one module per upstream; each patch is idempotent, logged, and explained at its place.
 
-A patched object carries the attribute ``__bitcpm_original__``. Importing a module here changes nothing: its functions
-do.
+A patched object has the attribute ``__bitcpm_original__``. Importing a module of this package changes nothing; calling
+its functions does.
 """
 
 import ctypes
@@ -21,27 +21,27 @@ logger = logging.getLogger("bitcpm_megatron.patches")
 ORIGINAL = "__bitcpm_original__"
 
 Replacement = Callable[..., Any]
-"""What stands in the place of an upstream function: called as that one is, with the original in front."""
+"""A function that replaces an upstream function: it is called with the original first, then the call's arguments."""
 
 REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1)
-"""What a scheduler sends to the processes of a job that shall save and end."""
+"""The signals with which a scheduler asks the processes of a job to save and end."""
 
 
 class HostError(ValueError):
-    """What was asked for cannot be done on this host."""
+    """A request that this host cannot fulfill."""
 
 
 # <linux/prctl.h>
 _PR_SET_PDEATHSIG = 1
-# Loaded here and not where it is used, between fork and exec, where another thread may have held the loader's lock.
+# Loaded here because it is used between fork and exec, where the loader's lock may be held by a thread that is gone.
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_parent(parent: int) -> None:
-    """Lets the kernel kill this process when its parent dies, also by SIGKILL. Only Linux can do this.
+    """Lets the kernel kill this process when its parent dies, even by SIGKILL; does nothing on systems except Linux.
 
     Args:
-        parent: its process id; where that one has died already, this process ends here.
+        parent: the process id of the parent; if the parent has already died, this process ends at once.
     """
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -50,12 +50,12 @@ def end_with_parent(parent: int) -> None:
 
 
 def around(replacement: Replacement) -> Callable[[Callable], Callable]:
-    """Makes a replacement known before its original is.
+    """Turns a replacement into a decorator, for an original that is given later.
 
     Returns:
-        From an original, what takes its place: a fresh function each time, for torch's compiler keeps a table of
-        ``torch.*`` functions by identity, and one function under two names breaks it. Its own name ends as MindSpeed's
-        patcher wants it.
+        A decorator that makes, from an original, the function to put in its place. Each call makes a new function,
+        because torch's compiler keeps a table of ``torch.*`` functions by identity, and one function under two names
+        breaks it. The decorator's own name ends as MindSpeed's patcher requires.
     """
 
     def around_wrapper(original: Callable) -> Callable:
@@ -70,16 +70,18 @@ def around(replacement: Replacement) -> Callable[[Callable], Callable]:
 
 
 def replace(symbol: str, replacement: Replacement, everywhere: bool = False, missing_ok: bool = False) -> None:
-    """Puts a replacement in the place of an upstream symbol, once.
+    """Replaces an upstream symbol; does nothing if it has been replaced before.
 
     Args:
-        symbol: dotted path of a module's function or class, or of a class's method of any kind.
-        replacement: a class takes the place of a class as it is, without the original in front.
-        everywhere: also where Megatron's other modules and the main script imported the symbol by name.
-        missing_ok: some of the supported versions lack it; there nothing is done.
+        symbol: the dotted path of a module's function or class, or of a class's method of any kind.
+        replacement: the replacement. A class replaces a class as it is; a function is called with the original first.
+        everywhere: whether to replace it also in Megatron's other modules and in the main script, if they imported the
+            symbol by name.
+        missing_ok: whether to do nothing if the symbol does not exist, as in some of the supported versions.
 
     Raises:
-        AttributeError: there is no such symbol, so that the host is another version than the patch knows.
+        AttributeError, ModuleNotFoundError: if there is no such symbol, so that the host's version is not one that the
+            patch knows.
     """
     path, _, attribute = symbol.rpartition(".")
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets megatron-core train on a machine without CUDA: over gloo, on CPU tensors.
+"""Patches that let megatron-core train on a machine without CUDA, over gloo and on CPU tensors.
 
-The only place that knows CUDA is missing. megatron-core asks for CUDA by name in many places; the tables below answer
-those calls with the CPU's equivalent: upstream symbol, what fails without the answer, the answer. Nothing is touched
-where CUDA is present.
+This is the only module that knows that CUDA is missing. megatron-core calls CUDA by name in many places. The tables
+below answer those calls with the CPU's equivalent: each entry has the upstream symbol and the answer, and a comment
+says what fails without it. Nothing is patched if CUDA is present.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from .upstream_warnings import drop_records
 
 
 class _CpuStream:
-    """A stream, or an event on one, whose work is always done: there is nothing to wait for."""
+    """A stream, or an event on one, whose work is always done, so that there is nothing to wait for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -60,7 +60,7 @@ _CORE: dict[str, Replacement] = {
     **dict.fromkeys(
         [f"torch.{name}" for name in "arange empty empty_like full ones rand tensor zeros".split()], _on_cpu
     ),
-    # megatron-core recognises dtypes by strings such as "torch.cuda.FloatTensor": gradient clipping asserts
+    # megatron-core recognizes dtypes by strings such as "torch.cuda.FloatTensor": gradient clipping asserts
     # (optimizer/clip_grads.py), and both mixed-precision optimizers raise on every parameter (optimizer/optimizer.py,
     # distrib_optimizer.py).
     "torch.Tensor.type": _cuda_type,
@@ -69,7 +69,7 @@ _CORE: dict[str, Replacement] = {
     # Pipeline stages fail at their first exchange (pipeline_parallel/p2p_communication.py).
     "torch.cuda.synchronize": lambda _, device=None: None,
     # Gradients cannot be reduced with megatron-core 0.19, whose distributed/param_and_grad_buffer.py lets the current
-    # stream wait for weight gradients out of CUDA graphs, also where there are none (start_grad_sync).
+    # stream wait for weight gradients from CUDA graphs, even if there are none (start_grad_sync).
     "torch.cuda.current_stream": lambda _, device=None: _CpuStream(),
 }
 
@@ -78,24 +78,24 @@ _MEGATRON_CORE: dict[str, Replacement] = {
     "torch.cuda.get_rng_state": lambda _, device="cuda": torch.get_rng_state(),
     "torch.cuda.set_rng_state": lambda _, new_state, device="cuda": torch.set_rng_state(new_state),
     "torch.cuda.manual_seed": lambda _, seed: torch.manual_seed(seed) and None,
-    # The state would be queued until CUDA comes up, which it never does, and tensor-parallel ranks would silently
-    # initialise their shards alike.
+    # The state would be queued until CUDA is initialized, which never happens, and tensor-parallel ranks would silently
+    # initialize their shards alike.
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": (
         lambda _, device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     ),
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": (
         lambda _, new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     ),
-    # Megatron-LM lets pipeline stages free their output once it is on its way. gloo sends in the background, from that
-    # memory (CUDA's streams keep the order), and interleaved stages then train on NaN.
+    # Megatron-LM lets pipeline stages free their output once its transfer has begun. CUDA's streams keep the order, but
+    # gloo sends from that memory in the background, and interleaved stages then train on NaN.
     "megatron.core.model_parallel_config.ModelParallelConfig.__post_init__": _keep_sent_tensors,
 }
 
-# megatron.training.utils asks for the architecture.
+# megatron.training.utils reads the architecture.
 _PROPERTIES = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0)
 _TRAINING_LOOP: dict[str, Replacement] = {
-    # Megatron-LM 0.16.1 wraps its model in DDP on a side stream (training/training.py get_model), 0.12.1 its
-    # distributed data parallel with several buffers.
+    # Megatron-LM 0.16.1 wraps its model in DDP on a side stream (training/training.py get_model); in 0.12.1 distributed
+    # data parallelism with several buffers uses one.
     "torch.cuda.Stream": _CpuStream,
     "torch.cuda.Event": _CpuStream,
     "torch.cuda.stream": lambda _, stream: contextlib.nullcontext(),
@@ -113,13 +113,13 @@ _TRAINING_LOOP: dict[str, Replacement] = {
     "torch.cuda.is_available": lambda _: True,
     "torch.cuda.device_count": lambda _: from_environment("LOCAL_WORLD_SIZE", Whole(1), 1),
     "torch.cuda.get_device_properties": lambda _, device=None: _PROPERTIES,
-    # Data loaders take that for a GPU and pin what they read, which needs a driver.
+    # Data loaders take these answers for a GPU and pin the memory of what they read, which needs a driver.
     "torch.Tensor.pin_memory": lambda _, self, *args, **kwargs: self,
 }
 
 
 def accelerator() -> bool:
-    """Whether this machine has CUDA or an NPU."""
+    """Returns whether this machine has CUDA or an NPU."""
     if torch.cuda.is_available():
         return True
     if importlib.util.find_spec("torch_npu") is None:
@@ -133,22 +133,23 @@ def install() -> None:
     """Applies every patch that megatron-core needs.
 
     Raises:
-        RuntimeError: CUDA is available, so that its calls must not be redirected.
+        RuntimeError: if CUDA is available, so that its calls must not be redirected.
     """
     _answer_for_cuda(_CORE)
     install_in_megatron_core()
 
 
 def install_for_megatron_lm() -> None:
-    """The part of :func:`install` that imports no Megatron, and what Megatron-LM's own training loop needs beyond.
+    """Applies the part of :func:`install` that imports no Megatron, and the patches for Megatron-LM's training loop.
 
-    To be called before a host's adaptor, which must see Megatron first; :func:`install_in_megatron_core` goes after it.
+    It must be called before a host's adaptor, which has to see Megatron first; :func:`install_in_megatron_core` is
+    called after the adaptor.
 
-    ``torch.compile`` runs functions as they are: ``jit_fuser`` functions are warmed up at start-up
-    (``training/initialize.py``), and inductor would ask for the name of the CUDA device that is pretended here.
+    ``torch.compile`` is switched off: ``jit_fuser`` functions are warmed up at start-up (``training/initialize.py``),
+    and inductor would ask for the name of the CUDA device that is simulated here.
 
     Raises:
-        RuntimeError: CUDA is available.
+        RuntimeError: if CUDA is available.
     """
     import torch._dynamo
 
@@ -158,8 +159,8 @@ def install_for_megatron_lm() -> None:
 
 
 def _answer_for_cuda(answers: dict[str, Replacement]) -> None:
-    # `with torch.device(...)` keeps a list of torch's factories from its first use on: it must be the originals, or
-    # whoever builds a model on the meta device (Transformers does) gets uninitialised tensors.
+    # `with torch.device(...)` keeps a list of torch's factories from its first use on. It must hold the originals, or
+    # code that builds a model on the meta device (as Transformers does) gets uninitialized tensors.
     torch.utils._device._device_constructors()
     if torch.cuda.is_available():
         raise RuntimeError(
@@ -170,18 +171,18 @@ def _answer_for_cuda(answers: dict[str, Replacement]) -> None:
 
 
 def install_in_megatron_core() -> None:
-    """The part of :func:`install` that imports megatron-core: generators of random numbers, and pipeline stages."""
+    """Applies the part of :func:`install` that imports megatron-core: random number generators and pipeline stages."""
     for symbol, answer in _MEGATRON_CORE.items():
         replace(symbol, answer)
-    # Here the "GPU" generator is the CPU's, so that every fork of it would warn of what it is meant to do.
+    # The "GPU" generator is the CPU's here, so that every fork of it would warn about what it is meant to do.
     drop_records("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context")
 
 
 def _batch_invariant_kernels() -> None:
-    """``megatron.core.transformer.custom_layers.batch_invariant_kernels`` -> a module that raises when it is used.
+    """Replaces ``megatron.core.transformer.custom_layers.batch_invariant_kernels`` by a module that raises when used.
 
     ``megatron.training.initialize`` of 0.16.1 imports it for a flag that is off by default, and it imports triton,
-    which a CPU build of torch does not bring along. A stand-in for triton itself would deceive everybody else.
+    which a CPU build of torch does not include. A stand-in for triton itself would mislead all other packages.
     """
     name = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
     if importlib.util.find_spec("triton") is not None or name in sys.modules:

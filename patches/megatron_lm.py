@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of Megatron-LM's training loop: the only module that knows ``megatron.training``.
+"""Patches of Megatron-LM's training loop; the only module that knows ``megatron.training``.
 
-:class:`Replacements` names every symbol that is displaced, in one table that serves our own patcher (:func:`install`)
-and MindSpeed's. What the replacements do is the business of a :class:`Plugin`. Known to fit core_v0.12.1, core_v0.16.1
-and core_v0.19.0; a version that lacks a symbol raises.
+:class:`Replacements` lists every symbol that is displaced, in one table that serves our own patcher (:func:`install`)
+and MindSpeed's. The replacements call a :class:`Plugin`, which decides what they do. Known to fit core_v0.12.1,
+core_v0.16.1 and core_v0.19.0; a version that lacks a symbol raises.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from .megatron_core import schedules, without_te
 
 
 class Plugin(Protocol):
-    """What joins a training job, and when it is asked; :mod:`bitcpm_megatron.host` is one."""
+    """Interface of a plugin that joins a training job; :mod:`bitcpm_megatron.host` implements it."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Adds flags to the job's parser, after all others."""
+        """Adds flags to the job's parser; called after all other flags were added."""
 
     def check_arguments(self, args: argparse.Namespace) -> None:
-        """Refuses contradictions, when the job has validated its own."""
+        """Refuses contradictions among the arguments; called after the job has validated its own."""
 
     def softmax_scale(self, args: argparse.Namespace, kv_channels: int) -> float | None:
-        """What attention multiplies its scores by; None for the job's own choice."""
+        """Returns the factor that attention multiplies its scores by; None for the job's own choice."""
 
     def prepare(
         self,
@@ -45,35 +45,35 @@ class Plugin(Protocol):
         """Changes the bare model chunks; returns lines for the log."""
 
     def check_prepared(self, chunks: Sequence[torch.nn.Module]) -> None:
-        """Raises where finished chunks did not go through :meth:`prepare`."""
+        """Raises if finished chunks did not go through :meth:`prepare`."""
 
     def trains_with(self, args: argparse.Namespace, chunks: Sequence[torch.nn.Module], optimizer: Any) -> str | None:
-        """Hears which optimizer trains the finished chunks, a checkpoint loaded; returns a line for the log."""
+        """Receives the optimizer of the finished chunks, after a checkpoint was loaded; returns a line for the log."""
 
     def saving(self, chunks: Sequence[torch.nn.Module]) -> contextlib.AbstractContextManager[None]:
-        """Around the saving of a checkpoint."""
+        """Returns the context in which a checkpoint is saved."""
 
     def loading(self) -> contextlib.AbstractContextManager[None]:
-        """Around the loading of a checkpoint."""
+        """Returns the context in which a checkpoint is loaded."""
 
     def check_loaded(self, checkpoint: Path, args: argparse.Namespace, saved: argparse.Namespace | None) -> str | None:
         """Refuses a checkpoint of another model, before its weights are used; returns a line for the log."""
 
     def write_record(self, checkpoint: Path) -> None:
-        """Adds to a checkpoint's directory."""
+        """Writes the plugin's record into the directory of a checkpoint."""
 
     def register_linear(self, linear: type, kind: Literal["column", "row"], norm_methods: tuple[str, ...]) -> None:
-        """Makes a class of linears known that megatron-core does not have; asked by MindSpeed alone."""
+        """Registers a class of linears that megatron-core does not have; called only with MindSpeed."""
 
     def is_quantized(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a quantized weight, as a linear's forward sees it; asked by MindSpeed alone."""
+        """Returns whether a tensor is a quantized weight as a linear's forward sees it; called only with MindSpeed."""
 
 
 PARSE_ARGS = "megatron.training.arguments.parse_args"
 
 
 class Replacements:
-    """What takes the place of Megatron-LM's functions, ``by_symbol``, for a plugin that joins the job."""
+    """The replacements of Megatron-LM's functions for a plugin that joins the job, in the table ``by_symbol``."""
 
     def __init__(self, plugin: Plugin) -> None:
         self._plugin = plugin
@@ -95,7 +95,7 @@ class Replacements:
     def _parse_args(self, original: Callable, extra_args_provider: Callable | None = None, *args, **kwargs) -> Any:
         """Displaces ``megatron.training.arguments.parse_args``: the parser gets our flags, after the script's own.
 
-        Without it ``--ternary`` is an unknown argument.
+        Without this, ``--ternary`` is an unknown argument.
         """
 
         def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -109,7 +109,8 @@ class Replacements:
     def register_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds the plugin's flags to Megatron-LM's parser.
 
-        Its mistakes are told in one line, by one rank: hundreds of lines of usage text, from each, would hide them.
+        One rank reports a mistake in the command line, in one line, instead of hundreds of lines of usage text from
+        each rank, which would hide it.
         """
         self._plugin.add_arguments(parser)
         parser.error = refuse_arguments  # type: ignore[method-assign]
@@ -117,7 +118,7 @@ class Replacements:
     def _validate_args(self, original: Callable, args: argparse.Namespace, *more, **kwargs) -> Any:
         """Displaces ``megatron.training.arguments.validate_args``: contradictions with our flags are refused there.
 
-        Later would be too late: processes and groups would be started first.
+        Any later, processes and groups would be started before the refusal.
         """
         validated = original(args, *more, **kwargs)
         self._plugin.check_arguments(args if validated is None else validated)
@@ -126,9 +127,9 @@ class Replacements:
     def _transformer_config(self, original: Callable, args: argparse.Namespace, *more, **kwargs) -> Any:
         """Displaces ``megatron.training.arguments.core_transformer_config_from_args``: sets ``softmax_scale``.
 
-        From core_v0.18 on it is defined in ``argument_utils``, and replaced there as well. The attention multiplier and
-        LongRoPE's attention factor are this field, which attention reads when it is built and for which Megatron-LM has
-        no flag.
+        From core_v0.18 on the function is defined in ``argument_utils``, and replaced there as well. The attention
+        multiplier and LongRoPE's attention factor are contained in this field, which attention reads when it is built
+        and for which Megatron-LM has no flag.
         """
         config = original(args, *more, **kwargs)
         scale = self._plugin.softmax_scale(args, config.kv_channels)
@@ -140,8 +141,8 @@ class Replacements:
         """Displaces ``megatron.training.training.correct_amax_history_if_needed``: here the model becomes ternary.
 
         ``get_model``, and the builders of core_v0.18 and later, call it (for fp8, which is refused) with all chunks at
-        the one right moment: they have their device and the dtype of training, and are not wrapped in DDP yet. The
-        original runs first, unchanged.
+        the right moment: the chunks are on their device and in the dtype of training, and are not yet wrapped in DDP.
+        The original runs first, unchanged.
         """
         from megatron.core.transformer.module import Float16Module
         from megatron.training import get_args, print_rank_0
@@ -154,20 +155,20 @@ class Replacements:
         return result
 
     def _finished_model(self, original: Callable, *args, **kwargs) -> Any:
-        """Displaces ``megatron.training.training.get_model``: what it built is checked.
+        """Displaces ``megatron.training.training.get_model``: the model that it built is checked.
 
-        A host that builds models in a way of its own would otherwise train in full precision, with a good loss.
+        Otherwise a host that builds models in its own way would train in full precision, and its good loss would not
+        show the mistake.
         """
         chunks = original(*args, **kwargs)
         self._plugin.check_prepared(chunks)
         return chunks
 
     def _finished_training(self, original: Callable, *args, **kwargs) -> Any:
-        """Displaces ``megatron.training.training.setup_model_and_optimizer``: chunks are checked, and meet their
-        optimizer.
+        """Displaces ``megatron.training.training.setup_model_and_optimizer``: model and optimizer go to the plugin.
 
-        From core_v0.18 on the model is built by ``build_distributed_models`` of a builder class that the script names,
-        and no more by ``get_model``. Whatever builds it, training gets it from here.
+        From core_v0.18 on ``build_distributed_models`` of a builder class that the script names builds the model,
+        instead of ``get_model``. Whatever builds it, training gets it from here, so that the chunks are checked here.
         """
         from megatron.training import get_args, print_rank_0
 
@@ -180,21 +181,21 @@ class Replacements:
         return built
 
     def _forward_backward_func(self, original: Callable, *args, **kwargs) -> Any:
-        """Displaces ``megatron.core.pipeline_parallel.schedules.get_forward_backward_func``: any schedule is announced.
+        """Displaces ``megatron.core.pipeline_parallel.schedules.get_forward_backward_func``: announces any schedule.
 
-        ``schedules.announce_schedules`` wraps megatron-core's three; MindSpeed hands out others from here (ripipe,
-        distributed training). Unannounced ones would quantize in every forward.
+        ``schedules.announce_schedules`` wraps megatron-core's three; MindSpeed returns others from this function
+        (ripipe, distributed training). Schedules that are not announced would quantize in every forward pass.
         """
         return schedules.announced(original(*args, **kwargs))
 
     def _save_checkpoint(
         self, original: Callable, iteration: int, model: Sequence[torch.nn.Module], *more, **kwargs
     ) -> Any:
-        """Displaces ``megatron.training.checkpointing.save_checkpoint``: the quantizer record goes with the checkpoint.
+        """Displaces ``megatron.training.checkpointing.save_checkpoint``: adds the quantizer record to the checkpoint.
 
         In the legacy format it is written here, before the tensors; for torch_dist in :meth:`_dist_save`. Also fills in
-        ``args.vocab_size`` where the tokenizer alone knew it: the padded rows of the vocabulary cannot be told from its
-        own without it.
+        ``args.vocab_size`` if only the tokenizer knew it: without it the padded rows of the vocabulary cannot be
+        distinguished from its own.
         """
         from megatron.training import checkpointing, get_args
 
@@ -218,8 +219,8 @@ class Replacements:
     def _dist_save(self, original: Callable, sharded_state_dict: dict, checkpoint_dir: str, *more, **kwargs) -> Any:
         """Displaces ``megatron.core.dist_checkpointing.save`` while Megatron-LM saves: writes the quantizer record.
 
-        At its end, for at its start it wants an empty directory; the tracker is written after it, so that a checkpoint
-        that is complete has its record.
+        The record is written after the original, which requires an empty directory at its start. The tracker is written
+        after both, so that a complete checkpoint has its record.
         """
         request = original(sharded_state_dict, checkpoint_dir, *more, **kwargs)
         if self._saving and torch.distributed.get_rank() == 0:
@@ -227,9 +228,9 @@ class Replacements:
         return request
 
     def _load_checkpoint(self, original: Callable, *args, **kwargs) -> Any:
-        """Displaces ``megatron.training.checkpointing.load_checkpoint``: what it asks for has no scales.
+        """Displaces ``megatron.training.checkpointing.load_checkpoint``: the state that it requests has no scales.
 
-        They are derived from the weights, and a checkpoint need not hold any.
+        Scales are derived from the weights, and a checkpoint need not hold any.
         """
         self._loading = True
         try:
@@ -241,14 +242,14 @@ class Replacements:
     def _load_base_checkpoint(self, original: Callable, *args, **kwargs) -> Any:
         """Displaces ``megatron.training.checkpointing._load_base_checkpoint``: a contradicting record is refused.
 
-        It finds the checkpoint for ``load_checkpoint``, and is asked for the metadata before anything else. Other
-        callers (``--use-checkpoint-args``) come before there is a model.
+        This function finds the checkpoint for ``load_checkpoint``, which calls it for the metadata before anything
+        else. Other callers (``--use-checkpoint-args``) call it before there is a model, and are not affected.
         """
         from megatron.training import get_args, print_rank_0
 
         found = original(*args, **kwargs)
         if self._loading and found[0] is not None:
-            # The iteration directory, or a legacy rank's file two levels below it.
+            # The path is the iteration directory, or a rank's file of the legacy format two levels below it.
             path = Path(found[1])
             directory = path.parent.parent if path.suffix == ".pt" else path
             note = self._plugin.check_loaded(directory, get_args(), found[0].get("args"))
@@ -258,13 +259,13 @@ class Replacements:
 
 
 def install(plugin: Plugin) -> None:
-    """Puts every replacement in place by our own patcher, for Megatron-LM without MindSpeed.
+    """Applies every replacement with our own patcher, for Megatron-LM without MindSpeed.
 
     Raises:
-        HostError: there is no Megatron-LM, or it lacks a symbol.
+        HostError: if there is no Megatron-LM, or it lacks a symbol.
     """
     try:
-        # All that import the symbols by name are there before they change.
+        # All modules that import the symbols by name are loaded before the symbols are replaced.
         import megatron.training.training  # noqa: F401
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("megatron"):
@@ -281,7 +282,7 @@ def install(plugin: Plugin) -> None:
 
 
 def imported_too_early() -> str | None:
-    """Why it is too late to patch Megatron-LM, or None."""
+    """Returns why it is too late to patch Megatron-LM, or None."""
     if "megatron.training.arguments" not in sys.modules:
         return None
     from megatron.training import global_vars
@@ -292,12 +293,12 @@ def imported_too_early() -> str | None:
 
 
 def run_on_cpu() -> None:
-    """What Megatron-LM's start-up asks of a CUDA machine beyond torch: kernels, and compiled dataset helpers.
+    """Lets Megatron-LM start on a machine without CUDA: without fused kernels, and with compiled dataset helpers.
 
     Displaces ``megatron.legacy.fused_kernels.load`` (gone from core_v0.18 on, and not called from core_v0.17 on), which
-    builds CUDA kernels where it finds a CUDA home and fails where there is none, and
+    builds CUDA kernels if it finds a CUDA home and fails if there is none. Also displaces
     ``megatron.core.datasets.utils.compile_helpers``, whose Makefile names the extension after the python3-config on the
-    path, in a virtual environment usually another Python's.
+    path, which in a virtual environment usually belongs to another Python.
     """
     replace("megatron.legacy.fused_kernels.load", lambda _, args: None, missing_ok=True)
     replace("megatron.core.datasets.utils.compile_helpers", _compile_helpers)
@@ -325,7 +326,7 @@ def _compile_helpers(original: Callable) -> None:
 
 
 def _vocabulary(args: argparse.Namespace) -> int | None:
-    """Tokens without padding, as the arguments or else the tokenizer says; None where neither does."""
+    """Returns the vocabulary size without padding from the arguments or else the tokenizer; None if neither has it."""
     from megatron.training import global_vars
 
     if args.vocab_size is not None:
@@ -334,7 +335,7 @@ def _vocabulary(args: argparse.Namespace) -> int | None:
 
 
 def _checkpoint_to_load(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that ``load_checkpoint`` is going to find, if any."""
+    """Returns the checkpoint that ``load_checkpoint`` is going to find, or None."""
     from megatron.training import checkpointing
 
     for directory in (args.load, getattr(args, "pretrained_checkpoint", None)):

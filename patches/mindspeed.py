@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How MindSpeed and MindSpeed-LLM take us in: the only module that knows ``mindspeed``.
+"""Integration into MindSpeed and MindSpeed-LLM; the only module that knows ``mindspeed``.
 
-Both apply the features of one list when their adaptor is imported. Ours joins the list before that, at its end, so that
-its wrappers are the outermost, and it joins again whenever a host replaces the list. Known to fit MindSpeed
+Both apply the features of a list when their adaptor is imported. Our feature joins the list before that, at its end, so
+that its wrappers are the outermost, and it joins again whenever a host replaces the list. Known to fit MindSpeed
 26.1.0_core_r0.12.1; nothing here was run on an NPU.
 """
 
@@ -25,17 +25,17 @@ ADAPTORS = {"mindspeed": "mindspeed.megatron_adaptor", "mindspeed-llm": "mindspe
 
 
 def available(host: str) -> bool:
-    """Whether ``mindspeed`` or ``mindspeed-llm`` can be imported."""
+    """Returns whether a host, ``mindspeed`` or ``mindspeed-llm``, can be imported."""
     return importlib.util.find_spec(host.replace("-", "_")) is not None
 
 
 def imported_too_early() -> str | None:
-    """The adaptor that was imported before ours, and has applied its features already, or None."""
+    """Returns the adaptor that was imported before ours, and has already applied its features, or None."""
     return next((name for name in ADAPTORS.values() if name in sys.modules), None)
 
 
 def join(plugin: Plugin) -> None:
-    """Puts our feature at the end of MindSpeed's list, and keeps it there.
+    """Puts our feature at the end of MindSpeed's list of features, and keeps it there.
 
     Displaces ``MindSpeedFeaturesManager.set_features_list``, with which MindSpeed-LLM replaces the whole list.
     """
@@ -53,10 +53,10 @@ def join(plugin: Plugin) -> None:
 
 
 def start(host: str) -> None:
-    """Imports the host's own adaptor, which applies all features, and makes its linears known.
+    """Imports the host's own adaptor, which applies all features; ours registers the host's linears.
 
     Raises:
-        HostError: the adaptor did not apply our feature, or it is another version.
+        HostError: if the adaptor did not apply our feature, as in another version, or its linears do not fit.
     """
     importlib.import_module(ADAPTORS[host])
     if not _applied:
@@ -70,15 +70,15 @@ def _feature(plugin: Plugin) -> Any:
     from mindspeed.features_manager.feature import MindSpeedFeature
 
     ours = Replacements(plugin)
-    # Made once: MindSpeed's patcher puts wrappers on again when it patches again, and knows them by identity.
+    # The wrappers are made once, because MindSpeed's patcher recognizes them by identity when it patches again.
     wrappers = {symbol: around(replacement) for symbol, replacement in ours.by_symbol.items()}
-    # The parser gets our flags from register_args, as it gets those of all features.
+    # The parser gets our flags from register_args, like those of all features.
     del wrappers[PARSE_ARGS]
 
     class TernaryFeature(MindSpeedFeature):
-        """Our flags and wrappers, as MindSpeed knows features.
+        """Our flags and wrappers as a feature of MindSpeed.
 
-        Always applied: whether ``--ternary`` is given the wrappers ask themselves, from validated arguments.
+        It is always applied: the wrappers themselves check in the validated arguments whether ``--ternary`` is given.
         """
 
         def __init__(self) -> None:
@@ -93,8 +93,8 @@ def _feature(plugin: Plugin) -> Any:
         def register_patches(self, patch_manager: Any, args: argparse.Namespace) -> None:
             for symbol, wrapper in wrappers.items():
                 patch_manager.register_patch(symbol, wrapper)
-            # The emulated Transformer Engine's qkv and fc1: a column-parallel linear with the norm inside, no subclass
-            # of megatron-core's. Its proj and fc2 are megatron-core's own.
+            # The emulated Transformer Engine's qkv and fc1 are a column-parallel linear that includes the norm and is
+            # no subclass of megatron-core's. Its proj and fc2 are megatron-core's own.
             linear = importlib.import_module(_LAYER_NORM_LINEAR).MindSpeedTELayerNormColumnParallelLinear
             try:
                 plugin.register_linear(linear, "column", ("_layernorm", "_rmsnorm"))
@@ -108,12 +108,12 @@ def _feature(plugin: Plugin) -> Any:
 
 
 def leave_quantized_weights_on_device(plugin: Plugin) -> None:
-    """Keeps ``--swap-attention`` from taking a quantized weight for an activation.
+    """Keeps ``--swap-attention`` from treating a quantized weight as an activation.
 
-    Displaces ``mindspeed.core.memory.swap_attention.prefetch.SwapPrefetch.no_swap_tensor``, which knows weights by
-    their lack of a gradient function, and quantized ones have one. Without this a weight of 512 KB or more is copied to
-    the host and its memory freed after the forward pass, while the layer's next micro-batch uses it: a crash, or
-    garbage.
+    Displaces ``mindspeed.core.memory.swap_attention.prefetch.SwapPrefetch.no_swap_tensor``, which recognizes weights by
+    their lack of a gradient function; a quantized weight has one. Without this, a weight of 512 KB or more is copied to
+    the host and its memory freed after the forward pass, while the layer's next micro-batch uses it: the result is a
+    crash or garbage.
     """
 
     def no_swap_tensor(original: Callable[[torch.Tensor], bool], ori_tensor: torch.Tensor) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of torch's elastic agent, the process behind ``torchrun``."""
+"""Patches of torch's elastic agent, the process of ``torchrun``."""
 
 import functools
 import os
@@ -16,20 +16,20 @@ _PROCESSES = "torch.distributed.elastic.multiprocessing"
 
 
 class _Asked:
-    """What the agent of this process was asked to do, and the processes that it looks after."""
+    """State of this process's agent: the signal that asked it to stop, and the context of its workers."""
 
     number: int | None = None
     context: Any = None
 
 
 def bind_workers() -> None:
-    """Lets workers die with their agent, also where that one is killed (by SIGKILL, or for its memory).
+    """Lets workers die with their agent, even if it is killed (by SIGKILL, or because memory ran out).
 
     Displaces ``Popen`` in ``torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler``, with
-    which the agent starts its workers. They would train on, hold the lock of ``--save``, and so keep out the job that
-    is started in the place of theirs.
+    which the agent starts its workers. Otherwise they would go on training and hold the lock of ``--save``, so that the
+    job that is started to replace theirs could not run.
     """
-    # Not in the worker itself: that may be any script.
+    # The agent sets this up, because a worker may be any script.
     bound = functools.partial(end_with_parent, os.getpid())
     replace(
         f"{_PROCESSES}.subprocess_handler.subprocess_handler.Popen",
@@ -38,19 +38,19 @@ def bind_workers() -> None:
 
 
 def pass_signals_on() -> None:
-    """Lets an agent that is asked to stop ask its workers, and wait until they have saved and ended by themselves.
+    """Lets an agent pass a request to stop on to its workers, and wait until they have saved and ended by themselves.
 
     Displaces ``start`` and ``close`` of ``torch.distributed.elastic.multiprocessing.api.PContext`` and
     ``_restart_workers`` of ``torch.distributed.elastic.agent.server.api.SimpleElasticAgent``. The original agent dies
-    of SIGUSR1, and on SIGTERM kills its workers, with all helpers of theirs that write checkpoints, after 30 seconds:
-    less than a step and a save of a large model take. It ends with a traceback and status 1 where they end well.
+    of SIGUSR1. On SIGTERM it kills its workers, and all their helpers that write checkpoints, after 30 seconds, which
+    is less than a step and a save of a large model take. It ends with a traceback and status 1 even if they end well.
 
-    Here SIGTERM and SIGUSR1 reach the workers (alone, and as SIGTERM, which every training loop knows), their end is
-    waited for as in any other run, and none is started again once the job was asked to stop. How long that may last is
-    for the scheduler to say, which sends SIGKILL at last.
+    With this patch, SIGTERM and SIGUSR1 reach the workers (only them, and as SIGTERM, which every training loop knows),
+    the agent waits for their end as in any other run, and no worker is restarted once the job was asked to stop. The
+    scheduler decides how long that may take, by sending SIGKILL in the end.
 
-    Where the agent itself ends workers, one of them has failed and the others cannot save any more: they take SIGTERM
-    for a request to do so, and get SIGKILL instead.
+    If the agent itself ends workers, one of them has failed, and the others can no longer save. They would take SIGTERM
+    for a request to save, and therefore get SIGKILL instead.
     """
     replace(f"{_PROCESSES}.api.PContext.start", _start)
     replace(f"{_PROCESSES}.api.PContext.close", _close)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What upstream packages say at every start, on every rank, and nobody here can act on: dropped by its exact words.
+"""Suppression of upstream warnings that appear at every start on every rank and call for no action, by exact wording.
 
-Every other warning stays. Importing this imports no upstream package, for most of these come of such an import.
+All other warnings are kept. Importing this imports no upstream package, because such an import causes most of these
+warnings.
 """
 
 import functools
@@ -12,7 +13,7 @@ from collections.abc import Callable
 
 _NOT_INSTALLED = "Transformer Engine and Apex are not installed. Falling back to "
 _CONNECTIONS = "it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS to 1 for maximum speedup"
-# torch 2.6 to 2.13.
+# Names that torch 2.6 to 2.13 deprecate, with their replacements.
 _RENAMED = (
     ("_all_gather_base", "all_gather_into_tensor"),
     ("_all_gather_base", "all_gather_single"),
@@ -23,38 +24,38 @@ _RENAMED = (
 )
 
 WARNINGS = (
-    # megatron-core's optimizer, clip_grads, megatron_fsdp and layer specs. What it falls back to, and
-    # megatron_core.without_te.FusedAdam, are what this package runs on.
+    # megatron-core's optimizer, clip_grads, megatron_fsdp and layer specs. This package runs on what they fall back to,
+    # and on megatron_core.without_te.FusedAdam.
     _NOT_INSTALLED + "Torch optimizers.",
     _NOT_INSTALLED + "local implementations of multi_tensor_applier and multi_tensor_scale",
     _NOT_INSTALLED + "local implementations of multi_tensor_applier, multi_tensor_l2norm, and multi_tensor_scale",
     "Apex is not installed. Falling back to Torch Norm",
-    # TransformerConfig of 0.16.1 and 0.19, of its own default.
+    # TransformerConfig of 0.16.1 and 0.19, about its own default.
     "full scope is deprecated. Use empty cuda_graph_scope to capture the whole layer.",
     "full scope is deprecated. Use empty cuda_graph_modules to capture the whole layer.",
-    # 0.19, of a model that is imported along.
+    # megatron-core 0.19, about a model that it imports without need.
     "MimoModelConfig is experimental and still under active development. The API may change without notice in future "
     "releases.",
-    # ColumnParallelLinear. The environment profiles set the variable where it matters, and the preflight looks.
+    # ColumnParallelLinear. The environment profiles set the variable if it matters, and the preflight checks it.
     "When using async grad allreduce " + _CONNECTIONS,
     "When using sequence parallelism " + _CONNECTIONS,
-    # torch, of megatron-core's calls.
+    # torch, about megatron-core's calls.
     *(f"`torch.distributed.{a}` is deprecated. Please use `torch.distributed.{b}` instead." for a, b in _RENAMED),
     "`load_state_dict` is deprecated and will be removed in future versions. Please use `load` instead.",
     "Please use DTensor instead and we are deprecating ShardedTensor.",
-    # torch, where 0.19 reads a checkpoint's common state on each rank for itself.
+    # torch, when megatron-core 0.19 reads a checkpoint's common state on each rank separately.
     "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process.",
     "The argument order of load has been changed. Please check the document to avoid future breakages.",
 )  # fmt: skip
-"""By ``warnings.warn``, of any category."""
+"""The texts of dropped warnings that come from ``warnings.warn``, of any category."""
 
 RECORDS = {
-    # Synthetic tokens have an index that costs nothing to make.
+    # Indices of synthetic tokens cost nothing to make and need no cache.
     "megatron.core.datasets.gpt_dataset": (
         "Unable to save MockGPTDataset indexes because path_to_cache is None",
     ),
-    # Of 0.19. What they advise instead is a package (checkpointing.save_asynchronously), another model, and what DDP
-    # then does itself.
+    # megatron-core 0.19. The messages below recommend another package (see checkpointing.save_asynchronously), another
+    # model, and a computation that DDP then does itself.
     "megatron.core.dist_checkpointing.strategies.torch": (
         "MCore's async save is deprecated and will be removed in the future releases. "
         "Please, use NVRx async solution by setting `async_strategy` to `nvrx`.",
@@ -69,11 +70,11 @@ RECORDS = {
         "and pass them in.",
     ),
 }  # fmt: skip
-"""By ``logging``: logger -> messages."""
+"""The dropped messages that come from ``logging``, by logger."""
 
 
 def silence() -> None:
-    """Drops :data:`WARNINGS` and :data:`RECORDS`; to be called before megatron-core is imported."""
+    """Drops :data:`WARNINGS` and :data:`RECORDS`; must be called before megatron-core is imported."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(message) + r"\Z")
     for logger, messages in RECORDS.items():
@@ -81,7 +82,7 @@ def silence() -> None:
 
 
 def drop_records(logger: str, *messages: str) -> None:
-    """Drops what a logger says in exactly these words, once however often it is called."""
+    """Drops a logger's messages with exactly these texts; repeated calls have no further effect."""
     logging.getLogger(logger).addFilter(_others_than(*messages))
 
 

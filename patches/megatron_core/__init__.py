@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of megatron-core, for every device: one module per part of it."""
+"""Patches of megatron-core for all devices, one module per part of megatron-core."""

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of megatron-core's checkpoints: newer torch, full disks, processes that die with their rank, no code."""
+"""Patches of megatron-core's checkpoints, for newer torch, full disks, orphaned writers and loading without code.
+
+Orphaned writers are processes that outlive their rank. Loading without code means that loading a checkpoint runs no
+code that the checkpoint names.
+"""
 
 import contextlib
 import inspect
@@ -20,11 +24,11 @@ _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 
 
 def write_checkpoints_with_newer_torch() -> None:
-    """Lets megatron-core 0.12.1 write torch_dist checkpoints with torch from 2.8 on.
+    """Lets megatron-core 0.12.1 write torch_dist checkpoints with torch 2.8 and newer.
 
     Displaces ``_write_item`` in ``megatron.core.dist_checkpointing.strategies.filesystem_async``: torch's function of
-    that name takes the serialization format as one more argument, which 0.12.1 does not hand over. It gets the one that
-    was meant before there was a choice, and every later version's writer passes it itself.
+    that name takes the serialization format as one more argument, which 0.12.1 does not pass. The replacement passes
+    ``TORCH_SAVE``, the only format of older versions of torch. Later versions of megatron-core pass it themselves.
     """
 
     def with_format(original: Callable, *args, **kwargs) -> Any:
@@ -39,14 +43,14 @@ def write_checkpoints_with_newer_torch() -> None:
 
 
 def save_asynchronously(state: Any, directory: str, **more: Any) -> Any:
-    """``megatron.core.dist_checkpointing.save`` that leaves the writing to the caller, by megatron-core's own writer.
+    """Calls ``megatron.core.dist_checkpointing.save`` with megatron-core's own writer, which the caller then runs.
 
-    From 0.17 on ``save`` hands it to the package ``nvidia-resiliency-ext`` by default, and raises where that is absent;
-    neither :class:`~megatron.core.dist_checkpointing.strategies.async_utils.AsyncCallsQueue` nor
+    From 0.17 on ``save`` gives the writing to the package ``nvidia-resiliency-ext`` by default, and raises if that is
+    absent; neither :class:`~megatron.core.dist_checkpointing.strategies.async_utils.AsyncCallsQueue` nor
     :func:`bind_checkpoint_writers` and :func:`hold_write_errors` know its writer.
 
     Returns:
-        The request to execute or to schedule.
+        The request, which the caller executes or schedules.
     """
     from megatron.core.dist_checkpointing import save
 
@@ -62,10 +66,11 @@ def hold_write_errors() -> None:
     """Keeps a rank that cannot write its file of a checkpoint from leaving the others in a collective operation.
 
     Displaces ``save_common`` of ``megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy`` (0.17
-    and 0.18 have it in ``...serialization``; with 0.19 what it wrote is an entry of rank 0's file), ``finish`` of
-    ``...strategies.filesystem_async.FileSystemWriterAsync`` and ``save_config`` in ``...serialization``. Rank 0 alone
-    writes there, and on a full disk raises there, while the other ranks wait for it in the plan or in a barrier until
-    they time out. The error is kept instead, and :func:`raise_held_write_error` brings it up where all ranks are asked.
+    and 0.18 have it in ``...serialization``; with 0.19 its content is an entry of rank 0's file), ``finish`` of
+    ``...strategies.filesystem_async.FileSystemWriterAsync`` and ``save_config`` in ``...serialization``. Only rank 0
+    writes in these functions, and raises there on a full disk, while the other ranks wait for it in the plan or in a
+    barrier until they time out. The error is kept instead, and :func:`raise_held_write_error` raises it at a point
+    where all ranks agree.
     """
 
     def hold(original: Callable, *args, **kwargs) -> None:
@@ -79,7 +84,7 @@ def hold_write_errors() -> None:
     replace(f"{serialization}.save_common", hold, missing_ok=True)
     replace(f"{serialization}.save_config", hold)
     replace(f"{_STRATEGIES}.filesystem_async.FileSystemWriterAsync.finish", hold)
-    # Each rank would report the error of its writer; ours says it once.
+    # Upstream would report the error on each rank; ours is reported once.
     logging.getLogger(f"{_STRATEGIES}.filesystem_async").setLevel(logging.CRITICAL)
 
 
@@ -87,7 +92,7 @@ def raise_held_write_error() -> None:
     """Raises the first error that :func:`hold_write_errors` has kept since the last call, if any.
 
     Raises:
-        OSError: with the system's reason, or torch's words where its serializer does not tell the reason.
+        OSError: if an error was kept; with the system's reason, or torch's message if its serializer hides the reason.
     """
     if not _held_write_errors:
         return
@@ -102,12 +107,12 @@ def bind_checkpoint_writers() -> None:
     """Lets the processes that write checkpoints die with the rank that started them, and outlive signals to stop.
 
     Displaces ``_get_write_results_queue`` in ``megatron.core.dist_checkpointing.strategies.filesystem_async`` (from
-    0.17 on ``get_write_results_queue``), whose helper process (it carries the writers' results) lives on when its rank
-    is killed, with 270 MB per restart; and what the forked processes of ``FileSystemWriterAsync`` there run, which
-    would go on writing into a directory that the restarted run has taken over: ``write_preloaded_data_multiproc`` and
-    ``write_preloaded_data``, from 0.17 on ``write_preloaded_data_multithread`` alone, whose threads run the latter.
-    SIGTERM and SIGUSR1, which a scheduler may send to every process of a job, mean that the rank shall save: its
-    helpers are needed for that.
+    0.17 on ``get_write_results_queue``), whose helper process (it transfers the writers' results) survives when its
+    rank is killed, with 270 MB per restart. Also displaces the functions that the forked processes of
+    ``FileSystemWriterAsync`` there run, which would go on writing into a directory that the restarted run has taken
+    over: ``write_preloaded_data_multiproc`` and ``write_preloaded_data``, from 0.17 on only
+    ``write_preloaded_data_multithread``, whose threads run the latter. SIGTERM and SIGUSR1, which a scheduler may send
+    to every process of a job, ask the rank to save, and its helpers are needed for that.
     """
     for name in ("_get_write_results_queue", "get_write_results_queue"):
         replace(f"{_STRATEGIES}.filesystem_async.{name}", _bound_queue, missing_ok=True)
@@ -136,7 +141,10 @@ def _bound_writer(original: Callable, *args, **kwargs) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """See :func:`~bitcpm_megatron.patches.end_with_parent`; also ignores the signals that ask a job to stop."""
+    """Lets this process die with its parent and ignore the signals that ask a job to stop.
+
+    The kernel ends the process, as :func:`~bitcpm_megatron.patches.end_with_parent` describes.
+    """
     for number in REQUESTS_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
@@ -144,10 +152,11 @@ def die_with_parent(parent: int) -> None:
 
 @contextlib.contextmanager
 def _without_requests_to_stop() -> Iterator[None]:
-    """Holds them back until the block ends. A process that is started in it never gets them, nor while it imports."""
+    """Holds back requests to stop during a block; a process that is started in it never gets them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS_TO_STOP)
     try:
-        # Started with the first such process; in CPython 3.11 that lets SIGTERM through again.
+        # The first such process would start the resource tracker, which unblocks SIGTERM in CPython 3.11. It is started
+        # here instead, and the signals are blocked again.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS_TO_STOP)
         yield
@@ -156,13 +165,13 @@ def _without_requests_to_stop() -> Iterator[None]:
 
 
 def load_optimizer_under_other_rates() -> None:
-    """Lets optimizer state be loaded by a run with another learning rate, as before megatron-core 0.19.
+    """Lets a run with another learning rate load optimizer state, which megatron-core 0.19 no longer allows.
 
-    Takes ``max_lr`` and ``min_lr`` out of ``param_group_identifier_keys`` in ``megatron.core.optimizer.optimizer`` and
+    Removes ``max_lr`` and ``min_lr`` from ``param_group_identifier_keys`` in ``megatron.core.optimizer.optimizer`` and
     ``megatron.core.optimizer.distrib_optimizer``, by which a parameter group finds its saved one. With them a changed
-    ``--lr`` ends in a KeyError before the scheduler is asked: neither ``--override-opt-param-scheduler`` nor
-    ``--use-checkpoint-opt-param-scheduler`` can work, nor can a message name them. For our own loop alone, whose groups
-    never differ by their rates. 0.12.1 has no such name: it takes the saved groups in their order.
+    ``--lr`` ends in a KeyError before the scheduler is consulted: neither ``--override-opt-param-scheduler`` nor
+    ``--use-checkpoint-opt-param-scheduler`` can work, nor can a message name them. This is only for our own loop, whose
+    groups never differ in their rates. 0.12.1 has no such name: it takes the saved groups in their order.
     """
     from megatron.core.optimizer import distrib_optimizer, optimizer
 
@@ -178,19 +187,19 @@ def load_optimizer_under_other_rates() -> None:
 def load_without_code(
     metadata: Any, screen: Callable[[Any], None], refused: Callable[[str, Exception], Exception]
 ) -> Iterator[None]:
-    """While it lasts, ``megatron.core.dist_checkpointing.load`` runs no code that a checkpoint names.
+    """Keeps ``megatron.core.dist_checkpointing.load`` in a block from running code that a checkpoint names.
 
     Displaces ``torch.distributed.checkpoint.FileSystemReader.read_metadata``, which unpickles ``.metadata``: it returns
-    what the caller read safely. Displaces ``torch.load``, which megatron-core (``common.pt`` in 0.12.1 and 0.17.0) and
-    ``DefaultLoadPlanner.load_bytes`` (entries of ``.distcp`` files that are no tensors) call with
+    what the caller has read safely. Displaces ``torch.load``, which megatron-core (``common.pt`` in 0.12.1 and 0.17.0)
+    and ``DefaultLoadPlanner.load_bytes`` (entries of ``.distcp`` files that are no tensors) call with
     ``weights_only=False``: only classes that were declared safe are loaded. Displaces
-    ``torch.distributed.checkpoint.utils._ReaderView.seek``, which counts from the end into the wrong direction, so that
-    nobody but torch could read an entry as the archive that it is.
+    ``torch.distributed.checkpoint.utils._ReaderView.seek``, which counts from the end in the wrong direction, so that
+    only torch itself could read an entry as the archive that it is.
 
     Args:
-        metadata: ``torch.distributed.checkpoint.metadata.Metadata`` of the checkpoint that is loaded.
-        screen: raises where ``torch.load`` must not read a path or stream.
-        refused: makes the error for an entry, given its name and what ``torch.load`` raised.
+        metadata: the ``torch.distributed.checkpoint.metadata.Metadata`` of the checkpoint that is loaded.
+        screen: a function that raises if ``torch.load`` must not read a path or stream.
+        refused: a function that makes the error for an entry, from its name and the error of ``torch.load``.
     """
     from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
     from torch.distributed.checkpoint.utils import _ReaderView
@@ -209,7 +218,7 @@ def load_without_code(
     def load_named_bytes(self: Any, read_item: Any, value: Any) -> None:
         try:
             load_bytes(self, read_item, value)
-        except Exception as error:  # whatever a damaged pickle makes of itself
+        except Exception as error:  # A damaged pickle may raise errors of any type.
             raise refused(read_item.storage_index.fqn, error) from error
 
     with (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of megatron-core's schedules: who wants to know hears when one starts and when it is over, or changes it."""
+"""Patches of megatron-core's schedules, which announce their start and end, and let their arguments be changed."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -24,21 +24,21 @@ def announce_schedules(
     on_end: ScheduleListener | None = None,
     on_trained: ScheduleListener | None = None,
 ) -> None:
-    """Tells when a schedule starts, when a model chunk starts its first micro-batch in it, and when it is over.
+    """Registers listeners for a schedule's start, a model chunk's first micro-batch in it, and a schedule's end.
 
     Displaces ``megatron.core.transformer.module.MegatronModule.set_is_first_microbatch``, which acts only when fp8, fp4
     or kitchen is configured, and ``forward_backward_*`` in ``megatron.core.pipeline_parallel.schedules``
     (``get_forward_backward_func`` looks them up there at each call, so nothing else needs to change). Without the first
-    a cached quantized weight would never be renewed; without the second a plain ``model(x)`` outside a schedule could
-    see one that the optimizer has made stale. The originals run unchanged. A listener is told once, however often it
-    is named.
+    replacement a cached quantized weight would never be renewed; without the second a plain ``model(x)`` outside a
+    schedule could see one that the optimizer has made stale. The originals run unchanged. A listener that is registered
+    several times is called once.
 
     Args:
-        on_start: called with all chunks of the schedule.
-        on_first: called with the chunk as the schedule holds it (wrapped in DDP and Float16Module, as the case may be).
-        on_end: called with all chunks of the schedule, also when it raised.
-        on_trained: called with all chunks of a schedule that computes gradients and has run all its micro-batches;
-            neither after a forward-only one nor after one that raised.
+        on_start: a function that is called with all chunks of the schedule.
+        on_first: a function that is called with the chunk as the schedule holds it (in DDP and Float16Module, if any).
+        on_end: a function that is called with all chunks of the schedule, even if the schedule raised.
+        on_trained: a function that is called with all chunks of a schedule that computes gradients and has run all its
+            micro-batches; neither after a forward-only schedule nor after one that raised.
     """
     for moment, listener in {"start": on_start, "first": on_first, "end": on_end, "trained": on_trained}.items():
         if listener is not None and listener not in _listeners[moment]:
@@ -48,14 +48,14 @@ def announce_schedules(
 
 
 def change_training(chunks: Sequence[torch.nn.Module], change: Change) -> None:
-    """Changes what a schedule that computes gradients is called with; a forward-only one stays what it is.
+    """Changes the arguments of schedules that compute gradients; forward-only schedules keep theirs.
 
     Displaces ``forward_backward_*``, as :func:`announce_schedules` does.
 
     Args:
-        chunks: of the model that is trained, wrapped later or not.
-        change: gets the schedule's arguments by name and returns them as they shall be; called before the schedule
-            starts, on each rank.
+        chunks: the chunks of the model that is trained, whether or not they will be wrapped later.
+        change: a function that gets the schedule's arguments by name, without ``model``, and returns those to use; it
+            is called on each rank before the schedule starts.
     """
     for chunk in chunks:
         setattr(chunk, _CHANGE, change)
@@ -68,7 +68,7 @@ def _announce() -> None:
 
 
 def announced(schedule: Callable) -> Callable:
-    """A schedule that tells the listeners of :func:`announce_schedules`; itself if it does."""
+    """Returns a schedule that calls the listeners of :func:`announce_schedules`: itself if it already does."""
     return schedule if hasattr(schedule, ORIGINAL) else around(_forward_backward)(schedule)
 
 
@@ -97,7 +97,7 @@ def _forward_backward(original: Callable, *args, model: torch.nn.Module | list[t
 
 
 def _change_of(chunk: torch.nn.Module) -> Change:
-    """What is to be changed for a chunk in its wrappers."""
+    """Returns the change that was registered for a chunk, looked up through its wrappers; by default none."""
     seen: torch.nn.Module | None = chunk
     while seen is not None and _CHANGE not in seen.__dict__:
         seen = getattr(seen, "module", None)

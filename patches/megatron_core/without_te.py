@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of megatron-core that let it train with neither Transformer Engine nor Apex; with them nothing changes."""
+"""Patches that let megatron-core train without Transformer Engine and Apex; with them its behavior is unchanged."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from .. import logger, replace
 
 
 def install() -> None:
-    """Applies all of them."""
+    """Applies all patches of this module."""
     replace("megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__", _marked_norm)
     replace("megatron.core.optimizer.distrib_optimizer.quantize_param_shard", _unless_empty, missing_ok=True)
     _provide_fused_adam()
@@ -23,7 +23,7 @@ def _marked_norm(original: Callable, *args, **kwargs) -> torch.nn.Module:
     """Lets torch's RMSNorm / LayerNorm run under sequence parallelism.
 
     Displaces ``megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__``, which asserts that sequence parallelism
-    is off, so that neither Apex nor Transformer Engine can be done without. What is missing there is only the mark
+    is off, so that sequence parallelism requires Apex or Transformer Engine. All that is missing there is the mark
     ``sequence_parallel`` on the parameters: ``finalize_model_grads`` sums the gradients of marked parameters over the
     tensor-parallel group, and without it every rank would train its own norm weights on its own part of the sequence.
     """
@@ -39,11 +39,11 @@ def _marked_norm(original: Callable, *args, **kwargs) -> torch.nn.Module:
 
 
 def _unless_empty(original: Callable, model_params: Sequence[torch.Tensor], *args, **kwargs) -> None:
-    """Lets the distributed optimizer of megatron-core 0.12.1 step.
+    """Lets the distributed optimizer of megatron-core 0.12.1 take a step.
 
     Displaces ``megatron.core.optimizer.distrib_optimizer.quantize_param_shard``, which gets all fp8 parameters
-    after each step and, without Transformer Engine, raises "Invalid Transformer Engine version" also when there are
-    none. Later versions return at once, and so does this; with fp8 parameters the original still raises.
+    after each step and, without Transformer Engine, raises "Invalid Transformer Engine version" even if there are
+    none. Like later versions, the replacement then returns at once; with fp8 parameters the original still raises.
     """
     if len(model_params) > 0:
         original(model_params, *args, **kwargs)
@@ -52,8 +52,8 @@ def _unless_empty(original: Callable, model_params: Sequence[torch.Tensor], *arg
 def _let_moe_router_compute() -> None:
     """Sets ``megatron.core.transformer.moe.moe_utils.te_general_gemm`` to None where it is undefined.
 
-    The router of a mixture of experts asks for "is not None" before it falls back to ``torch.mm``, and without
-    Transformer Engine the name does not even exist (NameError). 0.12.1 does not know the name, and does not need it.
+    The router of a mixture of experts checks the name for "is not None" before it falls back to ``torch.mm``, and
+    without Transformer Engine the name does not even exist (NameError). 0.12.1 neither has nor needs the name.
     """
     from megatron.core.transformer.moe import moe_utils
 
@@ -66,9 +66,9 @@ def _provide_fused_adam() -> None:
     """Gives megatron-core an Apex-like Adam.
 
     Sets ``Adam`` in ``megatron.core.optimizer`` and in ``megatron.core.optimizer.distrib_optimizer``, and the flags
-    there that say an Apex-like Adam is used (``USING_PYTORCH_OPTIMIZER`` and ``USING_APEX_OPTIMIZER`` are absent in
-    0.12.1). With torch's AdamW the distributed optimizer asserts on one common step count when it is saved, and cannot
-    be loaded on a rank that holds no shard.
+    there that say that an Apex-like Adam is used (``USING_PYTORCH_OPTIMIZER`` and ``USING_APEX_OPTIMIZER`` do not exist
+    in 0.12.1). With torch's AdamW the distributed optimizer asserts on one common step count when it is saved, and
+    cannot be loaded on a rank that holds no shard.
     """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
@@ -86,16 +86,16 @@ def _provide_fused_adam() -> None:
 class FusedAdam(torch.optim.Optimizer):
     """Adam with the interface of Apex's ``FusedAdam``, on torch's own fused kernel.
 
-    The one difference from ``torch.optim.AdamW`` that matters: the step count lives in ``param_groups``, not in the
-    per-parameter state, which is what megatron-core's distributed optimizer saves and restores.
+    Its important difference from ``torch.optim.AdamW`` is that the step count is stored in ``param_groups`` instead of
+    the per-parameter state; megatron-core's distributed optimizer saves and restores it there.
 
     Args:
-        params, lr, betas, eps, weight_decay: as ``torch.optim.AdamW`` takes them.
-        adam_w_mode: decoupled weight decay (AdamW); otherwise L2 regularisation.
-        capturable: whether steps must work inside a CUDA graph; megatron-core 0.17 and newer hand it over.
+        params, lr, betas, eps, weight_decay: the arguments that ``torch.optim.AdamW`` takes under these names.
+        adam_w_mode: whether weight decay is decoupled (AdamW); otherwise it is L2 regularization.
+        capturable: whether steps must work inside a CUDA graph; megatron-core 0.17 and newer pass it.
 
     Raises:
-        ValueError: a step that can be captured is asked for, which this one cannot: it makes its step counts anew.
+        ValueError: if ``capturable``, because every step makes new tensors of its step count and cannot be captured.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # returns no loss, for it takes no closure
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient, once."""
         update = adamw if self.adam_w_mode else adam
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -136,7 +136,7 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                # torch counts the step up itself, in these throw-away tensors.
+                # torch increments the step count itself, in these temporary tensors.
                 [torch.full((), group["step"] - 1.0, device=p.device) for p in params],
                 fused=True,
                 amsgrad=False,
