@@ -100,7 +100,7 @@ _TRAINING_LOOP: dict[str, Replacement] = {
     "torch.cuda.Event": _CpuStream,
     "torch.cuda.stream": lambda _, stream: contextlib.nullcontext(),
     "torch.cuda.set_device": lambda _, device: None,
-    # Reports of memory fail.
+    # Reports of memory usage fail.
     **dict.fromkeys(
         [f"torch.cuda.{which}memory_{what}" for which in ("", "max_") for what in ("allocated", "reserved")],
         lambda _, device=None: 0,
@@ -108,8 +108,8 @@ _TRAINING_LOOP: dict[str, Replacement] = {
     "torch.cuda.memory_stats": lambda _, device=None: {"allocation.all.current": 0},
     "torch.cuda.empty_cache": lambda _: None,
     "torch.cuda.reset_peak_memory_stats": lambda _, device=None: None,
-    # megatron.training.initialize refuses to start without CUDA, and takes each process's device from the count: the
-    # processes on this node.
+    # megatron.training.initialize refuses to start without CUDA, and chooses each process's device by the device count,
+    # which is therefore the number of processes on this node.
     "torch.cuda.is_available": lambda _: True,
     "torch.cuda.device_count": lambda _: from_environment("LOCAL_WORLD_SIZE", Whole(1), 1),
     "torch.cuda.get_device_properties": lambda _, device=None: _PROPERTIES,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage of a model's answers on disk, every few batches: a killed evaluation resumes without asking them again."""
+"""Storage of a model's answers on disk after every few batches, so that a killed evaluation does not repeat them."""
 
 import json
 import os
@@ -78,5 +78,5 @@ class AnswerStore:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file of answers."""
         self._file.close()

@@ -27,7 +27,7 @@ _ASKED = "asked"
 
 
 class _Megatron(TemplateLM):
-    """The harness's interface to a run's model, without the storage of answers of :class:`MegatronModel`."""
+    """The model of a training run behind the harness's interface; :class:`MegatronModel` adds storage of answers."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, context: int, vocab_size: int, batch_size: int) -> None:
         super().__init__()

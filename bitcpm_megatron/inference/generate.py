@@ -62,9 +62,10 @@ def generate(
     generator: torch.Generator | None = None,
     ends: Collection[int] = (),
 ) -> Iterator[int]:
-    """Returns an iterator over the next ``count`` tokens of a prompt, or fewer if one of ``ends`` is drawn, the last.
+    """Returns an iterator over the tokens that follow a prompt, at most ``count``.
 
-    Every tensor-parallel rank must call this with the same arguments, and gets the same tokens.
+    A token of ``ends`` is the last one. Every tensor-parallel rank must call this with the same arguments, and gets the
+    same tokens.
 
     Args:
         model: the model that predicts the next token.

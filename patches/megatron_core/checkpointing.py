@@ -165,7 +165,7 @@ def _without_requests_to_stop() -> Iterator[None]:
 
 
 def load_optimizer_under_other_rates() -> None:
-    """Lets a run with another learning rate load optimizer state, which megatron-core 0.19 no longer allows.
+    """Lets a run with another learning rate load optimizer state, which megatron-core 0.19 refuses.
 
     Removes ``max_lr`` and ``min_lr`` from ``param_group_identifier_keys`` in ``megatron.core.optimizer.optimizer`` and
     ``megatron.core.optimizer.distrib_optimizer``, by which a parameter group finds its saved one. With them a changed

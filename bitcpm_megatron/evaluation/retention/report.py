@@ -110,7 +110,7 @@ def _provenance(table: Table) -> list[str]:
 
 
 def versions_of(versions: Mapping[str, Any]) -> str:
-    """Returns the versions of a task's tasks in the harness as text."""
+    """Returns the versions of the harness's tasks that make up a benchmark, as text."""
     different = sorted({str(version) for version in versions.values()})
     return ", ".join(different) + (f" ({len(versions)} tasks)" if len(versions) > 1 else "")
 

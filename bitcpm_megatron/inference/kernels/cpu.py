@@ -13,7 +13,7 @@ from . import reference
 from .reference import MOST_TOKENS, PackedKernels
 
 _SOURCES = (Path(__file__).with_name("packed_linear.c"), Path(__file__).parents[2] / "ops" / "cpu" / "bits.h")
-_PAIR, _FIELDS, _TOKENS = 256, 8, 4  # as the C source has them
+_PAIR, _FIELDS, _TOKENS = 256, 8, 4  # The C source calls them PAIR, 2 * FIELDS and TOKENS.
 # Products of bf16 numbers are exact in fp32, so that a fused multiply-add rounds like a product and a sum.
 _FLAGS = ("-ffp-contract=fast",)
 _POINTER, _LONG, _INTEGER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

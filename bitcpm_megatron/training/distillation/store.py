@@ -60,7 +60,7 @@ class StoredTargets:
         self.notes = [f"targets: {args.distill_targets}, {about.about()}, of {checkpoint}"]
 
     def beside(self, dataset: Any) -> Any:
-        """Returns the training samples together with their targets, or alone if this rank computes no loss.
+        """Returns the training samples together with their targets, or without them if this rank computes no loss.
 
         Raises:
             StoreError: if the store does not hold all samples that the run is going to take.
