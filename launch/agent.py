@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torchrun`` for jobs that save when they are asked to stop: ``launch/agent.py`` takes its arguments.
+"""``torchrun`` for jobs that save when they are asked to stop: ``launch/agent.py`` takes the arguments of ``torchrun``.
 
-SIGTERM and SIGUSR1 are passed on to the training processes, and their end is waited for, however long they save; where
-this process is killed they end with it (``patches/torch_elastic.py``). Exit status: that of the process that failed
-first, 0 where all end well.
-``launch/run.py`` starts every job through this.
+SIGTERM and SIGUSR1 are passed on to the training processes, and the agent waits for their end, however long they save.
+If the agent itself is killed, they end with it (``patches/torch_elastic.py``). ``launch/run.py`` starts every job
+through this script.
+
+Exit status: 0 if all training processes end well, else that of the process that failed first.
 """
 
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch.distributed import run as torchrun
@@ -33,7 +34,7 @@ def _run(argv: list[str] | None) -> int:
     try:
         torchrun.main(argv)
     except ChildFailedError as error:
-        # What was wrong that process has said itself.
+        # The process itself has already reported what was wrong.
         _, failure = error.get_first_failure()
         how = f"with status {failure.exitcode}" if failure.exitcode >= 0 else f"by {failure.signal_name()}"
         cli.complain(f"the process of local rank {failure.local_rank} ended {how}")

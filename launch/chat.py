@@ -2,9 +2,9 @@
 """A conversation with a model on a terminal: ``python launch/chat.py PATH``.
 
 PATH is the ``--save`` directory of a run or one checkpoint in it, a Hugging Face directory of dense weights, or a
-compressed-tensors export; its tokenizer needs a chat template. Every line of standard input is what a user says.
-``/new`` begins another conversation, ``/exit`` or the end of the input ends the command. Ctrl-C stops an answer, which
-stays in the conversation as far as it came, and at the prompt drops what was typed.
+compressed-tensors export. Its tokenizer needs a chat template. Every line of standard input is one message of the user.
+``/new`` begins another conversation; ``/exit`` or the end of the input ends the command. Ctrl-C stops an answer, of
+which the conversation keeps what was written so far; at the prompt it discards the line typed so far.
 
 Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
@@ -30,7 +30,7 @@ _NEW, _EXIT = "/new", "/exit"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Talks until the input ends; returns the exit status."""
+    """Runs conversations until the input ends; returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--system", metavar="TEXT", help="what every conversation begins with, as the system says")
@@ -64,8 +64,8 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, line by line."""
-    # What is no UTF-8 is refused by the tokenizer, a line at a time.
+    """Yields the messages of the user, line by line."""
+    # Lines that are not UTF-8 get through here: the tokenizer refuses them one at a time.
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     at_terminal = sys.stdin.isatty()
@@ -86,7 +86,7 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(conversation: Conversation, line: str) -> None:
-    """Prints the answer to a line as it comes."""
+    """Prints the answer to a line while it is generated."""
     with _interruptible() as interrupted:
         try:
             parts = conversation.say(line)
@@ -109,7 +109,7 @@ def _answer(conversation: Conversation, line: str) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C gets into the list, for the answer to stop at its next token; a second one interrupts."""
+    """Appends a first Ctrl-C to the yielded list, so that the answer can stop at a token; a second one interrupts."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:

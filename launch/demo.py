@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way on one small machine: text, tokens, two training runs, BF16 and ternary, and a small file that talks.
+"""The whole path on one small machine: text, tokens, a BF16 and a ternary run, and a packed file that writes text.
 
     python launch/demo.py [--output DIR] [--train-iters N]
 
-Everything runs on the CPU (or one GPU per process) with tensor parallelism 2, from prose that every CPython carries.
-The last line is ``demo: ok`` if every part worked, the ternary validation loss is below the entropy of the validation
-tokens' frequencies (what a model that only counts tokens reaches), and at most 10 % above the BF16 one. Everything is
-left in the output directory. Exit status: 0 ok, 1 a part failed, 3 a loss is not where it should be.
+Everything runs on the CPU (or one GPU per process) with tensor parallelism 2, on prose that every CPython contains.
+The last line is ``demo: ok`` if every part worked and the ternary validation loss is below the entropy of the token
+frequencies of the validation data (the loss of a model that only counts tokens) and at most 10 % above the BF16 loss.
+All files stay in the output directory. Exit status: 0 ok, 1 a part failed, 3 a loss is not where it should be.
 """
 
 import argparse
@@ -47,10 +47,10 @@ MODEL = """
 
 
 def run(title: str, command: list[str], log: Path) -> str:
-    """Runs one part, shows and keeps its standard output, and returns it.
+    """Runs one part of the demo, prints its standard output, writes it to ``log``, and returns it.
 
     Raises:
-        FailedError: it did not exit with 0.
+        FailedError: if the command does not exit with status 0.
     """
     print(f"\n== {title}\n$ {' '.join(command)}", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -66,7 +66,7 @@ def run(title: str, command: list[str], log: Path) -> str:
 
 
 def prepare(out: Path) -> None:
-    """Corpus to tokenizer to token files, for training and for validation."""
+    """Trains a tokenizer on the corpus and writes the token files for training and for validation."""
     (out / "data").mkdir()
     model = str(out / "tokenizer.model")
     for title, part, tokenizer in (
@@ -79,7 +79,7 @@ def prepare(out: Path) -> None:
 
 
 def train(out: Path, name: str, iterations: int, flags: list[str]) -> float:
-    """One training run; returns its last validation loss."""
+    """Runs one training and returns its last validation loss."""
     directory = out / name
     command = torchrun("launch/pretrain.py") + MODEL + flags
     command += ["--train-iters", str(iterations), "--lr-wsd-decay-iters", str(iterations // 4)]
@@ -93,11 +93,13 @@ def train(out: Path, name: str, iterations: int, flags: list[str]) -> float:
 
 
 def pack(out: Path) -> tuple[int, int]:
-    """Exports both runs, the ternary one packed, and lets the packed one go on with the prompts; returns the bytes of
-    their files, BF16 first.
+    """Exports both runs, the ternary one packed, and samples text from the packed export.
+
+    Returns:
+        The sizes of the exported files in bytes: BF16, packed.
 
     Raises:
-        FailedError: a part failed, or no text came.
+        FailedError: if a part fails, or the packed export writes no text.
     """
     tool, tokenizer = [sys.executable, "checkpoint_tools/convert_megatron_to_hf.py"], ["--tokenizer", str(out)]
     arguments = ["--load-dir", str(out / "bf16" / "checkpoint"), "--save-dir", str(out / "bf16-model")]
@@ -114,12 +116,12 @@ def pack(out: Path) -> tuple[int, int]:
 
 
 def torchrun(script: str) -> list[str]:
-    """The launch of one process per tensor-parallel rank."""
+    """Returns the command that starts a script in one process per tensor-parallel rank."""
     return [sys.executable, "launch/agent.py", "--standalone", "--nproc_per_node", str(TENSOR_PARALLEL), script]
 
 
 def unigram_entropy(prefix: Path) -> float:
-    """Entropy of the token frequencies of an indexed dataset, in nats."""
+    """Returns the entropy of the token frequencies of an indexed dataset, in nats."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(prefix))
@@ -129,7 +131,7 @@ def unigram_entropy(prefix: Path) -> float:
 
 
 def parser_of(description: str | None, name: str, iterations: int, least: int) -> Parser:
-    """The command line of a demo: where its output goes, ``runs/NAME`` by default, and how long it trains."""
+    """Returns the command-line parser of a demo: its output directory (default ``runs/NAME``) and its iterations."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=CHECKOUT / "runs" / name, metavar="DIR")
     told = f"less than {least} is no training"
@@ -138,7 +140,7 @@ def parser_of(description: str | None, name: str, iterations: int, least: int) -
 
 
 def parsed(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments of a demo; an ``--output`` that cannot be written to is an error of the parser."""
+    """Parses the arguments of a demo; an ``--output`` that cannot be written to is a parser error."""
     args = parser.parse_args(argv)
     mistake = directory_mistake(args.output)
     if mistake is not None:
@@ -147,7 +149,7 @@ def parsed(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit status."""
+    """Runs the demo of pretraining; returns the exit status."""
     args = parsed(parser_of(__doc__, "demo", iterations=200, least=50), argv)
     return handled(lambda: _demo(args))
 

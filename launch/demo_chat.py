@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From dialogues to a ternary model that answers: tokenizer, packed samples, fine-tuning on answers alone, export.
+"""From dialogues to a ternary model that answers: tokenizer, packed samples, training on answers only, export.
 
     python launch/demo_chat.py [--output DIR] [--train-iters N]
 
-Everything runs on the CPU (or one GPU per process), trained from nothing on two data-parallel ranks. The model is then
-asked 50 questions about names and pairs of words that are in no dialogue, by ``launch/generate.py`` and, exported, by
-stock Transformers. A question counts as answered where the answer has the form that such answers have and the model
-ended it. The last line is ``demo-chat: N of 50 answered``. Everything is left in the output directory.
+Everything runs on the CPU (or one GPU per process); the model is trained from scratch on two data-parallel ranks. It is
+then asked 50 questions about names and pairs of words that occur in no dialogue, with ``launch/generate.py`` and, after
+the export, with stock Transformers. A question counts as answered if the answer has the form of answers to questions of
+its kind and the model ended it. The last line is ``demo-chat: N of 50 answered``. All files stay in the output
+directory.
 
-Exit status: 0 ok, 1 a part failed, or fewer than 45 were answered or 35 exactly right, 3 Transformers answers in
-another way.
+Exit status: 0 ok, 1 a part failed, or fewer than 45 questions were answered or fewer than 35 exactly right, 3 an answer
+of Transformers differs.
 """
 
 import argparse
@@ -36,7 +37,7 @@ CONVERSATIONS, VOCABULARY, SEQ_LENGTH = 12000, 512, 256
 LONGEST_ANSWER = 32
 ANSWERED, EXACT = 45, 35
 JUDGED = ("answered", "exact", "same")
-"""Whether an answer has the form and was ended, is the right one, and is that of Transformers, too."""
+"""The verdicts on an answer: it has the right form and was ended; it is the right one; Transformers gives the same."""
 
 MODEL = f"""
     --num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4
@@ -50,7 +51,7 @@ MODEL = f"""
 
 
 def prepare(out: Path) -> str:
-    """Dialogues, a tokenizer for them, and packed samples; returns what the packing says of itself."""
+    """Writes the dialogues, a tokenizer for them, and packed samples; returns the summary printed by the packing."""
     written = list(dialogues(CONVERSATIONS))
     file, tokenizer = out / "dialogues.jsonl", out / "tokenizer"
     write_text(file, "".join(json.dumps({"messages": messages}) + "\n" for messages in written))
@@ -61,7 +62,7 @@ def prepare(out: Path) -> str:
 
 
 def train(out: Path, iterations: int) -> None:
-    """Fine-tuning of a new ternary model."""
+    """Trains a new ternary model on the packed samples."""
     command = torchrun("launch/pretrain.py") + MODEL + ["--sft", "--ternary", "--train-iters", str(iterations)]
     command += ["--lr-wsd-decay-iters", str(iterations // 3), "--split", "99,1,0"]
     command += ["--data-path", str(out / "samples"), "--tokenizer-model", str(out / "tokenizer")]
@@ -71,7 +72,7 @@ def train(out: Path, iterations: int) -> None:
 
 
 def ask(out: Path) -> list[dict[str, Any]]:
-    """The answers to the held-out questions by our own generation: ``prompt``, ``text`` and ``ended`` of each."""
+    """Returns the answers of ``launch/generate.py`` to the held-out questions: ``prompt``, ``text``, ``ended`` each."""
     command = [sys.executable, "launch/generate.py", str(out / "checkpoint"), "--chat", "--fp32"]
     command += ["--num-tokens", str(LONGEST_ANSWER), "--output", str(out / "answers.jsonl")]
     run("answers", [*command, "--prompt", *(q.prompt for q in held_out())], out / "answers.log")
@@ -79,21 +80,21 @@ def ask(out: Path) -> list[dict[str, Any]]:
 
 
 def export(out: Path) -> None:
-    """An ordinary Llama of the checkpoint, with the tokenizer of the run."""
+    """Exports the checkpoint as an ordinary Llama, with the tokenizer of the run."""
     command = [sys.executable, "checkpoint_tools/convert_megatron_to_hf.py", "--load-dir", str(out / "checkpoint")]
     run("export", [*command, "--save-dir", str(out / "exported"), "--weights", "fused", "--verify"], out / "export.log")
 
 
 def ask_transformers(directory: Path) -> list[dict[str, Any]]:
-    """The answers to the held-out questions by stock Transformers: ``text`` and ``ended`` of each.
+    """Returns the answers of stock Transformers to the held-out questions: ``text`` and ``ended`` of each.
 
-    Both sides compute in fp32: in bf16 the order of sums would choose between tokens that are almost equally likely.
+    Both sides compute in fp32: in bf16 the order of summation would decide between tokens of almost equal likelihood.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("\n== answers of stock Transformers", flush=True)
-    torch.set_num_threads(1)  # as the commands have; more would wait for each other in so small a model
+    torch.set_num_threads(1)  # like the commands; in so small a model more threads would only wait for each other
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
     answers = []
@@ -112,11 +113,11 @@ def ask_transformers(directory: Path) -> list[dict[str, Any]]:
 
 
 def judge(answers: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What became of each held-out question: the answer, the one that is right, and what :data:`JUDGED` names.
+    """Judges the answer to each held-out question: adds the expected answer and the verdicts of :data:`JUDGED`.
 
     Args:
-        answers: of :func:`ask`, in order.
-        others: of :func:`ask_transformers`.
+        answers: the answers from :func:`ask`, in the order of the questions.
+        others: the answers from :func:`ask_transformers`, in the same order.
     """
     return [
         {
@@ -131,7 +132,7 @@ def judge(answers: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, An
 
 
 def report(judged: Sequence[Mapping[str, Any]]) -> None:
-    """A table of the counts by kind of question, with one of each kind and its answer."""
+    """Prints a table of the counts by kind of question, with one question of each kind and its answer."""
     print(f"\n{'question':<32}{'answer':<32}{'asked':>6}" + "".join(f"{name:>10}" for name in JUDGED))
     for kind in KINDS:
         lines = [line for line, question in zip(judged, held_out(), strict=True) if question.kind == kind]
@@ -140,7 +141,7 @@ def report(judged: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit status."""
+    """Runs the demo of fine-tuning on conversations; returns the exit status."""
     parser = parser_of(__doc__, "demo-chat", iterations=600, least=100)
     args = parsed(parser, argv)
     if importlib.util.find_spec("transformers") is None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks models benchmarks and texts, and writes how much of the first one's score the others have.
+"""Evaluates models on benchmarks and texts, and writes how much of the first model's scores the others retain.
 
     python launch/evaluate.py --model BF16=runs/bf16 --model ternary=runs/ternary --suite sample-3 --output runs/eval
     python launch/evaluate.py --model BF16=... --model ternary=... --suite bitcpm-11 --data DIR --text held-out.jsonl
     torchrun --nproc_per_node N launch/evaluate.py --model ... --pipeline-model-parallel-size PP ...
 
-``PATH`` of a model is the ``--save`` directory of a run, a Hugging Face directory or a packed export
-(docs/evaluation.md has the rest). Under torchrun a run's model is split over N / PP tensor-parallel ranks and PP
-stages. Killed, the same command goes on: nothing that was answered is asked again. ``--output`` gets ``retention.md``,
-``.csv`` and ``.png``. Exit status: 0 done, 1 failed, 2 bad input or arguments.
+``PATH`` of a model is the ``--save`` directory of a run, a Hugging Face directory or a packed export; see
+docs/evaluation.md for the rest. Under torchrun the model of a run is split over N / PP tensor-parallel ranks and PP
+pipeline stages. After a kill the same command resumes: no question that was answered is asked again. ``--output``
+receives ``retention.md``, ``.csv`` and ``.png``. Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
@@ -33,7 +33,7 @@ from bitcpm_megatron.evaluation.retention.scores import ModelScores, read_scores
 from bitcpm_megatron.files import FileError, directory_mistake
 from bitcpm_megatron.files.lock import FileLock, LockedError
 
-# What is imported to ask a model, and to draw the picture.
+# The packages that asking a model imports, and those that drawing the picture imports.
 _ASKING = ("lm_eval", "datasets", "transformers", "accelerate", "megatron.core")
 _DRAWING = ("matplotlib",)
 _CURE = "pip install 'bitcpm_megatron[standalone,eval]'"
@@ -41,7 +41,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates; returns the exit status."""
+    """Evaluates the models and writes the report; returns the exit status."""
     args = _parse(argv)
     return cli.run(lambda: _evaluate(args))
 
@@ -122,7 +122,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         _report([read_scores(args.output, name) for name in args.models], args.output)
         return
     if args.data is not None or args.suite == SAMPLE_3:
-        # Nothing is asked of the network for what lies in files; these packages look when they are imported.
+        # All items are in files: no network is needed. These packages read the variables when they are imported.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     import torch
 
@@ -151,7 +151,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     finally:
         if lock is not None:
             lock.release()
-    # A run's ranks have joined a process group; one that was there before is somebody else's.
+    # Opening a run makes the ranks join a process group. One that existed before belongs to the caller.
     if torch.distributed.is_initialized() and not joined:
         shutdown()
 
@@ -165,7 +165,7 @@ def _require_packages(names: Sequence[str]) -> None:
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
@@ -174,7 +174,7 @@ def _first() -> bool:
 
 
 def _questions(args: argparse.Namespace) -> tuple[Any, Mapping[str, Sequence[str]]]:
-    """The tasks and texts, read before a model is loaded; no tasks where none were named."""
+    """Reads the tasks (None if none are named) and the texts, before any model is loaded."""
     from bitcpm_megatron.evaluation.perplexity import read_texts
 
     texts = {path.name: read_texts(path) for path in args.text}
@@ -185,7 +185,7 @@ def _questions(args: argparse.Namespace) -> tuple[Any, Mapping[str, Sequence[str
 
     from bitcpm_megatron.evaluation.tasks import load_tasks
 
-    # What it says of every task and every map is for those who write tasks.
+    # The messages about every task and every map are meant for authors of tasks.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     if args.suite != SAMPLE_3:
@@ -203,7 +203,7 @@ def _lock(output: Path) -> FileLock:
 
 
 def _ask(subject: Any, asked: Any, texts: Mapping[str, Sequence[str]], args: argparse.Namespace) -> ModelScores:
-    """Asks one model what it has not answered yet."""
+    """Asks one model the questions that it has not answered yet, and returns all its scores."""
     from bitcpm_megatron.evaluation.answers import AnswerStore
     from bitcpm_megatron.evaluation.opening import open_model, versions
     from bitcpm_megatron.evaluation.perplexity import score_texts

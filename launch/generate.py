@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from a model: ``python launch/generate.py PATH --prompt TEXT``.
+"""Text generation with a model: ``python launch/generate.py PATH --prompt TEXT``.
 
 PATH is the ``--save`` directory of a run or one checkpoint in it, a Hugging Face directory of dense weights, or a
-compressed-tensors export. A run opens over all processes of the job (``torchrun --nproc_per_node TP``). Ternary models
-compute with their ternary weights. With ``--chat`` prompts are what a user says, and answers are printed alone.
+compressed-tensors export. A run is opened on all processes of the job (``torchrun --nproc_per_node TP``). Ternary
+models compute with their ternary weights. With ``--chat``, prompts are messages of a user, and only the answers are
+printed.
+
 
 Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
@@ -14,7 +16,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """What every command takes that asks a model."""
+    """Adds the flags shared by all commands that ask a model."""
     parser.add_argument("path", type=Path, metavar="PATH", help="a run, a Hugging Face directory or a packed export")
     parser.add_argument("--tokenizer-model", metavar="PATH", help="default the model's")
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: what --tokenizer-model holds")
@@ -61,7 +63,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses what cannot go together."""
+    """Ends with a parser error if the model flags contradict each other."""
     if args.tokenizer_type is not None and args.tokenizer_model is None:
         parser.error("--tokenizer-type says what --tokenizer-model is: give both")
 
@@ -94,7 +96,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _said(
     model: TextModel, prompt: list[int], shown: list[int], args: argparse.Namespace, ends: frozenset[int]
 ) -> list[int]:
-    """The tokens that follow a prompt; rank 0 prints those that are shown and these, as they come."""
+    """Generates and returns the tokens after a prompt; rank 0 prints ``shown`` and then the new tokens as they come."""
     stream, new, generator = TextStream(model.tokenizer), list[int](), torch.Generator().manual_seed(args.seed)
 
     def show(text: str) -> None:

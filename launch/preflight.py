@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a job before anything is held: ``launch/preflight.py JOB.yaml``, on a login node or on a node of the job.
+"""Checks a job before it occupies any device: ``launch/preflight.py JOB.yaml``, on a login node or a node of the job.
 
     python launch/preflight.py JOB.yaml [--json] [--node-rank N] [--set section.key=value]
 
-Prints a table of pass / warn / fail, each line with what was found and, where something is to be done, the cure; of a
-job with stages one for each of them.
-Nothing is written, no device is touched and no other node is asked. Exit status: 0 no failure (warnings allowed), 2 a
-job file that cannot be understood, 3 something fails.
+Prints a table of pass / warn / fail, each line with the finding and, if something has to be done, the cure. A job with
+stages has one table for each stage. Nothing is written, no device is touched and no other node is contacted.
+
+Exit status: 0 no failure (warnings allowed), 2 a job file that cannot be understood, 3 something fails.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
@@ -28,7 +28,7 @@ from bitcpm_megatron.launch.launcher.scheduler import Placement
 from bitcpm_megatron.launch.launcher.torchrun import host_argv
 
 _WIDTH = 116
-# Everything that the checks say of a subject.
+# All findings of all checks about a subject.
 findings = in_turn(
     cluster.check,
     layout.check,
@@ -62,8 +62,14 @@ def _check(args: argparse.Namespace) -> int:
 def report(
     jobs: Sequence[Job], places: Sequence[Placement | None], node_rank: int | None = None, as_json: bool = False
 ) -> int:
-    """Checks a job, or all its stages, on this node, whose places may be known; prints the tables, and returns the exit
-    status."""
+    """Checks a job, or all its stages, on this node; prints the tables and returns the exit status.
+
+    Args:
+        jobs: the job, or its stages in order.
+        places: this node's place in each of the jobs; None if it is not known yet.
+        node_rank: the rank of this node as given on the command line.
+        as_json: whether to print one JSON object instead of the tables.
+    """
     found = [findings(Subject(job, at, node_rank=node_rank)) for job, at in zip(jobs, places, strict=True)]
     if as_json:
         of = [{} if job.stage is None else {"stage": job.stage} for job in jobs]
@@ -75,12 +81,12 @@ def report(
 
 
 def status(found: list[Finding]) -> int:
-    """The exit status that findings amount to."""
+    """Returns the exit status for some findings: 3 if any of them is a failure, else 0."""
     return 3 if any(f.status == "fail" for f in found) else 0
 
 
 def table(job: Job, found: list[Finding]) -> str:
-    """The findings for people: one line each, and the cure below."""
+    """Returns the findings as a table for people: one line each, with the cure below it."""
     width = max(len(f.check) for f in found)
     lines = [f"preflight of {job.name} ({job.path})"]
     for f in found:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn text into the token files that training reads.
+"""Turns text into the token files that training reads.
 
-Documents come from plain text and JSON Lines files (also ``.gz``), or from the English prose inside of CPython. They
-are tokenized with a SentencePiece model, given or trained on the spot, or with a Hugging Face tokenizer, into
-``<prefix>_<key>_document.bin`` and ``.idx``, the format of Megatron-LM; training then takes
+Documents come from plain text and JSON Lines files (also ``.gz``), or from the English prose inside CPython. They are
+tokenized with a SentencePiece model, either given or trained by this command, or with a Hugging Face tokenizer. The
+output is ``<prefix>_<key>_document.bin`` and ``.idx``, in the format of Megatron-LM; training then takes
 ``--data-path <prefix>_text_document``.
 
     python launch/preprocess_data.py --input corpus.jsonl --tokenizer-model tokenizer.model --append-eod \\
         --output-prefix data/corpus
 
-Without any data at hand, a small corpus with a tokenizer and a held-out part:
+If no data is at hand, these commands make a small corpus with a tokenizer and a held-out part:
 
     python launch/preprocess_data.py --builtin-corpus python-prose --split train --append-eod \\
         --train-tokenizer data/tokenizer.model --vocab-size 4096 --output-prefix data/train
@@ -105,10 +105,10 @@ def _parser() -> cli.Parser:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Do what the command line asks for and print one line per output.
+    """Carries out what the command line asks for and prints one line per output.
 
     Raises:
-        ValueError: bad input; the message says where and what to do.
+        ValueError: if the input is bad; the message says where, and what to do.
     """
     documents = _documents(args)
     tokenizer = open_tokenizer(args.tokenizer_model, args.tokenizer_type) if args.tokenizer_model else None
@@ -139,13 +139,13 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def _documents(args: argparse.Namespace) -> Callable[[str], Iterator[Document]]:
-    """A pass over the documents that are asked for; its argument names it in the progress bar."""
+    """Returns a function that iterates over the chosen documents; its argument is the title of the progress bar."""
 
     def chosen(document: Document) -> bool:
         return document_split("\n".join(document.values()), args.valid_fraction) == args.split
 
     if args.builtin_corpus:
-        # Two megabytes that take seconds to collect: held in memory for both passes.
+        # Collecting these two megabytes takes seconds, so that they are held in memory for both passes.
         prose = [{TEXT_KEY: text} for text in python_prose()]
     elif args.document_separator != FORM_FEED and "text" not in {
         detect_format(p, args.input_format) for p in args.input
@@ -172,10 +172,10 @@ def _read_with_progress(args: argparse.Namespace, title: str) -> Iterator[Docume
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 done, 1 failed, 2 bad input (bad arguments exit with 2, too)."""
+    """Runs the command and returns its exit code: 0 done, 1 failed, 2 bad input (bad arguments also exit with 2)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    # Whatever would have no effect is an error.
+    # An argument that would have no effect is an error.
     if (args.train_tokenizer is None) != (args.vocab_size is None):
         parser.error("--train-tokenizer and --vocab-size go together; a given --tokenizer-model has its own size")
     if args.tokenizer_type is not None and args.tokenizer_model is None:
@@ -190,5 +190,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # At once: SentencePiece may still be training in its thread, and the interpreter's end would pull the rug.
+    # os._exit skips the interpreter's shutdown, which would pull memory from under a thread in which SentencePiece may
+    # still be training.
     os._exit(main())

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn conversations into the token files that supervised fine-tuning reads.
+"""Turns conversations into the token files that supervised fine-tuning reads.
 
 Conversations come from JSON Lines files (also ``.gz``) with ``messages`` (and ``tools``) or with ``instruction``,
-``input`` and ``output``. The tokenizer's chat template writes each as one text, and several share a sample. Of the
-tokens only the answers and their ends are learned. A template that does not show where those are is refused.
+``input`` and ``output``. The tokenizer's chat template renders each conversation as one text, and several conversations
+share a sample. Only the tokens of the answers and of their ends are learned. A template from which these cannot be told
+is refused.
 
     python launch/preprocess_sft.py --input conversations.jsonl --tokenizer-model MiniCPM4-0.5B --seq-length 4096 \\
         --output-prefix data/sft
 
-writes ``.bin`` and ``.idx`` of ``data/sft_tokens``, ``data/sft_answers`` and ``data/sft_ends``.
+The command writes ``.bin`` and ``.idx`` files of ``data/sft_tokens``, ``data/sft_answers`` and ``data/sft_ends``.
 
 Exit codes: 0 done, 1 failed, 2 bad input or arguments.
 """
@@ -65,10 +66,10 @@ def _parser() -> cli.Parser:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Do what the command line asks for and print one line about the output.
+    """Carries out what the command line asks for and prints one line about the output.
 
     Raises:
-        ValueError: bad input; the message says where and what to do.
+        ValueError: if the input is bad; the message says where, and what to do.
     """
     require_files(args.input)
     opened = open_tokenizer(args.tokenizer_model, args.tokenizer_type)
@@ -97,7 +98,7 @@ def _conversations(args: argparse.Namespace) -> Iterator[Conversation]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 done, 1 failed, 2 bad input (bad arguments exit with 2, too)."""
+    """Runs the command and returns its exit code: 0 done, 1 failed, 2 bad input (bad arguments also exit with 2)."""
     parser = _parser()
     args = parser.parse_args(argv)
     settle_split(parser, args)

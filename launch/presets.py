@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints all model presets with their numbers of parameters: ``python launch/presets.py``."""
+"""Prints all model presets with their parameter counts: ``python launch/presets.py``."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands one level up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli

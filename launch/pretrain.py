@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> None:
-    # Imported here and not above: at each save megatron-core's checkpoint writer starts a helper process that imports
-    # this file again, and would import megatron with it, for seconds.
+    # These imports are not at the top of the file: at each save megatron-core's checkpoint writer starts a helper
+    # process that imports this file again, and it would spend seconds on importing megatron.
     from bitcpm_megatron.launch.launcher import presets
     from bitcpm_megatron.training.flags import parse_args
     from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
@@ -35,6 +35,6 @@ def _train(argv: list[str]) -> None:
     shutdown()
 
 
-# Without the guard that helper process would train as well, and hang.
+# Without the guard the helper process of the checkpoint writer would train as well, and hang.
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs Megatron-LM's own pretrain_gpt.py, unmodified, with the ternary plugin in place:
+"""Runs Megatron-LM's own pretrain_gpt.py, unmodified, with the ternary plugin installed.
+
 
     torchrun ... launch/pretrain_gpt.py --megatron-path CHECKOUT [--mindspeed-path CHECKOUT] ...its flags... --ternary
 
-The script does not change; ``import bitcpm_megatron.adaptor`` is done before it. Where there is neither CUDA nor an
-NPU the job runs on the CPU (``--distributed-backend gloo``), for tests and small experiments.
+``bitcpm_megatron.adaptor`` is imported before the script runs. Without CUDA and without an NPU the job runs on the CPU
+(``--distributed-backend gloo``), for tests and small experiments.
 
-Exit status: that of the script; 2 where the plugin refuses what it is asked for, 3 where a proof, at start-up or in the
-first training step, finds a layer that is not ternary.
+Exit status: that of the script; 2 if the plugin refuses what it is asked for, 3 if a proof, at start-up or in the first
+training step, finds a layer that is not ternary.
 """
 
 import argparse
@@ -16,12 +17,12 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of what is ours here; the script's flags go on to it."""
+    """Returns the parser of the launcher's own flags; all other flags are left for the script."""
     from bitcpm_megatron.cli import Parser
 
     parser = Parser(description=__doc__, add_help=False)
@@ -33,10 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_script(args: argparse.Namespace) -> Path:
-    """The script to run.
+    """Returns the path of the script to run.
 
     Raises:
-        FileNotFoundError: a checkout is none, or holds no such script.
+        FileNotFoundError: if a directory is not the checkout that its flag names, or no checkout holds the script.
     """
     for package in ("megatron", "mindspeed", "mindspeed_llm"):
         directory = getattr(args, f"{package}_path")
@@ -51,7 +52,7 @@ def find_script(args: argparse.Namespace) -> Path:
 
 
 def prepare(args: argparse.Namespace, script: Path) -> None:
-    """Puts the checkouts on the path and the plugin in place; on a machine without accelerator, the CPU patches."""
+    """Puts the checkouts on the path and installs the plugin and, on a machine without accelerator, the CPU patches."""
     given = [args.mindspeed_llm_path, args.mindspeed_path, args.megatron_path]
     paths = [str(script.parent), *(str(Path(directory).resolve()) for directory in given if directory is not None)]
     sys.path[:0] = paths
@@ -69,9 +70,9 @@ def prepare(args: argparse.Namespace, script: Path) -> None:
 
 
 def main() -> int:
-    """Prepares and then becomes the script; returns the exit status.
+    """Prepares the process and then executes the script in this module; returns the exit status.
 
-    What the plugin refuses is reported, with its exit status, by the hook that the adaptor puts in place.
+    Refusals of the plugin are reported, with their exit status, by the hook that the adaptor installs.
     """
     from bitcpm_megatron.cli import BAD_INPUT, DONE, complain
 
@@ -83,17 +84,18 @@ def main() -> int:
         return BAD_INPUT
     sys.argv = [str(script), *rest]
     prepare(ours, script)
-    # In this module's own names and not with runpy: the checkpoint writer's helper process imports __main__ again.
+    # The script runs in this module's namespace and not with runpy, because the checkpoint writer's helper process
+    # imports __main__ again.
     exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), sys.modules["__main__"].__dict__)
     return DONE
 
 
-# MindSpeed-LLM's checkpoint writer is a new process, not a fork of one that is patched.
+# MindSpeed-LLM's checkpoint writer is a new process, not a fork of a patched one.
 if __name__ == "__mp_main__":
     from bitcpm_megatron.patches.megatron_core import checkpointing
 
     checkpointing.write_checkpoints_with_newer_torch()
 
-# Without the guard that helper process would train as well, and hang.
+# Without the guard the helper process of the checkpoint writer would train as well, and hang.
 if __name__ == "__main__":
     sys.exit(main())

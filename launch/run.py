@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts this node's part of a job: ``launch/run.py JOB.yaml`` on every node, by whatever starts commands there.
+"""Starts this node's part of a job: ``launch/run.py JOB.yaml`` on every node, started in any way.
 
     python launch/run.py JOB.yaml --print               show what would run, and run nothing
     python launch/run.py JOB.yaml                       under SLURM, Kubernetes, ModelArts or with cluster.hosts
     python launch/run.py JOB.yaml --node-rank 1         this is node 1, whatever anything else says
     python launch/run.py JOB.yaml --set training.lr=1e-4 --set cluster.nodes=4
 
-``JOB.yaml`` is a job file (docs/cluster.md has the schema) or the name of one in ``launch/jobs``. The
-``torchrun`` command replaces this process; its exit status is torchrun's. Of a job with stages it is run for the first
-one that has not ended, and for those behind it in turn; the job ends with a stage that fails or that is asked to stop.
+``JOB.yaml`` is a job file (docs/cluster.md has the schema) or the name of one in ``launch/jobs``. The ``torchrun``
+command replaces this process, so that the exit status is that of torchrun. For a job with stages it is run for the
+first stage that has not ended and then for each later one; the job ends with a stage that fails or is asked to stop.
 Exit status of its own: 2 bad job or arguments, 3 the preflight (``--preflight``) found a mistake.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
@@ -85,7 +85,7 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _introduce(jobs: Sequence[Job], number: int, command: Sequence[str]) -> None:
-    """Says where a job, or a stage of it, starts, and by which command."""
+    """Prints from which checkpoint a job, or a stage of it, starts, and its command."""
     job = jobs[number]
     stage = "" if job.stage is None else f"stage {job.stage} ({number + 1} of {len(jobs)}), "
     print(f"{stage}checkpoints: {resume(job).line}")
@@ -112,7 +112,7 @@ def _in_turn(jobs: Sequence[Job], commands: Sequence[list[str]], variables: Mapp
 
 
 def display(command: Sequence[str]) -> str:
-    """A command for people, quoted, a flag with its values per line."""
+    """Returns a command as quoted text for people, one flag with its values per line."""
     lines: list[list[str]] = [[]]
     for part in command:
         if part.startswith("--") or part.endswith(".py"):
@@ -122,7 +122,7 @@ def display(command: Sequence[str]) -> str:
 
 
 def _local_address(place: Placement, interface: str | None) -> str | None:
-    """By which the others reach this node: an address of the chosen interface, else its name in the list of hosts."""
+    """Returns how others reach this node: by an address of the chosen interface, else its entry among the hosts."""
     if interface is not None:
         addresses = interfaces().get(interface, [])
         return next(iter(sorted(addresses, key=lambda address: ":" in address)), None)

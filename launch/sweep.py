@@ -5,9 +5,9 @@
     python launch/sweep.py SWEEP.yaml --report-only      make the table and the picture again, run nothing
     python launch/sweep.py SWEEP.yaml --retry-failed     also run what has failed
 
-``SWEEP.yaml`` is a sweep file (docs/sweeps.md has the schema) or the name of one in ``launch/sweeps``. Whatever was
-killed or asked to stop, the same command goes on from there; a run that has finished is never run again, whatever else
-of the file changes. ``--output`` gets ``results.md``, ``results.json``, ``results.png``, and a directory for every run.
+``SWEEP.yaml`` is a sweep file (docs/sweeps.md has the schema) or the name of one in ``launch/sweeps``. After a kill or
+a request to stop, the same command resumes the sweep. A run that has finished is never run again, whatever else in the
+file changes. ``--output`` receives ``results.md``, ``results.json``, ``results.png``, and a directory for every run.
 Exit status: 0 every run has finished (``--report-only``: the table is made), 1 some have not, 2 bad sweep or arguments.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
@@ -86,7 +86,7 @@ def _lock(output: Path) -> FileLock:
 def _run(
     sweep: Sweep, runs: Sequence[Run], output: Path, variables: Mapping[str, str], args: argparse.Namespace
 ) -> bool:
-    """Carries out what is left; returns whether it was asked to stop."""
+    """Carries out the remaining runs; returns whether the sweep was asked to stop."""
     states = [run.result(sweep.last_records).state for run in runs]
     again = (UNFINISHED, FAILED) if args.retry_failed else (UNFINISHED,)
     left = [run for run, state in zip(runs, states, strict=True) if state in again]

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what a teacher says of every training sample, once, for students to learn from.
+"""Writes the outputs of a teacher for every training sample to a store, once, for students to learn from.
 
     torchrun --nproc_per_node N launch/write_targets.py --teacher DIR --data-path PREFIX --tokenizer-model PATH \\
         --seq-length 4096 --micro-batch-size 4 --tensor-model-parallel-size TP --output TARGETS
 
-The data flags are those of ``launch/pretrain.py``; students give the same ones, and ``--distill-targets TARGETS``. The
-store serves them at any layout, micro-batch and global batch size. Of plain text it serves one pass over the data under
-the same ``--seq-length``, ``--seed`` and ``--split``, however much of it a student takes and whatever the weights of
-its blend; more passes with ``--train-samples``, to students that take just so many. Of conversations (``--sft``) it
-serves any number of epochs under any seed. It refuses everything else: another tokenizer, other data, more samples.
+The data flags are those of ``launch/pretrain.py``. Students give the same ones, and ``--distill-targets TARGETS``. The
+store serves them at any layout, micro-batch size and global batch size:
 
-The same command goes on where a killed one stopped. Exit status: 0 done, 1 failed, 2 bad input or arguments.
+- plain text: one pass over the data under the same ``--seq-length``, ``--seed`` and ``--split``, however much of it a
+  student takes and whatever the weights of its blend; with ``--train-samples`` more passes, for students that take
+  exactly that many samples;
+- conversations (``--sft``): any number of epochs under any seed.
+
+It refuses everything else: another tokenizer, other data, more samples. After a kill the same command resumes where the
+killed one stopped. Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron import cli
@@ -44,7 +47,7 @@ _LAYOUT = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes a store, or what is missing of it; returns the exit status."""
+    """Writes a store, or the missing part of one; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     return cli.run(lambda: _write(argv))
 
@@ -60,18 +63,18 @@ def parse_args(argv: Sequence[str] | None, ranks: int) -> argparse.Namespace:
     """Parses and checks the command line.
 
     Args:
-        argv: without the program's name; None for this process's.
-        ranks: number of processes of the job.
+        argv: the arguments without the name of the program; None for those of this process.
+        ranks: the number of processes of the job.
 
     Returns:
         The arguments of :func:`~bitcpm_megatron.training.distillation.writing.write_targets`.
 
     Raises:
-        SystemExit: status 2, after naming every mistake.
+        SystemExit: with status 2, after naming every mistake, if there is one.
     """
     parser = _parser()
     args = argparse.Namespace(**{**defaults(), **vars(parser.parse_args(argv)), "eval_iters": 0})
-    # Samples are counted one by one.
+    # With a global batch of one, samples are counted one by one.
     args.global_batch_size = 1
     found = list(_mistakes(args, ranks))
     if found:
@@ -79,7 +82,7 @@ def parse_args(argv: Sequence[str] | None, ranks: int) -> argparse.Namespace:
     args.data_parallel_size = ranks // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     args.distributed_backend = args.distributed_backend or ("nccl" if has_cuda() else "gloo")
     if args.train_iters is None:
-        # One pass over each file, whatever their weights are.
+        # The store serves one pass over each file, whatever the weights of the files are.
         for name in ("data_path", "train_data_path"):
             if getattr(args, name) is not None:
                 setattr(args, name, blend_of(getattr(args, name))[0])

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``demo_chat.py`` trains on and asks for: generated dialogues, and a tokenizer for them."""
+"""Training data and questions of ``demo_chat.py``: generated dialogues, and a tokenizer for them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated dialogues whose answers depend on what was said, and prompts that occur in none of them."""
+"""Generated dialogues whose answers depend on the questions, and held-out questions that occur in none of them."""
 
 import itertools
 import random
@@ -23,17 +23,17 @@ _KINDS = {
     _ORDER: ("Put in order: {}, {}.", "First {}, then {}.", r"First [a-z]+, then [a-z]+\."),
 }
 KINDS = tuple(_KINDS)
-"""What questions ask for: to repeat a name in one of three sentences, or to order two words by the alphabet."""
+"""The kinds of questions: to repeat a name in one of three sentences, or to put two words in alphabetical order."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a user asks, and what is to be answered.
+    """A question of a user, with its right answer.
 
     Attributes:
-        kind: one of :data:`KINDS`.
-        prompt: of the user.
-        answer: the one that is right.
+        kind: the kind of the question, one of :data:`KINDS`.
+        prompt: the message of the user.
+        answer: the right answer.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Question:
     answer: str
 
     def is_answer(self, text: str) -> bool:
-        """Whether a text has the form of an answer to this kind of question, right or not."""
+        """Returns whether a text has the form of an answer to this kind of question, right or not."""
         return re.fullmatch(_KINDS[self.kind][2], text) is not None
 
 
@@ -57,20 +57,20 @@ def _about_words(pair: tuple[str, str]) -> Question:
 
 @dataclass(frozen=True)
 class _Subjects:
-    """What is asked about: names, and pairs of words in either order."""
+    """The subjects of questions: names, and pairs of words in either order."""
 
     names: list[str]
     pairs: list[tuple[str, str]]
 
     def question(self, kind: str, chosen: random.Random) -> Question:
-        """One of a kind, about one of them."""
+        """Returns a question of a kind about a randomly chosen subject."""
         if kind == _ORDER:
             return _about_words(chosen.choice(self.pairs))
         return _about_name(kind, chosen.choice(self.names))
 
 
 def _subjects() -> tuple[_Subjects, _Subjects]:
-    """Those of the dialogues, and those that are held out: other names, and pairs that no dialogue has in any order."""
+    """Returns the subjects of the dialogues and the held-out ones: names and pairs (in either order) in no dialogue."""
     chosen = random.Random(0)
     names = ["".join(parts).capitalize() for n in (2, 3) for parts in itertools.product(_SYLLABLES, repeat=n)]
     pairs = list(itertools.combinations(_WORDS, 2))
@@ -82,7 +82,7 @@ def _subjects() -> tuple[_Subjects, _Subjects]:
 
 
 def held_out() -> list[Question]:
-    """50 questions about what is in no dialogue: 10 of each kind about names, 20 about words."""
+    """Returns 50 questions about subjects that are in no dialogue: 10 of each kind about names, 20 about words."""
     subjects = _subjects()[1]
     kinds = [kind for kind in KINDS if kind != _ORDER]
     names = [_about_name(kinds[number // 10], name) for number, name in enumerate(subjects.names)]
@@ -90,7 +90,7 @@ def held_out() -> list[Question]:
 
 
 def dialogues(count: int) -> Iterator[list[Message]]:
-    """So many conversations of one to six turns, with questions of all kinds; some begin with a system message."""
+    """Yields ``count`` conversations of one to six turns, with questions of all kinds; some have a system message."""
     chosen = random.Random(1)
     subjects = _subjects()[0]
     for _ in range(count):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer with a chat template, trained on the text of a demo."""
+"""Training of a tokenizer with a chat template on the text of the chat demo."""
 
 import json
 from collections.abc import Iterable
@@ -24,12 +24,12 @@ CHATML = """{%- for message in messages %}
 def write_chat_tokenizer(directory: Path, texts: Iterable[str], vocab_size: int) -> None:
     """Trains a byte-level BPE tokenizer and writes it as Transformers does, with a ChatML template.
 
-    Texts end with its end of turn, which is its ``eos_token``.
+    The end of a turn is the ``eos_token``.
 
     Args:
-        directory: made here.
-        texts: to train on.
-        vocab_size: of the tokenizer, special tokens and 256 bytes included.
+        directory: the directory to create.
+        texts: the texts to train on.
+        vocab_size: the vocabulary size, including special tokens and the 256 bytes.
     """
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the preflight checks: one module per subject, each a generator of findings."""
+"""The checks of the preflight: one module per subject, each with a function that returns findings."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: can the job save, and may it go on from what is there?"""
+"""Preflight checks of checkpoints: whether the job can save, and whether it may resume from the existing checkpoint."""
 
 import argparse
 import os
@@ -41,7 +41,8 @@ def _space(subject: Subject) -> list[Finding]:
     args, x = subject.args, subject.layout
     if args.save is None:
         return []
-    # The weights, and unless told otherwise fp32 master weights and two moments: what one rank would hold alone.
+    # A checkpoint holds what a single rank would hold: the weights and, unless told otherwise, fp32 master weights and
+    # two moments.
     alone = replace(x, tp=1, pp=1, vpp=1, cp=1, ep=1, world=1)
     padding = args.make_vocab_size_divisible_by * x.tp
     whole = estimate(alone, Options(args.bf16, False, False, make_vocab_size_divisible_by=padding))[1]
@@ -49,7 +50,7 @@ def _space(subject: Subject) -> list[Finding]:
     free = shutil.disk_usage(_existing(Path(args.save))).free
     every = args.save_interval or args.train_iters
     count = max(1, -(-args.train_iters // max(1, every)))
-    # One more than is kept: a new one is complete before an old one goes.
+    # One more than are kept: a new checkpoint is complete before an old one is deleted.
     kept = min(count, args.keep_last_n) + 1 if args.keep_last_n else count
     said = f"{kept} checkpoints of {one / GIB:.1f} GiB = {kept * one / GIB:.1f} GiB, {free / GIB:.1f} GiB free"
     if free < one:
@@ -83,7 +84,7 @@ def _resume(subject: Subject) -> list[Finding]:
 
 
 def _record(subject: Subject) -> list[Finding]:
-    """The checkpoint that will be loaded, against the quantizer that the job asks for."""
+    """Compares the quantizer of the checkpoint that will be loaded with the one that the job asks for."""
     checkpoint, args, name = subject.checkpoint(), subject.args, "checkpoint-quantizer"
     if checkpoint is None:
         return []
@@ -100,7 +101,7 @@ def _record(subject: Subject) -> list[Finding]:
 
 
 def _model(subject: Subject) -> list[Finding]:
-    """The checkpoint that will be loaded, against the model that the job asks for."""
+    """Compares the model of the checkpoint that will be loaded with the one that the job asks for."""
     checkpoint, name, flags = subject.checkpoint(), "checkpoint-model", subject.job.flags
     if checkpoint is None:
         return []
@@ -111,9 +112,9 @@ def _model(subject: Subject) -> list[Finding]:
     try:
         saved, args = saved_arguments(checkpoint), filled(subject)
         if "vocab-size" not in flags:
-            # The run takes its tokenizer's size.
+            # The run takes the size of its tokenizer.
             args.vocab_size = saved.get("vocab_size")
-        # As a run does with what --pretrained-checkpoint names.
+        # A run treats the checkpoint of --pretrained-checkpoint as with --finetune.
         args.finetune = args.finetune or checkpoint.parent != Path(str(args.load or args.save))
         check_arguments(args, saved, checkpoint, with_optimizer=not (args.finetune or args.no_load_optim))
     except (OSError, ValueError) as error:
@@ -122,7 +123,7 @@ def _model(subject: Subject) -> list[Finding]:
 
 
 def filled(subject: Subject) -> argparse.Namespace:
-    """The job's arguments with the defaults that a run fills in, as far as they say which model it is."""
+    """Returns the job's arguments with those defaults that a run fills in and that determine the model."""
     args, x = argparse.Namespace(**vars(subject.args)), subject.layout
     args.ffn_hidden_size, args.kv_channels, args.num_query_groups = ffn_channels(args), x.head_dim, x.groups
     args.rotary_base = 10000 if args.rotary_base is None else args.rotary_base
@@ -131,7 +132,7 @@ def filled(subject: Subject) -> argparse.Namespace:
 
 
 def _existing(path: Path) -> Path:
-    """The directory, or the nearest one above it that is there."""
+    """Returns the path, or its nearest parent that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 

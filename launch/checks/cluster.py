@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: nodes, names, ports, interfaces, variables, and this machine's limits."""
+"""Preflight checks of the cluster: nodes, host names, ports, interfaces, environment variables, and machine limits."""
 
 import os
 import platform
@@ -79,7 +79,7 @@ def _interface(subject: Subject) -> list[Finding]:
     found = [
         (f"{s.name}={s.value} ({s.origin}), which is not on this node", f"one of {', '.join(here)}")
         for s in chosen
-        # The others are beginnings of names.
+        # Other values are prefixes of interface names.
         if here is not None and (s.name.startswith("GLOO") or s.value.startswith("="))
         if not set(s.value.lstrip("=").split(",")) & set(here)
     ]
@@ -151,7 +151,7 @@ def _devices(subject: Subject) -> list[Finding]:
 
 
 def device_count(kind: str) -> int | None:
-    """Devices of a kind on this machine, without loading a driver; None for the CPU."""
+    """Returns the number of devices of a kind on this machine, without loading a driver; None for the CPU."""
     driver = {"npu": "davinci", "cuda": "nvidia"}.get(kind)
     return None if driver is None else len(list(Path("/dev").glob(f"{driver}[0-9]*")))
 
@@ -188,7 +188,7 @@ def _rdma(subject: Subject) -> list[Finding]:
 
 def _is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As the rendezvous store binds: a connection that is still closing does not count.
+        # The rendezvous store binds with this option: a connection that is still closing does not occupy the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: are the token files there, whole, of the vocabulary that the model has, and enough?"""
+"""Preflight checks of the data: whether the token files exist, are complete, fit the model's vocabulary and suffice."""
 
 import functools
 import importlib.util
@@ -14,16 +14,16 @@ from .subject import Finding, Subject, failed, passed, warned
 if TYPE_CHECKING:
     from ...data.token_headers import TokenFile
 
-# Of the files' readers. A login node may have none of them.
+# Packages that the readers of the files import. A login node may have none of them.
 _READ_BY = ("numpy", "xxhash", "sentencepiece", "tokenizers")
 _KEYS = ("data-path", "train-data-path", "valid-data-path")
 _EPOCHS = 4
-# Ids that a dtype can hold, of those that are narrow.
+# Number of token ids that each of the narrow dtypes can hold.
 _IDS = {"uint8": 256, "int8": 128, "int16": 32768, "uint16": 65536}
 
 
 def check(subject: Subject) -> list[Finding]:
-    """All checks of this module."""
+    """Returns the findings of all checks of this module."""
     flags = subject.job.flags
     given = [key for key in ("data-path", "train-data-path", "mock-data") if flags.get(key)]
     if len(given) != 1:
@@ -78,11 +78,11 @@ def _split(subject: Subject, files: "list[TokenFile]") -> list[Finding]:
         parts = dict(zip(("training", "validation", "test"), split_bounds(text), strict=True))
         needed = {"training"} | ({"validation"} if subject.args.eval_iters else set())
         if subject.job.host.kind != BUILT_IN:
-            # Megatron-LM builds every part that has a share, and counts epochs for ever where it has no document.
+            # Megatron-LM builds every part that has a share, and counts epochs forever if the part has no document.
             needed |= {name for name, part in parts.items() if part is not None}
         prefixes, weights = blend_of(list(map(str, flags["data-path"])))
         if len(files) != len(prefixes):
-            return []  # and what is wrong with the others is said
+            return []  # the other files have findings of their own
         length = 0 if subject.args.sft else subject.layout.sequence
         mistake = split_mistake(files, text, needed, length, weights is not None)
     except ValueError as error:

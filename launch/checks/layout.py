@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: does everything divide, and does it fit into the device's memory?"""
+"""Preflight checks of the layout: whether all sizes divide, and whether the job fits into the device's memory."""
 
 import contextlib
 import math
@@ -13,12 +13,12 @@ from ..launcher.job import MEGATRON_LM
 from .subject import Finding, Subject, failed, in_turn, judged, passed, warned
 
 _FULL = 0.9
-"""Share of the device's memory above which an estimate is no longer to be trusted."""
+"""The share of the device's memory above which an estimate cannot be trusted."""
 _WASTE = 0.1
 
 
 def check(subject: Subject) -> list[Finding]:
-    """All checks of this module: the sizes of what is split say nothing where the processes cannot be."""
+    """Returns the findings of all checks of this module; if the processes cannot be split, only that finding."""
     x = subject.layout
     model = x.tp * x.pp * x.cp
     said = f"{x.world} processes = TP {x.tp} x PP {x.pp} x CP {x.cp} x DP"
@@ -146,10 +146,10 @@ def _memory(subject: Subject) -> list[Finding]:
     args, profile, cluster, flags = subject.args, subject.profile, subject.job.cluster, subject.job.host.flags
     capacity = cluster.device_memory_gib or profile.device_memory_gib
     if capacity is None:
-        # Of this machine, shared by its processes.
+        # The memory of this machine, divided by its processes.
         capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB / cluster.devices_per_node
     recipe = None
-    # The ternary checks say what is wrong with it.
+    # The ternary checks report what is wrong with a recipe.
     with contextlib.suppress(ValueError):
         recipe = recipe_of(args) if args.ternary else None
     buffer = subject.number(profile.communicator_buffer) if profile.communicator_buffer else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: do the versions go together (``launch/support.yaml``), and does the host know the job's flags?"""
+"""Preflight checks of software: whether versions fit together (``launch/support.yaml``), and hosts know their flags."""
 
 import contextlib
 import fnmatch
@@ -25,7 +25,7 @@ _CANN_FILES = ("version.cfg", "ascend_toolkit_install.info", "version.info")
 
 
 def versions(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
-    """What this machine has, by package; absent ones are left out. Checkouts that the job names come first."""
+    """Returns the versions on this machine by package, without absent ones; checkouts named by the job come first."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -44,7 +44,7 @@ def versions(job: Job, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _versions(subject: Subject) -> list[Finding]:
-    """Versions against the support matrix."""
+    """Compares the versions on this machine with the support matrix."""
     found, device, matrix = versions(subject.job, subject.environ), subject.profile.device, read_yaml(_MATRIX)
     said = ", ".join(f"{package} {version}" for package, version in found.items())
     bad = [
@@ -72,10 +72,10 @@ def _fits(patterns: Mapping[str, Any], found: Mapping[str, str]) -> bool:
 
 
 def unknown_flags(job: Job) -> list[str]:
-    """Flags of the job whose names appear nowhere in the host's sources.
+    """Returns the flags of the job whose names appear nowhere in the host's sources.
 
-    A name counts as known wherever it stands, with dashes or as an attribute: newer Megatron-LM makes its flags from
-    the fields of dataclasses. Where there are no sources nothing is unknown.
+    A name counts as known wherever it occurs, with dashes or as an attribute: newer Megatron-LM makes its flags from
+    the fields of dataclasses. If there are no sources, no flag is unknown.
     """
     checkouts = [(job.host.megatron_path, "megatron"), (job.host.mindspeed_path, "mindspeed")]
     text = "\n".join(_text(file) for path, inside in checkouts if path for file in (Path(path) / inside).rglob("*.py"))
@@ -89,7 +89,7 @@ def unknown_flags(job: Job) -> list[str]:
 def _host(subject: Subject) -> list[Finding]:
     host = subject.job.host
     if host.kind != MEGATRON_LM:
-        # Only the package above megatron.core is imported.
+        # find_spec imports only the parent package of megatron.core.
         with contextlib.suppress(ImportError):
             if importlib.util.find_spec("megatron.core") is not None:
                 return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: do the stages of a job follow from each other?"""
+"""Preflight checks of stages: whether each stage of a job can follow the preceding one."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .training import row_parallel_shards
 
 
 def _order(subject: Subject) -> list[Finding]:
-    """Whether what stands on the disk has come in the order of the stages."""
+    """Checks that the checkpoints on the disk were written in the order of the stages."""
     jobs = [subject.job]
     while jobs[0].before is not None:
         jobs.insert(0, jobs[0].before)
@@ -24,12 +24,15 @@ def _order(subject: Subject) -> list[Finding]:
     except JobError as error:
         return [failed("stages", *str(error).removeprefix(f"{subject.job.path}: ").rsplit(": ", 1))]
     except (FileError, OSError):
-        return []  # which the stage of that directory tells
+        return []  # reported by the checks of the stage with that directory
     return [] if len(jobs) == 1 else [passed("stages", " -> ".join(str(job.stage) for job in jobs))]
 
 
 def _weights(subject: Subject) -> list[Finding]:
-    """Whether the stage can start from the weights of the one before; once they are there, they tell themselves."""
+    """Checks that the stage can start from the weights of the preceding one, before these weights exist.
+
+    Once they exist, the checks of the checkpoint compare them.
+    """
     job, name = subject.job, "stage-weights"
     if job.before is None or subject.checkpoint() is not None:
         return []
@@ -52,7 +55,7 @@ def _weights(subject: Subject) -> list[Finding]:
 
 
 def _record(subject: Subject) -> QuantizerRecord | None:
-    """Of the checkpoints that a stage will leave."""
+    """Returns the quantizer record of the checkpoints that a stage will save, or None if it is not ternary."""
     ternary = subject.args.ternary
     return expected_record(subject.layout, subject.args, row_parallel_shards(subject)) if ternary else None
 

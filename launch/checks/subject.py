@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the preflight looks at, a job on this machine, and what it says about it."""
+"""The subject of the preflight, a job on this machine, and the findings about it."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from ..launcher.torchrun import latest_of
 
 
 class Subject:
-    """A job on this machine, prepared for the checks."""
+    """A job on this machine, with everything that the checks need to know about it."""
 
     def __init__(
         self,
@@ -30,14 +30,20 @@ class Subject:
         environ: Mapping[str, str] | None = None,
         node_rank: int | None = None,
     ) -> None:
-        """Looks at a job and at this machine, whose place in it may be known, or its rank given.
+        """Collects the facts about a job and this machine.
+
+        Args:
+            job: the job.
+            place: this machine's place in the job; None to detect it.
+            environ: the environment variables; None for those of this process.
+            node_rank: the rank of this node as given on the command line, for the detection.
 
         Raises:
-            JobError: the job file cannot be understood in full.
+            JobError: if the job file cannot be fully understood.
         """
         self.job, cluster = job, job.cluster
         self.environ = os.environ if environ is None else environ
-        # Of this machine in the job. Where it has none, why, and that of node 0 if the job has one.
+        # This machine's place in the job. If it has none: the reason, and the place of node 0 if that can be found.
         self.place, self.place_mistake = place, ""
         if place is None:
             try:
@@ -46,7 +52,7 @@ class Subject:
                 self.place_mistake = str(error)
                 with contextlib.suppress(ClusterError):
                     self.place = place_of(job, self.environ, node_rank=0)
-        # Those of this machine, None where they cannot be listed; the job's, and why it cannot have it.
+        # The interfaces of this machine (None if they cannot be listed), the one for the job, and why there is none.
         self.interfaces: dict[str, list[str]] | None = None
         self.interface: str | None = None
         self.interface_mistake: str | None = None
@@ -59,15 +65,15 @@ class Subject:
         self.args, self.profile = job.arguments(), read_profile(cluster.profile)
         self.nodes = self.place.nodes if self.place else cluster.nodes or len(cluster.hosts) or 1
         self.layout = layout_of(job, self.args, self.nodes * cluster.devices_per_node, job.vocab_size())
-        # The variables that the processes would see.
+        # The environment variables that the processes of the job would see.
         self.settings = resolve(self.profile, cluster, self.environ, self.interface)
 
     def variable(self, name: str) -> str | None:
-        """A variable as the processes would see it."""
+        """Returns an environment variable as the processes of the job would see it."""
         return next((s.value for s in self.settings if s.name == name), self.environ.get(name))
 
     def number(self, name: str) -> int | None:
-        """A variable as a whole number; None where it is none, of which the check of the environment tells."""
+        """Returns an environment variable as a whole number; None if it is not one (reported by another check)."""
         try:
             return Whole(0)(self.variable(name) or "")
         except argparse.ArgumentTypeError:
@@ -75,13 +81,13 @@ class Subject:
 
     @functools.cached_property
     def teacher(self) -> Teacher | None:
-        """The teacher that the job names; None where it is not there, or is none, of which its own check tells."""
+        """The teacher that the job names; None if it is missing or unusable, which the teacher check reports."""
         with contextlib.suppress(ValueError, OSError):
             return teacher_of(self.job, self.args, self.layout)
         return None
 
     def checkpoint(self) -> Path | None:
-        """The checkpoint that the job would load first; None where there is none, or none that can be found."""
+        """Returns the checkpoint that the job would load first; None if there is none, or it cannot be found."""
         flags = self.job.flags
         with contextlib.suppress(ValueError, OSError):
             for directory in (flags.get("load") or flags.get("save"), flags.get("pretrained-checkpoint")):
@@ -93,7 +99,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table: a check's name, what it found, and what is to be done (empty for ``pass``)."""
+    """One line of the preflight table: the name of a check, what it found, and the cure (empty for ``pass``)."""
 
     check: str
     status: Literal["pass", "warn", "fail"]  # fail stops a job before it starts, warn does not
@@ -102,25 +108,25 @@ class Finding:
 
 
 def passed(check: str, found: str) -> Finding:
-    """Nothing to do."""
+    """Returns a finding that requires no action."""
     return Finding(check, "pass", found)
 
 
 def warned(check: str, found: str, cure: str) -> Finding:
-    """The job may run; somebody should look."""
+    """Returns a finding with which the job may run, but which somebody should look at."""
     return Finding(check, "warn", found, cure)
 
 
 def failed(check: str, found: str, cure: str) -> Finding:
-    """The job cannot run as it is."""
+    """Returns a finding with which the job cannot run as it is."""
     return Finding(check, "fail", found, cure)
 
 
 def judged(check: str, found: str, mistakes: list[tuple[str, str]]) -> list[Finding]:
-    """One ``fail`` per (what was found, cure), or one ``pass``."""
+    """Returns one ``fail`` per mistake (what was found, cure), or one ``pass`` if there are none."""
     return [failed(check, what, cure) for what, cure in mistakes] or [passed(check, found)]
 
 
 def in_turn(*checks: Callable[[Subject], Iterable[Finding]]) -> Callable[[Subject], list[Finding]]:
-    """One check of several."""
+    """Combines several checks into one that returns all their findings in order."""
     return lambda subject: [finding for check in checks for finding in check(subject)]

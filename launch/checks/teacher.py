@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: is the teacher there, and can it teach this student?"""
+"""Preflight checks of the teacher: whether it exists, and whether it can teach this student."""
 
 import argparse
 import importlib.util
@@ -12,12 +12,12 @@ from ..launcher.job import MEGATRON_LM
 from .subject import Finding, Subject, failed, judged, passed
 from .tokenizer import named
 
-# Of a run: forward, and twice as much backward.
+# Cost of a training step in forward passes: one forward, and a backward that costs two.
 _PASSES = 3
 
 
 def check(subject: Subject) -> list[Finding]:
-    """All checks of this module."""
+    """Returns the findings of all checks of this module."""
     directory, args, job = subject.args.distill_teacher, subject.args, subject.job
     if directory is None:
         return []
@@ -47,7 +47,7 @@ def check(subject: Subject) -> list[Finding]:
 
 
 def _identity(subject: Subject) -> dict[str, str] | None:
-    """What tells the tokenizer of the run from others; None where it cannot be read here, of which others tell."""
+    """Returns what identifies the run's tokenizer; None if it cannot be read here, which other checks report."""
     if any(importlib.util.find_spec(name) is None for name in ("numpy", "xxhash", "sentencepiece", "tokenizers")):
         return None
     from ...data.tokenizers import NullTokenizer, open_tokenizer

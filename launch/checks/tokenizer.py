@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: is the tokenizer there, and is it the one of the model, of the token files and of the checkpoint?"""
+"""Preflight checks of the tokenizer: whether it exists and fits the model, the token files and the checkpoint."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check(subject: Subject, files: "Sequence[TokenFile]") -> Iterator[Finding]:
-    """All checks of this module, for the token files that could be read."""
+    """Yields the findings of all checks of this module, for the token files that could be read."""
     from ...data.tokenizers import open_tokenizer
 
     ours, size = subject.job.host.kind == BUILT_IN, subject.layout.vocab_size
@@ -54,17 +54,17 @@ def check(subject: Subject, files: "Sequence[TokenFile]") -> Iterator[Finding]:
 
 
 def named(subject: Subject) -> tuple[str | None, str]:
-    """Path and type of the tokenizer that the job takes, None and an empty word for those that are not said."""
+    """Returns the path (None if unknown) and the type (empty if unknown) of the tokenizer that the job will use."""
     model = subject.job.flags.get("tokenizer-model")
     kind = str({**subject.job.flags, **subject.job.host.flags}.get("tokenizer-type", ""))
     if model is None and subject.job.host.kind == BUILT_IN and (checkpoint := subject.checkpoint()) is not None:
-        # What the run would take; of its own checkpoints the path that they record.
+        # A run takes the tokenizer kept in the checkpoint, or the path that one of its own checkpoints records.
         model, kind = kept_tokenizer(checkpoint) or saved_arguments(checkpoint).get("tokenizer_model"), ""
     return None if model is None else str(model), kind
 
 
 def _of_the_files(subject: Subject, files: "Sequence[TokenFile]", tokenizer: "Tokenizer") -> Iterator[Finding]:
-    """Whether documents end with the token by which they are to be told apart."""
+    """Checks that documents end with the token that separates them, if the job needs their ends."""
     asked = [f"--{name.replace('_', '-')}" for name in AT_ENDS if getattr(subject.args, name)]
     if not asked or not files:
         return
@@ -77,7 +77,7 @@ def _of_the_files(subject: Subject, files: "Sequence[TokenFile]", tokenizer: "To
 
 
 def _of_the_checkpoint(subject: Subject, model: str, tokenizer: "Tokenizer") -> Iterator[Finding]:
-    """Whether the model that is loaded knows these tokens."""
+    """Checks that the checkpoint that will be loaded was trained with the tokens of this tokenizer."""
     checkpoint, name, args = subject.checkpoint(), "checkpoint-tokenizer", subject.args
     if checkpoint is None:
         return

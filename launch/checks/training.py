@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preflight: is the training plan sane, and does the quantizer fit the layout?"""
+"""Preflight checks of training: whether the plan is sane, and whether the quantizer fits the layout."""
 
 import contextlib
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _HIGH_LR = 0.05
 
 
 def row_parallel_shards(subject: Subject) -> int:
-    """The shards that the run would use: the flag's, else those of the checkpoint that it loads, else TP."""
+    """Returns the row-parallel shards of the run: by its flag, else by the checkpoint that it loads, else TP."""
     record, checkpoint = None, subject.checkpoint()
     with contextlib.suppress(ValueError, OSError):
         record = None if checkpoint is None else QuantizerRecord.read(checkpoint)
@@ -108,7 +108,7 @@ def _quantizer(subject: Subject) -> list[Finding]:
 
 
 def _split_sums(configs: Mapping[str, QuantizerConfig], layout: Layout, shards: int) -> str | None:
-    """Why an int8 GEMM cannot take a layer, whose local rows have to have one scale; None where it takes all."""
+    """Returns why an int8 GEMM, which needs one scale per local row, cannot take some layer; None if it takes all."""
     if shards != layout.tp:
         return (
             f"an int8 GEMM takes one scale per local row, and here are {shards} row-parallel shards at TP {layout.tp}"
@@ -142,7 +142,7 @@ def _recipe(subject: Subject) -> list[Finding]:
 
 
 def _arguments(subject: Subject) -> list[Finding]:
-    """What our loop will say about all of it together."""
+    """Checks all arguments together in the same way as the built-in loop does."""
     if subject.job.host.kind != BUILT_IN:
         return []
     args = presets.parsed(presets.expand(host_argv(subject.job)[1:]), JobError)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much device memory a rank needs, in bytes, by formula; docs/cluster.md derives it and says how good it is.
+"""Estimate of the device memory of a rank, in bytes, by formula; docs/cluster.md derives it and states its accuracy.
 
 Activations follow Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models",
-arXiv 2205.05198), with the paper's terms taken apart by tensor, so that they hold for grouped query attention, SwiGLU
-and heads that are together wider than the model. For the paper's model (multi-head, GELU, ffn = 4 h, dropout) they give
-its numbers: s b h (10 + 24/t + 5 a s / (h t)) per layer, and s b h / t (34 + 5 a s / h) with sequence parallelism.
-The paper counts fused kernels. Our own loop computes norms, SwiGLU and softmax step by step, which keeps more:
-those terms are counted by tensor from what it saves, and a test holds them against it.
+arXiv 2205.05198), with the paper's terms split up by tensor, so that they also hold for grouped query attention, SwiGLU
+and heads that together are wider than the model. For the paper's model (multi-head, GELU, ffn = 4 h, dropout) they give
+its numbers in bytes: s b h (10 + 24/t + 5 a s / (h t)) per layer, and s b h / t (34 + 5 a s / h) with sequence
+parallelism (s: sequence length, b: micro-batch size, h: hidden size, a: attention heads, t: tensor-parallel size).
+
+The paper counts fused kernels. The built-in loop computes norms, SwiGLU and softmax step by step, which keeps more:
+these terms are counted tensor by tensor from what it saves, and a test compares them with it.
 """
 
 import argparse
@@ -25,34 +27,36 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank at its peak."""
+    """The memory of one rank at its peak, in bytes, by purpose."""
 
-    # Parameters in the dtype of the forward; of ternary layers these are the latent weights, and none if packed.
+    # Parameters in the dtype of the forward. Those of ternary layers are the latent weights, or nothing if packed.
     weights: float
-    # The quantized weights (cached, or in the graphs of all micro-batches in flight; none where the parameters hold
-    # them; 2-bit codes if packed) and their scales, and the fp32 scratch of the largest one, which the torch backend
-    # needs: where the parameters hold them, what it exceeds the activations by, for it is needed behind the optimizer.
-    # Of packed ones the largest while it is unpacked. For int8 GEMMs the codes of all of them, a byte each; of packed
-    # ones, and those that nothing is kept of, the codes of the largest.
+    # The quantized weights and their scales, and the scratch space of quantization:
+    # - The weights are cached, or in the graphs of all micro-batches in flight. They need nothing of their own if the
+    #   parameters hold them. Packed ones are 2-bit codes (wider in wider spaces), and the largest one unpacked.
+    # - The torch backend needs fp32 scratch of the size of the largest weight. If the parameters hold the quantized
+    #   weights, it needs this after the optimizer, so that only the excess over the activations counts.
+    # - int8 GEMMs need the codes of all weights, one byte each; only those of the largest weight if the weights are
+    #   packed or not kept.
     quantized: float
     gradients: float  # fp32 buffer (main_grad), one element per parameter
     # fp32 master weights (bf16 only) and Adam's two moments; divided over the data-parallel ranks if distributed.
     optimizer: float
-    activations: float  # what the backward needs, of all micro-batches in flight
-    logits: float  # of one micro-batch, in the training dtype and in fp32, with the last norm; last stage only
-    # Of one layer, unfused, beyond the logits, which are gone by then: a weight's gradient before it is added to the
-    # fp32 buffer, and gradients of activations.
+    activations: float  # what the backward needs, for all micro-batches in flight
+    logits: float  # logits of one micro-batch in the training dtype and in fp32, with the last norm; last stage only
+    # Peak of one layer's backward, if unfused: a weight's gradient before it is added to the fp32 buffer, and gradients
+    # of activations. Only the excess over the logits counts, which have been freed by then.
     backward: float
-    # Buffers of the communicators; over gloo also the copy of the gradients that it reduces and scatters, as far as
-    # the activations, which are gone by then, have left no room for it.
+    # Buffers of the communicators. With gloo also the copy of the gradients that it reduces and scatters, as far as it
+    # exceeds the activations, which have been freed by then.
     communication: float
-    runtime: float  # driver, context, allocator: the profile's number
-    # Of a teacher that runs along: its weights, what it has said of micro-batches, and the buffers of the divergence.
+    runtime: float  # driver, context and allocator: the number of the profile
+    # A teacher that runs along: its weights, its outputs for micro-batches, and the buffers of the divergence.
     teacher: float = 0.0
 
     @property
     def total(self) -> float:
-        """Bytes in all."""
+        """The sum over all purposes, in bytes."""
         return sum(getattr(self, f.name) for f in fields(self))
 
     def __str__(self) -> str:
@@ -62,7 +66,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Options:
-    """What besides the layout decides: flags of the job by name, and what no flag of our loop says."""
+    """Everything besides the layout that determines the memory: flags of the job, and facts that no flag gives."""
 
     bf16: bool
     sequence_parallel: bool
@@ -78,48 +82,48 @@ class Options:
     ternary_gemm: str = "bf16"
     ternary_ramp_iters: int = 0
     flash_attention: bool = False  # whether attention never writes its scores to memory
-    cpu: bool = False  # whether ranks are processes on CPUs: they talk over gloo, and quantize block by block
-    fused: bool = False  # whether norms, SwiGLU and softmax are single kernels that save their inputs alone
-    recipe: Recipe | None = None  # of a ternary job
-    communicator_mib: float = 0.0  # buffer of one communicator, both directions
+    cpu: bool = False  # whether ranks are processes on CPUs, which use gloo and quantize block by block
+    fused: bool = False  # whether norms, SwiGLU and softmax are single kernels that save only their inputs
+    recipe: Recipe | None = None  # the recipe of a ternary job
+    communicator_mib: float = 0.0  # buffers of one communicator, both directions, in MiB
     runtime_gib: float = 0.0
-    teacher: Teacher | None = None  # of a student that has one
+    teacher: Teacher | None = None  # the teacher of a student that has one
 
     @property
     def size(self) -> int:
-        """Bytes of an element in the dtype of the forward."""
+        """The size of an element in the dtype of the forward, in bytes."""
         return 2 if self.bf16 else 4
 
     @property
     def cache(self) -> str:
-        """Where quantized weights are; ``auto`` finds nothing against resident ones but another dtype, or a ramp."""
+        """Where quantized weights are kept; ``auto`` means ``resident`` in bf16 without a ramp, else ``step``."""
         automatic = "resident" if self.bf16 and not self.ternary_ramp_iters else "step"
         return automatic if self.ternary_cache == "auto" else self.ternary_cache
 
     @property
     def dropout(self) -> bool:
-        """Whether anything is dropped."""
+        """Whether there is any dropout."""
         return self.hidden_dropout > 0 or self.attention_dropout > 0
 
 
 def options_of(args: argparse.Namespace, **others: Any) -> Options:
-    """The options of a job: its flags as ``args`` has them, the others of :class:`Options` as given.
+    """Returns the options of a job: the fields of :class:`Options` that are flags from ``args``, the others as given.
 
-    Unless it is told, attention is that of our own loop: torch's, which writes no scores where it drops none.
+    Unless given, ``flash_attention`` is that of the built-in loop: torch's attention writes no scores without dropout.
     """
     flags = {f.name: getattr(args, f.name) for f in fields(Options) if f.name in args}
     return Options(**{**flags, "flash_attention": args.attention_dropout == 0, **others})
 
 
 def estimate(layout: Layout, options: Options) -> tuple[int, Estimate]:
-    """The pipeline stage that needs most, and what its ranks need."""
+    """Returns the pipeline stage that needs the most memory, and the estimate for its ranks."""
     stages = [_stage(layout, options, stage) for stage in range(layout.pp)]
     peak = max(range(layout.pp), key=lambda stage: stages[stage].total)
     return peak, stages[peak]
 
 
 def layer_activations(layout: Layout, options: Options) -> float:
-    """Bytes that one layer keeps for the backward of one micro-batch, without recomputation of whole layers."""
+    """Returns the bytes that a layer keeps for the backward of a micro-batch, without recomputation of whole layers."""
     h, t, size = layout.hidden, layout.tp, options.size
     attention, groups = layout.heads * layout.head_dim, layout.groups * layout.head_dim
     dropped = size + 1 if options.dropout else 0
@@ -130,9 +134,9 @@ def layer_activations(layout: Layout, options: Options) -> float:
         whole = 4 * size * h
         score = size + dropped
     else:
-        # k and v are repeated for all heads, or v holds the whole output of qkv, and always where no scores are kept,
-        # beside a logarithm per head; SwiGLU keeps five tensors; a norm keeps two in fp32; softmax is in fp32; q and k
-        # each have cosines and sines of the positions.
+        # k and v are repeated for all heads, or else v keeps the whole output of qkv alive; it always does if no scores
+        # are kept, and then there is one logarithm per head. SwiGLU keeps five tensors, a norm two in fp32. Softmax is
+        # in fp32. q and k each have cosines and sines of the positions.
         attended = size * (4 if layout.groups < layout.heads else 6) * attention
         if options.flash_attention:
             attended = size * 3 * (attention + groups) + 4 * layout.heads
@@ -157,16 +161,16 @@ def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
     # The logits in the training dtype and, for the loss, in fp32 (the gradient takes their place); the last norm.
     norm = (options.size if options.fused else 8) + options.size
     logits = (options.size + 4) * vocab / layout.tp + norm * layout.hidden / _sharded(layout, options)
-    # The world's group, and each parallel dimension's.
+    # One group for the world, and one for each parallel dimension (three for the pipeline).
     groups = 1 + sum(n > 1 for n in (layout.tp, layout.dp, layout.cp, layout.ep)) + (3 if layout.pp > 1 else 0)
     activations, loss = _in_flight(layout, options, stage), layout.tokens * logits if last else 0.0
-    # The gradient of an embedding that is the output layer, too, waits for the end of the backward.
+    # The gradient of an embedding that is also the output layer waits for the end of the backward.
     waits = layout.tied and first and last and not options.fused
     waiting = options.size * vocab * layout.hidden / layout.tp if waits else 0.0
     backward = max(0.0, waiting + _layer_backward(layout, options) - loss)
     passing = activations + loss + backward
     quantized = _quantized(mine, layout, options, stage, passing)
-    # A group of one is no exception.
+    # A group of a single rank makes this copy, too.
     copied = waiting + 4 * (dense + expert) if options.cpu and options.use_distributed_optimizer else 0.0
     free = passing + (quantized if options.cache == "none" else 0.0)
     kept = dense + expert - (_ternary(mine, layout, options)[0] if options.cache == "packed" else 0)
@@ -185,13 +189,14 @@ def _stage(layout: Layout, options: Options, stage: int) -> Estimate:
 
 
 def _layer_backward(layout: Layout, options: Options) -> float:
-    """What the backward of one layer's MLP adds at its peak to the activations that are kept; fused, nothing."""
+    """Returns the bytes that an MLP's backward adds at its peak to the kept activations; 0 for fused kernels."""
     if options.fused:
         return 0.0
     inner, outer = layout.ffn * layout.topk / layout.tp, layout.hidden
     wide = inner * (2 if layout.gated else 1)
     weight = layout.ffn * layout.hidden / layout.tp
-    # At fc2 the gradients of its output, its input and its weight; at fc1 the same, and what lies between is gone.
+    # At fc2: the gradients of its output, its input and its weight. At fc1: the same, but without the tensors between
+    # fc1 and fc2, which have been freed.
     down = layout.tokens * (outer + inner) + weight
     between = inner * (5 if layout.gated else 3)
     up = layout.tokens * (2 * outer + wide - between) + weight * (2 if layout.gated else 1)
@@ -199,12 +204,12 @@ def _layer_backward(layout: Layout, options: Options) -> float:
 
 
 def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int, passing: float) -> float:
-    """The quantized weights and, for int8 GEMMs, their codes and sums."""
+    """Returns the bytes of the quantized weights and, for int8 GEMMs, of their codes and sums."""
     weights, scales, largest = _ternary(mine, layout, options)
     kept = options.cache in ("resident", "step")
     codes = 0.0 if options.ternary_gemm == "bf16" else weights + scales if kept else largest
     if options.ternary_gemm == "int8" and not options.cpu:
-        # The int32 sums of one layer, before they are scaled.
+        # The int32 sums of one layer exist before they are scaled.
         codes += 4 * layout.tokens * max((linear.out_features for linear in mine), default=0) / layout.tp
     return codes + _values(weights, scales, largest, layout, options, stage, passing)
 
@@ -212,11 +217,12 @@ def _quantized(mine: list[Linear], layout: Layout, options: Options, stage: int,
 def _values(
     weights: float, scales: float, largest: float, layout: Layout, options: Options, stage: int, passing: float
 ) -> float:
-    """No copy of a weight that its parameter holds, one where it is cached; else the graphs hold one per micro-batch in
-    flight, and under uniform full recomputation those of the layers that are being recomputed. Packed weights are all
-    on every rank, and unpacked one at a time, by way of a byte each.
+    """Returns the bytes of the quantized weights, their scales and the scratch space, by the kind of cache.
 
-    ``passing`` are the bytes that are free while the optimizer steps.
+    ``resident``: no copy, since the parameters hold the weights. ``step``: one copy. ``none``: the graphs hold one copy
+    per micro-batch in flight; under uniform full recomputation only the copies of the layers being recomputed.
+    ``packed``: every rank holds the codes of all its weights, and unpacks one weight at a time through a byte per code.
+    ``passing``: the bytes that are free while the optimizer steps.
     """
     total = weights * options.size + scales
     if options.cache == "packed":
@@ -233,13 +239,13 @@ def _values(
 
 
 def _code_bits(options: Options) -> int:
-    """Bits of a packed code: a bucket has those of its widest space."""
+    """Returns the bits of a packed code; a bucket uses those of its widest space."""
     configs = (matcher.config for matcher in (options.recipe.matchers if options.recipe is not None else ()))
     return max((SPACES[config.space].code_bits for config in configs if config is not None), default=2)
 
 
 def _ternary(mine: list[Linear], layout: Layout, options: Options) -> tuple[float, float, float]:
-    """Of the quantized weights of a rank: how many, the bytes of their scales, and how many the largest has."""
+    """Returns the elements of a rank's quantized weights, the bytes of their scales, and the largest one's elements."""
     count, scales, largest = 0.0, 0.0, 0.0
     for linear in mine:
         matcher = options.recipe.decide(linear.path) if options.recipe is not None else None
@@ -254,12 +260,12 @@ def _ternary(mine: list[Linear], layout: Layout, options: Options) -> tuple[floa
 
 
 def _in_flight(layout: Layout, options: Options, stage: int) -> float:
-    """One-forward-one-backward keeps ``pp - stage`` micro-batches; interleaving a few more."""
+    """Returns the bytes of activations of all micro-batches in flight on a stage, with recomputation."""
     kept, layers, again = layer_activations(layout, options), layout.stage_layers, options.recompute_num_layers or 1
     checkpointed = options.size * layout.tokens * layout.hidden / _sharded(layout, options)
     per_layer, working = layers * kept, 0.0
     if options.recompute_granularity == "full" and options.recompute_method == "block":
-        # That many layers of a stage keep only their input, the others everything.
+        # recompute_num_layers layers of a stage keep only their input, the others everything.
         some = min(again, layers)
         per_layer, working = some * checkpointed + (layers - some) * kept, kept
     elif options.recompute_granularity == "full":
@@ -270,10 +276,11 @@ def _in_flight(layout: Layout, options: Options, stage: int) -> float:
 
 
 def _batches_in_flight(layout: Layout, stage: int) -> float:
+    # One-forward-one-backward keeps pp - stage micro-batches; interleaving keeps a few more.
     batches = layout.pp - stage
     return batches * (1 + (layout.pp - 1) / (layout.pp * layout.vpp)) if layout.vpp > 1 else batches
 
 
 def _sharded(layout: Layout, options: Options) -> int:
-    """By how much sequence parallelism divides what tensor parallelism leaves whole."""
+    """Returns the factor by which sequence parallelism divides the tensors that tensor parallelism leaves whole."""
     return layout.tp if options.sequence_parallel else 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job will quantize, known from its flags alone: the quantizer record that its checkpoints will carry."""
+"""The quantizer record that a job's checkpoints will contain, derived from the job's flags alone."""
 
 import argparse
 
@@ -12,10 +12,11 @@ _NEVER = ("embedding.word_embeddings", "output_layer")
 
 
 def expected_record(layout: Layout, args: argparse.Namespace, shards: int) -> QuantizerRecord:
-    """The record of a run of this ternary job in so many row-parallel shards, as ``apply_recipe`` would make it.
+    """Returns the quantizer record of a ternary job with some row-parallel shards, as ``apply_recipe`` would make it.
 
     Raises:
-        ValueError: naming every module whose group does not fit; also an impossible group size or recipe.
+        ValueError: if the groups of some modules do not fit (the message names them all), or the group size or the
+            recipe is impossible.
     """
     recipe, default = recipe_of(args), ternary_settings(args).default
     modules: dict[str, dict[str, object]] = {}
@@ -49,10 +50,10 @@ def expected_record(layout: Layout, args: argparse.Namespace, shards: int) -> Qu
 
 
 def idle_matchers(layout: Layout, args: argparse.Namespace) -> list[str]:
-    """Matchers of the job's recipe that fit no module of the model, or only ones that are never quantized.
+    """Describes the matchers of the job's recipe that fit no module, or only modules that are never quantized.
 
     Raises:
-        ValueError: an impossible group size, or a recipe that cannot be read.
+        ValueError: if the group size is impossible, or the recipe cannot be read.
     """
     paths = [linear.path for linear in layout.all_linears()]
     if layout.experts:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a job that checks and estimates share: shapes of the model and of its parallel layout."""
+"""The numbers of a job that checks and estimates share: the shapes of the model, and its parallel layout."""
 
 import argparse
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ from ..launcher.job import Job
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of a decoder layer, over all tensor-parallel shards."""
+    """A linear module of a decoder layer, over all tensor-parallel shards."""
 
-    path: str  # of the module with global layer numbers, as recipes and records name it
+    path: str  # path of the module with global layer numbers, as in recipes and records
     out_features: int
     in_features: int
     row_parallel: bool  # whether tensor parallelism splits the rows of the weight, or (else) keeps them whole
 
     @property
     def weights(self) -> int:
-        """Elements."""
+        """The number of elements of the weight."""
         return self.out_features * self.in_features
 
     @property
     def of_expert(self) -> bool:
-        """Whether expert parallelism divides it."""
+        """Whether the module belongs to an expert, so that expert parallelism divides it."""
         return ".experts." in self.path
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes and parallel sizes, all of them 1 or more; ``vocab_size`` is without padding."""
+    """The shapes of a model and its parallel sizes; ``vocab_size`` is without padding, ``experts`` may be 0."""
 
     layers: int
     hidden: int
@@ -56,26 +56,29 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Data-parallel ranks, at least 1."""
+        """The data-parallel size, at least 1."""
         return max(1, self.world // (self.tp * self.pp * self.cp))
 
     @property
     def stage_layers(self) -> int:
-        """Layers of the largest pipeline stage."""
+        """The number of layers of the largest pipeline stage."""
         return -(-self.layers // self.pp)
 
     @property
     def tokens(self) -> float:
-        """Tokens of a micro-batch on one rank."""
+        """The number of tokens of a micro-batch on one rank."""
         return self.sequence / self.cp * self.micro_batch
 
     def share(self, stage: int) -> list[Linear]:
-        """The linears of a pipeline stage, which are alike up to the recipe: those of a contiguous share."""
+        """Returns the linears of a pipeline stage: those of a contiguous share of the layers.
+
+        Shares differ only in what the recipe decides.
+        """
         first = stage * self.stage_layers
         return [x for layer in range(first, min(first + self.stage_layers, self.layers)) for x in self.linears(layer)]
 
     def parameters(self, stage: int, padded_vocab: int) -> tuple[float, float]:
-        """Parameters of a rank of a pipeline stage: those of no expert, and those of experts."""
+        """Returns the parameters of a rank of a pipeline stage: the count outside experts, and that of experts."""
         first, last, mine = stage == 0, stage == self.pp - 1, self.share(stage)
         expert = sum(x.weights for x in mine if x.of_expert) / self.tp / self.ep
         dense = sum(x.weights for x in mine if not x.of_expert) / self.tp
@@ -84,13 +87,13 @@ class Layout:
         return dense + embeddings * padded_vocab * self.hidden / self.tp, expert
 
     def multiplied(self) -> float:
-        """Weights that a token is multiplied with, of the whole model: a forward takes twice as many FLOPs."""
+        """Returns how many weights of the whole model multiply a token; a forward takes twice as many FLOPs."""
         of_experts = self.topk / self.experts if self.experts else 0.0
         linears = sum(x.weights * (of_experts if x.of_expert else 1) for x in self.all_linears())
         return linears + (self.vocab_size or 0) * self.hidden
 
     def linears(self, layer: int) -> list[Linear]:
-        """The linears of one layer; of all experts."""
+        """Returns the linears of one layer, including those of all experts."""
         prefix = f"decoder.layers.{layer}"
         up, attention = self.ffn * (2 if self.gated else 1), self.heads * self.head_dim
         qkv = attention + 2 * self.groups * self.head_dim
@@ -104,12 +107,12 @@ class Layout:
         return found
 
     def all_linears(self) -> list[Linear]:
-        """Those of every layer."""
+        """Returns the linears of all layers."""
         return [linear for layer in range(self.layers) for linear in self.linears(layer)]
 
 
 def layout_of(job: Job, args: argparse.Namespace, world: int, vocab_size: int | None) -> Layout:
-    """The numbers of a job with these :meth:`Job.arguments`, as so many processes."""
+    """Returns the layout of a job with the arguments of :meth:`Job.arguments` on ``world`` processes."""
     heads, experts = args.num_attention_heads, args.num_experts or 0
     return Layout(
         layers=args.num_layers,
@@ -135,10 +138,10 @@ def layout_of(job: Job, args: argparse.Namespace, world: int, vocab_size: int | 
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe that a ternary job asks for.
+    """Returns the recipe that a ternary job asks for.
 
     Raises:
-        ValueError: an impossible group size, or a recipe file that cannot be read.
+        ValueError: if the group size is impossible, or the recipe file cannot be read.
     """
     default = ternary_settings(args).default
     if args.ternary_recipe is None:

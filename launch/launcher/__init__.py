@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a job file and this node's place in the cluster to a ``torchrun`` command and its environment."""
+"""Translation of a job file and this node's place in the cluster into a ``torchrun`` command and its environment."""

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a script on the cores next to its NPU: ``torchrun ... launch/launcher/bind_cores.py SCRIPT ARGUMENTS``.
 
-Which cores those are is what ``npu-smi info -t topo`` says (its column "CPU Affinity"), or else the NUMA nodes of the
-NPUs' PCI devices in sysfs; NPUs with the same cores share them evenly. The process binds itself before it becomes the
-script, so that every thread and data loader inherits it. ``CPU_AFFINITY_CONF=1`` divides all cores by card number
-instead, which on common 910B servers is another NUMA node than the card's (cards 0 and 1 sit at cores 144-167 there).
-torch_npu applies it late and would undo the binding: ``cluster.bind-cores numa`` sets it to 0.
-
-Where no NPU is found, or none of its cores may be used (a container's limits), nothing is changed, and it says so.
+The cores come from ``npu-smi info -t topo`` (its column "CPU Affinity"), or else from the NUMA nodes of the NPUs' PCI
+devices in sysfs. NPUs with the same cores share them evenly. The process binds itself before it becomes the script, so
+that every thread and data loader inherits the binding. ``CPU_AFFINITY_CONF=1`` divides all cores by card number
+instead; on common 910B servers a card then gets cores of another NUMA node (cards 0 and 1 are at cores 144-167 there).
+torch_npu applies that variable late and would undo the binding: ``cluster.bind-cores numa`` sets it to 0.
+If no NPU is found, or none of its cores may be used (a container's limits), nothing is changed, and the script says so.
 """
 
 import os
@@ -18,12 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _HUAWEI = "0x19e5"
-# "Processing accelerator" in the list of PCI classes.
+# PCI class "processing accelerator".
 _ACCELERATOR = "0x1200"
 
 
 def main() -> int:
-    """Binds this process and becomes the script; returns 2 without one."""
+    """Binds this process and becomes the script; returns 2 if none is given or LOCAL_RANK is not a number."""
     argv = sys.argv[1:]
     if not argv:
         return _refuse("bind_cores.py needs a script to run")
@@ -44,14 +43,19 @@ def main() -> int:
 
 
 def _refuse(message: str) -> int:
-    # Not by the handler of the other commands: importing the package would load torch, seconds before the script.
+    # The error handler of the other commands is not used: importing the package loads torch, which takes seconds.
     print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 
 
 def plan(affinity: Mapping[int, set[int]], allowed: set[int], device: int) -> set[int]:
-    """The cores for a device: its share of those that it has in common with other devices (``affinity``, by device) and
-    that this process may use; none where nothing should be changed."""
+    """Returns the cores for a device: its share of the cores next to it; empty if nothing should be changed.
+
+    Args:
+        affinity: the cores next to each device, by device. Devices with the same cores share them evenly.
+        allowed: the cores that this process may use.
+        device: the number of the device.
+    """
     if device not in affinity:
         return set()
     sharing = sorted(d for d in affinity if affinity[d] == affinity[device])
@@ -62,19 +66,19 @@ def plan(affinity: Mapping[int, set[int]], allowed: set[int], device: int) -> se
 
 
 def visible_device(rank: int, environ: Mapping[str, str]) -> int:
-    """The NPU of a local rank: ``ASCEND_RT_VISIBLE_DEVICES`` may have renumbered them."""
+    """Returns the NPU of a local rank; ``ASCEND_RT_VISIBLE_DEVICES`` may have renumbered the NPUs."""
     visible = [part for part in environ.get("ASCEND_RT_VISIBLE_DEVICES", "").split(",") if part.strip().isdecimal()]
     return int(visible[rank]) if rank < len(visible) else rank
 
 
 def parse_topology(text: str) -> dict[int, set[int]]:
-    """NPU -> cores, from the output of ``npu-smi info -t topo``."""
+    """Reads the cores of each NPU from the output of ``npu-smi info -t topo``."""
     matches = (re.match(r"\s*NPU(\d+)\s.*\s([\d,-]*\d)\s*$", line) for line in text.splitlines())
     return {int(match[1]): parse_ranges(match[2]) for match in matches if match}
 
 
 def affinity_from_smi() -> dict[int, set[int]]:
-    """NPU -> cores as ``npu-smi`` knows them; empty where it is missing or silent."""
+    """Returns the cores of each NPU according to ``npu-smi``; empty if it is missing, fails or says nothing."""
     try:
         done = subprocess.run(["npu-smi", "info", "-t", "topo"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -83,7 +87,7 @@ def affinity_from_smi() -> dict[int, set[int]]:
 
 
 def affinity_from_sysfs(root: Path = Path("/sys")) -> dict[int, set[int]]:
-    """NPU -> cores of the NUMA node that its PCI device belongs to, NPUs in the order of their PCI addresses."""
+    """Returns, for each NPU in the order of the PCI addresses, the cores of the NUMA node of its PCI device."""
     found: dict[int, set[int]] = {}
     for device in sorted((root / "bus/pci/devices").glob("*")):
         try:
@@ -98,7 +102,7 @@ def affinity_from_sysfs(root: Path = Path("/sys")) -> dict[int, set[int]]:
 
 
 def parse_ranges(text: str) -> set[int]:
-    """Linux' list of cores: ``0-3,8`` -> {0, 1, 2, 3, 8}."""
+    """Parses a list of cores in the format of Linux: ``0-3,8`` -> {0, 1, 2, 3, 8}."""
     found: set[int] = set()
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
@@ -107,7 +111,7 @@ def parse_ranges(text: str) -> set[int]:
 
 
 def ranges(cores: set[int]) -> str:
-    """The inverse of :func:`parse_ranges`."""
+    """Formats cores as a list in the format of Linux: the inverse of :func:`parse_ranges`."""
     parts: list[list[int]] = []
     for core in sorted(cores):
         if parts and core == parts[-1][-1] + 1:

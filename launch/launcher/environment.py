@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Environment profiles: the variables of a job, each with its reason, and what the user exported left as it is.
+"""Environment profiles: the environment variables of a job, each with its reason; exported variables keep their values.
 
-The profiles stand in ``launch/environments``. ``{interface}`` in a value is the job's network interface; without one
-the variable is left out.
+The profiles are in ``launch/environments``. ``{interface}`` in a value stands for the job's network interface; without
+one the variable is left out.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from ...files import FileError, Strict
 from . import packaged
 from .job import Cluster, JobError, Text
 
-# torch (seen in 2.13) publishes the address of the store it shares in the first round alone; a node that joins a later
-# round waits for it until it times out.
+# torch (seen in 2.13) publishes the address of the shared store only in the first round; a node that joins in a later
+# round waits for the address until it times out.
 _SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
@@ -26,15 +26,15 @@ _Gib = Annotated[float, bounded(Number(0, 1e6))]
 
 
 class Variable(Strict):
-    """One variable of a profile, and its legal values, which the preflight holds every exported value against."""
+    """A variable of a profile, with its legal values, against which the preflight checks every exported value."""
 
     value: Text
-    reason: str  # one sentence
+    reason: str  # why the variable has this value, in one sentence
     choices: list[Text] = []
-    whole: Annotated[tuple[int, int], Field(strict=False)] | None = None  # a whole number from least to most
+    whole: Annotated[tuple[int, int], Field(strict=False)] | None = None  # bounds of a whole number: least, most
 
     def mistake(self, value: str) -> str | None:
-        """What is wrong with a value, or None."""
+        """Returns what is wrong with a value, or None."""
         if self.choices and value not in self.choices:
             return f"must be one of {', '.join(self.choices)}"
         if self.whole is not None:
@@ -46,35 +46,35 @@ class Variable(Strict):
 
 
 class Profile(Strict):
-    """An environment profile."""
+    """An environment profile: a kind of device, its memory, and the environment variables that it needs."""
 
-    description: str = ""  # what machine this is for
+    description: str = ""  # the kind of machine that the profile is for
     device: Literal["npu", "cuda", "cpu"]
-    # Of one device; left out: this machine's memory, shared by its processes.
+    # Memory of one device in GiB; if left out, the memory of this machine, divided by its processes.
     device_memory_gib: _Gib | None = Field(None, alias="device-memory-gib")
-    # What driver, context and allocator take of it.
+    # The part of it that driver, context and allocator take.
     runtime_memory_gib: _Gib = Field(0.0, alias="runtime-memory-gib")
-    # Which variable says how many MB a communicator holds, twice.
+    # Name of the variable with the size in MB of a communicator's buffer; each communicator holds two.
     communicator_buffer: str | None = Field(None, alias="communicator-buffer")
-    variables: dict[str, Variable]  # by name
+    variables: dict[str, Variable]  # the variables by name
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One variable as the job will see it."""
+    """An environment variable as the job will see it."""
 
     name: str
     value: str
-    # profile, job (cluster.environment), launcher (what the rendezvous needs), or kept: what was exported before
+    # "profile", "job" (cluster.environment), "launcher" (needed by the rendezvous), or "kept" (exported before)
     origin: str
-    reason: str  # the profile's, or what is kept in favour of what
+    reason: str  # the reason given by the origin, or which value was kept instead of which
 
 
 def read_profile(name: str) -> Profile:
-    """A profile by name or file.
+    """Reads a profile by its name or its file.
 
     Raises:
-        JobError: not there, or not of that form.
+        JobError: if it does not exist, or does not have the format of a profile.
     """
     try:
         return packaged.load(Profile, "environments", "profile", name)
@@ -83,13 +83,13 @@ def read_profile(name: str) -> Profile:
 
 
 def resolve(profile: Profile, cluster: Cluster, environ: Mapping[str, str], interface: str | None) -> list[Setting]:
-    """The variables that the job's processes will see, those of the profile first.
+    """Returns the variables that the job's processes will see, those of the profile first.
 
-    What is exported now (``environ``) wins over all others unless ``cluster.override_environment``.
+    Exported values (``environ``) override all others unless ``cluster.override_environment`` is set.
     """
     wanted = {name: Setting(name, v.value, "profile", v.reason) for name, v in profile.variables.items()}
     if "CPU_AFFINITY_CONF" in wanted and cluster.bind_cores == "numa":
-        # torch_npu binds late, by card number, and would undo what the wrapper did.
+        # torch_npu binds late, by card number, and would undo the binding of the wrapper.
         reason = "launch/launcher/bind_cores.py binds by NUMA node instead (cluster.bind-cores numa)."
         wanted["CPU_AFFINITY_CONF"] = Setting("CPU_AFFINITY_CONF", "0", "profile", reason)
     if cluster.rendezvous == "c10d" and _SHARED_STORE not in cluster.environment:
@@ -113,6 +113,6 @@ def resolve(profile: Profile, cluster: Cluster, environ: Mapping[str, str], inte
 
 
 def table(settings: list[Setting]) -> str:
-    """One line per variable: what it is set to, by whom, and why."""
+    """Returns the settings as text, one line per variable: its value, who set it, and why."""
     width = max((len(f"{s.name}={s.value}") for s in settings), default=0)
     return "\n".join(f"  {f'{s.name}={s.value}'.ljust(width)}  {s.origin}: {s.reason}" for s in settings)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job files: one YAML file says what is trained, how it is laid out, and on which machines.
+"""Job files: one YAML file describes what is trained, how it is laid out, and on which machines.
 
-docs/cluster.md shows one with everything. The keys of ``model`` to ``logging`` are the flags of our loop without their
-dashes, under the heading that ``launch/pretrain.py --help`` gives them; ``preset`` is ``--model``. A switch takes
-``true`` (``false`` leaves it out). An unknown key is an error that names the nearest known one; so is a value of the
-wrong type. Nothing is expanded, and nothing in the file is ever seen by a shell. A file with ``stages`` is a job that
-trains in several, each a :class:`Job` of its own (``stages.py``).
+docs/cluster.md shows a complete one. The keys of the sections ``model`` to ``ternary`` are the flags of the built-in
+loop without their dashes, under the headings of ``launch/pretrain.py --help``; ``preset`` is ``--model``. A switch
+takes ``true`` (``false`` leaves it out). An unknown key is an error that names the nearest known one; a value of the
+wrong type is an error, too. Nothing in the file is expanded or passed to a shell. A file with ``stages`` is a job that
+trains in several stages, each a :class:`Job` of its own (``stages.py``).
 """
 
 import argparse
@@ -30,12 +30,12 @@ _SECTIONS = ("model", "parallelism", "training", "data", "checkpoint", "distilla
 
 
 class JobError(FileError):
-    """A job file, or an override of it, that is not there or not understood."""
+    """The error that a job file, or an override of it, does not exist or cannot be understood."""
 
 
 @functools.cache
 def known_flags() -> dict[str, tuple[str, argparse.Action]]:
-    """Flag of our parser, without dashes -> its section and its argument."""
+    """Returns the section and the argparse action of each flag of the built-in loop, by its name without dashes."""
     return {
         action.option_strings[0].removeprefix("--"): (str(group.title), action)
         for group in build_parser()._action_groups
@@ -45,15 +45,15 @@ def known_flags() -> dict[str, tuple[str, argparse.Action]]:
 
 
 def section_of(flag: str) -> str | None:
-    """The section that a flag of our loop belongs to; None for a flag it does not have."""
+    """Returns the section that a flag of the built-in loop belongs to; None for a flag that the loop does not have."""
     return known_flags()[flag][0] if flag in known_flags() else None
 
 
 def section_value(section: str, key: Any, value: Any) -> Any:
-    """The value of a key of a section, as it is.
+    """Returns the value of a key of a section, after checking it; a single value of a list flag becomes a list.
 
     Raises:
-        JobError: there is no such flag, or the value is none of it.
+        JobError: if there is no such flag, or the value is not legal for it.
     """
     where, home = f"{section}.{key}", section_of(key)
     if home != section:
@@ -89,14 +89,14 @@ def _reads(read: Callable[[str], object], text: str) -> bool:
 
 
 def is_host_name(text: str) -> bool:
-    """Whether a text is an IP address or a legal host name (RFC 1123, underscores tolerated)."""
+    """Returns whether a text is an IP address or a legal host name (RFC 1123, underscores tolerated)."""
     labels = text.split(".")
     name = 0 < len(text) <= 253 and all(re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", label) for label in labels)
     return name or _reads(ipaddress.ip_address, text)
 
 
 def _checked(good: str | Callable[[str], bool], otherwise: str) -> AfterValidator:
-    """Refuses a text that does not match a pattern, or is not good, saying what it is instead."""
+    """Returns a validator that refuses texts that are not ``good`` (a pattern or a test); ``otherwise`` says why."""
 
     def check(text: str) -> str:
         if not (re.fullmatch(good, text) if isinstance(good, str) else good(text)):
@@ -112,11 +112,11 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-# The value of a variable, which may be written as a number.
+# The value of an environment variable; the file may give it as a number.
 Text = Annotated[str, BeforeValidator(_text)]
 _VariableName = Annotated[str, _checked(r"[A-Za-z_][A-Za-z0-9_]*", "no name of a variable")]
 _HostName = Annotated[str, _checked(is_host_name, "no legal host name or address")]
-# Flags of our loop of which hosts know more values.
+# Flags of the built-in loop for which other hosts know more values.
 _OF_HOSTS = ("tokenizer-type", "cp-comm-type")
 _Name = Annotated[str, _checked(r"[A-Za-z0-9._-]{1,128}", "not a name of letters, digits, . _ -")]
 _Interface = Annotated[str, _checked(r"[A-Za-z0-9._:@-]{1,15}", "not the name of an interface")]
@@ -129,12 +129,12 @@ class _Section(Strict):
 
 
 class Host(_Section):
-    """The training loop that runs."""
+    """The training loop that runs the job."""
 
     kind: Literal["built-in", "megatron-lm"] = BUILT_IN  # launch/pretrain.py or launch/pretrain_gpt.py
     megatron_path: str | None = None  # checkout of Megatron-LM, core_v0.12.1 or newer
     mindspeed_path: str | None = None  # checkout of MindSpeed; left out on CUDA
-    flags: dict[str, presets.FlagValue] = {}  # that only this host knows, as they are
+    flags: dict[str, presets.FlagValue] = {}  # flags that only this host knows, passed on unchanged
 
     @field_validator("flags")
     @classmethod
@@ -158,29 +158,29 @@ class Host(_Section):
 
 
 class Cluster(_Section):
-    """Where a job runs; docs/cluster.md has the table."""
+    """The machines on which a job runs, and how its processes meet; docs/cluster.md has a table of the keys."""
 
-    profile: str = "cpu"  # environment profile, a name in launch/environments or a file of that form
-    # Who says which node this is; auto looks for what is there.
+    profile: str = "cpu"  # environment profile: a name in launch/environments or a file of that format
+    # The source that tells which node this is; "auto" detects it.
     scheduler: Literal["auto", "single", "hosts", "slurm", "kubernetes", "modelarts"] = "auto"
-    nodes: Annotated[int, bounded(Whole(1, 2**16))] | None = None  # None for what the scheduler says (1 without one)
+    nodes: Annotated[int, bounded(Whole(1, 2**16))] | None = None  # None: as the scheduler says (1 without one)
     devices_per_node: Annotated[int, bounded(Whole(1, 1024))] = 1  # processes, one per device
     device_memory_gib: Annotated[float, bounded(Number(0, 1e6, open_minimum=True))] | None = None  # None: the profile's
     # Names or addresses of the machines in rank order, for plain ssh; the first one is the master.
     hosts: Annotated[tuple[_HostName, ...], Field(strict=False)] = ()
-    master_addr: _HostName | None = None  # None for the first host that the scheduler names
+    master_addr: _HostName | None = None  # address of node 0; None for the first host that the scheduler names
     master_port: Annotated[int, bounded(Whole(1, 65535))] = 29500
     rendezvous: Literal["static", "c10d"] = "static"  # fixed node ranks, or elastic: a node may come back
-    rendezvous_id: _Name | None = None  # of the job at a c10d rendezvous; None for the job file's name
+    rendezvous_id: _Name | None = None  # name of the job at a c10d rendezvous; None for the job file's name
     rendezvous_timeout: Annotated[int, bounded(Whole(1, 10**7))] = 900  # seconds that the nodes wait for each other
-    keep_alive_seconds: Annotated[int, bounded(Whole(3, 10**6))] = 15  # c10d: silent for so long, a node counts as dead
-    max_restarts: Annotated[int, bounded(Whole(0, 10**6))] = 0  # of the workers of this node, after a failure
+    keep_alive_seconds: Annotated[int, bounded(Whole(3, 10**6))] = 15  # c10d: silence after which a node is dead
+    max_restarts: Annotated[int, bounded(Whole(0, 10**6))] = 0  # restarts of this node's workers after failures
     # The NIC for HCCL / NCCL and gloo: by name, or by a range (CIDR) in which it has an address.
     network_interface: _Interface | None = None
     subnet: _Subnet | None = None
-    bind_cores: Literal["none", "numa"] = "none"  # the profile's variables decide, or launch/launcher/bind_cores.py
+    bind_cores: Literal["none", "numa"] = "none"  # by the profile's variables, or bind_cores.py
     environment: dict[_VariableName, Text] = {}  # variables that replace the profile's
-    override_environment: bool = False  # whether the profile replaces what is exported already
+    override_environment: bool = False  # whether the profile replaces exported variables
 
     @model_validator(mode="after")
     def _one_interface(self) -> "Cluster":
@@ -200,7 +200,7 @@ class _Flags(Strict):
     ternary: dict[str, Any] = {}
 
     def read(self) -> tuple[dict[str, str | None], dict[str, Any]]:
-        """The preset, if one is named, and the flags."""
+        """Returns the preset, if one is named (a dict with at most one entry), and the flags."""
         preset = {"preset": self.model["preset"]} if "preset" in self.model else {}
         if not all(isinstance(name, str | None) for name in preset.values()):
             raise JobError("model.preset: expected the name of a preset, or a file")
@@ -216,39 +216,39 @@ class _File(_Flags):
     description: str = ""
     host: Host = Host()
     cluster: Cluster = Cluster()
-    stages: list[dict[Any, Any]] = []  # each a name and, by section, what it changes
+    stages: list[dict[Any, Any]] = []  # each has a name and, by section, what it changes
 
 
 class _Stage(_Flags):
-    # Also the name of a directory.
+    # A directory has this name, too.
     name: Annotated[str, _checked(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "not a name of letters, digits, . _ -")]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job file, understood, or one of its stages."""
+    """A parsed and checked job file, or one of its stages."""
 
-    name: str  # stem of the file, with the size where it has several, and the stage
+    name: str  # stem of the file, with the size if it has several, and the stage
     path: Path
     description: str
     host: Host
-    preset: str | None  # by name or file
-    flags: Mapping[str, Any]  # what the sections say, by flag name without dashes, in the file's order
+    preset: str | None  # name or file of the preset
+    flags: Mapping[str, Any]  # values of the flags, by name without dashes, in the order of the file
     cluster: Cluster
-    stage: str | None = None  # its name; None for a job that has no stages
-    before: "Job | None" = None  # the stage in front of it
+    stage: str | None = None  # name of the stage; None for a job that has no stages
+    before: "Job | None" = None  # the preceding stage
 
     @property
     def number(self) -> int:
-        """Of the stage, from 0."""
+        """The number of the stage, from 0."""
         return 0 if self.before is None else self.before.number + 1
 
     def arguments(self) -> argparse.Namespace:
-        """What our parser makes of preset and flags, dependent defaults not filled in.
+        """Parses the preset and the flags with the built-in loop's parser; dependent defaults are not filled in.
 
         Raises:
-            JobError: something required is missing, or the parser refuses a value.
-            PresetError: the preset is not there, or not understood.
+            JobError: if something required is missing, or the parser refuses a value.
+            PresetError: if the preset does not exist or cannot be understood.
         """
         where = str(self.path) if self.stage is None else f"{self.path}: stage {self.stage}"
         where += f" with the preset {self.preset}" if self.preset else ""
@@ -256,25 +256,25 @@ class Job:
         return presets.parsed(argv, lambda message: JobError(f"{where}: {message}"))
 
     def vocab_size(self) -> int | None:
-        """Tokens without padding, by ``data.vocab-size`` or else by the preset; None where neither says."""
+        """Returns the unpadded vocabulary size by ``data.vocab-size`` or else the preset; None if neither gives it."""
         if "vocab-size" in self.flags:
             return int(self.flags["vocab-size"])
         return presets.read(self.preset).vocab_size if self.preset else None
 
 
 def names() -> list[str]:
-    """The jobs that come with the package: every file, or each size of one that has several."""
+    """Returns the names of the jobs in the package: one per file, or one per size of a file with several."""
     return sorted(name for path in packaged.files("jobs").values() for name in _jobs_in(path))
 
 
 def _jobs_in(path: Path) -> dict[str, str | None]:
-    """Job -> its size in the file."""
+    """Returns the names of the jobs in a file, each with its size (None for a file without sizes)."""
     sizes = read_yaml(path).get("sizes", ())
     return {f"{path.stem}-{size}": size for size in sizes} or {path.stem: None}
 
 
 def _find(name: str) -> tuple[Path, str | None]:
-    """The file of a job and the size that is meant."""
+    """Returns the file of a job and the chosen size."""
     for stem, path in packaged.files("jobs").items():
         if name.startswith(stem) and name in (jobs := _jobs_in(path)):
             return path, jobs[name]
@@ -290,7 +290,7 @@ def read_job(name: str, overrides: Sequence[str] = (), content: Any = None) -> J
     """Reads a job that has no stages, as :func:`read_stages` does.
 
     Raises:
-        JobError: as there; also for a job with stages.
+        JobError: if :func:`read_stages` raises it, or the job has stages.
     """
     jobs = read_stages(name, overrides, content)
     if jobs[0].stage is not None:
@@ -301,19 +301,19 @@ def read_job(name: str, overrides: Sequence[str] = (), content: Any = None) -> J
 
 
 def read_stages(name: str, overrides: Sequence[str] = (), content: Any = None) -> list[Job]:
-    """Reads a job by file, or by the name of one that comes with the package.
+    """Reads a job and its stages from a file, or by the name of a job that comes with the package.
 
     Args:
-        name: file, ``FILE:SIZE`` where the file has sizes, or name.
-        overrides: ``section.key=value`` (``cluster.nodes=2``, ``host.flags.use-flash-attn=true``), values in YAML; an
-            empty value takes the key out, or a whole section. ``stages.NAME.section.key=value`` is for one stage.
-        content: what such a file would hold, where it stands in a file of another kind, which then is the name.
+        name: a file, ``FILE:SIZE`` if the file has sizes, or the name of a job.
+        overrides: changes of the form ``section.key=value`` (``cluster.nodes=2``, ``host.flags.use-flash-attn=true``),
+            values in YAML; an empty value removes a key or a section. ``stages.NAME.section.key=value``: one stage.
+        content: the content of the job if it is part of a file of another kind, whose path is then the name.
 
     Returns:
-        Its stages in their order; of a job without stages the job itself, alone.
+        The stages of the job in their order; for a job without stages, only the job itself.
 
     Raises:
-        JobError: naming the file, the stage, the key and what is expected.
+        JobError: if the job is bad; the message names the file, the stage, the key and what is expected.
     """
     try:
         path, size = _find(name) if content is None else (Path(name), None)
@@ -335,7 +335,7 @@ def read_stages(name: str, overrides: Sequence[str] = (), content: Any = None) -
 
 
 def _stages(job: Job, entries: Sequence[dict[Any, Any]]) -> list[Job]:
-    """The stages of a job, from what stands outside of them."""
+    """Builds the stages of a job from the job without stages and the entries of the stages in the file."""
     found: list[Job] = []
     for number, entry in enumerate(entries, 1):
         of = f"stage {entry.get('name', number)}"
@@ -345,7 +345,7 @@ def _stages(job: Job, entries: Sequence[dict[Any, Any]]) -> list[Job]:
             flags = stages.flags_of(stage.name, job.flags, own, {str(j.stage): j.flags for j in found})
         except FileError as error:
             raise JobError(f"{of}: {error}") from None
-        # Agents of two stages never meet.
+        # A rendezvous of its own for each stage, so that agents of different stages never meet.
         named = {"rendezvous_id": f"{job.cluster.rendezvous_id or job.name}-{stage.name}"}
         found.append(
             replace(
@@ -362,7 +362,7 @@ def _stages(job: Job, entries: Sequence[dict[Any, Any]]) -> list[Job]:
 
 
 def _choose_size(content: dict[Any, Any], size: str | None) -> None:
-    """Takes what a size says in the place of what stands outside of ``sizes``."""
+    """Applies the changes of a size to the content of a job file, and removes ``sizes`` from it."""
     sizes = content.pop("sizes", {})
     if not isinstance(sizes, dict) or not all(isinstance(changes, dict) for changes in sizes.values()):
         raise JobError("sizes: expected names of sizes, and for each the entries that it changes, by section")

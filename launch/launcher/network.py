@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network interfaces of this node, and which of them a job shall use."""
+"""The network interfaces of this node, and the choice of the one that a job uses."""
 
 import ipaddress
 import socket
@@ -8,14 +8,14 @@ from .job import Cluster
 
 
 class NetworkError(ValueError):
-    """The interface that a job asks for is not on this node."""
+    """The error that this node does not have the interface that a job asks for, or that it cannot be found."""
 
 
 def interfaces() -> dict[str, list[str]]:
-    """Interface -> its IP addresses, in the system's order.
+    """Returns the IP addresses of each network interface, in the order of the system.
 
     Raises:
-        NetworkError: psutil is not installed.
+        NetworkError: if psutil is not installed.
     """
     try:
         import psutil
@@ -28,7 +28,7 @@ def interfaces() -> dict[str, list[str]]:
 
 
 def addresses_of(host: str) -> list[str]:
-    """The IP addresses that a name resolves to here, in the resolver's order; none where it does not."""
+    """Returns the IP addresses that a name resolves to on this node, in the resolver's order; empty if it does not."""
     try:
         return list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, None)))
     except OSError:
@@ -36,7 +36,7 @@ def addresses_of(host: str) -> list[str]:
 
 
 def local_addresses() -> set[str]:
-    """Every IP address of this node; only what its name resolves to where psutil is missing."""
+    """Returns all IP addresses of this node; if psutil is missing, only those that its host name resolves to."""
     try:
         return {address for addresses in interfaces().values() for address in addresses}
     except NetworkError:
@@ -44,10 +44,10 @@ def local_addresses() -> set[str]:
 
 
 def choose_interface(cluster: Cluster, available: dict[str, list[str]] | None = None) -> str | None:
-    """The interface that the job asks for, by name or by subnet; None where it asks for none.
+    """Returns the interface that the job asks for, by name or by subnet; None if it asks for none.
 
     Raises:
-        NetworkError: it is not here, naming those that are.
+        NetworkError: if this node has no such interface, or several in the subnet; the message names the candidates.
     """
     if cluster.network_interface is None and cluster.subnet is None:
         return None

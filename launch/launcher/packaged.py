@@ -11,20 +11,20 @@ _LAUNCH = Path(__file__).parents[1]
 
 
 def files(folder: str) -> dict[str, Path]:
-    """Name -> file, in the order of the names."""
+    """Returns the YAML files in a folder by their names, in the order of the names."""
     return {path.stem: path for path in sorted((_LAUNCH / folder).glob("*.yaml"))}
 
 
 def missing(name: str, what: str, known: Sequence[str]) -> FileError:
-    """What to raise where a name is neither a file nor one of these."""
+    """Returns the error for a name that is neither a file nor one of the known names."""
     return FileError(f"{name}: no such {what} file, and no {what} of that name: choose one of {', '.join(known)}")
 
 
 def load(kind: type[Model], folder: str, what: str, name: str) -> Model:
-    """Reads a file by its name in a folder, or else by its path.
+    """Reads a file by its name in a folder of the package, or else by its path.
 
     Raises:
-        FileError: it is neither, cannot be read, or is not of that kind.
+        FileError: if the name is neither, or the file cannot be read or is not of that kind.
     """
     known = files(folder)
     path = known.get(name, Path(name))

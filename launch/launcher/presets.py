@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model presets: ``--model NAME`` stands for the flags in ``launch/models/NAME.yaml`` (or in a file of that form)."""
+"""Model presets: ``--model NAME`` stands for the flags in ``launch/models/NAME.yaml`` or in a file of that format."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,11 @@ from . import packaged
 
 
 class PresetError(FileError):
-    """A preset that is not there or not understood."""
+    """The error that a preset does not exist or cannot be understood."""
 
 
 def reads_as_flag(item: Any) -> bool:
-    """Whether a value would turn into a flag on a command line, or end it."""
+    """Returns whether a value would turn into a flag on a command line, or truncate it at a NUL character."""
     return isinstance(item, str) and (item.startswith("-") or "\0" in item)
 
 
@@ -33,12 +33,12 @@ def _flag_value(value: Any) -> Any:
     return value
 
 
-# Of a flag as a file has it: true for the flag alone, false for none.
+# The value of a flag in a file: true for the flag without a value, false to omit it.
 FlagValue = Annotated[Any, AfterValidator(_flag_value)]
 
 
 class Preset(Strict):
-    """A preset file: one line for people, its tokenizer's size, and flags as they are, without dashes."""
+    """A preset file: a description for people, the size of the tokenizer, and flags by their names without dashes."""
 
     description: str = ""
     vocab_size: Annotated[int, cli.bounded(cli.Whole(1, 2**24))] | None = Field(None, alias="vocab-size")
@@ -46,15 +46,15 @@ class Preset(Strict):
 
 
 def names() -> list[str]:
-    """The presets that come with the package."""
+    """Returns the names of the presets that come with the package."""
     return list(packaged.files("models"))
 
 
 def read(name: str) -> Preset:
-    """A preset by name or file.
+    """Reads a preset by its name or its file.
 
     Raises:
-        PresetError: not there, or not of that form.
+        PresetError: if it does not exist, or does not have the format of a preset.
     """
     try:
         return packaged.load(Preset, "models", "preset", name)
@@ -63,10 +63,10 @@ def read(name: str) -> Preset:
 
 
 def vocab_size(name: str) -> int:
-    """Tokens of a preset's tokenizer.
+    """Returns the vocabulary size of a preset's tokenizer.
 
     Raises:
-        PresetError: see :func:`read`; also where it does not say.
+        PresetError: if the preset cannot be read (:func:`read`), or does not give a ``vocab-size``.
     """
     size = read(name).vocab_size
     if size is None:
@@ -75,12 +75,12 @@ def vocab_size(name: str) -> int:
 
 
 def flags(name: str) -> list[str]:
-    """The command line that a preset stands for."""
+    """Returns the command-line arguments that a preset stands for."""
     return arguments(read(name).flags)
 
 
 def arguments(flags: Mapping[str, Any]) -> list[str]:
-    """The command line of flags as files have them."""
+    """Returns flags, given as in a file, as command-line arguments; a flag whose value is false is left out."""
     argv: list[str] = []
     for flag, value in flags.items():
         if value is not False:
@@ -89,10 +89,10 @@ def arguments(flags: Mapping[str, Any]) -> list[str]:
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """A command line with ``--model NAME`` replaced by the preset's flags, in front: what follows overrides them.
+    """Replaces ``--model NAME`` on a command line by the preset's flags, in front, so that all others override them.
 
     Raises:
-        PresetError: see :func:`read`; also ``--model`` twice or without a name.
+        PresetError: if the preset cannot be read (:func:`read`), or ``--model`` is given twice or without a name.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--model", action="append", default=[])
@@ -106,7 +106,12 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 
 def parsed(argv: Sequence[str], mistake: Callable[[str], Exception]) -> argparse.Namespace:
-    """What the parser of our loop makes of a command line; where it refuses, raises what its message becomes."""
+    """Parses a command line with the parser of the built-in training loop.
+
+    Args:
+        argv: the command line.
+        mistake: turns the parser's message into the exception that is raised if the parser refuses the command line.
+    """
 
     def refuse(message: str) -> NoReturn:
         raise mistake(message)
@@ -117,10 +122,11 @@ def parsed(argv: Sequence[str], mistake: Callable[[str], Exception]) -> argparse
 
 
 def architecture(name: str) -> Architecture:
-    """The model that a preset describes.
+    """Returns the architecture that a preset describes.
 
     Raises:
-        PresetError: see :func:`read`; also without ``vocab-size``, and with flags that training refuses.
+        PresetError: if the preset cannot be read (:func:`read`), has no ``vocab-size``, or has flags that training
+            refuses.
     """
     run = "--seq-length 1 --micro-batch-size 1 --train-iters 1 --lr 1".split()
     args = parsed([*flags(name), *run], lambda message: PresetError(f"--model {name}: {message}"))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which node of which job this is: from a list of hosts, SLURM, Kubernetes, ModelArts, or nobody.
+"""Detection of this node's place in a job: from a list of hosts, SLURM, Kubernetes, ModelArts, or without a scheduler.
 
-What a scheduler says counts where the job file leaves something open; where both say something different, that is an
-error. docs/cluster.md lists the variables that are read.
+The scheduler decides what the job file leaves open; if both give different values, that is an error. docs/cluster.md
+lists the environment variables that are read.
 """
 
 import itertools
@@ -19,26 +19,26 @@ _RANK, _NODES, _PORT = Whole(0, 2**16), Whole(1, 2**16), Whole(1, 65535)
 
 
 class ClusterError(ValueError):
-    """This node's place in the job cannot be found, or two sources contradict each other."""
+    """The error that this node's place in the job cannot be found, or that two sources contradict each other."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """This node's place in the job."""
+    """The place of this node in a job, and where the job's nodes meet."""
 
-    source: str  # who said so
+    source: str  # name of the source of the information
     nodes: int
-    node_rank: int  # from 0
+    node_rank: int  # rank of this node, from 0
     devices_per_node: int  # processes, one per device
-    master_addr: str  # of node 0
-    master_port: int  # of the rendezvous
-    hosts: tuple[str, ...] = ()  # in rank order, where known
-    notes: tuple[str, ...] = ()  # what else was found, one line each
+    master_addr: str  # address of node 0
+    master_port: int  # port of the rendezvous
+    hosts: tuple[str, ...] = ()  # all hosts in rank order, if known
+    notes: tuple[str, ...] = ()  # remarks for the user, one line each
 
 
 @dataclass
 class _Found:
-    """What one source says; None where it says nothing."""
+    """The information of one source; None for what it does not give."""
 
     source: str
     nodes: int | None = None
@@ -51,12 +51,13 @@ class _Found:
 
 
 def place_of(job: Job, environ: Mapping[str, str], node_rank: int | None = None) -> Placement:
-    """This node's place in a job, as :func:`detect` finds it; stage n, from 0, meets n ports above the first one.
+    """Returns this node's place in a job or stage; stage n, from 0, uses the port n above that of the first stage.
 
-    Node 0 may still hold the rendezvous of the stage before when another node has begun to look for the next one.
+    Each stage has a port of its own because node 0 may still hold the rendezvous of a stage when another node already
+    looks for that of the next one.
 
     Raises:
-        ClusterError: see :func:`detect`; also where there are no such ports.
+        ClusterError: if :func:`detect` raises it, or the port of the stage is too high.
     """
     place = detect(job.cluster, environ, node_rank)
     port = place.master_port + job.number
@@ -66,10 +67,10 @@ def place_of(job: Job, environ: Mapping[str, str], node_rank: int | None = None)
 
 
 def detect(cluster: Cluster, environ: Mapping[str, str], node_rank: int | None = None) -> Placement:
-    """Finds this node's place; a ``node_rank`` of the command line beats every other source.
+    """Finds this node's place; a ``node_rank`` from the command line overrides every other source.
 
     Raises:
-        ClusterError: with what is missing or what contradicts what.
+        ClusterError: if information is missing or contradictory; the message says which.
     """
     name: str = cluster.scheduler
     if name == "auto":
@@ -92,7 +93,7 @@ def detect(cluster: Cluster, environ: Mapping[str, str], node_rank: int | None =
         raise ClusterError(
             f"cluster.devices-per-node is {cluster.devices_per_node}, but {found.source} says {found.devices}"
         )
-    # A port of the scheduler's counts only with its address: PyTorchJob's service forwards no other one.
+    # The scheduler's port is used only with the scheduler's address: PyTorchJob's service forwards no other port.
     master = cluster.master_addr or found.master_addr or (found.hosts[0] if found.hosts else None)
     if master is None and nodes > 1:
         raise ClusterError("nobody says where node 0 is: give cluster.master-addr or cluster.hosts")
@@ -104,15 +105,15 @@ def detect(cluster: Cluster, environ: Mapping[str, str], node_rank: int | None =
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """The hosts of a SLURM node list, in order: ``n[01-03,7],gpu-a[1-2]b`` -> n01 n02 n03 n7 gpu-a1b gpu-a2b.
+    """Expands a SLURM node list, in order: ``n[01-03,7],gpu-a[1-2]b`` -> n01 n02 n03 n7 gpu-a1b gpu-a2b.
 
     Raises:
-        ClusterError: the text is no node list.
+        ClusterError: if the text is not a node list.
     """
     if not re.fullmatch(r"(?:[^\[\]]|\[[^\[\]]*\])+", text):
         raise ClusterError(f"{text!r} is no SLURM node list: its brackets do not match")
     hosts: list[str] = []
-    # Split at commas outside of brackets.
+    # Split at commas outside brackets.
     for item in re.findall(r"(?:[^\[\],]|\[[^\[\]]*\])+", text):
         parts = re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", item)
         choices = [[literal] if literal else _numbers(ranges, text) for literal, ranges in parts]
@@ -166,7 +167,7 @@ def _slurm(environ: Mapping[str, str]) -> _Found:
 
 
 def _kubernetes(environ: Mapping[str, str]) -> _Found:
-    """``PET_*`` of Kubeflow Trainer and training operator; else as PyTorchJob has it: of pods, not of processes."""
+    """Reads ``PET_*`` (Kubeflow Trainer, training operator), or PyTorchJob's RANK and WORLD_SIZE, which count pods."""
     if "PET_NNODES" not in environ:
         return _Found(
             "Kubernetes (MASTER_ADDR, RANK)",
@@ -176,9 +177,9 @@ def _kubernetes(environ: Mapping[str, str]) -> _Found:
             master_port=_integer(environ, "MASTER_PORT", kind=_PORT),
         )
     endpoint, _, port = environ.get("PET_RDZV_ENDPOINT", "").rpartition(":")
-    # min:max of an elastic job; this launcher always wants all nodes.
+    # An elastic job gives min:max; this launcher always waits for all nodes.
     environ = {**environ, "PET_NNODES": environ["PET_NNODES"].rpartition(":")[2], "PET_RDZV_ENDPOINT": port}
-    # torchrun also takes words here, such as auto.
+    # torchrun also takes words for this number, such as "auto".
     words = environ.get("PET_NPROC_PER_NODE", "").isalpha()
     return _Found(
         "Kubernetes (PET_*)",
@@ -196,7 +197,7 @@ def _modelarts(environ: Mapping[str, str]) -> _Found:
     if hosts and nodes != len(hosts):
         raise ClusterError(f"MA_NUM_HOSTS or VC_WORKER_NUM is {nodes}, but VC_WORKER_HOSTS names {len(hosts)}")
     rank = _integer(environ, "VC_TASK_INDEX", "VK_TASK_INDEX")
-    # Of NPUs, too.
+    # In spite of its name this variable also counts NPUs.
     devices = _integer(environ, "MA_NUM_GPUS", kind=_NODES)
     return _Found("ModelArts", nodes, rank, devices, hosts=hosts)
 
@@ -210,7 +211,7 @@ _SOURCES: dict[str, Callable[[Mapping[str, str]], _Found]] = {
 
 
 def _integer(environ: Mapping[str, str], *names: str, kind: Whole = _RANK) -> int | None:
-    """The first of these variables that says something."""
+    """Returns the value of the first of these variables that is set and not empty, or None."""
     name = next((name for name in names if environ.get(name)), names[0])
     try:
         return from_environment(name, kind, None, environ)
@@ -224,7 +225,7 @@ def _own_names() -> list[str]:
 
 
 def _own_index(hosts: Sequence[str]) -> int | None:
-    """The number of the host that is this one: by name, else by an address that an interface here has."""
+    """Returns the index of this node among the hosts: by name, else by an address of one of its interfaces; or None."""
     mine = {name.lower() for name in _own_names()}
     matches = [i for i, host in enumerate(hosts) if host.lower() in mine]
     if not matches:

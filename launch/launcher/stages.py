@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs that train in stages: what a stage makes of the job's flags, and where it stands in the content of a job file.
+"""Jobs that train in stages: the flags of a stage, and its entry in the content of a job file.
 
-A stage starts from the weights of the one before it, with a fresh optimizer, and saves in a directory of its own. Which
-stages have ended is read from the trackers in these directories and from nothing else
-(:func:`~.torchrun.next_stage`): every node of a job that is started again decides alike, since no tracker changes
-before all of its nodes have met.
+A stage starts from the weights of the preceding one, with a fresh optimizer, and saves in a directory of its own. The
+trackers in these directories alone tell which stages have ended (:func:`~.torchrun.next_stage`): all nodes of a
+restarted job come to the same decision, since no tracker changes before all nodes have met.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,26 +11,27 @@ from typing import Any
 
 from ...files import FileError, nearest
 
-# Where a stage writes what another one would write over.
+# Flags for output directories that two stages must not share, because one would overwrite the other's files.
 _OF_ITS_OWN = ("save", "log-dir")
 
 
 def flags_of(
     name: str, shared: Mapping[str, Any], own: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The flags of a stage.
+    """Returns the flags of a stage.
 
-    Unless it says otherwise itself, it saves and logs in directories with its name below the job's, and starts from
-    what the stage before it has saved.
+    By default a stage saves and logs in directories with its name below those of the job, and starts from what the
+    preceding stage has saved.
 
     Args:
-        name: of the stage.
-        shared: flags of the job, by name without dashes.
-        own: those that the stage says.
-        earlier: flags of the stages in front of it, by their names, in their order.
+        name: the name of the stage.
+        shared: the flags of the job, by name without dashes.
+        own: the flags that the stage sets itself.
+        earlier: the flags of the preceding stages, by the names of the stages, in their order.
 
     Raises:
-        FileError: it has the name or a directory of an earlier one, saves nothing, or is told where to load from.
+        FileError: if the stage has the name or a directory of an earlier one, saves nothing, or is told where to load
+            from.
     """
     if name in earlier:
         raise FileError("there are two of this name")
@@ -52,8 +52,12 @@ def flags_of(
 
 
 def that_say(content: Mapping[Any, Any], parts: Sequence[str]) -> list[str]:
-    """Names of the stages that say themselves what an override of the job would say for all: ``section``, or ``section
-    key``, in a job file's content that may be anything."""
+    """Returns the names of the stages that themselves set what an override of the job would set for all stages.
+
+    Args:
+        content: the content of a job file, not checked yet.
+        parts: the overridden entry: a section, or a section and a key.
+    """
     entries = content.get("stages")
     found = []
     for entry in entries if isinstance(entries, list) else ():
@@ -64,10 +68,10 @@ def that_say(content: Mapping[Any, Any], parts: Sequence[str]) -> list[str]:
 
 
 def named(entries: Sequence[Any], name: str) -> Any:
-    """The entry of a stage in a job file's content.
+    """Returns the entry of a stage in the content of a job file.
 
     Raises:
-        FileError: there is none of that name.
+        FileError: if there is no stage of that name.
     """
     known = [str(entry.get("name")) for entry in entries if isinstance(entry, dict)]
     if name not in known:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that run as children of this process, and who asks them to stop."""
+"""Commands that run as children of this process, and the signals that are passed on to them."""
 
 import contextlib
 import functools
@@ -16,12 +16,12 @@ _PATIENCE_SECONDS = 0.25
 
 
 class Supervisor:
-    """Runs commands as children, which get what this process is asked (SIGTERM, SIGUSR1), and die with it.
+    """Runs commands as children that receive this process's requests to stop (SIGTERM, SIGUSR1) and die with it.
 
-    Used as a context; the handlers of signals are what they were afterwards, and no child is left.
+    Use it as a context manager. On exit, remaining children are killed and the previous signal handlers restored.
 
     Args:
-        interactive: whether Ctrl-C asks the children to stop, too, as SIGTERM; a second one interrupts this process.
+        interactive: whether Ctrl-C, too, asks the children to stop, as SIGTERM; a second one interrupts this process.
 
     Attributes:
         asked: whether this process was asked to stop.
@@ -38,7 +38,7 @@ class Supervisor:
 
     def __exit__(self, *_: object) -> None:
         for child in self._children:
-            # Ctrl-C has reached those of our session, too.
+            # Ctrl-C has also reached the children in our session: give them time to end by themselves.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(_PATIENCE_SECONDS)
             child.kill()
@@ -49,9 +49,9 @@ class Supervisor:
     def start(
         self, command: Sequence[str], variables: Mapping[str, str], output: IO[Any] | None = None
     ) -> subprocess.Popen:
-        """Starts a command with these variables for its environment.
+        """Starts a command with the given environment variables.
 
-        One that prints into an `output` of its own has a session of its own, too: Ctrl-C reaches it through us alone.
+        A command with an ``output`` of its own also gets a session of its own: Ctrl-C reaches it only through us.
         """
         bound = functools.partial(end_with_parent, os.getpid())
         child = subprocess.Popen(
@@ -65,12 +65,12 @@ class Supervisor:
         )
         self._children = [*(other for other in self._children if other.returncode is None), child]
         if self.asked:
-            # That came while the child was being started.
+            # The request came while the child was being started.
             child.terminate()
         return child
 
     def run(self, command: Sequence[str], variables: Mapping[str, str]) -> int:
-        """Runs a command to its end, as :meth:`start` does; its exit status, negative for a signal."""
+        """Starts a command as :meth:`start` does, waits for it, and returns its exit status, negative for a signal."""
         return self.start(command, variables).wait()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a job and this node's place to the ``torchrun`` command (of ``launch/agent.py``), as a list of arguments."""
+"""The ``torchrun`` command of a job (through ``launch/agent.py``) for this node's place, as a list of arguments."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,25 +33,25 @@ _SETTLED_HERE = frozenset(
 
 @dataclass(frozen=True)
 class Resume:
-    """Where the job will start."""
+    """The point at which a job will start."""
 
-    iteration: int | None  # of the checkpoint it goes on from; None where it starts anew or from other weights
-    line: str  # for people
+    iteration: int | None  # iteration of the checkpoint that the job resumes; None for a new start or other weights
+    line: str  # description for people
 
 
 def host_argv(job: Job) -> list[str]:
-    """The script of the job's host and all its arguments.
+    """Returns the script of the job's host and all its arguments.
 
-    ``--load`` is ``--save`` where the job gives none, so that the same job file starts and resumes; and the job saves
-    when it is asked to stop (``--exit-signal-handler``) unless it says ``exit-signal-handler: false``.
+    ``--load`` defaults to ``--save``, so that the same job file starts and resumes; and the job saves when it is asked
+    to stop (``--exit-signal-handler``) unless it says ``exit-signal-handler: false``.
 
     Raises:
-        JobError: the host lacks a flag that the job gives.
+        JobError: if the host lacks a flag that the job gives, or does not support its value.
     """
     flags = dict(job.flags)
     if "save" in flags and "load" not in flags:
         flags["load"] = flags["save"]
-    # Jobs are preempted without a word to their owners.
+    # Clusters preempt jobs without warning their owners.
     flags.setdefault("exit-signal-handler", True)
     if job.host.kind != MEGATRON_LM:
         preset = ["--model", job.preset] if job.preset else []
@@ -79,10 +79,15 @@ def host_argv(job: Job) -> list[str]:
 
 
 def torchrun(job: Job, place: Placement, local_address: str | None = None) -> list[str]:
-    """The whole command of this node, whose ``local_address`` is what the others reach it by; None for its host name.
+    """Returns the whole command of this node.
+
+    Args:
+        job: the job, or one stage of it.
+        place: this node's place in the job.
+        local_address: the address at which other nodes reach this one; None for its host name.
 
     Raises:
-        JobError: see :func:`host_argv`.
+        JobError: if the host does not support a flag of the job (:func:`host_argv`).
     """
     cluster = job.cluster
     command = [sys.executable, str(_COMMANDS / "agent.py")]
@@ -92,7 +97,7 @@ def torchrun(job: Job, place: Placement, local_address: str | None = None) -> li
         command += ["--node_rank", str(place.node_rank), "--rdzv_conf", f"timeout={cluster.rendezvous_timeout}"]
         command += ["--master_addr", place.master_addr, "--master_port", str(place.master_port)]
     else:
-        # By rank and not by name: in containers names may resolve to anything.
+        # The rank and not the name tells the host of the rendezvous: in containers names may resolve to anything.
         conf = f"is_host={str(place.node_rank == 0).lower()},join_timeout={cluster.rendezvous_timeout}"
         conf += f",keep_alive_interval={max(1, cluster.keep_alive_seconds // 3)},keep_alive_max_attempt=3"
         address = f"[{place.master_addr}]" if ":" in place.master_addr else place.master_addr
@@ -106,16 +111,18 @@ def torchrun(job: Job, place: Placement, local_address: str | None = None) -> li
 
 
 def environment(environ: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the command: what is exported, without the ``PET_*`` variables through which ``torchrun``
-    would take defaults for what the command settles, and with the job's settings."""
+    """Returns the environment of the command: the exported variables, overridden by the job's settings.
+
+    The ``PET_*`` variables are left out from which ``torchrun`` would take defaults for what the command settles.
+    """
     return {**{k: v for k, v in environ.items() if k not in _SETTLED_HERE}, **settings}
 
 
 def resume(job: Job) -> Resume:
-    """Where the job will start, as its host will find it.
+    """Returns the point at which the job will start, found in the same way as its host finds it.
 
     Raises:
-        CheckpointError: see :func:`~bitcpm_megatron.checkpoints.directory.latest`.
+        CheckpointError: if the newest checkpoint is unusable (:func:`~bitcpm_megatron.checkpoints.directory.latest`).
     """
     directory = job.flags.get("load") or job.flags.get("save")
     if directory is None:
@@ -131,22 +138,22 @@ def resume(job: Job) -> Resume:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the newest checkpoint that a job has saved is that of its last iteration.
+    """Returns whether the newest checkpoint that a job has saved is that of its last iteration.
 
     Raises:
-        CheckpointError: see :func:`~bitcpm_megatron.checkpoints.directory.latest`.
-        JobError, PresetError: see :meth:`Job.arguments`.
+        CheckpointError: if the newest checkpoint is unusable (:func:`~bitcpm_megatron.checkpoints.directory.latest`).
+        JobError, PresetError: if the arguments of the job are bad (:meth:`Job.arguments`).
     """
     found = latest_of(job, str(job.flags["save"])) if "save" in job.flags else None
     return found is not None and iteration_of(found) >= job.arguments().train_iters
 
 
 def next_stage(jobs: Sequence[Job]) -> Job | None:
-    """The first stage of a job that has not ended, or None where all have.
+    """Returns the first stage of a job that has not ended, or None if all have.
 
     Raises:
-        JobError: a later one has begun, which would not see what that one still learns.
-        CheckpointError: see :func:`~bitcpm_megatron.checkpoints.directory.latest`.
+        JobError: if a later stage has begun already: it would not see what the returned stage still has to learn.
+        CheckpointError: if a newest checkpoint is unusable (:func:`~bitcpm_megatron.checkpoints.directory.latest`).
     """
     left = [job for job in jobs if not is_finished(job)]
     for job in jobs[jobs.index(left[0]) + 1 :] if left else ():
@@ -160,10 +167,10 @@ def next_stage(jobs: Sequence[Job]) -> Job | None:
 
 
 def latest_of(job: Job, directory: str) -> Path | None:
-    """The newest checkpoint in a directory as the job's host would find it, or None.
+    """Returns the newest checkpoint in a directory as the job's host would find it, or None.
 
     Raises:
-        CheckpointError: see :func:`~bitcpm_megatron.checkpoints.directory.latest`.
+        CheckpointError: if the newest checkpoint is unusable (:func:`~bitcpm_megatron.checkpoints.directory.latest`).
     """
     if job.host.kind != MEGATRON_LM:
         return latest(directory)

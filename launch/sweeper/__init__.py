@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a sweep file to its runs, and from what they have logged to one table and one picture."""
+"""Sweeps: the runs of a sweep file, and the table and the picture of what they have logged."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs read: a training is another one where these files hold something else, whatever their names."""
+"""Digests of the files that runs read: a run is a different one if their contents differ, whatever their names."""
 
 import argparse
 import functools
@@ -20,14 +20,14 @@ _RECORD = "inputs.json"
 
 
 class _Record(Strict):
-    digests: dict[str, str]  # by path
+    digests: dict[str, str]  # digests by path
 
 
 class Inputs:
-    """The digests of everything that the arguments of runs name, each taken once.
+    """The digests of all files that the arguments of runs name; each is computed once.
 
     Args:
-        known: path -> digest, of those that are not to be looked at.
+        known: the digests by path that are already known; these paths are not read.
     """
 
     def __init__(self, known: Mapping[str, str] | None = None) -> None:
@@ -35,23 +35,23 @@ class Inputs:
 
     @classmethod
     def recorded(cls, directory: Path) -> "Inputs":
-        """As a sweep has recorded them when it was last run, if it has: they need not be there any more.
+        """Reads the digests that a sweep recorded when it last ran, if it did; the files need not exist any more.
 
         Raises:
-            FileError: the record is damaged.
+            FileError: if the record is damaged.
         """
         path = directory / _RECORD
         return cls(validated(_Record, read_json(path), str(path)).digests if path.exists() else None)
 
     def record(self, directory: Path) -> None:
-        """Writes them into a sweep's directory."""
+        """Writes the digests to the directory of a sweep."""
         write_text(directory / _RECORD, json.dumps({"digests": self._digests}, indent=1) + "\n")
 
     def of(self, args: argparse.Namespace) -> dict[str, Any]:
-        """What stands in the place of the paths: by argument a digest, of data weights and digests.
+        """Returns a digest for each argument that names a file; for data arguments the weights and the digests.
 
         Raises:
-            ValueError: something is not there or damaged; it is named.
+            ValueError: if a file is missing or damaged; the message names it.
         """
         read = functools.partial(read_samples, args.seq_length) if args.sft else read_token_file
         found: dict[str, Any] = {}

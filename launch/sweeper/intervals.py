@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a few seeds say: their mean, and its 95 % interval by Student's t distribution."""
+"""The mean over a few seeds, and its 95 % confidence interval by Student's t distribution."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ MOST_VALUES = 1 + len(_QUANTILES)
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, float]:
-    """The ``mean`` of 1 to 10 values and, of two or more finite ones, the ends ``low`` and ``high`` of its interval."""
+    """Returns the ``mean`` of 1 to 10 values and, for two or more finite ones, its interval: ``low`` and ``high``."""
     mean = statistics.fmean(values)
     if len(values) == 1 or not math.isfinite(mean):
         return {"mean": mean}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as files: a table for people, the same for programs, and a picture. They hold no time and no place."""
+"""Results of a sweep as files: a table for people, the same for programs, and a picture, without times or paths."""
 
 import json
 import math
@@ -16,7 +16,7 @@ TABLE, DATA, PICTURE = "results.md", "results.json", "results.png"
 
 
 def write(results: Results, output: Path) -> None:
-    """Writes the three files into the directory of a sweep, each whole or not at all."""
+    """Writes the three files into the directory of a sweep, each completely or not at all."""
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / DATA, json.dumps(content(results), indent=1) + "\n")
     draw(results, output / PICTURE)
@@ -24,7 +24,7 @@ def write(results: Results, output: Path) -> None:
 
 
 def table(results: Results) -> list[str]:
-    """The lines of the Markdown file: the arms, what the numbers are, and every run."""
+    """Returns the lines of the Markdown file: the arms, the meaning of the numbers, and every run."""
     counts = ", ".join(f"{results.count(state)} {state}" for state in (FINISHED, UNFINISHED, FAILED))
     description = results.sweep.description
     return [
@@ -37,7 +37,7 @@ def table(results: Results) -> list[str]:
 
 
 def arms(results: Results) -> list[str]:
-    """The lines of the table of arms."""
+    """Returns the lines of the table of arms."""
     head = ["arm", "seeds", f"training loss, last {results.sweep.last_records} records"]
     head += ["validation loss"] * _validates(results)
     head += [f"{results.judged} loss: difference"] * (results.sweep.baseline is not None)
@@ -98,7 +98,7 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def content(results: Results) -> dict[str, Any]:
-    """What the JSON file holds; a loss that is not finite is null."""
+    """Returns the content of the JSON file; a loss that is not finite is null."""
     return {
         "description": results.sweep.description,
         "last_records": results.sweep.last_records,
@@ -132,9 +132,9 @@ def _finite(values: Mapping[str, Any] | None) -> Any:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draws the loss that is judged: of each arm its seeds as dots, and the mean with its interval.
+    """Draws the judged loss: for each arm a dot per seed, and the mean with its interval.
 
-    Where an axis shall have an optimum it is drawn over that one, with a line for every combination of the others.
+    If an axis should have an optimum, that is the horizontal axis, with a line for every combination of the others.
     """
     from matplotlib.figure import Figure
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the logs of a sweep's runs say together: means over seeds, and differences seed by seed."""
+"""The results of a sweep from the logs of its runs: means over seeds, and differences seed by seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ Loss = Literal["training", "validation"]
 
 @dataclass(frozen=True)
 class Row:
-    """An arm, over those of its seeds that have finished.
+    """The results of an arm; its means are over the seeds whose runs have finished.
 
     Attributes:
-        results: by seed.
-        training: :func:`~.intervals.mean_interval` of the losses; None without a finished run.
-        validation: the same; None also where one of them has none.
-        reference: the arm that it is compared with, or None.
-        difference: from it, seed by seed, of those that both have finished, in the loss that is judged; or None.
-        at_the_edge: whether it is the best along the axis that shall have an optimum, and the first or last there.
+        results: the results by seed.
+        training: the :func:`~.intervals.mean_interval` of the training losses; None without a finished run.
+        validation: the same for validation losses; None also if a finished run has none.
+        reference: the arm that this one is compared with, or None.
+        difference: the interval of the differences in the judged loss from the reference, over the seeds that both have
+            finished; or None.
+        at_the_edge: whether the arm is the best along the axis that should have an optimum, and at an end of it.
     """
 
     arm: Arm
@@ -36,10 +37,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """All arms of a sweep, in its order.
+    """The results of all arms of a sweep, in its order.
 
     Attributes:
-        judged: the loss by which arms are compared: the validation loss where every finished run has one.
+        judged: the loss by which arms are compared: the validation loss if every finished run has one.
     """
 
     sweep: Sweep
@@ -48,16 +49,16 @@ class Results:
     rows: Sequence[Row]
 
     def of(self, run: Run) -> Result:
-        """That of a run."""
+        """Returns the result of a run."""
         return next(row for row in self.rows if row.arm == run.arm).results[run.seed]
 
     def count(self, state: str) -> int:
-        """How many runs are in a state."""
+        """Returns the number of runs in a state."""
         return sum(result.state == state for row in self.rows for result in row.results.values())
 
 
 def results_of(sweep: Sweep, runs: Sequence[Run]) -> Results:
-    """Reads the logs and outcomes of all runs."""
+    """Reads the logs and outcomes of all runs and returns the results."""
     found: dict[str, dict[int, Result]] = {}
     for run in runs:
         found.setdefault(run.arm.name, {})[run.seed] = run.result(sweep.last_records)
@@ -77,7 +78,7 @@ def results_of(sweep: Sweep, runs: Sequence[Run]) -> Results:
 
 
 def _losses(results: Mapping[int, Result], loss: Loss) -> dict[int, float]:
-    """Of the finished runs, by seed."""
+    """Returns the losses of the finished runs by seed."""
     return {seed: getattr(result, loss) for seed, result in results.items() if result.state == FINISHED}
 
 
@@ -89,8 +90,11 @@ def _mean(results: Mapping[int, Result], loss: Loss) -> dict[str, float] | None:
 def _edges(
     sweep: Sweep, found: Mapping[str, Mapping[int, Result]], losses: Mapping[str, Mapping[int, float]]
 ) -> set[str]:
-    """The arms that are best among those which differ from them along the axis of the optimum alone, and stand at its
-    end. Of arms that have not ended nothing is said, and one that has failed with a seed is not the best."""
+    """Returns the names of the arms that are the best along the axis of the optimum, and at an end of it.
+
+    An arm is compared with those that differ from it only along this axis. Groups in which a run has not ended are left
+    out, and an arm that has failed with a seed cannot be the best.
+    """
     if sweep.optimum is None:
         return set()
     groups: dict[str, list[Arm]] = {}

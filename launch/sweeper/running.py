@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries runs out, several at a time, each a process of ``launch/pretrain.py`` or a launch of several."""
+"""Execution of runs, several at a time, each as a process of ``launch/pretrain.py`` or a launch of several."""
 
 import os
 import re
@@ -21,24 +21,24 @@ from ..launcher.torchrun import environment as child_environment
 from ..launcher.torchrun import host_argv, is_finished, torchrun
 from .runs import FAILED, FINISHED, Run
 
-_SECONDS = 0.2  # between two looks at the processes
-_LOOKS = 10  # of them between two at what they have logged
-_MOST_OUTPUT = 65536  # bytes of a run's output in which its error is looked for
-_MOST_WORDS = 300  # of a reason
+_SECONDS = 0.2  # time between two looks at the processes
+_LOOKS = 10  # number of these looks between two looks at the logs
+_MOST_OUTPUT = 65536  # bytes at the end of a run's output in which its error is searched
+_MOST_WORDS = 300  # characters of a reason
 _OUTPUT = "output.txt"
-# How others end a process; a fault of its own is none of these.
+# Signals by which others end a process; a fault of the process itself causes none of them.
 _KILLS = ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM", "SIGUSR1")
-# What launch/agent.py says of the process that has failed, after it has spoken itself.
+# The message of launch/agent.py about a failed process, after that process's own message.
 _AGENT = re.compile(r"the process of local rank \d+ ended (?:by (SIG\w+)|with status \d+)")
-# Where this command itself is a process of a job, its runs are none.
+# Variables that are removed, because runs are not processes of the job to which this command itself may belong.
 _OF_A_RANK = frozenset("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT".split())
 
 
 def variables_of(job: Job) -> dict[str, str]:
-    """The environment of a job's runs: that of this process, with the profile's variables.
+    """Returns the environment of a job's runs: that of this process, with the variables of the profile.
 
     Raises:
-        JobError, NetworkError: there is no such profile, or this machine lacks the job's network.
+        JobError, NetworkError: if there is no such profile, or this machine lacks the job's network.
     """
     interface = choose_interface(job.cluster)
     profile = environment.read_profile(job.cluster.profile)
@@ -48,7 +48,7 @@ def variables_of(job: Job) -> dict[str, str]:
 
 
 def command(job: Job) -> list[str]:
-    """The command of a run, which goes on where it was stopped; several processes meet at a port that is free."""
+    """Returns the command that starts or resumes a run; if it has several processes, they meet at a free port."""
     cluster = job.cluster
     if cluster.devices_per_node == 1 and cluster.bind_cores == "none":
         return [sys.executable, *host_argv(job)]
@@ -57,12 +57,12 @@ def command(job: Job) -> list[str]:
 
 
 class Attempt:
-    """A run as a process.
+    """An attempt at a run: its process.
 
     Args:
-        run: to begin, or to go on with.
-        supervisor: that looks after the process.
-        variables: of its environment.
+        run: the run to begin or to resume.
+        supervisor: the supervisor of the process.
+        variables: the environment variables of the process.
     """
 
     def __init__(self, run: Run, supervisor: Supervisor, variables: Mapping[str, str]) -> None:
@@ -75,12 +75,12 @@ class Attempt:
             self._process = supervisor.start(command(run.job), variables, output)
 
     def ended(self, asked: bool) -> str | None:
-        """What became of it, in words, once it has ended; its run then knows, too. None while it goes on.
+        """Returns the outcome in words after the process has ended, and records it; None while it is running.
 
-        A run that others ended, or asked to stop, has not failed: the next attempt goes on from what it has saved.
+        A run that others ended or asked to stop has not failed: the next attempt resumes from what it has saved.
 
         Args:
-            asked: whether it was asked to stop by us.
+            asked: whether we have asked it to stop.
         """
         status = self._process.poll()
         if status is None:
@@ -97,7 +97,7 @@ class Attempt:
         return f"failed: {reason}"
 
     def _said(self) -> str:
-        """The end of what this attempt has printed."""
+        """Returns the end of what this attempt has printed."""
         with self._output.open("rb") as output:
             size = output.seek(0, os.SEEK_END)
             output.seek(max(self._began, size - _MOST_OUTPUT))
@@ -105,20 +105,20 @@ class Attempt:
 
 
 def failure(status: int, said: str) -> tuple[str, str]:
-    """Why a process ended with a status other than 0, in a line, and by which signal of others, if by one.
+    """Returns in one line why a process failed, and the signal by which others ended it (empty if they did not).
 
     Args:
-        status: of its exit, negative for a signal.
-        said: the end of its output.
+        status: the exit status, not 0; negative for a signal.
+        said: the end of the output.
     """
-    said = said.replace("\r", "\n")  # of a progress bar
+    said = said.replace("\r", "\n")  # progress bars print carriage returns
     errors = [" ".join(found.split()) for found in re.findall(r"(?m)^error: (.*(?:\n[ \t]+\S.*)*)", said)]
     of_agent = [found for error in errors if (found := _AGENT.fullmatch(error))]
     number = signal.Signals(-status).name if status < 0 else next((found[1] for found in of_agent if found[1]), None)
     if number is not None:
         return f"ended by {number}", number if number in _KILLS else ""
     causes = [error for error in errors if not _AGENT.fullmatch(error)]
-    # A fault of the program has a traceback, which ends with its words.
+    # A fault of the program has a traceback, whose last line is the message.
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("error: ")]
     return (causes or lines or [f"exit status {status}"])[-1].strip()[:_MOST_WORDS], ""
 
@@ -126,14 +126,14 @@ def failure(status: int, said: str) -> tuple[str, str]:
 def carry_out(
     runs: Sequence[Run], variables: Mapping[str, str], at_once: int, last_records: int, ended: Callable[[], None]
 ) -> bool:
-    """Carries runs out in their order, with a progress bar over their steps; returns whether it was asked to stop.
+    """Executes runs in their order, with a progress bar over their steps; returns whether it was asked to stop.
 
     Args:
-        runs: those that have not ended.
-        variables: of their environment.
-        at_once: how many go on at the same time.
-        last_records: see :meth:`Run.result`.
-        ended: is called when a run has ended, well or not.
+        runs: the runs that have not ended.
+        variables: the environment variables of the runs.
+        at_once: the number of runs at the same time.
+        last_records: the number of records over which the training loss is averaged (:meth:`Run.result`).
+        ended: a function that is called whenever a run has ended, well or not.
     """
     waiting, active, look = deque(runs), list[Attempt](), 0
     steps = {run.name: run.result(last_records).steps for run in runs}
@@ -159,5 +159,5 @@ def carry_out(
                 if words is not None or look % _LOOKS == 0:
                     steps[attempt.run.name] = attempt.run.result(last_records).steps
             if look % _LOOKS == 0:
-                # A run that goes on from a checkpoint takes back what it had logged behind it.
+                # The sum may fall: a run that resumes from a checkpoint removes what it had logged after it.
                 bar.update(sum(steps.values()) - bar.n)

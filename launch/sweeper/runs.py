@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of a sweep: an arm with a seed, named by the content of what determines its result."""
+"""The runs of a sweep: each is an arm with a seed, named by a digest of everything that determines its result."""
 
 import argparse
 import functools
@@ -21,12 +21,12 @@ from ..launcher.job import Job
 from .inputs import Inputs
 from .sweep_file import Arm, Sweep
 
-RUNS = "runs"  # below the directory of a sweep
+RUNS = "runs"  # folder of the runs in the directory of a sweep
 FINISHED: Final = "finished"
 FAILED: Final = "failed"
 UNFINISHED: Final = "unfinished"
 _OUTCOME = "outcome.json"
-# Arguments that change nothing in what a run logs. Paths of what it reads stand there by content.
+# Arguments that do not change what a run logs. Paths of files that it reads are replaced by digests of their content.
 _OF_NO_RESULT = (
     *("save", "load", "log_dir", "save_interval", "async_save", "keep_last_n", "data_cache_path"),
     *("exit_signal_handler", "distributed_timeout_minutes", "num_workers", "verify_digests"),
@@ -34,15 +34,15 @@ _OF_NO_RESULT = (
 
 
 class _Outcome(Strict):
-    """How a run has ended, in its directory; one that was killed or asked to stop has none."""
+    """The outcome of a run, a file in its directory; a run that was killed or asked to stop has none."""
 
     outcome: Literal["finished", "failed"]
-    reason: str = ""  # of a failure, one line
+    reason: str = ""  # reason of a failure, one line
 
 
 @dataclass(frozen=True)
 class _Log:
-    """What a run has logged: steps so far, losses of the records in their order, validation losses by step."""
+    """The log of a run: the steps so far, the losses of its records in order, and the validation losses by step."""
 
     steps: int
     training: Sequence[float]
@@ -51,14 +51,14 @@ class _Log:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has come to.
+    """The result of a run so far.
 
     Attributes:
         state: ``finished``, ``failed`` or ``unfinished``.
-        reason: of a failure, one line.
-        steps: logged so far.
-        training: mean loss over its last records, in nats per token; of a finished run.
-        validation: its last loss; of a finished run that evaluates.
+        reason: the reason of a failure, one line.
+        steps: the number of steps logged so far.
+        training: the mean loss over the last records, in nats per token; only for a finished run.
+        validation: the last validation loss, in nats per token; only for a finished run that evaluates.
     """
 
     state: Literal["finished", "failed", "unfinished"]
@@ -70,13 +70,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """A training of a sweep.
+    """A run of a sweep: one arm trained with one seed.
 
     Attributes:
-        name: digest of what determines its result; also that of its directory.
-        job: that is run, with directories of its own.
-        iterations: of the whole run.
-        evaluates: whether it ends with a validation loss.
+        name: a digest of everything that determines the result; also the name of the directory.
+        job: the job that is run, with directories of its own.
+        iterations: the number of iterations of the whole run.
+        evaluates: whether the run ends with a validation loss.
     """
 
     arm: Arm
@@ -88,16 +88,20 @@ class Run:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The name of the run for people."""
         return f"{self.arm.name}, seed {self.seed}"
 
     @property
     def directory(self) -> Path:
-        """Where it logs, and saves in ``checkpoint``."""
+        """The directory of the logs; checkpoints are in its folder ``checkpoint``."""
         return Path(self.job.flags["log-dir"])
 
     def result(self, last_records: int) -> Result:
-        """What it has come to. It has finished when its log is whole and its process has ended well, too, and saved."""
+        """Returns the result so far: finished if the log is complete and the process has saved and ended well.
+
+        Args:
+            last_records: the number of records at the end of the log over which the training loss is averaged.
+        """
         try:
             log, outcome = self._read_log(), self.outcome()
         except FileError as error:
@@ -110,7 +114,7 @@ class Run:
         return Result(FINISHED, "", log.steps, training, log.validation.get(self.iterations))
 
     def log_is_whole(self) -> bool:
-        """Whether it has logged all that it should, whatever has become of its process since."""
+        """Returns whether the run has logged everything that it should, whatever happened to its process afterwards."""
         try:
             return self._is_whole(self._read_log())
         except FileError:
@@ -127,39 +131,39 @@ class Run:
         return log.steps >= self.iterations and (not self.evaluates or self.iterations in log.validation)
 
     def outcome(self) -> _Outcome | None:
-        """How it has ended; None for a run that has not.
+        """Returns the recorded outcome; None for a run that has not ended.
 
         Raises:
-            FileError: the file that says so is damaged.
+            FileError: if the file of the outcome is damaged.
         """
         path = self.directory / _OUTCOME
         return validated(_Outcome, read_json(path), str(path)) if path.exists() else None
 
     def end(self, outcome: Literal["finished", "failed"], reason: str = "") -> None:
-        """Records how it has ended."""
+        """Records the outcome of the run."""
         content = _Outcome(outcome=outcome, reason=self._local(reason))
         write_text(self.directory / _OUTCOME, content.model_dump_json() + "\n")
 
     def forget_outcome(self) -> None:
-        """Takes away what :meth:`end` has recorded."""
+        """Removes the outcome that :meth:`end` has recorded."""
         (self.directory / _OUTCOME).unlink(missing_ok=True)
 
     def _local(self, text: str) -> str:
-        # The same table wherever a sweep lies.
+        # The table does not depend on the path of the sweep's directory.
         return text.replace(f"{self.directory}/", "")
 
 
 def runs_of(sweep: Sweep, output: Path, inputs: Inputs) -> list[Run]:
-    """The runs of a sweep, the first seed of every arm first.
+    """Returns the runs of a sweep, ordered by seed and then by arm.
 
     Args:
-        sweep: whose.
-        output: its directory.
-        inputs: gets the digests of what the runs read.
+        sweep: the sweep.
+        output: the directory of the sweep.
+        inputs: the digests of the files that the runs read; new ones are added.
 
     Raises:
-        FileError, ValueError: an arm is no training, two are the same one, or what one reads is not there; the message
-            names the arm.
+        FileError, ValueError: if an arm is not a valid training, two arms are the same training, or a file that an arm
+            reads is missing; the message names the arm.
     """
     found = [_run(sweep, arm, output, inputs) for arm in sweep.arms]
     names: dict[str, Run] = {}
@@ -177,7 +181,7 @@ def runs_of(sweep: Sweep, output: Path, inputs: Inputs) -> list[Run]:
 
 
 def _run(sweep: Sweep, arm: Arm, output: Path, inputs: Inputs) -> tuple[Run, argparse.Namespace]:
-    """An arm's run with the first seed, and the arguments that determine it."""
+    """Returns an arm's run with the first seed, and the arguments that determine its result."""
     job = _job(sweep.base, arm, sweep.seeds[0], output / RUNS / "run", output)
     try:
         args = job.arguments()
@@ -195,10 +199,10 @@ def _run(sweep: Sweep, arm: Arm, output: Path, inputs: Inputs) -> tuple[Run, arg
 
 
 def _named(run: Run, args: argparse.Namespace, seed: int, output: Path, inputs: Inputs) -> Run:
-    """The run with a seed and the name that follows."""
+    """Returns a run with another seed, and with the name and the directories that follow from it."""
     cluster, usual = run.job.cluster, _usual()
     said: Mapping[str, Any] = {
-        # Without defaults: a flag that a later version knows changes no name.
+        # Defaults are left out, so that flags of later versions do not change the names of existing runs.
         "arguments": {
             name: value
             for name, value in {**_resolved(args), **inputs.of(args), "seed": seed}.items()
@@ -214,13 +218,13 @@ def _named(run: Run, args: argparse.Namespace, seed: int, output: Path, inputs: 
 
 
 def _resolved(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments, with what is taken where they say nothing of weight decay and of a quantizer's scale."""
+    """Returns the arguments with the values that a run takes by default for weight decay and the quantizer's scale."""
     decay = WEIGHT_DECAY if args.weight_decay is None else args.weight_decay
     own = QuantizerConfig(
         args.ternary_space, statistic=args.ternary_statistic, scale_multiplier=args.ternary_scale_multiplier
     )
     of_scale = {"ternary_statistic": own.statistic, "ternary_scale_multiplier": own.scale_multiplier}
-    # With a recipe other modules may have other spaces, and a scale that is given holds for them, too.
+    # With a recipe, modules may have different spaces with different defaults, so that they are not filled in.
     return {**vars(args), "weight_decay": decay, **(of_scale if args.ternary and args.ternary_recipe is None else {})}
 
 
@@ -234,6 +238,6 @@ def _job(base: Job, arm: Arm, seed: int, directory: Path, output: Path) -> Job:
 
 
 def strangers(runs: Sequence[Run], output: Path) -> int:
-    """How many directories of runs stand there that are of no arm any more."""
+    """Returns the number of directories of runs in a sweep's output that belong to none of its arms."""
     ours = {run.name for run in runs}
     return sum(path.name not in ours for path in (output / RUNS).glob("*"))

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweep files: one YAML file says which trainings are compared, with which seeds, and against which of them.
+"""Sweep files: one YAML file describes which trainings are compared, with which seeds, and with which baseline.
 
-docs/sweeps.md shows one with everything. Flags are those of ``launch/pretrain.py`` without their dashes, with values as
-job files have them. Every arm is a way to train: one of ``arms``, where there are some, with one value of every flag in
-``grid``.
+docs/sweeps.md shows a complete one. Flags are those of ``launch/pretrain.py`` without their dashes, with values as in
+job files. Every arm is a way to train: one of ``arms``, if there are any, with one value of every flag in ``grid``.
 """
 
 import itertools
@@ -24,18 +23,18 @@ from .intervals import MOST_VALUES
 
 ARM: Final = "arm"  # the axis of the named arms; no flag has this name
 _MOST_ARMS = 1000
-_OPTIMUM_OF = 3  # values at least: with fewer none lies between others
+_OPTIMUM_OF = 3  # the least number of values: with fewer, none is between others
 _OF_THE_SWEEP = {
     "seed": "seeds: has them",
     "save": "every run has a directory of its own below --output",
     "log-dir": "every run has a directory of its own below --output",
 }
-# What would end a run before its end, or let it go on as another one than it was.
+# Flags that would end a run early, or resume it as a different training.
 _REFUSED = (
     *("load", "exit-interval", "exit-on-missing-checkpoint"),
     *("finetune", "no-load-optim", "no-load-rng", "no-save-optim"),
 )
-# Of the cluster: what one machine has use for.
+# Keys of the section cluster that make sense on a single machine.
 _OF_A_MACHINE = {
     *("profile", "nodes", "devices_per_node", "device_memory_gib", "network_interface", "subnet"),
     *("bind_cores", "environment", "override_environment"),
@@ -53,14 +52,14 @@ _Name = Annotated[str, AfterValidator(_is_a_name)]
 
 class _File(Strict):
     description: str = ""
-    base: Any  # a job by name or file, or what a job file holds
-    arms: dict[_Name, dict[str, Any]] = {}  # name -> flags that it sets together
-    grid: dict[str, list[Any]] = {}  # flag -> its values
+    base: Any  # the name or the file of a job, or the content of a job file
+    arms: dict[_Name, dict[str, Any]] = {}  # flags that each arm sets together, by its name
+    grid: dict[str, list[Any]] = {}  # values of each flag
     seeds: list[Annotated[int, bounded(Whole(0, 2**32 - 1))]] = Field(min_length=1, max_length=MOST_VALUES)
-    # The arm to compare with, by name; or values of some axes, where each arm is compared with the one that has these
-    # and is like it in all others.
+    # The name of the arm to compare with; or values of some axes: then each arm is compared with the one that has these
+    # values and equals it along all other axes.
     baseline: Any = None
-    optimum: str | None = None  # a flag of the grid whose best value shall lie between others
+    optimum: str | None = None  # a flag of the grid whose best value should be between others
     last_records: Annotated[int, bounded(Whole(1, 10**6))] = Field(10, alias="last-records")
 
 
@@ -69,8 +68,8 @@ class Arm:
     """One way to train.
 
     Attributes:
-        values: what tells it from the others: axis -> value.
-        flags: that it sets, by name without dashes.
+        values: the values by axis that distinguish the arm from the others.
+        flags: the flags that the arm sets, by name without dashes.
     """
 
     values: Mapping[str, Any]
@@ -78,20 +77,20 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name of the arm for people."""
         return name_of(self.values)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, understood.
+    """A parsed and checked sweep file.
 
     Attributes:
         base: the job whose flags the arms change.
-        arms: in the order of the file.
-        baseline: values of the axes that arms are compared at, or None.
-        optimum: the axis whose best value shall not be its least or greatest, or None.
-        last_records: a run's training loss is the mean over so many records of its log.
+        arms: the arms in the order of the file.
+        baseline: the values of axes that the references of the comparison have, or None.
+        optimum: the axis whose best value should not be its least or greatest, or None.
+        last_records: the number of records at the end of a log over which the training loss is averaged.
     """
 
     path: Path
@@ -104,7 +103,7 @@ class Sweep:
     last_records: int
 
     def reference(self, arm: Arm) -> Arm | None:
-        """The arm that another one is compared with; None where there is no baseline, or where it is that itself."""
+        """Returns the arm that ``arm`` is compared with; None if there is no baseline, or ``arm`` is it itself."""
         if self.baseline is None:
             return None
         wanted = {**arm.values, **self.baseline}
@@ -112,24 +111,24 @@ class Sweep:
 
 
 def name_of(values: Mapping[str, Any]) -> str:
-    """Some values of axes, for people."""
+    """Returns values of axes as a name for people."""
     return ", ".join(v if axis == ARM else f"{axis}={shown(v)}" for axis, v in values.items()) or "base"
 
 
 def shown(value: Any) -> str:
-    """A value of a flag, for people."""
+    """Returns a value of a flag as text for people."""
     if isinstance(value, bool):
         return str(value).lower()
     return " ".join(map(shown, value)) if isinstance(value, list) else str(value)
 
 
 def read_sweep(name: str) -> Sweep:
-    """Reads a sweep by file, or by the name of one in ``launch/sweeps``.
+    """Reads a sweep from a file, or by the name of one in ``launch/sweeps``.
 
-    What the flags of an arm say together is not looked at: see :func:`~.runs.runs_of`.
+    The flags are checked one by one; :func:`~.runs.runs_of` checks those of an arm together.
 
     Raises:
-        FileError: naming the file, the key and what is expected.
+        FileError: if the file is bad; the message names the file, the key and what is expected.
     """
     path = packaged.files("sweeps").get(name, Path(name))
     file = packaged.load(_File, "sweeps", "sweep", name)
@@ -169,7 +168,7 @@ def _base(base: Any, path: Path) -> Job:
 
 
 def _arms(file: _File) -> list[Arm]:
-    """Every named arm with every combination of the grid."""
+    """Returns every named arm with every combination of the grid."""
     named = {
         name: {flag: _value(f"arms.{name}", flag, v) for flag, v in flags.items()} for name, flags in file.arms.items()
     }
@@ -194,7 +193,7 @@ def _arms(file: _File) -> list[Arm]:
 
 
 def _value(where: str, flag: str, value: Any) -> Any:
-    """The value of a flag that an arm may set, as it is."""
+    """Checks a flag that an arm sets, and returns its value."""
     if flag in _OF_THE_SWEEP:
         raise FileError(f"{where}.{flag}: {_OF_THE_SWEEP[flag]}")
     if flag in _REFUSED:
@@ -209,7 +208,7 @@ def _value(where: str, flag: str, value: Any) -> Any:
 
 
 def _twice(values: Sequence[Any]) -> Any:
-    """The first value that stands there again; None where none does."""
+    """Returns the first value that occurs a second time; None if all are different."""
     return next((value for number, value in enumerate(values) if value in values[:number]), None)
 
 
