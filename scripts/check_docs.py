@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that what people read is true of the tree: ``python scripts/check_docs.py [--write]``.
+"""Checks that the documentation agrees with the tree: ``python scripts/check_docs.py [--write]``.
 
-Every link to a file or heading in a Markdown file leads somewhere. ``docs/verification.md`` lists the claims of the
-tests' own markers, ``@pytest.mark.verifies(topic, claim)``, and the table of results in README has the figures of the
-data files that it names: both are written by ``--write``, and compared without it. Exit status: 0 good, 1 not, with a
-line for everything that is not.
+Every link to a file or heading in a Markdown file must lead somewhere. ``docs/verification.md`` must list the claims of
+the tests' markers, ``@pytest.mark.verifies(topic, claim)``, and the table of results in README must have the figures of
+the data files that it names. ``--write`` writes both; without it they are compared. Exit status: 0 good, 1 not, with a
+line for everything that is wrong.
 """
 
 import argparse
@@ -34,21 +34,21 @@ _MARKED = re.compile(r"(?<=<!-- written by scripts/check_docs.py -->\n).*?(?=<!-
 
 
 def pages() -> list[Path]:
-    """Every Markdown file of the project."""
+    """Returns every Markdown file of the project."""
     return sorted(
         path for path in CHECKOUT.rglob("*.md") if not any(part[0] == "." for part in path.relative_to(CHECKOUT).parts)
     )
 
 
 def anchors(text: str) -> set[str]:
-    """The fragments of a page's headings, as GitHub makes them: lower case, spaces to dashes, no punctuation."""
+    """Returns the anchors of a page's headings as GitHub makes them: lower case, spaces to dashes, no punctuation."""
     titles = re.findall(r"^#+ +(.+?) *$", _FENCE.sub("", text), re.MULTILINE)
     words = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).replace("`", "").lower() for title in titles)
     return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in words}
 
 
 def broken_links(path: Path) -> Iterator[str]:
-    """Links of a page that lead to no file of this tree, or to no heading of one."""
+    """Yields a message for every link of a page that leads to no file of this tree, or to no heading of one."""
     text = path.read_text(encoding="utf-8")
     for link in _LINK.findall(_FENCE.sub("", text)):
         if re.match(r"[a-z]+:", link):
@@ -62,10 +62,10 @@ def broken_links(path: Path) -> Iterator[str]:
 
 
 def claims() -> Iterator[tuple[str, str, dict[str, str], str]]:
-    """Topic, claim, where it has run, and test file of every marker ``verifies``.
+    """Yields the topic, the claim, the places where it has run, and the test file of every marker ``verifies``.
 
     Raises:
-        ValueError: a marker of another form.
+        ValueError: if a marker has another form.
     """
     for path in sorted((CHECKOUT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -78,7 +78,7 @@ def claims() -> Iterator[tuple[str, str, dict[str, str], str]]:
 
 
 def verification() -> str:
-    """The tables of ``docs/verification.md``."""
+    """Returns the tables of ``docs/verification.md``."""
     found, lines = list(claims()), []
     for topic, title in TOPICS.items():
         lines += [f"## {title}", "", "| | test | CPU | CUDA | Ascend 910B |", "|---|---|---|---|---|"]
@@ -91,7 +91,7 @@ def verification() -> str:
 
 
 def _step(variant: str, tokens: int, pairs: int) -> tuple[str, str]:
-    """Time of a step at TP1 and 8 micro-batches in units of BF16's, and peak memory likewise."""
+    """Returns the time of a step and the peak memory, at TP1 and 8 micro-batches, both relative to BF16."""
     keys = {"layout": "TP1", "variant": variant, "tokens": str(tokens), "micro_batches": "8", "pairs": str(pairs)}
     (row,) = (row for row in _rows("throughput") if keys.items() <= row.items())
     ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
@@ -120,7 +120,7 @@ def _sizes(preset: str) -> str:
 
 
 def results() -> str:
-    """README's table of results, every figure out of the data file that its last column leads to."""
+    """Returns README's table of results; every figure comes from the data file that its last column links to."""
     time, memory = _step("resident", 256, 32)
     (speed,) = (row["ratio"] for row in _rows("packed-inference") if row["beside"] == "Transformers, bf16")
     throughput, packed = "[data](docs/benchmarks/throughput.csv)", "[data](docs/benchmarks/packed-inference.csv)"
@@ -165,10 +165,10 @@ def results() -> str:
 
 
 def rewritten(path: Path, part: str) -> str:
-    """A page with its marked part anew.
+    """Returns the text of a page with its marked part replaced.
 
     Raises:
-        ValueError: it has no marked part.
+        ValueError: if the page has no marked part.
     """
     text = path.read_text(encoding="utf-8")
     if not _MARKED.search(text):
@@ -177,7 +177,7 @@ def rewritten(path: Path, part: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks, or writes; returns the exit status."""
+    """Checks the documentation, with ``--write`` after writing its generated parts; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="bring the generated parts up to date first")
     args = parser.parse_args(argv)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that the product keeps the shape in which a reader finds things: ``python scripts/check_shape.py``.
+"""Checks that files, functions and folders stay small enough for readers: ``python scripts/check_shape.py``.
 
-No file of it, in Python or C++, has more than 400 lines and no function more than 60, no folder more than 10 modules
-(``launch`` itself: 15, all of them commands), and no two files share 15 lines on end (imports, comments and blank lines
-aside). Functions and modules are Python's alone. Exit status: 0 good, 1 not, with a line for everything that is not.
+No file of the product, in Python, C or C++, may have more than 400 lines, and no two files may share 15 consecutive
+lines (ignoring imports, comments and blank lines). In Python, no function may have more than 60 lines, and no folder
+more than 10 modules (``launch`` itself: 15, all of them commands). Exit status: 0 good, 1 not, with a line for every
+violation.
 """
 
 import ast
@@ -29,7 +30,7 @@ FILE_LINES, FUNCTION_LINES, MODULES, COMMANDS, EQUAL_LINES = 400, 60, 10, 15, 15
 
 
 def crowded(files: Sequence[Path]) -> Iterator[str]:
-    """Folders with too many modules."""
+    """Yields a message for every folder with too many modules."""
     modules = (file for file in files if file.suffix == ".py" and file.name != "__init__.py")
     for folder, count in Counter(file.parent for file in modules).items():
         allowed = COMMANDS if folder == CHECKOUT / "launch" else MODULES
@@ -38,7 +39,7 @@ def crowded(files: Sequence[Path]) -> Iterator[str]:
 
 
 def long(file: Path, text: str) -> Iterator[str]:
-    """A file with too many lines, and its functions that have."""
+    """Yields a message for a file with too many lines, and for each of its functions with too many."""
     lines = len(text.splitlines())
     if lines > FILE_LINES:
         yield f"{file}: {lines} lines, {FILE_LINES} are allowed"
@@ -52,7 +53,7 @@ def long(file: Path, text: str) -> Iterator[str]:
 
 
 def written_twice(texts: dict[Path, str]) -> Iterator[str]:
-    """Pairs of files with equal lines on end; the first place of each pair."""
+    """Yields a message for every pair of files with too many equal consecutive lines, with their first place."""
     places: dict[tuple[str, ...], list[tuple[Path, int]]] = defaultdict(list)
     for file, text in texts.items():
         lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
@@ -70,7 +71,7 @@ def written_twice(texts: dict[Path, str]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Checks; returns the exit status."""
+    """Checks all files; returns the exit status."""
     files = sorted(file for room in ROOMS for file in (CHECKOUT / room).rglob("*") if file.suffix in SOURCES)
     texts = {file: file.read_text(encoding="utf-8") for file in files}
     found = [*crowded(files), *(line for file, text in texts.items() for line in long(file, text))]

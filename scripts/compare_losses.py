@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves that a change leaves every loss as it was: trains with a base commit and with this checkout, and compares.
+"""Proves that a change leaves every loss unchanged: trains with a base commit and with this checkout, and compares.
 
     python scripts/compare_losses.py BASE_COMMIT [--iterations 20] [--tolerance 0] [--no-demo]
 
 Both train the demo's two models for 200 steps and a small model in every layout for --iterations steps; each prepares
-its own data. All losses, validation losses, gradient norms, learning rates and what the quantizer's telemetry tells
-must be equal in every bit, or for the first step within a relative --tolerance, where a change is meant to move them.
-The table and the records stay in runs/compare_losses. Exit status: 0 equal, 1 a run failed, 3 something differs.
+its own data. All losses, validation losses, gradient norms, learning rates and records of the quantizer's telemetry
+must be equal in every bit. If a change is meant to move them, use --tolerance: then only the first step is compared,
+within that relative difference. The table and the records stay in runs/compare_losses. Exit status: 0 equal, 1 a run
+failed, 3 something differs.
 """
 
 import argparse
@@ -53,7 +54,7 @@ _CLOCK = ("tokens_per_second", "elapsed_ms")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compares; returns the exit status."""
+    """Compares the two trees; returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="commit to compare with")
     parser.add_argument("--iterations", type=Whole(3, 10**5), default=20, help="of every layout (default: 20)")
@@ -64,11 +65,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(base: str, iterations: int, tolerance: float, demo: bool) -> None:
-    """Trains everything twice.
+    """Trains everything with the base commit and with this checkout, and compares the logs.
 
     Raises:
-        FailedError: there is no such commit, or a run failed.
-        MismatchError: naming every run that differs, and where first.
+        FailedError: if there is no such commit, or a run fails.
+        MismatchError: if a run differs; the message names every such run and its first difference.
     """
     out = CHECKOUT / "runs" / "compare_losses"
     tree = out / "base"
@@ -107,7 +108,7 @@ def _compare_all(trees: Mapping[str, Path], out: Path, iterations: int, toleranc
 
 
 def difference(expected: list[dict[str, Any]], found: list[dict[str, Any]], tolerance: float) -> str | None:
-    """Where two logs part, or None."""
+    """Returns a description of the first difference between two logs, or None if they agree."""
     if tolerance:
         expected, found = ([r for r in records if r["iteration"] == 1][:1] for records in (expected, found))
     if len(expected) != len(found):
@@ -116,7 +117,7 @@ def difference(expected: list[dict[str, Any]], found: list[dict[str, Any]], tole
         for key in sorted(before.keys() | now.keys()):
             a, b = before.get(key), now.get(key)
             near = isinstance(a, float) and isinstance(b, float) and abs(a - b) <= tolerance * abs(a)
-            # As text, so that NaN equals NaN.
+            # The values are compared as text, so that NaN equals NaN.
             if json.dumps(a) != json.dumps(b) and not near:
                 return f"{before['kind']} of iteration {before['iteration']}: {key} is {b!r}, was {a!r}"
     return None

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates the demo's two models: on real benchmark cases that a package carries, and on text that they never saw.
+"""Evaluates the demo's two models on real benchmark cases from a package, and on text that they never saw.
 
     python studies/demo_evaluation.py [--demo DIR] [--output DIR]
 
-``DIR`` of ``--demo`` is the output of launch/demo.py, by default the newest in ``runs/demo``; where there is none that
+``DIR`` of ``--demo`` is the output of launch/demo.py, by default the newest in ``runs/demo``; if there is none, the
 demo runs first. The cases are those of ``launch/evaluate.py --suite sample-3``, without examples and with answers of at
-most 32 tokens; those that are longer than the models' context are counted as skipped. The text is the part of the
-demo's prose that was held out. The same command goes on where it was stopped. Writes ``retention.md``, ``.csv`` and
-``.png``.
+most 32 tokens; cases longer than the models' context are counted as skipped. The text is the held-out part of the
+demo's prose. After a stop the same command resumes. Writes ``retention.md``, ``.csv`` and ``.png``.
 
-The last line is ``demo-eval: ok`` if every case was asked or counted as skipped, alike for both models, and both find a
-token of the text likelier than its frequency is. Exit status: 0 ok, 1 a part failed, 2 bad arguments, 3 a score is not
-where it should be.
+The last line is ``demo-eval: ok`` if every case was asked or counted as skipped, in the same way for both models, and
+both models predict the text better than token frequencies do. Exit status: 0 ok, 1 a part failed, 2 bad arguments, 3 a
+score is not where it should be.
 """
 
 import argparse
@@ -41,7 +40,7 @@ _NEW_TOKENS = 32
 
 
 def _newest_demo() -> Path | None:
-    """The newest directory of a demo that has both of its models."""
+    """Returns the newest output directory of the demo with both of its models, or None."""
     runs = sorted((CHECKOUT / "runs" / "demo").glob("*"), reverse=True)
     return next((run for run in runs if _is_whole(run)), None)
 
@@ -69,10 +68,10 @@ def _evaluate(run: Path, output: Path) -> None:
 
 
 def _check(run: Path, output: Path) -> None:
-    """Makes sure that the table is what it says.
+    """Checks that both models were asked all cases, and that both predict the text better than token frequencies.
 
     Raises:
-        MismatchError: it is not.
+        MismatchError: if one of these does not hold.
     """
     base, ternary = (read_scores(output, name) for name in ("BF16", "ternary"))
     for name, task in base.tasks.items():
@@ -88,7 +87,7 @@ def _check(run: Path, output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates; returns the exit status."""
+    """Evaluates the demo's models; returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, metavar="DIR", help="default the newest in runs/demo")
     parser.add_argument("--output", type=Path, default=CHECKOUT / "runs" / "demo-eval", metavar="DIR")

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a teacher gives a ternary model: trained without one, taught in a second stage, and taught from the start.
+"""Benefit of a teacher for a ternary model: trained without one, taught in a second stage, and taught from the start.
 
     python studies/distillation_stages.py [--seeds 1] [--train-iters 200] [--work DIR] [--output FILE]
 
 A BF16 teacher, three times as large as the demo's model, is trained on the demo's text, two and a half times as long as
-its students. Ternary students of the demo's model take equally many steps, and see equally many tokens, in three ways:
-by cross entropy (QAT); three quarters of them so, until the learning rate has fallen, and the last quarter from the
-teacher, with a fresh optimizer, a fifth of the learning rate and a new warm-up (two stages); and all of them from the
-teacher. Reported is the last validation loss, which is
-cross entropy in any case; of several seeds also the mean difference from QAT with a 95 % interval by Student's t
-distribution. All seeds of the students have one teacher.
+its students. The students are ternary copies of the demo's model; all take the same number of steps, on the same number
+of tokens, in one of three ways:
 
-The same command goes on where it was stopped. Writes the JSON file that ``--output`` names, and a PNG beside it. The
-last line is ``demo-distill: ok`` if every part worked: all losses lie below the entropy of the tokens' frequencies, and
-every student came nearer to the teacher that it learned from. Exit status: 0 ok, 1 a run failed, 2 bad arguments, 3 a
-loss is not where it should be.
+- QAT: all steps by cross entropy;
+- two stages: three quarters of the steps by cross entropy, until the learning rate has fallen, and the last quarter
+  from the teacher, with a fresh optimizer, a fifth of the learning rate and a new warm-up;
+- taught: all steps from the teacher.
+
+The result is the last validation loss, which is always cross entropy; for several seeds also the mean difference from
+QAT with a 95 % interval by Student's t distribution. The students of all seeds have the same teacher. After a stop the
+same command resumes. Writes the JSON file that ``--output`` names, and a PNG beside it. The last line is
+``demo-distill: ok`` if every part worked: all losses are below the entropy of the token frequencies, and every taught
+student came closer to its teacher. Exit status: 0 ok, 1 a run failed, 2 bad arguments, 3 a loss is not where it should
+be.
 """
 
 import argparse
@@ -40,13 +43,13 @@ STUDENTS = (QAT, SECOND, TAUGHT)
 _LARGER = """
     --num-layers 6 --hidden-size 384 --ffn-hidden-size 1024 --num-attention-heads 6
 """.split()
-# A fifth of the demo's peak, decaying to a tenth of itself.
+# A fifth of the demo's peak learning rate, decaying to a tenth of that.
 _SECOND_RATE = ("--lr", "2e-4", "--min-lr", "2e-5")
 _TERNARY = ("--ternary", "--ternary-telemetry-interval", "10")
 
 
 def runs_of(seeds: int, iterations: int, work: Path) -> list[Run]:
-    """The teacher, and every student for every seed; what is waited for stands first."""
+    """Returns the runs of the teacher and of every student for every seed; each comes after the runs that it needs."""
     teacher = Run(TEACHER, 1, iterations * 5 // 2, work, tuple(_LARGER))
     learning = ("--distill-teacher", str(teacher.checkpoints))
     numbers = range(1, seeds + 1)
@@ -68,7 +71,7 @@ def runs_of(seeds: int, iterations: int, work: Path) -> list[Run]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, compares and writes; returns the exit status."""
+    """Trains and compares the models and writes the results; returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=cli.Whole(1, MOST_SEEDS), default=1, metavar="N", help="1 to N, of students")
     parser.add_argument("--train-iters", type=cli.Whole(100, 10**6), default=200, help="of every student")
@@ -87,7 +90,7 @@ def _study(args: argparse.Namespace) -> None:
     students = {kind: losses[kind] for kind in STUDENTS}
     entropy = demo.unigram_entropy(work / "data" / "valid_text_document")
     found = {
-        # Of no machine: the runs' directory is left out.
+        # The directory of the runs is left out, so that the commands do not depend on the machine.
         "commands": {run.kind: " ".join(run.command()[2:]).replace(f"{work}/", "") for run in runs if run.seed == 1},
         "iterations": args.train_iters,
         "seconds": round(seconds),
@@ -110,7 +113,7 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def table(losses: dict[str, dict[int, float]], gaps: dict[str, dict[str, float]]) -> list[str]:
-    """The lines that are printed: means over seeds, and differences from QAT where there are several."""
+    """Returns the lines to print: means over seeds, and for several seeds the differences from QAT."""
     lines = [f"{'model':<24}{'validation loss':>16}  difference from QAT (95 %)"]
     for kind in (TEACHER, *STUDENTS):
         mean = sum(losses[kind].values()) / len(losses[kind])
@@ -121,7 +124,7 @@ def table(losses: dict[str, dict[int, float]], gaps: dict[str, dict[str, float]]
 
 
 def _divergence(run: Run) -> list[float]:
-    """From the teacher, mean over the first and over the last records, up to five; empty for one that has none."""
+    """Returns the divergence from the teacher, averaged over up to five first and last records; empty without one."""
     found = [record["distill_loss"] for record in run.records("train") if "distill_loss" in record]
     count = min(5, len(found) // 2)
     return [sum(part) / count for part in (found[:count], found[-count:])] if count else []
@@ -138,7 +141,7 @@ def _judge(runs: Sequence[Run], losses: dict[str, dict[int, float]], entropy: fl
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draws the validation losses over the steps of each student, the two stages as one line, and the teacher's."""
+    """Draws the validation losses of the teacher and of each student over the steps, two stages as one line."""
     with picture(path, 6, 4, title="validation loss (cross entropy)") as (axes,):
         for run in runs:
             if run.kind == FIRST:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What 8-bit activations cost a ternary model, and whether int8 GEMMs cost it anything more.
+"""Cost of 8-bit activations in the loss of a ternary model, and any additional cost of int8 GEMMs.
 
     python studies/int8_quality.py [--seeds 1 2 3] [--train-iters 2000] [--work DIR] [--output FILE]
 
-Trains the demo's model on the demo's text with several seeds: ternary weights alone (W1.58A16), with 8-bit activations
-and bf16 GEMMs, and the same with int8 GEMMs in the forward. Runs of one seed see the same initial weights and the same
-batches. Reported is the last validation loss, and the mean over seeds of the difference between two kinds of a seed,
-with a 95 % interval by Student's t distribution.
+Trains the demo's model on the demo's text with several seeds in three ways: only with ternary weights (W1.58A16), also
+with 8-bit activations and bf16 GEMMs, and the same with int8 GEMMs in the forward. Runs with the same seed have the
+same initial weights and the same batches. The results are the last validation losses, and the mean over seeds of the
+difference between two ways, with a 95 % interval by Student's t distribution.
 
-The same command goes on where it was stopped: a run resumes from its last checkpoint, a finished one is read. Writes
-the JSON file that ``--output`` names, and a PNG beside it. Exit status: 0 done, 1 a run failed, 2 bad arguments.
+After a stop the same command resumes: a run continues from its last checkpoint, a finished one is only read. Writes the
+JSON file that ``--output`` names, and a PNG beside it. Exit status: 0 done, 1 a run failed, 2 bad arguments.
 """
 
 import argparse
@@ -42,12 +42,12 @@ GAPS = {
 
 
 def runs_of(seeds: Sequence[int], iterations: int, work: Path) -> list[Run]:
-    """A run of every kind for every seed."""
+    """Returns a run of every kind for every seed."""
     return [Run(kind, seed, iterations, work, flags) for seed in seeds for kind, flags in KINDS.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, compares and writes; returns the exit status."""
+    """Trains and compares the models and writes the results; returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=cli.Whole(1, 2**31 - 1), nargs="+", default=[1, 2, 3])
     parser.add_argument("--train-iters", type=cli.Whole(50, 10**6), default=2000)
@@ -65,7 +65,7 @@ def _study(args: argparse.Namespace) -> None:
     runs = runs_of(args.seeds, args.train_iters, work)
     seconds = carry_out(runs, args.at_once)
     found = {
-        # Of no machine: the runs' directory is left out.
+        # The directory of the runs is left out, so that the command does not depend on the machine.
         "model": " ".join(runs[0].command()[2:]).replace(f"{work}/", ""),
         "iterations": args.train_iters,
         "hours": round(seconds / 3600, 2),
@@ -82,7 +82,7 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draws the last validation losses, a column per kind, seeds joined by lines."""
+    """Draws the last validation losses, one column per kind and one line per seed."""
     with picture(path, 6, 4, title="last validation loss, a line per seed") as (axes,):
         for seed in sorted({run.seed for run in runs}):
             losses = [run.losses()[run.iterations] for run in runs if run.seed == seed]

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far quantized weights lie from latent ones, by space, statistic and multiplier.
+"""Error of quantized weights relative to latent ones, by space, statistic and multiplier.
 
     python studies/space_errors.py [--rows 4096] [--columns 1024] [--seed 1]
     python studies/space_errors.py --weights PATH [--rows N] [--group-size G]
 
-Quantizes Gaussian rows, or the linears of a model's layers, to every space, with the scale that is the space's own and
-with multiples of both statistics from a grid. PATH is a Megatron --save directory or one iteration of it, a Hugging
-Face model directory, or one .safetensors / .bin file. Of a model all linears are quantized in one way, and --rows takes
-at most so many rows of each, evenly spread over it. Reported is the relative error sum((Wq - W)^2) / sum(W^2) over all
-rows, in fp32, of the own scale and of the best multiple of each statistic, and which percentage of the weights each
-level then has, from the lowest to the highest. Prints a table in Markdown.
+Quantizes Gaussian rows, or the linears of a model's layers, to every space, with the space's own scale and with
+multiples of both statistics from a grid. PATH is a Megatron --save directory or one iteration of it, a Hugging Face
+model directory, or one .safetensors / .bin file. All linears of a model are quantized in the same way; --rows takes at
+most that many rows of each, evenly spread. Prints a table in Markdown: the relative error sum((Wq - W)^2) / sum(W^2)
+over all rows, in fp32, for the own scale and for the best multiple of each statistic, and the percentage of the weights
+at each level, from the lowest to the highest.
 """
 
 import argparse
@@ -33,20 +33,20 @@ from bitcpm_megatron.ops import fake_quantize  # noqa: E402
 from bitcpm_megatron.quantization import SPACES, QuantizerConfig, effective_group, fused_space, quantize  # noqa: E402
 from bitcpm_megatron.ternary_flags import GroupSize  # noqa: E402
 
-# Multiples of the mean and of the maximum, of which a Gaussian row of 1,024 has about 4 means, and others have more.
+# Multiples of the mean and of the maximum. The maximum is about 4 means in a Gaussian row of 1,024, and more in others.
 GRIDS = {"absmean": [i / 20 for i in range(8, 51)], "absmax": [i / 100 for i in range(2, 81, 2)]}
-# Of weights that stay in a cache from one configuration's step to its next.
+# Number of elements in a block of weights that stays in the processor's cache between the steps of a configuration.
 _BLOCK_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Weights to be quantized.
+    """Latent weights to be quantized.
 
     Attributes:
-        blocks: of rows ``[rows, in]``, in fp32.
-        group_size: weights per scale, -1 for the row.
-        energy: sum of their squares.
+        blocks: the blocks of rows ``[rows, in]``, in fp32; ``in`` is the number of input features.
+        group_size: the number of weights per scale, -1 for the whole row.
+        energy: the sum of the squares of all weights.
     """
 
     blocks: Sequence[torch.Tensor]
@@ -55,16 +55,16 @@ class Latent:
 
     @classmethod
     def of(cls, weights: Sequence[torch.Tensor], group_size: int = -1) -> "Latent":
-        """Of whole weights ``[out, in]``."""
+        """Splits whole weights ``[out, in]`` into blocks of rows."""
         blocks = [b for w in weights for b in w.float().split(max(1, _BLOCK_ELEMENTS // w.shape[1]))]
         return cls(blocks, group_size, sum(_squares(block) for block in blocks))
 
     def error(self, config: QuantizerConfig) -> float:
-        """Relative squared error of the quantized weights."""
+        """Returns the relative squared error of the quantized weights."""
         return sum(_squares(fake_quantize(block, config).sub_(block)) for block in self.blocks) / self.energy
 
     def shares(self, config: QuantizerConfig) -> list[float]:
-        """Of the levels of the space, in their order."""
+        """Returns the share of the weights at each level of the space, from the lowest level to the highest."""
         space = SPACES[config.space]
         counts = torch.zeros(len(space.levels), dtype=torch.int64)
         for block in self.blocks:
@@ -73,7 +73,7 @@ class Latent:
         return (counts.double() / counts.sum()).tolist()
 
     def best(self, space: str, statistic: str) -> tuple[float, QuantizerConfig]:
-        """The smallest error over the grid of a statistic, and its quantizer."""
+        """Returns the smallest error over the grid of multiples of a statistic, and the quantizer that has it."""
         configs = [
             QuantizerConfig(space, self.group_size, statistic=statistic, scale_multiplier=m) for m in GRIDS[statistic]
         ]
@@ -85,15 +85,15 @@ def _squares(values: torch.Tensor) -> float:
 
 
 def gaussian(rows: int, columns: int, seed: int) -> list[torch.Tensor]:
-    """One weight."""
+    """Returns one weight ``[rows, columns]`` with Gaussian elements."""
     return [torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))]
 
 
 def trained(path: Path, rows: int | None, group_size: int) -> list[torch.Tensor]:
-    """The linears of a model's layers, of each at most so many rows, evenly spread.
+    """Reads the weights of the linears of a model's layers, at most ``rows`` evenly spread rows of each.
 
     Raises:
-        FileError: there is no model, it is damaged, or its weights are quantized already; or groups do not fit.
+        FileError: if there is no model, it is damaged, its weights are quantized already, or groups do not fit.
     """
     found = open_inspection(path)
     refuse_mistakes(str(path), found.findings)
@@ -116,7 +116,7 @@ def trained(path: Path, rows: int | None, group_size: int) -> list[torch.Tensor]
 
 
 def table(latent: Latent) -> list[str]:
-    """The lines of the table, one per space."""
+    """Returns the lines of the table, one per space after its head."""
     lines = [
         "| space | own scale: error | levels, % | best multiple of the mean: error | levels, % | of the maximum: error "
         "| levels, % |",
@@ -138,7 +138,7 @@ def _percentages(shares: Sequence[float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints; returns the exit status."""
+    """Measures the errors and prints the table; returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, metavar="PATH", help="a model's instead of Gaussian ones")
     parser.add_argument("--rows", type=cli.Whole(1, 2**20), help="default 4096, of a model all")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training runs of a study: the demo's model on the demo's text, several at a time, going on where they stopped."""
+"""The training runs of a study: the demo's model on the demo's text, several runs at a time, which can be resumed."""
 
 import os
 import shutil
@@ -23,22 +23,22 @@ from bitcpm_megatron.launch.sweeper.intervals import MOST_VALUES, mean_interval 
 from bitcpm_megatron.training.metrics import read_metrics  # noqa: E402
 
 MOST_SEEDS = MOST_VALUES
-# The demo's model on one rank: what is compared does not depend on the layout.
+# The demo's model runs on one rank, because the comparisons do not depend on the layout.
 _LAYOUT = {"--tensor-model-parallel-size": "1"}
 _LEFT_OUT = ("--sequence-parallel",)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
+    """A training run of a study.
 
     Attributes:
-        kind: what it is called, and what tells it from others of its seed.
-        seed: of the initial weights and the order of the data.
-        iterations: optimizer steps.
-        work: directory of all runs and of their data.
-        flags: of this kind, behind those of the demo's model, which they override.
-        after: runs that have to end before it begins.
+        kind: the name of the kind of run, which distinguishes runs with the same seed.
+        seed: the seed of the initial weights and of the order of the data.
+        iterations: the number of optimizer steps.
+        work: the directory of all runs and of their data.
+        flags: the flags of this kind, which override those of the demo's model.
+        after: the runs that must end before this one begins.
     """
 
     kind: str
@@ -50,17 +50,17 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """What it leaves behind."""
+        """The directory of the run's output."""
         words = "".join(c if c.isalnum() or c == "." else "-" for c in self.kind.lower())
         return self.work / f"{self.iterations}-steps" / f"{words}-seed{self.seed}"
 
     @property
     def checkpoints(self) -> Path:
-        """Where it saves."""
+        """The directory of the run's checkpoints."""
         return self.directory / "checkpoint"
 
     def command(self) -> list[str]:
-        """Of the training loop."""
+        """Returns the command of the training loop."""
         flags = [flag for flag in demo.MODEL if flag not in _LEFT_OUT]
         for flag, value in {**_LAYOUT, "--seed": str(self.seed)}.items():
             flags[flags.index(flag) + 1] = value
@@ -72,30 +72,30 @@ class Run:
             *("--valid-data-path", str(data / "valid_text_document")),
             *("--tokenizer-model", str(self.work / "tokenizer.model"), "--data-cache-path", str(self.work / "cache")),
             *("--eval-interval", str(max(1, self.iterations // 4)), "--eval-iters", "15", "--log-interval", "10"),
-            # The same command goes on where it was stopped.
+            # With these flags the same command resumes the run.
             *("--load", str(self.checkpoints), "--save", str(self.checkpoints)),
             *("--save-interval", str(max(1, self.iterations // 8)), "--log-dir", str(self.directory)),
         ]
 
     def records(self, kind: str) -> list[dict[str, Any]]:
-        """What it has logged of a kind so far, oldest first."""
+        """Returns the records of a kind (``train``, ``valid``) that the run has logged so far, oldest first."""
         if not (self.directory / "metrics.jsonl").is_file():
             return []
         return [record for record in read_metrics(self.directory) if record["kind"] == kind]
 
     def losses(self) -> dict[int, float]:
-        """Validation losses so far, by iteration."""
+        """Returns the validation losses so far, by iteration."""
         return {record["iteration"]: record["lm_loss"] for record in self.records("valid")}
 
     def steps(self) -> int:
-        """Steps that were logged so far."""
+        """Returns the number of steps logged so far."""
         return max((record["iteration"] for record in self.records("train")), default=0)
 
     def carry_out(self) -> None:
-        """Trains to the end, from where it was stopped.
+        """Trains to the end, from the last checkpoint if there is one.
 
         Raises:
-            FailedError: it did not end well.
+            FailedError: if the run does not end well.
         """
         if self.iterations in self.losses():
             return
@@ -110,19 +110,19 @@ class Run:
 
 
 def _prepare(work: Path) -> None:
-    """The demo's text as tokens, unless it is there already."""
+    """Writes the token files of the demo's text, unless they exist already."""
     if not (work / "data" / "valid_text_document.idx").is_file():
-        # What a stopped one left of it.
+        # A stopped command may have left an incomplete folder.
         shutil.rmtree(work / "data", ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         demo.prepare(work)
 
 
 def carry_out(runs: Sequence[Run], at_once: int) -> float:
-    """Carries runs out in their order, each behind those that it comes after, with a progress bar; returns the seconds.
+    """Executes runs in their order, each after those that it needs, with a progress bar; returns the seconds taken.
 
     Raises:
-        FailedError: one did not end well; those that were not begun are left out.
+        FailedError: if a run does not end well; runs that have not begun by then are left out.
     """
     _prepare(runs[0].work)
     started, total = time.perf_counter(), sum(run.iterations for run in runs)
@@ -130,7 +130,7 @@ def carry_out(runs: Sequence[Run], at_once: int) -> float:
 
     def in_turn(run: Run) -> None:
         for earlier in run.after:
-            # Begun before: the pool takes them in their order.
+            # The pool takes runs in their order, so the earlier one has begun, and waiting for it cannot deadlock.
             pending[earlier].result()
         run.carry_out()
 
@@ -151,7 +151,7 @@ def carry_out(runs: Sequence[Run], at_once: int) -> float:
 
 
 def last_losses(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
-    """The last validation loss of each kind of run, by seed."""
+    """Returns the last validation losses by kind of run and seed."""
     found: dict[str, dict[int, float]] = {}
     for run in runs:
         found.setdefault(run.kind, {})[run.seed] = run.losses()[run.iterations]
@@ -159,11 +159,11 @@ def last_losses(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
 
 
 def gap(losses: Mapping[str, Mapping[int, float]], one: str, other: str) -> dict[str, float]:
-    """Mean over seeds of the difference of two kinds' losses, and its 95 % interval by Student's t distribution.
+    """Returns the mean over seeds of the difference of two kinds' losses, with a 95 % interval by Student's t.
 
     Args:
-        losses: by kind, and of each by seed, at least two of them.
-        one: a kind.
-        other: that which is subtracted.
+        losses: the losses by kind and seed, for at least two seeds.
+        one: the kind whose losses are compared.
+        other: the kind whose losses are subtracted.
     """
     return mean_interval([losses[one][seed] - losses[other][seed] for seed in sorted(losses[one])])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Trainer whose model learns from a teacher, too: any causal model of Transformers with the same tokenizer."""
+"""A Trainer whose model also learns from a teacher: any causal model of Transformers with the same tokenizer."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +10,13 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 _IGNORED = -100
-# Tokens whose logits are taken in fp32 at a time.
+# Number of tokens whose logits are converted to fp32 at a time.
 _CHUNK = 1024
 
 
 @dataclass
 class DistillationArguments:
-    """What it learns from beside the text."""
+    """The teacher, and its weight in the loss."""
 
     teacher: str | None = field(default=None, metadata={"help": "directory of a model of the same tokenizer"})
     distill_alpha: float = field(default=1.0, metadata={"help": "share of the teacher in the loss"})
@@ -24,10 +24,10 @@ class DistillationArguments:
 
 
 def load_teacher(arguments: DistillationArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-    """The teacher, in its own dtype; None where none is named. Of a directory's own code nothing is run.
+    """Loads the teacher in its own dtype, without running code from its directory; returns None if none is named.
 
     Raises:
-        ValueError: it cannot be loaded, or its tokens are others than the student's.
+        ValueError: if the teacher cannot be loaded, its tokens differ from the student's, or flags need a teacher.
     """
     if arguments.teacher is None:
         if (arguments.distill_alpha, arguments.distill_temperature) != (1.0, 1.0):
@@ -37,7 +37,7 @@ def load_teacher(arguments: DistillationArguments, tokenizer: PreTrainedTokenize
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
         own = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # whatever a damaged file makes of the many readers behind these
+    except Exception as error:  # a damaged file can make the many readers inside raise anything
         raise ValueError(f"--teacher {directory}: Transformers cannot load it ({error})") from error
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"--teacher {directory}: its tokens are others than those of the model that is trained")
@@ -45,15 +45,15 @@ def load_teacher(arguments: DistillationArguments, tokenizer: PreTrainedTokenize
 
 
 class DistillingTrainer(Trainer):
-    """The loss is (1 - alpha) cross entropy + alpha T^2 KL(teacher || student), both over the tokens that have a label.
+    """A Trainer with the loss (1 - alpha) cross entropy + alpha T^2 KL(teacher || student), over tokens with a label.
 
-    Without a teacher it is the plain Trainer. Evaluation is cross entropy in any case.
+    Without a teacher it is the plain Trainer. Evaluation is always cross entropy.
 
     Args:
-        teacher: of :func:`load_teacher`.
-        arguments: share and temperature.
-        vocab_size: ids that the tokenizer has; rows beyond them, which models pad differently, are not compared.
-        options: of ``transformers.Trainer``.
+        teacher: the model from :func:`load_teacher`.
+        arguments: the share alpha of the teacher in the loss, and the temperature T.
+        vocab_size: the number of ids of the tokenizer; rows beyond it, which models pad differently, are not compared.
+        options: the arguments of ``transformers.Trainer``.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class DistillingTrainer(Trainer):
             self._teacher = teacher.to(self.args.device)
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """Asks the teacher first, about the same tokens."""
+        """Computes the loss, in training after the teacher's logits for the same tokens."""
         if self._teacher is not None and model.training:
             with torch.no_grad():
                 asked = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
@@ -79,7 +79,10 @@ class DistillingTrainer(Trainer):
     def _mixture(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Over the tokens of the whole step, of which this micro-batch has a part."""
+        """Returns this micro-batch's part of the loss: its sum over tokens, divided by the tokens of the whole step.
+
+        ``labels`` has the shape [batch, sequence], ``outputs.logits`` [batch, sequence, vocabulary].
+        """
         counted = labels[:, 1:] != _IGNORED
         wanted, logits = labels[:, 1:][counted], outputs.logits[:, :-1][counted]
         said = None if self._said is None else self._said[:, :-1][counted]

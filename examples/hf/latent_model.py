@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of the training scripts, and a latent export to train: fused weights must not be trained."""
+"""The command line of the training scripts, and the loading of latent exports; fused weights are refused."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 try:
     import bitcpm_megatron  # noqa: F401
 except ImportError:
-    # From a bare checkout the package stands three levels up.
+    # In a bare checkout the package is not installed, and its parent directory must be on the path.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from transformers import (
@@ -32,7 +32,7 @@ from bitcpm_megatron.quantization import fused_space
 
 _COUNT = cli.Whole(1, 2**24)
 _PROBABILITY = cli.Number(0, 1, open_maximum=True)
-# Of our flags, and of those of ``transformers.TrainingArguments`` that would otherwise fail late or train into NaN.
+# Bounds of our flags, and of flags of ``transformers.TrainingArguments`` that would otherwise fail late or lead to NaN.
 _BOUNDS = {
     "block_size": _COUNT,
     "max_length": _COUNT,
@@ -54,7 +54,7 @@ _BOUNDS = {
 
 
 class Parser(cli.Parser, HfArgumentParser):
-    """The flags of dataclasses as all our commands take them: bounded, unabbreviated, one line for an error."""
+    """A parser for flags of dataclasses, as strict as our other commands: bounded, unabbreviated, one-line errors."""
 
     def __init__(self, *kinds: type, **options: Any) -> None:
         super().__init__(dataclass_types=kinds, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -64,10 +64,10 @@ class Parser(cli.Parser, HfArgumentParser):
                 action.type = _BOUNDS.get(action.dest, finite)
 
     def parse(self, argv: Sequence[str] | None) -> tuple[Any, ...]:
-        """One filled dataclass of each kind.
+        """Parses a command line and returns one filled dataclass of each kind.
 
         Raises:
-            ValueError: they contradict each other, or need a package that is not there, such as DeepSpeed.
+            ValueError: if flags contradict each other, or need a package that is not installed, such as DeepSpeed.
         """
         found = vars(self.parse_args(argv))
         try:
@@ -80,7 +80,7 @@ class Parser(cli.Parser, HfArgumentParser):
 
 @dataclass
 class ModelArguments:
-    """Which model is trained."""
+    """The model that is trained."""
 
     model_name_or_path: str = field(metadata={"help": "directory of a latent export"})
     trust_remote_code: bool = field(
@@ -96,10 +96,10 @@ class ModelArguments:
 
 
 def load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with its quantizer in the forward, and the tokenizer.
+    """Loads the model, with its quantizer in the forward, and the tokenizer.
 
     Raises:
-        ValueError: it is no latent export, or its weights are fused.
+        ValueError: if the directory is not a latent export, its weights are fused, or it cannot be loaded.
     """
     directory = Path(arguments.model_name_or_path)
     record = read_record(directory)
@@ -120,9 +120,10 @@ def load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenize
     check_digests(directory)
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=arguments.dtype)
-        # With its configuration: Transformers 5 cannot read one with LongRoPE whose model type it does not know.
+        # The configuration is passed on: Transformers 5 cannot read one with LongRoPE of a model type that it does not
+        # know.
         tokenizer = AutoTokenizer.from_pretrained(directory, config=model.config)
-    except Exception as error:  # whatever a damaged file makes of the many readers behind these
+    except Exception as error:  # a damaged file can make the many readers inside raise anything
         raise ValueError(f"{directory}: Transformers cannot load it ({type(error).__name__}: {error})") from error
     for name in record.modules:
         weight = model.get_submodule(name).weight
@@ -136,10 +137,10 @@ def load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def text_of(file: str | Path) -> str:
-    """The text of a file.
+    """Returns the text of a file.
 
     Raises:
-        ValueError: it is no regular file, or not UTF-8.
+        ValueError: if the path is not a regular file, or its content is not UTF-8.
     """
     path = Path(file)
     if path.exists() and not path.is_file():
@@ -151,10 +152,10 @@ def text_of(file: str | Path) -> str:
 
 
 def records_of(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a ``.jsonl`` file, each with its place for messages.
+    """Yields the objects of a ``.jsonl`` file, each after its place (file and line) for messages.
 
     Raises:
-        ValueError: a line is no JSON object.
+        ValueError: if a line is not a JSON object.
     """
     for number, line in enumerate(text_of(file).split("\n"), 1):
         if line.strip():
@@ -166,7 +167,7 @@ def records_of(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def train_and_save(trainer: Trainer, arguments: TrainingArguments) -> None:
-    """Trains, and saves the model, its tokenizer, and the losses (``trainer_state.json``)."""
+    """Trains, and then saves the model, its tokenizer, and the losses (``trainer_state.json``)."""
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

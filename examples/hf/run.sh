@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Continued pretraining: run.sh LATENT OUT FILE... ; more flags for train.py in FLAGS, GPUs or NPUs in DEVICES.
+# Continued pretraining: run.sh LATENT OUT FILE...
+# FLAGS holds further flags for train.py, DEVICES the number of GPUs or NPUs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/start.sh"
 "${start[@]}" "$here/train.py" \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Supervised fine-tuning: run_sft.sh LATENT OUT FILE.jsonl... ; more flags for train_sft.py in FLAGS, GPUs or NPUs in
-# DEVICES.
+# Supervised fine-tuning: run_sft.sh LATENT OUT FILE.jsonl...
+# FLAGS holds further flags for train_sft.py, DEVICES the number of GPUs or NPUs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/start.sh"
 "${start[@]}" "$here/train_sft.py" \

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Sourced by run.sh and run_sft.sh: what both need, checked once, before one process per device is started.
+# Sourced by run.sh and run_sft.sh: checks once what both need, before one process per device is started.
 # Sets: here, model, output, files, start.
 
 stop() {
@@ -13,7 +13,7 @@ python=${PYTHON:-python}
 [[ ${DEVICES:=8} =~ ^[1-9][0-9]{0,3}$ ]] || stop "the environment variable DEVICES holds '$DEVICES': expected a whole number from 1"
 command -v "$python" > /dev/null || stop "there is no $python: activate an environment, or name one in PYTHON"
 for package in torch transformers deepspeed; do
-    # Found and not imported, which takes seconds.
+    # The package is searched but not imported, since importing takes seconds.
     "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$package') is None)" ||
         stop "$python has no $package: pip install 'bitcpm_megatron[hf]' deepspeed; train.py and train_sft.py run without DeepSpeed"
 done

@@ -4,7 +4,7 @@
     python examples/hf/train.py --model_name_or_path LATENT --trust_remote_code --train_files a.txt b.jsonl \\
         --output_dir OUT --bf16 --max_steps 1000 --learning_rate 1e-4
 
-A ``.jsonl`` file holds one document per line under ``text``, any other file is one document. Documents are joined with
+A ``.jsonl`` file holds one document per line under ``text``; any other file is one document. Documents are joined with
 the end-of-text token and cut into blocks; every block is used once per epoch. All other flags are those of
 ``transformers.TrainingArguments``. Exit status: 0 done, 2 bad input or arguments.
 """
@@ -24,14 +24,14 @@ from bitcpm_megatron import cli
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """The data to train on."""
 
     train_files: list[str] = field(metadata={"help": "text files, or .jsonl files with a field `text`"})
     block_size: int = field(default=2048, metadata={"help": "tokens per sequence"})
 
 
 class Blocks(torch.utils.data.Dataset):
-    """A stream of tokens in blocks of equal length; what does not fill the last block is left out."""
+    """A stream of tokens in blocks of equal length; tokens at the end that do not fill a block are left out."""
 
     def __init__(self, tokens: torch.Tensor, size: int) -> None:
         if tokens.numel() < size:
@@ -50,10 +50,10 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def documents(file: str | Path) -> Iterator[str]:
-    """The texts of a file.
+    """Yields the documents of a file.
 
     Raises:
-        ValueError: a line that is no JSON object with ``text``.
+        ValueError: if a line of a ``.jsonl`` file is not a JSON object with ``text``.
     """
     if Path(file).suffix != ".jsonl":
         yield text_of(file)
@@ -65,7 +65,7 @@ def documents(file: str | Path) -> Iterator[str]:
 
 
 def tokenize(files: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """All documents as one stream of token ids, each closed by the end-of-text token."""
+    """Returns all documents as one stream of token ids (int32), each document ended by the end-of-text token."""
     ids: list[int] = []
     for file in files:
         for text in documents(file):
@@ -75,7 +75,7 @@ def tokenize(files: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tens
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains; returns the exit status."""
+    """Trains the model; returns the exit status."""
     return cli.run(lambda: _train(argv))
 
 

@@ -5,7 +5,7 @@
         --output_dir OUT --bf16 --num_train_epochs 3 --learning_rate 2e-5
 
 Each line is ``{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}`` or
-``{"instruction": ..., "input": ..., "output": ...}``. The tokenizer's chat template makes text of it; a tokenizer
+``{"instruction": ..., "input": ..., "output": ...}``. The tokenizer's chat template renders it as text; a tokenizer
 without one gets :data:`PLAIN_TEMPLATE`, which LLaMA-Factory calls ``default``. All other flags are those of
 ``transformers.TrainingArguments``. Exit status: 0 done, 2 bad input or arguments.
 """
@@ -34,14 +34,14 @@ IGNORED = -100
 
 @dataclass
 class DataArguments:
-    """What it is trained on."""
+    """The data to train on."""
 
     train_files: list[str] = field(metadata={"help": ".jsonl files"})
     max_length: int = field(default=2048, metadata={"help": "tokens of a conversation; what is longer is cut off"})
 
 
 class Conversations(torch.utils.data.Dataset):
-    """Tokens of conversations, and which of them are answers."""
+    """A dataset of conversations: their token ids and labels."""
 
     def __init__(self, examples: list[tuple[list[int], list[int]]]) -> None:
         self._examples = examples
@@ -55,10 +55,10 @@ class Conversations(torch.utils.data.Dataset):
 
 
 def messages_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The conversation of a line of data.
+    """Returns the messages of the conversation in a line of data.
 
     Raises:
-        ValueError: it has neither form.
+        ValueError: if the line has neither of the two formats.
     """
     if "messages" in record:
         messages = record["messages"]
@@ -73,10 +73,10 @@ def messages_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids and labels: the label of a token is itself in answers, and :data:`IGNORED` elsewhere.
+    """Returns token ids and labels: a token of an answer is its own label, all others have the label :data:`IGNORED`.
 
     Raises:
-        ValueError: there is no answer, or the chat template rewrites earlier turns, so that the answers in its text
+        ValueError: if there is no answer, or the chat template rewrites earlier turns, so that the answers in its text
             cannot be told from the rest.
     """
     ids: list[int] = []
@@ -102,10 +102,10 @@ def encode(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
 
 
 def read(files: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Conversations:
-    """All conversations of the files.
+    """Reads all conversations of the files; leaves out those without an answer in the first ``max_length`` tokens.
 
     Raises:
-        ValueError: naming file and line; or nothing is left.
+        ValueError: if a line is bad (the message names file and line), or no conversation is left.
     """
     examples = []
     too_long = 0
@@ -128,7 +128,7 @@ def read(files: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
 
 def pad(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """A batch of the length of its longest conversation."""
+    """Collates conversations into a batch [batch, length], padded to the length of its longest conversation."""
     length = max(len(example["input_ids"]) for example in batch)
 
     def filled(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -136,14 +136,14 @@ def pad(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
     ids = [example["input_ids"] for example in batch]
     return {
-        "input_ids": filled(ids, 0),  # which token stands in the padding does not matter: it is masked
+        "input_ids": filled(ids, 0),  # any token may serve as padding: it is masked
         "attention_mask": filled([[1] * len(row) for row in ids], 0),
         "labels": filled([example["labels"] for example in batch], IGNORED),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains; returns the exit status."""
+    """Trains the model; returns the exit status."""
     return cli.run(lambda: _train(argv))
 
 
@@ -153,7 +153,7 @@ def _train(argv: list[str] | None) -> None:
     model, tokenizer = load(model_arguments)
     teacher = load_teacher(distillation, tokenizer)
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE  # saved with the model, so that users prompt it as it was trained
+        tokenizer.chat_template = PLAIN_TEMPLATE  # saved with the model: users prompt it as it was trained
     conversations = read(data.train_files, tokenizer, data.max_length)
     trainer = DistillingTrainer(
         teacher,
