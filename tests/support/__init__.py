@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several tests share: small models, launches, doubles of hosts, and processes that are watched."""
+"""Shared code of tests: small models, launches, test doubles of hosts, and watched processes."""

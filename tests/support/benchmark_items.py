@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few items of benchmarks, as files that launch/evaluate.py takes by --data, and a tiny model that can be asked."""
+"""A few benchmark items, as files for ``launch/evaluate.py --data``, and a tiny model to evaluate on them."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ TASKS = ("gsm8k", "hellaswag", "boolq")
 
 
 def write_items(directory: Path) -> Path:
-    """Writes them; returns the directory."""
+    """Writes the items of all :data:`TASKS`; returns the directory."""
     for name, items in _items().items():
         path = directory / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def write_items(directory: Path) -> Path:
 
 
 def write_model(directory: Path, seed: int) -> Path:
-    """Writes an ordinary Llama of 512 tokens with a byte tokenizer; returns the directory."""
+    """Writes an ordinary Llama with a context of 512 tokens and a byte tokenizer; returns the directory."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates in the style of those that models come with, what they write by hand, and a tokenizer for them."""
+"""Chat templates in the styles of real models, their expected output written by hand, and a tokenizer for them."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-# The text of a conversation in pieces, and whether each is an answer with its end-of-turn.
+# The text of a conversation in pieces, each with whether it is an answer including its end of turn.
 Pieces = Iterator[tuple[str, bool]]
 
 SPECIAL = (
@@ -18,7 +18,7 @@ SPECIAL = (
 
 
 def written(value: object) -> str:
-    """What ``tojson`` writes in a chat template."""
+    """Returns the JSON that ``tojson`` writes in a chat template."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -51,7 +51,7 @@ CHATML = """{%- if tools %}
 
 
 def chatml(messages: list[dict], tools: list[dict] | None = None) -> Pieces:
-    """What ``CHATML`` writes."""
+    """Yields the pieces that the template ``CHATML`` writes."""
     rest = messages
     if tools:
         system = ""
@@ -84,7 +84,7 @@ LLAMA_3 = """{{ bos_token }}
 
 
 def llama_3(messages: list[dict], tools: list[dict] | None = None) -> Pieces:
-    """What ``LLAMA_3`` writes."""
+    """Yields the pieces that the template ``LLAMA_3`` writes."""
     yield "<s>", False
     for message in messages:
         calls = message.get("tool_calls")
@@ -122,7 +122,8 @@ MISTRAL = """{%- set system = messages[0]['content'] if messages[0]['role'] == '
 
 
 def mistral(messages: list[dict], tools: list[dict] | None = None) -> Pieces:
-    """What ``MISTRAL`` writes: the system message and the tools stand in the last turn of the user."""
+    """Yields the pieces of the template ``MISTRAL``, which puts the system message and the tools into the last turn of
+    the user."""
     system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
     last = max(n for n, message in enumerate(messages) if message["role"] == "user")
     yield "<s>", False
@@ -152,7 +153,7 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_excep
 
 
 def gemma(messages: list[dict], tools: list[dict] | None = None) -> Pieces:
-    """What ``GEMMA`` writes."""
+    """Yields the pieces that the template ``GEMMA`` writes."""
     yield "<s>", False
     for message in messages:
         answer = message["role"] == "assistant"
@@ -170,9 +171,10 @@ STYLES: dict[str, tuple[str, Callable[..., Pieces]]] = {
 
 
 def chat_tokenizer(directory: Path, template: str | None = None, vocab_size: int = 0) -> Path:
-    """A byte-level tokenizer with ``SPECIAL``, as Transformers saves it; its padding token is its ``eos_token``.
+    """Writes a byte-level tokenizer with the tokens ``SPECIAL`` as Transformers saves it; returns the directory.
 
-    With no more room in the vocabulary than for bytes it has no merges, so that a text has the tokens of its pieces.
+    Its padding token is its ``eos_token``. If ``vocab_size`` leaves only room for bytes it has no merges, so that the
+    tokens of a text are those of its pieces.
     """
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

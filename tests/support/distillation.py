@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation by its definition: over whole rows of logits, in float64, differentiated by autograd."""
+"""Reference distillation by its definition: over whole rows of logits, in float64, differentiated by autograd.
+
+Shapes: ``V`` is the number of ids of the vocabulary, without padding unless stated.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ from bitcpm_megatron.training.flags import arguments_of
 
 
 def by_definition(logits: torch.Tensor, targets: Targets, rule: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses ``[...]`` and their gradient ``[..., V]`` without padding."""
+    """Returns the losses ``[...]`` for logits with padding, and their gradient ``[..., V]`` without padding."""
     z = logits.detach().double()[..., : rule.vocab_size].requires_grad_()
     log_q = (z / rule.temperature).log_softmax(-1)
     if isinstance(targets, SampledTargets):
@@ -28,7 +31,7 @@ def by_definition(logits: torch.Tensor, targets: Targets, rule: Divergence) -> t
         p, ids = targets.log_probabilities.double().exp(), targets.ids.long()
         rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         buckets = torch.cat((log_q.gather(-1, ids), rest), -1)
-        # What is rounded to fp32 may have a sum above 1.
+        # Probabilities rounded to fp32 may have a sum above 1.
         p = torch.cat((p, (1 - p.sum(-1, keepdim=True)).clamp(min=0)), -1)
         losses = kl_div(buckets, p, reduction="none").sum(-1)
     else:
@@ -41,13 +44,13 @@ def by_definition(logits: torch.Tensor, targets: Targets, rule: Divergence) -> t
 
 
 def top_k(teacher: torch.Tensor, k: int, temperature: float) -> TopKTargets:
-    """Targets of a teacher's logits ``[..., V]`` without padding."""
+    """Returns the top-k targets of a teacher's logits ``[..., V]`` without padding."""
     log_p, ids = (teacher.double() / temperature).log_softmax(-1).topk(k)
     return TopKTargets(ids.int(), log_p.float(), temperature)
 
 
 def sampled(teacher: torch.Tensor, draws: int, temperature: float, generator: torch.Generator) -> SampledTargets:
-    """Draws of a teacher's logits ``[..., V]`` without padding, with as many places as the vocabulary has ids."""
+    """Returns sampled targets of a teacher's logits ``[..., V]`` without padding, with V places per token."""
     p = (teacher.double() / temperature).softmax(-1).flatten(0, -2)
     drawn = torch.multinomial(p, draws, replacement=True, generator=generator)
     counts = torch.zeros(p.shape, dtype=torch.uint8).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.uint8))
@@ -58,7 +61,7 @@ def sampled(teacher: torch.Tensor, draws: int, temperature: float, generator: to
 def forms(
     teacher: torch.Tensor, rule: Divergence, k: int, generator: torch.Generator
 ) -> Iterator[tuple[str, Targets, Divergence]]:
-    """All that a teacher with padded logits ``[..., V]`` can say, by name."""
+    """Yields every kind of target of a teacher with padded logits ``[..., padded V]``: name, targets, rule."""
     real, temperature = teacher[..., : rule.vocab_size], rule.temperature
     yield "forward", DenseTargets(teacher), rule
     yield "reverse", DenseTargets(teacher), Divergence(rule.vocab_size, temperature, reverse=True)
@@ -67,19 +70,19 @@ def forms(
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor, least: float) -> float:
-    """The largest difference over the largest element, or over ``least``; infinite where something isn't finite."""
+    """Returns the largest difference over the largest element, or over ``least``; inf if an element is not finite."""
     error = float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=least))
     return error if bool(found.isfinite().all()) else float("inf")
 
 
 def in_float64(checkpoint: Path, padded_vocab_size: int) -> GPTModel:
-    """The model of a checkpoint on one rank, with quantized weights in the place of those that are quantized.
+    """Returns the model of a checkpoint in float64 on one rank, with quantized weights instead of the latent ones.
 
     They are plain parameters: their gradients are those that go straight through to the latent weights.
     """
     args, record = arguments_of(checkpoint, 1), QuantizerRecord.read(checkpoint)
     args.ternary = False
-    # The weights that are drawn are written over.
+    # The seed is needed for drawing initial weights, which are then overwritten.
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     model = trained_model(args, checkpoint, padded_vocab_size).bare[0]
     for name, said in ({} if record is None else record.modules).items():
@@ -89,13 +92,13 @@ def in_float64(checkpoint: Path, padded_vocab_size: int) -> GPTModel:
 
 
 class WholeStep:
-    """What a step on some samples has to be, in float64 over whole logits.
+    """The expected result of a step on some samples, in float64 over whole logits.
 
     Args:
-        student: from :func:`in_float64`.
-        logits: of the teacher ``[samples, seq_length, V]``.
+        student: the student from :func:`in_float64`.
+        logits: the logits of the teacher ``[samples, seq_length, padded V]``.
         batch: all samples of the step.
-        vocab_size: ids without padding.
+        vocab_size: the number of ids without padding.
     """
 
     def __init__(
@@ -108,7 +111,8 @@ class WholeStep:
         self._entropy = losses.view_as(self._share)
 
     def expected(self, alpha: float, temperature: float, k: int | None) -> tuple[float, float, dict[str, torch.Tensor]]:
-        """Means over the tokens that count: cross entropy, divergence, and the gradients of their mixture by name."""
+        """Returns the cross entropy, the divergence and the gradients of their mixture by name; means over the tokens
+        that count."""
         real = self._teacher[..., : self._vocab_size]
         targets = DenseTargets(real) if k is None else top_k(real, k, temperature)
         apart, slope = by_definition(self._logits, targets, Divergence(self._vocab_size, temperature))

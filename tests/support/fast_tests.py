@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pytest --fast``: the unit tests of the inner loop, none of which starts a process."""
+"""The option ``pytest --fast``: runs the unit tests for use during development, none of which starts a process."""
 
 import functools
 import multiprocessing.util
@@ -15,19 +15,19 @@ import pytest
 
 UNIT = Path(__file__).resolve().parents[1] / "unit"
 STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
-"""Python's own audit events of everything that starts a process, but for multiprocessing's ``spawn``."""
+"""Python's audit events for everything that starts a process, except for multiprocessing's ``spawn``."""
 
 
 class FastTests:
-    """Chooses the tests of ``tests/unit`` that are not marked ``slow``, and fails each that starts a process.
+    """A plugin that selects the tests of ``tests/unit`` not marked ``slow``, and fails each that starts a process.
 
-    A start fails where it happens, fixtures included, by what is no ``Exception``: code under test that goes another
-    way where a program cannot be started does not hide it.
+    A start fails where it happens, fixtures included, with something that is not an ``Exception``, so that code under
+    test with a fallback for programs that cannot be started does not hide it.
     """
 
     def __init__(self) -> None:
         self._in_a_test = False
-        # A hook stays as long as the interpreter; between tests it lets everything through.
+        # An audit hook cannot be removed; between tests it lets everything through.
         sys.addaudithook(lambda event, arguments: self._refuse(event, arguments) if event in STARTS else None)
         spawn = multiprocessing.util.spawnv_passfds
 
@@ -49,10 +49,10 @@ class FastTests:
         items[:] = fast
 
     def pytest_collection_finish(self) -> None:
-        """Starts what is started once for many tests, and kept: it would hit whichever of them comes first.
+        """Starts the processes that run once for many tests; otherwise the first of these tests would fail.
 
-        The C kernel and the emulation of AscendC's are compiled here, where that was not done since they changed; a
-        guard that let compilers through would let through tests that compile in every run. Python asks ``uname`` for
+        The C kernels and the emulation of the AscendC kernels are compiled here if they have changed: a guard that let
+        compilers through would also let through tests that compile in every run. Python runs ``uname`` once to find
         the processor's name.
         """
         from ascendc import emulator

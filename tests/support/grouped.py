@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are quantized together: any shapes, group sizes and dtypes, in place and not, against the reference."""
+"""Comparison of weights quantized together with the reference: any shapes, group sizes and dtypes, in place or not."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ TERNARY = QuantizerConfig()
 
 @dataclass(frozen=True)
 class Latent:
-    """A weight: ``rows`` of ``groups`` groups, or of one of ``columns`` elements; its values follow from the seed."""
+    """A random weight: ``rows`` rows of ``groups`` groups, or of one group of ``columns`` elements (group size -1)."""
 
     rows: int
     groups: int
@@ -52,7 +52,7 @@ LATENTS = st.lists(
 
 
 def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal bit for bit, but for which NaN it is."""
+    """Returns whether two tensors are equal bit for bit, except that any NaN equals any other."""
     integer = torch.int32 if found.dtype == torch.float32 else torch.int16
     found, expected = (t.cpu().contiguous() for t in (found, expected))
     same = (found.view(integer) == expected.view(integer)) | (found.isnan() & expected.isnan())
@@ -60,7 +60,7 @@ def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def check_together(latents: list[Latent], config: QuantizerConfig = TERNARY, device: str = "cpu") -> None:
-    """Quantizes them together where they stand and elsewhere, by the backend that serves the device."""
+    """Checks weights quantized together, in place and out of place, by the backend for the device."""
     sizes = [latent.group_size for latent in latents]
     expected = [
         quantize_dequantize(latent.tensor(), replace(config, group_size=size))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minimal doubles of the upstreams that the adaptor takes hold of, put into ``sys.modules`` for one test.
+"""Minimal test doubles of the upstream packages that the adaptor patches, put into ``sys.modules`` for one test.
 
-They keep the contracts that ``patches/`` relies on, and nothing else: MindSpeed's features, its list and its patch
-manager; the functions of ``megatron.training`` that are wrapped, calling one another by the names they imported.
+They keep only the contracts that ``patches/`` relies on: MindSpeed's features, their list and its patch manager; and
+the wrapped functions of ``megatron.training``, which call one another by the names that they imported.
 """
 
 import argparse
@@ -18,7 +18,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **content) -> types.ModuleType:
-    """A module of that name, with its parents."""
+    """Puts a new module of a name, with its parents, into ``sys.modules`` for one test, and returns it."""
     made = types.ModuleType(name)
     made.__dict__.update(content)
     monkeypatch.setitem(sys.modules, name, made)
@@ -33,12 +33,12 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **content) -> types.Modul
 
 
 class MegatronTraining:
-    """``megatron.training`` in memory: ``run()`` goes through the functions as ``pretrain()`` does."""
+    """A double of ``megatron.training`` in memory; ``run()`` calls its functions in the order of ``pretrain()``."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, build_model, theirs: tuple[str, ...] = (), builders: bool = False
     ) -> None:
-        """A host of core_v0.18 or later builds models with ``builders``, without ``get_model``."""
+        """Creates the modules; with ``builders`` models are built as in core_v0.18 or later, without ``get_model``."""
         self.args = argparse.Namespace()
         self.build_model = build_model
         self.loaded_with: dict = {}
@@ -76,7 +76,7 @@ class MegatronTraining:
             return types.SimpleNamespace(kv_channels=args.kv_channels, softmax_scale=None)
 
         def correct_amax_history_if_needed(model):
-            """For fp8."""
+            """Does nothing; upstream needs it for fp8."""
 
         def get_model(wrap=True):
             loop = sys.modules["megatron.training.training"]
@@ -130,7 +130,7 @@ class MegatronTraining:
             here._load_base_checkpoint(self.args.load, self.args)
 
         def dist_save(sharded_state_dict, checkpoint_dir):
-            """Writes nothing."""
+            """Does nothing instead of writing a checkpoint."""
 
         from megatron.core import dist_checkpointing
         from megatron.core.pipeline_parallel import schedules
@@ -163,13 +163,13 @@ class MegatronTraining:
             get_model=get_model,
             setup_model_and_optimizer=setup_model_and_optimizer,
             correct_amax_history_if_needed=correct_amax_history_if_needed,
-            # By name, as upstream does: a patch must reach it here, too.
+            # Imported by name, as upstream does: a patch must also reach these names.
             load_checkpoint=checkpointing.load_checkpoint,
             save_checkpoint=checkpointing.save_checkpoint,
         )
 
         if builders:
-            # Defined here and imported where they were.
+            # core_v0.18 defines the functions in these modules and imports them in the old ones.
             module(
                 monkeypatch,
                 "megatron.training.argument_utils",
@@ -182,7 +182,7 @@ class MegatronTraining:
             )
 
     def run(self, argv: list[str]) -> list[torch.nn.Module]:
-        """Arguments, model, load, save."""
+        """Parses the arguments, builds the model, loads, and saves; returns the model chunks."""
         self.argv = argv
         here = {n: sys.modules[f"megatron.training.{n}"] for n in ("arguments", "training")}
         self.args = here["arguments"].parse_args()
@@ -198,7 +198,7 @@ class MegatronTraining:
 
 
 class LoraLinear(torch.nn.Module):
-    """PEFT's ``LoraParallelLinear``: a linear, and two small ones beside it."""
+    """A double of PEFT's ``LoraParallelLinear``: a linear with two small ones beside it."""
 
     def __init__(self, base_layer: torch.nn.Module, rank: int = 4) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class LoraLinear(torch.nn.Module):
 
 
 class PeftModel(torch.nn.Module):
-    """PEFT's ``PeftModel`` around a chunk whose ``decoder`` holds linears, as MindSpeed-LLM makes it."""
+    """A double of PEFT's ``PeftModel`` around a chunk whose ``decoder`` holds linears, as MindSpeed-LLM makes it."""
 
     def __init__(self, chunk: torch.nn.Module) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class PeftModel(torch.nn.Module):
             chunk.decoder[name] = LoraLinear(linear)
         self.base_model = torch.nn.Module()
         self.base_model.model = chunk
-        # MindSpeed-LLM does so itself.
+        # MindSpeed-LLM adds this module in the same way.
         self.add_module("module", self.get_base_model())
 
     def get_base_model(self) -> torch.nn.Module:
@@ -232,7 +232,7 @@ class PeftModel(torch.nn.Module):
 
 
 class SwapPrefetch:
-    """MindSpeed's of ``--swap-attention``: what a graph saves goes to the host, and its memory is freed meanwhile."""
+    """A double of MindSpeed's ``--swap-attention``, which moves tensors saved by graphs to the host for a while."""
 
     def __init__(self) -> None:
         self.swapped: list[torch.Tensor] = []
@@ -250,14 +250,14 @@ class SwapPrefetch:
         return tensor
 
     def sync_d2h(self) -> int:
-        """Overwrites what MindSpeed frees; gives back how many tensors these are."""
+        """Overwrites the tensors whose memory MindSpeed would free; returns their number."""
         for tensor in self.swapped:
             tensor.detach().fill_(float("nan"))
         return len(self.swapped)
 
 
 class MindSpeed:
-    """``mindspeed`` in memory: its list of features, its patch manager, and an adaptor that applies both."""
+    """A double of ``mindspeed`` in memory: its list of features, its patch manager, and an adaptor applying both."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, layer_norm_linear: type) -> None:
         class MindSpeedFeature:
@@ -265,13 +265,13 @@ class MindSpeed:
                 self.feature_name, self.optimization_level = feature_name, optimization_level
 
             def register_args(self, parser):
-                """None."""
+                """Registers no arguments."""
 
             def pre_validate_args(self, args):
-                """Nothing."""
+                """Does nothing."""
 
             def register_patches(self, patch_manager, args):
-                """None."""
+                """Registers no patches."""
 
         class MindSpeedFeaturesManager:
             FEATURES_LIST: list = [MindSpeedFeature("first")]
@@ -285,7 +285,7 @@ class MindSpeed:
 
             @classmethod
             def register_patch(cls, symbol, wrapper):
-                # Others replace, and a second replacement raises.
+                # Functions with other names replace the symbol, and a second replacement would raise.
                 assert wrapper.__name__.endswith(("wrapper", "decorator")), wrapper
                 if wrapper not in cls.wrappers.setdefault(symbol, []):
                     cls.wrappers[symbol].append(wrapper)
@@ -316,7 +316,7 @@ class MindSpeed:
         )
 
         def import_adaptor() -> None:
-            """What ``import mindspeed.megatron_adaptor`` does."""
+            """Does what ``import mindspeed.megatron_adaptor`` does."""
             arguments = sys.modules["megatron.training.arguments"]
             parse_args = arguments.parse_args
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills an evaluation at some of its writes: ``killed_evaluation.py WRITES ASKED -- ARGUMENTS``.
 
-``WRITES`` are numbers with commas between them. For each a process evaluates that is killed in the middle of that write
-to its store; then one evaluates to the end. ``ASKED`` gets a line for every question that a model was asked.
+``WRITES`` is a list of numbers, separated by commas. For each of them a process evaluates and is killed in the middle
+of that write to its store; finally one evaluates to the end. ``ASKED`` is the file that gets a line for every question
+that a model was asked.
 """
 
 import importlib
@@ -47,7 +48,7 @@ def _evaluate(write: int | None, asked: Path, arguments: list[str]) -> None:
 
 
 def main() -> int:
-    # Once, for all of the processes below.
+    # These modules are imported once for all processes below, which are forks.
     for name in (
         *("lm_eval.evaluator", "lm_eval.models.huggingface", "datasets", "matplotlib.figure", "transformers"),
         *("transformers.models.llama.modeling_llama", "transformers.tokenization_utils_tokenizers"),

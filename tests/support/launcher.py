@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real ``torchrun`` processes over gloo, and what they report."""
+"""Launches of real ``torchrun`` processes over gloo, and their reports."""
 
 import contextlib
 import functools
@@ -21,8 +21,10 @@ WORKERS = CHECKOUT / "tests" / "distributed" / "workers"
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """For processes under test: one thread each, unless the environment says otherwise; a megatron-core that PYTHONPATH
-    puts in front stays in front."""
+    """Returns the environment of processes under test: one thread each, unless ``OMP_NUM_THREADS`` is set.
+
+    A megatron-core that PYTHONPATH puts in front stays in front.
+    """
     ours = (str(CHECKOUT / folder) for folder in ("", "tests", "benchmarks"))
     paths = [p for p in (os.environ.get("PYTHONPATH"), *ours) if p]
     return {
@@ -38,8 +40,10 @@ _given_ports: set[int] = set()
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now, and none that outgoing connections are given: those of other
-    tests would take it before the process under test listens there."""
+    """Returns a port on which nobody listens, outside the range that outgoing connections are given.
+
+    Otherwise a connection of another test could take the port before the process under test listens on it.
+    """
     while True:
         port = random.SystemRandom().randrange(15000, 30000)
         with contextlib.suppress(OSError), socket.socket() as probe:
@@ -50,14 +54,14 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Processes under one ``torchrun`` that run batch after batch: imports take longer than most batches.
+    """Processes under one ``torchrun`` that run one batch after another, since imports take longer than most batches.
 
-    They start with the first batch, and anew after one that has failed. What a worker changes for good, the ranks keep;
-    ``workers/serve.py`` is what they run.
+    They start with the first batch, and restart after one that has failed. Global state that a worker changes stays
+    changed. The processes run ``workers/serve.py``.
 
     Args:
-        count: how many.
-        directory: an empty one, for their orders and for what they print.
+        count: the number of processes.
+        directory: an empty directory for their orders and their output.
     """
 
     def __init__(self, count: int, directory: Path) -> None:
@@ -70,11 +74,11 @@ class Ranks:
         """Runs ``workers/<worker>.py`` for a directory, into which each rank writes ``rank<N>.json``.
 
         Returns:
-            What they wrote, by rank.
+            The contents of these files, by rank.
 
         Raises:
-            AssertionError: a rank has ended; the message has the end of what was printed.
-            TimeoutError: they take too long; likewise.
+            AssertionError: if a rank has ended; the message has the end of the output.
+            TimeoutError: if the ranks take longer than ``timeout`` seconds; the message has the end of the output.
         """
         if self._agent is None:
             self._start()
@@ -105,7 +109,7 @@ class Ranks:
     def kill(self) -> None:
         """Ends the processes at once, if there are any."""
         if self._agent is not None:
-            # Ranks outlive an agent that is killed, and those that wait for each other keep the cores busy.
+            # Ranks survive the kill of their agent, and ranks that wait for each other keep the cores busy.
             with contextlib.suppress(psutil.NoSuchProcess):
                 agent = psutil.Process(self._agent.pid)
                 for process in [agent, *agent.children(recursive=True)]:
@@ -128,11 +132,11 @@ class Ranks:
             )
 
     def _said(self, heard: int) -> str:
-        """The end of what was printed behind that byte."""
+        """Returns the end of the output after its first ``heard`` bytes."""
         return self._output.read_bytes()[heard:].decode(errors="replace")[-8000:]
 
     def _order(self, batch: dict) -> None:
-        """Hands over a batch, whole at once."""
+        """Hands a batch over to the ranks, atomically by renaming a file."""
         hidden = self._orders / "next"
         hidden.write_text(json.dumps(batch))
         hidden.rename(self._orders / f"{self._number}.json")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that is a table of what follows what, and remembers what it was made to compute."""
+"""A model that is a table of successors of tokens, and that records what it has computed."""
 
 from collections.abc import Mapping
 
@@ -9,17 +9,18 @@ from bitcpm_megatron.inference.generate import NextToken
 
 
 class Follows(NextToken):
-    """Writes behind each token the one that follows it, by default 0.
+    """A model that writes after each token its successor in a table, by default 0.
 
     Args:
-        follows: the table.
-        rows: of the logits.
-        spread: whether in its place all tokens are as likely, but those of the last quarter, which are likelier.
+        follows: the successor of each token.
+        rows: the number of logits.
+        spread: whether to ignore the table: the last quarter of the tokens are equally likely, and likelier than the
+            others, which are equally likely, too.
 
     Attributes:
-        computed: the tokens of every forward, without those that were kept.
-        interrupted: whether forwards are interrupted.
-        scale: of the logits.
+        computed: the tokens of every forward, without those that were kept from earlier ones.
+        interrupted: whether forwards raise KeyboardInterrupt.
+        scale: the factor of the logits from the table.
     """
 
     def __init__(

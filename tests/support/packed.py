@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small ternary models to pack, and the files that come of it, as others read them."""
+"""Small ternary models to pack, and readers of the packed files that are independent of the writers."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "ou
 
 
 def architecture(**changes: Any) -> Architecture:
-    """Two layers whose rows blocks of 256 fill, and eight row-parallel shards."""
+    """Returns an architecture of two layers whose rows consist of whole blocks of 256, and of eight equal shards."""
     plain = dict(embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, tied=False)
     rows = dict(hidden_size=256, ffn_hidden_size=512, kv_channels=64)
     return tiny_hf.architecture(**{**plain, **rows, **changes})
@@ -50,13 +50,13 @@ def latent_model(
     for tensor in megatron_tensors(a):
         for name, shape in part_shapes([tensor]).items():
             rows = 10 ** torch.empty(shape[0], *[1] * (len(shape) - 1)).uniform_(-1.5, 0.5, generator=g)
-            # Mean |w| is near 0.02: a network of such weights computes what is of the order of 1.
+            # Mean |w| is near 0.02, so that the network computes values of the order of 1.
             weight = torch.empty(shape).normal_(0, 0.05, generator=g) * rows
             latent[name] = forward[name] = (weight if len(shape) == 2 else rows.view(-1)).to(dtype)
             if not tensor.quantizable:
                 continue
             size = group_size if tensor.kind != "row" else row_parallel_group(shape[1], group_size, 1, shards)
-            latent[name][1, : shape[1] // 2] = 0  # with g below the row: groups of zeros
+            latent[name][1, : shape[1] // 2] = 0  # groups of zeros if groups are smaller than the row
             forward[name] = fake_quantize(latent[name], QuantizerConfig(group_size=size))
             modules[name.removesuffix(".weight")] = {"group_size": size}
     directory.mkdir(parents=True)
@@ -67,20 +67,20 @@ def latent_model(
 
 
 def write_config(directory: Path, a: Architecture, dtype: torch.dtype, **more: Any) -> None:
-    """The ``config.json`` of a stock model."""
+    """Writes the ``config.json`` of a stock model."""
     config = config_for(LLAMA if a.is_llama else GRANITE, a, more, str(dtype).removeprefix("torch."))
     (directory / "config.json").write_text(json.dumps(config))
 
 
 def write_sentence_piece(directory: Path, vocab_size: int = 320) -> None:
-    """A SentencePiece model as ``preprocess_data.py`` trains it."""
+    """Writes a SentencePiece model as ``preprocess_data.py`` trains it."""
     words = "the quick brown fox jumps over a lazy dog while seven wizards boil black quartz and mix pale ink".split()
     texts = [" ".join(words[(i * 7 + j * j) % len(words)] for j in range(40)) for i in range(60)]
     (directory / "tokenizer.model").write_bytes(train_sentencepiece(texts, vocab_size))
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
-    """The file, in the package's own reader, which is told here of the one type that it does not know."""
+    """Opens a GGUF file with the reader of the package ``gguf``, after registering the type Q2_0, which it lacks."""
     kinds = gguf.GGMLQuantizationType
 
     def missing(cls: type, value: int) -> Any:
@@ -95,10 +95,10 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
 
 
 def decoded(file: gguf.GGUFReader) -> dict[str, tuple[str, torch.Tensor]]:
-    """Type and fp32 values of every tensor, by Hugging Face's names, q and k in Hugging Face's order.
+    """Returns type and fp32 values of every tensor by Hugging Face's names, with q and k in Hugging Face's order.
 
-    ``gguf`` decodes all types but Q2_0, whose layout is written down here once more: that a client reads it so, is what
-    ``make test-clients`` proves.
+    ``gguf`` decodes all types except Q2_0, whose layout is implemented here independently; ``make test-clients`` proves
+    that a client reads it in the same way.
     """
     found = {}
     for tensor in file.tensors:
@@ -124,6 +124,6 @@ def decoded(file: gguf.GGUFReader) -> dict[str, tuple[str, torch.Tensor]]:
 
 
 def value(file: gguf.GGUFReader, key: str) -> Any:
-    """A number, text or list of the metadata; of the architecture's own without its name in front."""
+    """Returns a number, text or list of the metadata; keys of the architecture are given without its name in front."""
     names = (key, f"{file.fields['general.architecture'].contents()}.{key}")
     return next(file.fields[name].contents() for name in names if name in file.fields)

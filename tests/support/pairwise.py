@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few settings out of many, in which every two values that go together meet."""
+"""Pairwise covers: a few settings out of many that contain every possible pair of values."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 def pairs(setting: Any) -> set[tuple]:
-    """Every two values of a dataclass, each with the place of its field."""
+    """Returns every pair of values of a dataclass, each value with the index of its field."""
     return set(itertools.combinations(enumerate(astuple(setting)), 2))
 
 
 def cover(possible: Sequence[T], cost: Callable[[T], float] = lambda setting: 1.0) -> list[T]:
-    """Settings so that every two values that stand together in a possible one do in one of them.
+    """Returns settings that together contain every pair of values that occurs in a possible setting.
 
-    Greedy for pairs at their cost, the same on every machine.
+    The choice is greedy for new pairs per cost, and the same on every machine.
     """
     of_each = [pairs(setting) for setting in possible]
     left = set().union(*of_each)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much anonymous memory some code needs, and whether a tensor is a view of a file."""
+"""Measurement of the anonymous memory that some code needs, and detection of tensors that are views of files."""
 
 import os
 import re
@@ -29,9 +29,9 @@ def begin():
 
 
 def peak_growth(code: str, path: Path) -> int:
-    """Bytes that anonymous memory grew by, at most, after ``begin()`` in a process that runs ``code``.
+    """Returns the peak growth of anonymous memory, in bytes, after ``begin()`` in a process that runs ``code``.
 
-    It is watched from outside: inside, a call that holds Python's lock would hide its own peak.
+    The process is watched from outside: inside it, a call that holds Python's global lock would hide its own peak.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", _PRELUDE + code, str(path)]
@@ -46,7 +46,7 @@ def peak_growth(code: str, path: Path) -> int:
 
 
 def is_view_of(tensor: torch.Tensor, file: Path) -> bool:
-    """Whether a tensor's memory is a mapping of a file."""
+    """Returns whether the memory of a tensor is a mapping of a file."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         first, behind = (int(address, 16) for address in line.split()[0].split("-"))
         if first <= tensor.data_ptr() < behind:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings under which quantized weights may live in the parameters, and a pairwise cover of them."""
+"""Settings in which quantized weights may be resident in the parameters, and a pairwise cover of them."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train: layout, both overlaps, group size, fused weight gradients, distributed optimizer."""
+    """A way to train: layout, both overlaps, group size, fused weight gradients, distributed optimizer."""
 
     layout: str
     overlaps: bool
@@ -36,7 +36,7 @@ class Setting:
 
     @property
     def ranks(self) -> int:
-        """Processes."""
+        """The number of processes."""
         return LAYOUTS[self.layout][0]
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Setting:
 def _possible() -> list[Setting]:
     every = itertools.product(LAYOUTS, (False, True), (-1, 64, 128), (False, True), (True, False))
     settings = [Setting(*values) for values in every]
-    # Parameters are gathered, and so can overlap, where the optimizer is distributed.
+    # Parameters are gathered, so that this can overlap, only if the optimizer is distributed.
     return [s for s in settings if s.distributed or not s.overlaps]
 
 
@@ -56,7 +56,7 @@ SETTINGS = cover(_possible())
 
 
 def arguments(setting: Setting, cache: str, steps: int, more: list[str]) -> list[str]:
-    """Of ``launch/pretrain.py``."""
+    """Returns the arguments of ``launch/pretrain.py`` for a setting."""
     argv = [*MODEL, *LAYOUTS[setting.layout][1], "--ternary-group-size", str(setting.group), "--ternary-cache", cache]
     argv += ["--use-distributed-optimizer"] if setting.distributed else []
     argv += ["--overlap-grad-reduce", "--overlap-param-gather"] if setting.overlaps else []
@@ -65,7 +65,7 @@ def arguments(setting: Setting, cache: str, steps: int, more: list[str]) -> list
 
 
 def compared(directory: Path, names: tuple[str, ...], ranks: int) -> int:
-    """Asserts that runs took the same steps on every rank; gives back how many groups the edges of shards cut."""
+    """Asserts that runs took the same steps on every rank; returns how many groups are cut by the edges of shards."""
     cuts = 0
     for rank in range(ranks):
         found = {name: json.loads((directory / f"{name}.digests.rank{rank}.json").read_text()) for name in names}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that whole training runs are tested with, and how their results are read."""
+"""The model with which whole training runs are tested, and readers of their results."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 
 from bitcpm_megatron.training.metrics import read_metrics
 
-# 192: so that the vocabulary is padded to the same 384 rows at TP1 and TP2.
+# With a divisor of 192 the vocabulary is padded to the same 384 rows at TP1 and TP2.
 MODEL = """
     --num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention
     --num-query-groups 2 --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear
@@ -19,13 +19,13 @@ MODEL = """
 
 
 def succeeded(report: dict[str, dict], *names: str) -> None:
-    """Asserts that runs of a report ended with 0."""
+    """Asserts that the named runs of a report ended with exit status 0."""
     for name in names:
         assert report[name]["status"] == 0, f"{name}: {report[name]['stderr'][-4000:]}"
 
 
 def losses(directory: Path) -> list[tuple]:
-    """Everything of a run's log that must not depend on how it was run."""
+    """Returns everything in a run's log that must not depend on how the run was executed."""
     return [
         (r["kind"], r["iteration"], r["lm_loss"], r.get("grad_norm"), r["consumed_samples"], r.get("distill_loss"))
         for r in read_metrics(directory)
@@ -34,7 +34,7 @@ def losses(directory: Path) -> list[tuple]:
 
 
 def quantized_weights(directory: Path, name: str, ranks: int) -> dict[str, torch.Tensor]:
-    """Quantized weights of a run's first step by module path; ranks that hold the same one must agree."""
+    """Returns the quantized weights of a run's first step by module path; ranks with the same module must agree."""
     merged: dict[str, torch.Tensor] = {}
     for rank in range(ranks):
         for path, weight in torch.load(directory / f"{name}.rank{rank}.pt", weights_only=True).items():
@@ -43,7 +43,7 @@ def quantized_weights(directory: Path, name: str, ranks: int) -> dict[str, torch
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, read without megatron."""
+    """Reads every tensor of a checkpoint, unsharded, without megatron."""
     reader = dcp.FileSystemReader(checkpoint)
     metadata = reader.read_metadata().state_dict_metadata
     state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
@@ -52,6 +52,6 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def first_moments(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Adam's, by the name of the weight."""
+    """Reads Adam's first moments from a checkpoint, by the name of the weight."""
     prefix = "optimizer.state.exp_avg."
     return {key.removeprefix(prefix): t for key, t in tensors(checkpoint).items() if key.startswith(prefix)}

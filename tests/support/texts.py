@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strings of every kind, to compare tokenizers on."""
+"""Strings of every kind, for comparisons of tokenizers."""
 
 import random
 
@@ -16,7 +16,7 @@ ALPHABETS = (
 
 
 def strings(count: int) -> list[str]:
-    """So many, always the same."""
+    """Returns ``count`` pseudo-random strings, always the same."""
     chosen = random.Random(0)
     parts = [*SPECIAL, "<think>", "The quick", " fox", "\n\n"]
     made = []

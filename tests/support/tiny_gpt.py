@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A few training steps of a tiny ternary GPT, to compare backends bit for bit.
 
-Weights have 12 bits behind the point and groups are powers of two: no sum of magnitudes is rounded, whatever its order,
-so that on one device every backend has the same scales, and with them the same losses.
+Weights have 12 bits after the binary point and group sizes are powers of two. No sum of magnitudes is rounded, whatever
+its order, so that on one device all backends compute the same scales, and with them the same losses.
 """
 
 import torch
@@ -13,7 +13,10 @@ from bitcpm_megatron.parallel import ternary_state
 
 
 def train(backend: str, device: str, group_size: int) -> list[tuple[float, torch.Tensor]]:
-    """Loss and scales of three steps. Needs megatron-core's parallel state; the backend stays set."""
+    """Trains three steps and returns the loss and the scales of each.
+
+    Needs megatron-core's parallel state; the backend stays selected afterwards.
+    """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -59,7 +62,7 @@ def _onto_the_grid(model: torch.nn.Module) -> None:
 
 
 def assert_equal(ours: list[tuple[float, torch.Tensor]], theirs: list[tuple[float, torch.Tensor]]) -> None:
-    """Equal losses and scales, step by step, of weights that move."""
+    """Asserts that losses and scales are equal, step by step, and that the weights change."""
     assert len(ours) == len(theirs) == 3
     assert not torch.equal(ours[0][1], ours[2][1]), "the weights must change"
     for (our_loss, our_scales), (their_loss, their_scales) in zip(ours, theirs, strict=True):

@@ -24,11 +24,11 @@ PROJECTIONS = (
 )
 SHARDS = 2
 ROW_PARALLEL = {"self_attn.o_proj": 64 // SHARDS, "mlp.down_proj": 192 // SHARDS}
-"""Group sizes of a model that was trained with 2 row-parallel shards and ``--ternary-group-size -1``."""
+"""The group sizes of a model that was trained with 2 row-parallel shards and ``--ternary-group-size -1``."""
 
 
 def architecture(**changes: Any) -> Architecture:
-    """Two layers of MiniCPM, with multipliers."""
+    """Returns the architecture of two layers of MiniCPM, with multipliers."""
     numbers: dict[str, Any] = dict(
         num_layers=2,
         hidden_size=64,
@@ -49,12 +49,12 @@ def architecture(**changes: Any) -> Architecture:
 
 
 def llama(**changes: Any) -> Architecture:
-    """The same without multipliers."""
+    """Returns the same architecture as :func:`architecture` without multipliers."""
     return architecture(embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, **changes)
 
 
 def longrope(original: int = 16) -> LongRope:
-    """Factors that no two channels share."""
+    """Returns LongRoPE factors that are different for all channels."""
     return LongRope(
         tuple(1 + 0.1 * i for i in range(8)),
         tuple(2 + 0.3 * i for i in range(8)),
@@ -63,7 +63,7 @@ def longrope(original: int = 16) -> LongRope:
 
 
 def record(layers: int = 2, **changes: Any) -> QuantizerRecord:
-    """Of a model trained with group size -1 and 2 row-parallel shards."""
+    """Returns the quantizer record of a model trained with group size -1 and 2 row-parallel shards."""
     modules = {
         f"model.layers.{layer}.{name}": {"group_size": ROW_PARALLEL.get(name, -1)}
         for layer in range(layers)
@@ -76,12 +76,12 @@ def record(layers: int = 2, **changes: Any) -> QuantizerRecord:
 
 
 def config(a: Architecture, r: QuantizerRecord, **more: Any) -> BitCPMConfig:
-    """What Transformers makes of a latent export's ``config.json``."""
+    """Returns the configuration that Transformers reads from a latent export's ``config.json``."""
     return BitCPMConfig.from_dict({**config_for(BITCPM, a, more, r.latent_dtype), "ternary_quantizer": vars(r)})
 
 
 def model(a: Architecture, r: QuantizerRecord, seed: int = 1) -> BitCPMForCausalLM:
-    """Random latents, rows of very different magnitude, and norms that are not 1."""
+    """Builds a model with random latent weights: rows of very different magnitude, and norms that are not 1."""
     built = BitCPMForCausalLM(config(a, r))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def model(a: Architecture, r: QuantizerRecord, seed: int = 1) -> BitCPMForCausal
 
 
 def cast(built: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """As ``from_pretrained`` does; ``.to(dtype)`` would round the rotary frequencies as well."""
+    """Casts parameters as ``from_pretrained`` does; ``.to(dtype)`` would also round the rotary frequencies."""
     for parameter in built.parameters():
         parameter.data = parameter.data.to(dtype)
     return built
@@ -112,7 +112,12 @@ def latent_export(directory: Path, a: Architecture, r: QuantizerRecord, **more: 
 
 
 def write_tokenizer(directory: Path, front: str | None = None) -> None:
-    """A byte tokenizer: ids 0 ... 2 are <unk>, <s> and </s>, the 256 bytes follow; with a token in front of a text."""
+    """Writes a byte tokenizer: ids 0 to 2 are <unk>, <s> and </s>, then come the 256 bytes.
+
+    Args:
+        directory: the directory to write to.
+        front: a token that the tokenizer puts in front of every text, or None.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token files and a tokenizer for whole training runs whose documents have lengths that a test chooses."""
+"""Token files, with documents of lengths that a test chooses, and a tokenizer for whole training runs."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ EOD = 299
 
 
 def write_tokenizer(directory: Path) -> Path:
-    """A tokenizer of 300 words, of which the last one ends documents."""
+    """Writes a tokenizer of 300 words, the last of which ends documents; returns the directory."""
     directory.mkdir()
     words = {f"w{i}": i for i in range(EOD)} | {"<eod>": EOD}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
@@ -25,7 +25,7 @@ def write_tokenizer(directory: Path) -> Path:
 
 
 def write_documents(prefix: Path, lengths: Sequence[int], seed: int = 0) -> Path:
-    """Random tokens in documents of these lengths, of which each ends with the last token."""
+    """Writes documents of random tokens with these lengths, each ended by the token :data:`EOD`; returns the prefix."""
     random = np.random.default_rng(seed)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for length in lengths:
@@ -36,7 +36,7 @@ def write_documents(prefix: Path, lengths: Sequence[int], seed: int = 0) -> Path
 
 
 def write_samples(prefix: Path, samples: Iterable[Mapping[str, Sequence[int]]]) -> Path:
-    """Packed samples of conversations: ``tokens``, ``answers`` and ``ends`` of each, as they are given."""
+    """Writes packed samples of conversations with given ``tokens``, ``answers`` and ``ends``; returns the prefix."""
     dtypes = {"tokens": np.uint16, "answers": np.uint8, "ends": np.int32}
     builders = {part: IndexedDatasetBuilder(f"{prefix}_{part}.bin", dtype=dtype) for part, dtype in dtypes.items()}
     for sample in samples:
@@ -50,10 +50,10 @@ def write_samples(prefix: Path, samples: Iterable[Mapping[str, Sequence[int]]]) 
 def write_conversations(
     prefix: Path, samples: Sequence[Sequence[int]], seed: int = 0, answers: Sequence[float] = (0.4,)
 ) -> Path:
-    """Packed samples of conversations of these lengths, in which about a share of the tokens is learned.
+    """Writes packed samples of conversations with these lengths; returns the prefix.
 
-    Shares are those of samples in turn; every conversation ends with the token that ends documents, and learns it
-    where its sample learns anything.
+    ``answers`` has the approximate share of learned tokens for each sample in turn. Every conversation ends with the
+    token that ends documents, which is learned if the sample learns anything.
     """
     random, made = np.random.default_rng(seed), []
     for number, lengths in enumerate(samples):
