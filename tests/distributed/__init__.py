@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests on several ranks. A package, so that what its fixtures start ends with its last test."""
+"""Tests on several ranks; a package, so that processes started by its fixtures end with its last test."""

@@ -11,7 +11,7 @@ from support.launcher import Ranks
 
 @pytest.fixture(scope="package")
 def shared_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
-    """So many ranks, the same for all files: there are three launches, of one, two and four."""
+    """Returns a function that gives a number of ranks, shared by all files: three launches, of one, two and four."""
     launched: list[Ranks] = []
 
     @functools.cache
@@ -28,7 +28,8 @@ def shared_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 def launch_runs(
     shared_ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[dict[str, dict], Path]]:
-    """Runs trainings, name -> arguments, on some ranks; gives back rank 0's report and the directory."""
+    """Returns a function that runs trainings (arguments by name) on some ranks; it returns rank 0's report and the
+    directory."""
     cache = ["--data-cache-path", str(tmp_path_factory.getbasetemp() / "cache")]
 
     def launch(
@@ -64,8 +65,8 @@ def launch_runs(
             try:
                 report |= shared_ranks(count).run("runs", directory)[0]
             except AssertionError as error:
-                # A run that takes the ranks with it fails alone, and others start for those behind it. Not for ever:
-                # ranks that cannot even start would take each run with them.
+                # A run that ends the ranks fails, and new ranks start for the runs after it. This is limited, because
+                # ranks that cannot even start would make every run fail.
                 report |= json.loads((directory / "rank0.json").read_text())
                 fatal += [name for name in waiting if name not in report][:1]
                 if not fatal or fatal[-1] in report or len(fatal) > 2:

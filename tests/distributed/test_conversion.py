@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model becomes a Megatron checkpoint, is trained ternary, and leaves as what the training computed."""
+"""A Hugging Face model is converted to a Megatron checkpoint, trained ternary, and exported as the training used it."""
 
 import json
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def hf(directory: Path, **options) -> torch.nn.Module:
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the range of the logits."""
+    """Returns the largest difference, relative to the range of the expected logits."""
     return ((found - expected).abs().max() / (expected.max() - expected.min())).item()
 
 
@@ -85,7 +85,7 @@ def convert(tool, *arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def where(launch_runs, shared_ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Everything of this file, in as few batches as it allows."""
+    """Runs everything that the tests of this file need, in as few batches as possible; returns the results."""
     root = tmp_path_factory.mktemp("conversion")
     torch.manual_seed(3)
     for name, build in MODELS.items():
@@ -116,7 +116,7 @@ def where(launch_runs, shared_ranks: Callable[[int], Ranks], tmp_path_factory: p
                 command = ["--model", str(source / "model.yaml"), *TRAIN, *flags, "--train-iters", "3"]
                 command += ["--save", str(root / f"trained {name}"), "--load", str(root / f"trained {name}")]
                 runs[f"start {name}"] = [*command, "--pretrained-checkpoint", str(source), "--exit-interval", "2"]
-                # Goes on from there, and reports the weights of its first forward.
+                # Resumes from that checkpoint, and reports the weights of its first forward.
                 runs[name] = [*command[:-4], "--load", str(root / f"trained {name}")]
         report, directory = launch_runs(runs, count)
         succeeded(report, *runs)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation: losses over two tensor-parallel ranks, by value, gradient and traffic, and two planted mistakes; and
-the steps of whole runs in a pairwise cover of their settings, against float64 over whole logits on one rank."""
+"""Distillation over several ranks, compared with float64 over whole logits on one rank.
+
+Losses over two tensor-parallel ranks are tested by value, gradient and traffic, and with two planted mistakes; whole
+runs by their steps, in a pairwise cover of settings.
+"""
 
 import itertools
 import re
@@ -28,16 +31,17 @@ CASES = [
     for temperature in (1, 2)
     for chunks in ("", " in chunks")
 ]
-# Against float64, relative to the largest element. fp32 has 2^-24 per rounding.
+# Bound of the difference from float64, relative to the largest element. fp32 has 2^-24 per rounding.
 EXACT = 1e-5
 TOKENS = 12
-# fp32 numbers that are reduced per token: two maxima and three sums; one and ten with nine ids; one and two.
+# fp32 numbers that are reduced per token: two maxima and three sums (forward and reverse); one maximum and ten sums for
+# nine ids (top-k); one maximum and two sums (sampled).
 NUMBERS = {"forward": 5, "reverse": 5, "top-k": 11, "sampled": 3}
 
 
 @pytest.fixture(scope="module")
 def results(shared_ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    """Case -> what each of two ranks reports."""
+    """The reports of two ranks for each case."""
     reports = shared_ranks(2).run("distillation", tmp_path_factory.mktemp("distillation"))
     return {name: [report[name] for report in reports] for name in reports[0]}
 
@@ -54,7 +58,7 @@ def test_losses_and_gradients_are_those_of_one_rank(case: str, results: dict[str
 def test_the_mix_is_that_of_one_rank(alpha: str, results: dict[str, list[dict]]) -> None:
     for result in results[f"alpha={alpha}"]:
         assert result["loss"] < EXACT and result["gradient"] < EXACT
-        # Three are megatron-core's, of the cross entropy.
+        # Three reductions are those of megatron-core's cross entropy.
         assert result["reductions"] == (3 if alpha == "0" else 5) and set(result["collectives"]) == {"allreduce_"}
 
 
@@ -67,7 +71,7 @@ def test_right_losses_with_wrong_gradients_are_told_apart(mutant: str, results: 
 
 @dataclass(frozen=True)
 class Setting:
-    """A layout and a way to learn from a teacher; ``top_k`` is None for all of its logits."""
+    """A layout and a way to learn from a teacher; ``top_k`` is None for learning from all logits."""
 
     tp: int
     pp: int
@@ -89,7 +93,7 @@ class Setting:
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
 
     def arguments(self) -> list[str]:
-        """Of ``launch/pretrain.py``."""
+        """Returns the arguments of ``launch/pretrain.py`` for the setting."""
         argv = f"--tensor-model-parallel-size {self.tp} --pipeline-model-parallel-size {self.pp}".split()
         argv += ["--num-virtual-stages-per-pipeline-rank", "2"] if self.vpp == 2 else []
         argv += ["--sequence-parallel"] if self.sp else []
@@ -100,9 +104,9 @@ class Setting:
 
 
 VOCABULARY, PADDED = 300, 384
-# All ids but one, which leaves the rest no choice, so that nothing is lost; and few.
+# All logits; all ids except one, whose probability follows from the others, so that nothing is lost; and few ids.
 TOP_K = (None, VOCABULARY - 1, 5)
-# Of other depth, width, heads and rows of the embedding, which stages share; and one with experts.
+# A teacher that differs from the student in depth, width, heads and rows of its tied embedding; and one with experts.
 TEACHER = """
     --num-layers 2 --hidden-size 96 --ffn-hidden-size 160 --num-attention-heads 8 --num-query-groups 4
     --make-vocab-size-divisible-by 100 --init-method-std 0.1
@@ -111,13 +115,14 @@ TEACHERS = {"tied": TEACHER, "experts": [*TEACHER, "--num-experts", "4", "--moe-
 VALUES = ((1, 2), (1, 2), (1, 2), (1, 2), (False, True), (False, True), (False, True))
 VALUES = (*VALUES, (0.0, 0.5, 1.0), (1.0, 2.0), TOP_K, tuple(TEACHERS))
 EVERY = [Setting(*values) for values in itertools.product(*VALUES)]
-# Sequences are shared by tensor-parallel ranks, and virtual stages are those of a pipeline; there are four ranks.
+# Sequence parallelism needs tensor parallelism, virtual stages need a pipeline, and there are only four ranks.
 POSSIBLE = [s for s in EVERY if s.ranks <= 4 and (s.tp == 2 or not s.sp) and (s.pp == 2 or s.vpp == 1)]
 # A launch of four ranks takes longer than two of two.
 SETTINGS = cover(POSSIBLE, cost=lambda setting: 1 + setting.ranks)
-# Of a step in fp32, relative: of a loss, and of a gradient as a norm. Roundings are independent of each other, so that
-# they add up like the root of their number: a step passes some 100 operations forward and back, each a sum of at most
-# 384 terms, which makes 1.2e-5 for those that go one way all along. Others average out: 7.3e-7 was the most.
+# Relative bound of the error of a step in fp32, for a loss, and for a gradient by its norm. Roundings are independent
+# of each other, so that they add up like the root of their number: a step passes some 100 operations forward and back,
+# each a sum of at most 384 terms, which makes 1.2e-5 for errors that go in one direction all along. In fact they
+# average out: 7.3e-7 was the largest error seen.
 STEP = 1e-5
 
 
@@ -131,7 +136,7 @@ def test_every_two_values_of_settings_meet() -> None:
 
 @pytest.fixture(scope="module")
 def steps(launch_runs, _model_parallel: None, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """From a setting: what it logged and computed, and what it should have."""
+    """Returns a function that gives the entropy, divergence and moments of a setting's run, and the expected step."""
     where = tmp_path_factory.mktemp("steps")
     start = [*MODEL, "--train-iters", "1", "--eval-iters", "0"]
     student = [*start, "--ternary", "--ternary-row-parallel-shards", "2"]
@@ -162,7 +167,7 @@ def steps(launch_runs, _model_parallel: None, tmp_path_factory: pytest.TempPathF
 
 
 def _definitions(where: Path, argv: list[str]) -> dict[str, WholeStep]:
-    """The step of the student in ``where``, by its teacher."""
+    """Returns the reference step of the student in ``where`` for each teacher."""
     args = parse_args([*argv, "--micro-batch-size", "4"], 1)
     tokenizer, _ = data.build_tokenizer(args)
     batch = next(data.batches(args, data.build_data(args, tokenizer, {}).train, 0))
@@ -178,7 +183,7 @@ def _definitions(where: Path, argv: list[str]) -> dict[str, WholeStep]:
 
 
 def _in_checkpoint(name: str) -> str:
-    """Layers are kept together, in their order, and norms with the linear behind them."""
+    """Returns the name of a weight in checkpoints, which stack layers and keep norms with the linear after them."""
     name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
     name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
     return re.sub(r"layers\.\d+", "layers", name)
@@ -200,5 +205,5 @@ def test_the_step_of_every_setting_is_that_of_whole_logits_on_one_rank(setting: 
     assert sorted(moments) == sorted(found)
     for name, gradients in found.items():
         gradient = torch.stack(gradients) if ".layers." in name else gradients[0]
-        # A first moment that begins with nothing.
+        # After one step from zero, the first moment is (1 - 0.9) times the gradient.
         assert (moments[name] / (1 - 0.9) - gradient).norm() <= STEP * gradient.norm(), name

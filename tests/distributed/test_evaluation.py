@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's model says of benchmark questions what its export says, over tensor-parallel ranks and pipeline stages."""
+"""A run's model answers benchmark questions like its export, over tensor-parallel ranks and pipeline stages."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,7 +16,8 @@ from bitcpm_megatron.checkpoint_tools import convert_hf_to_megatron, export_pack
 from bitcpm_megatron.evaluation.opening import find_model, open_model
 
 ORIGINAL = 24  # tokens, LongRoPE's original length
-# The lengths lie on both sides of it, one at it, some beyond the context of 128; in batches of 5 one has both sides.
+# The lengths are on both sides of the original length, one is equal to it, and some exceed the context of 128. One of
+# the batches of 5 has lengths on both sides.
 CONTEXTS = (
     "",
     "a b",
@@ -29,15 +30,15 @@ CONTEXTS = (
 )
 CONTINUATIONS = (" is", " four.", "five")
 PAIRS = [[context, continuation] for context in CONTEXTS for continuation in CONTINUATIONS]
-# None grows from one side to the other: there Transformers keeps its keys, and a run computes them anew.
+# No prompt grows across the original length: there Transformers keeps its keys, and a run computes them again.
 PROMPTS = ["What is", "word " * 3, "x" * 60, "z" * 125]
-BOUND = 1e-4  # of log-likelihoods, in fp32
+BOUND = 1e-4  # largest difference of log-likelihoods, in fp32
 LAYOUTS = ("TP1", "TP2", "PP2")
 
 
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A latent model, ternary in two row-parallel shards, as a checkpoint and as a fused export."""
+    """The directory of a ternary model in two row-parallel shards, as a latent, fused and packed export and a run."""
     root = tmp_path_factory.mktemp("evaluation")
     a = tiny_hf.llama(longrope=tiny_hf.longrope(ORIGINAL))
     tiny_hf.latent_export(root / "latent", a, tiny_hf.record(), bos_token_id=2, eos_token_id=2)
@@ -53,7 +54,7 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(shared_ranks: Callable[[int], Ranks], where: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """By layout and turn what each rank reports."""
+    """The reports of all ranks by layout and turn ("TP1 first", "TP1 again", ...)."""
     found: dict[str, list[dict]] = {}
     case = {"load": str(where / "run"), "batch": 5, "pairs": PAIRS, "prompts": PROMPTS, "count": 8}
     for count in (1, 2):
@@ -67,7 +68,7 @@ def said(shared_ranks: Callable[[int], Ranks], where: Path, tmp_path_factory: py
 
 @pytest.fixture(scope="module")
 def export(where: Path) -> dict:
-    """What the harness's own Hugging Face model says of the fused export, one question at a time."""
+    """The answers of the harness's own Hugging Face model with the fused export, one question at a time."""
     return _said_by_export(where, 1)
 
 
@@ -85,7 +86,7 @@ def _said_by_export(where: Path, batch: int) -> dict:
 
 
 def _margin(model: Any) -> float:
-    """The least by which the likeliest token is before the next one, wherever a choice is compared."""
+    """Returns the smallest margin of the likeliest token before the second one over all compared choices."""
     rows = []
     for context, continuation in PAIRS:
         shown, asked = (
@@ -110,9 +111,9 @@ def _margin(model: Any) -> float:
     "answers, too",
 )
 def test_log_likelihoods_and_answers_are_those_of_the_export(layout: str, said: dict, export: dict) -> None:
-    # Three continuations behind the longest context, two behind the one before it, and the longest prompt.
+    # Three continuations of the longest context, two of the second longest, and the longest prompt do not fit.
     assert len(export["skipped"]) == 6
-    # Of two models that differ by BOUND each the likeliest token is the same.
+    # With this margin, two models that differ by at most BOUND choose the same token.
     assert export["margin"] > 2 * BOUND
     for rank in said[f"{layout} first"]:
         _require_alike(rank["pairs"], export)

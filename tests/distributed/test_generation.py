@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With a cache of keys and values a model says what it says without one, at every layout."""
+"""Generation with a key-value cache gives the same results as without one, at every layout."""
 
 import json
 from collections.abc import Callable
@@ -10,14 +10,15 @@ from support.launcher import Ranks
 from support.small_model import MODEL, succeeded
 
 LENGTH, PROMPT = 20, 5
-# Of the largest logit, in fp32: both ways sum the same terms in other orders, 128 at most, some 40 times in a row.
+# Bound relative to the largest logit, in fp32: both ways sum the same terms in different orders, at most 128 terms,
+# some 40 times in a row.
 ROUNDING = 1e-5
-# An input on the edge between two of 127 levels falls to either side, and others behind it follow, until both ways are
-# as far apart as rounding to 8 bits is from none: 1.5 % were measured. The next position's logits are another 100 %.
+# An input on the edge between two of 127 levels may be rounded to either, and later ones follow, until both ways are as
+# far apart as rounding to 8 bits is from no rounding: 1.5 % were measured. Logits of the next position differ by 100 %.
 EIGHT_BITS = 10 / 127
 TP2 = ["--tensor-model-parallel-size", "2"]
 TERNARY = ["--ternary", "--ternary-row-parallel-shards", "2"]
-# Chosen by the length so far: the 13th token makes another model of all layers.
+# The factors depend on the length so far: from the 13th token on, all layers compute with other frequencies.
 LONGROPE = [
     *("--rope-scaling-type", "longrope", "--rope-scaling-original-max-position-embeddings", "12"),
     *("--rope-scaling-short-factor", *(str(1 + 0.1 * i) for i in range(8))),
@@ -68,18 +69,18 @@ def test_the_cache_changes_no_logit(name: str, found: dict) -> None:
     assert case["cached"].shape == case["whole"].shape == (LENGTH - PROMPT + 2, 384)
     difference = (case["cached"] - case["whole"]).abs().max() / case["whole"].abs().max()
     assert difference < bound
-    # Positions tell: what the last token alone would say is something else.
+    # Logits of successive positions differ, so that a mistake in the position would show.
     assert (case["whole"][1:] - case["whole"][:-1]).abs().max() > 0.1 * case["whole"].abs().max()
 
 
 @pytest.mark.parametrize("name", [*CASES, SAVED])
 def test_the_same_tokens_are_the_likeliest(name: str, found: dict) -> None:
-    """Also those behind the model's context, which drop the oldest."""
+    """Both ways choose the same tokens, also beyond the model's context, where the oldest tokens are dropped."""
     said, margins = found[name]["said"], found[name]["margins"]
     assert len(said["whole"]) == len(margins) == 32 + 3 - PROMPT
     if name == "8 bits":
         return
-    # Behind a choice that rounding decides the texts may go apart.
+    # After a choice that rounding decides, the texts may differ.
     certain = next((i for i, margin in enumerate(margins) if margin <= 2 * ROUNDING), len(margins))
     assert said["cached"][:certain] == said["whole"][:certain]
     assert certain > 0

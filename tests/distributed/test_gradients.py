@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of a ternary column-row pair against a plain PyTorch straight-through reference, and planted bugs."""
+"""Gradients of a ternary pair of column-parallel and row-parallel linears, compared with a plain PyTorch
+straight-through reference, and planted bugs."""
 
 import contextlib
 
@@ -17,14 +18,17 @@ CASES = [
     for overlap in (0, 1)
     for do in (0, 1)
 ]
-# Relative to the largest element. Some 20 operations, each a sum of at most 128 terms: independent roundings add up
-# like the root of their number, to 3e-6, and the two GEMMs of a gradient subtract what partly cancels.
+# Bound relative to the largest element. There are some 20 operations, each a sum of at most 128 terms. Independent
+# roundings add up like the root of their number, to 3e-6; in the two GEMMs of a gradient, terms also partly cancel.
 EXACT = 1e-5
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
-    """Case -> what each rank reports. On ranks of their own: the stand-in must be there before megatron-core is."""
+    """The reports of all ranks by case.
+
+    They run on ranks of their own, because the stand-in must exist before megatron-core is imported.
+    """
     merged: dict[str, list] = {}
     for count in (1, 2):
         with contextlib.closing(Ranks(count, tmp_path_factory.mktemp("ranks"))) as ranks:
@@ -48,7 +52,7 @@ def test_weight_gradients_equal_the_straight_through_reference(case: str, result
         assert result["moved"] > 1e-3, "weights that stand still cannot show a stale cache"
         assert result["versus_latent"] > 0.1, "a full-precision reference must be told apart"
         assert result["quantizations"] == [3, 3], "once per optimizer step"
-        # Both weights together, or each as its bucket arrives.
+        # Both weights are quantized together, or each when its bucket arrives.
         assert result["calls"] == (6 if case.endswith("overlap=1 do=1") else 3)
 
 
@@ -75,7 +79,7 @@ def test_weights_that_live_in_the_parameters_change_no_bit(layout: str, case: st
         assert step["held"] is None and resident["held"].startswith("cache: resident")
         assert resident["digest"] == step["digest"]
         assert (resident["cuts"] > 0) == (layout == "DP2" and case.endswith("do=1"))
-        # What would make latent weights of quantized ones, in part or in whole.
+        # These calls would turn quantized weights into latent ones, in part or as a whole.
         assert [words.partition(":")[0] for words in resident["refused"]] == [
             "the parameters hold quantized weights, and what is loaded would stand among them as one",
             "the optimizer's masters would be overwritten with quantized weights",
@@ -109,7 +113,7 @@ def test_gradients_on_a_ramp_are_those_of_the_blend(layout: str, results: dict[s
 def test_a_mask_in_the_straight_through_function_is_lost_under_fusion(
     layout: str, fusion: int, results: dict[str, list]
 ) -> None:
-    """Planted: the same mask in the backward of the function that stands between the latent weight and its stand-in."""
+    """Planted bug: the same mask in the backward of the function between the latent weight and its stand-in."""
     for result in results[f"{layout} fusion={fusion} planted mask in the function"]:
         assert (result["error"] < EXACT) == (not fusion)
         assert (result["versus_identity"] < EXACT) == bool(fusion)
@@ -153,7 +157,7 @@ def test_spaces_statistics_and_groups_are_told_apart(results: dict[str, list]) -
     names = [name for name in results if name.split()[1] in SPACES]
     assert len(names) == 2 * len(SPACES) * len(STATISTICS) * 2
     assert len({results[name][0][0]["quantized"] for name in names}) == len(names) / 2, "TP1 and TP2 alone are alike"
-    # Without shards a row is a group at TP1, and half a row at TP2.
+    # Without shards a group is a whole row at TP1, and half a row at TP2.
     whole, halves = (results[f"{layout} planted whole rows"][0][0] for layout in ("TP1", "TP2"))
     assert not whole["slices"] and halves["slices"] and whole["error"] > EXACT
 
@@ -166,7 +170,8 @@ def test_int8_gemms_are_exact_and_their_gradients_those_of_bf16_gemms(
     name, sp = layout.split()
     for result in results[f"{name} int8 gemm fusion={fusion} {sp}"]:
         assert result["different"] == [] and result["fused"] == bool(fusion)
-        # Against float64 with the quantized inputs; only main_grad is fp32, what is not fused is rounded to bf16.
+        # The reference is float64 with the quantized inputs. Only main_grad is fp32: without fusion a gradient is
+        # rounded to bf16.
         assert result["error"] < (EXACT if fusion else 2**-8)
 
 
@@ -198,8 +203,8 @@ def test_planted_bugs_are_caught(layout: str, bug: str, seen_by: str, results: d
 
 
 def test_a_bucket_that_has_not_arrived_must_not_be_quantized(results: dict[str, list]) -> None:
-    """Planted: with overlapped gathering, all weights of the chunk at its first layer."""
+    """Planted bug: with overlapped gathering, all weights of the chunk are quantized at its first layer."""
     for result in results["DP2 planted early bucket"]:
         assert result["calls"] == 3 and not result["error"] < EXACT
-    # Where there is nothing to gather, it does no harm.
+    # Without gathering, the bug does no harm.
     assert all(result["error"] < EXACT for result in results["TP2 planted early bucket"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every parallel layout takes the step that one rank takes from one checkpoint, and takes over another's checkpoint.
+"""Every parallel layout takes the same step from a checkpoint as one rank, and resumes checkpoints of other layouts.
 
-Layouts sum in different orders, and processors too, so that no two trainings are compared: only what is exactly equal
+Layouts and processors sum in different orders, so that no two trainings are compared: only what is exactly equal
 (codes, scales, checkpoints, counts), and one step from the same weights to within its rounding.
 """
 
@@ -20,19 +20,20 @@ from bitcpm_megatron.training.metrics import read_metrics
 # Roundings are independent of each other, so that they add up like the root of their number: a step of this model
 # passes some 100 operations forward and back, each a sum of at most 384 terms (the vocabulary).
 ROUNDING = math.sqrt(100 * 384) * 2**-24
-# What is promised of a step in fp32: relative, of the loss, and of each gradient as a norm and all of them together. It
-# is less than the above, for roundings average out: 1.3e-7 and 5.0e-7 were the most of all layouts, with AVX2 and with
-# AVX-512. A token that is counted twice moves them by 1 / 128.
+# Promised relative bounds of the error of a step in fp32: for the loss, and for gradients, each by its norm and all of
+# them together. They are smaller than the bound above, because roundings average out: 1.3e-7 and 5.0e-7 were the
+# largest errors of all layouts, with AVX2 and with AVX-512. A token that is counted twice changes both by 1 / 128.
 PROMISED, GRADIENTS, PACKED_GRADIENTS = 1e-6, 1e-5, 1e-6
-# An activation on the edge between two of 127 levels falls to either side: by so much of its token's largest one, in
-# one of 128 tokens. That 8 bits are rounded per shard is proved where sums are exact, in test_gradients.py.
+# An activation on the edge between two of 127 levels may be rounded to either: a difference of this fraction of its
+# token's largest activation, in one of 128 tokens. test_gradients.py, where sums are exact, proves that 8 bits are
+# rounded per shard.
 ONE_LEVEL = 1 / 127
 SHARDS = ["--ternary", "--ternary-row-parallel-shards", "2"]
 TERNARY = [*MODEL, *SHARDS, "--eval-iters", "0"]
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 OVERLAPS = ["--overlap-grad-reduce", "--overlap-param-gather"]
-# With 4 heads in 2 groups: at CP 4 and TP 2 x CP 2 a rank has less than a group of its own.
+# The model has 4 heads in 2 groups, so that at CP 4 and TP 2 x CP 2 a rank has less than a group of its own.
 CP2, CP4 = (["--context-parallel-size", str(ranks)] for ranks in (2, 4))
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 LAYOUTS = {
@@ -50,7 +51,7 @@ LAYOUTS = {
     "TP2xCP2": (4, [*TP2, "--sequence-parallel", *CP2]),
     "CP2xDP2": (4, [*CP2, *OVERLAPS]),
 }
-# Cached and uncached must agree bit for bit where forwards are repeated, interleaved, or wait for their weights.
+# Cached and uncached runs must agree bit for bit if forwards are repeated, interleaved, or wait for their weights.
 CACHE_CASES = {
     "recompute": RECOMPUTE,
     "selective recompute": ["--recompute-granularity", "selective"],
@@ -58,27 +59,27 @@ CACHE_CASES = {
     "overlaps": OVERLAPS,
     "CP": CP2,
 }
-# Under context parallelism weights are sharded over the ranks that share tokens, too.
+# With context parallelism, weights are also sharded over the ranks that share tokens.
 CACHES = {case: ("none", "step", *(("resident", "packed") if case == "CP" else ())) for case in CACHE_CASES}
 PACKED = ["--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"]
 EXPERTS = [*TERNARY, "--num-experts", "4", "--moe-ffn-hidden-size", "64"]
-# Variants of the model that start alike at every layout, too: their own checkpoint, and one step at each.
+# Variants of the model that also start alike at every layout: each has its own checkpoint and takes a step per layout.
 VARIANTS = {
     "int8": ([*TERNARY, "--ternary-activation-bits", "8"], {"TP1": 1, "TP2+SP": 2}),
     "experts": (EXPERTS, {"TP1": 1, "EP2": 2, "TP2+SP": 2}),
     "spaces": ([*TERNARY, "--ternary-recipe", str(Path(__file__).parent / "spaces.yaml")], {"TP1": 1, "TP2": 2}),
     "untied": ([*TERNARY, "--untie-embeddings-and-output-weights"], {"TP1": 1, "PP2": 2}),
-    # One batch of samples with numbers of tokens that differ: a mean of the means of its parts is another loss.
+    # One batch of samples with different numbers of tokens: the mean of the means of its parts would be another loss.
     "masked": (
         [*TERNARY, "--micro-batch-size", "4"],
         {"TP1": 1, "in parts": 1, "DP2 in parts": 2, "TP2xPP2 in parts": 4},
     ),
-    # Three groups cannot be handed out to two ranks, nor each group to ranks of its own.
+    # Three groups can neither be distributed over two ranks, nor can each group have ranks of its own.
     "three groups": (
         [*TERNARY, "--num-attention-heads", "6", "--num-query-groups", "3", "--kv-channels", "32"],
         {"TP1": 1, "CP2": 2},
     ),
-    # Documents of other lengths in each sample, of one token and longer than a sample; 3 micro-batches of 2.
+    # Documents of different lengths in each sample, from one token to more than a sample; 3 micro-batches of 2.
     "packed": (
         [*TERNARY, *PACKED, "--micro-batch-size", "2", "--global-batch-size", "6"],
         {
@@ -86,7 +87,7 @@ VARIANTS = {
             **{"CP2+recompute": 2, "CP4": 4, "TP2xCP2": 4, "PP2xCP2": 4},
         },
     ),
-    # Two divergences, one of them where documents are packed: a teacher sees the micro-batches that its student sees.
+    # Two divergences, one of them with packed documents: a teacher sees the micro-batches that its student sees.
     "distilled": (
         [*TERNARY, "--distill-alpha", "0.5", "--distill-temperature", "2"],
         {"TP1": 1, "TP2+SP": 2, "PP2+VPP2": 2, "DP2+overlaps": 2, "CP2+recompute": 2, "TP2xPP2": 4},
@@ -95,7 +96,7 @@ VARIANTS = {
         [*TERNARY, *PACKED, "--micro-batch-size", "2", "--distill-direction", "reverse"],
         {"TP1": 1, "in parts": 1, "PP2": 2, "TP2xCP2": 4},
     ),
-    # A third of the samples has nothing to learn, and some of the micro-batches are such samples alone.
+    # A third of the samples has nothing to learn, and some of the micro-batches consist only of such samples.
     "sft": (
         [*TERNARY, "--sft", "--micro-batch-size", "2", "--global-batch-size", "8"],
         {"TP1": 1, "in parts": 1, "DP2 in parts": 2, "PP2": 2, "TP2xCP2": 4},
@@ -111,7 +112,7 @@ VARIANT_LAYOUTS |= {
 }
 MOCK = ("--mock-data", "--vocab-size", "300")
 TELEMETRY = ["--ternary-telemetry-interval", "1"]
-# Of other depth, width, heads and kind; it learns nothing, for what it says only has to differ.
+# A teacher of different depth, width, heads and kind. It is not trained, since its outputs only have to differ.
 TEACHER = """
     --num-layers 8 --hidden-size 96 --ffn-hidden-size 160 --num-attention-heads 8 --num-query-groups 4
     --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 128 --init-method-std 0.1
@@ -132,12 +133,15 @@ RESHARDINGS = [
 CONTINUED = {**LAYOUTS, "packed DP2": (2, PACKED), "sft DP2": (2, ["--sft"]), "distilled PP2": (2, PP2)}
 SAVED_AT, END = 3, 6
 CACHED = 8
-"""Steps that are taken with a cache and without."""
+"""The number of steps that are taken with a cache and without."""
 
 
 @pytest.fixture(scope="module")
 def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """All runs of this file, in as few batches as they allow: name -> (report, directory), and where logs lie."""
+    """Runs all trainings of this file, in as few batches as possible.
+
+    Returns the report and the directory of each run by its name, and under ``where`` the directory of the logs.
+    """
     where = tmp_path_factory.mktemp("layouts")
     results: dict = {"where": where}
     lengths = [9, 1, 40, 3, 1, 1, 20, 5, 17, 2, 31, 8] * 6
@@ -189,7 +193,8 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
                 wanted[name] = [*TERNARY, *flags, *begin, *logged(name), *TELEMETRY, *saving_steps(name)]
         for variant, (model, layouts) in VARIANTS.items():
             for layout in (name for name, size in layouts.items() if size == ranks):
-                # Without optimizer state: megatron-core cannot carry it from one expert-parallel rank to several.
+                # Optimizer state is not loaded: megatron-core cannot distribute it from one expert-parallel rank to
+                # several.
                 begin = ["--load", str(where / f"start {variant}"), "--no-load-optim"]
                 begin += ["--train-iters", "2", "--override-opt-param-scheduler"]
                 begin += taught(variant)
@@ -227,7 +232,8 @@ def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> dict:
 def assert_one_step_alike(
     name: str, reference: str, ranks: int, runs: dict, loss: float = PROMISED, gradient: float = GRADIENTS
 ) -> None:
-    """From one checkpoint: the same quantized weights, and the loss and every gradient to within their rounding."""
+    """Asserts that two runs take the same step from one checkpoint: equal quantized weights, and the loss and every
+    gradient to within their rounding."""
     where = runs["where"]
     succeeded(runs[name][0], name)
     mine, whole = quantized_weights(runs[name][1], name, ranks), quantized_weights(runs[reference][1], reference, 1)
@@ -236,10 +242,10 @@ def assert_one_step_alike(
         assert torch.equal(mine[path], whole[path]), path
     found, expected = losses(where / name)[0], losses(where / reference)[0]
     assert found[:2] == expected[:2] == ("train", 2) and found[4] == expected[4]
-    for told in (2, 5):  # the loss, and what it has from a teacher
+    for told in (2, 5):  # the loss, and the part of it from a teacher
         assert found[told] == (expected[told] and pytest.approx(expected[told], rel=loss))
-    # The first moment is the gradient, weighted, plus what the checkpoint held. Gradients are clipped: were all of them
-    # too large by one factor, their norm alone would tell.
+    # The first moment is the weighted gradient plus the value from the checkpoint. Since gradients are clipped, only
+    # their norm would show if all of them were too large by the same factor.
     assert found[3] == pytest.approx(expected[3], rel=gradient)
     gradients, whole_gradients = (first_moments(where / f"steps {run}" / "iter_0000002") for run in (name, reference))
     assert sorted(gradients) == sorted(whole_gradients) and len(gradients) > 5
@@ -272,7 +278,7 @@ def test_variants_of_the_model_take_the_step_of_one_rank(variant: str, layout: s
 
 
 def recounted(checkpoint: Path, before: Path | None) -> dict[str, dict]:
-    """What telemetry has to say of the weights in a checkpoint, by module, counted anew from the whole weights."""
+    """Returns the expected telemetry of the weights in a checkpoint, by module, counted from the whole weights."""
     now, last = (None if path is None else codes_and_scales(path) for path in (checkpoint, before))
 
     def record(names: list[str]) -> dict:
@@ -281,7 +287,7 @@ def recounted(checkpoint: Path, before: Path | None) -> dict[str, dict]:
         return {
             "zeros": int((codes == 0).sum()) / codes.numel(),
             "changed": None if kept is None else int((codes != kept).sum()) / codes.numel(),
-            # Positive numbers, added in fp32 in some order: one rounding for each at most.
+            # Positive numbers are added in fp32 in some order: at most one rounding for each.
             "scale_mean": pytest.approx(scales.double().mean().item(), rel=scales.numel() * 2**-24),
             "scale_min": scales.min().item(),
             "scale_max": scales.max().item(),
@@ -291,7 +297,8 @@ def recounted(checkpoint: Path, before: Path | None) -> dict[str, dict]:
 
 
 def codes_and_scales(checkpoint: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """By module path, of a checkpoint's latent weights; row-parallel rows are two shards with a scale each."""
+    """Returns codes and scales of a checkpoint's latent weights by module path; row-parallel rows have two shards with
+    a scale each."""
     saved, found = tensors(checkpoint), {}
     for linear in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
         for layer, weight in enumerate(saved[f"decoder.layers.{linear}.weight"]):
@@ -302,7 +309,7 @@ def codes_and_scales(checkpoint: Path) -> dict[str, tuple[torch.Tensor, torch.Te
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_telemetry_is_that_of_the_checkpoint_which_the_step_started_from(layout: str, runs: dict) -> None:
-    """So each step's forward used what the step before left behind, in whole, on all ranks."""
+    """This proves that each step's forward used the weights that the preceding step wrote, completely, on all ranks."""
     where = runs["where"]
     found = [r for r in read_metrics(where / layout) if r["kind"] == "ternary"]
     assert [r["iteration"] for r in found] == [2, 3]
@@ -318,11 +325,12 @@ def test_the_cache_changes_no_bit(case: str, runs: dict) -> None:
     report, uncached = runs[f"{case} none"][0], losses(runs["where"] / f"{case} none")
     succeeded(report, *(f"{case} {cache}" for cache in CACHES[case]))
     assert len(uncached) == CACHED
-    # Each of several micro-batches asks for every weight.
+    # Without a cache, each of several micro-batches quantizes every weight.
     assert min(report[f"{case} none"]["quantizations"]) >= 2 * CACHED
     for cache in CACHES[case][1:]:
         assert losses(runs["where"] / f"{case} {cache}") == uncached, cache
-        # Once to prove that the layers are used, and once per step: resident ones behind each, and before the first.
+        # Weights are quantized once to prove that the layers are used, and once per step; resident ones after each step
+        # and also before the first.
         times = 1 + CACHED + (cache != "step")
         assert set(report[f"{case} {cache}"]["quantizations"]) == {times}, cache
 
@@ -349,7 +357,8 @@ def test_another_layout_takes_over(source: str, target: str, runs: dict) -> None
             ends, whole = (tensors(latest(where / f"ended {run}")) for run in (name, f"whole {source}"))
             assert sorted(ends) == sorted(whole) and all(torch.equal(ends[key], whole[key]) for key in whole)
     else:
-        # One step from the very same state; the next ones start from weights that were rounded otherwise.
+        # Only the first step starts from exactly the same state; later ones start from weights that were rounded
+        # differently.
         assert found[0][2] == pytest.approx(expected[0][2], rel=ROUNDING)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized weights that live in the parameters, and travel packed or stay so, train the same model bit for bit."""
+"""Quantized weights in the parameters, gathered packed or also kept packed, train the same model bit for bit."""
 
 from pathlib import Path
 
@@ -8,17 +8,17 @@ from support.small_model import MODEL, losses, succeeded
 
 from bitcpm_megatron.checkpoints.directory import iteration_directory
 
-# Rows of 72 and 130: shards cut them, and no number of them fills bytes or messages.
+# Rows of 72 and 130 elements are cut by shards, and never fill whole bytes or messages.
 ODD = ["--hidden-size", "72", "--ffn-hidden-size", "130", "--num-attention-heads", "4"]
 STEPS = ["--bf16", "--ternary", "--train-iters", "6", "--eval-interval", "4", "--eval-iters", "1"]
 OVERLAPS = ["--overlap-grad-reduce", "--overlap-param-gather"]
 EXPERTS = ["--num-experts", "4", "--moe-ffn-hidden-size", "64", "--expert-model-parallel-size", "2"]
 STAGES = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
-# name -> ranks, flags
+# Number of ranks and flags by name.
 CASES = {
     "plain": (2, ODD),
     "groups": (2, ["--ternary-group-size", "32"]),
-    # Values of half a level are rounded, and a piece of a group leaves open which ones it has.
+    # Multiples of half a level are rounded, and a piece of a group does not determine which values the group has.
     "half integers": (2, [*ODD, "--ternary-space", "half-integer-4", "--ternary-statistic", "absmean"]),
     "overlaps": (2, [*ODD, *OVERLAPS]),
     "stages": (4, [*STAGES, *OVERLAPS]),
@@ -31,13 +31,13 @@ WAYS = {
     "resident": ["--ternary-cache", "resident"],
     "step": ["--ternary-cache", "step"],
 }
-# By ranks: four take their time.
+# Ways by number of ranks: fewer for four ranks, which are slow.
 WAYS_OF = {2: tuple(WAYS), 4: ("packed", "kept packed", "step")}
 
 
 @pytest.fixture(scope="module")
 def runs(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
-    """Every case in every way: rank 0's reports, and where logs and checkpoints lie."""
+    """Runs every case in every way; returns rank 0's reports, and the directory of logs and checkpoints."""
     where, report = tmp_path_factory.mktemp("gathers"), {}
     for ranks in (2, 4):
         wanted, sizes = {}, {}
@@ -70,10 +70,11 @@ def test_wherever_the_weights_are_the_run_is_the_same(case: str, way: str, runs:
 def test_packed_weights_did_travel(case: str, runs: tuple[dict, Path]) -> None:
     report, _ = runs
     messages = report[f"{case} packed"]["gathered"]
-    # Behind each of six steps, of every bucket.
+    # After each of six steps there is at least one message per bucket.
     assert len(messages) >= 6 * (1 + (case in SEVERAL_BUCKETS))
     assert (len(set(messages)) > 1) == (case in SEVERAL_BUCKETS)
-    # In a message of their own: as often, for scales and raw values travel beside them.
+    # Packed weights that stay packed have messages of their own, at least as many: scales and raw values are gathered
+    # separately.
     assert len(report[f"{case} kept packed"]["gathered"]) >= len(messages)
     plain = [way for way in WAYS_OF[CASES[case][0]] if "packed" not in way]
     assert not any(report[f"{case} {way}"]["gathered"] for way in plain)

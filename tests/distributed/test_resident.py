@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where quantized weights are kept changes no bit: resident in the parameters, cached beside them, or made each time.
+"""The storage of quantized weights changes no bit: resident in parameters, cached beside them, or made in each forward.
 
-Losses, gradient norms, the optimizer's masters, the quantized weights of every rank, and checkpoints. Three settings
-here; ``make test-resident`` runs a pairwise cover of them all.
+Compared are losses, gradient norms, the optimizer's masters, the quantized weights of every rank, and checkpoints.
+Three settings run by default; ``make test-resident`` runs a pairwise cover of all.
 """
 
 import json
@@ -43,9 +43,9 @@ def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_ru
         cache: arguments(setting, cache, steps, ["--save", str(tmp_path / cache), "--save-interval", str(half)])
         for cache in modes
     }
-    # While training goes on, and the parameters are quantized again.
+    # With this flag the run saves while training continues and the parameters are quantized again.
     runs["resident"].append("--async-save")
-    # What one mode saved another goes on from.
+    # One mode resumes the checkpoint of another.
     most = "packed" if packed else "resident"
     pairs = {"resident": "step", "step": most, **({"packed": "resident"} if packed else {})}
     for mode, other in pairs.items():
@@ -55,7 +55,7 @@ def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_ru
     report, directory = launch_runs(runs, setting.ranks, digests=steps // 10)
     succeeded(report, *runs)
     cuts = compared(directory, tuple(modes), setting.ranks)
-    # Parameters begin at multiples of 64 elements: the edges of shards cut rows, and not groups of 64.
+    # Parameters begin at multiples of 64 elements, so that the edges of shards cut rows but no groups of 64.
     assert cuts > 0 or setting.group != -1 or not setting.distributed or "DP2" not in setting.layout
     for rank in range(setting.ranks):
         whole = json.loads((directory / f"step.digests.rank{rank}.json").read_text())["steps"]
@@ -79,7 +79,7 @@ def test_int8_gemms_see_the_same_weights_in_every_mode(launch_runs, shared_ranks
     report, directory = launch_runs(runs, setting.ranks, digests=1)
     succeeded(report, *runs)
     compared(directory, modes, setting.ranks)
-    # One rank has two row-parallel shards of every weight, and fp32 has no int8 GEMM: the model is used all the same.
+    # On one rank every weight has two row-parallel shards, and fp32 has no int8 GEMM, but the model can still be used.
     cases = {"alone": {"load": str(tmp_path / "saved"), "tokens": [[1, 2, 3]], "legacy": False}}
     (tmp_path / "logits").mkdir()
     (tmp_path / "logits" / "cases.json").write_text(json.dumps(cases))
@@ -88,14 +88,14 @@ def test_int8_gemms_see_the_same_weights_in_every_mode(launch_runs, shared_ranks
     assert logits.shape[:2] == (1, 3) and logits.isfinite().all()
 
 
-# Of all weights the largest one is few, since one is unpacked at a time.
+# In a deep model the largest weight is a small part of all weights; only one weight is unpacked at a time.
 DEEP = [*(flag for flag in MODEL if flag != "--ternary"), "--num-layers", "12", "--use-distributed-optimizer"]
 SMALLEST = 2 * 256 * 256
 
 
 def test_packed_weights_save_their_bf16_memory(data_parallel: int, launch_runs) -> None:
     packed = ["--ternary", "--ternary-group-size", "128", "--ternary-cache", "packed"]
-    # What a process allocates once and for all is the first run's.
+    # Memory that a process allocates only once is counted in the first run.
     kinds = {"first": packed, "bf16": [], "packed": packed}
     runs = {name: [*DEEP, *flags, "--train-iters", "2"] for name, flags in kinds.items()}
     report, directory = launch_runs(runs, data_parallel, memory=True)
@@ -105,9 +105,9 @@ def test_packed_weights_save_their_bf16_memory(data_parallel: int, launch_runs) 
     weights = report["packed"]["memory"]["weights"]
     assert weights == 12 * (4 * 256 * 256 + 3 * 256 * 512)
     saved = (peaks["bf16"] - peaks["packed"]) / weights
-    # 2 bytes each less their codes and scales, and what is unpacked of the largest one.
+    # The saving is 2 bytes per weight, minus codes and scales, and minus the unpacked largest weight.
     assert saved >= 1.6, (saved, peaks)
-    # Scales are the most that stays, and no bf16 weight, whole or not.
+    # The largest dense tensors that remain are scales; no bf16 weight remains, not even a part.
     assert all(found["packed"]["memory"]["dense"] < SMALLEST for found in reports)
 
 

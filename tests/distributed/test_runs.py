@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole training runs: the same losses whatever the cache and the interruptions; and nothing silent."""
+"""Whole training runs: the same losses whatever the cache and the interruptions, and errors for what cannot run."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from bitcpm_megatron.files import DIGESTS, check_digests, read_digests
 from bitcpm_megatron.training.metrics import read_metrics
 
 TP2 = ["--tensor-model-parallel-size", "2"]
-# With dropout: random states that are lost show in the loss.
+# With dropout, a lost random state shows in the loss.
 DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
 BF16 = [*MODEL, *TP2, "--sequence-parallel", "--bf16", "--ternary", *DROPOUT]
 STEPS = 20
@@ -21,7 +21,7 @@ TWENTY_STEPS = ["--train-iters", str(STEPS), "--eval-interval", "7", "--eval-ite
 
 @pytest.fixture(scope="module")
 def base(launch_runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a TP1 run with one row-parallel shard."""
+    """The checkpoint directory of a TP1 run with one row-parallel shard."""
     directory = tmp_path_factory.mktemp("base")
     argv = [*MODEL, "--eval-iters", "0", "--train-iters", "1", "--ternary", "--save", str(directory)]
     succeeded(launch_runs({"base": argv}, 1)[0], "base")
@@ -36,7 +36,7 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, Path]:
-    """Every run of this file that needs two ranks, in one batch: report, directory, logs."""
+    """Runs everything in this file that needs two ranks, in one batch; returns report, directory and log directory."""
     logs = tmp_path_factory.mktemp("logs")
     recipes = {
         "idle": {"configs": {"q": {"group_size": 32}}, "matchers": {"m": {"config": "q", "pattern": "*.linear_typo"}}},
@@ -63,9 +63,9 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
     saved = ["--load", str(logs / "save step")]
     overridden = [*saved, "--override-opt-param-scheduler", "--log-dir", str(logs / "lower rate")]
     one_step = [*MODEL, "--eval-iters", "0", "--train-iters", "1", "--ternary", "--finetune", "--load", str(base)]
-    # A packed row of two samples, of which each of two ranks has a part; or two rows in turn on either rank.
+    # Two ranks either share the tokens of a packed row of two samples, or have two rows each, one after the other.
     sharing = {"tokens": ["--context-parallel-size", "2", "--micro-batch-size", "2"], "samples": []}
-    # Decay alone multiplies each weight by about -1e4 in every step: fp32 overflows after ten.
+    # Weight decay alone multiplies each weight by about -1e4 in every step: fp32 overflows after ten steps.
     explosive = "--lr 100 --weight-decay 100 --lr-decay-style constant --train-iters 30".split()
     runs |= {
         "verified": [*ternary, "--ternary-verify-cache"],
@@ -114,7 +114,7 @@ def test_a_stopped_and_resumed_run_goes_on_bit_identically(cache: str, two_ranks
 
 @pytest.mark.parametrize("checkpoint", ["save step/iter_0000010", "async/iter_0000001", "async/iter_0000002"])
 def test_every_file_of_a_checkpoint_has_its_digest(checkpoint: str, two_ranks: tuple) -> None:
-    """Also where a process in the background has written it."""
+    """Every file has a digest, also if a background process has written the checkpoint."""
     succeeded(two_ranks[0], "async")
     directory = two_ranks[2] / checkpoint
     names = {path.name for path in directory.iterdir()}
@@ -132,7 +132,7 @@ def test_the_cache_changes_no_bit_across_evaluation_and_reload(two_ranks: tuple)
 
 
 def test_ranks_that_share_tokens_take_the_step_of_ranks_that_share_samples(two_ranks: tuple) -> None:
-    """On every megatron-core: tests/distributed/test_layouts.py, which has more of it, takes minutes."""
+    """This test is short enough for every megatron-core; tests/distributed/test_layouts.py tests more, in minutes."""
     report, _, logs = two_ranks
     succeeded(report, "tokens shared", "samples shared")
     (tokens,), (samples,) = (losses(logs / f"{what} shared") for what in ("tokens", "samples"))

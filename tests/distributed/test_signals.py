@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs that are asked to stop, whose ranks are killed, and that want the directory of another job."""
+"""Jobs that are asked to stop, jobs whose ranks are killed, and jobs that want the directory of another job."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from bitcpm_megatron.launch.launcher.scheduler import Placement
 from bitcpm_megatron.launch.launcher.torchrun import torchrun
 
 STEPS = 8
-# The agent that torch brings kills its processes 30 seconds after it was asked to stop.
+# torch's own agent kills its processes 30 seconds after it was asked to stop.
 LONG = 31
 JOB = """
 description: two processes
@@ -38,7 +38,7 @@ cluster: {{profile: cpu, devices-per-node: 2, master-port: 0}}
 
 
 class Job:
-    """The job of a directory, started as ``launch/run.py`` starts it, with moments that take long."""
+    """A job in a directory, started as ``launch/run.py`` starts it, in which chosen moments can take long."""
 
     def __init__(self, directory: Path, checkpoint: str = "save-interval: 100") -> None:
         self.directory = directory
@@ -61,7 +61,7 @@ class Job:
         return (self.directory / "output.txt").read_text()
 
     def wait_for(self, moment: str, process: subprocess.Popen) -> None:
-        """Returns when a moment has begun on every rank that has it."""
+        """Waits until a moment has begun on every rank that has it."""
         ranks = 2 if moment.startswith("step") else 1
         deadline = time.monotonic() + 120
         while (self.directory / "moments").read_text().splitlines().count(moment) < ranks:
@@ -76,7 +76,7 @@ def test_a_job_that_is_asked_to_stop_saves_however_long_that_takes_and_goes_on_b
     try:
         stopped.wait_for("step 1", agent)
         agent.send_signal(signal.SIGTERM)
-        # While that one waits: the run that nobody disturbs, and a second one that wants the same directory.
+        # While the job waits, two others run: an undisturbed one, and one that wants the same directory.
         others = [whole.start(), second_job(stopped)]
         assert others[0].wait(240) == 0, whole.output()[-8000:]
         said = others[1].communicate(timeout=240)[0]
@@ -85,7 +85,7 @@ def test_a_job_that_is_asked_to_stop_saves_however_long_that_takes_and_goes_on_b
         assert "Traceback" not in said, said[-8000:]
         stopped.wait_for("save 1", agent)
         assert iterations(stopped.directory / "save") == []
-        # More than LONG after the request, whatever this machine does meanwhile.
+        # The save ends more than LONG seconds after the request, however slow this machine is.
         (stopped.directory / "go on").touch()
         assert agent.wait(240) == 0, stopped.output()[-8000:]
         assert latest(stopped.directory / "save").name == "iter_0000002"
@@ -107,7 +107,7 @@ def test_a_job_that_is_asked_to_stop_saves_however_long_that_takes_and_goes_on_b
 
 
 def second_job(job: Job) -> subprocess.Popen:
-    """One process with the same ``--save``."""
+    """Starts one process with the same ``--save``."""
     script = job.command.index(str(WORKERS / "slow.py"))
     command = [*job.command[:script], str(CHECKOUT / "launch" / "pretrain.py"), *job.command[script + 2 :]]
     command[command.index("--master_port") + 1] = str(free_port())
@@ -125,8 +125,8 @@ def test_what_writes_checkpoints_dies_with_its_rank(tmp_path: Path) -> None:
         job.wait_for("step 2", agent)
         ranks = psutil.Process(agent.pid).children()
         assert len(ranks) == 2
-        # What carries results, and those that write; they come one after the other, and not every rank has something
-        # to write. From megatron-core 0.17 on one process writes, in threads.
+        # There is one process that carries results, and others that write; they start one after the other, and not
+        # every rank has something to write. From megatron-core 0.17 on, one process writes, in threads.
         processes = 2 if hasattr(FileSystemWriterAsync, "write_preloaded_data_multithread") else 3
         deadline = time.monotonic() + 60
         while len(max((rank.children(recursive=True) for rank in ranks), key=len)) < processes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job of two stages, asked to stop in each of them and started again."""
+"""A job of two stages that is asked to stop in each stage and started again."""
 
 import re
 import signal
@@ -44,7 +44,7 @@ stages:
 
 
 class Job:
-    """A job file of a directory, and what ``launch/run.py`` has said of it."""
+    """A job file in a directory, with the output of ``launch/run.py`` for it."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.save = directory / name / "save"
@@ -60,7 +60,7 @@ class Job:
         return self._output.read_text()
 
     def interrupt(self, stage: str, of_agent: bool) -> None:
-        """Starts it, and asks the agent, or ``launch/run.py``, to stop in the middle of a stage."""
+        """Starts the job, and asks the agent or ``launch/run.py`` to stop in the middle of a stage."""
         process, reached = self.start(), re.compile(rf"stage {stage} \(.*iteration +4/{STEPS} ", re.DOTALL)
         try:
             deadline = time.monotonic() + 120
@@ -86,7 +86,7 @@ def test_two_stages_that_are_interrupted_end_as_those_that_are_not(launch_runs: 
     job.interrupt("qat", of_agent=True)
     assert not (job.save / "distill").exists(), "a stage that was asked to stop is not followed by the next one"
     job.interrupt("distill", of_agent=False)
-    # The last time nothing is left to do.
+    # The second time nothing is left to do.
     for _ in range(2):
         process = job.start()
         try:
@@ -114,7 +114,7 @@ def test_two_stages_that_are_interrupted_end_as_those_that_are_not(launch_runs: 
 
 
 def tensors(checkpoint: Path) -> dict[str, dict]:
-    """Digests of the files that hold a checkpoint's tensors, those of the optimizer among them."""
+    """Returns the digests of the files that hold a checkpoint's tensors, including those of the optimizer."""
     digests = read_digests(checkpoint)
     assert digests is not None
     return {name: digest for name, digest in digests.items() if name.endswith(".distcp")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Target stores over two ranks: written at one layout and read at others, and by whom damage is told."""
+"""Target stores over two ranks: written at one layout and read at others; damage is reported by every rank."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(shared_ranks: Callable[[int], Ranks], where: Path) -> list[dict]:
-    """What each of two ranks reports."""
+    """The reports of two ranks."""
     return shared_ranks(2).run("targets", where)
 
 
@@ -39,7 +39,7 @@ def test_a_store_of_two_tensor_parallel_ranks_is_read_alike_at_every_layout(
 
 @pytest.mark.parametrize("layout", ["PP2", "DP2"])
 def test_a_store_is_the_same_whoever_writes_it(layout: str, results: list[dict], where: Path) -> None:
-    """But for the rounding of logits, which may move one draw of some thousand."""
+    """Stores are equal except for the rounding of logits, which may change one draw of some thousand."""
     one, other = (TargetStore(where / f"{name} --distill-draws 50") for name in ("TP2", layout))
     assert one.description == other.description and one.description.samples == 23
     for number in range(23):
@@ -57,6 +57,6 @@ def test_what_one_rank_finds_damaged_every_rank_tells(results: list[dict]) -> No
 
 @pytest.mark.parametrize("vocab_size", [100, 60])
 def test_draws_and_likeliest_ids_over_two_ranks_are_those_of_one(vocab_size: int, results: list[dict]) -> None:
-    """Of 60 ids the second rank has nothing but padding."""
+    """With 60 ids the second rank has only padding."""
     for result in results:
         assert result[f"draws of {vocab_size}"] <= 1e-4 and result[f"likeliest of {vocab_size}"] <= 1e-5

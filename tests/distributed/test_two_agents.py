@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two nodes on one machine: ``torchrun`` agents at 127.0.0.1 and 127.0.0.2, one of them killed and started again."""
+"""Two nodes on one machine: ``torchrun`` agents at 127.0.0.1 and 127.0.0.2, one of which is killed and restarted."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ ELASTIC = "hosts: [127.0.0.1, 127.0.0.2], rendezvous: c10d, max-restarts: 3, kee
 
 
 def write_job(directory: Path, name: str, nodes: int, rest: str) -> Path:
-    """A job file on a port that is free now."""
+    """Writes a job file with a port that is free at the moment; returns its path."""
     path = directory / f"{name}.yaml"
     values = {
         "steps": STEPS,
@@ -51,14 +51,14 @@ def write_job(directory: Path, name: str, nodes: int, rest: str) -> Path:
 
 
 def start(job: Path, rank: int) -> subprocess.Popen:
-    """What a cluster manager does on one node."""
+    """Starts the job on one node, as a cluster manager does."""
     command = [sys.executable, "launch/run.py", str(job), "--node-rank", str(rank)]
     output = open(f"{job}.{rank}.txt", "a")  # noqa: SIM115 - the process keeps it
     return subprocess.Popen(command, cwd=CHECKOUT, env=environment(), stdout=output, stderr=subprocess.STDOUT)
 
 
 def iterations(log: Path) -> list[int]:
-    """Iterations in a log that is being written."""
+    """Returns the iterations in a log that is being written."""
     text = (log / METRICS).read_text() if (log / METRICS).is_file() else ""
     return [json.loads(line)["iteration"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
@@ -70,7 +70,7 @@ def test_a_killed_agent_comes_back_and_the_job_goes_on_from_its_checkpoint(tmp_p
     job = write_job(tmp_path, "killed", 2, ELASTIC)
     save, log = tmp_path / "killed" / "save", tmp_path / "killed" / "log"
     before = psutil.Process().children(recursive=True)  # ranks of other tests
-    # The uninterrupted run goes on meanwhile.
+    # The uninterrupted run runs at the same time.
     uninterrupted = start(whole, 0)
     agents = [start(job, rank) for rank in range(2)]
     try:
@@ -95,11 +95,11 @@ def test_a_killed_agent_comes_back_and_the_job_goes_on_from_its_checkpoint(tmp_p
     left = [p for p in psutil.Process().children(recursive=True) if p not in before]
     assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
 
-    # What the launcher expects of a checkpoint without building a model is what the model recorded.
+    # The record that the launcher derives without building a model must agree with the one in the checkpoint.
     subject = Subject(read_job(str(job)), node_rank=0)
     assert QuantizerRecord.read(latest(save)).contradictions(expected_record(subject.layout, subject.args, 1)) == []
 
 
 def outputs(job: Path) -> str:
-    """What both agents have printed."""
+    """Returns the output of both agents."""
     return "".join(Path(f"{job}.{rank}.txt").read_text() for rank in range(2))

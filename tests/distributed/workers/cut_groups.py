@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizes weights that lie in a buffer whose shards cut their groups, for the cases in ``cases.json``:
+"""Quantizes weights in a buffer whose shards cut their groups, for the cases in ``cases.json``.
 
-    name: {"rows": N, "columns": N, "group": N, "before": elements in front of the weight, "behind": elements behind it}
+    name: {"rows": N, "columns": N, "group": N, "before": elements before the weight, "behind": elements after it}
 
-Each rank quantizes its shard as if an optimizer had written it. Reports whether the gathered weight, and the scales of
-all groups of which this rank holds a piece, are those of the whole weight, and how many groups a shard's edge cuts.
+Each rank quantizes its shard as if an optimizer had written it. Reports whether the gathered weight is that of the
+whole weight, and whether the scales of all groups of which this rank holds a piece are, too; and how many groups are
+cut by edges of shards.
 """
 
 import json
@@ -31,7 +32,7 @@ def case(rows: int, columns: int, group: int, before: int, behind: int) -> dict:
     expected, scales = quantize_dequantize(whole, state.config)
     buffer = torch.full((length,), torch.nan, dtype=torch.bfloat16)
     parameter = torch.nn.Parameter(buffer[before : before + whole.numel()].view_as(whole))
-    # Of the weight this rank has what its optimizer wrote: its shard.
+    # This rank has only the part of the weight that its optimizer wrote: its shard.
     mine = slice(rank * shard, (rank + 1) * shard)
     latent = torch.full((length,), torch.nan, dtype=torch.bfloat16)
     latent[before : before + whole.numel()] = whole.flatten()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation losses over a vocabulary that is split over all ranks, against their definitions on one.
+"""Distillation losses over a vocabulary split over all ranks, compared with their definitions on one rank.
 
-Each rank reports for every case the largest relative errors of its losses and of its part of the gradient, how often it
-reduced, and which collectives there were by the bytes that they took.
+Each rank reports for every case the largest relative errors of its losses and of its part of the gradient, the number
+of its reductions, and the bytes of each kind of collective.
 """
 
 import json
@@ -23,7 +23,7 @@ from bitcpm_megatron.objectives.targets import DenseTargets, Targets
 from bitcpm_megatron.patches import cpu
 
 TOKENS, WIDTH = (6, 2), 64
-# Padding within the last rank's columns, in none, and a last rank that has nothing else.
+# With two ranks: padding in a part of the last rank's columns, nowhere, and in all columns of the last rank.
 VOCABULARIES = {"padded": 100, "full": 128, "one rank": 60}
 
 Loss = Callable[[torch.Tensor, Targets, Divergence], torch.Tensor]
@@ -34,7 +34,7 @@ def ours(logits: torch.Tensor, targets: Targets, rule: Divergence) -> torch.Tens
 
 
 def plain_all_reduce(logits: torch.Tensor, targets: Targets, rule: Divergence) -> torch.Tensor:
-    """Planted: sums over ranks that autograd takes for values of this rank alone."""
+    """Planted bug: sums over ranks that autograd treats as values of this rank alone."""
 
     def log_softmax(x: torch.Tensor) -> torch.Tensor:
         maximum = x.detach().amax(-1, keepdim=True)
@@ -50,7 +50,7 @@ def plain_all_reduce(logits: torch.Tensor, targets: Targets, rule: Divergence) -
 
 
 def all_gather_of_logits(logits: torch.Tensor, targets: Targets, rule: Divergence) -> torch.Tensor:
-    """Planted: every rank computes the whole loss, and the gather's backward adds up what all of them send back."""
+    """Planted bug: every rank computes the whole loss, and the backward of the gather sums gradients of all ranks."""
     log_q, log_p = (torch.cat(all_gather(x), -1).log_softmax(-1) for x in (logits, targets.logits))
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -58,7 +58,11 @@ def all_gather_of_logits(logits: torch.Tensor, targets: Targets, rule: Divergenc
 def compared(
     loss: Loss, student: torch.Tensor, targets: Targets, rule: Divergence, expected: tuple[torch.Tensor, torch.Tensor]
 ) -> dict[str, object]:
-    """Errors of a loss on this rank's columns, with another factor for each token in the backward pass."""
+    """Returns the errors of a loss on this rank's columns, with a different factor for each token in the backward.
+
+    Shapes: ``student`` is [*TOKENS, padded vocabulary]; ``expected`` are the losses [*TOKENS], and their gradient
+    [*TOKENS, vocabulary].
+    """
     logits = student.chunk(torch.distributed.get_world_size(), -1)[torch.distributed.get_rank()]
     logits = logits.clone().requires_grad_()
     factors = torch.linspace(0.5, 2, 12).view(TOKENS)
@@ -69,7 +73,7 @@ def compared(
     mine = (wanted * factors.unsqueeze(-1)).chunk(torch.distributed.get_world_size(), -1)[torch.distributed.get_rank()]
     return {
         "loss": relative(losses.detach(), expected[0], 0.1),
-        # Of all ranks, so that one which has padding alone has something to be compared with.
+        # Relative to the gradient of all ranks, because a rank that has only padding has no gradient to compare with.
         "gradient": relative(gradient, mine, float(wanted.abs().max())),
         "collectives": dict(moved.by_operation),
         "reductions": reduced.call_count,
@@ -80,7 +84,7 @@ _ALL_REDUCE = torch.distributed.all_reduce
 
 
 def local(targets: Targets) -> Targets:
-    """What this rank is given of them."""
+    """Returns this rank's part of the targets."""
     if not isinstance(targets, DenseTargets):
         return targets
     return DenseTargets(targets.logits.chunk(torch.distributed.get_world_size(), -1)[torch.distributed.get_rank()])
@@ -105,7 +109,7 @@ def main(directory: Path) -> None:
                 expected = by_definition(student, targets, rule)
                 name = f"{form} {where} T={temperature:g}"
                 report[name] = compared(ours, student, local(targets), rule, expected)
-                # Five tokens at a time.
+                # The chunks have five tokens.
                 with mock.patch.object(module, "_CHUNK_ELEMENTS", 5 * WIDTH):
                     report[f"{name} in chunks"] = compared(ours, student, local(targets), rule, expected)
     labels = torch.randint(0, WIDTH * ranks, TOKENS, generator=draw)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks the model of a checkpoint, over all ranks in each way that they allow, as ``cases.json`` says:
+"""Asks the model of a checkpoint the questions in ``cases.json``, in every layout that the number of ranks allows.
 
     {"load": "DIR", "batch": 4, "pairs": [["context", "continuation"], ...], "prompts": ["...", ...], "count": 8}
 
-Every rank reports by layout its answers, and how many of the same questions a model was asked that found the store.
+Every rank reports its answers by layout: of a first turn, and of a second one ("again") that finds the store of the
+first; and the number of questions that the model was asked in each.
 """
 
 import json

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A column-row pair under megatron-core's DDP, schedule and optimizer, against plain PyTorch in float64.
+"""A pair of column-parallel and row-parallel linears under megatron-core's DDP, schedule and optimizer.
 
-Reports for each case the largest relative error of a weight gradient over the steps, and what else a test may ask.
-The gradient-accumulation GEMM is a stand-in that adds on the CPU: it proves the plumbing, not the CUDA kernel.
+Its gradients are compared with plain PyTorch in float64. Reports for each case the largest relative error of a weight
+gradient over the steps, and other numbers that tests check. The gradient-accumulation GEMM is a stand-in that adds on
+the CPU: it proves the plumbing, not the CUDA kernel.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ def _install_fusion_stand_in() -> None:
     sys.modules[module.__name__] = module
 
 
-_install_fusion_stand_in()  # before megatron.core.tensor_parallel looks for it
+_install_fusion_stand_in()  # must happen before megatron.core.tensor_parallel looks for the module
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
@@ -59,7 +60,7 @@ from bitcpm_megatron.quantization.spaces import STATISTICS  # noqa: E402
 HIDDEN, INNER, SEQUENCE, BATCH = 64, 128, 8, 2
 MICRO_BATCHES, STEPS, SHARDS = 3, 3, 2
 _TERNARY = QuantizerConfig()
-# Of scales near those of the least error, so that every level of every space is taken.
+# Multipliers that give scales near those of the least error, so that every level of every space occurs.
 MULTIPLIERS = {"absmean": 1.3, "absmax": 0.3}
 
 
@@ -85,20 +86,20 @@ class Pair(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
 
     def set_input_tensor(self, tensor: object) -> None:
-        """Asked for by schedules; there is one stage only."""
+        """Does nothing: schedules call it, but there is only one stage."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(x)
 
 
 class UnshardedPair(Pair):
-    """With whole rows as groups."""
+    """A pair with whole rows as groups."""
 
     shards = None
 
 
 class NormedPair(Pair):
-    """With whole rows as groups, and what moves the edge between two shards of the buffer into one."""
+    """A pair with whole rows as groups, and a norm that moves the edge between two shards of the buffer into a row."""
 
     shards = None
 
@@ -111,10 +112,10 @@ class NormedPair(Pair):
 
 
 def reference_quantizer(w: torch.Tensor, groups: int) -> torch.Tensor:
-    """Quantized in fp32, and from there in float64, with the residual form as the straight-through estimator.
+    """Returns a weight quantized in fp32, in float64, with the residual form as the straight-through estimator.
 
-    A mean in float64 could fall on the other side of an edge between two scales, and what the quantizer makes of a
-    weight is proved by tests/unit/test_quantizer.py.
+    ``w`` has the shape [out, in], ``groups`` is the number of groups in a row. A mean in float64 could be on the other
+    side of an edge between two scales; tests/unit/test_quantizer.py proves the quantizer itself.
     """
     rows, config = w.detach().float().reshape(w.shape[0] * groups, -1), QuantizerConfig()
     quantized = dequantize(*quantize(rows, config), config, torch.float64).reshape(w.shape)
@@ -128,7 +129,8 @@ def reference_gradients(weights: list[torch.Tensor], data: list[tuple], quantize
 
 
 def clipped_gradients(weights: list[torch.Tensor], data: list[tuple], ramp: float) -> list[torch.Tensor]:
-    """Those of weights that are clamped to 1.5 scales in front of the straight-through quantizer, and blended."""
+    """Returns gradients for weights clamped to 1.5 scales before the straight-through quantizer, and blended by
+    ``ramp``."""
     leaves = [w.double().requires_grad_() for w in weights]
     made = []
     for w, groups in zip(leaves, (1, SHARDS), strict=True):
@@ -166,7 +168,7 @@ def gathered(local: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def share_gradient_shards(ddp: DistributedDataParallel) -> None:
-    """The distributed optimizer leaves each rank with its reduced shard: put the whole gradient together again."""
+    """Gathers whole gradients, since the distributed optimizer leaves each rank with only its reduced shard."""
     group = parallel_state.get_data_parallel_group()
     for bucket in (b for buffer in ddp.buffers for b in buffer.buckets):
         shards = list(bucket.grad_data.chunk(group.size()))
@@ -174,7 +176,7 @@ def share_gradient_shards(ddp: DistributedDataParallel) -> None:
 
 
 def pair_config(dtype: torch.dtype, **changes: bool) -> TransformerConfig:
-    """Of a pair in this layout."""
+    """Returns the configuration of a pair in the current layout."""
     return TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -197,7 +199,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     quantizer: QuantizerConfig = _TERNARY,
 ) -> tuple[Pair, DistributedDataParallel, MegatronOptimizer]:
-    """A ternary pair, wrapped in DDP, and its optimizer."""
+    """Builds a ternary pair, its DDP wrapper, and its optimizer."""
     config = pair_config(dtype, gradient_accumulation_fusion=fusion, sequence_parallel=sequence_parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     model = kind(config).to(dtype)
@@ -216,7 +218,7 @@ def build(
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = ddp.no_sync
     gather = {"overlap_param_gather": overlap and distributed_optimizer}
-    if "overlap_param_gather" not in OptimizerConfig.__dataclass_fields__:  # 0.12.1 asks DDP's configuration alone
+    if "overlap_param_gather" not in OptimizerConfig.__dataclass_fields__:  # 0.12.1 reads only DDP's configuration
         gather = {}
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -235,7 +237,7 @@ def build(
 
 
 def schedule(ddp: DistributedDataParallel, data: list[tuple]) -> list[dict[str, torch.Tensor]]:
-    """All micro-batches of a step, forwards and backwards; the losses."""
+    """Runs the forwards and backwards of all micro-batches of a step; returns the losses."""
     ddp.zero_grad_buffer()
     return get_forward_backward_func()(
         forward_step_func=_forward_step,
@@ -288,8 +290,10 @@ def run_case(
 def run_space(
     config: QuantizerConfig, fusion: bool, sequence_parallel: bool, kind: type[Pair] = Pair
 ) -> dict[str, object]:
-    """One step in a space, from weights that are the same in every layout: what the shards were quantized to, and how
-    far outputs and all gradients are from the reference."""
+    """Runs one step in a space, from weights that are the same in every layout.
+
+    Returns a digest of the quantized weights, and the errors of outputs and of all gradients.
+    """
     model, ddp, _ = build(kind, fusion, sequence_parallel, False, False, quantizer=config)
     layers, axes = (model.mlp.linear_fc1, model.mlp.linear_fc2), (0, 1)
     size, rank = (
@@ -315,7 +319,7 @@ def run_space(
     found = [gathered(layer.weight.main_grad, axis) for layer, axis in zip(layers, axes, strict=True)]
     inputs = [x.grad for x, _ in data]
     if sequence_parallel:
-        # Each rank has the outputs of its tokens, and passes gradients to them alone.
+        # Each rank has only the outputs of its tokens, and passes gradients only to these tokens.
         outputs = [gathered(y, 0) for y in outputs]
         for gradient in inputs:
             torch.distributed.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
@@ -337,8 +341,10 @@ def run_space(
 def dense_step(
     weights: list[torch.Tensor], quantized: list[torch.Tensor], data: list[tuple]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Outputs of the micro-batches, and gradients of weights and inputs, in float64 with the identity behind the
-    quantizer."""
+    """Returns the outputs of the micro-batches, and the gradients of weights and inputs, in float64.
+
+    The straight-through estimator is the identity.
+    """
     leaves = [w.double().requires_grad_() for w in weights]
     made = [w + (q.double() - w).detach() for w, q in zip(leaves, quantized, strict=True)]
     inputs = [(x.detach().double().requires_grad_(), target) for x, target in data]
@@ -356,7 +362,7 @@ def run_estimator(
     distributed_optimizer: bool,
     ramp: float = 1.0,
 ) -> dict[str, object]:
-    """The gradients that the second of two optimizer steps was taken with, and how far from references they are."""
+    """Runs two optimizer steps; returns the errors and a digest of the gradients used in the second one."""
     model, ddp, optimizer = build(Pair, fusion, sequence_parallel, overlap, distributed_optimizer)
     shape_gradients([ddp], optimizer, estimator)
     cache.set_ramp([ddp], ramp)
@@ -388,8 +394,10 @@ def run_where(
     distributed_optimizer: bool,
     estimator: str = "identity",
 ) -> dict[str, object]:
-    """Three steps in bf16 with the quantized weights ``resident`` in the parameters or ``packed``, or beside them with
-    ``step``: what the steps computed, to the last bit, and what is refused between them."""
+    """Runs three steps in bf16 with a storage of the quantized weights: ``resident``, ``packed``, or cached (``step``).
+
+    Returns a digest of everything that the steps computed, and the errors of calls that are refused between them.
+    """
     model, ddp, optimizer = build(
         NormedPair, fusion, sequence_parallel, overlap, distributed_optimizer, dtype=torch.bfloat16
     )
@@ -421,7 +429,7 @@ def run_where(
 
 
 def run_probe(sequence_parallel: bool) -> str:
-    """What the start-up probe says of a bf16 pair (in fp32 the residual form happens to be exact)."""
+    """Returns the verdict of the start-up probe on a bf16 pair (in fp32 the residual form happens to be exact)."""
     config = pair_config(torch.bfloat16, sequence_parallel=sequence_parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     model = Pair(config)
@@ -433,10 +441,11 @@ def run_probe(sequence_parallel: bool) -> str:
 
 
 def run_int8() -> str:
-    """Whether a row-parallel layer rounds its input to 8 bits per shard, where every number is an integer.
+    """Checks that a row-parallel layer rounds its input to 8 bits per shard; returns "equal" or the number of errors.
 
-    Weights of +-1 have a scale of 1. The largest inputs of the two shards are 127 and 254, so that levels are 1 and 2
-    apart; every input lies a quarter of a level above the one that it is rounded to, and no sum is rounded.
+    All results are integers. Weights of +-1 have a scale of 1. The largest inputs of the two shards are 127 and 254, so
+    that levels are 1 and 2 apart; every input is a quarter of a level above the level that it is rounded to, and no sum
+    is rounded.
     """
     config = pair_config(torch.float32)
     model = Pair(config)
@@ -457,7 +466,7 @@ def run_int8() -> str:
 
 
 def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
-    """A pair with int8 GEMMs beside one with bf16 GEMMs: what is not equal to the last bit of what should be."""
+    """Compares a pair with int8 GEMMs with one with bf16 GEMMs; returns what differs in a bit, and the errors."""
     size, rank = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_rank(),
@@ -475,7 +484,7 @@ def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
     different = [] if probe(pairs["int8"]) == 2 else ["probe"]
     errors = []
     for tokens in (SEQUENCE, size if sequence_parallel else 1):
-        # On every rank the same, of which each takes its part; a token of zeros, and a saturated one.
+        # The inputs are the same on every rank, and each takes its part. One token is zero, and one saturated.
         draw = torch.Generator().manual_seed(tokens)
         whole = {width: torch.randn(tokens, BATCH, width, generator=draw).bfloat16() for width in (HIDDEN, INNER)}
         whole[HIDDEN][-1, 0], whole[INNER][-1, 0] = 0.0, whole[INNER][-1, 0].sign()
@@ -493,7 +502,7 @@ def run_int8_gemm(fusion: bool, sequence_parallel: bool) -> dict[str, object]:
                 y.backward(upstream)
                 gradient = layer.weight.main_grad.clone() if fusion else layer.weight.grad
                 found[gemm] = (y.detach(), gradient, x.grad)
-            # The gradient of scattered sums is gathered, from ranks that drew the same.
+            # The backward gathers the gradient of scattered sums; all ranks drew the same gradient.
             whole_gradient = upstream if column or not sequence_parallel else torch.cat([upstream] * size)
             definition = [each.double().flatten(0, 1) for each in (whole_gradient, fake_quantize_activations(local))]
             errors.append(_relative([found["int8"][1]], [definition[0].t() @ definition[1]]))
@@ -524,7 +533,7 @@ _EVERY_LINEAR = Recipe.from_mapping(
 def _relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     pairs = list(zip(found, expected, strict=True))
     error = max(float((f.double() - e).abs().max() / e.abs().max()) for f, e in pairs)
-    # max() drops a NaN or keeps it depending on the order.
+    # max() drops a NaN or keeps it, depending on the order.
     return error if all(bool(f.isfinite().all()) for f, _ in pairs) else float("inf")
 
 
@@ -573,7 +582,7 @@ def _wrong_main_grad(weight: torch.Tensor) -> dict[str, object]:
 
 
 def _masked_backward(ctx, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN001
-    """Where one would look for the place of an estimator first."""
+    """Masks the gradient inside the straight-through function, the place that first comes to mind for an estimator."""
     ctx.shadow = None
     weight, scales = ctx.latent
     rows = weight.reshape(scales.numel(), -1)
@@ -606,7 +615,7 @@ def main(directory: Path) -> None:
     cpu.install()
     without_te.install()
     torch.distributed.init_process_group("gloo")
-    # Also fills what torch.empty() returns with NaN: the dummy gradients of fusion must never reach a real one.
+    # This also fills tensors from torch.empty() with NaN: the dummy gradients of fusion must never reach a real one.
     torch.use_deterministic_algorithms(True, warn_only=True)
     world = torch.distributed.get_world_size()
     results: dict[str, object] = {}

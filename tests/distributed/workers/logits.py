@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads checkpoints as a tensor-parallel job of this size and writes their logits, as ``cases.json`` says:
+"""Loads checkpoints as a tensor-parallel job over all ranks and writes their logits, for the cases in ``cases.json``.
 
     name: {"load": "DIR", "tokens": [[...]], "legacy": false}
 
-``logits.pt`` of rank 0 holds name -> fp32 ``[batch, tokens, vocabulary]``. A legacy checkpoint goes through the bare
-model's own ``load_state_dict``, as in Megatron-LM.
+``logits.pt``, written by rank 0, holds the logits by name, in fp32 ``[batch, tokens, vocabulary]``. A legacy checkpoint
+is loaded with the bare model's own ``load_state_dict``, as in Megatron-LM.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def legacy_model(path: Path, rank: int):
     initialize(args)
     model = build_model(args, args.padded_vocab_size, with_ddp=False)
     name = f"mp_rank_{rank:02d}" if args.pipeline_model_parallel_size == 1 else f"mp_rank_00_{rank:03d}"
-    # A context manager would take away what megatron-core has declared safe itself.
+    # A context manager would also remove the globals that megatron-core itself has declared safe.
     torch.serialization.add_safe_globals([argparse.Namespace])
     state = torch.load(path / name / "model_optim_rng.pt", weights_only=True)
     model.bare[0].load_state_dict(state["model"], strict=True)
@@ -34,7 +34,7 @@ def legacy_model(path: Path, rank: int):
 
 
 def forward(args, chunk, tokens, positions):
-    """The logits of a model, or of two pipeline stages; on rank 0 in any case."""
+    """Returns the logits of a model, or of two pipeline stages (then only on rank 0)."""
     import torch
 
     if args.pipeline_model_parallel_size == 1:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks models for what follows, token by token with a cache and whole without one, as ``cases.json`` says:
+"""Generates tokens with models in two ways, with a key-value cache and without one, for the cases in ``cases.json``.
 
     name: {"argv": ["--num-layers", ...], "tokens": [...], "prompt": 5} or {"load": "DIR", ...}
 
-A model of a command line has random weights; one of a checkpoint is loaded, over all ranks. ``found.pt`` of rank 0
-holds name -> logits of both kinds ``[positions, rows]`` in fp32, what is said greedily of both kinds, and how often
-each layer was quantized meanwhile.
+A model built from a command line has random weights; a checkpoint is loaded, over all ranks. ``found.pt``, written by
+rank 0, holds by name: the logits of both ways ``[positions, rows of the vocabulary]`` in fp32, the greedy texts of both
+ways, and how often each layer was quantized.
 """
 
 import json
@@ -50,7 +50,7 @@ def opened(case: dict) -> tuple:
     model = build_model(args, rows, with_ddp=False)
     with torch.no_grad():
         for name, parameter in model.bare[0].named_parameters():
-            # As it starts, a model says what it was told last.
+            # With its initial weights, a model would only repeat the last token.
             if "linear" in name or "experts" in name:
                 parameter.mul_(8.0)
     for chunk in model.chunks:
@@ -68,7 +68,8 @@ def asked(args, model, tokens: list[int], prompt: int) -> dict:
     margins = []
 
     class Whole(NextToken):
-        """The whole text anew for every token; it notes how far apart the likeliest two are, of the largest logit."""
+        """A model that computes the whole text for every token, and records the margin between the two likeliest
+        tokens, relative to the largest logit."""
 
         def logits(self, tokens):
             logits = torch.from_numpy(whole(model, tokens)[-1])
@@ -81,7 +82,8 @@ def asked(args, model, tokens: list[int], prompt: int) -> dict:
 
     cached = MegatronNextToken(model, args.seq_length)
     before = [state.count for state in model.states]
-    # Whole, then one by one, and from the middle on once more, several at once: what a next turn is.
+    # The prompt as a whole, then tokens one by one, and finally several other tokens at once from the middle on, like
+    # the next turn of a conversation.
     positions = list(range(prompt, len(tokens) + 1))
     logits = [cached.logits(tokens[:end]) for end in positions]
     again = cached.logits([*tokens[: prompt - 2], *reversed(tokens[prompt - 2 :])])
@@ -104,7 +106,7 @@ def asked(args, model, tokens: list[int], prompt: int) -> dict:
 
 
 def whole(model, tokens: list[int]):
-    """The logits of all positions ``[tokens, rows]``, without a cache."""
+    """Returns the logits of all positions ``[tokens, rows of the vocabulary]``, computed without a cache."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region

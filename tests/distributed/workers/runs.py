@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the training loop several times in one set of processes, as the dictionary in ``runs.json`` says:
+"""Runs the training loop several times in one set of processes, for the runs in ``runs.json``.
 
     name: {
-        "argv": [...], of launch/pretrain.py
-        "resave": "DIR or absent: save here at once what was loaded",
-        "fused_mlp_on": rank or absent: whose MLPs compute with their weights and never call their linears
-        "fused": whether fused weight gradients are there, by the stand-in of tests/stubs/fusion
-        "masked": whether samples count for the loss with numbers of tokens that differ
-        "digests": every so many steps, or absent: the losses, and digests of masters and of quantized weights, of all
-            steps and of these, go to <name>.digests.rank<N>.json
-        "memory": whether to measure it: its peak, and what stays of quantized weights between steps
-        "bucket_size": elements of a bucket where gradients are reduced while more are computed; absent: megatron-core's
+        "argv": [...], the arguments of launch/pretrain.py
+        "resave": "DIR or absent: directory in which to save at once what was loaded",
+        "fused_mlp_on": the rank whose MLPs compute with their weights and never call their linears, or absent
+        "fused": whether fused weight gradients are available, through the stand-in of tests/stubs/fusion
+        "masked": whether different numbers of tokens count for the loss in different samples
+        "digests": interval in steps, or absent: <name>.digests.rank<N>.json gets the losses of all steps, and digests
+            of masters and of quantized weights at this interval
+        "memory": whether to measure memory: its peak, and the bytes of quantized weights that remain between steps
+        "bucket_size": elements of a bucket if gradient reduction is overlapped; absent: megatron-core's default
     }
 
-Reports each run's exit status, standard error, the sizes of the messages of bytes that it gathered, how many weight
-gradients were fused, how often each weight was quantized, and what was measured of its memory, and writes the quantized
-weights that its first training forward used, gathered over the tensor-parallel ranks, to ``<name>.rank<N>.pt``.
+Reports for each run its exit status, its standard error, the sizes of the messages of bytes that it gathered, the
+number of fused weight gradients, how often each weight was quantized, and the measured memory. The quantized weights of
+the first training forward, gathered over the tensor-parallel ranks, go to ``<name>.rank<N>.pt``.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-# Imports stand where they are used: the checkpoint writer's helper process imports this file at each save.
+# Imports are inside functions because the checkpoint writer's helper process imports this file at each save.
 
 
 def gathered_weights(chunks) -> dict:
-    """Whole quantized weights by global module path, gate and up apart."""
+    """Returns unsharded quantized weights by global module path, with all rows of gate before all rows of up."""
     import torch
     from megatron.core import parallel_state
 
@@ -54,14 +54,14 @@ def gathered_weights(chunks) -> dict:
 
 
 def unevenly_masked(tokens):
-    """A loss mask ``[samples, sequence]`` that counts from one token of a sample to all, as its first token says."""
+    """Returns a loss mask ``[samples, sequence]``; the first token of a sample decides how many of its tokens count."""
     import torch
 
     return (torch.arange(tokens.shape[1]) <= tokens[:, :1] % tokens.shape[1]).float()
 
 
 def digest(tensors) -> str:
-    """Of tensors' bytes, in order."""
+    """Returns a digest of the bytes of tensors, in their order."""
     import hashlib
 
     import torch
@@ -73,7 +73,7 @@ def digest(tensors) -> str:
 
 
 def digests(step) -> dict:
-    """Of the masters of this rank, and of the quantized weights of the next step, wherever they are by now."""
+    """Returns digests of this rank's masters and of the next step's quantized weights, wherever these are stored."""
     from bitcpm_megatron.parallel import ternary_modules
 
     for chunk in step.run.model.chunks:
@@ -87,7 +87,7 @@ def digests(step) -> dict:
 
 
 def dense_bytes(step) -> int:
-    """The largest bf16 memory that any tensor of this process has, but for parameters that are not quantized."""
+    """Returns the bytes of the largest bf16 storage in this process, except for parameters that are not quantized."""
     import gc
 
     import torch
@@ -101,7 +101,7 @@ def dense_bytes(step) -> int:
         for parameter in chunk.parameters()
         if parameter not in quantized
     }
-    # By type(), for isinstance() asks a weak proxy's object, which may be gone.
+    # type() is used because isinstance() asks the object of a weak proxy, which may be gone.
     kinds = (torch.Tensor, torch.nn.Parameter)
     tensors = [found for found in gc.get_objects() if type(found) in kinds and found.dtype == torch.bfloat16]
     storages = (tensor.untyped_storage() for tensor in tensors)
@@ -110,7 +110,8 @@ def dense_bytes(step) -> int:
 
 @contextlib.contextmanager
 def waiting():
-    """Collectives are over when they return: what gloo copies would be seen or not, as its threads come along."""
+    """Waits for collectives before they return; otherwise the timing of gloo's threads would decide whether its copies
+    are measured."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -128,7 +129,7 @@ def waiting():
 
 @contextlib.contextmanager
 def measured(here: bool):
-    """Measures memory where it is asked for: a dictionary, empty elsewhere."""
+    """Measures memory if ``here`` is true, into the yielded dictionary, which otherwise stays empty."""
     import torch
 
     from bitcpm_megatron.parallel.packed import bucket
@@ -139,7 +140,7 @@ def measured(here: bool):
         return
     from steps.meters import memory
 
-    # Of so small a model a block must not be the whole of it.
+    # A block must be smaller than this small model.
     with mock.patch.object(bucket, "_BLOCK_ELEMENTS", 1 << 16), waiting(), memory(torch.device("cpu")) as bytes_:
         yield found
     found["peak"] = bytes_.peak
@@ -148,8 +149,11 @@ def measured(here: bool):
 def train(
     argv: list[str], weights: Path, counts: list[int], interval: int | None = None, memory: dict | None = None
 ) -> None:
-    """What ``launch/pretrain.py`` does, but for leaving the process groups, and reports the quantized weights of the
-    first step, and how often each weight was quantized."""
+    """Trains like ``launch/pretrain.py``, but does not leave the process groups.
+
+    Writes the quantized weights of the first step to ``weights``, and appends to ``counts`` how often each weight was
+    quantized. ``interval`` and ``memory`` are the options "digests" and "memory" of a run.
+    """
     import torch
 
     from bitcpm_megatron.launch.launcher import presets
@@ -163,7 +167,7 @@ def train(
     seen = []
 
     def keep_the_first(chunks):
-        # The optimizer comes behind the schedule, and with it the weights of the next step.
+        # The optimizer runs after the schedule and replaces these weights by those of the next step.
         if memory is None and not weights.exists():
             torch.save(gathered_weights(chunks), weights)
 
@@ -193,7 +197,7 @@ def train(
 
 @contextlib.contextmanager
 def resaving(directory: str | None):
-    """Whatever is loaded is saved again at once."""
+    """Saves everything that is loaded again at once, to ``directory`` if one is given."""
     import argparse
     import dataclasses
 
@@ -213,7 +217,7 @@ def resaving(directory: str | None):
 
 @contextlib.contextmanager
 def masking(here: bool):
-    """Samples count with numbers of tokens that differ."""
+    """Makes different numbers of tokens count in different samples, if ``here`` is true."""
     from bitcpm_megatron.training import data
 
     batches = data.batches
@@ -228,7 +232,7 @@ def masking(here: bool):
 
 @contextlib.contextmanager
 def accumulating(here: bool):
-    """What adds weight gradients to those that are there is installed; the shapes that it added to."""
+    """Installs the stand-in for the gradient-accumulation GEMM, if ``here`` is true; yields its result shapes."""
     from megatron.core.tensor_parallel import layers
 
     calls = []
@@ -255,12 +259,12 @@ def accumulating(here: bool):
 
 @contextlib.contextmanager
 def fused_mlp(here: bool):
-    """What a host's fused kernels do, in the place of every MLP of this process."""
+    """Replaces the forward of every MLP in this process by one like a host's fused kernels, if ``here`` is true."""
     import torch
     from megatron.core.transformer.mlp import MLP
 
     def forward(self, hidden, *args, **kwargs):
-        # The linears' forms at these sizes, as far as shapes and collectives go.
+        # The computation has the shapes and collectives of the linears, but does not call them.
         up = torch.nn.functional.linear(hidden, self.linear_fc1.weight).chunk(2, -1)[0]
         return torch.nn.functional.linear(up, self.linear_fc2.weight), None
 
@@ -270,7 +274,7 @@ def fused_mlp(here: bool):
 
 @contextlib.contextmanager
 def buckets_of(size: int | None):
-    """Buckets are small enough for a small model to have several."""
+    """Makes buckets small enough for a small model to have several, if a size is given."""
     from bitcpm_megatron.training import model
 
     made = model.DistributedDataParallelConfig
@@ -284,7 +288,7 @@ def buckets_of(size: int | None):
 
 @contextlib.contextmanager
 def gathered_bytes():
-    """The sizes of all messages of bytes that are gathered meanwhile."""
+    """Yields a list that gets the sizes of all messages of bytes that are gathered."""
     import torch
 
     sizes = []
@@ -338,7 +342,7 @@ def main(directory: Path) -> None:
         if parallel_state.model_parallel_is_initialized():
             leave_model_parallel()
             free_models()
-        # After each: what has ended is known if a later one takes the processes with it.
+        # The report is written after each run, so that it exists if a later run ends the processes.
         (directory / f"rank{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that work through one batch after another: ``serve.py DIRECTORY PID``, as ``support/launcher.py`` starts it.
+"""A rank that runs one batch after another: ``serve.py DIRECTORY PID``, as ``support/launcher.py`` starts it.
 
 The batch of number N, from 0, is ``DIRECTORY/N.json``:
 
-    {"worker": "a module of this folder", "directory": "what its main() is given", "port": of its process group}
+    {"worker": "a module of this folder", "directory": "the argument of its main()", "port": of its process group}
 
-An empty one is the last. When a rank is through with a batch, ``DIRECTORY/N.rankR`` is there. Ranks whose starter, the
-process of that PID, is gone end as well.
+An empty batch is the last. When rank R has finished a batch, it creates ``DIRECTORY/N.rankR``. The rank also ends when
+its starter, the process PID, does not exist any more.
 """
 
 import importlib
@@ -18,11 +18,12 @@ from pathlib import Path
 
 import psutil
 
-# More is imported by the workers: the checkpoint writer's helper process imports this file at each save.
+# All other imports are left to the workers, because the checkpoint writer's helper process imports this file at each
+# save.
 
 
 def batch(path: Path, starter: int) -> dict:
-    """The content of a batch, when it is there; an empty one if there will be none."""
+    """Waits for a batch and returns its content; returns an empty one if the starter has ended."""
     while not path.exists():
         if not psutil.pid_exists(starter):
             return {}
@@ -33,9 +34,10 @@ def batch(path: Path, starter: int) -> dict:
 def main(directory: Path, starter: int) -> None:
     from bitcpm_megatron import cli
 
-    # A rank that fails leaves the word to rank 0 for so long, until the agent ends it; here nobody ends it.
+    # For this time a failed rank waits for rank 0 to report the error, until the agent ends it. Here nobody ends it.
     cli._SECONDS_FOR_RANK_0 = 0.0
-    # Each batch has a process group of its own, with a new store: the agent's would hold the addresses of the last.
+    # Each batch has a process group of its own with a new store: the agent's store would hold the addresses of the
+    # preceding batch.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     number = 0
     while content := batch(directory / f"{number}.json", starter):
@@ -45,6 +47,6 @@ def main(directory: Path, starter: int) -> None:
         number += 1
 
 
-# Without the guard that helper process would serve as well.
+# Without the guard the helper process of the checkpoint writer would serve as well.
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop with chosen moments that take long: ``slow.py DIRECTORY FLAGS OF launch/pretrain.py...``.
+"""The training loop, with a delay at chosen moments: ``slow.py DIRECTORY FLAGS OF launch/pretrain.py...``.
 
-``DIRECTORY/plan.json`` names them by their number in this process, from 1: ``step`` (an optimizer step is done),
-``save`` (rank 0 publishes a checkpoint), and ``write`` (a process writes its file of it). They last for some seconds,
-or until there is a file in ``DIRECTORY``, such as in ``{"step": {"2": 31}, "save": {"1": "go on"}}``. Moments that have
-begun are in ``DIRECTORY/moments``.
+``DIRECTORY/plan.json`` names the moments by their number in this process, from 1: ``step`` (an optimizer step is done),
+``save`` (rank 0 publishes a checkpoint), and ``write`` (a process writes its file of a checkpoint). A moment lasts for
+a number of seconds, or until a file exists in ``DIRECTORY``: ``{"step": {"2": 31}, "save": {"1": "go on"}}``.
+``DIRECTORY/moments`` lists the moments that have begun.
 """
 
 import json
@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Imports stand where they are used: the checkpoint writer's helper process imports this file.
+# Imports are inside functions because the checkpoint writer's helper process imports this file.
 
 
 def slowed(function: Callable, name: str, directory: Path) -> Callable:
-    """A function that says that it has begun, and waits where the plan says so, before it does its work."""
+    """Wraps a function so that it records that it has begun, and waits if the plan says so, before it does its work."""
     waits = json.loads((directory / "plan.json").read_text()).get(name, {})
     calls = []
 
@@ -37,7 +37,7 @@ def slowed(function: Callable, name: str, directory: Path) -> Callable:
 
 
 def train(argv: list[str], directory: Path) -> None:
-    """What ``launch/pretrain.py`` does."""
+    """Trains like ``launch/pretrain.py``."""
     from bitcpm_megatron.launch.launcher import presets
     from bitcpm_megatron.training.flags import parse_args
     from bitcpm_megatron.training.initialize import initialize, shutdown, world_size

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Target stores that two ranks write and read at several layouts.
 
-Each rank reports the steps of students by the name of their layout, ``[loss, divergence, gradient norm]``; what a
-student of a damaged store raises; and how draws and likeliest ids over two ranks differ from those over one.
+Each rank reports the steps of students by layout and kind of store, ``[loss, divergence, gradient norm]``; the error of
+a student that reads a damaged store; and the differences of draws and likeliest ids over two ranks from those over one.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def write(directory: Path, name: str, kind: str) -> Path:
 
 
 def damaged(store: Path, argv: list[str]) -> str:
-    """What a student says of a store in which a sample of one rank is damaged."""
+    """Returns the error of a student that reads a store in which a sample of one rank is damaged."""
     path = shard_path(store, 0)
     whole = path.read_bytes()
     torch.distributed.barrier()
@@ -81,7 +81,8 @@ def damaged(store: Path, argv: list[str]) -> str:
 
 
 def split_and_whole() -> dict[str, float]:
-    """The share of draws that differ, and how far apart the logarithms of the likeliest ids are: 1 where ids differ."""
+    """Returns the share of draws that differ between two ranks and one, and the largest difference of the logarithms of
+    the likeliest ids' probabilities (1 if the ids differ)."""
     rank = torch.distributed.get_rank()
     alone = [torch.distributed.new_group([r]) for r in range(2)][rank]
     logits = 3 * torch.randn(40, 128, generator=torch.Generator().manual_seed(3))
