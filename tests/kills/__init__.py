@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that are killed, asked to stop, or meet a full disk at random moments, and what they leave behind."""
+"""Tests of commands that are killed, asked to stop, or run out of disk space at random moments."""

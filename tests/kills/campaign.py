@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disturbs commands at random moments, and demands of each of them the artefact of an undisturbed run.
+"""Disturbs commands at random moments, and checks that each still produces the artifact of an undisturbed run.
 
     cd tests && python -m kills.campaign [--what all] [--kills 100] [--seconds 3600] [--seed N]
 
-Every command is killed (SIGKILL), asked to stop (SIGTERM) and left with a full disk, in turn; for that a small disk is
-mounted, which needs root. Moments are drawn over the whole of its time, from the imports to the last file, and half of
-them while it writes. After each one, what has its final name must be whole, and no process may be left; the same
-command again must then end with the same artefact, and with nothing beside it. Training must also go on bit for bit.
-Exit status: 0 all did, 1 some did not.
+Every command is killed (SIGKILL), asked to stop (SIGTERM) and left with a full disk, in turn; for the full disk a small
+one is mounted, which needs root. Moments are drawn over the whole duration of the command, from the imports to the last
+file, half of them while it writes. After each disturbance, everything with its final name must be complete, and no
+process may be left. The same command, run again, must then end with the same artifact, and with nothing beside it.
+Training must also resume bit for bit. Exit status: 0 all did, 1 some did not.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from .targets import Targets
 from .training import Training
 
 _ATTEMPTS = 8
-"""At a disturbance that comes too late, before it counts as a fault of the campaign."""
+"""The number of attempts at a disturbance that comes too late, before this counts as a fault of the campaign."""
 _GROUPS = {
     "train": ("train-distilled", "train-sync", "train-async"),
     "preprocess": ("preprocess_data", "preprocess_sft"),
@@ -46,8 +46,10 @@ _GROUPS["all"] = tuple(itertools.chain.from_iterable(_GROUPS.values()))
 
 
 def subjects(what: str, steps: int = 30) -> list[Subject]:
-    """Those that a word on the command line means, large enough for five disturbances: a training has so many steps,
-    and a sweep two runs for five of them."""
+    """Returns the subjects that a word on the command line selects, large enough for five disturbances.
+
+    A training has ``steps`` steps, and a sweep one fifth as many seeds.
+    """
     everything = [
         Training(distilled=True, steps=steps),
         Training(steps=steps),
@@ -63,18 +65,18 @@ def subjects(what: str, steps: int = 30) -> list[Subject]:
 
 
 class Campaign:
-    """What is disturbed how often, and what came of it.
+    """A campaign of disturbances, and its results.
 
     Args:
-        chosen: what is disturbed.
-        kills: how often, in all.
-        seconds: after which nothing new is begun.
-        seed: of all moments.
+        chosen: the subjects to disturb.
+        kills: the total number of disturbances.
+        seconds: the time after which nothing new is begun.
+        seed: the seed of all random moments.
         scratch: an empty directory.
     """
 
     def __init__(self, chosen: Sequence[Subject], kills: int, seconds: float, seed: int, scratch: Path) -> None:
-        # Those that have a turn: an undisturbed run takes as long as a disturbed one.
+        # Only subjects that get a turn are kept: an undisturbed run takes as long as a disturbed one.
         self._chosen, self._kills, self._scratch = chosen[:kills], kills, scratch
         self._rng = random.Random(seed)
         self._seconds = seconds
@@ -84,7 +86,7 @@ class Campaign:
         self._disk: Disk | None = None
 
     def run(self) -> bool:
-        """Runs it; returns whether all kills were made and ended as they should."""
+        """Runs the campaign; returns whether all disturbances were made and ended as they should."""
         self._began = time.monotonic()
         hows = list(HOWS)
         try:
@@ -108,7 +110,10 @@ class Campaign:
         return not self.faults and self.good.total() == self._kills
 
     def _batches(self, hows: Sequence[str]) -> Iterator[tuple[Subject, list[str]]]:
-        """Every subject its share of every kind; a short campaign meets as many of both as it can."""
+        """Yields batches of disturbances: every subject gets its share of every kind.
+
+        A short campaign covers as many subjects and kinds as it can.
+        """
         waiting: dict[Subject, list[str]] = {subject: [] for subject in self._chosen}
         for number in range(self._kills):
             turn, index = divmod(number, len(self._chosen))
@@ -123,7 +128,7 @@ class Campaign:
                     yield subject, batch
 
     def _carry_out(self, subject: Subject, batch: list[str]) -> None:
-        """Disturbs one artefact and finishes it; begins another where it was finished too soon."""
+        """Disturbs the making of an artifact and finishes it; begins another if it was finished too early."""
         remaining = list(batch)
         for _ in range(_ATTEMPTS * len(batch)):
             place = self._place(FULL_DISK in remaining)
@@ -169,7 +174,7 @@ class Campaign:
         print(f"[{time.monotonic() - self._began:6.0f} s] {words}", flush=True)
 
     def summary(self) -> str:
-        """One line: how many ended as they should, of each kind."""
+        """Returns one line with the number of disturbances of each kind that ended as they should."""
         names = [subject.name for subject in self._chosen]
         by_what = [f"{name} {sum(n for (other, _), n in self.good.items() if other == name)}" for name in names]
         by_how = [f"{how} {sum(n for (_, other), n in self.good.items() if other == how)}" for how in HOWS]

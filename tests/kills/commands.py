@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that write an artefact in one go: converters and preprocessing."""
+"""Commands that write an artifact in one go: converters and preprocessing."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ Files = dict[str, str]
 
 
 def files(place: Path) -> Files:
-    """Everything below a directory: path -> digest, directories and all."""
+    """Returns everything below a directory: the digest of each file by its path, and "directory" for directories."""
     found = {}
     for path in sorted(place.rglob("*")):
         name = path.relative_to(place).as_posix()
@@ -40,11 +40,12 @@ class Line:
     """A command line of a command.
 
     Attributes:
-        name: for people.
-        argv: its arguments; ``{input}`` and ``{out}`` are directories. All that it makes lies below ``{out}``.
-        groups: what appears together: the first components of paths below ``{out}``. Of several the last makes the
-            artefact: without it the others are of no meaning, and may stand there alone or lack.
-        old: the line that made an artefact before, which this one replaces; or None.
+        name: the name of the line for people.
+        argv: the arguments; ``{input}`` and ``{out}`` are directories. Everything that the command writes is below
+            ``{out}``.
+        groups: the files that appear together, as first components of paths below ``{out}``. The last one of a group
+            completes the artifact: without it the others have no meaning, and may exist or be missing.
+        old: the command line that wrote the artifact that this one replaces; or None.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Line:
 
 @dataclass
 class Undisturbed:
-    """What a line makes, and how long it takes."""
+    """The result of a command line that is not disturbed: its files, the replaced files, its duration and size."""
 
     files: Files
     old: Files
@@ -64,13 +65,13 @@ class Undisturbed:
 
 
 class Command(Subject):
-    """A script of the checkout.
+    """A script of the checkout as a subject.
 
     Args:
-        name: of the script, without suffix.
-        room: its folder.
-        lines: to choose from.
-        make_input: fills ``{input}``.
+        name: the name of the script, without suffix.
+        room: the folder of the script.
+        lines: the command lines to choose from.
+        make_input: a function that fills ``{input}``.
     """
 
     batch = 2
@@ -118,7 +119,7 @@ class Command(Subject):
         if status == 0:
             demand(after == self._whole.files, f"it ended well, and differs: {self._difference(after)}", said)
             raise TooLate
-        # Before its own handler stands a command dies of the signal, and has written nothing yet.
+        # Before its own handler is installed, a command dies of the signal, and has not written anything yet.
         if how == FULL_DISK or (how == TERMINATE and status != -signal.SIGTERM):
             one_message(said, status, 1)
         strangers = self._check(after, said)
@@ -126,7 +127,8 @@ class Command(Subject):
             lost = [name for name, was in self._whole.old.items() if before.get(name) == was != after.get(name)]
             demand(lost == [], f"what stood there before is gone: {lost}", said)
         if how != KILL:
-            # One that ended before it looked there leaves what an earlier kill had left; a lock taken has other words.
+            # A command that ended before it looked at the directory leaves the remains of an earlier kill. A lock that
+            # it took has new content.
             left = [name for name in strangers if after[name] != before.get(name)]
             demand(left == [], f"left behind after {how}: {left}", said)
         return f"{self._line.name}: {done}"
@@ -136,7 +138,7 @@ class Command(Subject):
         started = self._start(self._line.argv, self._place)
         status = started.wait(PATIENCE)
         started.clear()
-        # What is there already is not written again, and the command says so.
+        # A complete artifact is not written again: the command may refuse with status 2.
         allowed = (0, 2) if whole_already else (0,)
         demand(status in allowed, f"the same command again ends with {status}", started.said)
         after = files(self._place)
@@ -144,7 +146,7 @@ class Command(Subject):
         demand(files(self._input) == self._before, "the input was changed", started.said)
 
     def _measure(self, line: Line, place: Path) -> Undisturbed:
-        """Runs a line undisturbed, and leaves the directory empty."""
+        """Runs a command line undisturbed, returns its result, and leaves the directory empty."""
         if line.old is not None:
             self._succeed(self._start(line.old, place))
         old = files(place)
@@ -172,7 +174,7 @@ class Command(Subject):
             moment = rng.uniform(0.0, self._whole.seconds)
             where = "after its start"
         else:
-            # By what it has written and not by time, which depends on what else this machine does.
+            # The moment depends on what has been written and not on time, which depends on the load of the machine.
             share = rng.random() if kind < 0.8 else 1.0
             self._wait_until_written(started, share)
             moment = rng.uniform(0.0, 0.2) if share == 1.0 else 0.0
@@ -192,22 +194,23 @@ class Command(Subject):
         return f"a disk that is full after {share:.0%} of its bytes"
 
     def _wait_until_written(self, started: Started, share: float) -> None:
-        """Returns when the command has written so much of its artefact, or has ended."""
+        """Waits until the command has written a share of its artifact, or has ended."""
         wanted = self._standing + share * self._whole.nbytes
-        # What a killed attempt left is still there, until this one removes it.
+        # The remains of a killed attempt exist until this attempt removes them.
         while started.process.poll() is None and _bytes_on_disk(self._place) > wanted:
             time.sleep(0.001)
         while started.process.poll() is None and _bytes_on_disk(self._place) <= wanted:
             time.sleep(0.001)
 
     def _check(self, after: Files, said: str) -> list[str]:
-        """Demands that whatever has its final name is whole; returns what has none."""
+        """Demands that everything with a final name is complete; returns the paths without one."""
         old, whole = self._whole.old, self._whole.files
         for group in self._line.groups:
             now, was, new = ({name: _below(found, name) for name in group} for found in (after, old, whole))
             if now in (was, new):
                 continue
-            # Between two names only what makes the artefact may be missing, for without it nobody takes the others.
+            # Between two renames only the file that completes the artifact may be missing: without it nobody uses the
+            # others.
             demand(len(group) > 1 and not now[group[-1]], f"{group} is neither the old one nor the new one", said)
             for name in group:
                 demand(now[name] in ({}, was[name], new[name]), f"{name} is neither the old one nor the new one", said)
@@ -227,7 +230,8 @@ def _below(all_files: Mapping[str, str], name: str) -> Files:
 
 
 def _bytes_on_disk(place: Path) -> int:
-    """What the files below a directory really take: they are made at their full length, and filled."""
+    """Returns the bytes that files below a directory occupy; their lengths do not tell, since files are created at full
+    length and then filled."""
     total = 0
     for folder, _, names in os.walk(place):
         for name in names:
@@ -237,7 +241,7 @@ def _bytes_on_disk(place: Path) -> int:
 
 
 def make_model(directory: Path) -> None:
-    """A latent model of 92 MB, so that writing it takes a while, the checkpoint of it, and a tokenizer."""
+    """Writes a latent model of 92 MB, so that converting it takes a while, its checkpoint, and a tokenizer."""
     import torch
     from safetensors.torch import load_file
     from support import tiny_hf
@@ -271,7 +275,7 @@ def make_model(directory: Path) -> None:
 
 
 def make_text(directory: Path) -> None:
-    """A corpus of 3 MB, and a tokenizer."""
+    """Writes a corpus of 3 MB, and a tokenizer."""
     directory.mkdir(parents=True)
     words = "the quick brown fox jumps over a lazy dog while seven wizards boil black quartz and mix pale ink".split()
     rng = random.Random(1)
@@ -289,7 +293,7 @@ def make_text(directory: Path) -> None:
 
 
 def make_talks(directory: Path) -> None:
-    """Conversations of 1 MB, and a tokenizer with a chat template."""
+    """Writes conversations of 1 MB, and a tokenizer with a chat template."""
     rng = random.Random(1)
     words = "the quick brown fox jumps over a lazy dog while seven wizards boil black quartz and mix pale ink".split()
     chat_tokenizer(directory / "chat", CHATML)
@@ -300,7 +304,7 @@ def make_talks(directory: Path) -> None:
 
 
 def converters() -> Iterator[Command]:
-    """All of them."""
+    """Yields all converters."""
     yield Command(
         "convert_hf_to_megatron",
         "checkpoint_tools",
@@ -353,7 +357,7 @@ def converters() -> Iterator[Command]:
 
 
 def preprocessing() -> Command:
-    """Text to token files, with the tokenizer given and trained."""
+    """Returns the command that turns text into token files, with the tokenizer given and trained."""
     pair = ("c_text_document.bin", "c_text_document.idx")
     given = "--input {input}/corpus.jsonl --tokenizer-model {input}/tokenizer.model --output-prefix {out}/c"
     trained = "--input {input}/corpus.jsonl --train-tokenizer {out}/t.model --vocab-size 400 --output-prefix {out}/c"
@@ -370,7 +374,7 @@ def preprocessing() -> Command:
 
 
 def preprocessing_sft() -> Command:
-    """Conversations to the three token files of fine-tuning."""
+    """Returns the command that turns conversations into the token files of fine-tuning."""
     together = tuple(f"c_{part}{suffix}" for part in ("tokens", "answers", "ends") for suffix in (".bin", ".idx"))
     line = "--input {input}/talks.jsonl --tokenizer-model {input}/chat --seq-length 4096 --output-prefix {out}/c"
     return Command(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes: started with a mark that their descendants carry, signalled, and looked for when they are gone."""
+"""Real processes: started with a mark that their descendants inherit, signaled, and searched for after their end."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from typing import ClassVar
 import psutil
 
 _MARK = "BITCPM_KILLED"
-# SIGKILL leaves nothing to wait for but the kernel, which frees the memory of a process first.
+# After SIGKILL only the kernel has to be waited for, which first frees the memory of a process.
 _SECONDS_TO_GO = 15.0
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to a process and all its descendants, at once."""
+    """Sends SIGKILL to a process and all its descendants at once, and waits for their end."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -30,13 +30,13 @@ def kill(process: subprocess.Popen) -> None:
 
 
 class Started:
-    """A command in a session of its own, with its output in a file.
+    """A started command in a session of its own, with its output in a file.
 
     Args:
-        command: to run.
-        directory: where to run it.
-        output: file to which it appends.
-        environment: of the process.
+        command: the command to run.
+        directory: the directory to run it in.
+        output: the file to which its output is appended.
+        environment: the environment variables of the process.
     """
 
     _all: ClassVar[set["Started"]] = set()
@@ -59,63 +59,63 @@ class Started:
 
     @property
     def said(self) -> str:
-        """What this command has printed."""
+        """The output of this command so far."""
         with self._output.open("rb") as stream:
             stream.seek(self._began)
             return stream.read().decode(errors="replace")
 
     def family(self) -> list[psutil.Process]:
-        """The process and all its descendants that are alive, also those in other sessions and of dead parents."""
+        """Returns the process and all its living descendants, also those in other sessions or with dead parents."""
         mark = f"{_MARK}={self._mark}".encode()
         found = []
         for pid in psutil.pids():
-            # What a process forks carries the environment that it began with; a dead one has none.
+            # A forked process has the initial environment of its parent; a dead process has none.
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
                 if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     found.append(psutil.Process(pid))
         return found
 
     def signal(self, number: signal.Signals, chosen: Callable[[list[psutil.Process]], list[psutil.Process]]) -> None:
-        """Sends a signal to those of the family that are chosen."""
+        """Sends a signal to the processes of the family that ``chosen`` selects."""
         _signal(chosen(self.family()), number)
 
     def wait(self, seconds: float) -> int | None:
-        """The exit status, or None if it has not ended in time."""
+        """Waits for the end of the process; returns its exit status, or None if it has not ended in time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(seconds)
         return None
 
     def orphans(self) -> list[str]:
-        """Command lines of what is still there when the command has ended."""
+        """Returns the command lines of the processes that survive the end of the command."""
         family = self.family()
         psutil.wait_procs(family, timeout=_SECONDS_TO_GO)
         return [f"{process.pid} {' '.join(_command(process))[-200:]}" for process in self.family()]
 
     def clear(self) -> None:
-        """Kills whatever is left."""
+        """Kills all remaining processes of the command."""
         _signal(self.family(), signal.SIGKILL)
         self.process.wait()
         self._all.discard(self)
 
     @classmethod
     def clear_all(cls) -> None:
-        """Kills whatever is left of all commands that were started."""
+        """Kills all remaining processes of all commands that were started."""
         for started in list(cls._all):
             started.clear()
 
 
 def everyone(family: list[psutil.Process]) -> list[psutil.Process]:
-    """All of them, as a node that is switched off, or a scheduler."""
+    """Selects all processes, like a scheduler, or a node that is switched off."""
     return family
 
 
 def first(family: list[psutil.Process]) -> list[psutil.Process]:
-    """The one that was started first."""
+    """Selects the process that was started first."""
     return sorted(family, key=lambda process: (process.create_time(), process.pid))[:1]
 
 
 def largest(family: list[psutil.Process]) -> list[psutil.Process]:
-    """The one with the most memory, as the kernel chooses when memory is exhausted."""
+    """Selects the process with the most memory, like the kernel when memory is exhausted."""
     sizes = []
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -136,17 +136,17 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 class Disk:
-    """A small disk of its own, in memory, that can be filled to the last byte.
+    """A small separate disk in memory that can be filled to the last byte.
 
     Args:
-        directory: where it is mounted, which must not be there yet.
+        directory: the directory at which to mount the disk; it must not exist yet.
 
     Raises:
-        PermissionError: this user may not mount; the message says what would.
+        PermissionError: if this user may not mount; the message has the command and its error.
     """
 
     SIZE = 2 * 2**30
-    """It takes memory only for what lies on it."""
+    """The size of the disk in bytes; it takes memory only for the files on it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -161,23 +161,23 @@ class Disk:
             raise PermissionError(f"{' '.join(command)}: {done.stderr.strip()}")
 
     def free(self) -> int:
-        """Bytes that can be written."""
+        """Returns the number of bytes that can still be written."""
         left = os.statvfs(self.directory)
         return left.f_bavail * left.f_frsize
 
     def fill(self, leave: int = 0) -> None:
-        """Lets another file take all space but ``leave`` bytes, even where somebody else writes meanwhile."""
+        """Fills all space except for ``leave`` bytes with another file, even if others write at the same time."""
         with self._filler.open("ab") as file:
             while (excess := self.free() - leave) > 0:
                 try:
                     os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, excess)
-                except OSError:  # it has become less since
+                except OSError:  # there is less space than a moment ago
                     time.sleep(0)
 
     def empty(self) -> None:
-        """Takes that file away."""
+        """Removes the file with which :meth:`fill` filled the disk."""
         self._filler.unlink(missing_ok=True)
 
     def unmount(self) -> None:
-        """Gives the disk back, with what lies on it."""
+        """Unmounts the disk, which discards the files on it."""
         subprocess.run(["umount", "-l", str(self.directory)], check=True)

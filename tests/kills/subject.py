@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is killed, and what every kind of disturbance demands of it."""
+"""The subjects of disturbances, and the demands that hold for every kind of disturbance."""
 
 import random
 from abc import ABC, abstractmethod
@@ -11,19 +11,19 @@ from .processes import Disk, Started
 KILL, TERMINATE, FULL_DISK = "SIGKILL", "SIGTERM", "full disk"
 HOWS = (KILL, TERMINATE, FULL_DISK)
 PATIENCE = 600.0
-"""Seconds after which a command hangs."""
+"""The time in seconds after which a command counts as hanging."""
 
 
 class TooLate(Exception):
-    """The command had ended before it could be disturbed; nothing is wrong, and nothing was tested."""
+    """The command ended before it could be disturbed: nothing is wrong, but nothing was tested either."""
 
 
 class Subject(ABC):
-    """A command that makes an artefact. A batch: :meth:`begin`, some disturbances of it, :meth:`finish`.
+    """A command that makes an artifact. A batch consists of :meth:`begin`, some disturbances, and :meth:`finish`.
 
     Attributes:
-        name: as in ``--what``.
-        batch: disturbances of one artefact, at most.
+        name: the name of the subject, as in ``--what``.
+        batch: the largest number of disturbances of one artifact.
     """
 
     name: str
@@ -31,22 +31,27 @@ class Subject(ABC):
 
     @abstractmethod
     def prepare(self, scratch: Path) -> None:
-        """Makes the input, and the artefact that nobody disturbs."""
+        """Makes the input, and an artifact without disturbances to compare with."""
 
     @abstractmethod
     def begin(self, place: Path, rng: random.Random) -> None:
-        """Chooses what to make in ``place``, an empty directory."""
+        """Begins an artifact in ``place``, an empty directory, and chooses how to make it."""
 
     @abstractmethod
     def disturb(self, how: str, rng: random.Random, disk: Disk | None) -> str:
-        """Runs the command and disturbs it; ``place`` lies on the disk where there is one.
+        """Runs the command and disturbs it.
+
+        Args:
+            how: the kind of disturbance, one of :data:`HOWS`.
+            rng: the source of random moments.
+            disk: the disk on which ``place`` is located if a full disk is among the disturbances, else None.
 
         Returns:
-            What was done, in words.
+            A description of what was done.
 
         Raises:
-            AssertionError: what it left is not what it should be.
-            TooLate: see there.
+            AssertionError: if the command left something wrong.
+            TooLate: if the command ended before it could be disturbed.
         """
 
     @abstractmethod
@@ -54,24 +59,24 @@ class Subject(ABC):
         """Runs the same command once more, undisturbed.
 
         Raises:
-            AssertionError: the artefact is not the undisturbed one, or something else is left.
+            AssertionError: if the artifact differs from the undisturbed one, or something else is left.
         """
 
 
 def end_of(started: Started, how: str, disk: Disk | None, act: Callable[[], str]) -> tuple[str, int]:
-    """Disturbs a command that runs, and waits for its end; whatever happens, nothing of it stays, nor a full disk.
+    """Disturbs a running command and waits for its end; in any case kills the rest of it and empties a filled disk.
 
     Args:
         started: the command.
-        how: of ``HOWS``.
-        disk: that ``act`` fills, where that is how.
-        act: disturbs the command, and says in words what was done.
+        how: the kind of disturbance, one of :data:`HOWS`.
+        disk: the disk that ``act`` fills if a full disk is the disturbance.
+        act: a function that disturbs the command and returns a description of what it did.
 
     Returns:
-        These words, and the exit status.
+        This description, and the exit status.
 
     Raises:
-        AssertionError: it hangs, or has left processes behind.
+        AssertionError: if the command hangs or leaves processes behind.
     """
     try:
         done = act()
@@ -86,13 +91,13 @@ def end_of(started: Started, how: str, disk: Disk | None, act: Callable[[], str]
 
 
 def demand(condition: bool, message: str, said: str = "") -> None:
-    """Raises where a condition does not hold, with the end of what the command has printed."""
+    """Raises AssertionError if a condition does not hold, with the end of the command's output."""
     if not condition:
         raise AssertionError(f"{message}\n{said[-3000:]}".rstrip())
 
 
 def one_message(said: str, status: int | None, expected: int) -> None:
-    """Demands an end in words: the exit code, an error and no traceback."""
+    """Demands that a command ended with an exit code and an error message, and without a traceback."""
     demand(status == expected, f"exit status {status}, expected {expected}", said)
     demand("Traceback (most recent call last)" not in said, "a traceback", said)
     demand("error: " in said, "no error is told", said)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep whose runs and whose runner are disturbed: in the end its table is, byte for byte, an undisturbed one's."""
+"""A sweep whose runs and runner are disturbed: its final table equals that of an undisturbed one byte for byte."""
 
 import functools
 import random
@@ -37,10 +37,10 @@ last-records: 5
 
 
 class Sweep(Subject):
-    """A sweep of two arms, two runs at a time.
+    """A sweep of two arms, with two runs at a time.
 
     Args:
-        seeds: how many.
+        seeds: the number of seeds.
     """
 
     name = "sweep"
@@ -72,18 +72,19 @@ class Sweep(Subject):
         demand(lost == [], f"{done}: runs that had finished have changed: {lost}", started.said)
         if status == 0:
             raise TooLate
-        # Before its own handler stands a command dies of the signal.
+        # Before its own handler is installed, a command dies of the signal.
         if how == FULL_DISK or (how == TERMINATE and status != -signal.SIGTERM):
             one_message(started.said, status, 1)
         elif how == KILL:
-            # Of one whose run was killed it may have been the last one.
+            # If a run was killed, it may have been the last one, so that the runner ended by itself.
             allowed = (-signal.SIGKILL, 1) if "to a run" in done else (-signal.SIGKILL,)
             demand(status in allowed, f"{done}: exit status {status}", started.said)
         return f"{done}; {len(after)} of {self._count} runs have finished"
 
     def _act(self, started: Started, how: str, rng: random.Random, disk: Disk | None, before: int) -> str:
-        """Disturbs it as :meth:`disturb` is asked to; ``before`` runs have finished already."""
-        # By what has been done, so that it comes in time on a busy machine, too: the time is that of two runs.
+        """Disturbs the sweep in the way that :meth:`disturb` is asked to; ``before`` runs have finished already."""
+        # The moment depends on the finished runs, so that it also comes in time on a busy machine. The additional time
+        # is at most that of two runs.
         runs = before + rng.randint(0, max(0, (self._count - before - 2) // 2))
         moment = rng.uniform(0.0, self._seconds / self._count * 2)
         while started.process.poll() is None and len(self._finished()) < runs:
@@ -112,13 +113,13 @@ class Sweep(Subject):
         self._place, self._retry = place, False
 
     def _start(self) -> Started:
-        """Starts the sweep, or goes on with it; what a full disk has ended has failed, and is run again if asked."""
+        """Starts or resumes the sweep; runs that a full disk has ended have failed, and are run again on request."""
         command = [sys.executable, "launch/sweep.py", str(self._file), "--output", str(self._place), "--parallel", "2"]
         command += ["--retry-failed"] * self._retry
         return Started(command, CHECKOUT, self._said, {**environment(), "PYTHONUNBUFFERED": "1"})
 
     def _signal(self, started: Started, number: signal.Signals, rng: random.Random) -> str:
-        """Sends a signal, and says to whom; SIGKILL to a run alone is followed by one to the runner."""
+        """Sends a signal and returns to whom; SIGKILL to a single run is followed by one to the runner."""
         runs = [process for process in started.family() if _is_a_run(process)]
         whom = rng.choice(
             ("everyone", "the runner", "a run") if number == signal.SIGKILL and runs else ("everyone", "the runner")
@@ -141,7 +142,7 @@ class Sweep(Subject):
         demand(left == [], f"orphans: {left}", started.said)
 
     def _finished(self) -> dict[str, tuple[int, str]]:
-        """The runs whose end the runner has seen: when that was, and the digest of their logs."""
+        """Returns the runs whose end the runner has recorded, with the time of the record and the digest of the log."""
         found = {}
         for path in self._place.glob("runs/*/outcome.json"):
             if "finished" in path.read_text():

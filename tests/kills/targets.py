@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher that writes what it says of many samples: the shards that it has published are whole, and it goes on."""
+"""The writing of a teacher's targets for many samples: published shards are complete, and the writing resumes."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from .subject import PATIENCE, demand
 
 
 def make_teacher(directory: Path) -> None:
-    """A run of one step."""
+    """Trains the teacher, a run of one step."""
     directory.mkdir(parents=True)
     script = CHECKOUT / "launch" / "pretrain.py"
     argv = [*MODEL, "--train-iters", "1", "--eval-iters", "0", "--save", str(directory / "teacher")]
@@ -23,7 +23,7 @@ def make_teacher(directory: Path) -> None:
 
 
 class Targets(Command):
-    """The writer of a store of 16 shards."""
+    """The command that writes a target store of 16 shards."""
 
     def __init__(self) -> None:
         data = "--mock-data --vocab-size 300 --train-samples 8192 --seq-length 32 --micro-batch-size 16"
@@ -34,7 +34,8 @@ class Targets(Command):
         super().__init__("write_targets", "launch", lines, make_teacher)
 
     def _check(self, after: Files, said: str) -> list[str]:
-        """Shards appear one by one; what is hidden may stay after a signal, for the next attempt replaces it."""
+        """Checks a store whose shards appear one by one; hidden files may remain after a signal, since the next attempt
+        replaces them."""
         whole = self._whole.files
         wrong = [name for name, value in after.items() if value != whole.get(name, value)]
         demand(wrong == [], f"not what an undisturbed run writes: {wrong}", said)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training runs that save after every step: what they have published is whole, and they go on bit for bit."""
+"""Training runs that save after every step: published checkpoints are complete, and runs resume bit for bit."""
 
 import functools
 import random
@@ -22,21 +22,21 @@ from .subject import FULL_DISK, KILL, PATIENCE, TERMINATE, Subject, TooLate, dem
 CHECKOUT = Path(__file__).resolve().parents[2]
 FLAGS = "--tensor-model-parallel-size 2 --sequence-parallel --bf16 --ternary --eval-interval 10 --eval-iters 1".split()
 LONGEST = 3.5
-"""Seconds from the first step of an attempt to its disturbance, at most: a first save takes about two."""
+"""The longest time in seconds from a step of an attempt to its disturbance; a first save takes about two seconds."""
 
 
 class Training(Subject):
-    """A run of two ranks under our agent.
+    """A training run of two ranks under our agent.
 
     Args:
-        asynchronous: whether it saves so.
-        distilled: whether it learns from the end of a run that nobody has disturbed.
-        steps: of the whole run.
-        batch: disturbances of one run, at most; it should not reach its end before them.
+        asynchronous: whether the run saves asynchronously.
+        distilled: whether it learns from the last checkpoint of an undisturbed run.
+        steps: the number of steps of the whole run.
+        batch: the largest number of disturbances of one run, which should not end before them.
     """
 
     _seconds: float
-    """From the start to the first step of the undisturbed run."""
+    """The time in seconds from the start to the first step of the undisturbed run."""
 
     def __init__(self, asynchronous: bool = False, distilled: bool = False, steps: int = 30, batch: int = 5) -> None:
         self.name = "train-distilled" if distilled else "train-async" if asynchronous else "train-sync"
@@ -48,7 +48,7 @@ class Training(Subject):
     def prepare(self, scratch: Path) -> None:
         self._scratch = scratch
         self._output = scratch / f"{self.name}.txt"
-        # However a run saves, its losses are the same: one undisturbed run serves both kinds, and teaches the third.
+        # Losses do not depend on how a run saves: one undisturbed run serves both kinds, and teaches the third.
         whole = scratch / "train-whole"
         self._undisturbed(whole)
         if self._distilled:
@@ -61,7 +61,7 @@ class Training(Subject):
         demand(len(taught) == self._steps * self._distilled, f"it was taught in {len(taught)} steps")
 
     def _undisturbed(self, place: Path) -> None:
-        """A whole run in ``place``, unless it is there."""
+        """Trains a whole run in ``place``, unless it exists."""
         if place.is_dir():
             return
         place.mkdir()
@@ -98,7 +98,7 @@ class Training(Subject):
         return f"{done}; the newest checkpoint is {newest}"
 
     def _act(self, started: Started, how: str, rng: random.Random, disk: Disk | None) -> str:
-        """Disturbs it as :meth:`disturb` is asked to, and notes whether it had taken a step before."""
+        """Disturbs the run in the way that :meth:`disturb` is asked to, and records whether it had taken a step."""
         if how == FULL_DISK and rng.random() < 0.3:
             leave = rng.randrange(4_000_000)
             disk.fill(leave)
@@ -133,7 +133,7 @@ class Training(Subject):
         demand(names == self._names, f"its files differ from those of the uninterrupted one: {different}", started.said)
 
     def _start(self, place: Path) -> Started:
-        """Starts the run, or goes on with it."""
+        """Starts or resumes the run."""
         command = [sys.executable, "launch/agent.py", "--standalone", "--nproc_per_node", "2", "launch/pretrain.py"]
         command += [*MODEL, *FLAGS, "--train-iters", str(self._steps), "--exit-signal-handler"]
         command += ["--save", str(place / "save"), "--load", str(place / "save"), "--save-interval", "1"]
@@ -146,7 +146,7 @@ class Training(Subject):
             time.sleep(0.02)
 
     def _newest(self) -> int:
-        """The iteration of the newest checkpoint, 0 without one; every one that has its name must be whole."""
+        """Returns the iteration of the newest checkpoint, or 0; demands that every published checkpoint is complete."""
         save = self._place / "save"
         for iteration in iterations(save):
             damage = find_damage(save / f"iter_{iteration:07d}")
@@ -159,7 +159,7 @@ class Training(Subject):
 
 
 def _reached(started: Started) -> int | None:
-    """The last step that an attempt has told of, or None."""
+    """Returns the last step that an attempt has printed, or None."""
     told = re.findall(r"iteration +(\d+)/\d+ \| loss", started.said)
     return int(told[-1]) if told else None
 
