@@ -5,7 +5,7 @@ SIGTERM and SIGUSR1 are passed on to the training processes, and the agent waits
 If the agent itself is killed, they end with it (``patches/torch_elastic.py``). ``launch/run.py`` starts every job
 through this script.
 
-Exit status: 0 if all training processes end well, else that of the process that failed first.
+Exit status: 0 if all training processes end well, else that of the process that failed first (1 if a signal ended it).
 """
 
 import sys

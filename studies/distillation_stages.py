@@ -4,8 +4,8 @@
     python studies/distillation_stages.py [--seeds 1] [--train-iters 200] [--work DIR] [--output FILE]
 
 A BF16 teacher, three times as large as the demo's model, is trained on the demo's text, two and a half times as long as
-its students. The students are ternary copies of the demo's model; all take the same number of steps, on the same number
-of tokens, in one of three ways:
+its students. The students are ternary models of the size of the demo's; all take the same number of steps, on the same
+number of tokens, in one of three ways:
 
 - QAT: all steps by cross entropy;
 - two stages: three quarters of the steps by cross entropy, until the learning rate has fallen, and the last quarter

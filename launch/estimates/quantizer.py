@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer record that a job's checkpoints will contain, derived from the job's flags alone."""
+"""The quantizer record that a job's checkpoints will contain, derived only from the job's flags."""
 
 import argparse
 

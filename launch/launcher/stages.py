@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs that train in stages: the flags of a stage, and its entry in the content of a job file.
 
-A stage starts from the weights of the preceding one, with a fresh optimizer, and saves in a directory of its own. The
-trackers in these directories alone tell which stages have ended (:func:`~.torchrun.next_stage`): all nodes of a
+A stage starts from the weights of the preceding one, with a fresh optimizer, and saves in a directory of its own. Only
+the trackers in these directories determine which stages have ended (:func:`~.torchrun.next_stage`). All nodes of a
 restarted job come to the same decision, since no tracker changes before all nodes have met.
 """
 

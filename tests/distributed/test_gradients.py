@@ -113,7 +113,7 @@ def test_gradients_on_a_ramp_are_those_of_the_blend(layout: str, results: dict[s
 def test_a_mask_in_the_straight_through_function_is_lost_under_fusion(
     layout: str, fusion: int, results: dict[str, list]
 ) -> None:
-    """Planted bug: the same mask in the backward of the function between the latent weight and its stand-in."""
+    """Plants a bug: the same mask in the backward of the function between the latent weight and its stand-in."""
     for result in results[f"{layout} fusion={fusion} planted mask in the function"]:
         assert (result["error"] < EXACT) == (not fusion)
         assert (result["versus_identity"] < EXACT) == bool(fusion)
@@ -203,7 +203,7 @@ def test_planted_bugs_are_caught(layout: str, bug: str, seen_by: str, results: d
 
 
 def test_a_bucket_that_has_not_arrived_must_not_be_quantized(results: dict[str, list]) -> None:
-    """Planted bug: with overlapped gathering, all weights of the chunk are quantized at its first layer."""
+    """Plants a bug: with overlapped gathering, all weights of the chunk are quantized at its first layer."""
     for result in results["DP2 planted early bucket"]:
         assert result["calls"] == 3 and not result["error"] < EXACT
     # Without gathering, the bug does no harm.

@@ -19,6 +19,6 @@ from kills.campaign import Campaign, subjects
 def test_what_is_disturbed_ends_with_the_artefact_of_an_undisturbed_run(what: str, kills: int, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    # Each subject gets its disturbances in turn, beginning with SIGKILL; 10 steps leave room for several.
+    # At most one disturbance of each subject, beginning with SIGKILL: 10 steps leave room for more.
     campaign = Campaign(subjects(what, steps=10), kills, 400.0, seed, tmp_path)
     assert campaign.run(), campaign.faults

@@ -242,7 +242,7 @@ def assert_one_step_alike(
         assert torch.equal(mine[path], whole[path]), path
     found, expected = losses(where / name)[0], losses(where / reference)[0]
     assert found[:2] == expected[:2] == ("train", 2) and found[4] == expected[4]
-    for told in (2, 5):  # the loss, and the part of it from a teacher
+    for told in (2, 5):  # the loss, and the divergence from a teacher
         assert found[told] == (expected[told] and pytest.approx(expected[told], rel=loss))
     # The first moment is the weighted gradient plus the value from the checkpoint. Since gradients are clipped, only
     # their norm would show if all of them were too large by the same factor.

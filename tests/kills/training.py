@@ -22,7 +22,7 @@ from .subject import FULL_DISK, KILL, PATIENCE, TERMINATE, Subject, TooLate, dem
 CHECKOUT = Path(__file__).resolve().parents[2]
 FLAGS = "--tensor-model-parallel-size 2 --sequence-parallel --bf16 --ternary --eval-interval 10 --eval-iters 1".split()
 LONGEST = 3.5
-"""The longest time in seconds from a step of an attempt to its disturbance; a first save takes about two seconds."""
+"""The longest time in seconds from an attempt's first step to its disturbance; a first save takes about two seconds."""
 
 
 class Training(Subject):

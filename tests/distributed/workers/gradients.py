@@ -112,7 +112,7 @@ class NormedPair(Pair):
 
 
 def reference_quantizer(w: torch.Tensor, groups: int) -> torch.Tensor:
-    """Returns a weight quantized in fp32, in float64, with the residual form as the straight-through estimator.
+    """Quantizes a weight in fp32 and returns it in float64, with the residual form as straight-through estimator.
 
     ``w`` has the shape [out, in], ``groups`` is the number of groups in a row. A mean in float64 could be on the other
     side of an edge between two scales; tests/unit/test_quantizer.py proves the quantizer itself.

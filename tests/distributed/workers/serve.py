@@ -3,7 +3,7 @@
 
 The batch of number N, from 0, is ``DIRECTORY/N.json``:
 
-    {"worker": "a module of this folder", "directory": "the argument of its main()", "port": of its process group}
+    {"worker": "a module of this folder", "directory": "the argument of its main()", "port": its process group's port}
 
 An empty batch is the last. When rank R has finished a batch, it creates ``DIRECTORY/N.rankR``. The rank also ends when
 its starter, the process PID, does not exist any more.
