@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tools that move checkpoints: to and from Hugging Face, latent to fused, and what is in them."""
+"""Checkpoint tools: conversion to and from Hugging Face, fusing of latent weights, packed exports, and inspection."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all commands of this room share: common flags, and memory that stays flat."""
+"""Shared parts of the checkpoint commands: common flags, input checks, progress bars, and flat memory use."""
 
 import argparse
 import contextlib
@@ -31,11 +31,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
 
 
 class Parser(cli.Parser):
-    """With a module's docstring for help, and ``--allow-pickle``.
+    """Argument parser of a checkpoint command: its help is a module's docstring, and it has ``--allow-pickle``.
 
     Args:
-        doc: the docstring.
-        shared: flags that several commands have.
+        doc: the docstring of the command's module.
+        shared: the names of further flags of ``_FLAGS`` that the command has.
     """
 
     def __init__(self, doc: str | None, *shared: str) -> None:
@@ -46,11 +46,14 @@ class Parser(cli.Parser):
 
 
 def check_input(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Compares the files that a command is going to read, None for all of a directory, with their digests; what comes
-    without any is taken as it is.
+    """Compares the files that a command is going to read with their digests; files without a digest are accepted.
+
+    Args:
+        directory: the directory of the files.
+        names: the names of the files, or None for all files that have a digest.
 
     Raises:
-        DigestError: files are damaged, naming them.
+        DigestError: if files are damaged; the message names them.
     """
     names = list(read_digests(directory) or {}) if names is None else list(names)
     with progress_of_reading(directory, names) as bar:
@@ -58,21 +61,23 @@ def check_input(directory: Path, names: Iterable[str] | None = None) -> None:
 
 
 def progress_of_reading(directory: Path, names: Iterable[str]) -> tqdm:
-    """A bar over the bytes of files."""
+    """Returns a progress bar over the bytes of the named files, for the check of their digests."""
     total = sum(path.stat().st_size for name in names if (path := directory / name).is_file())
     return progress(total, "checking digests", leave=False)
 
 
 def progress(nbytes: int, doing: str, **options: Any) -> tqdm:
-    """A bar over bytes, where somebody can see it."""
+    """Returns a progress bar over bytes, which is shown only on a terminal."""
     return tqdm(total=nbytes, desc=doing, unit="B", unit_scale=True, disable=None, **options)
 
 
 def run(work: Callable[[], None]) -> int:
-    """Runs a command under :func:`~bitcpm_megatron.cli.run`, on one thread; returns its exit status. SIGTERM interrupts
-    it."""
+    """Runs a command under :func:`~bitcpm_megatron.cli.run`, on one thread, and returns its exit status.
+
+    SIGTERM interrupts the command.
+    """
     return_freed_memory()
-    # What imports have made lives as long as the process: no collection need look at it again.
+    # The objects that imports created live as long as the process, so the garbage collector need not visit them again.
     gc.freeze()
     with one_thread():
         return cli.run(cli.interrupted_by_sigterm()(work))
@@ -80,7 +85,10 @@ def run(work: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Keeps PyTorch to one thread: on blocks that a cache holds others do little but wait, and burn a core doing so."""
+    """Limits PyTorch to one thread within the block.
+
+    Blocks of rows fit into the processor's cache; on these, further threads mostly wait, and busy a core while waiting.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -90,11 +98,11 @@ def one_thread() -> Iterator[None]:
 
 
 def return_freed_memory() -> None:
-    """Makes the C library give freed blocks of 1 MB and more back at once; for the start of a command.
+    """Makes the C library return freed blocks of 1 MB and more to the system at once; call it when a command starts.
 
-    glibc otherwise learns from the first freed block to keep blocks of up to 32 MB on its heap, where small objects
-    come to lie in the holes: a conversion that holds one piece of 20 MB at a time grows by about 20 MB per piece. Does
-    nothing where the C library is another.
+    Otherwise glibc learns from the first freed block to keep blocks of up to 32 MB on its heap, and small objects are
+    then allocated in the holes: a conversion that holds one piece of 20 MB at a time grows by about 20 MB per piece.
+    Does nothing if the C library has no ``mallopt``.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)

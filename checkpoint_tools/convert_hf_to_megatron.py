@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a Megatron checkpoint of a Hugging Face model: Llama, MiniCPM, Granite, or a latent export of this package.
+"""Converts a Hugging Face model (Llama, MiniCPM, Granite or a latent export of this package) to a Megatron checkpoint.
 
     convert_hf_to_megatron.py --load-dir HF --save-dir OUT [--target-tensor-parallel-size N ...] [--format torch_dist]
 
-OUT gets the directory ``release/`` (weights without optimizer state: training starts at iteration 0) and the tracker
-that names it, for ``--pretrained-checkpoint OUT``, and ``model.yaml``, the model's flags for
-``--model OUT/model.yaml``. ``torch_dist`` loads at every parallel layout, ``legacy`` at the one it was written for.
-Everything about the model is read from its own ``config.json``, which goes into ``release/hf/`` with the tokenizer's
-files, for the way back.
+OUT gets the directory ``release/`` (weights without optimizer state, so that training starts at iteration 0) with the
+tracker file that names it, for ``--pretrained-checkpoint OUT``, and ``model.yaml``, which holds the model's flags, for
+``--model OUT/model.yaml``. A ``torch_dist`` checkpoint loads at every parallel layout, a ``legacy`` checkpoint only at
+the layout it was written for. Everything about the model is read from its own ``config.json``, which is copied to
+``release/hf/`` together with the tokenizer's files, for the conversion back to Hugging Face.
 
 Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout, the package is found from the folder above this one.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -40,7 +40,7 @@ from bitcpm_megatron.models.from_arguments import arguments_of, flags_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts as the command line says; returns the exit status."""
+    """Runs the conversion that the command line describes, and returns the exit status."""
     parser = Parser(__doc__, "--save-dir", "--dtype")
     parser.add_argument("--load-dir", type=Path, required=True, help="Hugging Face model directory")
     parser.add_argument("--format", choices=("torch_dist", "legacy"), default="torch_dist")
@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Does what the command line asks for; the checkpoint directory appears whole or not at all."""
+    """Converts a model as the parsed arguments say; the checkpoint directory appears completely or not at all.
+
+    Raises:
+        ConversionError: if the model or the arguments are unusable, or contradict each other.
+    """
     layout = Layout(
         args.target_tensor_parallel_size,
         args.target_pipeline_parallel_size,
@@ -81,7 +85,7 @@ def convert(args: argparse.Namespace) -> None:
     rows = -(-model.architecture.vocab_size // multiple) * multiple
     arguments = _arguments(model, rows, layout, args.make_vocab_size_divisible_by)
     total = sum(model.info(tensor, rows).nbytes for tensor in model.tensors)
-    # From here on, for the cast of fused weights must be exact.
+    # The writers need the record: it says which weights are fused, and these must be cast exactly.
     record = model.record = checked_record(model)
     with staged(args.save_dir, total) as directory, progress(total, "writing") as bar:
         release = directory / RELEASE

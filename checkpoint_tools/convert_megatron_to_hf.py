@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a Hugging Face model of a Megatron checkpoint, with the very weights that training used.
+"""Converts a Megatron checkpoint to a Hugging Face model that has exactly the weights that training used.
 
     convert_megatron_to_hf.py --load-dir CKPT --save-dir OUT --weights {latent,fused} [--tokenizer DIR] [--verify]
 
-``fused`` writes ternary times scale as ordinary weights, which stock clients load; with the scales that the checkpoint
-holds. ``latent`` writes what training goes on from, with a modeling file that quantizes in the forward
-(``trust_remote_code``); a checkpoint without quantizer is written as it is, and loads in stock clients.
+``fused`` writes ternary codes times scales, with the scales stored in the checkpoint, as ordinary weights that stock
+clients load. ``latent`` writes the weights that training continues from, with a modeling file that quantizes them in
+the forward pass (``trust_remote_code``); a checkpoint without a quantizer is written unchanged, and stock clients load
+it.
 
-The architecture ``auto`` writes Llama where the model is one, else Granite, which computes exactly what MiniCPM does
-and needs no remote code.
+The architecture ``auto`` writes a Llama if the model is one, and otherwise a Granite, which computes exactly what
+MiniCPM computes and needs no remote code.
 
 Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 ``--verify`` found a mismatch.
 """
@@ -21,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands two levels up.
+    # In a bare checkout, the package is found from the folder above this one.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -57,7 +58,7 @@ from bitcpm_megatron.files import write_digests, write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts as the command line says; returns the exit status."""
+    """Runs the conversion that the command line describes, and returns the exit status."""
     parser = Parser(__doc__, "--save-dir", "--dtype", "--max-shard-size")
     add_arguments(parser)
     parser.add_argument("--weights", choices=("latent", "fused"), required=True)
@@ -68,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Does what the command line asks for; the model directory appears whole or not at all.
+    """Converts a checkpoint as the parsed arguments say; the model directory appears completely or not at all.
 
     Raises:
-        ConversionError: bad input or arguments.
-        VerificationError: with ``--verify``, what was written differs from the checkpoint; nothing is kept.
+        ConversionError: if the checkpoint or the arguments are unusable, or contradict each other.
+        VerificationError: with ``--verify``, if the written model differs from the checkpoint; nothing is kept.
     """
     export = open_export(args, args.weights, DTYPES.get(args.dtype))
     kind = _kind(export, args.hf_architecture)
@@ -105,7 +106,11 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _kind(export: Export, wanted: str) -> str:
-    """The model type to write."""
+    """Returns the model type to write.
+
+    Raises:
+        ConversionError: if ``wanted`` names an architecture that would load latent weights without quantizing them.
+    """
     if export.record is not None and export.record.state == "latent" and not export.fuse:
         if wanted != "auto":
             raise ConversionError(
@@ -119,7 +124,7 @@ def _kind(export: Export, wanted: str) -> str:
 
 
 def _write_side_files(export: Export, kind: str, plan: Mapping[str, TensorInfo], directory: Path) -> None:
-    """The tokenizer's files, the quantizer record, and ``config.json``, which says the dtype of most bytes."""
+    """Writes tokenizer files, quantizer record and ``config.json``, whose dtype is the one that most bytes have."""
     if export.template is not None:
         copy_side_files(export.template, directory)
     dtypes = {info.dtype for info in plan.values()}
@@ -137,7 +142,11 @@ def _write_side_files(export: Export, kind: str, plan: Mapping[str, TensorInfo],
 
 
 def _verify(export: Export, directory: Path) -> None:
-    """Reads the written model again and compares every value, and its ``config.json``, with the checkpoint."""
+    """Reads the written model back and compares every value and its ``config.json`` with the checkpoint.
+
+    Raises:
+        VerificationError: if anything differs; the message lists the first 20 differences.
+    """
     reader = HfReader(directory)
     wrong = []
     if not architecture_of(read_config(directory)).computes_like(export.architecture):

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs a ternary model exactly, for clients that read GGUF or compressed-tensors.
+"""Packs the ternary weights of a model exactly, in a format that stock clients read: GGUF or compressed-tensors.
 
     export_packed.py --load-dir MODEL --save-dir OUT --format {gguf,compressed-tensors} [--target-ratio 6]
 
-MODEL is a Megatron run or a Hugging Face directory, latent or fused. Ternary weights are written from their codes and
-scales: what a client reads is the weight of the training forward, or the export is refused. For every one a type that
-holds it exactly is chosen, the smallest that clients compute fast with; sizes are printed before anything is written.
-Of a GGUF file, embeddings and output layer alone may lose something; how much stands in the model card.
+MODEL is a Megatron run or a Hugging Face directory, with latent or fused weights. Ternary weights are written as codes
+and scales: a client reads exactly the weights of the training forward pass, or the export is refused. For every ternary
+weight the smallest type is chosen that holds it exactly and that clients compute fast with; sizes are printed before
+anything is written. In a GGUF file, only the embeddings and the output layer may be rounded; the model card says by how
+much.
 
 Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands one level up.
+    # In a bare checkout, the package is found from the folder above this one.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron.checkpoint_tools.command import Parser, progress, run
@@ -53,7 +54,7 @@ _OF_FORMAT = {GGUF: ("linear_type", "embedding_type"), COMPRESSED_TENSORS: ("bit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exports as the command line says; returns the exit status."""
+    """Runs the export that the command line describes, and returns the exit status."""
     parser = Parser(__doc__, "--save-dir", "--max-shard-size")
     add_arguments(parser)
     parser.add_argument("--format", choices=(GGUF, COMPRESSED_TENSORS), required=True)
@@ -86,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Does what the command line asks for; the directory appears whole or not at all.
+    """Exports a model as the parsed arguments say; the output directory appears completely or not at all.
 
     Raises:
-        ConversionError: bad input or arguments, or a weight that the format does not hold exactly.
+        ConversionError: if the input or the arguments are unusable, or the format cannot hold a weight exactly.
     """
     _check_arguments(args)
     shard_size = parse_size(args.max_shard_size or "5GB")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what a checkpoint holds, how it was quantized, and whether it contradicts itself.
+"""Reports what a checkpoint contains, how it was quantized, and whether it contradicts itself.
 
     inspect_checkpoint.py PATH [--json] [--fast]
 
 PATH is a Megatron --save directory or one iteration of it (torch_dist or legacy), a Hugging Face model directory, one
-.safetensors / .bin file, or a store of a teacher's targets. The table has a line for all layers that are alike: shape,
-dtype, whether the weights are latent or fused (ternary x scale already), scales per row, the share of zeros in the
-ternary weight, and the smallest, mean and largest scale. --fast reads no weights, so none of the values; --json has a
-line for every module.
+.safetensors / .bin file, or a store of a teacher's targets. The table summarizes layers that are alike on one line: the
+shape, the dtype, whether the weights are latent or fused (already codes times scales), the group size g in elements,
+the share of zeros in the ternary weight, and the smallest, mean and largest scale. --fast reads no weights, and so
+reports no values; --json has an entry for every module.
 
-Where there is a DIGESTS.json, every file is compared with it (with --fast its size alone).
+If there is a DIGESTS.json, every file is compared with it (with --fast, only the size of every file).
 
 Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 the checkpoint contradicts itself or its digests.
 """
@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands one level up.
+    # In a bare checkout, the package is found from the folder above this one.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitcpm_megatron.checkpoint_tools.command import Parser, one_thread, progress, progress_of_reading, run
@@ -42,7 +42,7 @@ from bitcpm_megatron.quantization.record import FILE_NAME
 _SHOWN = 20
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 _HEADER = ("module", "shape", "dtype", "state", "g", "zeros", "scale min", "mean", "max")
-# The last of them: of what, how it is taken over layers that are alike, and how it is shown.
+# The last columns: the field of Statistics, the function that combines the values of layers that are alike, the format.
 _COLUMNS: tuple[tuple[str, Callable[[list[float]], float], str], ...] = (
     ("zeros", lambda shares: 100 * fmean(shares), "{:.2f} %"),
     ("scale_min", min, "{:.3g}"),
@@ -52,13 +52,18 @@ _COLUMNS: tuple[tuple[str, Callable[[list[float]], float], str], ...] = (
 
 
 def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> Inspection:
-    """What a checkpoint is, with its findings, and the statistics of each of its weights; ``fast`` reads no weights.
+    """Inspects a checkpoint: returns its facts, its findings, and the statistics of each of its weights.
+
+    Args:
+        path: a checkpoint or model directory, or one weight file.
+        allow_pickle: whether files that PyTorch's safe loader refuses may be unpickled, which can run code.
+        fast: whether to read no weights and to compare only the sizes of the files with their digests.
 
     Raises:
-        FileError: see :func:`~.inspection.opening.open_inspection`.
-        VerificationError: the same, and the files do not match their digests.
+        FileError: if there is no checkpoint at ``path``, or it cannot be opened.
+        VerificationError: if it cannot be opened, and its files do not match their digests.
     """
-    # Whose digests concern it, and of which files; of all of a directory.
+    # The directory whose digests apply, and the files to check: for a directory all of its files.
     directory, names = (path.parent, [path.name, FILE_NAME]) if path.is_file() else (path, None)
     if (path / TRACKER).is_file():
         directory = locate(path)
@@ -95,7 +100,7 @@ def inspect(path: Path, allow_pickle: bool = False, fast: bool = False) -> Inspe
 
 
 def as_json(found: Inspection) -> dict[str, Any]:
-    """One object with everything, module by module."""
+    """Returns everything that was found as one JSON object, with an entry for every module."""
     a = found.architecture
     modules = []
     for w in found.weights:
@@ -123,7 +128,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
 
 
 def as_text(found: Inspection, fast: bool = False) -> str:
-    """For people."""
+    """Returns what was found as text for people: facts, the table of weights, and the first findings."""
     a, record = found.architecture, found.record
     facts = {"checkpoint": f"{found.path} ({found.format})"}
     if found.of_megatron:
@@ -175,7 +180,7 @@ def as_text(found: Inspection, fast: bool = False) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Inspects what the command line names; returns the exit status."""
+    """Inspects the checkpoint that the command line names, and returns the exit status."""
     parser = Parser(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH")
     parser.add_argument("--json", action="store_true", help="one JSON object, with every module")
@@ -198,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _table(weights: Sequence[Weight]) -> list[str]:
-    """One line for all layers that are alike."""
+    """Returns the lines of the table of weights, with one line for all layers that are alike."""
     alike: dict[tuple[Any, ...], list[Weight]] = {}
     for weight in weights:
         s, name = weight.statistics, _LAYER.sub(r"\1layers.*.", weight.name)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuses the quantizer into latent weights: what comes out loads in stock Transformers, and is what training computed.
+"""Fuses the quantizer into latent weights: the result equals the weights of training and loads in stock Transformers.
 
     python checkpoint_tools/qat_convert.py --input_bin IN --output OUT --quant_type ternary --group_size -1
 
-IN is a Hugging Face model directory or one .safetensors / .bin file, OUT the same kind. The seven projections of each
-layer become ternary times scale, everything else is copied bit for bit. Which projections, and in which groups, is what
-the quantizer record of IN says; without a record all of them, in groups of --group_size. Weights that are ternary
-already stay as they are.
+IN is a Hugging Face model directory or one .safetensors / .bin file, and OUT is of the same kind. The seven projections
+of each layer become ternary codes times scales; everything else is copied bit for bit. The quantizer record of IN says
+which projections are quantized, and in which groups; without a record, all of them are, in groups of --group_size.
+Weights that are already ternary are not changed.
 
 Exit status: 0 done, 1 failed, 2 bad input or arguments, 3 what was written is not what should have been.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    # From a bare checkout the package stands one level up.
+    # In a bare checkout, the package is found from the folder above this one.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -59,7 +59,7 @@ _SUFFIXES = (".safetensors", ".bin")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Converts as the command line says; returns the exit status."""
+    """Runs the conversion that the command line describes, and returns the exit status."""
     parser = Parser(__doc__, "--max-shard-size")
     parser.add_argument(
         "--input_bin", "--input", type=Path, required=True, metavar="IN", help="model directory, .safetensors or .bin"
@@ -82,11 +82,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Does what the command line asks for.
+    """Fuses a model or file as the parsed arguments say; the output appears completely or not at all.
 
     Raises:
-        ConversionError: bad input or arguments.
-        VerificationError: see there.
+        ConversionError: if the input or the arguments are unusable, or contradict each other.
+        VerificationError: if the output, read back, is not what should have been written; nothing is kept.
     """
     source, target, whole = args.input_bin, args.output, args.input_bin.is_dir()
     _check_paths(source, target)
@@ -139,10 +139,14 @@ def _check_paths(source: Path, target: Path) -> None:
 
 
 def _config(source: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The configuration of the fused model.
+    """Returns the configuration of the fused model.
 
-    A modeling file of the input may hold a fake quantizer, which would quantize the fused weights once more: so the
-    output goes without one wherever Transformers has the architecture itself.
+    A modeling file of the input may contain a fake quantizer, which would quantize the fused weights again. So the
+    output has no modeling file, and names an architecture that Transformers has itself.
+
+    Raises:
+        ConversionError: if the weights are stored in a quantized format, no architecture is named, or the architecture
+            exists only in the modeling file.
     """
     config = read_config(source)
     if config.get("quantization_config") is not None:
@@ -179,7 +183,7 @@ def _announce(plan: Plan, tensors: int) -> None:
 
 
 def _blocks(reader: TensorReader, name: str, plan: Plan, bar: tqdm) -> Iterator[torch.Tensor]:
-    """The rows of an output tensor."""
+    """Yields the rows of an output tensor in blocks, fused if the plan says so."""
     if name in plan.quantized and not plan.fused:
         blocks = fuse_blocks(
             name,
@@ -197,7 +201,11 @@ def _blocks(reader: TensorReader, name: str, plan: Plan, bar: tqdm) -> Iterator[
 
 
 def _verify(directory: Path, reader: TensorReader, plan: Plan) -> None:
-    """Reads back what was written."""
+    """Reads the output back and checks names, shapes, dtypes, and that every planned tensor is quantized.
+
+    Raises:
+        VerificationError: if the output is not what should have been written.
+    """
     written = HfReader(directory)
     if dict(written.tensors()) != dict(reader.tensors()):
         raise VerificationError("the tensors that were written differ from those of the input in name, shape or dtype")

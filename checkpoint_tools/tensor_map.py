@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Hugging Face tensors make which Megatron tensor, and how a tensor-parallel rank holds its part; and the
-quantizer record by the names of either side.
+"""Map between Hugging Face and Megatron tensors: names, row order, tensor-parallel shards, and quantizer records.
 
-Llama, MiniCPM and Granite name their tensors alike, so this one table serves all three. A Megatron tensor is named by
-its global layer number; ``torch_dist`` stacks all layers of a name into one, legacy files count layers per stage.
+Llama, MiniCPM and Granite use the same tensor names, so that this one table serves all three. A Megatron tensor is
+named with its global layer number. ``torch_dist`` checkpoints stack all layers of a name into one tensor; legacy files
+count the layers of each pipeline stage from 0.
 
 ============================================  ==============================  ==================================
-Megatron                                      Hugging Face                    how
+Megatron                                      Hugging Face                    rows of the Megatron tensor
 ============================================  ==============================  ==================================
-``embedding.word_embeddings.weight``          ``model.embed_tokens.weight``   rows padded
+``embedding.word_embeddings.weight``          ``model.embed_tokens.weight``   padded
 ``...self_attention.linear_qkv.weight``       q, k, v                         per key/value head [q..q, k, v]
-``...self_attention.linear_proj.weight``      o
-``...mlp.linear_fc1.weight``                  gate, up                        [gate; up], on each rank [gate_r; up_r]
-``...mlp.linear_fc2.weight``                  down
-``output_layer.weight``                       ``lm_head.weight``              rows padded; absent where tied
+``...self_attention.linear_proj.weight``      o                               unchanged
+``...mlp.linear_fc1.weight``                  gate, up                        [gate; up], on rank r [gate_r; up_r]
+``...mlp.linear_fc2.weight``                  down                            unchanged
+``output_layer.weight``                       ``lm_head.weight``              padded; absent if embeddings are tied
 ============================================  ==============================  ==================================
 """
 
@@ -29,6 +29,11 @@ from ..quantization.record import QuantizerRecord
 from .storage.reader import ConversionError
 
 Kind = Literal["vocab", "qkv", "gated", "row", "replicated"]
+"""How a tensor is composed and sharded over tensor-parallel ranks.
+
+``vocab``: cut by rows, which are padded. ``qkv``: cut by rows, which alternate between q, k and v per key/value head.
+``gated``: cut by rows within gate and within up. ``row``: cut by columns (row-parallel). ``replicated``: not cut.
+"""
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -36,23 +41,25 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 ATTENTION_NORM = "self_attention.linear_qkv.layer_norm_weight"
 MLP_NORM = "mlp.linear_fc1.layer_norm_weight"
 OTHER_NAMES = {ATTENTION_NORM: "input_layernorm.weight", MLP_NORM: "pre_mlp_layernorm.weight"}
-"""What the local specification calls the norms that Transformer Engine's fuses into the linears. ``torch_dist`` has the
-first form in either case."""
+"""Norm names of the Transformer Engine specification, which fuses norms into linears -> those of the local one.
+
+``torch_dist`` checkpoints use the Transformer Engine names under both specifications.
+"""
 PROJECTION = re.compile(r"(.+\.)?(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
-"""Hugging Face's names of a layer's linears."""
+"""Pattern of Hugging Face's names for the weights of a layer's linears."""
 
 
 @dataclass(frozen=True)
 class MegatronTensor:
-    """One tensor of the whole model, or of one layer of it.
+    """A Megatron tensor, its place in the model, and the Hugging Face tensors that it is made of.
 
     Attributes:
-        name: with the global layer number, such as ``decoder.layers.3.mlp.linear_fc1.weight``.
-        kind: how its rows come together and how tensor-parallel ranks share it.
-        shape: over all tensor-parallel ranks, without padding.
-        parts: names of the Hugging Face tensors it is made of.
-        rows: rows of each of them.
-        layer: global layer number, or None.
+        name: the tensor's name with the global layer number, such as ``decoder.layers.3.mlp.linear_fc1.weight``.
+        kind: how the rows are composed and how tensor-parallel ranks share the tensor, see :data:`Kind`.
+        shape: the shape over all tensor-parallel ranks, without padding.
+        parts: the names of the Hugging Face tensors that it is made of.
+        rows: the number of rows of each of these parts.
+        layer: the global layer number; None for a tensor outside the layers.
     """
 
     name: str
@@ -64,28 +71,28 @@ class MegatronTensor:
 
     @property
     def module(self) -> str:
-        """Path of the module that holds it."""
+        """Name of the module that holds the tensor."""
         return self.name.removesuffix(".weight")
 
     @property
     def quantizable(self) -> bool:
-        """Whether it is one of a layer's linears."""
+        """Whether the tensor is the weight of one of a layer's linears."""
         return self.layer is not None and self.kind != "replicated"
 
     @property
     def suffix(self) -> str:
-        """Its name within a layer, or its whole name."""
+        """Name within the layer; the full name for a tensor outside the layers."""
         return self.name if self.layer is None else self.name.split(".", 3)[3]
 
     @property
     def spellings(self) -> list[str]:
-        """Its name, and the one under the local specification where that is another."""
+        """The tensor's name, followed by its name under the local specification if that differs."""
         other = OTHER_NAMES.get(self.suffix)
         return [self.name, *([] if other is None else [f"decoder.layers.{self.layer}.{other}"])]
 
 
 def megatron_tensors(architecture: Architecture) -> list[MegatronTensor]:
-    """Every tensor of a model, in the order of the forward."""
+    """Returns every tensor of a model, in the order of the forward pass."""
     a = architecture
     h, ffn = a.hidden_size, a.ffn_hidden_size
     q, kv = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
@@ -116,13 +123,18 @@ def megatron_tensors(architecture: Architecture) -> list[MegatronTensor]:
 
 
 def part_shapes(tensors: Iterable[MegatronTensor]) -> dict[str, tuple[int, ...]]:
-    """Shape of every Hugging Face tensor that these are made of, by its name."""
+    """Returns the shape of every Hugging Face tensor that these Megatron tensors are made of, by name."""
     return {name: (rows, *t.shape[1:]) for t in tensors for name, rows in zip(t.parts, t.rows, strict=True)}
 
 
 def join(tensor: MegatronTensor, parts: Sequence[torch.Tensor], channels: int) -> Iterator[torch.Tensor]:
-    """The rows of the Megatron tensor made of its Hugging Face parts, or of what has their rows, such as scales: views
-    of the parts, that give it on end. ``channels`` is the size of one head."""
+    """Yields views of the Hugging Face parts whose concatenation along the rows is the Megatron tensor.
+
+    Args:
+        tensor: the Megatron tensor.
+        parts: its Hugging Face parts, or tensors with the same rows, such as scales.
+        channels: the size of one attention head.
+    """
     if tensor.kind != "qkv":
         yield from parts
         return
@@ -134,15 +146,23 @@ def join(tensor: MegatronTensor, parts: Sequence[torch.Tensor], channels: int) -
 
 
 def split(tensor: MegatronTensor, whole: torch.Tensor, channels: int) -> list[list[torch.Tensor]]:
-    """The Hugging Face parts of a Megatron tensor (or of its scales), each as views that give it on end; see
-    :func:`join`."""
+    """Returns the Hugging Face parts of a Megatron tensor or of its scales; the inverse of :func:`join`.
+
+    Args:
+        tensor: the Megatron tensor.
+        whole: its values, or a tensor with the same rows, such as scales.
+        channels: the size of one attention head.
+
+    Returns:
+        For every part a list of views of ``whole``, whose concatenation along the rows is the part.
+    """
     groups = tensor.rows[1] // channels if tensor.kind == "qkv" else 1
     blocks = whole.split([rows // groups for rows in tensor.rows] * groups)
     return [list(blocks[part :: len(tensor.parts)]) for part in range(len(tensor.parts))]
 
 
 def unshard(kind: Kind, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole tensor from what the tensor-parallel ranks hold; of replicated ones the first."""
+    """Returns the whole tensor from the shards of all tensor-parallel ranks; for a replicated tensor, the first one."""
     if len(shards) == 1 or kind == "replicated":
         return shards[0]
     if kind == "row":
@@ -154,10 +174,10 @@ def unshard(kind: Kind, shards: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def to_hugging_face(record: QuantizerRecord, tensors: Sequence[MegatronTensor]) -> QuantizerRecord:
-    """The same record, by Hugging Face's module names.
+    """Returns the same quantizer record with Hugging Face's module names instead of Megatron's.
 
     Raises:
-        ConversionError: it names a module that the model does not have.
+        ConversionError: if the record names a module that the model does not have.
     """
     modules = {
         part: dict(record.modules[t.module]) for t in tensors if t.module in record.modules for part in _parts(t)
@@ -167,10 +187,11 @@ def to_hugging_face(record: QuantizerRecord, tensors: Sequence[MegatronTensor]) 
 
 
 def to_megatron(record: QuantizerRecord, tensors: Sequence[MegatronTensor]) -> QuantizerRecord:
-    """The same record, by Megatron's module names.
+    """Returns the same quantizer record with Megatron's module names instead of Hugging Face's.
 
     Raises:
-        ConversionError: modules that Megatron fuses into one are quantized differently, or it names unknown ones.
+        ConversionError: if modules that Megatron fuses into one are quantized differently, or the record names a module
+            that the model does not have.
     """
     modules: dict[str, Mapping[str, Any]] = {}
     for tensor in tensors:
