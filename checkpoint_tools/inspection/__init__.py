@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a checkpoint or model: numbers for people and for programs."""
+"""Inspection of checkpoints and models: facts, statistics of weights, and findings."""

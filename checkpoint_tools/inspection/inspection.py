@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint holds, whatever it is: its facts, its weights one by one, and where it contradicts itself."""
+"""Data types of an inspection: the facts about a checkpoint of any format, its weights, and its contradictions."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from ..storage.reader import TensorInfo, dtype_name, listed
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the values of a weight say.
+    """Statistics of the values of one weight.
 
     Attributes:
-        state: ``fused`` (levels times scale already), ``latent`` (the record says that it is to be quantized),
-            ``full precision`` (the record leaves it out), ``ordinary`` (no record), ``not read``, or "" for what is
-            never quantized.
-        group_size: elements per scale along a row, -1 for the row; of a fused weight as its values show it, else as the
-            record says, else -1; None where that does not apply.
-        zeros: share of zeros in the ternary weight; of a weight that is not fused, in its quantization.
-        scale_min: smallest scale; of a fused weight, of groups that are not all zero.
-        scale_mean: mean of the scales.
-        scale_max: largest scale.
+        state: ``fused`` (already levels times scale), ``latent`` (the quantizer record or saved scales say that it is
+            quantized in the forward pass), ``full precision`` (the record leaves it out), ``ordinary`` (no record),
+            ``not read``, or "" for a weight that is never quantized.
+        group_size: the number of elements per scale along a row, -1 for the whole row: for a fused weight as its values
+            show it, otherwise as the record or the saved scales say, otherwise -1. None if it does not apply.
+        zeros: the share of zeros in the quantized weight; a weight that is not fused is quantized for it.
+        scale_min: the smallest scale; for a fused weight, of the groups that are not all zero (as the next two).
+        scale_mean: the mean of the scales.
+        scale_max: the largest scale.
     """
 
     state: str
@@ -39,16 +39,17 @@ class Statistics:
 
 @dataclass
 class Weight:
-    """A tensor of the model.
+    """A tensor of the inspected model, which is read when its statistics are computed.
 
     Attributes:
-        name: of its module, with the layer number; by the names of the checkpoint.
-        info: shape and dtype.
-        linear: whether it is one of a layer's linears, which can be ternary.
-        read: rows of it; all of them where it is linear.
-        scales: saved beside it, bf16 ``[out, groups]``, or None.
-        has_scales: whether there are some.
-        statistics: of its values, once it was read.
+        name: the name of its module in the checkpoint, with the layer number.
+        info: its shape and dtype.
+        linear: whether it is the weight of one of a layer's linears, which can be ternary.
+        read: a function that reads some of its rows; a linear is read as a whole.
+        scales: a function that reads the scales saved with it, bf16 ``[out, groups]`` (output features, scales per
+            row), or returns None.
+        has_scales: whether scales were saved with it.
+        statistics: the statistics of its values, after it was read.
     """
 
     name: str
@@ -62,21 +63,21 @@ class Weight:
 
 @dataclass
 class Inspection:
-    """What was found.
+    """Result of the inspection of one checkpoint, model directory or file.
 
     Attributes:
-        path: of the checkpoint meant: an iteration directory, a model directory or a file.
+        path: the path of the inspected checkpoint: an iteration directory, a model directory or a file.
         format: ``torch_dist``, ``legacy``, ``huggingface``, ``safetensors`` or ``bin``.
-        weights: of the model, in its order.
-        iteration: a number, "release", or None.
-        layout: parallel sizes, by name; empty where there are none.
-        architecture: None where it is not known.
-        about_architecture: the model type, or why the architecture is not known.
-        padded_vocabulary: rows of the embedding as stored, or None.
-        optimizer_state: whether it is there.
-        record: the quantizer record, by the module names of the checkpoint, or None.
-        digests: whether the files match their ``DIGESTS.json``; None where there is none.
-        findings: contradictions.
+        weights: the weights of the model, in the order of the model.
+        iteration: the iteration number, "release", or None if unknown.
+        layout: the parallel sizes by name; empty if there are none.
+        architecture: the architecture of the model, or None if unknown.
+        about_architecture: the model type and its source, or the reason why the architecture is unknown.
+        padded_vocabulary: the number of rows of the embedding as stored, or None.
+        optimizer_state: whether the checkpoint contains the optimizer's state.
+        record: the quantizer record with the module names of the checkpoint, or None.
+        digests: whether the files match their ``DIGESTS.json``; None if there is none.
+        findings: descriptions of damage and contradictions.
     """
 
     path: Path
@@ -99,18 +100,18 @@ class Inspection:
 
     @property
     def nbytes(self) -> int:
-        """Of the model's tensors as stored, without optimizer state."""
+        """Size in bytes of the model's tensors as stored, without optimizer state."""
         return sum(w.info.nbytes for w in self.weights)
 
     @property
     def parameters(self) -> int:
-        """Of the model; without padding of the vocabulary where the architecture is known."""
+        """Number of parameters, without padding of the vocabulary if the architecture is known."""
         if self.architecture is not None:
             return self.architecture.parameter_count()
         return sum(w.info.nbytes // w.info.dtype.itemsize for w in self.weights)
 
     def dtypes(self) -> dict[str, int]:
-        """Bytes of each dtype."""
+        """Returns the number of bytes stored in each dtype."""
         found: Counter[str] = Counter()
         for weight in self.weights:
             found[dtype_name(weight.info.dtype)] += weight.info.nbytes
@@ -128,7 +129,7 @@ class Inspection:
                 f"the quantizer record names {listed(unknown, 3)}, which {_are(unknown)} no linear of this model"
             )
         other = [n for n, dtype in dtypes.items() if n in record.modules and dtype != record.latent_dtype]
-        # Hugging Face trainers keep wider masters, and quantize them rounded to the recorded dtype.
+        # Only Megatron checkpoints: Hugging Face trainers keep wider masters and round them to the recorded dtype.
         if other and record.state == "latent" and self.of_megatron:
             self.findings.append(
                 f"the quantizer record says that {record.latent_dtype} weights were quantized, and {listed(other, 3)} "

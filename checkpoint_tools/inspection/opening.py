@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a checkpoint, model directory or file, whichever of them a path is, for an inspection."""
+"""Opening of a path for inspection: detects a Megatron checkpoint, a Hugging Face directory, or one weight file."""
 
 import contextlib
 import re
@@ -24,13 +24,16 @@ from .inspection import Inspection, Weight
 
 
 def open_inspection(path: Path, allow_pickle: bool = False) -> Inspection:
-    """Finds out what lies at a path; reads no tensor data but that of tied embeddings.
+    """Opens whatever checkpoint is stored at a path; reads no tensor data except for that of tied embeddings.
 
-    It may be a Megatron ``--save`` or iteration directory, a Hugging Face model directory, a ``.safetensors`` or a
-    ``.bin``; ``allow_pickle`` as in :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
+    Args:
+        path: a Megatron ``--save`` or iteration directory, a Hugging Face model directory, or a ``.safetensors`` or
+            ``.bin`` file.
+        allow_pickle: whether unsafe pickles are loaded, as in
+            :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
 
     Raises:
-        ConversionError: there is nothing of that kind, or a file is damaged.
+        ConversionError: if there is no checkpoint of these kinds, or a file is damaged.
     """
     if path.is_file():
         if path.suffix not in (".safetensors", ".bin"):
@@ -88,11 +91,12 @@ def _open_megatron(directory: Path, allow_pickle: bool) -> Inspection:
 
 
 def _architecture(checkpoint: MegatronCheckpoint) -> tuple[Architecture, str]:
-    """The architecture, and from where it is known.
+    """Returns the architecture of a Megatron checkpoint, and a description of the source that states it.
 
     Raises:
-        ConversionError: from nowhere.
-        ArchitectureError: it is none of this family.
+        ConversionError: if neither arguments nor ``config.json`` state the architecture, or its vocabulary size is
+            missing.
+        ArchitectureError: if the architecture is not of the supported family.
     """
     kept = checkpoint.path / HF_DIRECTORY
     config = read_config(kept) if (kept / "config.json").is_file() else None
@@ -134,7 +138,7 @@ def _open_hugging_face(path: Path, allow_pickle: bool) -> Inspection:
     try:
         config = read_config(directory)
     except FileError as error:
-        # Without one no client can load the weights.
+        # The missing config.json is a finding, because no client can load the weights without it.
         found.about_architecture = "unknown"
         found.findings += [str(error)] if str(error) not in found.findings else []
         return found

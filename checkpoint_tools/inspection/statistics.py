@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of a model's weights: what is ternary, in which groups, and how it is spread."""
+"""Statistics of a model's weights: which are quantized, in which groups, and the distribution of codes and scales."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -12,15 +12,21 @@ from ..quantizer.fuse import bf16_steps
 from ..storage.reader import TensorInfo, is_finite
 from .inspection import Statistics, Weight
 
-# Small enough for the cache, and for the C library to use the same memory again for the next block.
+# Blocks fit into the cache, and are so small that the C library reuses the memory of one block for the next.
 _BLOCK_ELEMENTS = 1 << 17
 
 
 def statistics_of(weight: Weight, record: QuantizerRecord | None, findings: list[str]) -> Statistics:
-    """Reads a weight; ``findings`` gets what contradicts record or scales, and tensors that are damaged."""
+    """Reads a weight and returns its statistics.
+
+    Args:
+        weight: the weight to read.
+        record: the quantizer record of the checkpoint, or None.
+        findings: a list that receives descriptions of damage, and of contradictions to the record or the saved scales.
+    """
     try:
         if weight.linear:
-            # Once: of several tensor-parallel ranks this is a copy, of at most one tensor of one layer.
+            # Read once: shards of several tensor-parallel ranks are copied, at most one tensor of one layer at a time.
             whole = weight.read(slice(None))
             recorded = record is not None and weight.name in record.modules
             space = record.config_of(weight.name).space if record is not None and recorded else "ternary"
@@ -67,7 +73,7 @@ def _of_latent(weight: Weight, whole: torch.Tensor, record: QuantizerRecord | No
         if record.state == "fused":
             findings.append(f"{name} is not ternary, and the quantizer record says fused")
     elif saved is not None:
-        # No record: the scales themselves say how many groups there are.
+        # Without an entry in a record, the shape of the saved scales says how many groups there are.
         state, config = "latent", QuantizerConfig(group_size=columns // saved.shape[1] if saved.shape[1] > 1 else -1)
     if record is not None and state == "latent":
         dtype = getattr(torch, record.latent_dtype)
@@ -92,7 +98,7 @@ def _of_latent(weight: Weight, whole: torch.Tensor, record: QuantizerRecord | No
             codes, scales = quantize(block, config, mine)
         zeros += int((codes == 0).sum()) if 0.0 in SPACES[config.space].levels else 0
         used.append(scales.double().flatten())
-    # Another device may sum in another order, and is then one step off.
+    # A device that sums in another order may produce scales that differ by one bf16 step.
     if steps > 1:
         findings.append(
             f"{name}: its saved scales are up to {steps} bf16 steps away from those of its weights: they belong to "

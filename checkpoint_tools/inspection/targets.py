@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a target store is, complete or not, and whether it is what was written."""
+"""Inspection of a store of a teacher's targets: its description, its completeness, and its digests."""
 
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,19 @@ from ..command import progress_of_reading
 
 
 def is_store(path: Path) -> bool:
-    """Whether a path is a target store, or one that is being written."""
+    """Returns whether a path is a target store, complete or still being written."""
     return (path / DESCRIPTION).is_file()
 
 
 def inspect_store(path: Path, fast: bool) -> tuple[dict[str, Any], list[str]]:
-    """What a store holds, by name, and what is wrong with it.
+    """Returns the facts about a target store, by name, and descriptions of the damage to its files.
 
     Args:
-        path: of the store.
-        fast: compare sizes alone with the digests.
+        path: the directory of the store.
+        fast: whether to compare only the sizes of the files with their digests.
 
     Raises:
-        FileError: its description or its digests are damaged.
+        FileError: if the store's description or its digests are damaged.
     """
     found = read_description(path)
     there = {
@@ -50,7 +50,7 @@ def inspect_store(path: Path, fast: bool) -> tuple[dict[str, Any], list[str]]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """For people."""
+    """Returns the facts about a target store, and its findings, as text for people."""
     what = f"{facts['width']} draws" if facts["kind"] == "sampled" else f"the {facts['width']} likeliest"
     each = "" if facts["bytes_per_token"] is None else f", {facts['bytes_per_token']:.1f} per token"
     shaping = {name: value for name, value in facts["data"].items() if value not in (None, False)}

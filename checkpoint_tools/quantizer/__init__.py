@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights are ternary, in which groups, and how their quantizer is fused into them."""
+"""Quantization of checkpoints: which weights are quantized, in which groups, and the fusing of the quantizer."""

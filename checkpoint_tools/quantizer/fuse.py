@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuses the quantizer into weights, block by block: latent rows in, levels times scale out."""
+"""Fusing of the quantizer into weights, block by block: latent rows become levels times scales."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,7 +8,7 @@ import torch
 from ...quantization import SPACES, QuantizerConfig, effective_group, fused_group_size, fused_space, quantize_dequantize
 from ..storage.reader import ConversionError, TensorInfo, TensorReader, check_finite
 
-# Freed blocks of more than 1 MB go back to the system, and would be asked of it anew each time.
+# 1 MB in fp32: larger blocks are returned to the system when they are freed, and would be mapped anew each time.
 _BLOCK_ELEMENTS = 1 << 18
 
 
@@ -20,21 +20,23 @@ def fuse_blocks(
     scales: torch.Tensor | None = None,
     latent_dtype: torch.dtype | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The quantized weight of a latent one, in blocks of rows; the blocks do not change a bit of it.
+    """Yields the quantized weight of a latent weight in blocks of rows; the block size does not change a bit of it.
+
+    ``out`` and ``in`` are the output and input features, ``rows`` the rows of a block, ``groups`` the scales per row.
 
     Args:
-        name: of the tensor, for messages.
-        read_rows: gives rows ``[rows, in]`` of the latent weight.
-        info: its shape ``[out, in]`` and dtype.
-        config: the quantizer, with the group size along the whole row.
-        scales: the bf16 scales ``[out, groups]`` that training used; None for the weight's own.
-        latent_dtype: dtype of the copy that the training forward quantized, where the weight is a wider master.
+        name: the name of the tensor, for messages.
+        read_rows: a function that returns rows ``[rows, in]`` of the latent weight.
+        info: the shape ``[out, in]`` and the dtype of the weight.
+        config: the quantizer, whose group size refers to the whole row.
+        scales: the bf16 scales ``[out, groups]`` that training used; None to compute them from the weight.
+        latent_dtype: the dtype of the copy that the training forward pass quantized, if the weight is a wider master.
 
     Yields:
-        ``[rows, in]`` in the dtype of ``info``, contiguous, zeros +0.0.
+        Contiguous blocks ``[rows, in]`` in the dtype of ``info``, whose zeros are +0.0.
 
     Raises:
-        ConversionError: the weight cannot be quantized so, or it is not finite.
+        ConversionError: if the weight cannot be quantized with ``config``, or is not finite.
     """
     if len(info.shape) != 2 or 0 in info.shape or not info.dtype.is_floating_point:
         raise ConversionError(f"{name}: {info.shape}, {info.dtype} is no matrix [out, in] that could be quantized")
@@ -52,7 +54,7 @@ def fuse_blocks(
             quantized, used = quantize_dequantize(latent.to(latent_dtype), config, given)
         except ValueError as error:
             raise ConversionError(f"{name}: {error}") from None
-        # bf16 scales reach further than fp16, and the sum of a group further than its values.
+        # bf16 scales can exceed the range of fp16, and the sum of a group can overflow although its values are finite.
         if not used.float().amax() <= largest:
             raise ConversionError(
                 f"{name}: rows {part.start} to {part.stop - 1} have a scale beyond {largest:.3g}: such a weight is "
@@ -64,21 +66,22 @@ def fuse_blocks(
 
 
 def bf16_steps(one: torch.Tensor, other: torch.Tensor) -> int:
-    """How many bf16 values two tensors of scales are apart, at most."""
-    # Neighbouring values of one sign are neighbouring integers.
+    """Returns the largest distance between two tensors of bf16 scales, in units of adjacent bf16 values."""
+    # The bit patterns of adjacent values of the same sign are adjacent integers.
     return int((one.view(torch.int16).int() - other.view(torch.int16).int()).abs().amax())
 
 
 def detected_group(reader: TensorReader, name: str, space: str = "ternary") -> int | None:
-    """Elements per scale along a row of a weight that is fused already; 0 where all is zero, None for a latent one.
+    """Returns the elements per scale of a weight that is already fused, 0 if it is all zero, None if it is latent.
 
     Args:
-        reader: of the model.
-        name: of the tensor.
-        space: that it is, or will be, quantized to.
+        reader: the reader of the model.
+        name: the name of the tensor.
+        space: the quantization space that the weight is in, or will be quantized to.
 
     Raises:
-        ConversionError: it is no matrix, or of a dtype that no quantizer takes; or it is fused in another space.
+        ConversionError: if the tensor is not a matrix, has a dtype that the quantizer does not support, or is fused in
+            another space.
     """
     weight = reader.read(name)
     try:
@@ -91,10 +94,13 @@ def detected_group(reader: TensorReader, name: str, space: str = "ternary") -> i
 
 
 def fused_group(name: str, weight: torch.Tensor, space: str) -> int | None:
-    """As :func:`~bitcpm_megatron.quantization.fused_group_size`, for a weight that may be fused in one space only.
+    """Returns the group size of a weight fused in ``space``, or None if it is latent.
+
+    As :func:`~bitcpm_megatron.quantization.fused_group_size`, but a weight that is fused in another space is an error.
 
     Raises:
-        ValueError: naming the tensor: it is no matrix, of no weight's dtype, or fused in another space.
+        ValueError: if the tensor is not a matrix, has an unsupported dtype, or is fused in another space; the message
+            names the tensor.
     """
     try:
         group = fused_group_size(weight, space)

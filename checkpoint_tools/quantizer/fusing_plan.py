@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``qat_convert.py`` does to a model's weights: found out before anything is written."""
+"""Plan of ``qat_convert.py``: which weights it quantizes, and how, decided before anything is written."""
 
 import re
 from collections.abc import Mapping
@@ -23,13 +23,13 @@ _ROW_PARALLEL = ("o_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to the weights.
+    """Plan of the fusing of a model's weights.
 
     Attributes:
-        quantized: tensor name -> quantizer, of every weight that is ternary afterwards.
-        fused: whether they are ternary already, so that nothing is changed.
-        record: of the output.
-        recorded: whether the input had a record, too.
+        quantized: tensor name -> quantizer, for every weight that is ternary in the output.
+        fused: whether these weights are already ternary in the input, so that nothing is changed.
+        record: the quantizer record of the output.
+        recorded: whether the input has a quantizer record, too.
     """
 
     quantized: Mapping[str, QuantizerConfig]
@@ -44,16 +44,16 @@ def make_plan(
     group_size: int | None,
     whole: bool,
 ) -> Plan:
-    """Decides which weights are quantized, and how; reads them as far as it takes to see whether they are already.
+    """Decides which weights are quantized, and how; reads the weights to detect those that are already quantized.
 
     Args:
-        reader: of the model, or (not ``whole``) of one shard of it.
-        record: of the input, by Hugging Face's module names; None where it has none.
-        group_size: from the command line; None where it says nothing.
-        whole: see above.
+        reader: the reader of the model, or of one shard of it.
+        record: the quantizer record of the input, with Hugging Face's module names; None if it has none.
+        group_size: the group size given on the command line, or None.
+        whole: whether ``reader`` has the whole model, not only one shard of it.
 
     Raises:
-        ConversionError: record, command line and weights contradict each other.
+        ConversionError: if record, command line and weights contradict each other.
     """
     tensors = reader.tensors()
     adapters = [name for name in tensors if _ADAPTER.search(name)]
@@ -89,7 +89,7 @@ def make_plan(
         return Plan(wanted, bool(fused), replace(record, state="fused"), True)
     shards = 1
     if other:
-        # Without a record the weights themselves say it.
+        # Without a record, the group sizes found in the weights replace the default.
         groups.update(other)
         columns = {name: tensors[name].shape[1] for name in wanted}
         wanted = {n: replace(c, group_size=-1 if groups[n] == columns[n] else groups[n]) for n, c in wanted.items()}
@@ -101,7 +101,7 @@ def make_plan(
 
 
 def _found(reader: TensorReader, wanted: Mapping[str, QuantizerConfig]) -> dict[str, int | None]:
-    """What :func:`~.fuse.detected_group` says of every weight."""
+    """Returns the result of :func:`~.fuse.detected_group` for every weight."""
     bar = tqdm(wanted.items(), "checking", unit="tensor", disable=None)
     return {name: detected_group(reader, name, config.space) for name, config in bar}
 
@@ -137,7 +137,10 @@ def _by_record(reader: TensorReader, record: QuantizerRecord, whole: bool) -> di
 def _check_group_size(
     reader: TensorReader, record: QuantizerRecord, wanted: Mapping[str, QuantizerConfig], asked: int | None
 ) -> None:
-    """Under -1 a row of a row-parallel weight is as many groups as there are row-parallel shards."""
+    """Raises if the group size asked for contradicts the record.
+
+    With group size -1, a row of a row-parallel weight has as many groups as there are row-parallel shards.
+    """
     if asked is None:
         return
     lines = []

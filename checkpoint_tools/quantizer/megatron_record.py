@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the weights of a Megatron checkpoint were quantized: from its record and its scales, which must agree."""
+"""Quantizer record of a Megatron checkpoint, checked against the saved scales and the weights."""
 
 import sys
 from collections.abc import Sequence
@@ -19,12 +19,18 @@ _SAMPLE_ROWS = 64
 def checked_record(
     checkpoint: MegatronCheckpoint, tensors: Sequence[MegatronTensor], group_size: int | None = None
 ) -> QuantizerRecord | None:
-    """The quantizer record of a checkpoint, by Megatron's module names; None for a model that was not quantized.
+    """Returns the quantizer record of a checkpoint, with Megatron's module names; None if it was not quantized.
 
-    Without one it is what saved scales show, else what the user says: ``group_size``, -1 for whole rows.
+    A checkpoint without a record gets one from its saved scales, and otherwise from ``group_size``.
+
+    Args:
+        checkpoint: the checkpoint.
+        tensors: the tensors of its model.
+        group_size: the number of elements per scale that the user gave, -1 for whole rows, or None.
 
     Raises:
-        ConversionError: record, scales, weights or ``group_size`` contradict each other, or it was saved on a ramp.
+        ConversionError: if record, scales, weights or ``group_size`` contradict each other, or the checkpoint was saved
+            while the quantizer was still being ramped up.
     """
     linears = [t for t in tensors if t.quantizable]
     record = checkpoint.record
@@ -45,13 +51,14 @@ def checked_record(
 def checked_scales(
     checkpoint: MegatronCheckpoint, record: QuantizerRecord, tensor: MegatronTensor
 ) -> torch.Tensor | None:
-    """The saved scales of a quantized tensor, bf16 ``[out, groups]``; None where none were saved.
+    """Returns the saved scales of a quantized tensor, bf16 ``[out, groups]``, or None if none were saved.
 
-    Another device may sum in another order, and then a scale here and there is one bf16 step off: more than that, and
-    the scales belong to other weights. A sample of the rows is looked at.
+    ``out`` are the output features, ``groups`` the scales per row. The scales of a sample of the rows are compared with
+    those computed from the weights. On another device, which may sum in another order, some scales differ by one bf16
+    step; a larger difference means that the scales belong to other weights.
 
     Raises:
-        ConversionError: they do not fit the weights.
+        ConversionError: if the scales do not belong to the weights.
     """
     scales = checkpoint.scales(tensor)
     if scales is None:
@@ -71,7 +78,7 @@ def checked_scales(
 def _inferred(
     checkpoint: MegatronCheckpoint, linears: Sequence[MegatronTensor], group_size: int | None
 ) -> QuantizerRecord | None:
-    """A record from saved scales, or from ``group_size`` and the tensor-parallel size that the files show."""
+    """Returns a record inferred from saved scales, or from ``group_size`` and the tensor-parallel size of the files."""
     modules: dict[str, dict[str, int]] = {}
     shards = checkpoint.layout["tensor"]
     saved = any(map(checkpoint.has_scales, linears))
@@ -90,7 +97,7 @@ def _inferred(
         return None
     sizes = [(t, modules[t.module]["group_size"]) for t in linears if t.module in modules]
     if all(size == -1 for t, size in sizes if t.kind != "row"):
-        # Group size -1: then the groups of row-parallel weights are their shards.
+        # Group size -1: the groups of a row-parallel weight are its tensor-parallel shards.
         shards = max((1 if size == -1 else t.shape[1] // size for t, size in sizes if t.kind == "row"), default=1)
     how = "its saved scales" if saved else f"group size {group_size} as given"
     if group_size == -1 and not saved:
@@ -164,7 +171,7 @@ def _check_record(checkpoint: MegatronCheckpoint, record: QuantizerRecord, linea
 
 
 def _is_fused(checkpoint: MegatronCheckpoint, tensor: MegatronTensor) -> bool:
-    # A look at some rows settles it for latent weights.
+    # The first rows suffice to recognize a latent weight.
     if fused_space(checkpoint.read(tensor, slice(_SAMPLE_ROWS))) is None:
         return False
     weight = checkpoint.read(tensor)
