@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors in files, read block by block and without running code, and written whole or not at all."""
+"""Storage of tensors: files are read block by block without running code, and written completely or not at all."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of Hugging Face models: ``model.safetensors``, its shards, ``pytorch_model.bin``, its shards, or one file."""
+"""Reader of Hugging Face weights: ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards, or one file."""
 
 import functools
 from collections import defaultdict
@@ -17,30 +17,31 @@ from .reader import ConversionError, TensorInfo, listed
 from .safetensors_writer import DTYPES, SAFETENSORS
 
 _BIN = "pytorch_model.bin"
-# In the order in which Transformers looks for them: a single file wins over an index.
+# The order in which Transformers looks for weights: a single file takes precedence over an index.
 _NAMES = (SAFETENSORS, f"{SAFETENSORS}.index.json", _BIN, f"{_BIN}.index.json")
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in a file, and what reads ``tensor[index]`` of it."""
+    """Description of a tensor in a file, with the function that reads ``tensor[index]``."""
 
     info: TensorInfo
     read: Callable[[tuple[slice | int, ...]], torch.Tensor]
 
 
 class HfReader:
-    """Tensors of a model directory, or of one ``.safetensors`` or ``.bin`` file; see :class:`~.reader.TensorReader`.
+    """Reader of the tensors of a model directory or weight file; a :class:`~.reader.TensorReader`.
 
-    Which file of a directory is read is Transformers' choice: ``model.safetensors``, else the shards of its index, else
-    ``pytorch_model.bin``, else the shards of its index. Shards and index must agree in every name.
+    In a directory it reads the file that Transformers would read: ``model.safetensors``, otherwise the shards of its
+    index, otherwise ``pytorch_model.bin``, otherwise the shards of its index. Shards and index must name the same
+    tensors.
 
     Args:
-        path: the directory or file.
-        allow_pickle: unpickle a ``.bin`` that PyTorch's safe loader refuses; it can then run any code.
+        path: a model directory, or one ``.safetensors`` or ``.bin`` file.
+        allow_pickle: whether to unpickle a ``.bin`` that PyTorch's safe loader refuses, which can run any code.
 
     Raises:
-        ConversionError: a file is missing or damaged, or the index does not fit the shards.
+        ConversionError: if a file is missing or damaged, or index and shards disagree.
     """
 
     def __init__(self, path: Path, allow_pickle: bool = False) -> None:
@@ -54,14 +55,14 @@ class HfReader:
         self._infos = {name: stored.info for name, stored in self._stored.items()}
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor's shape and dtype; reads no data."""
+        """Returns the shape and dtype of every tensor; reads no data."""
         return self._infos
 
     def read(self, name: str, index: tuple[slice | int, ...] = ()) -> torch.Tensor:
-        """A piece of a tensor, a view of its file.
+        """Returns ``tensor[index]``, a piece of a tensor, as a view of its file.
 
         Raises:
-            ConversionError: there is no such tensor.
+            ConversionError: if there is no such tensor, or the file became shorter.
         """
         if name not in self._stored:
             raise ConversionError(f"{self._path}: there is no tensor {name}")
@@ -73,12 +74,16 @@ def _open(path: Path, allow_pickle: bool) -> dict[str, _Stored]:
 
 
 def _safetensors(path: Path) -> dict[str, _Stored]:
-    """Tensors of one safetensors file. The library checks all that its header says; the data are mapped here, because
-    its tensors for PyTorch come of a mapping that Linux refuses for a file larger than memory."""
+    """Returns the tensors of one safetensors file.
+
+    The safetensors library checks the header. The data are mapped here, because Linux refuses the library's own mapping
+    for PyTorch if the file is larger than memory.
+    """
     try:
         with safe_open(path, framework="numpy") as file, open(path, "rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
-            # Once more for the offsets, which the library does not tell; of two entries of one name it takes the last.
+            # The header is parsed again for the offsets, which the library does not return. This also refuses a name
+            # that occurs twice, of which the library silently takes the last entry.
             header = parse_json(raw.read(length).decode(), f"{path}: its header")
             header.pop("__metadata__", None)
             pieces = {name: file.get_slice(name) for name in header}
@@ -106,7 +111,7 @@ def _safetensors(path: Path) -> dict[str, _Stored]:
 
 
 def _bin(path: Path, allow_pickle: bool) -> dict[str, _Stored]:
-    """Tensors of one ``torch.save`` file: a dict of names and tensors."""
+    """Returns the tensors of one ``torch.save`` file, which must contain a dict of names and tensors."""
     loaded = load_without_code(path, mmap=True, allow_pickle=allow_pickle, stand_ins=False)
     found, others = {}, []
     for name, tensor in loaded.items() if isinstance(loaded, dict) else ():

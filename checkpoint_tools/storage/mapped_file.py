@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are views of a file: their pages come and go with the page cache and are no memory of the process."""
+"""Tensors that are views of a mapped file: their pages belong to the page cache, not to the memory of the process."""
 
 import mmap
 from pathlib import Path
 
 import torch
 
-# Python 3.11 names it. Without it Linux refuses to map a file that is larger than memory, though nothing is copied.
+# Python has the name since 3.11. Without the flag, Linux refuses to map a file larger than memory, although nothing is
+# copied.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 class MappedFile:
-    """A file, mapped privately: writing into a view would not change it. It must not shrink while views are used.
+    """Private mapping of a file: writes to a view do not change the file, which must not shrink while views are used.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is empty.
+        OSError: if the file cannot be opened.
+        ValueError: if the file is empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,21 +32,21 @@ class MappedFile:
         stride: tuple[int, ...] | None = None,
         index: tuple[slice | int, ...] = (),
     ) -> torch.Tensor:
-        """A piece of a tensor that lies in the file.
+        """Returns a piece of a tensor that is stored in the file.
 
         Args:
-            offset: of its first element, in bytes.
-            dtype: of its elements, little endian.
-            shape: of the whole tensor.
-            stride: in elements; contiguous when None.
-            index: the piece, as ``tensor[index]``.
+            offset: the position of the tensor's first element in the file, in bytes.
+            dtype: the dtype of the elements, which are little endian.
+            shape: the shape of the whole tensor.
+            stride: the strides of the tensor in elements; None if it is contiguous.
+            index: the index of the piece, as in ``tensor[index]``.
 
         Returns:
-            A view with a storage of its own, that covers the tensor and no more. Where the tensor does not lie at a
-            multiple of its element size a copy of the piece: an unaligned address is undefined for PyTorch's kernels.
+            A view whose storage is its own and covers exactly the tensor. If the tensor's address is not a multiple of
+            its element size, a copy of the piece instead: PyTorch's kernels are undefined for unaligned addresses.
 
         Raises:
-            ValueError: the file ends before the tensor does.
+            ValueError: if the file ends before the tensor does.
         """
         if 0 in shape:
             return torch.empty(shape, dtype=dtype)[index]
@@ -56,7 +57,7 @@ class MappedFile:
         storage = self._bytes.untyped_storage()[offset : offset + extent]
         if (self._bytes.data_ptr() + offset) % dtype.itemsize == 0:
             return torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)[index]
-        # Bytes have no alignment: take the piece as (..., itemsize) bytes; the copy is aligned.
+        # Bytes need no alignment: the piece is taken as bytes of shape (..., itemsize), and its copy is aligned.
         raw = torch.empty(0, dtype=torch.uint8).set_(
             storage, 0, (*shape, dtype.itemsize), (*(step * dtype.itemsize for step in stride), 1)
         )

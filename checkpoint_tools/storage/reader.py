@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one view that all checkpoint files are read through: named tensors, whose rows are fetched when they are needed.
+"""Common interface of all checkpoint files: named tensors, whose rows are read when they are needed.
 
-So a conversion never holds more than a piece of one layer, whatever the size of the model.
+Because of it, a conversion never holds more than a piece of one layer in memory, whatever the size of the model.
 """
 
 import math
@@ -15,15 +15,15 @@ from ...cli import MismatchError
 from ...files import FileError
 
 CACHED_BYTES = 2**20
-"""Of a block of rows that is looked at more than once: it stays in the processor's cache from one time to the next."""
+"""Size of a block of rows that is processed more than once: small enough to stay in the processor's cache."""
 
 
 class ConversionError(FileError):
-    """A checkpoint that cannot be converted as asked; the message names the file or tensor, and the cure."""
+    """Error of a checkpoint that cannot be converted as requested; the message names file or tensor, and a remedy."""
 
 
 class VerificationError(MismatchError):
-    """What was written is not what should have been written."""
+    """Error of an output that differs from what should have been written, or of an input that contradicts itself."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def row_slices(self, nbytes: int = 2**26) -> Iterator[slice]:
-        """The rows in blocks of about ``nbytes``, and of one row at least; none of a scalar and of an empty tensor."""
+        """Yields slices of the rows with about ``nbytes`` each, at least one row; none for a scalar or empty tensor."""
         if self.shape and self.nbytes:
             rows = max(1, nbytes * self.shape[0] // self.nbytes)
             for start in range(0, self.shape[0], rows):
@@ -47,44 +47,51 @@ class TensorInfo:
 
 
 class TensorReader(Protocol):
-    """Named tensors of a checkpoint."""
+    """Protocol of a reader of the named tensors of a checkpoint."""
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor's shape and dtype; reads no data."""
+        """Returns the shape and dtype of every tensor; reads no data."""
 
     def read(self, name: str, index: tuple[slice | int, ...] = ()) -> torch.Tensor:
-        """A piece of a tensor, as ``tensor[index]``; an int takes one layer of a stacked tensor. Views of mapped files
-        are welcome: whoever writes into the result clones it first.
+        """Returns ``tensor[index]``, a piece of a tensor; an int selects one layer of a stacked tensor.
+
+        The result may be a view of a mapped file: callers that write into it must clone it first.
 
         Raises:
-            ConversionError: the file is damaged, naming it and the tensor.
+            ConversionError: if the file is damaged; the message names the file and the tensor.
         """
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity."""
-    # PyTorch computes nothing in 8-bit floating point, and integers are finite.
+    """Returns whether a tensor contains neither NaN nor infinity."""
+    # Integers are finite. 8-bit floats are not checked, because PyTorch does not compute in them.
     if tensor.dtype.itemsize == 1 or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    # The sum alone is fast and sees both; only where it overflows without reason every value has to be looked at.
+    # The sum is fast, and is not finite if any value is not. Finite values may overflow in it, so each is then checked.
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Checks a tensor for NaN and infinity.
+    """Checks that a tensor contains neither NaN nor infinity.
 
     Raises:
-        ConversionError: it holds one.
+        ConversionError: if it contains one of them.
     """
     if not is_finite(tensor):
         raise ConversionError(f"{name} holds NaN or infinity: training has diverged, or the file is damaged")
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, exactly: bool = False) -> torch.Tensor:
-    """A finite tensor in another dtype; ``exactly`` where no value may be rounded, as in ternary times scale.
+    """Returns a finite tensor converted to another dtype.
+
+    Args:
+        name: the name of the tensor, for messages.
+        tensor: the tensor.
+        dtype: the dtype of the result.
+        exactly: whether rounding of any value is an error, as for fused weights (levels times scales).
 
     Raises:
-        ConversionError: the dtype cannot hold a value, or not ``exactly``.
+        ConversionError: if a value exceeds the range of the dtype, or is rounded despite ``exactly``.
     """
     if tensor.dtype == dtype:
         return tensor
@@ -97,10 +104,12 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, exactly: bool = Fa
 
 
 def checked_blocks(name: str, info: TensorInfo, blocks: Iterable[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-    """The blocks of rows that a tensor is written in, each with its first row; a scalar is one row.
+    """Yields the blocks of rows that a tensor is written in, each with the number of its first row.
+
+    A scalar counts as one row.
 
     Raises:
-        ConversionError: they do not make up a tensor of ``info``.
+        ConversionError: if the blocks do not make up a tensor as described by ``info``.
     """
     rows, planned = 0, info.shape[0] if info.shape else 1
     for block in blocks:
@@ -118,7 +127,7 @@ def checked_blocks(name: str, info: TensorInfo, blocks: Iterable[torch.Tensor]) 
 
 
 def files_of(sizes: Sequence[int], limit: int) -> Iterator[slice]:
-    """What of a sequence goes into which file: as much on end as ``limit`` bytes hold, and one thing at least."""
+    """Yields slices of a sequence, one per file: as many consecutive items as fit in ``limit`` bytes, at least one."""
     first, total = 0, 0
     for number, size in enumerate(sizes):
         if number > first and total + size > limit:
@@ -129,18 +138,18 @@ def files_of(sizes: Sequence[int], limit: int) -> Iterator[slice]:
 
 
 def refuse_mistakes(what: str, lines: Sequence[str]) -> None:
-    """Raises a :class:`ConversionError` that lists the first mistakes, if there are any."""
+    """Raises a :class:`ConversionError` that starts with ``what`` and lists the first 20 mistakes, if there are any."""
     if lines:
         more = [f"... and {len(lines) - 20} more"] if len(lines) > 20 else []
         raise ConversionError("\n  ".join([f"{what}:", *lines[:20], *more]))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as files name it, such as ``bfloat16``."""
+    """Returns the name of a dtype in files, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def listed(names: Iterable[Any], limit: int = 8) -> str:
-    """The first names of a list that may have hundreds, and how many more there are."""
+    """Returns the first ``limit`` names of a list as text, followed by the number of further ones."""
     names = [str(name) for name in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

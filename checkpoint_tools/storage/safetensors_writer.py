@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model directory of safetensors files, block by block."""
+"""Writer of model directories of safetensors files, which writes block by block."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from ...files import Digester
 from .reader import CACHED_BYTES, ConversionError, TensorInfo, checked_blocks, files_of, listed
 
 SAFETENSORS = "model.safetensors"
-# The names of the format, and PyTorch's where this version has them.
+# The format's names of dtypes -> PyTorch's dtypes, as far as this version of PyTorch has them.
 DTYPES = {
     name: getattr(torch, attribute)
     for name, attribute in (
@@ -32,18 +32,19 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?", re.IGNORECASE)
 
 
 class SafetensorsWriter:
-    """Writes a model directory of safetensors files, block by block.
+    """Writer of a model directory of safetensors files that holds only one block of rows in memory.
 
-    The safetensors library writes a file only from tensors that are all in memory; this one holds no more than the
-    block at hand, because shapes and dtypes are known before. Tensors may be written in any order. ``with`` closes it.
+    The safetensors library writes a file only from tensors that are all in memory. This writer knows all shapes and
+    dtypes in advance, and so needs only the current block. Tensors may be written in any order. A ``with`` statement
+    closes it.
 
     Args:
         directory: an existing directory without weights.
-        plan: every tensor, in the order in which they are put into shards.
-        max_shard_size: bytes of tensor data per file; a larger tensor gets a file of its own.
+        plan: the shape and dtype of every tensor, in the order in which tensors are assigned to shards.
+        max_shard_size: the bytes of tensor data per file; a larger tensor gets a file of its own.
 
     Raises:
-        ConversionError: a dtype that the format does not have.
+        ConversionError: if the format does not have the dtype of a tensor.
     """
 
     def __init__(self, directory: Path, plan: Mapping[str, TensorInfo], max_shard_size: int = 5 * 10**9) -> None:
@@ -63,17 +64,18 @@ class SafetensorsWriter:
             self._start_file(self._directory / file, names)
 
     def write(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
-        """Writes a tensor of the plan: its rows from first to last, contiguous, of the planned dtype; or one scalar.
+        """Writes a tensor of the plan from contiguous blocks of its rows, first to last, or from one scalar.
 
         Raises:
-            ConversionError: the blocks do not make up what was planned.
+            ConversionError: if the blocks do not make up the planned tensor, or it is not planned or already written.
         """
         if name not in self._missing:
             raise ConversionError(f"{name}: {'was written already' if name in self._plan else 'is not in the plan'}")
         path, offset = self._places[name]
         digester = self._digesters[path]
         if digester.size != offset:
-            # Its own from here on, which is nobody's: a file that is not written from front to back is read for that.
+            # The file is not written front to back, so it must be read to be digested. The new digester's size never
+            # reaches that of the file, and `digests` leaves the file out.
             digester = self._digesters[path] = Digester()
         with open(path, "r+b") as file:
             file.seek(offset)
@@ -86,15 +88,17 @@ class SafetensorsWriter:
 
     @property
     def digests(self) -> dict[str, dict[str, Any]]:
-        """Entries of ``DIGESTS.json`` by file, of those that were written from front to back; the others have to be
-        read."""
+        """Entries of ``DIGESTS.json`` by file name, for the files that were written front to back.
+
+        Other files have to be read to be digested.
+        """
         return {path.name: d.entry() for path, d in self._digesters.items() if d.size == path.stat().st_size}
 
     def close(self) -> None:
-        """Completes the directory: writes the index, if there is more than one shard.
+        """Completes the directory: writes the index if there is more than one shard.
 
         Raises:
-            ConversionError: planned tensors were not written.
+            ConversionError: if planned tensors were not written.
         """
         if self._missing:
             raise ConversionError(f"planned but not written: {listed(self._missing)}")
@@ -114,7 +118,7 @@ class SafetensorsWriter:
             self.close()
 
     def _start_file(self, path: Path, names: list[str]) -> None:
-        # The format allows no gaps; wide elements first keep every tensor aligned.
+        # The format allows no gaps. Tensors with wider elements come first, which keeps every tensor aligned.
         ordered = sorted(names, key=lambda name: -self._plan[name].dtype.itemsize)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -138,10 +142,10 @@ class SafetensorsWriter:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as Hugging Face writes it: "5GB", "500MB" (powers of 1000), "2GiB" (of 1024), "1000".
+    """Returns the bytes of a size in Hugging Face's notation: "5GB", "500MB" (powers of 1000), "2GiB" (1024), "1000".
 
     Raises:
-        ConversionError: it is none.
+        ConversionError: if the text is not a size of at least one byte.
     """
     match = _SIZE.fullmatch(text.strip()) if len(text) < 40 else None
     size = 0
@@ -154,7 +158,7 @@ def parse_size(text: str) -> int:
 
 
 def row_blocks(tensor: torch.Tensor, nbytes: int = CACHED_BYTES) -> Iterator[torch.Tensor]:
-    """A tensor as contiguous blocks of rows of about ``nbytes`` each, as :meth:`SafetensorsWriter.write` takes them."""
+    """Yields a tensor as contiguous blocks of rows of about ``nbytes`` each, for :meth:`SafetensorsWriter.write`."""
     if tensor.numel() == 0 or tensor.ndim == 0:
         yield tensor.contiguous()
         return

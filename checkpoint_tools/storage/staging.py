@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output directories that appear whole or not at all, and the disk space that they need."""
+"""Output directories and files that appear completely or not at all, with a check of the disk space they need."""
 
 import contextlib
 import fcntl
@@ -15,21 +15,21 @@ from .reader import ConversionError
 
 @contextlib.contextmanager
 def staged(final: Path, nbytes: int | None = None, one_file: bool = False) -> Iterator[Path]:
-    """Yields a directory beside ``final`` to write into; it gets the name ``final`` when the block ends well.
+    """Yields a temporary directory beside ``final`` to write into; it is renamed to ``final`` if the block succeeds.
 
-    What a killed run left of the same name is removed first; on any exception the directory is removed. It is locked
-    meanwhile: of two commands that write to one name the second is refused.
+    Leftovers of a killed run with the same output are removed first; on any exception the directory is removed. It is
+    locked while the block runs: if two commands write the same output, the second is refused.
 
     Args:
-        final: the directory to make; it may exist if it is empty. Its parents are made.
-        nbytes: that the block is going to write, where known; checked at once.
-        one_file: whether not the directory but the one file that is written there becomes ``final``.
+        final: the directory to create; it may exist if it is empty. Its parents are created.
+        nbytes: the number of bytes that the block is going to write, if known; checked at the start.
+        one_file: whether the single file written to the directory becomes ``final``, instead of the directory.
 
     Raises:
-        ConversionError: ``final`` is there already, or another command is writing it.
-        FailedError: the disk is full.
+        ConversionError: if ``final`` is in use or a mount point, or another command is writing it.
+        FailedError: if the disk is full.
     """
-    # Where a symbolic link leads: a rename would replace the link.
+    # Symbolic links are resolved, because a rename would replace the link.
     final = Path(os.path.realpath(final))
     _check_unused(final)
     if os.path.ismount(final):
@@ -57,14 +57,20 @@ def staged(final: Path, nbytes: int | None = None, one_file: bool = False) -> It
 
 @contextlib.contextmanager
 def _locked(final: Path) -> Iterator[Path]:
-    """Yields an empty directory beside ``final`` that this process alone writes into; a killed one leaves it free."""
+    """Yields an empty directory beside ``final`` that only this process writes into.
+
+    The lock ends with the process, so that a killed process leaves the directory free for the next one.
+
+    Raises:
+        ConversionError: if another process has locked the directory.
+    """
     temporary = final.with_name(f".{final.name}.incomplete")
     temporary.mkdir(parents=True, exist_ok=True)
     lock = os.open(temporary, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Meanwhile the other command may have given it its final name.
+            # Before it released the lock, another command may have renamed the directory to its final name.
             mine = os.path.samestat(os.fstat(lock), os.stat(temporary))
         except OSError:
             mine = False
@@ -75,7 +81,7 @@ def _locked(final: Path) -> Iterator[Path]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield temporary
         finally:
-            # Not where it was published meanwhile, and another command has begun one of its own.
+            # After publication, the directory that has this name may belong to another command, and is kept then.
             if temporary.exists() and os.path.samestat(os.fstat(lock), os.stat(temporary)):
                 shutil.rmtree(temporary, ignore_errors=True)
     finally:

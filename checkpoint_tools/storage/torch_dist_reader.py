@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""megatron-core's ``torch_dist`` checkpoints, read without megatron and without process groups.
+"""Reader of megatron-core's ``torch_dist`` checkpoints that needs neither megatron-core nor process groups.
 
-Layout of an iteration directory: ``.metadata``, a pickle of what ``torch.distributed.checkpoint`` knows of each tensor
-and where its chunks lie; ``*.distcp``, chunks one behind another, each a small ``torch.save`` file; ``metadata.json``
-and ``common.pt``, megatron's own. A tensor's chunks are what the ranks of the run held of it: of a layer stack
-(L, out, in) at tensor parallelism 2 usually (1, out / 2, in).
+An iteration directory contains ``.metadata``, a pickle of what ``torch.distributed.checkpoint`` knows about each tensor
+and the positions of its chunks; ``*.distcp``, files of consecutive chunks, each a small ``torch.save`` file; and
+Megatron's own ``metadata.json`` and ``common.pt``. A tensor's chunks are the pieces that the ranks of the run held: for
+a stack of layers (L, out, in), of L layers with ``out`` output and ``in`` input features, at tensor parallelism 2
+usually (1, out / 2, in).
 """
 
 import collections
@@ -27,7 +28,7 @@ from .reader import ConversionError, TensorInfo
 
 CONFIG = "metadata.json"
 
-# Typed storages, as files name them; other dtypes come with an UntypedStorage.
+# The names of typed storages in files; other dtypes are stored with an UntypedStorage.
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -43,13 +44,13 @@ _STORAGES = {
 
 
 class TorchDistReader:
-    """Tensors of an iteration directory, with ``.metadata``; see :class:`~.reader.TensorReader`.
+    """Reader of the tensors of an iteration directory; a :class:`~.reader.TensorReader`.
 
     Attributes:
-        objects: names of the entries that are no tensors: ``_extra_state``, random states, parts of the optimizer.
+        objects: the names of the entries that are not tensors: ``_extra_state``, random states, parts of the optimizer.
 
     Raises:
-        FileError: it is no such checkpoint, its metadata is damaged, or a file is missing or too short.
+        FileError: if the directory is no such checkpoint, its metadata is damaged, or a file is missing or too short.
     """
 
     def __init__(self, iteration_directory: Path) -> None:
@@ -58,25 +59,25 @@ class TorchDistReader:
         self._stored = contents.tensors
         self.objects = list(contents.objects)
         self._infos = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in contents.tensors.items()}
-        # Bounded, because each mapping holds a file descriptor and a large run leaves thousands of files.
+        # Bounded, because each mapping holds a file descriptor and a large run writes thousands of files.
         self._mapping = functools.lru_cache(maxsize=64)(MappedFile)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor's shape and dtype; reads no data."""
+        """Returns the shape and dtype of every tensor; reads no data."""
         return self._infos
 
     def chunks(self, name: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Offsets and sizes of the pieces in which a tensor was saved, in order of their offsets."""
+        """Returns the offsets and sizes of the chunks in which a tensor was saved, sorted by offset."""
         return [(chunk.offsets, chunk.sizes) for chunk in self._stored[name].chunks]
 
     def read(self, name: str, index: tuple[slice | int, ...] = ()) -> torch.Tensor:
-        """A piece of a tensor, as ``tensor[index]`` of slices and ints; only chunks that hold some of it are touched.
+        """Returns ``tensor[index]``, a piece of a tensor; reads only the chunks that contain some of it.
 
         Returns:
-            A view of the file where one chunk holds the whole piece, else a new tensor.
+            A view of the file if one chunk contains the whole piece, otherwise a new tensor.
 
         Raises:
-            ConversionError: a file is damaged, or there is no such tensor.
+            ConversionError: if a file is damaged, or there is no such tensor.
         """
         if name not in self._stored:
             raise ConversionError(f"{self._directory}: there is no tensor {name}")
@@ -125,21 +126,22 @@ class TorchDistReader:
             return self._mapping(path).read(chunk.place.start + offset, dtype, shape, stride, index)
         except OSError:
             raise
-        except Exception as error:  # from zip, pickle or torch, for whatever bytes stand there
+        except Exception as error:  # damaged bytes make zipfile, pickle and torch raise many kinds of errors
             raise ConversionError(
                 f"{path}: {name}: the chunk at byte {chunk.place.start} is damaged ({error}): copy the file again"
             ) from error
 
 
 def read_common(iteration_directory: Path, allow_pickle: bool = False) -> dict[str, Any]:
-    """Arguments of the run, iteration, checkpoint version and the like: ``common.pt``, or since 0.19 an entry.
+    """Reads the arguments of the run, the iteration, the checkpoint version and other common values of a checkpoint.
 
-    ``args`` is an :class:`argparse.Namespace`; objects of other classes are inert
-    :class:`~bitcpm_megatron.checkpoints.safe_load.StandIn`. What cannot be read without running code from the file
-    needs ``allow_pickle``.
+    They are stored in ``common.pt``, or since megatron-core 0.19 as an entry of the checkpoint. ``args`` is an
+    :class:`argparse.Namespace`; objects of other classes are inert
+    :class:`~bitcpm_megatron.checkpoints.safe_load.StandIn`. Values that cannot be read without running code from the
+    file need ``allow_pickle``.
 
     Raises:
-        FileError: the file is missing or damaged, or needs ``allow_pickle``.
+        FileError: if the file is missing or damaged, or needs ``allow_pickle``.
     """
     path, place = Path(iteration_directory) / COMMON, None
     if not path.is_file() and path.with_name(METADATA).is_file():
@@ -157,7 +159,7 @@ def read_common(iteration_directory: Path, allow_pickle: bool = False) -> dict[s
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a file as a file."""
+    """File-like view of a range of bytes of another file."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0
@@ -182,7 +184,7 @@ class _Window(io.RawIOBase):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles the ``data.pkl`` of one plain tensor, as the arguments it is rebuilt from; refuses all else."""
+    """Unpickler of the ``data.pkl`` of one plain tensor: returns the tensor's rebuild arguments, refuses all else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
@@ -204,12 +206,13 @@ class _NotPlainError(Exception):
 
 
 def _elements(window: _Window) -> tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]] | None:
-    """Where the elements of a tensor lie in its ``torch.save`` file, and dtype, shape and stride.
+    """Finds the elements of a tensor in its ``torch.save`` file.
 
-    Not by torch.load: some versions read the elements even when asked for shapes alone.
+    ``torch.load`` is not used, because some versions read the elements even if only shapes are requested.
 
     Returns:
-        None where this is no plain tensor, or its elements do not lie there as they are.
+        The offset of the elements in bytes, the dtype, the shape and the stride; None if the file does not contain a
+        plain tensor, or its elements are not stored in little-endian order.
     """
     with zipfile.ZipFile(window) as archive:
         refuse_compressed(archive)
@@ -224,7 +227,7 @@ def _elements(window: _Window) -> tuple[int, torch.dtype, tuple[int, ...], tuple
         record = archive.getinfo(f"{root}/data/{key}")
         if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
             return None
-    # The local header's name and extra field (padding to 64 bytes) are its own, not those of the directory.
+    # The lengths are read from the local header: its extra field (padding to 64 bytes) differs from the directory's.
     window.seek(record.header_offset + 26)
     lengths = window.read(4)
     name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
@@ -233,10 +236,10 @@ def _elements(window: _Window) -> tuple[int, torch.dtype, tuple[int, ...], tuple
 
 
 def _box(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> tuple[list[range], tuple[slice | int, ...]]:
-    """What an index takes of each dimension, and the index that then drops the dimensions of ints.
+    """Returns the range that an index selects in each dimension, and an index that then removes the dimensions of ints.
 
     Raises:
-        IndexError: the tensor does not have it, or a slice has a step.
+        IndexError: if the index exceeds the tensor, or a slice has a step.
     """
     if len(index) > len(shape):
         raise IndexError(f"{index} for a tensor of {shape}")
@@ -250,7 +253,7 @@ def _box(index: tuple[slice | int, ...], shape: tuple[int, ...]) -> tuple[list[r
 
 
 def _make_up(sizes: Sequence[int], boxes: Sequence[Sequence[range]]) -> bool:
-    """Whether boxes, sorted by where they begin, fill all of a piece of a tensor, each element once."""
+    """Returns whether boxes, sorted by their starts, cover a piece of a tensor completely and without overlaps."""
     if sum(math.prod(map(len, box)) for box in boxes) != math.prod(sizes):
         return False
     for number, box in enumerate(boxes):

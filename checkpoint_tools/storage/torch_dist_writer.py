@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes megatron-core's ``torch_dist`` format, a piece at a time. Apart from its reader, for PyTorch's checkpoint
-package takes most of a second to import."""
+"""Writer of megatron-core's ``torch_dist`` format, which holds one chunk in memory at a time.
+
+It is a module apart from the reader, because importing PyTorch's checkpoint package takes most of a second.
+"""
 
 import collections
 import json
@@ -24,7 +26,8 @@ from .reader import ConversionError, TensorInfo, files_of
 from .torch_dist_reader import CONFIG
 from .torch_file import save_file, with_own_storage
 
-# What megatron.core.dist_checkpointing.core.CheckpointingConfig holds for this format, in 0.12.1 as in 0.16.1.
+# The content of megatron.core.dist_checkpointing.core.CheckpointingConfig for this format, the same in 0.12.1 and
+# 0.16.1.
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -35,16 +38,16 @@ _FORMAT = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a tensor that is to be written.
+    """A piece of a tensor that is going to be written.
 
     Attributes:
-        key: name of the tensor.
-        shape: of the whole tensor.
-        offsets: where the piece begins.
-        sizes: shape of the piece.
-        dtype: of the tensor.
-        produce: returns the piece, of shape ``sizes``; called once, when it is written. It need last no longer than
-            until the next one is produced.
+        key: the name of the tensor.
+        shape: the shape of the whole tensor.
+        offsets: the position of the piece's first element in the tensor, for every dimension.
+        sizes: the shape of the piece.
+        dtype: the dtype of the tensor.
+        produce: a function that returns the piece, of shape ``sizes``; called once, when the piece is written. The
+            result may be overwritten when the next chunk is produced.
     """
 
     key: str
@@ -61,16 +64,16 @@ class Chunk:
 
     @property
     def item(self) -> WriteItem:
-        """What PyTorch's planner wants to know of it."""
+        """Description of the chunk for PyTorch's planner."""
         place = ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.sizes))
         data = TensorWriteData(place, TensorProperties(dtype=self.dtype), torch.Size(self.shape))
         return WriteItem(MetadataIndex(self.key, self.offsets), WriteItemType.SHARD, tensor_data=data)
 
     def checked(self) -> torch.Tensor:
-        """The piece itself, with a storage of its own.
+        """Produces the piece and returns it with a storage of its own.
 
         Raises:
-            ConversionError: it is not as planned.
+            ConversionError: if its shape or dtype is not as planned.
         """
         tensor = self.produce()
         if tuple(tensor.shape) != self.sizes or tensor.dtype != self.dtype:
@@ -82,16 +85,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TorchDistWriter:
-    """Writes an iteration directory; one chunk is in memory at a time.
+    """Writer of an iteration directory that holds one chunk in memory at a time.
 
-    PyTorch's planner and its FileSystemWriter make the ``.metadata``. That writer would keep a chunk of every tensor of
-    a file until the file is complete (torch 2.13), so the writing loop is ours.
+    PyTorch's planner and FileSystemWriter create the ``.metadata``. FileSystemWriter would keep a chunk of every tensor
+    of a file in memory until the file is complete (torch 2.13), so this class has its own writing loop.
 
     Attributes:
         directory: an existing, empty directory.
-        common: what goes into ``common.pt``: plain values, and :class:`argparse.Namespace` of plain values.
-        max_file_size: bytes after which the next ``.distcp`` is begun.
-        on_bytes: called with the size of each chunk that was written.
+        common: the content of ``common.pt``: plain values, and :class:`argparse.Namespace` of plain values.
+        max_file_size: the size of a ``.distcp`` file in bytes, after which the next one is begun.
+        on_bytes: a function that is called with the size of each chunk after it was written, or None.
     """
 
     directory: Path
@@ -103,19 +106,19 @@ class TorchDistWriter:
         """Writes the checkpoint.
 
         Args:
-            chunks: that make up every tensor, without overlap; written in this order.
+            chunks: the chunks of all tensors, without gaps or overlaps; they are written in this order.
             objects: small values by megatron-core's ``ShardedObject.unique_key``, such as the ``_extra_state`` of
-                modules, which loading asks for.
+                modules, which megatron-core asks for when it loads.
 
         Returns:
-            Entries of ``DIGESTS.json`` of the ``.distcp`` files, which were digested as they were written.
+            The entries of ``DIGESTS.json`` for the ``.distcp`` files, which were digested while they were written.
 
         Raises:
-            ConversionError: chunks lack, overlap or contradict each other, or a producer returned something else than
-                was planned.
+            ConversionError: if chunks are missing, overlap or contradict each other, or a produced piece is not as
+                planned.
         """
         pieces = _checked(chunks)
-        # megatron-core saves an object as the list of it.
+        # megatron-core saves an object as a list with this one element.
         contents: list[Chunk | list[Any]] = [*pieces, *([value] for value in (objects or {}).values())]
         items = [chunk.item for chunk in pieces]
         items += [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in objects or {}]
@@ -143,8 +146,8 @@ class TorchDistWriter:
     def _write(
         self, stream: BinaryIO, digester: Digester, name: str, item: WriteItem, content: Chunk | list[Any]
     ) -> WriteResult:
-        # Records are aligned inside each torch.save file; with this they are so in the whole, and whoever maps the file
-        # need not copy.
+        # Records are aligned within each torch.save file. The padding aligns them within the .distcp file, too, so that
+        # a reader that maps the file need not copy them.
         digester.write(stream, bytes(-digester.size % 64))
         start = digester.size
         save_file(content.checked() if isinstance(content, Chunk) else content, stream, digester)
@@ -156,14 +159,16 @@ class TorchDistWriter:
 
 class _Storage(FileSystemWriter):
     def storage_meta(self) -> None:
-        """Nothing, and no reader asks for it: a random number and a path, so that no two files would be equal."""
+        """Returns None: the original's random number and path, which no reader needs, would make equal files differ."""
 
 
 def _checked(chunks: Iterable[Chunk]) -> list[Chunk]:
-    """The chunks, which must describe their tensors alike and fill them; overlaps PyTorch finds, and what stands out.
+    """Returns the chunks as a list, after checking that they describe their tensors alike and fill them.
+
+    PyTorch's planner finds overlaps, and chunks beyond the bounds of their tensor.
 
     Raises:
-        ConversionError: they do not.
+        ConversionError: if chunks of a tensor contradict each other or do not fill it.
     """
     chunks = list(chunks)
     described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -174,7 +179,7 @@ def _checked(chunks: Iterable[Chunk]) -> list[Chunk]:
         if not len(chunk.shape) == len(chunk.offsets) == len(chunk.sizes):
             raise ConversionError(f"{chunk.key}: a chunk's offsets and sizes do not fit a tensor of {chunk.shape}")
         volumes[chunk.key] += math.prod(chunk.sizes)
-    # PyTorch overlooks gaps when there is one process.
+    # PyTorch does not detect gaps if there is only one process.
     for key, (shape, _) in described.items():
         if volumes[key] != math.prod(shape):
             raise ConversionError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch.save`` with the errors of the disk, a digest on the way, and tensors that are not all in memory."""
+"""``torch.save`` that reports disk errors, digests what it writes, and need not have all tensors in memory."""
 
 import collections
 import functools
@@ -19,17 +19,22 @@ from .reader import TensorInfo, checked_blocks
 
 _MAX_IN_MEMORY = 2**28
 Names = tuple[str, ...]
-"""Where a tensor stands in what is saved: its name in a dict, or those of the dicts around it and its own."""
+"""Path of a tensor in the saved value: the keys of the nested dicts that contain it, from the outermost to its own."""
 
 
 def save_file(value: Any, file: Path | BinaryIO, digester: Digester | None = None) -> Digester:
-    """Saves a value into a new file, or at the position of an open one, which ``digester`` has seen up to there.
+    """Saves a value to a new file, or to an open one at its position.
+
+    Args:
+        value: the value.
+        file: the path of the new file, or the open file.
+        digester: the digester of an open file, which has digested it up to its position; None for a new one.
 
     Returns:
-        What has digested all that was written.
+        The digester, which has digested everything that was written.
 
     Raises:
-        OSError: it could not be written, for example because the disk is full.
+        OSError: if the value cannot be written, for example because the disk is full.
     """
     if isinstance(file, Path):
         with open(file, "xb") as opened:
@@ -45,26 +50,26 @@ def save_in_turn(
     fill: Callable[..., torch.Tensor | Iterable[torch.Tensor]],
     other: Mapping[str, Any] | None = None,
 ) -> Digester:
-    """Saves tensors into a new file, of which one is in memory at a time.
+    """Saves tensors to a new file while only one of them is in memory at a time.
 
-    ``torch.save`` wants all tensors at once, and then writes them one behind another. So all that it gets are views of
-    one piece of memory, as large as the largest: when it has written one of them, the next one takes its place. What is
-    larger than 256 MiB, such as a vocabulary, has its place in a nameless file beside the new one.
+    ``torch.save`` takes all tensors at once, and then writes them one after another. So it is given views of one piece
+    of memory, as large as the largest tensor: when it has written one tensor, the next is put in the same place.
+    Tensors larger than 256 MiB, such as a vocabulary, are put in an unnamed temporary file beside the new one instead.
 
     Args:
-        file: the new file.
-        plan: shapes and dtypes.
-        fill: returns a tensor of the plan, given its names: whole, or its rows in blocks; called once for each, in
-            order.
-        other: what else is saved, before the tensors; it holds none.
+        file: the path of the new file.
+        plan: the shape and dtype of every tensor, by its path in the saved value.
+        fill: a function that returns a tensor of the plan, given its path: the whole tensor, or its rows in blocks;
+            called once for each tensor, in the order of the plan.
+        other: further values, which are saved before the tensors and contain none.
 
     Returns:
-        What has digested the file.
+        The digester, which has digested the file.
 
     Raises:
-        ConversionError: ``fill`` gave something else than was planned.
-        OSError: for example a full disk.
-        RuntimeError: this PyTorch writes tensors in another way.
+        ConversionError: if the result of ``fill`` is not as planned.
+        OSError: if the file cannot be written, for example because the disk is full.
+        RuntimeError: if this version of PyTorch does not write tensors one after another.
     """
     turns = _Turns(plan, fill, file.parent)
     value: dict[str, Any] = dict(other or {})
@@ -84,11 +89,11 @@ def save_in_turn(
 
 
 class _Turns:
-    """Tensors that share one piece of memory; the first that waits holds its values there.
+    """Tensors that share one piece of memory, which contains the values of the first tensor that is not yet written.
 
     Attributes:
-        tensors: all of them, with a storage each, for ``torch.save`` writes whole storages.
-        waiting: those that were not written yet.
+        tensors: all tensors by path, each with a storage of its own, because ``torch.save`` writes whole storages.
+        waiting: the paths of the tensors that are not yet written, in order.
     """
 
     def __init__(
@@ -99,7 +104,7 @@ class _Turns:
     ) -> None:
         self._plan = plan
         self._fill = fill
-        # PyTorch takes no storages of two dtypes that begin at one address.
+        # torch.save refuses storages of different dtypes that begin at the same address; each dtype has its own start.
         starts = {dtype: 64 * number for number, dtype in enumerate({info.dtype: None for info in plan.values()})}
         large = [info.nbytes for info in plan.values() if info.nbytes > _MAX_IN_MEMORY]
         small = [info.nbytes for info in plan.values() if info.nbytes <= _MAX_IN_MEMORY]
@@ -116,7 +121,7 @@ class _Turns:
         self.waiting = collections.deque(self.tensors)
 
     def take_place(self) -> None:
-        """Gives the memory to the next tensor; those without elements need none."""
+        """Puts the values of the next tensor that has elements into the shared memory."""
         while self.waiting:
             names = self.waiting[0]
             tensor, info, content = self.tensors[names], self._plan[names], self._fill(*names)
@@ -128,7 +133,7 @@ class _Turns:
             self.waiting.popleft()
 
     def written(self, data: np.ndarray) -> None:
-        """Goes on to the next tensor where these bytes are all those of the one whose turn it is."""
+        """Continues with the next tensor if the bytes just written are exactly those of the current one."""
         if not self.waiting:
             return
         tensor = self.tensors[self.waiting[0]]
@@ -138,15 +143,18 @@ class _Turns:
 
 
 def _nameless(directory: Path, nbytes: int) -> torch.UntypedStorage:
-    """Memory that is a nameless file: the system can write it out, and frees it with the last tensor in it."""
+    """Returns memory backed by an unnamed file, which the system can page out; freed with the last tensor in it."""
     with tempfile.TemporaryFile(dir=directory) as file:
-        # A full disk must show here: writing into mapped memory without space behind it would kill the process.
+        # The space is allocated here to detect a full disk: a write to mapped memory without space kills the process.
         os.posix_fallocate(file.fileno(), 0, nbytes)
         return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8).untyped_storage()
 
 
 def _save(value: Any, file: BinaryIO, digester: Digester, written: Callable[[np.ndarray], None]) -> None:
-    """``written`` is told of each piece of memory that was written, and may change it then."""
+    """Saves a value with ``torch.save``, digests it, and raises the original error if a write fails.
+
+    ``written`` is called with each piece of memory after it was written, and may then change it.
+    """
     failed: list[BaseException] = []
 
     def write(data: Any) -> int:
@@ -162,21 +170,24 @@ def _save(value: Any, file: BinaryIO, digester: Digester, written: Callable[[np.
     try:
         torch.save(value, stream)
     except Exception:
-        # PyTorch goes on to end its zip file, notices that the position is wrong, and raises a RuntimeError about that.
+        # After a failed write, PyTorch tries to complete its zip file, finds a wrong position and raises a RuntimeError
+        # about it, which hides the cause.
         if failed:
             raise failed[0] from None
         raise
 
 
 class Scratch:
-    """Memory for one tensor after another: the system clears every page of fresh memory, which costs more than what is
-    done with it."""
+    """Memory that is reused for one tensor after another.
+
+    The system clears every page of fresh memory, which costs more time than the work done in it.
+    """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialized tensor, in the memory of the one that was taken before."""
+        """Returns an uninitialized tensor in the memory of the tensor taken before, which becomes invalid."""
         nbytes = TensorInfo(shape, dtype).nbytes
         if nbytes > self._memory.numel():
             self._memory = torch.empty(nbytes, dtype=torch.uint8)
@@ -184,9 +195,10 @@ class Scratch:
 
 
 def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same CPU memory, as a contiguous tensor whose storage ends with it: ``torch.save`` writes whole storages.
+    """Returns a contiguous CPU tensor whose storage covers exactly its elements.
 
-    Copies only what is not contiguous or not on the CPU.
+    ``torch.save`` writes whole storages, not only the elements of a view. The result shares the memory of the given
+    tensor, unless that is not contiguous or not on the CPU.
     """
     tensor = tensor.detach().cpu().contiguous()
     if tensor.numel() == 0:
