@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model directory: its config, weights, remote code and what else lies in it."""
+"""Hugging Face model directories: their configuration, weights, remote code and side files."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between a Hugging Face ``config.json`` and :class:`~bitcpm_megatron.models.Architecture`, for three model types.
+"""Conversion between a Hugging Face ``config.json`` and :class:`~bitcpm_megatron.models.Architecture`.
 
-Transformers 5 keeps RoPE's numbers in ``rope_parameters``, Transformers 4 and most other clients in ``rope_theta`` and
-``rope_scaling``. Both are read; the second is written, because both generations read it.
+Transformers 5 stores RoPE's parameters in ``rope_parameters``; Transformers 4 and most other clients store them in
+``rope_theta`` and ``rope_scaling``. Both forms are read; the second one is written, because both versions read it.
 """
 
 import math
@@ -23,10 +23,10 @@ CLASSES = {
     MINICPM: "MiniCPMForCausalLM",
     BITCPM: "BitCPMForCausalLM",
 }
-"""Model type -> class. ``bitcpm`` is our own: latent weights, quantized in the forward (``modeling_bitcpm.py``)."""
+"""Model type -> class. ``bitcpm`` is defined by ``modeling_bitcpm.py``: latent weights, quantized in the forward."""
 
 _ABOVE_0 = Number(0, open_minimum=True)
-# As the flags of training.
+# The same bounds as those of the training flags.
 _OF_NORMS, _ROTARY_BASE = Number(1e-30, 1), Number(1, 1e12)
 _ORIGINAL = "original_max_position_embeddings"
 _REFUSED = {
@@ -45,14 +45,14 @@ _DEFINED = set(
     "ternary_quantizer original_max_position_embeddings partial_rotary_factor pretraining_tp mup_denominator "
     "quantization_config".split()
 )
-"""Keys that say what the model computes; all others of a ``config.json`` (token ids, dropout, ...) are carried over."""
+"""Keys that define what a model computes; all other keys of a ``config.json`` (token ids, dropout, ...) are copied."""
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of a model directory.
+    """Reads the ``config.json`` of a model directory.
 
     Raises:
-        FileError: it is absent or no JSON object.
+        FileError: if it is missing or not a JSON object.
     """
     path = Path(directory) / "config.json"
     if not path.exists():
@@ -64,10 +64,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def model_type_of(config: Mapping[str, Any]) -> str:
-    """``llama``, ``granite``, ``minicpm`` or ``bitcpm``.
+    """Returns the model type of a ``config.json``: ``llama``, ``granite``, ``minicpm`` or ``bitcpm``.
 
     Raises:
-        ConversionError: another architecture.
+        ConversionError: if the architecture is another one.
     """
     classes = config.get("architectures") or []
     named = [kind for kind, name in CLASSES.items() if classes == [name]]
@@ -81,15 +81,16 @@ def model_type_of(config: Mapping[str, Any]) -> str:
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """Reads a ``config.json``.
+    """Returns the architecture that a ``config.json`` describes.
 
     Raises:
-        ConversionError: unknown architecture, a missing number, or a feature that the family does not have.
+        ConversionError: if the architecture is unknown, a number is missing or out of bounds, or a feature is not
+            supported by this family.
     """
     kind = model_type_of(config)
     if config.get("sparse_config") is not None:
-        # Not converted up to dense_len by itself: no file says how long the sequences of a training will be, and in a
-        # converted model nothing would remember it.
+        # The model is not silently converted as a dense one for sequences up to dense_len: no file says how long the
+        # sequences of a training will be, and the converted model would not record the limit.
         raise ConversionError(
             "config.json: sparse_config is InfLLM-v2's sparse attention, which is not supported; up to its dense_len "
             "tokens the model attends densely: for such sequences alone, take sparse_config out of config.json"
@@ -117,7 +118,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             max_position_embeddings=_value(config, "max_position_embeddings", Whole()),
             norm_epsilon=_value(config, "rms_norm_eps", _OF_NORMS, 1e-6),
             rotary_base=base,
-            # What each class takes for an absent key: MiniCPM ties, as Transformers' base configuration does.
+            # Without the key, each class has its default: MiniCPM is tied, as in Transformers' base configuration.
             tied=tied,
             longrope=longrope,
             **_multipliers(kind, config, hidden, layers),
@@ -131,12 +132,17 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def config_for(kind: str, architecture: Architecture, template: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A ``config.json`` of another (or the same) model type, for weights of ``dtype``, such as ``bfloat16``.
+    """Returns the content of a ``config.json`` that describes an architecture as a given model type.
 
-    Of ``template``, an earlier ``config.json`` of it or {}, what does not concern the computation is taken over.
+    Args:
+        kind: the model type.
+        architecture: the architecture.
+        template: an earlier ``config.json`` of the model, or {}; its keys that do not concern the computation are
+            copied.
+        dtype: the dtype of the weights, such as ``bfloat16``.
 
     Raises:
-        ConversionError: the model type cannot express the architecture.
+        ConversionError: if the model type cannot express the architecture.
     """
     a = architecture
     config: dict[str, Any] = {k: v for k, v in template.items() if k not in _DEFINED}
@@ -162,7 +168,7 @@ def config_for(kind: str, architecture: Architecture, template: Mapping[str, Any
         rope = {name: value for name, value in asdict(a.longrope).items() if value is not None}
         factors = {name: list(rope[name]) for name in ("short_factor", "long_factor")}
         config["rope_scaling"] = {"rope_type": "longrope", **rope, **factors}
-        # Transformers 4 looks for the original length outside alone, and fails without.
+        # Transformers 4 looks for the original length only outside of rope_scaling, and fails if it is missing there.
         config[_ORIGINAL] = a.longrope.original_max_position_embeddings
     if kind == LLAMA:
         if not a.is_llama:
@@ -186,11 +192,11 @@ def config_for(kind: str, architecture: Architecture, template: Mapping[str, Any
 
 
 def _value(config: Mapping[str, Any], key: str, bound: Whole | Number, default: Any = None) -> Any:
-    """A number of a ``config.json``, a float where the bound is one of floats; absent and null mean the default.
+    """Returns a number of a ``config.json``, as a float if the bound is a :class:`Number`; null means the default.
 
     Raises:
-        KeyError: it is absent and has no default.
-        ConversionError: it is none, or out of bounds.
+        KeyError: if the key is absent or null and has no default.
+        ConversionError: if the value is not a number, or is out of bounds.
     """
     value = config.get(key)
     if value is None:
@@ -219,13 +225,17 @@ def _multipliers(kind: str, config: Mapping[str, Any], hidden: int, layers: int)
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, LongRope | None]:
-    """RoPE's base, and LongRoPE's numbers where there are any."""
+    """Returns RoPE's base, and LongRoPE's parameters or None.
+
+    Raises:
+        ConversionError: if RoPE is scaled in another way, or only a part of the channels is rotated.
+    """
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base = _value({**config, **rope}, "rope_theta", _ROTARY_BASE, 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return base, None
-    if kind not in ("longrope", "su"):  # the same under its first name
+    if kind not in ("longrope", "su"):  # "su" is LongRoPE's first name
         raise ConversionError(f"config.json: RoPE scaling {kind!r} is not supported, only longrope is")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConversionError("config.json: partial_rotary_factor is not supported")
@@ -240,7 +250,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, LongRope | None]:
 
 
 def _exact(value: float, known: Any) -> Any:
-    """The template's own number where it is the same up to rounding, else the value, whole where it is."""
+    """Returns the template's number if it equals the value up to rounding, otherwise the value, as an int if whole."""
     if isinstance(known, int | float) and math.isclose(known, value, rel_tol=1e-12):
         return known
     return int(value) if value == int(value) else value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model as the tensors that Megatron wants, checked against its own ``config.json``."""
+"""Reader of Hugging Face models as Megatron's tensors, checked against their own ``config.json``."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,20 +29,20 @@ from .config import architecture_of, read_config
 from .remote_code import read_record
 
 _TIED = "model.embed_tokens.weight", "lm_head.weight"
-# Old Llama checkpoints hold these constants, which are computed from config.json.
+# Old Llama checkpoints contain these constants, which are computed from config.json.
 _COMPUTED = "rotary_emb.inv_freq"
 
 
 @dataclass
 class HfModel:
-    """A Hugging Face model, checked against its own ``config.json``.
+    """A Hugging Face model that is read as Megatron's tensors, checked against its own ``config.json``.
 
     Attributes:
-        reader: its files.
-        architecture: of its ``config.json``.
-        tensors: what it becomes.
-        dtype: to write, or None to keep each tensor's own.
-        record: of its quantizer, by Megatron's module names, or None.
+        reader: the reader of its files.
+        architecture: the architecture that its ``config.json`` describes.
+        tensors: the Megatron tensors that it is converted to.
+        dtype: the dtype to convert to, or None to keep each tensor's own.
+        record: the quantizer record with Megatron's module names, or None.
     """
 
     reader: TensorReader
@@ -53,20 +53,21 @@ class HfModel:
     _scratch: Scratch = field(default_factory=Scratch, init=False, repr=False)
 
     def dtype_of(self, tensor: MegatronTensor) -> torch.dtype:
-        """Of the written tensor."""
+        """Returns the dtype of a Megatron tensor as written."""
         return self.dtype or self.reader.tensors()[tensor.parts[0]].dtype
 
     def info(self, tensor: MegatronTensor, rows: int) -> TensorInfo:
-        """Of the written tensor, with a vocabulary padded to ``rows``."""
+        """Returns the shape and dtype of a Megatron tensor as written, with a vocabulary padded to ``rows``."""
         shape = (rows, *tensor.shape[1:]) if tensor.kind == "vocab" else tensor.shape
         return TensorInfo(shape, self.dtype_of(tensor))
 
     def read(self, tensor: MegatronTensor, rank: int = 0, size: int = 1) -> torch.Tensor:
-        """A Megatron tensor of a layer, or what one of ``size`` tensor-parallel ranks holds of it: a view of a file, or
-        of memory that the next call uses again.
+        """Returns the shard of a Megatron tensor, not of a vocabulary, on one of ``size`` tensor-parallel ranks.
+
+        The result is a view of a file, or of memory that the next call reuses.
 
         Raises:
-            ConversionError: it holds NaN or infinity.
+            ConversionError: if a value is NaN or infinite, or does not fit the dtype to write.
         """
         parts, dtype = self._parts(tensor, rank, size), self.dtype_of(tensor)
         if len(parts) == 1 and parts[0].dtype == dtype and parts[0].is_contiguous():
@@ -80,7 +81,7 @@ class HfModel:
         return whole
 
     def blocks(self, tensor: MegatronTensor, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """The same, as blocks of rows on end."""
+        """Yields the same shard as :meth:`read` in consecutive blocks of rows."""
         parts = self._parts(tensor, rank, size)
         for number, piece in enumerate(join(tensor, parts, self.architecture.kv_channels)):
             for rows in TensorInfo(tuple(piece.shape), piece.dtype).row_slices(CACHED_BYTES):
@@ -88,20 +89,20 @@ class HfModel:
                 yield self._cast(tensor, piece[rows])
 
     def _parts(self, tensor: MegatronTensor, rank: int, size: int) -> list[torch.Tensor]:
-        """What a rank holds of the Hugging Face tensors, views of the files."""
+        """Returns a rank's shards of the Hugging Face tensors of a Megatron tensor, as views of the files."""
         parts = []
         for name, rows in zip(tensor.parts, tensor.rows, strict=True):
             index: tuple[slice, ...] = ()
             if tensor.kind == "row":
                 index = (slice(None), _share(tensor.shape[1], rank, size))
             elif tensor.kind != "replicated":
-                # Each rank has its heads of q, k and v, and its channels of gate and up.
+                # Each rank has its own heads of q, k and v, and its own channels of gate and up.
                 index = (_share(rows, rank, size),)
             parts.append(self.reader.read(name, index))
         return parts
 
     def read_rows(self, tensor: MegatronTensor, start: int, stop: int) -> torch.Tensor:
-        """Rows of a vocabulary tensor; zeros beyond the vocabulary."""
+        """Returns rows of a vocabulary tensor, with zeros for the padding beyond the vocabulary."""
         (name,) = tensor.parts
         rows = self.reader.read(name, (slice(start, min(stop, tensor.shape[0])),))
         check_finite(name, rows)
@@ -116,10 +117,10 @@ class HfModel:
 
 
 def open_hf_model(directory: Path, dtype: torch.dtype | None, allow_pickle: bool) -> HfModel:
-    """Opens a model directory and checks that it holds what its ``config.json`` describes, and nothing else.
+    """Opens a model directory and checks that it contains exactly the tensors that its ``config.json`` describes.
 
     Raises:
-        ConversionError: lists every missing, unexpected or misshapen tensor.
+        ConversionError: if a tensor is missing, unexpected or of another shape or dtype; the message lists the tensors.
     """
     architecture = architecture_of(read_config(directory))
     arguments_of(architecture)
@@ -135,7 +136,7 @@ def open_hf_model(directory: Path, dtype: torch.dtype | None, allow_pickle: bool
 
 
 def mistakes(reader: TensorReader, architecture: Architecture) -> list[str]:
-    """What is missing of a model, has another shape, is left over, or is tied and differs."""
+    """Describes the tensors of a model that are missing, have another shape, are left over, or are tied but differ."""
     infos, expected = reader.tensors(), part_shapes(megatron_tensors(architecture))
     wrong = [f"{name}: missing" for name in expected if name not in infos]
     wrong += [
@@ -164,7 +165,10 @@ def _share(length: int, rank: int, size: int) -> slice:
 
 
 def _check_dtypes(model: HfModel) -> None:
-    """``torch_dist`` stacks layers, and one Megatron tensor is made of several: these must have one dtype."""
+    """Raises if tensors that Megatron stores in one tensor have several dtypes, or latent weights a wrong one.
+
+    ``torch_dist`` stacks layers, and one Megatron tensor is made of several Hugging Face tensors.
+    """
     by_name: dict[str, set[torch.dtype]] = {}
     for tensor in model.tensors:
         by_name.setdefault(tensor.suffix, set()).update(model.reader.tensors()[part].dtype for part in tensor.parts)
@@ -186,11 +190,12 @@ def _check_dtypes(model: HfModel) -> None:
 
 
 def checked_record(model: HfModel) -> QuantizerRecord | None:
-    """The record of a model, by Megatron's module names, held against its weights; made of them where they are ternary
-    already and say so nowhere. None for ordinary weights.
+    """Returns the quantizer record of a model, with Megatron's module names, checked against its weights.
+
+    If there is no record but weights are already ternary, a record is made from them. None for ordinary weights.
 
     Raises:
-        ConversionError: the record contradicts the weights, or one Megatron tensor would be half ternary.
+        ConversionError: if the record contradicts the weights, or only some parts of one Megatron tensor are ternary.
     """
     record = model.record
     groups = {}
@@ -211,7 +216,7 @@ def checked_record(model: HfModel) -> QuantizerRecord | None:
         modules = {module: {"group_size": group} for module, group in groups.items()}
         return QuantizerRecord("fused", "ternary", 1e-5, dtype, 1 if columns else shards, 16, modules)
     quantized = [t for t in model.tensors if t.module in record.modules]
-    # An all-zero weight is both.
+    # An all-zero weight counts as latent and as fused.
     zero = {t.module for t in quantized if t.module in groups and not any(model.reader.read(p).any() for p in t.parts)}
     wrong = [t.module for t in quantized if (record.state == "latent") == (t.module in groups) and t.module not in zero]
     if wrong:
@@ -224,7 +229,11 @@ def checked_record(model: HfModel) -> QuantizerRecord | None:
 
 
 def _fused_group(model: HfModel, tensor: MegatronTensor, space: str) -> int | None:
-    """The group size of weights that are quantized already, None for others; the smallest of the parts."""
+    """Returns the smallest group size among the parts of a tensor that is already quantized, or None if it is not.
+
+    Raises:
+        ConversionError: if only some of the parts are quantized, or a dtype is not supported.
+    """
     found = {}
     for name in tensor.parts:
         weight = model.reader.read(name)

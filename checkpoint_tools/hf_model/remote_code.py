@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model directories whose class Transformers does not have: ``config.json``, the modeling file, the record."""
+"""Model directories with a modeling file, for classes that Transformers does not have, and their quantizer record."""
 
 import json
 import shutil
@@ -18,11 +18,14 @@ MODELING_FILE = "modeling_bitcpm.py"
 def write_remote_code(directory: str | Path, config: Mapping[str, Any], record: QuantizerRecord | None) -> None:
     """Writes ``config.json`` with an ``auto_map``, the modeling file that it points to, and the quantizer record.
 
-    ``config`` is as :func:`~.config.config_for` makes it for ``bitcpm``, which needs a latent record, or ``minicpm``
-    (ordinary or fused weights); the record is by Hugging Face's module names.
+    Args:
+        directory: the model directory.
+        config: the result of :func:`~.config.config_for` for ``bitcpm``, which needs a latent record, or for
+            ``minicpm`` (ordinary or fused weights).
+        record: the quantizer record with Hugging Face's module names, or None.
 
     Raises:
-        ConversionError: model type and record do not go together.
+        ConversionError: if model type and record contradict each other.
     """
     kind = config.get("model_type")
     if kind not in (BITCPM, MINICPM):
@@ -39,17 +42,17 @@ def write_remote_code(directory: str | Path, config: Mapping[str, Any], record: 
     if record is not None:
         record.write(directory)
         if kind == BITCPM:
-            # Not `quantization_config`: Transformers would look for a quantizer of its own.
+            # The key is not `quantization_config`, for which Transformers would look for a quantizer of its own.
             written[CONFIG_KEY] = record.content()
     shutil.copyfile(Path(__file__).with_name(MODELING_FILE), directory / MODELING_FILE)
     write_text(directory / "config.json", json.dumps(written, indent=2) + "\n")
 
 
 def read_record(directory: str | Path) -> QuantizerRecord | None:
-    """The quantizer record of a model directory, from its file, its ``config.json``, or both; None where there is none.
+    """Reads the quantizer record of a model directory from its file, its ``config.json`` or both; None if it has none.
 
     Raises:
-        ConversionError: one cannot be understood, or the two contradict each other.
+        ConversionError: if a record cannot be understood, or the two contradict each other.
     """
     try:
         return record_of_model(directory)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small files of a model directory that say nothing about its weights: tokenizer, chat template, generation."""
+"""Side files of a model directory, which do not describe its weights: tokenizer, chat template, generation settings."""
 
 import shutil
 from pathlib import Path
@@ -13,25 +13,25 @@ _NAMES = (
 
 
 def side_files(source: Path) -> list[str]:
-    """The names of whichever of these files a directory has."""
+    """Returns the names of the side files that a directory contains."""
     found = (path for pattern in _NAMES for path in sorted(source.glob(pattern)) if path.is_file())
     return [path.relative_to(source).as_posix() for path in found]
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies these files."""
+    """Copies the side files of a directory to another one."""
     for name in side_files(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
 
 
 def special_ids(source: Path) -> dict[str, int | None]:
-    """What a ``config.json`` says of a directory's ``tokenizer.json``; empty where there is none.
+    """Returns the ids of special tokens for a ``config.json``, from a ``tokenizer.json``; empty if there is none.
 
-    Where it says nothing, stock clients take the ids of Llama's first tokenizer, and do not stop where texts end.
+    Without these keys, stock clients use the ids of Llama's first tokenizer, and do not stop at the end of a text.
 
     Raises:
-        ValueError: it is no tokenizer, or names no ``eos_token``.
+        ValueError: if the file is not a tokenizer, or names no ``eos_token``.
     """
     if not (source / TOKENIZER).is_file():
         return {}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of Megatron as one whole model, whatever its layout."""
+"""Megatron checkpoints of every format and parallel layout, read and written as one whole model."""

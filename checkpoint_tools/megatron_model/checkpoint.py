@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Megatron checkpoint as the whole model's tensors, whichever format and parallel layout it was written in."""
+"""Reader of Megatron checkpoints of every format and parallel layout, which returns the tensors of the whole model."""
 
 import argparse
 import contextlib
@@ -22,15 +22,15 @@ from .legacy import LegacyReader
 
 _LAYER = re.compile(r"decoder\.layers\.([0-9]{1,9})\.(.+)")
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
-# Beside the weights a run saves how to go on; none of it is part of the model.
+# Besides the weights, a run saves state for continuing the training, which is not part of the model.
 _NOT_WEIGHTS = re.compile(r"(^|\.)optimizer\.|_extra_state|^rng_state|^rerun_state|^opt_param_scheduler|rotary_pos_emb")
 
 
 def locate(directory: Path) -> Path:
-    """The checkpoint that a directory means: itself, or the one that its tracker names.
+    """Returns the checkpoint that a directory stands for: itself, or the one that its tracker file names.
 
     Raises:
-        ConversionError: there is none.
+        ConversionError: if there is no complete checkpoint.
     """
     if _is_checkpoint(directory):
         return directory
@@ -53,7 +53,7 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def open_checkpoint(directory: Path, allow_pickle: bool = False) -> "MegatronCheckpoint":
-    """Opens a checkpoint of either format; see :func:`locate`."""
+    """Opens a checkpoint of either format, which is found by :func:`locate`."""
     path = locate(directory)
     if (path / "metadata.json").is_file():
         return TorchDistCheckpoint(path, allow_pickle)
@@ -61,16 +61,16 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> "MegatronChe
 
 
 class MegatronCheckpoint(ABC):
-    """The tensors of a checkpoint by global layer number, and what it says of itself.
+    """Base class of opened checkpoints: their tensors by global layer number, and their metadata.
 
     Attributes:
         format: ``torch_dist`` or ``legacy``.
-        path: of the iteration.
-        arguments: of the run that wrote it, by Megatron-LM's names; empty where it records none.
+        path: the iteration directory.
+        arguments: the arguments of the run that wrote it, by Megatron-LM's names; empty if none are recorded.
         record: the quantizer record, or None.
-        layout: parallel sizes by name, from the files themselves; ``tensor`` is always there.
-        optimizer_state: whether it is there.
-        tied: whether the model's embedding is its output layer, known after :meth:`mistakes`.
+        layout: the parallel sizes by name, derived from the files themselves; ``tensor`` is always present.
+        optimizer_state: whether the checkpoint contains the optimizer's state.
+        tied: whether the model's output layer is its embedding; set by :meth:`mistakes`, False before.
     """
 
     format: str
@@ -87,30 +87,30 @@ class MegatronCheckpoint(ABC):
 
     @abstractmethod
     def info(self, tensor: MegatronTensor) -> TensorInfo:
-        """Shape and dtype of the whole tensor as stored, with padded rows.
+        """Returns the shape and dtype of the whole tensor as stored, with padded rows.
 
         Raises:
-            KeyError: there is no such tensor.
+            KeyError: if there is no such tensor.
         """
 
     @abstractmethod
     def read(self, tensor: MegatronTensor, rows: slice = slice(None)) -> torch.Tensor:
-        """Rows of a whole tensor; not to be written into."""
+        """Returns rows of the whole tensor, which the caller must not write into."""
 
     def has_scales(self, tensor: MegatronTensor) -> bool:
-        """Whether the scales that training used were saved; the legacy format has none."""
+        """Returns whether the scales that training used were saved; the legacy format does not save them."""
         return False
 
     def scales(self, tensor: MegatronTensor) -> torch.Tensor | None:
-        """The scales that training used, bf16 ``[out, groups]``, or None where none were saved."""
+        """Returns the scales that training used, bf16 ``[out features, groups per row]``, or None if not saved."""
         return None
 
     @abstractmethod
     def leftover(self, tensors: Sequence[MegatronTensor]) -> set[str]:
-        """What is stored, is part of a model, and belongs to none of these tensors; by its name in the file."""
+        """Returns the names in the file of stored model tensors that are none of the given tensors."""
 
     def mistakes(self, tensors: Sequence[MegatronTensor]) -> list[str]:
-        """What is missing of the tensors of a model, has another shape, or is left over."""
+        """Describes the tensors of a model that are missing, have another shape, or are left over; sets ``tied``."""
         self.tied = all(tensor.name != OUTPUT for tensor in tensors)
         wrong = []
         for tensor in tensors:
@@ -119,7 +119,7 @@ class MegatronCheckpoint(ABC):
             except KeyError:
                 wrong.append(f"{tensor.name}: missing")
                 continue
-            # The vocabulary is padded.
+            # A vocabulary may have more rows than the model, because it is padded.
             least = shape[:1] >= tensor.shape[:1] if tensor.kind == "vocab" else shape[:1] == tensor.shape[:1]
             if len(shape) != len(tensor.shape) or not least or shape[1:] != tensor.shape[1:]:
                 wrong.append(f"{tensor.name}: shape {list(shape)}, the model's arguments say {list(tensor.shape)}")
@@ -127,7 +127,7 @@ class MegatronCheckpoint(ABC):
 
 
 class TorchDistCheckpoint(MegatronCheckpoint):
-    """megatron-core's ``torch_dist``: layers stacked, or (with uneven layers) one by one."""
+    """Checkpoint in megatron-core's ``torch_dist`` format: layers are stacked, or one by one if non-homogeneous."""
 
     format = "torch_dist"
 
@@ -166,17 +166,17 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         return names
 
     def _tensor_parallel_size(self) -> int:
-        """From how the columns of a row-parallel weight are cut into chunks."""
+        """Returns the number of chunks into which the columns of a row-parallel weight are cut."""
         for name in self._infos:
             if name.endswith("self_attention.linear_proj.weight"):
                 return len({offsets[-1] for offsets, _ in self._reader.chunks(name)})
         return 1
 
     def _key(self, tensor: MegatronTensor) -> tuple[str, tuple[int, ...]]:
-        """Where a tensor lies: key, and layer number within it.
+        """Returns the key of a tensor in the file, and its index there: the layer number in a stack, otherwise ().
 
         Raises:
-            KeyError: nowhere.
+            KeyError: if the tensor is not stored.
         """
         for name in tensor.spellings:
             if tensor.layer is not None:
@@ -195,14 +195,17 @@ class TorchDistCheckpoint(MegatronCheckpoint):
 
 
 class LegacyCheckpoint(MegatronCheckpoint):
-    """One ``model_optim_rng.pt`` per tensor- and pipeline-parallel rank, each with its layers counted from 0."""
+    """Checkpoint in the legacy format: a ``model_optim_rng.pt`` per tensor- and pipeline-parallel rank.
+
+    Every file counts the layers of each of its model parts from 0.
+    """
 
     format = "legacy"
 
     def __init__(self, path: Path, allow_pickle: bool = False) -> None:
         self._reader = LegacyReader(path, allow_pickle)
         layout = {"tensor": self._reader.tensor_parallel_size, "pipeline": self._reader.pipeline_parallel_size}
-        # Virtual stages outermost.
+        # The global layer order visits all pipeline ranks for every virtual stage, so virtual stages vary slowest.
         keys = sorted(self._reader.ranks[0, 0], key=lambda key: int(key.removeprefix("model") or 0))
         if "model" not in keys:
             layout["virtual pipeline"] = len(keys)
@@ -250,7 +253,7 @@ class LegacyCheckpoint(MegatronCheckpoint):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def leftover(self, tensors: Sequence[MegatronTensor]) -> set[str]:
-        # The last stage of a tied model holds a copy of the embedding as its output layer.
+        # The last pipeline stage of a tied model holds a copy of the embedding as its output layer.
         copied = {OUTPUT} if self.tied else set()
         return set(self._where) - copied - {name for tensor in tensors for name in tensor.spellings}
 
@@ -266,7 +269,11 @@ class LegacyCheckpoint(MegatronCheckpoint):
 
 
 def _run_arguments(path: Path, allow_pickle: bool) -> dict[str, Any]:
-    """The arguments beside a ``torch_dist`` checkpoint: of our loop in JSON, of Megatron-LM in ``common.pt``."""
+    """Reads the arguments of a ``torch_dist`` checkpoint, from our training loop's JSON or Megatron-LM's common values.
+
+    Raises:
+        ConversionError: if they are not a JSON object or an :class:`argparse.Namespace`.
+    """
     file = path / "arguments.json"
     if file.is_file():
         found = read_json(file)

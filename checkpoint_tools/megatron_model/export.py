@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Megatron checkpoint is exported as: its tensors by Hugging Face's names, latent or as training used them."""
+"""Export of a Megatron checkpoint: its tensors by Hugging Face's names, as latent weights or as quantized ones."""
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,17 +29,17 @@ from .checkpoint import MegatronCheckpoint, locate, open_checkpoint
 
 @dataclass
 class Export:
-    """What is going to be written, and from what.
+    """An export that has been decided on but not yet written.
 
     Attributes:
-        checkpoint: the source.
-        architecture: of the model.
-        tensors: of the model, all present.
-        record: how training quantized, by Megatron's module names, or None.
-        fuse: whether to write quantized weights.
-        dtype: to write, or None to keep each tensor's own.
-        template: directory with the tokenizer's files, or None.
-        earlier: its ``config.json``, or what one would say of its special tokens; empty where neither is known.
+        checkpoint: the source of the weights.
+        architecture: the architecture of the model.
+        tensors: the tensors of the model, all of which the checkpoint contains.
+        record: the quantizer record with Megatron's module names, or None if training did not quantize.
+        fuse: whether latent weights are quantized when they are written.
+        dtype: the dtype to write, or None to keep each tensor's own.
+        template: the directory with the tokenizer's files, or None.
+        earlier: the ``config.json`` of ``template``, or its keys for special tokens; empty if neither is known.
     """
 
     checkpoint: MegatronCheckpoint
@@ -52,10 +52,11 @@ class Export:
     earlier: Mapping[str, Any]
 
     def blocks(self, tensor: MegatronTensor) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
-        """The Hugging Face tensors of a Megatron tensor, each as blocks of rows, in the dtype to write.
+        """Yields the names of the Hugging Face tensors of a Megatron tensor, each with its blocks of rows to write.
 
         Raises:
-            ConversionError: NaN, or scales that do not belong to the weights.
+            ConversionError: if values are not finite or do not fit the dtype, or saved scales do not belong to the
+                weights.
         """
         read = self.checkpoint.read
         if tensor.kind == "vocab":
@@ -66,7 +67,7 @@ class Export:
         record = self.record if self.record is not None and tensor.module in self.record.modules else None
         scales = None
         if record is not None and record.state == "latent":
-            # Of latent exports, too: scales that contradict the record mean that it is not this model's.
+            # Scales are checked for latent exports, too: if they contradict the record, it belongs to another model.
             scales = checked_scales(self.checkpoint, record, tensor)
         part_scales = None if scales is None else split(tensor, scales, channels)
         for number, (name, pieces) in enumerate(zip(tensor.parts, split(tensor, read(tensor), channels), strict=True)):
@@ -86,7 +87,7 @@ class Export:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say which checkpoint is exported, and what it does not say of itself."""
+    """Adds the flags that name the checkpoint to export, and those for facts that it may not record."""
     parser.add_argument(
         "--load-dir", type=Path, required=True, help="--save directory of a run, or one iteration of it"
     )
@@ -107,15 +108,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_export(args: argparse.Namespace, weights: Literal["latent", "fused"], dtype: torch.dtype | None) -> Export:
-    """Opens a checkpoint and decides what its export is.
+    """Opens a checkpoint, checks it, and decides how it is exported.
 
     Args:
-        args: of the command line, with the flags of :func:`add_arguments` and ``--allow-pickle``.
-        weights: to write.
-        dtype: to write, or None to keep each tensor's own.
+        args: the parsed arguments, with the flags of :func:`add_arguments` and ``--allow-pickle``.
+        weights: the kind of weights to write.
+        dtype: the dtype to write, or None to keep each tensor's own.
 
     Raises:
-        ConversionError: the checkpoint, its record and the arguments do not go together.
+        ConversionError: if the checkpoint, its record and the arguments contradict each other.
     """
     if args.tokenizer is not None and not args.tokenizer.is_dir():
         raise ConversionError(f"--tokenizer {args.tokenizer} is no directory")
@@ -148,10 +149,13 @@ def open_export(args: argparse.Namespace, weights: Literal["latent", "fused"], d
 
 
 def _template(checkpoint: MegatronCheckpoint) -> Path | None:
-    """What a conversion left, with this checkpoint or with the one that its run started from; else the run's tokenizer.
+    """Returns the directory with the model's tokenizer files, or None if it cannot be found.
+
+    It is the one that a conversion wrote into this checkpoint, or into the checkpoint that the run started from;
+    otherwise the one of the run's tokenizer.
 
     Raises:
-        ConversionError: where the run had its tokenizer there is another one by now.
+        ConversionError: if the path of the run's tokenizer contains another tokenizer.
     """
     arguments = checkpoint.arguments
     origin, used = arguments.get("pretrained_checkpoint"), arguments.get("tokenizer_model")
@@ -159,7 +163,7 @@ def _template(checkpoint: MegatronCheckpoint) -> Path | None:
     for directory in (path / HF_DIRECTORY for path in kept):
         if directory.is_dir():
             return directory
-    # Checkpoints from before there were identities do not tell.
+    # Without a recorded identity, it is unknown whether the path still contains the tokenizer of the run.
     identity = arguments.get("tokenizer_identity")
     if used is None or identity is None:
         return None
@@ -176,7 +180,11 @@ def _template(checkpoint: MegatronCheckpoint) -> Path | None:
 def _architecture(
     checkpoint: MegatronCheckpoint, config: Mapping[str, Any] | None, vocab_size: int | None
 ) -> Architecture:
-    """From the run's arguments; from an earlier ``config.json`` where it left none."""
+    """Returns the architecture by the run's arguments, or by an earlier ``config.json`` if there are none.
+
+    Raises:
+        ConversionError: if neither states the architecture, or the vocabulary size is unknown or contradictory.
+    """
     if not checkpoint.arguments:
         if config is None:
             raise ConversionError(

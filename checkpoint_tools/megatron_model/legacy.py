@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron-LM's legacy checkpoints: ``mp_rank_XX[_YYY]/model_optim_rng.pt``, one file for each model-parallel rank."""
+"""Megatron-LM's legacy checkpoints: ``mp_rank_XX[_YYY]/model_optim_rng.pt``, one file per model-parallel rank."""
 
 import argparse
 import re
@@ -20,21 +20,24 @@ _MODEL = re.compile(r"model\d*")
 
 
 class LegacyReader:
-    """A legacy iteration directory (``iter_0000100`` or ``release``), with its ``mp_rank_*`` directories.
+    """Reader of a legacy iteration directory (``iter_0000100`` or ``release``) with its ``mp_rank_*`` directories.
+
+    Args:
+        iteration_directory: the directory.
+        allow_pickle: whether unsafe pickles are loaded, as in
+            :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
 
     Attributes:
-        tensor_parallel_size: number of tensor-parallel ranks.
-        pipeline_parallel_size: number of pipeline ranks.
-        optimizer_state: whether it is there.
-        args: arguments of the run that saved it, as plain values; empty where there are none.
-        ranks: for each (tensor rank, pipeline rank) the model parts, "model", or "model0", "model1", ... under virtual
-            pipeline parallelism; each a dict of names and tensors that are views of the file. ``_extra_state`` is left
-            out.
-
-    ``allow_pickle`` as in :func:`~bitcpm_megatron.checkpoints.safe_load.load_without_code`.
+        tensor_parallel_size: the number of tensor-parallel ranks.
+        pipeline_parallel_size: the number of pipeline ranks.
+        optimizer_state: whether the checkpoint contains the optimizer's state.
+        args: the arguments of the run that saved it, as plain values; empty if there are none.
+        ranks: for each (tensor rank, pipeline rank) the model parts: "model", or "model0", "model1", ... under virtual
+            pipeline parallelism. Each part is a dict of names and tensors, which are views of the file, without
+            ``_extra_state``.
 
     Raises:
-        FileError: a rank is missing, damaged or does not fit the others, or the layout is not supported.
+        FileError: if a rank is missing, damaged or does not fit the others, or the layout is not supported.
     """
 
     def __init__(self, iteration_directory: Path, allow_pickle: bool = False) -> None:
@@ -83,21 +86,21 @@ def write_rank(
     fill: Callable[[str, str], torch.Tensor | Iterable[torch.Tensor]],
     other: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes one rank's file without holding its tensors in memory; see :func:`~.torch_file.save_in_turn`.
+    """Writes one rank's file with one tensor in memory at a time, by :func:`~..storage.torch_file.save_in_turn`.
 
     Args:
-        path: the new file, ``.../mp_rank_00/model_optim_rng.pt``; its directory is made.
-        plan: for each model part ("model", or "model0", "model1", ...) names, shapes and dtypes.
-        fill: returns a tensor of the plan, given part and name: whole, or its rows in blocks; called once for each, in
-            order.
-        other: what else goes into the file: ``args``, ``checkpoint_version``, ``iteration`` and so on.
+        path: the new file, ``.../mp_rank_00/model_optim_rng.pt``; its directory is created.
+        plan: for each model part ("model", or "model0", "model1", ...) the shape and dtype of every tensor, by name.
+        fill: a function that returns a tensor of the plan, given its part and name: the whole tensor, or its rows in
+            blocks; called once for each tensor, in the order of the plan.
+        other: the other values of the file: ``args``, ``checkpoint_version``, ``iteration`` and so on.
 
     Returns:
-        Its entry of ``DIGESTS.json``.
+        The file's entry of ``DIGESTS.json``.
 
     Raises:
-        ConversionError: ``fill`` gave something else than was planned.
-        OSError: for example a full disk.
+        ConversionError: if the result of ``fill`` is not as planned.
+        OSError: if the file cannot be written, for example because the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[Names, TensorInfo] = {(key, name): info for key, part in plan.items() for name, info in part.items()}
@@ -105,12 +108,16 @@ def write_rank(
 
 
 def rank_directory(tp: int, pp: int, pipeline_parallel_size: int) -> str:
-    """Megatron-LM's name of a rank's directory: without the pipeline rank where there is no pipeline parallelism."""
+    """Returns Megatron-LM's name of a rank's directory, without the pipeline rank if there is only one stage."""
     return f"mp_rank_{tp:02d}" if pipeline_parallel_size == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
 
 
 def _rank_files(directory: Path) -> dict[tuple[int, int], Path]:
-    """The file of each (tensor rank, pipeline rank) of a complete grid."""
+    """Returns the file of each (tensor rank, pipeline rank), which must form a complete grid.
+
+    Raises:
+        ConversionError: if there are no ranks, a rank is missing, or ranks of several layouts or of experts are found.
+    """
     paths: dict[tuple[int, int], Path] = {}
     flat = False
     for entry in sorted(directory.iterdir()) if directory.is_dir() else []:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model as a Megatron checkpoint: ``torch_dist`` for every parallel layout, or legacy files for one."""
+"""Writer of Megatron checkpoints: ``torch_dist``, which loads at every parallel layout, or legacy files for one."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from .legacy import rank_directory, write_rank
 if TYPE_CHECKING:
     from ..storage.torch_dist_writer import Chunk
 
-# What Transformer Engine's modules, and under its name megatron-core's own, ask for beside their weights.
+# The modules of a layer whose _extra_state megatron-core asks for when it loads: Transformer Engine's modules, and
+# megatron-core's own modules under the same names.
 _WITH_EXTRA_STATE = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -30,13 +31,13 @@ _WITH_EXTRA_STATE = (
 
 @dataclass(frozen=True)
 class Layout:
-    """The parallel layout of a checkpoint.
+    """Parallel layout of a checkpoint.
 
     Attributes:
-        tp: tensor-parallel size.
-        pp: pipeline-parallel size.
-        vp: virtual stages per pipeline rank, or None.
-        transformer_impl: whose names the norms get in legacy files.
+        tp: the tensor-parallel size.
+        pp: the pipeline-parallel size.
+        vp: the number of virtual stages per pipeline rank, or None.
+        transformer_impl: the ``--transformer-impl`` that will load legacy files, which decides the names of the norms.
     """
 
     tp: int = 1
@@ -45,10 +46,10 @@ class Layout:
     transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
 
     def check(self, model: HfModel, legacy: bool) -> None:
-        """Checks that a model can be laid out so; ``torch_dist`` only shows the tensor-parallel size in its chunks.
+        """Checks that the layout divides a model; ``torch_dist`` needs only the chunks of the tensor-parallel size.
 
         Raises:
-            ConversionError: with the sizes that do not divide, and those that do.
+            ConversionError: if a size does not divide the model; the message names both.
         """
         a = model.architecture
         channels = a.num_attention_heads * a.kv_channels
@@ -63,17 +64,25 @@ class Layout:
 
 
 Digests = dict[str, dict[str, Any]]
-"""Entries of ``DIGESTS.json``, by file."""
+"""Entries of ``DIGESTS.json`` by file name."""
 
 
 def write_torch_dist(
     model: HfModel, directory: Path, common: Mapping[str, Any], rows: int, tp: int, on_bytes: Callable[[int], Any]
 ) -> Digests:
-    """Writes ``torch_dist``: layers stacked, each a chunk of its stack, row-parallel ones cut as ``tp`` ranks would.
+    """Writes a ``torch_dist`` checkpoint, in which layers are stacked and each layer is a chunk of its stack.
 
-    ``common`` goes into ``common.pt``; ``rows`` are those of the padded vocabulary; ``tp`` shows in the chunks, for
-    whoever asks which tensor-parallel size a checkpoint comes from: it loads at any. ``on_bytes`` is called with the
-    size of what was written. Returns the digests of the large files.
+    Args:
+        model: the model.
+        directory: the iteration directory, which exists.
+        common: the content of ``common.pt``.
+        rows: the number of rows of the padded vocabulary.
+        tp: the number of chunks of a row-parallel weight, from which tools infer the tensor-parallel size of the
+            checkpoint; it loads at every size.
+        on_bytes: a function that is called with the size of each piece that was written.
+
+    Returns:
+        The digests of the ``.distcp`` files.
     """
     from ..storage.torch_dist_writer import TorchDistWriter
 
@@ -94,7 +103,19 @@ def write_legacy(
     layout: Layout,
     on_bytes: Callable[[int], Any],
 ) -> Digests:
-    """Writes one ``model_optim_rng.pt`` per tensor- and pipeline-parallel rank; arguments and result as above."""
+    """Writes a legacy checkpoint, with one ``model_optim_rng.pt`` per tensor- and pipeline-parallel rank.
+
+    Args:
+        model: the model.
+        directory: the iteration directory, which exists.
+        common: the values besides the weights that every file contains.
+        rows: the number of rows of the padded vocabulary.
+        layout: the parallel layout.
+        on_bytes: a function that is called with the size of each tensor when it is written.
+
+    Returns:
+        The digests of the files.
+    """
     digests = {}
     for stage, parts in _stages(model, layout).items():
         for rank in range(layout.tp):
@@ -146,7 +167,7 @@ def _chunks(model: HfModel, rows: int, tp: int) -> Iterator["Chunk"]:
 
 
 def _stages(model: HfModel, layout: Layout) -> dict[int, dict[str, dict[str, MegatronTensor]]]:
-    """Pipeline rank -> model key (``model``, or ``model0``, ``model1``, ...) -> name there -> tensor."""
+    """Returns pipeline rank -> model part (``model``, or ``model0``, ``model1``, ...) -> name in it -> tensor."""
     places = [(v, p) for v in range(layout.vp or 1) for p in range(layout.pp)]
     per_stage = model.architecture.num_layers // len(places)
     found: dict[int, dict[str, dict[str, MegatronTensor]]] = {}
