@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ternary models in Hugging Face Transformers, from this file alone (Transformers >= 4.56 and torch >= 2.6).
+"""Ternary models for Hugging Face Transformers in one self-contained file (Transformers >= 4.56 and torch >= 2.6).
 
 ``BitCPMForCausalLM``
-    A checkpoint of *latent* weights: full precision, quantized to few levels times scale in every forward pass, so that
-    any Transformers trainer can go on training them. Which layers, and how, is in ``config.ternary_quantizer``. Before
-    serving, ``qat_convert.py`` fuses the quantizer into the weights; what comes out loads without this file.
+    A model with *latent* weights: they are stored in full precision and quantized to a few levels times a scale in
+    every forward pass, so that any Transformers trainer can continue the training. ``config.ternary_quantizer`` says
+    which layers are quantized, and how. Before serving, ``qat_convert.py`` fuses the quantizer into the weights; the
+    result loads without this file.
 
 ``MiniCPMForCausalLM``
-    MiniCPM under its own name and multipliers, computed by Transformers' Granite, which is the same model.
+    MiniCPM under its own name and with its own multipliers, computed by Transformers' Granite, which is the same model.
 
-The quantizer, per group of a latent weight W, rounded to the dtype it was trained in (group size -1: the row)::
+The quantizer computes, for every group of a latent weight W, rounded to the dtype that it was trained in (a group size
+of -1 means the whole row), with the scale multiplier m::
 
-    s  = bf16(max(m * statistic(|W|) in fp32, eps))      the mean or the maximum
+    s  = bf16(max(m * statistic(|W|) in fp32, eps))      the statistic is the mean or the maximum
     Wq = level * s                                       zeros are +0.0
 
-with the level of the last threshold that W is beyond, see :data:`SPACES`. For ternary with the mean and m = 1 this is
-clamp(round_half_even(W / s), -1, 1) * s. The gradient of W is the gradient of Wq.
+The level is the one above the highest threshold (times s) that W exceeds, or the lowest level if W exceeds none;
+:data:`SPACES` lists levels and thresholds. For ternary weights with the mean and m = 1 this is
+clamp(round_half_even(W / s), -1, 1) * s. The gradient of W is the gradient of Wq (straight-through estimator).
 """
 
 import math
@@ -33,29 +36,30 @@ SPACES = {
     "integer-4": ((-2.0, -1.0, 1.0, 2.0), ((-1.5, False), (0.0, True), (1.5, True))),
     "five-value": ((-2.0, -1.0, 0.0, 1.0, 2.0), ((-1.5, False), (-0.5, True), (0.5, False), (1.5, True))),
 }
-"""Space -> its levels, and between them the thresholds, each with whether a tie takes the upper level; times scale."""
+"""Space -> levels, and thresholds between adjacent levels with whether a tie takes the upper level; in units of s."""
 _LATENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ACTIVATION_EPS = 1e-5
 _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 class BitCPMConfig(GraniteConfig):
-    """Granite's configuration and ``ternary_quantizer``: how the latent weights are quantized, as a dictionary.
+    """Granite's configuration plus ``ternary_quantizer``, a dictionary that describes how latent weights are quantized.
 
-    Its keys: ``version`` (2), ``state`` ("latent" or "fused"), ``space`` (of :data:`SPACES`), ``statistic`` ("absmean"
-    or "absmax"), ``scale_multiplier``, ``eps``, ``latent_dtype``, ``row_parallel_shards``, ``activation_bits`` (16 or
-    8), ``modules`` (module name -> ``{"group_size": g}``, and the four of the quantizer where they differ). Version 1
-    had ternary, absmean and 1 alone.
+    The keys of the dictionary are ``version`` (2), ``state`` ("latent" or "fused"), ``space`` (a key of
+    :data:`SPACES`), ``statistic`` ("absmean" or "absmax"), ``scale_multiplier``, ``eps``, ``latent_dtype``,
+    ``row_parallel_shards``, ``activation_bits`` (16 or 8) and ``modules``: module name -> ``{"group_size": g}``, plus
+    ``space``, ``statistic``, ``scale_multiplier`` and ``eps`` if the module's own differ. Version 1 has only ternary
+    weights, absmean and a multiplier of 1.
     """
 
     model_type = "bitcpm"
-    # A tensor-parallel plan would cut the rows of o_proj and down_proj, and with them their groups.
+    # A tensor-parallel plan would cut the rows of o_proj and down_proj, and with them their groups, so there is none.
     base_model_tp_plan = None
     ternary_quantizer = None
 
 
 class MiniCPMConfig(GraniteConfig):
-    """MiniCPM's ``scale_emb``, ``scale_depth`` and ``dim_model_base``, which decide Granite's four multipliers."""
+    """MiniCPM's configuration: ``scale_emb``, ``scale_depth`` and ``dim_model_base`` set Granite's four multipliers."""
 
     model_type = "minicpm"
 
@@ -70,7 +74,7 @@ class MiniCPMConfig(GraniteConfig):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Latent weight -> quantized weight itself, and not ``W + (Wq - W)``, which in bf16 is something else."""
+    """Straight-through estimator that returns the quantized weight Wq itself: in bf16, ``W + (Wq - W)`` differs."""
 
     @staticmethod
     def forward(ctx, weight: torch.Tensor, *how) -> torch.Tensor:  # noqa: ANN001, ANN002
@@ -101,24 +105,24 @@ def quantize_weight(
     statistic: str = "absmean",
     scale_multiplier: float = 1.0,
 ) -> torch.Tensor:
-    """The quantized weight.
+    """Returns the quantized weight of a latent weight.
 
     Args:
-        weight: latent weight ``[out, in]``.
-        group: elements per scale.
-        eps: lower bound of a scale.
-        latent_dtype: what the weight is rounded to first. Pretraining keeps fp32 masters and quantizes their bf16
-            copies; a trainer that keeps fp32 weights computes with the same quantized ones.
-        space: of :data:`SPACES`.
-        statistic: what a scale is made of, ``absmean`` or ``absmax``.
-        scale_multiplier: of the statistic.
+        weight: the latent weight ``[out, in]`` (output features, input features).
+        group: the number of elements per scale.
+        eps: the lower bound of a scale.
+        latent_dtype: the dtype that the weight is first rounded to. Pretraining keeps fp32 masters and quantizes their
+            bf16 copies; with it, a trainer that keeps fp32 weights computes with the same quantized weights.
+        space: the quantization space, a key of :data:`SPACES`.
+        statistic: the statistic that a scale is computed from, ``absmean`` or ``absmax``.
+        scale_multiplier: the factor of the statistic.
 
     Returns:
-        ``[out, in]`` in the weight's dtype.
+        The quantized weight ``[out, in]`` in the dtype of ``weight``.
     """
     w = weight.reshape(-1, group).to(latent_dtype).float().contiguous()
     found = w.abs().amax(-1, keepdim=True) if statistic == "absmax" else _mean(w.abs())
-    # By a tensor, so that the multiplier is rounded to fp32 before the product is.
+    # The multiplier is a tensor, so that it is rounded to fp32 before the product is computed.
     s = (found * torch.full_like(found, scale_multiplier)).clamp_(min=eps).to(torch.bfloat16).float()
     levels, thresholds = SPACES[space]
     if space == "ternary":
@@ -129,14 +133,17 @@ def quantize_weight(
         for level, (threshold, upper) in zip(levels[1:], thresholds):  # noqa: B905 - of the same length
             beyond = w >= s * threshold if upper else w > s * threshold
             quantized = torch.where(beyond, s * level, quantized)
-        # In the dtype of training, where 1.5 s is not always exact.
+        # Rounded to the dtype of training, which does not always represent 1.5 s exactly.
         quantized = quantized.to(latent_dtype)
-    # "+ 0.0" after the cast: -0.0 becomes +0.0, also where fp16 underflows. To a tensor of its own.
+    # "+ 0.0" follows the cast to turn -0.0 into +0.0, also those of an fp16 underflow. The result is a new tensor.
     return (quantized.to(weight.dtype) + 0.0).reshape(weight.shape)
 
 
 def _mean(magnitudes: torch.Tensor) -> torch.Tensor:
-    """Means ``[rows, 1]``, by a binary tree over neighbours: the order of pretraining, and with it the same scale."""
+    """Returns the mean ``[rows, 1]`` of each row of ``magnitudes`` ``[rows, group]``.
+
+    It sums in a binary tree over neighbors, which is the order of pretraining, so that the scales are the same.
+    """
     total = magnitudes
     while total.shape[-1] > 1:
         paired = total[:, : total.shape[-1] // 2 * 2]
@@ -147,14 +154,17 @@ def _mean(magnitudes: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def quantize_activations(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Int8 fake quantization ``[..., features]`` with ``groups`` scales per token: ``round(x / max|x| * 127)``."""
+    """Returns activations ``[..., features]`` fake-quantized to int8, with ``groups`` scales s = max|x| per token.
+
+    The codes are ``round(x / s * 127)``, and the result is their values ``code * s / 127`` in the dtype of ``x``.
+    """
     grouped = x.float().reshape(*x.shape[:-1], groups, -1)
     s = grouped.abs().amax(-1, keepdim=True).clamp_(min=_ACTIVATION_EPS)
     return grouped.div(s).mul_(127.0).round_().mul_(s).div_(127.0).add_(0.0).reshape(x.shape).to(x.dtype)
 
 
 class TernaryLinear(nn.Linear):
-    """A linear layer that computes with its quantized weight. ``weight`` is the latent one, under its usual name."""
+    """Linear layer that computes with its quantized weight; ``weight`` is the latent weight, under its usual name."""
 
     ternary: tuple[int, float, torch.dtype, str, str, float]
     activation_groups: int
@@ -171,25 +181,30 @@ class TernaryLinear(nn.Linear):
         statistic: str = "absmean",
         scale_multiplier: float = 1.0,
     ) -> None:
-        """Turns a linear layer into a ternary one in place: its parameters stay the same objects, so nothing depends on
-        the device or the sharding that they were created under.
+        """Turns a linear layer into a ternary one in place.
+
+        Its parameters stay the same objects, so that the device and the sharding they were created with do not matter.
 
         Args:
             linear: the layer.
-            group: elements per scale of a row.
-            eps: lower bound of the scales.
-            latent_dtype: see :func:`quantize_weight`.
-            activation_groups: scales per token of the layer's input; 0 leaves the input alone.
-            space: see there, as the two behind it.
-            statistic: see there.
-            scale_multiplier: see there.
+            group: the number of elements per scale along a row.
+            eps: the lower bound of the scales.
+            latent_dtype: the dtype that the weight is rounded to before it is quantized, see :func:`quantize_weight`.
+            activation_groups: the number of scales per token of the layer's input; 0 does not quantize the input.
+            space: the quantization space of the weight, a key of :data:`SPACES`.
+            statistic: the statistic that a scale is computed from, ``absmean`` or ``absmax``.
+            scale_multiplier: the factor of the statistic.
         """
         how = (group, eps, latent_dtype, space, statistic, scale_multiplier)
         linear.__class__ = cls
         linear.__dict__.update(ternary=how, activation_groups=activation_groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` is ``[..., in_features]``; the result ``[..., out_features]``."""
+        """Computes the layer's output ``[..., out_features]`` from its input ``x`` ``[..., in_features]``.
+
+        Raises:
+            ValueError: if the weight has been sharded.
+        """
         if self.weight.shape != (self.out_features, self.in_features):
             raise ValueError(
                 f"a ternary layer of {self.out_features} x {self.in_features} has a weight of "
@@ -197,12 +212,12 @@ class TernaryLinear(nn.Linear):
             )
         if self.activation_groups:
             if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))  # what the product would be computed from
+                x = x.to(torch.get_autocast_dtype(x.device.type))  # the input of the product under autocast
             x = _FakeQuantizeActivations.apply(x, self.activation_groups)
         return nn.functional.linear(x, _FakeQuantize.apply(self.weight, *self.ternary), self.bias)
 
     def extra_repr(self) -> str:
-        """As printed inside the model."""
+        """Returns the description that is printed within the model."""
         return f"{super().extra_repr()}, group={self.ternary[0]}, activation_groups={self.activation_groups}"
 
 
@@ -215,8 +230,11 @@ def _refuse_merge(*args: object, **kwargs: object) -> NoReturn:
 
 
 def _refuse_merge_into(layer: nn.Module, name: str, base: nn.Module | None) -> None:
-    """PEFT asks no layer whether an adapter may be merged into it, but each of its adapters (LoRA, IA3, OFT, ...) has
-    the layer as ``base_layer``, and is merged by its method ``merge``."""
+    """Replaces the method ``merge`` of an adapter around a ternary layer by one that raises.
+
+    PEFT does not ask a layer whether an adapter may be merged into it, but each of its adapters (LoRA, IA3, OFT, ...)
+    registers the layer as ``base_layer`` and is merged by its method ``merge``.
+    """
     if name == "base_layer" and isinstance(base, TernaryLinear) and hasattr(layer, "merge"):
         layer.__dict__["merge"] = _refuse_merge
 
@@ -225,8 +243,10 @@ register_module_module_registration_hook(_refuse_merge_into)
 
 
 class BitCPMForCausalLM(GraniteForCausalLM):
-    """A ternary model with latent weights. Generating works, but quantizes every weight for every token: to serve it,
-    fuse it with ``qat_convert.py`` first."""
+    """Ternary model with latent weights.
+
+    It can generate text, but quantizes every weight for every token: fuse it with ``qat_convert.py`` before serving.
+    """
 
     config_class = BitCPMConfig
 
@@ -236,21 +256,21 @@ class BitCPMForCausalLM(GraniteForCausalLM):
 
 
 class MiniCPMForCausalLM(GraniteForCausalLM):
-    """MiniCPM with ordinary (or fused) weights."""
+    """MiniCPM with ordinary or fused weights."""
 
     config_class = MiniCPMConfig
 
 
 def make_ternary(model: nn.Module, record: dict | None) -> None:
-    """Makes the linears of a model ternary that a quantizer record lists; all others stay as they are.
+    """Makes those linears of a model ternary that a quantizer record lists; all others stay unchanged.
 
     Args:
-        model: any module tree with the record's module names.
-        record: see :class:`BitCPMConfig`. One with ``state: fused`` lists weights that are ternary already: they are
-            left alone.
+        model: a module tree that has the record's module names.
+        record: the quantizer record, with the keys described in :class:`BitCPMConfig`. If its state is "fused", its
+            weights are already ternary and nothing is changed.
 
     Raises:
-        ValueError: no record, one that this file does not understand, or that does not fit the model.
+        ValueError: if there is no record, or this file does not understand it, or it does not fit the model.
     """
     if not isinstance(record, dict):
         raise ValueError("config.json has no `ternary_quantizer`: without it latent weights mean nothing")
@@ -300,5 +320,5 @@ for _class, _auto in (
     (MiniCPMConfig, "AutoConfig"),
     (MiniCPMForCausalLM, "AutoModelForCausalLM"),
 ):
-    # So that save_pretrained always copies this file along.
+    # With the registration, save_pretrained always copies this file along with the model.
     _class.register_for_auto_class(_auto)

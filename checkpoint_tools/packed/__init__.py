@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed exports: ternary weights in the few bits that they need, in formats that stock clients read."""
+"""Packed exports: ternary weights stored in a few bits each, in formats that stock clients read."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ternary codes and their scales lie in the bytes of GGUF's block types and of compressed-tensors.
+"""Byte layouts of ternary codes and scales: GGUF's block types, and the words of compressed-tensors.
 
-A block is so many neighbours along a row, with one fp16 scale ``d`` of its own; ``t`` is a code, -1, 0 or 1. The
-layouts are those of llama.cpp's ``ggml/src/ggml-common.h`` and ``ggml-quants.c`` (``dequantize_row_*``):
+A block is a fixed number of consecutive elements of a row, with one fp16 scale ``d``; ``t`` is a code: -1, 0 or 1. In
+the table, block sizes are in elements, and ``h``, ``m``, ``l`` and ``j`` count from 0. The layouts are those of
+llama.cpp's ``ggml/src/ggml-common.h`` and ``ggml-quants.c`` (``dequantize_row_*``):
 
 ========  =====  =====  ==============================================================================================
 type      block  bytes  layout
@@ -13,7 +14,8 @@ Q2_0      64     18     d, then 16 bytes; element j in byte ``j // 4`` at bits `
 Q4_0      32     18     d, then 16 bytes; elements 0 to 15 in the low halves, 16 to 31 in the high ones: t + 8
 ========  =====  =====  ==============================================================================================
 
-Nothing here searches for a scale: what is packed is the weight of the training forward, or an error.
+No function here searches for a scale: the weights of the training forward pass are packed exactly, or an error is
+raised.
 """
 
 from collections.abc import Callable
@@ -28,15 +30,15 @@ _Pack = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class GgufType:
-    """A type of tensor in a GGUF file.
+    """Tensor type of a GGUF file.
 
     Attributes:
-        name: as llama.cpp has it.
-        number: in the file.
-        block: elements along a row that are stored together.
-        nbytes: of a block.
-        pack: codes int8 ``[rows, blocks, block]`` and scales fp16 ``[rows, blocks]`` to uint8 ``[rows, bytes]``; None
-            for a type that holds no ternary codes, or numbers one by one.
+        name: llama.cpp's name of the type.
+        number: the number of the type in the file.
+        block: the number of elements of a row that are stored together.
+        nbytes: the size of a block in bytes.
+        pack: a function from codes int8 ``[rows, blocks per row, block]`` and scales fp16 ``[rows, blocks per row]`` to
+            uint8 ``[rows, bytes per row]``; None for a type that is not written from ternary codes.
     """
 
     name: str
@@ -46,24 +48,24 @@ class GgufType:
     pack: _Pack | None = None
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row, whose length is a multiple of the block."""
+        """Returns the bytes of a row, whose length must be a multiple of the block."""
         return columns // self.block * self.nbytes
 
 
 def split_ternary(name: str, weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes and scales of rows that are ternary times scale.
+    """Splits rows of a quantized ternary weight into codes and scales.
 
     Args:
-        name: of the tensor, for messages.
-        weight: ``[rows, in]``, the weight of the training forward.
-        group: elements per scale.
+        name: the name of the tensor, for messages.
+        weight: rows of the weight of the training forward pass, ``[rows, in]`` with ``in`` input features.
+        group: the number of elements per scale.
 
     Returns:
-        ``codes`` int8 ``[rows, in]`` and ``scales`` ``[rows, in / group]`` in the weight's dtype; the scale of a group
-        of zeros is 0.
+        The codes, int8 ``[rows, in]``, and the scales, ``[rows, in / group]`` in the weight's dtype; the scale of a
+        group of zeros is 0.
 
     Raises:
-        ConversionError: a group has two different magnitudes.
+        ConversionError: if a group contains two different non-zero magnitudes.
     """
     groups = weight.reshape(weight.shape[0], -1, group)
     scales = groups.abs().amax(-1)
@@ -76,19 +78,19 @@ def split_ternary(name: str, weight: torch.Tensor, group: int) -> tuple[torch.Te
 
 
 def pack_blocks(name: str, kind: GgufType, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Rows of codes as the bytes of a block type.
+    """Packs rows of codes and scales as blocks of a GGUF type.
 
     Args:
-        name: of the tensor, for messages.
-        kind: one with a packer, whose block divides the group.
-        codes: int8 ``[rows, in]``.
-        scales: ``[rows, groups]``.
+        name: the name of the tensor, for messages.
+        kind: a type with a ``pack`` function, whose block divides the group.
+        codes: the codes, int8 ``[rows, in]`` with ``in`` input features.
+        scales: the scales, ``[rows, groups per row]``.
 
     Returns:
-        uint8 ``[rows, bytes]``.
+        The packed rows, uint8 ``[rows, bytes per row]``.
 
     Raises:
-        ConversionError: a scale that fp16 does not hold exactly.
+        ConversionError: if fp16 cannot represent a scale exactly.
     """
     assert kind.pack is not None
     rows, columns = codes.shape
@@ -111,7 +113,7 @@ def _with_scale(quants: torch.Tensor, scales: torch.Tensor, scale_first: bool) -
 
 
 def _fields(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 ``[..., fields, bytes]`` of small numbers to ``[..., bytes]``, the first field at the lowest bits."""
+    """Packs numbers of a few bits, uint8 ``[..., fields, bytes]``, into ``[..., bytes]``, the first field lowest."""
     packed = values[..., 0, :].clone()
     for number in range(1, values.shape[-2]):
         packed |= values[..., number, :] << bits * number
@@ -140,22 +142,24 @@ def _tq1_0(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         number = torch.zeros(*part.shape[:-1], width, dtype=torch.int32)
         for digit in part.unflatten(-1, (-1, width)).unbind(-2):
             number = number * 3 + digit
-        # A reader takes the digits off the top, by multiplying by 3: of a fraction of 256, rounded up.
+        # A reader extracts the digits from the most significant one, by multiplying the byte, a fraction of 256, by 3.
+        # So the number, of five digits in base 3, is scaled from 243 to 256 and rounded up.
         number = number * (3 if width == 4 else 1)
         quants.append(((number * 256 + 242) // 243).to(torch.uint8))
     return _with_scale(torch.cat(quants, -1), scales, scale_first=False)
 
 
 def pack_int32(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rows of codes as compressed-tensors' ``pack-quantized`` has them: ``t + 2^(bits - 1)``, the first element at the
-    lowest bits of a little-endian word.
+    """Packs rows of codes in the format ``pack-quantized`` of compressed-tensors.
+
+    A code ``t`` is stored as ``t + 2^(bits - 1)``, the first element in the lowest bits of a little-endian word.
 
     Args:
-        codes: int8 ``[rows, in]``; ``in`` is a multiple of ``32 / bits``.
-        bits: 2 or 4.
+        codes: the codes, int8 ``[rows, in]``; the number ``in`` of input features is a multiple of ``32 / bits``.
+        bits: the number of bits per code, 2 or 4.
 
     Returns:
-        int32 ``[rows, in * bits / 32]``.
+        The packed rows, int32 ``[rows, in * bits / 32]``.
     """
     values = (codes + 2 ** (bits - 1)).view(torch.uint8).unflatten(-1, (-1, 8 // bits)).transpose(-1, -2)
     return _fields(values, bits).view(torch.int32)

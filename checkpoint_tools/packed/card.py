@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card beside a packed export: what it is, what of it is exact, and how it is loaded."""
+"""Model card of a packed export: its contents, which tensors are exact, and how to load it."""
 
 import re
 import shutil
@@ -50,15 +50,15 @@ def write_card(
     losses: Mapping[str, Loss],
     evaluation: Sequence[str] = ("None yet.",),
 ) -> None:
-    """Writes ``README.md``, and copies the licence of the source where it has one.
+    """Writes the model card ``README.md``, and copies the license file of the source if there is one.
 
     Args:
-        directory: of the export.
-        form: its format, ``gguf`` or ``compressed-tensors``.
-        source: what was packed.
-        plan: what became of it.
-        losses: of the embeddings, by type.
-        evaluation: paragraphs.
+        directory: the directory of the export.
+        form: the format of the export, ``gguf`` or ``compressed-tensors``.
+        source: the model that was packed.
+        plan: the plan of its weights.
+        losses: the measured losses of the embeddings, by type.
+        evaluation: the paragraphs of the section on evaluation.
     """
     named, text = _licence(source.files)
     if text is not None:
@@ -113,7 +113,7 @@ def _tensors(plan: Plan, losses: Mapping[str, Loss]) -> str:
 
 
 def _licence(directory: Path | None) -> tuple[str, Path | None]:
-    """What the source says of its licence, and the file that holds it."""
+    """Returns the license that the source names, and its license file or None."""
     if directory is None:
         return _UNKNOWN, None
     text = next((path for path in sorted(directory.glob("LICEN[SC]E*")) if path.is_file()), None)

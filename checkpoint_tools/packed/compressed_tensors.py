@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model directory in the format ``pack-quantized`` of compressed-tensors, which Transformers and vLLM read.
+"""Writer of model directories in compressed-tensors' format ``pack-quantized``, which Transformers and vLLM read.
 
-A ternary weight becomes three tensors beside each other: ``weight_packed`` int32 ``[out, in bits / 32]``,
-``weight_scale`` ``[out, groups]`` in the weight's dtype, and ``weight_shape``; everything else stays as it is. The one
-``quantization_config`` of this package is this format's own.
+A ternary weight with ``out`` output and ``in`` input features becomes three tensors: ``weight_packed``, int32
+``[out, in * bits / 32]``; ``weight_scale``, ``[out, groups per row]`` in the weight's dtype; and ``weight_shape``. All
+other tensors stay unchanged. This is the only export of this package with a ``quantization_config``, the one that the
+format defines.
 """
 
 import json
@@ -27,20 +28,20 @@ from .source import Source
 def write_compressed_tensors(
     directory: Path, source: Source, plan: Plan, max_shard_size: int, on_write: Callable[[int], object]
 ) -> dict[str, dict[str, Any]]:
-    """Writes weights, ``config.json`` and the tokenizer's files.
+    """Writes weights, ``config.json`` and the tokenizer's files of a compressed-tensors export.
 
     Args:
-        directory: empty.
+        directory: an existing, empty directory.
         source: the model.
-        plan: of its weights, see :func:`~.planner.plan_compressed_tensors`.
-        max_shard_size: bytes of a safetensors file.
-        on_write: told of the bytes that were written.
+        plan: the plan of its weights, made by :func:`~.planner.plan_compressed_tensors`.
+        max_shard_size: the bytes of tensor data per safetensors file.
+        on_write: a function that is called with the number of bytes that were written.
 
     Returns:
-        Entries of ``DIGESTS.json`` of the safetensors files, which were digested as they were written.
+        The entries of ``DIGESTS.json`` for the safetensors files, which were digested while they were written.
 
     Raises:
-        ConversionError: a weight is not what its record says.
+        ConversionError: if a weight contradicts its quantizer record.
     """
     bits = bits_of(plan)
     tensors: dict[str, TensorInfo] = {}
@@ -73,16 +74,17 @@ def write_compressed_tensors(
 
 
 def bits_of(plan: Plan) -> int:
-    """Of the codes of a plan, 2 or 4."""
+    """Returns the number of bits per code of a plan, 2 or 4."""
     (bits,) = {int(choice.kind.split()[-1]) for choice in plan.choices if choice.weight.group is not None}
     return bits
 
 
 def quantization_config(weights: Sequence[Weight], bits: int) -> dict[str, Any]:
-    """What ``config.json`` says of the format: a group for every number of elements per scale.
+    """Returns the ``quantization_config`` of a ``config.json``, with one config group for every group size.
 
-    A row that has one scale is the strategy ``channel``; everything else, row-parallel weights of whole rows among it,
-    is the strategy ``group``. Layers are named by expressions that also fit what a client fuses of them.
+    Weights with one scale per row have the strategy ``channel``; all others, including row-parallel weights whose rows
+    were split over shards, have the strategy ``group``. Targets are regular expressions over the names of layers, which
+    also match the layers that a client fuses from them.
     """
     by_scheme: dict[int | None, list[Weight]] = {}
     for weight in weights:
@@ -122,13 +124,18 @@ def quantization_config(weights: Sequence[Weight], bits: int) -> dict[str, Any]:
 
 
 def _place(weight: Weight) -> tuple[str, str]:
-    """The number of a linear's layer, and its name there."""
+    """Returns the number of a linear's layer, and the linear's name within the layer."""
     _, _, layer, name = weight.module.split(".", 3)
     return layer, name
 
 
 def _expressions(members: Sequence[Weight], layers: Mapping[str, set[str]]) -> list[str]:
-    """Regular expressions that match these linears and no others; ``layers`` are those that have a linear of a name."""
+    """Returns regular expressions that match exactly these linears.
+
+    Args:
+        members: the weights of the linears.
+        layers: name of a linear within its layer -> the numbers of all layers that have such a linear.
+    """
     mine: dict[str, list[str]] = {}
     for layer, name in map(_place, members):
         mine.setdefault(name, []).append(layer)

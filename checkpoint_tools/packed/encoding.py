@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of weights as the bytes of a GGUF type; exactly, except for embeddings, whose loss is measured."""
+"""Encoding of rows of weights as bytes of a GGUF type: exact except for embeddings, whose loss is measured."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,18 +12,18 @@ from .block_types import FLOATS, GGUF_TYPES, pack_blocks, split_ternary
 from .planner import Choice
 
 _DTYPES = {kind.name: dtype for dtype, kind in FLOATS.items()}
-# Of a piece that is quantized and measured: a few copies of it in fp32 exist at a time.
+# Elements of a piece that is quantized and measured at once; several fp32 copies of it exist at a time.
 _ELEMENTS = 1 << 21
 
 
 @dataclass
 class Loss:
-    """How far stored values are from the model's.
+    """Difference between stored values and the model's values.
 
     Attributes:
-        largest: absolute difference.
-        squares: sum of squared differences, in float64.
-        power: sum of squared values.
+        largest: the largest absolute difference.
+        squares: the sum of the squared differences, in float64.
+        power: the sum of the model's squared values, in float64.
     """
 
     largest: float = 0.0
@@ -31,7 +31,7 @@ class Loss:
     power: float = 0.0
 
     def add(self, values: torch.Tensor, stored: torch.Tensor) -> None:
-        """Counts some values, and what a reader makes of their bytes."""
+        """Adds some values of the model, and the values that a reader decodes from their bytes."""
         values, stored = values.double(), stored.double()
         difference = (stored - values).abs()
         self.largest = max(self.largest, float(difference.amax()))
@@ -40,25 +40,25 @@ class Loss:
 
     @property
     def relative(self) -> float:
-        """Root of the mean square, in units of the values' own."""
+        """Root mean square of the differences, relative to the root mean square of the model's values."""
         return math.sqrt(self.squares / self.power) if self.power else 0.0
 
 
 @dataclass
 class Encoder:
-    """Encodes weights, and remembers what embeddings lost.
+    """Encoder of weights that measures the loss of embeddings.
 
     Attributes:
-        losses: by type of the embeddings.
+        losses: the losses of the embeddings encoded so far, by GGUF type.
     """
 
     losses: dict[str, Loss] = field(default_factory=dict)
 
     def encode(self, choice: Choice, rows: torch.Tensor) -> list[np.ndarray]:
-        """The bytes of some rows ``[rows, in]``, or of a vector, in pieces of uint8.
+        """Returns the bytes of rows ``[rows, in]`` of a weight, or of a vector ``[in]``, as pieces of uint8.
 
         Raises:
-            ConversionError: the type that was chosen does not hold the values.
+            ConversionError: if the chosen type cannot hold the values.
         """
         weight, kind = choice.weight, GGUF_TYPES[choice.kind]
         if weight.group is not None and kind.pack is not None:
@@ -92,7 +92,7 @@ class Encoder:
 
 
 def _quantize(number: int, values: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
-    """The bytes of a lossy type, by the package of the format itself, and what its reader makes of them."""
+    """Returns values encoded in a lossy type by the gguf package, and the values that it decodes from these bytes."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a GGUF file block by block: its header says all shapes and types, the data follow in the same order."""
+"""Writer of GGUF files: a header with all shapes and types, then the data in the same order, block by block."""
 
 import logging
 import math
@@ -37,18 +37,18 @@ _IN_A_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# llama.h: enum llama_ftype, what most of the file is.
+# Values of enum llama_ftype in llama.h, which name the type of most of the file.
 _FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, BF16: 32, TQ1_0: 36, TQ2_0: 37, Q2_0: 41}
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor, from Hugging Face's."""
+    """Returns llama.cpp's name of a tensor, given Hugging Face's."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
     return f"blk.{layer[1]}.{_IN_A_LAYER[layer[2]]}.weight" if layer else _OUTSIDE_OF_LAYERS[name]
 
 
 def with_factors(source: Source) -> list[Weight]:
-    """The weights of a model as a GGUF file has them: LongRoPE's factors are tensors there, which come first."""
+    """Returns the weights of a model that a GGUF file contains: first LongRoPE's factors, which are tensors there."""
     longrope = source.architecture.longrope
     factors = []
     if longrope is not None:
@@ -60,17 +60,17 @@ def with_factors(source: Source) -> list[Weight]:
 def write_gguf(
     path: Path, source: Source, plan: Plan, vocabulary: Vocabulary, on_write: Callable[[int], object]
 ) -> Encoder:
-    """Writes the file; returns the encoder, which knows what the embeddings lost.
+    """Writes a GGUF file and returns the encoder, which has measured the loss of the embeddings.
 
     Args:
-        path: of the file, which is not there yet.
+        path: the new file.
         source: the model.
-        plan: of what :func:`with_factors` says.
-        vocabulary: of its tokenizer.
-        on_write: told of the bytes that were written.
+        plan: the plan of the weights that :func:`with_factors` returns.
+        vocabulary: the vocabulary of the model's tokenizer.
+        on_write: a function that is called with the number of bytes that were written.
 
     Raises:
-        ConversionError: a value that the planned type does not hold.
+        ConversionError: if the planned type cannot hold a value.
     """
     import gguf
 
@@ -87,7 +87,7 @@ def write_gguf(
         for choice in plan.choices:
             shape, kind = choice.weight.info.shape, GGUF_TYPES[choice.kind]
             nbytes = math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
-            # By hand: the newest types have no name in the package.
+            # The entry is added directly, because the package does not have the newest types.
             writer.tensors[-1][gguf_name(choice.weight.name)] = gguf.gguf_writer.TensorInfo(shape, kind.number, nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -117,7 +117,7 @@ def _write_data(file: Any, source: Source, plan: Plan, on_write: Callable[[int],
 
 
 def _in_order(source: Source) -> Iterator[tuple[Weight, Blocks]]:
-    """The weights of :func:`with_factors`, with the rows as llama.cpp wants them."""
+    """Yields the weights of :func:`with_factors` with blocks of their rows, in llama.cpp's order of rows."""
     a = source.architecture
     for weight in with_factors(source):
         if weight.name in _FACTORS:
@@ -130,13 +130,14 @@ def _in_order(source: Source) -> Iterator[tuple[Weight, Blocks]]:
 
 
 def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of q or k in the order of rotary pairs that are neighbours: llama.cpp rotates elements ``2 i`` and
-    ``2 i + 1`` of a head, Hugging Face's models ``i`` and ``i + head_dim / 2`` (``LlamaModel.permute`` in llama.cpp's
-    ``conversion/llama.py``).
+    """Reorders the rows of q or k so that rotary pairs are adjacent.
+
+    llama.cpp rotates the elements ``2 i`` and ``2 i + 1`` of a head, Hugging Face's models ``i`` and
+    ``i + head_dim / 2`` (``LlamaModel.permute`` in llama.cpp's ``conversion/llama.py``).
 
     Args:
-        rows: ``[heads * head_dim, in]``.
-        heads: of q, or of k.
+        rows: the rows, ``[heads * head_dim, in]`` with ``in`` input features.
+        heads: the number of heads of q, or of key/value heads for k.
     """
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 

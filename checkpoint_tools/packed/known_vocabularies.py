@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Byte-level BPE vocabularies that llama.cpp knows, by the SHA-256 of the ids of one text.
 
-From ``get_vocab_base_pre`` in ``conversion/base.py`` of llama.cpp (MIT), as vendored by llama-cpp-python 0.3.36: what
-a reader has to know of a vocabulary beside its tokens is how a text is cut before they are merged, and that has a name.
+The table is from ``get_vocab_base_pre`` in ``conversion/base.py`` of llama.cpp (MIT), as vendored by llama-cpp-python
+0.3.36. Besides the tokens, a reader has to know how a text is split before tokens are merged; llama.cpp gives each way
+of splitting a name.
 """
 
 TEXT = (
@@ -12,7 +13,7 @@ TEXT = (
     "!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you like s"
     "ome tea? We'Ve a'lL"
 )
-# Cut as the name says <- hashes of vocabularies.
+# Name of the way of splitting -> hashes of the vocabularies that use it.
 _HASHES = {
     "chatglm-bpe": (
         "b6e8e1518dc4305be2fe39c313ed643381c4da5db34a98f6a04c093f8afbe99b",

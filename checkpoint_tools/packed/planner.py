@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which type holds which weight exactly, and how large the file becomes: decided before anything is written.
+"""Plan of a packed export: the type of every weight and the size of the file, decided before anything is written.
 
-A ternary weight has one scale per group of ``e`` elements: all of its row, a part of a row that was split over
-row-parallel shards, or the group size. A type whose blocks have scales of their own holds it exactly where the block
-divides ``e`` and with it the row. What does not fit is refused by name; nothing is rounded to make it fit.
+A ternary weight has one scale per group of ``e`` elements: a whole row, a part of a row that was split over
+row-parallel shards, or the group size. A type whose blocks have their own scales holds the weight exactly if the block
+size divides ``e``, and with it the row. A weight that does not fit is refused by name; nothing is rounded to make it
+fit.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,16 +17,16 @@ from .block_types import BF16, F16, F32, FLOATS, GGUF_TYPES, Q2_0, Q4_0, Q5_0, Q
 
 AUTO = "auto"
 ALIGNMENT = 32
-"""Bytes; every tensor of a GGUF file begins at a multiple."""
+"""Alignment in bytes: every tensor of a GGUF file begins at a multiple of it."""
 IN_ORDER = (TQ2_0, Q2_0, Q4_0, BF16)
-"""Types of ternary weights, the smaller first that clients compute fast with; BF16 holds every one."""
+"""Types of ternary weights that clients compute fast with, the smallest first; BF16 holds every ternary weight."""
 LINEAR_TYPES = tuple(kind.name for kind in (TQ2_0, TQ1_0, Q2_0, Q4_0, BF16, F16, F32))
 EMBEDDING_TYPES = tuple(kind.name for kind in (F16, Q8_0, Q5_0, Q4_0, BF16, F32))
 LADDER = EMBEDDING_TYPES[:4]
-"""Types of embeddings from the least lossy to the smallest, for a ratio that has to be reached."""
+"""Types of embeddings from the least lossy to the smallest, which are tried in this order to reach a target ratio."""
 WORD_BITS = 32
 BITS = (2, 4)
-"""Per code of compressed-tensors; both are exact."""
+"""Possible numbers of bits per code in compressed-tensors; both are exact."""
 
 Role = Literal["ternary linears", "other linears", "embeddings", "the rest"]
 
@@ -35,9 +36,9 @@ class Weight:
     """A tensor of a model that is going to be packed.
 
     Attributes:
-        name: Hugging Face's.
-        info: its shape and dtype, unpacked.
-        group: elements per scale of a ternary weight; None for any other.
+        name: Hugging Face's name of the tensor.
+        info: the shape and dtype of the tensor before packing.
+        group: the number of elements per scale of a ternary weight; None for any other tensor.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Weight:
 
     @property
     def module(self) -> str:
-        """Path of the module that holds it."""
+        """Name of the module that holds the tensor."""
         return self.name.removesuffix(".weight")
 
     @property
     def role(self) -> Role:
-        """What it is counted with."""
+        """Category of the tensor in tables."""
         if self.group is not None:
             return "ternary linears"
         if PROJECTION.fullmatch(self.name):
@@ -61,7 +62,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Choice:
-    """A weight, what it becomes, and the bytes that this takes in the file's data section, alignment included."""
+    """A weight, the name of the type it is stored in, and its bytes in the file's data section with alignment."""
 
     weight: Weight
     kind: str
@@ -70,38 +71,38 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every weight becomes.
+    """Plan of an export: the type in which every weight is stored.
 
     Attributes:
-        choices: in the order in which they are written.
+        choices: the choice for every weight, in the order in which they are written.
     """
 
     choices: tuple[Choice, ...]
 
     @property
     def nbytes(self) -> int:
-        """Size of the data section."""
+        """Size of the data section in bytes."""
         return sum(choice.nbytes for choice in self.choices)
 
     @property
     def ratio(self) -> float:
-        """Bytes of the whole model in BF16 to those of the data section."""
+        """Ratio of the bytes of the whole model in BF16 to those of the data section."""
         return _ratio(self.choices)
 
     @property
     def linear_ratio(self) -> float:
-        """The same of the ternary linears alone."""
+        """Ratio of the bytes of the ternary linears in BF16 to those in the data section."""
         return _ratio([choice for choice in self.choices if choice.weight.group is not None])
 
     def by_kind(self) -> dict[tuple[Role, str], list[Choice]]:
-        """The choices by what they are counted with and become."""
+        """Returns the choices by role and type."""
         found: dict[tuple[Role, str], list[Choice]] = {}
         for choice in self.choices:
             found.setdefault((choice.weight.role, choice.kind), []).append(choice)
         return found
 
     def table(self) -> str:
-        """For people: a line for every kind of tensor and type, and the ratios."""
+        """Returns a table for people, with a line for every role and type, and the ratios."""
         lines = [f"{'':16} {'type':16} {'tensors':>7} {'bytes':>15} {'bits per weight':>15}"]
         for (role, kind), these in self.by_kind().items():
             nbytes, count = sum(c.nbytes for c in these), sum(_numel(c) for c in these)
@@ -124,22 +125,22 @@ def _ratio(choices: Iterable[Choice]) -> float:
 
 
 def plan_gguf(weights: Sequence[Weight], linear_type: str = AUTO, embedding_type: str = F16.name) -> Plan:
-    """The plan of a GGUF file.
+    """Returns the plan of a GGUF file.
 
     Args:
-        weights: of the model, in the order of the file.
-        linear_type: of ternary weights, one of :data:`LINEAR_TYPES`, or ``auto`` for the first type of
-            :data:`IN_ORDER` that is exact, for each by itself. With F32 the other linears become F32, too; else they
+        weights: the weights of the model, in the order of the file.
+        linear_type: the type of ternary weights, one of :data:`LINEAR_TYPES`, or ``auto``, which takes for each weight
+            the first type of :data:`IN_ORDER` that is exact. With F32 the other linears become F32, too; otherwise they
             keep their dtype.
-        embedding_type: of the embedding and the output layer, one of :data:`EMBEDDING_TYPES`.
+        embedding_type: the type of the embedding and the output layer, one of :data:`EMBEDDING_TYPES`.
 
     Raises:
-        ConversionError: the type that was asked for does not hold a weight, naming both and the nearest that does.
+        ConversionError: if the requested type cannot hold a weight; the message names both, and a type that can.
     """
     choices = []
     for weight in weights:
         if weight.role == "the rest":
-            kind = F32  # clients compute norms in it
+            kind = F32  # clients compute norms in fp32
         elif weight.role == "embeddings":
             kind = _of_embedding(weight, embedding_type)
         elif weight.group is None:
@@ -153,14 +154,14 @@ def plan_gguf(weights: Sequence[Weight], linear_type: str = AUTO, embedding_type
 
 
 def plan_compressed_tensors(weights: Sequence[Weight], bits: str = AUTO) -> Plan:
-    """The plan of a compressed-tensors export: ``pack-quantized`` with 2 or 4 bits, everything else in its own dtype.
+    """Returns the plan of a compressed-tensors export, in which all weights that are not ternary keep their dtype.
 
     Args:
-        weights: of the model.
-        bits: of all codes, ``"2"`` or ``"4"``, or ``auto`` for the first that is exact for all of them.
+        weights: the weights of the model.
+        bits: the number of bits of all codes, ``"2"`` or ``"4"``, or ``auto`` for the smallest that fits all groups.
 
     Raises:
-        ConversionError: a group does not end with a word of 32 bits.
+        ConversionError: if a group is not a multiple of the codes that a word of 32 bits holds.
     """
     mistakes: dict[int, str] = {}
     offered = BITS if bits == AUTO else (int(bits),)
@@ -186,10 +187,15 @@ def plan_compressed_tensors(weights: Sequence[Weight], bits: str = AUTO) -> Plan
 
 
 def reach(target: float, plan_of: Callable[[str], Plan], types: Sequence[str]) -> tuple[str, Plan]:
-    """The first of some types, the least lossy one, whose plan is as many times smaller than BF16 as is asked for.
+    """Returns the first type whose plan reaches a ratio, and this plan.
+
+    Args:
+        target: the required ratio of the bytes in BF16 to those of the plan.
+        plan_of: a function that returns the plan for a type of the embeddings.
+        types: the types, from the least lossy to the smallest.
 
     Raises:
-        ConversionError: none is, naming what can be reached.
+        ConversionError: if no type reaches the ratio; the message lists the ratios that can be reached.
     """
     plans: dict[str, Plan] = {}
     refused: ConversionError | None = None
@@ -225,7 +231,7 @@ def _of_ternary(weight: Weight, linear_type: str) -> GgufType:
 
 
 def _mistake(weight: Weight, kind: GgufType) -> str | None:
-    """Why blocks of a type do not hold a ternary weight exactly, or None."""
+    """Returns the reason why blocks of a type cannot hold a ternary weight exactly, or None if they can."""
     assert weight.group is not None
     if weight.group % kind.block:
         return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is packed: a Megatron run or a Hugging Face directory, as the weights of the training forward."""
+"""Source of a packed export: a Megatron run or a Hugging Face directory, read as weights of the training forward."""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
@@ -32,16 +32,17 @@ Blocks = Iterator[torch.Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A ternary model, by Hugging Face's names.
+    """A ternary model to pack, with Hugging Face's names.
 
     Attributes:
-        name: of the directory that was named.
-        architecture: of the model.
-        weights: every tensor, in the order of :meth:`read`.
-        record: how training quantized it; its state is ``packed``.
-        files: directory with the tokenizer's files, or None.
-        config: an earlier ``config.json`` of it, empty where there is none.
-        read: gives every weight as blocks of rows: ternary ones as the training forward had them, the others as stored.
+        name: the name of the directory that the user gave.
+        architecture: the architecture of the model.
+        weights: every tensor of the model, in the order of ``read``.
+        record: the quantizer record, with the state ``packed``.
+        files: the directory with the tokenizer's files, or None.
+        config: an earlier ``config.json`` of the model; empty if there is none.
+        read: a function that yields every weight with its blocks of rows: ternary weights as in the training forward
+            pass, others as stored.
     """
 
     name: str
@@ -54,13 +55,14 @@ class Source:
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """Opens what ``--load-dir`` names; reads as much as it takes to see whether record and weights agree.
+    """Opens the model that ``--load-dir`` names, and checks its quantizer record against its weights.
 
     Args:
-        args: with the flags of :func:`~..megatron_model.export.add_arguments` and ``--allow-pickle``.
+        args: the parsed arguments, with the flags of :func:`~..megatron_model.export.add_arguments` and
+            ``--allow-pickle``.
 
     Raises:
-        ConversionError: it holds no ternary model, or what it says of itself is contradictory.
+        ConversionError: if the directory contains no ternary model, or its files contradict each other.
     """
     path: Path = args.load_dir
     names = (TRACKER, "metadata.json", ".metadata")
@@ -117,7 +119,7 @@ def _of_hugging_face(args: argparse.Namespace) -> Source:
             "--ternary-group-size G if a tool that records nothing trained them ternary"
         )
     tensors = megatron_tensors(architecture)
-    to_megatron(plan.record, tensors)  # clients fuse q, k and v, and gate and up, as Megatron does
+    to_megatron(plan.record, tensors)  # as a check: clients fuse q, k and v, and gate and up, as Megatron does
     record = replace(plan.record, state="packed")
     infos = reader.tensors()
     weights = tuple(_weight(name, infos[name], record) for name in part_shapes(tensors))

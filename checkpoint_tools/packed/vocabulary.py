@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's tokenizer as the metadata of a GGUF file: SentencePiece's BPE, or byte-level BPE of a ``tokenizer.json``.
+"""Tokenizers as metadata of a GGUF file: SentencePiece's BPE, or the byte-level BPE of a ``tokenizer.json``.
 
-llama.cpp cuts and merges texts by itself, so what it would do differently is refused here and not written.
+llama.cpp splits and merges texts with its own code, so a tokenizer for which it would return other ids is refused.
 """
 
 import json
@@ -21,12 +21,12 @@ from .known_vocabularies import KNOWN, TEXT
 from .source import Source
 
 SENTENCE_PIECE = "tokenizer.model"
-# llama.cpp's llama_token_type, which counts as SentencePiece does.
+# Values of llama.cpp's llama_token_type, which are the same as SentencePiece's.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
 _UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
 _IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
-# ByteLevel's own regex is GPT-2's. What else such a tokenizer may say of itself changes the ids.
+# Settings of a tokenizer equal to GPT-2's: ByteLevel's own regex is GPT-2's, and any other setting changes the ids.
 _GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _PLAIN_BPE = {
     **dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"), (None, "")),
@@ -36,17 +36,17 @@ _PLAIN_BPE = {
 
 @dataclass
 class Vocabulary:
-    """Tokens and how texts are cut into them.
+    """Vocabulary of a GGUF file: the tokens, and how texts are split into them.
 
     Attributes:
-        model: ``llama`` for SentencePiece's BPE, ``gpt2`` for byte-level BPE.
-        pre: how a text is cut before tokens are merged, by llama.cpp's name.
-        tokens: by id.
-        types: llama.cpp's type of each.
-        scores: of each, of a SentencePiece model; of byte-level BPE none.
-        merges: of byte-level BPE.
-        flags: other metadata, by the name behind ``tokenizer.ggml.``.
-        templates: chat templates by name.
+        model: the algorithm: ``llama`` for SentencePiece's BPE, ``gpt2`` for byte-level BPE.
+        pre: llama.cpp's name for the way in which a text is split before tokens are merged.
+        tokens: the tokens, by id.
+        types: llama.cpp's type of each token.
+        scores: the score of each token of a SentencePiece model; empty for byte-level BPE.
+        merges: the merges of byte-level BPE; empty for a SentencePiece model.
+        flags: other metadata, by the part of their names that follows ``tokenizer.ggml.``.
+        templates: the chat templates, by name.
     """
 
     model: str
@@ -59,7 +59,7 @@ class Vocabulary:
     templates: dict[str, str] = field(default_factory=dict)
 
     def write(self, writer: Any) -> None:
-        """Adds it to a ``gguf.GGUFWriter``."""
+        """Adds the vocabulary to a ``gguf.GGUFWriter``."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -71,17 +71,17 @@ class Vocabulary:
             add = writer.add_bool if isinstance(value, bool) else writer.add_uint32
             add(f"tokenizer.ggml.{name}", value)
         if others := sorted(set(self.templates) - {"default"}):
-            # Not by the writer's own method, whose list is in another order every time.
+            # The writer's own method is not used, because the order of its list changes from run to run.
             writer.add_array("tokenizer.chat_templates", others)
         for name, template in sorted(self.templates.items()):
             writer.add_string("tokenizer.chat_template" + ("" if name == "default" else f".{name}"), template)
 
 
 def open_vocabulary(source: Source) -> Vocabulary:
-    """The vocabulary of a model's tokenizer, with a token for every row of its embedding.
+    """Returns the vocabulary of a model's tokenizer, with a token for every row of the model's embedding.
 
     Raises:
-        ConversionError: there is no tokenizer, or llama.cpp would make other ids of a text.
+        ConversionError: if there is no tokenizer, it belongs to another model, or llama.cpp would tokenize differently.
     """
     directory, rows = source.files, source.architecture.vocab_size
     has = [name for name in (TOKENIZER_JSON, SENTENCE_PIECE) if directory is not None and (directory / name).is_file()]
@@ -93,7 +93,7 @@ def open_vocabulary(source: Source) -> Vocabulary:
         )
     tokenizer, content = None, None
     if TOKENIZER_JSON in has:
-        # The library knows what it may hold, and refuses the rest.
+        # The tokenizer's own library validates the file before its content is used.
         tokenizer, content = HuggingFaceTokenizer(directory), read_json(directory / TOKENIZER_JSON)
     config = read_tokenizer_config(directory)
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -107,10 +107,10 @@ def open_vocabulary(source: Source) -> Vocabulary:
 
 
 def _added(tokenizer: HuggingFaceTokenizer | None) -> dict[int, tuple[str, bool]]:
-    """The content of added tokens by id, and whether each is special.
+    """Returns the added tokens by id: the content of each, and whether it is special.
 
     Raises:
-        ConversionError: llama.cpp would find one of them elsewhere in a text.
+        ConversionError: if llama.cpp would find one of them at other places of a text.
     """
     if tokenizer is None:
         return {}
@@ -175,7 +175,7 @@ def _parsed(path: Path) -> Any:
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
-    except Exception as error:  # the library's own, which its versions keep in different places
+    except Exception as error:  # protobuf's error class, which its versions define in different places
         raise ConversionError(f"{path}: not a SentencePiece model: {error}") from None
     if not model.pieces:
         raise ConversionError(f"{path}: not a SentencePiece model: it has no pieces")
@@ -183,7 +183,7 @@ def _parsed(path: Path) -> Any:
 
 
 def _adds_space(content: Mapping[str, Any]) -> bool:
-    """Whether Llama's kind of ``tokenizer.json`` puts a space in front of a text."""
+    """Returns whether a ``tokenizer.json`` of Llama's kind adds a space at the beginning of a text."""
     text = json.dumps({name: content.get(name) for name in ("normalizer", "pre_tokenizer")})
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
 
@@ -208,7 +208,13 @@ def _byte_level(
 
 
 def _pre(path: Path, content: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how texts are cut: by the hash of the ids of its text, or by the tokenizer's own words."""
+    """Returns llama.cpp's name for the way in which a tokenizer splits texts before it merges.
+
+    It is found by the hash of the ids of llama.cpp's test text, or recognized as GPT-2's by the tokenizer's settings.
+
+    Raises:
+        ConversionError: if llama.cpp has no name for it.
+    """
     from tokenizers import Tokenizer
 
     ids = Tokenizer.from_str(json.dumps(content)).encode(TEXT).ids
@@ -227,7 +233,7 @@ def _pre(path: Path, content: Mapping[str, Any]) -> str:
 
 
 def _filled(rows: int) -> tuple[list[str], list[int], list[float]]:
-    """Tokens for rows that no text uses."""
+    """Returns tokens, types and scores of unused tokens for every row, as defaults."""
     return [f"[PAD{number}]" for number in range(rows)], [UNUSED] * rows, [_UNUSED_SCORE] * rows
 
 
@@ -238,7 +244,11 @@ def _special(
     tokens: Sequence[str],
     of_model: Mapping[str, Any],
 ) -> dict[str, int | bool]:
-    """The ids of special tokens, and whether a text gets them."""
+    """Returns the ids of special tokens, and whether they are added to a text, as flags of a :class:`Vocabulary`.
+
+    Raises:
+        ConversionError: if no end token is known, more than three are, or an id exceeds the model's rows.
+    """
     found: dict[str, int | bool] = {}
     named = {} if tokenizer is None else tokenizer.special_tokens
     ends = of_model.get("eos_token_id")
@@ -276,12 +286,12 @@ def _of_sentence_piece(directory: Path) -> dict[str, int | bool]:
 def _adds(
     directory: Path, config: Mapping[str, Any], tokenizer: HuggingFaceTokenizer | None, name: str, number: int | None
 ) -> bool:
-    """Whether Transformers puts a special token at the beginning or end of a text."""
+    """Returns whether Transformers adds a special token, "bos" or "eos", at the beginning or end of a text."""
     said = config.get(f"add_{name}_token")
     if isinstance(said, bool):
         return said
     if tokenizer is None or number is None:
-        # As training has it, and Transformers' Llama class does not.
+        # Training adds a bos token for the Llama class, unlike Transformers' own class.
         return name == "bos" and str(config.get("tokenizer_class", "")).startswith("Llama")
     from tokenizers import Tokenizer
 
