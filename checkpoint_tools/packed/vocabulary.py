@@ -291,7 +291,7 @@ def _adds(
     if isinstance(said, bool):
         return said
     if tokenizer is None or number is None:
-        # Training adds a bos token for the Llama class, unlike Transformers' own class.
+        # By default nothing is added, as in training; only Transformers' Llama class adds a bos token.
         return name == "bos" and str(config.get("tokenizer_class", "")).startswith("Llama")
     from tokenizers import Tokenizer
 
