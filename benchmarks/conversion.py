@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of the converters against a plain copy of the same bytes, on a synthetic Llama.
+"""Benchmark of the converters against a plain copy of the same bytes: time and memory, on a synthetic Llama.
 
     python benchmarks/conversion.py --size 2GiB --layers 16 --repeats 3
 
-Each conversion runs as a process of its own, with the command line that a user would type, directly after a copy of
-its source directory that is synced to disk as the converters sync theirs. Sources are in the page cache in both cases.
-Before either there is a pause, because a virtual machine that gives freed memory back to its host pays for getting it
-again, and a copy that starts at once would be spared that.
-The goal is about the processor's time: per byte, at most three times that of the copy. What a conversion takes before
-it comes to the bytes is measured beside it, by the same conversion of a model of 2 MiB, and so is what quantizing alone
-takes of a conversion that fuses.
-What comes back from Megatron is compared with the model it was made of, tensor by tensor.
+Each conversion runs in a process of its own, with the command line that a user would type, directly after a copy of its
+source directory, which is synced to disk as the converters sync their output. Sources are in the page cache in both
+cases. A pause precedes both, because a virtual machine that returns freed memory to its host has to get it again, and a
+copy that starts at once would be spared this cost.
+The goal concerns CPU time: per byte, at most three times that of the copy. The CPU time of a conversion before it
+processes any bytes is measured separately, with the same conversion of a model of 2 MiB; so is the CPU time of the
+quantization in a conversion that fuses.
+The models converted back from Megatron are compared with the original model, tensor by tensor.
 
-Writes ``conversion.csv`` (every run) and ``conversion.png``, and prints a Markdown table of the medians. Needs free
-disk space of about six times the size.
+The benchmark writes ``conversion.csv`` (every run) and ``conversion.png``, and prints a Markdown table of the medians.
+It needs free disk space of about six times the size.
 
 Exit status: 0 done, 1 a conversion failed, was not exact or took more memory than its bound, 2 bad arguments.
 """
@@ -55,7 +55,7 @@ TOOLS = Path(checkpoint_tools.__file__).parent
 _BLOCK = 2**24
 MIB = 2**20
 GOAL = 3.0
-"""Times the copy's CPU time, per byte."""
+"""Goal for the CPU time of a conversion per byte, in units of the copy's."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _LARGEST = 2**44
 _POLL_SECONDS = 0.01
@@ -63,14 +63,15 @@ _POLL_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """A conversion.
+    """A conversion to measure.
 
     Attributes:
-        name: for the table.
-        source: directory to read.
-        target: directory to make.
-        command: of the tool, without the two directories.
-        expected: "model" or "ternary" weights in a Hugging Face directory, or None where a later case checks them.
+        name: the name of the conversion in the table.
+        source: the directory to read.
+        target: the directory to create.
+        command: the tool and its arguments, without the two directories.
+        expected: the weights expected in a Hugging Face directory, "model" or "ternary"; None if a later case checks
+            the result.
     """
 
     name: str
@@ -85,8 +86,18 @@ class Result:
     """One run of a conversion and of the copy before it; memory in bytes.
 
     Attributes:
-        start_cpu_seconds: what the processor did before it came to the bytes: the same conversion of a tiny model.
-        quantizing_cpu_seconds: what quantizing the same weights takes in memory; 0 where nothing is quantized.
+        repeat: the number of the repeat, from 1.
+        conversion: the name of the conversion.
+        source_bytes: the size of the source directory.
+        copy_seconds: the duration of the copy, until it is on disk.
+        copy_cpu_seconds: the CPU time of the copy.
+        seconds: the duration of the conversion, from the start of its process to the end.
+        start_cpu_seconds: the CPU time before any bytes are processed: that of the same conversion of a tiny model.
+        quantizing_cpu_seconds: the CPU time of quantizing the same weights in memory; 0 if nothing is quantized.
+        cpu_seconds: the CPU time of the conversion.
+        rss_anon: the largest anonymous resident memory that was seen.
+        vm_hwm: the peak resident memory, including mapped pages of files.
+        memory_bound: the bound for ``rss_anon``.
     """
 
     repeat: int
@@ -104,12 +115,12 @@ class Result:
 
     @property
     def cpu_per_byte(self) -> float:
-        """CPU time per byte, beyond the start, in units of the copy's."""
+        """CPU time per byte without that of the start, in units of the copy's."""
         return (self.cpu_seconds - self.start_cpu_seconds) / self.copy_cpu_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures as the command line says; returns the exit status."""
+    """Runs the measurements that the command line describes, and returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="2GiB", help="of the model's weights, about; default 2GiB")
     parser.add_argument("--layers", type=cli.Whole(1, MAX_LAYERS), default=16)
@@ -135,7 +146,7 @@ def _measure(args: argparse.Namespace, command: str) -> int:
     architecture = shape(nbytes, args.layers, args.vocab_size, _DTYPES[args.dtype].itemsize)
     with tempfile.TemporaryDirectory(prefix="bench-conversion-", dir=args.work_dir) as work:
         model = Model(architecture, _DTYPES[args.dtype], Path(work) / "whole" / "model")
-        # After every repeat: of hours that are interrupted something is left.
+        # The file is written after every repeat, so that an interrupted run of hours leaves results.
         for results in measure(model, Path(work), args.repeats, args.pause):
             write_csv([asdict(result) for result in results], args.output_dir / "conversion.csv", ".3f")
     draw(results, args.output_dir / "conversion.png")
@@ -144,19 +155,19 @@ def _measure(args: argparse.Namespace, command: str) -> int:
 
 
 def measure(model: Model, work: Path, repeats: int, pause: float = 0.0) -> Iterator[list[Result]]:
-    """Runs everything.
+    """Measures and checks all conversions of a model.
 
     Args:
-        model: to make and convert.
+        model: the model to create and convert.
         work: an empty directory.
-        repeats: of each conversion.
-        pause: seconds before each conversion and each copy.
+        repeats: the number of runs of each conversion.
+        pause: the seconds to wait before each conversion and each copy.
 
     Yields:
-        All runs so far, after each repeat.
+        The results of all runs so far, after each repeat.
 
     Raises:
-        FailedError: a conversion failed or is not exact.
+        FailedError: if a conversion fails or is not exact.
     """
     tiny = Model(shape(2**21, 1, 256, model.dtype.itemsize), model.dtype, work / "tiny" / "model")
     results: list[Result] = []
@@ -168,7 +179,7 @@ def measure(model: Model, work: Path, repeats: int, pause: float = 0.0) -> Itera
             for case, tiny_case in zip(cases, tiny_cases, strict=True):
                 bar.set_description(case.name)
                 start = run_tool(tiny_case)["cpu_seconds"]
-                shutil.rmtree(case.target, ignore_errors=True)  # what the system has to free is not measured
+                shutil.rmtree(case.target, ignore_errors=True)  # here, so that freeing its memory is not measured
                 _settle(pause)
                 copied = timed_copy(case.source, work / "copy")
                 _settle(pause)
@@ -186,7 +197,7 @@ def measure(model: Model, work: Path, repeats: int, pause: float = 0.0) -> Itera
 
 
 def _prepared(model: Model) -> list[Case]:
-    """The cases of a model, which it makes beside its directory, with the ternary checkpoint that one of them reads."""
+    """Creates a model, and the ternary checkpoint that one case reads, and returns the cases of the model."""
     place = model.directory.parent
     to_megatron, to_hf = "convert_hf_to_megatron.py", "convert_megatron_to_hf.py"
     dist, legacy, ternary, out = (place / name for name in ("torch_dist", "legacy", "ternary", "out"))
@@ -205,8 +216,10 @@ def _prepared(model: Model) -> list[Case]:
 
 
 def quantizing_seconds(model: Model, checkpoint: Path) -> float:
-    """CPU seconds of quantizing a ternary ``torch_dist`` checkpoint with its scales, block by block as the converter
-    does, and of nothing else: what comes out is dropped."""
+    """Returns the CPU seconds of only quantizing the weights of a ternary ``torch_dist`` checkpoint with its scales.
+
+    As in the converter, it is done block by block; the result is dropped.
+    """
     reader = TorchDistReader(checkpoint)
     start = time.process_time()
     for tensor in filter(lambda t: t.quantizable, model.tensors):
@@ -220,8 +233,11 @@ def quantizing_seconds(model: Model, checkpoint: Path) -> float:
 
 
 def timed_copy(source: Path, target: Path) -> dict[str, float]:
-    """``copy_seconds`` that a copy of a directory takes until it is on disk, and the processor's part of them; nothing
-    of the copy is left."""
+    """Copies a directory, removes the copy, and returns the duration and the CPU time of the copy until it is on disk.
+
+    Returns:
+        ``copy_seconds`` and ``copy_cpu_seconds``.
+    """
     start, busy = time.perf_counter(), time.process_time()
     temporary = target.with_name("copy.incomplete")
     shutil.copytree(source, temporary)
@@ -232,17 +248,17 @@ def timed_copy(source: Path, target: Path) -> dict[str, float]:
 
 
 def run_tool(case: Case) -> dict[str, float]:
-    """Runs a tool; what it made before is removed.
+    """Removes the earlier output of a conversion, runs its tool, and measures the process.
 
     Args:
-        case: what to convert.
+        case: the conversion.
 
     Returns:
-        ``seconds`` from start to end of the process, its ``cpu_seconds``, the largest ``rss_anon`` that was seen, and
-        ``vm_hwm`` (which counts the mapped pages of the files, too), in bytes.
+        ``seconds`` from the start to the end of the process, its ``cpu_seconds``, and in bytes the largest ``rss_anon``
+        that was seen and ``vm_hwm``, which includes the mapped pages of files.
 
     Raises:
-        FailedError: it ended with another status than 0.
+        FailedError: if the process ends with another status than 0.
     """
     tool, *options = case.command
     shutil.rmtree(case.target, ignore_errors=True)
@@ -268,10 +284,15 @@ def run_tool(case: Case) -> dict[str, float]:
 
 
 def check(model: Model, directory: Path, ternary: bool) -> None:
-    """Compares a model directory with the synthetic model, by the safetensors library and not by the tools' own reader.
+    """Compares a model directory with the synthetic model, read by the safetensors library, not by the tools' reader.
+
+    Args:
+        model: the synthetic model.
+        directory: the model directory.
+        ternary: whether the weights of linears are expected to be quantized.
 
     Raises:
-        FailedError: names a tensor that differs.
+        FailedError: if a tensor differs; the message names it.
     """
     quantized = {part for t in model.tensors if t.quantizable for part in t.parts} if ternary else set()
     expected, found = _Opened(model.directory), _Opened(directory)
@@ -290,7 +311,7 @@ def check(model: Model, directory: Path, ternary: bool) -> None:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """CPU time per byte relative to the copy, and memory against its bound."""
+    """Draws the CPU time per byte relative to the copy, and the memory with its bound."""
     medians = {r.conversion.replace(" → ", "\n→ "): r for r in _medians(results)}
     with picture(path, 12, 4.2, panels=2) as (left, right):
         times = {name: r.cpu_per_byte for name, r in medians.items()}
@@ -308,7 +329,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def table(results: Sequence[Result], model: Model, command: str) -> str:
-    """The medians as Markdown, with what they were measured on."""
+    """Returns the medians as a Markdown table, with a description of the model, the machine and the versions."""
     a = model.architecture
     head = (
         "conversion | GB | copy + fsync: s (CPU s) | conversion: s (CPU s) | start, CPU s | quantizing, CPU s | "
@@ -336,7 +357,7 @@ Command: `{command}`"""
 
 
 class _Opened:
-    """The safetensors files of a directory."""
+    """Opened safetensors files of a directory, by tensor name."""
 
     def __init__(self, directory: Path) -> None:
         self.files = {}
@@ -358,7 +379,7 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 def _medians(results: Sequence[Result]) -> list[Result]:
-    """One row per conversion, in their order."""
+    """Returns the medians of the runs, one result per conversion, in order."""
     medians = []
     for name in dict.fromkeys(r.conversion for r in results):
         runs = [r for r in results if r.conversion == name]
@@ -368,7 +389,7 @@ def _medians(results: Sequence[Result]) -> list[Result]:
 
 
 def _largest(results: Sequence[Result], of: Result) -> int:
-    """Anonymous memory of all runs of a conversion."""
+    """Returns the largest anonymous memory over all runs of the same conversion."""
     return max(r.rss_anon for r in results if r.conversion == of.conversion)
 
 

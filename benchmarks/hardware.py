@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark runs on and how it was started, for its tables."""
+"""Description of the machine, the versions and the command line of a benchmark, for its tables."""
 
 import importlib.util
 import os
@@ -16,10 +16,10 @@ from bitcpm_megatron.files import directory_mistake
 
 
 def check_outputs(directory: Path) -> None:
-    """Refuses, before minutes of measuring, what would fail after them.
+    """Checks that the results can be written and drawn, before minutes are spent on measuring them.
 
     Raises:
-        ValueError: nothing can be written below the directory, or matplotlib, which draws, is missing.
+        ValueError: if nothing can be written below the directory, or matplotlib, which draws the pictures, is missing.
     """
     mistake = directory_mistake(directory)
     if mistake is not None:
@@ -29,19 +29,19 @@ def check_outputs(directory: Path) -> None:
 
 
 def best_device() -> str:
-    """The type of an accelerator that is here, else ``cpu``."""
+    """Returns the type of the accelerator of this machine, ``cuda`` or ``npu``, or ``cpu`` if there is none."""
     return next((d for d in ("cuda", "npu") if hasattr(torch, d) and getattr(torch, d).is_available()), "cpu")
 
 
 def machine(device: str) -> str:
-    """The name of a device type's first device; of the CPU also how many cores this process may use."""
+    """Returns the name of a device type's first device; for ``cpu`` with the number of cores this process may use."""
     if device != "cpu":
         return torch.get_device_module(device).get_device_name(0)
     return f"{processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def processor() -> str:
-    """The CPU's model name, or its architecture where the system does not say."""
+    """Returns the CPU's model name, or its architecture if the system does not report the name."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
@@ -50,21 +50,21 @@ def processor() -> str:
 
 
 def versions(*modules: ModuleType) -> str:
-    """Of Python, torch and more packages."""
+    """Returns the versions of Python, torch and further packages as text."""
     found = [f"{module.__name__.replace('.', '-')} {module.__version__}" for module in (torch, *modules)]
     return ", ".join([f"Python {platform.python_version()}", *found])
 
 
 def linux() -> str:
-    """The release of the running kernel."""
+    """Returns the release of the running Linux kernel as text."""
     return f"Linux {platform.release().split('-')[0]}"
 
 
 def command_line(name: str, argv: Sequence[str] | None) -> str:
-    """What a user would type to have the same measured again.
+    """Returns the command line that repeats a benchmark.
 
     Args:
-        name: of the benchmark.
+        name: the name of the benchmark.
         argv: its arguments; None for those of this process.
     """
     return " ".join([f"python benchmarks/{name}.py", *(sys.argv[1:] if argv is None else argv)])

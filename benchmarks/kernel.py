@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of the quantizer's backends against a copy of the same bytes, for the layer shapes of real models.
+"""Benchmark of the quantizer's backends against a copy of the same bytes, for the layer shapes of real models.
 
-    python benchmarks/kernel.py                                 # the device that is there; on a CPU a short selection
+    python benchmarks/kernel.py                                 # this machine's device; on a CPU a short selection
     python benchmarks/kernel.py --device cuda --models minicpm4-0.5b bitcpm-cann-1b bitcpm-cann-3b minicpm4-8b
 
-A fused quantizer reads a weight once and writes it once: it cannot be faster than `weight.clone()`, which is measured
-beside it. In every round each of them goes once over a ring of weights that is larger than the caches, in turn; the
-medians of the rounds are compared. Results stay in the ring, so that their memory rotates too. Before anything is
-timed, each backend's results are compared with the reference bit for bit, under the scales that it returned.
+A fused quantizer reads a weight once and writes it once, so that it cannot be faster than `weight.clone()`, which is
+measured for comparison. In every round, the copy and each backend process a ring of weights that is larger than the
+caches, in turn; the medians of the rounds are compared. Results are kept in a ring, too, so that their memory rotates.
+Before anything is timed, the first 512 rows of each backend's result are compared bit for bit with the reference under
+the backend's scales.
 
-On a CPU that others use as well, take one thread: then its own CPU time is counted, and not the time that passes.
+On a shared CPU use one thread: then the CPU time of this thread is measured instead of the elapsed time.
 
-Writes ``kernel-DEVICE.csv`` and ``kernel-DEVICE.png``, and prints two Markdown tables: the times, and how often a
-kernel is launched to quantize all weights of a model, which training does once per step.
+The benchmark writes ``kernel-DEVICE.csv`` and ``kernel-DEVICE.png``, and prints two Markdown tables: the times, and the
+number of kernel launches that quantize all weights of a model, which training does once per step.
 
 Exit status: 0 done, 1 a backend was wrong, 2 bad arguments.
 """
@@ -50,11 +51,11 @@ class Case:
     """A weight to quantize.
 
     Attributes:
-        name: model and layer.
-        rows: output features.
-        columns: input features.
-        dtype: of the weight, by its short name.
-        group: elements per scale, -1 for the row.
+        name: the names of model and layer.
+        rows: the number of output features.
+        columns: the number of input features.
+        dtype: the short name of the weight's dtype.
+        group: the number of elements per scale, -1 for the whole row.
     """
 
     name: str
@@ -65,19 +66,36 @@ class Case:
 
     @property
     def config(self) -> QuantizerConfig:
-        """The quantizer."""
+        """Configuration of the quantizer."""
         return QuantizerConfig(group_size=self.group)
 
     @property
     def nbytes(self) -> int:
-        """That have to move: the weight twice, its scales once."""
+        """Bytes that a quantization has to move: the weight twice, its scales once."""
         scales = self.rows * self.columns // effective_group(self.columns, self.group)
         return 2 * self.rows * self.columns * _DTYPES[self.dtype].itemsize + 2 * scales
 
 
 @dataclass(frozen=True)
 class Result:
-    """Medians of one backend on one weight; the copy's fastest and slowest round tell how quiet the machine was."""
+    """Medians of one backend on one weight; the copy's fastest and slowest round show how idle the machine was.
+
+    Attributes:
+        device: the device type.
+        backend: the name of the backend.
+        name: the names of model and layer.
+        rows: the number of output features.
+        columns: the number of input features.
+        dtype: the short name of the weight's dtype.
+        group: the number of elements per scale, -1 for the whole row.
+        rounds: the number of rounds.
+        ring: the number of weights in the ring.
+        microseconds: the median time of the backend per weight.
+        copy_microseconds: the median time of the copy per weight.
+        copy_fastest: the time of the copy's fastest round per weight, in microseconds.
+        copy_slowest: the time of the copy's slowest round per weight, in microseconds.
+        gigabytes_per_second: the rate at which the backend moves the bytes that have to move.
+    """
 
     device: str
     backend: str
@@ -96,12 +114,12 @@ class Result:
 
     @property
     def copies(self) -> float:
-        """Time in units of the copy's."""
+        """Time of the backend in units of the copy's."""
         return self.microseconds / self.copy_microseconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures as the command line says; returns the exit status."""
+    """Runs the measurements that the command line describes, and returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default=best_device())
     parser.add_argument("--models", nargs="+", choices=presets.names(), metavar="MODEL")
@@ -141,10 +159,16 @@ def _measure(args: argparse.Namespace, command: str) -> None:
 
 
 def cases_of(models: Sequence[str], layers: Sequence[str], dtypes: Sequence[str], groups: Sequence[int]) -> list[Case]:
-    """The weights of one decoder layer of each model, at TP 1.
+    """Returns the weights of one decoder layer of each model, without tensor parallelism.
+
+    Args:
+        models: the names of the presets.
+        layers: the names of the linears, such as ``qkv``.
+        dtypes: the short names of the dtypes.
+        groups: the group sizes.
 
     Raises:
-        ValueError: a group that does not divide a row.
+        ValueError: if a group does not divide a row.
     """
     cases = []
     for model in models:
@@ -159,10 +183,10 @@ def cases_of(models: Sequence[str], layers: Sequence[str], dtypes: Sequence[str]
 
 
 def choose(names: Sequence[str] | None, device: str) -> list[Backend]:
-    """The backends to measure.
+    """Returns the named backends, or for None all available ones that can be chosen automatically.
 
     Raises:
-        ValueError: a named one is unknown or unavailable.
+        ValueError: if a named backend is unknown or unavailable.
     """
     known = {b.name: b for b in backends()}
     if names is None:
@@ -177,17 +201,17 @@ def choose(names: Sequence[str] | None, device: str) -> list[Backend]:
 
 
 def measure(case: Case, chosen: Sequence[Backend], device: str, rounds: int, ring: int) -> list[Result]:
-    """One weight, all backends, interleaved with the copy.
+    """Measures all backends on one weight, interleaved with the copy.
 
     Args:
         case: the weight.
-        chosen: backends.
-        device: to run on.
-        rounds: of each.
-        ring: bytes of different weights.
+        chosen: the backends.
+        device: the device type to run on.
+        rounds: the number of rounds.
+        ring: the bytes of the ring of weights.
 
     Raises:
-        FailedError: a backend's result is not what its scales say.
+        FailedError: if a backend's result differs from the reference under the backend's scales.
     """
     dtype = _DTYPES[case.dtype]
     count = max(2, -(-ring // (case.rows * case.columns * dtype.itemsize)))
@@ -197,7 +221,7 @@ def measure(case: Case, chosen: Sequence[Backend], device: str, rounds: int, rin
     for backend in chosen:
         _check(backend, case, first)
     kept: list[object] = [None] * count
-    # The copy allocates its result as the backends do: on a CPU fresh memory costs page faults.
+    # The copy allocates its result as the backends do, because on a CPU fresh memory costs page faults.
     functions: dict[str, Callable[[torch.Tensor], object]] = {"copy": torch.clone}
     for backend in chosen:
         functions[backend.name] = lambda w, kernel=backend.kernel: kernel(w, case.config, None)
@@ -220,7 +244,7 @@ def measure(case: Case, chosen: Sequence[Backend], device: str, rounds: int, rin
 def _timed(
     function: Callable[[torch.Tensor], object], weights: Sequence[torch.Tensor], kept: list[object], device: str
 ) -> float:
-    """Seconds for all weights; on a device between two events, so that launches overlap as they do in training."""
+    """Returns the seconds for all weights; on an accelerator between two events, so launches overlap as in training."""
     if device == "cpu":
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         start = clock()
@@ -247,7 +271,7 @@ def _check(backend: Backend, case: Case, weight: torch.Tensor) -> None:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Time in units of the copy's, per weight."""
+    """Draws the time of each backend in units of the copy's, by weight."""
     copies: dict[str, dict[str, float]] = {}
     for result in results:
         copies.setdefault(result.backend, {})[f"{result.name}\n{result.dtype} g={result.group}"] = result.copies
@@ -260,7 +284,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def table(results: Sequence[Result], command: str) -> str:
-    """The medians as Markdown, with what they were measured on."""
+    """Returns the medians as a Markdown table, with a description of the machine and the versions."""
     head = (
         "weight | shape | dtype | group | copy, us (fastest - slowest round) | backend | us | of the copy's speed | "
         "GB/s"
@@ -282,9 +306,10 @@ Command: `{command}`"""
 
 
 def launches(cases: Sequence[Case], chosen: Sequence[Backend], device: str) -> str:
-    """How often the kernel of each backend is launched to quantize the weights of a step together, as Markdown.
+    """Returns a Markdown table of the kernel launches with which each backend quantizes the weights of a step together.
 
-    That depends on how long rows and groups are, and not on how many: a row of each weight is quantized.
+    The number of launches depends on the lengths of rows and groups, not on the number of rows, so that only one row of
+    each weight is quantized.
     """
     kinds: dict[tuple[str, str, int], list[int]] = {}
     for case in cases:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of single calls of the CPU's C kernel in units of those of another commit: whether a change made it slower.
+"""Benchmark of the CPU's C kernel against that of other commits, which shows whether a change made it slower.
 
     python benchmarks/kernel_against.py COMMIT [MORE_COMMITS]
 
-Builds the C kernel of each commit beside the one of this checkout, and calls them through Python as the op does, on one
-thread, in its own CPU time. In every round each takes a turn, in random order, of some milliseconds over one weight;
-its time in units of the first commit's is a measurement, and their median and its 95 % interval are printed as a
-Markdown table. Results are compared bit for bit first.
+It builds the C kernel of each commit in addition to that of this checkout, and calls them through Python as the op
+does, on one thread, whose CPU time is measured. In every round each kernel has a turn of some milliseconds over one
+weight, in random order. The ratio of its time to that of the first commit is one measurement; the medians of the ratios
+and their 95 % intervals are printed as a Markdown table. Before, the results are compared bit for bit.
 
 Exit status: 0 done, 1 a commit has no such kernel, 2 bad arguments, 3 the kernels differ.
 """
@@ -35,7 +35,7 @@ from bitcpm_megatron.quantization import QuantizerConfig
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _KERNEL = "bitcpm_megatron/ops/cpu"
-# A small weight, for what a call costs beside its work, and a layer's.
+# A small weight, which shows the overhead of a call, and one of the size of a layer.
 _SHAPES = ((64, 64), (1024, 1024))
 _GROUPS = (-1, 32, 64, 128)
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -45,7 +45,7 @@ _NUMBERS = itertools.count(1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures as the command line says; returns the exit status."""
+    """Runs the measurements that the command line describes, and returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commits", nargs="+", metavar="COMMIT", help="whose kernels to compare with, the first first")
     parser.add_argument("--rounds", type=cli.Whole(6, 10**6), default=51)
@@ -70,11 +70,11 @@ def _measure(commits: Sequence[str], rounds: int, command: str) -> None:
 
 
 def _extracted(commit: str, folder: Path) -> Path:
-    """The kernel's package as it was.
+    """Extracts the kernel's package of a commit to a folder, and returns its path.
 
     Raises:
-        ValueError: there is no such commit.
-        FailedError: it has no such kernel.
+        ValueError: if there is no such commit.
+        FailedError: if the commit has no such kernel.
     """
     known = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}"]
     if subprocess.run(known, cwd=_CHECKOUT, capture_output=True).returncode:
@@ -89,13 +89,16 @@ def _extracted(commit: str, folder: Path) -> Path:
 
 
 def load_kernel(folder: Path) -> Kernel:
-    """The kernel of the backend ``cpu`` that a package registers which lies elsewhere; its registration is undone.
+    """Loads the kernel that another version of the package ``ops/cpu`` registers, and undoes the registration.
 
     Args:
-        folder: of the package. It finds the rest of ``bitcpm_megatron`` in this checkout.
+        folder: the folder of the package, which finds the rest of ``bitcpm_megatron`` in this checkout.
+
+    Raises:
+        FailedError: if the kernel cannot run.
     """
     here = next(b for b in backends() if b.name == "cpu")
-    # A name of its own: under another kernel's, it would get that one's modules, and with them its library.
+    # Each package has a name of its own: under the same name it would get the modules and the library of another one.
     name = f"bitcpm_megatron.ops.cpu_there_{next(_NUMBERS)}"
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -105,7 +108,7 @@ def load_kernel(folder: Path) -> Kernel:
     try:
         spec.loader.exec_module(module)
         there = next(b for b in backends() if b.name == "cpu")
-        # Compiles it while the folder is there.
+        # This call compiles the kernel, while the folder still exists.
         if reason := there.unavailable("cpu"):
             raise cli.FailedError(f"the other kernel cannot run: {reason}")
         return there.kernel
@@ -114,10 +117,17 @@ def load_kernel(folder: Path) -> Kernel:
 
 
 def row(shape: tuple[int, int], dtype: torch.dtype, group: int, kernels: Mapping[str, Kernel], rounds: int) -> str:
-    """Measures kernels on one weight; a row of the table, with times in units of the first one's.
+    """Measures kernels on one weight, and returns a row of the table, with times in units of the first kernel's.
+
+    Args:
+        shape: the shape of the weight (output features, input features).
+        dtype: the dtype of the weight.
+        group: the number of elements per scale, -1 for the whole row.
+        kernels: the kernels by name, the reference first.
+        rounds: the number of rounds.
 
     Raises:
-        MismatchError: they do not agree.
+        MismatchError: if the results of the kernels differ.
     """
     config = QuantizerConfig(group_size=group)
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a rank by where ternary training keeps its quantized weights, in units of BF16's.
+"""Memory of a rank for every place where ternary training keeps quantized weights, in units of BF16's memory.
 
     python benchmarks/memory.py                                   # by formula: an 8B model at DP8 and DP64
     python benchmarks/memory.py --model minicpm4-0.5b --tp 2 --dp 16
     python benchmarks/memory.py --measure                         # small models on this machine, beside the formula
 
-The formula is that of the preflight (``launch/estimates/memory.py``). What is measured is the peak of bytes allocated
-from building a model to the end of its second step, as ``throughput.py`` measures it.
+The formula is that of the preflight check (``launch/estimates/memory.py``). With --measure, the peak of allocated bytes
+is measured from building a model to the end of its second step, as ``throughput.py`` measures it.
 
 Exit status: 0 done, 1 a job failed, 2 bad arguments, 3 a measurement is not what the formula says.
 """
@@ -35,23 +35,23 @@ from bitcpm_megatron.training.flags import parse_args
 
 MIB = 2**20
 TOLERANCE = 0.02
-"""By which a measured peak may differ from the formula's, as a fraction of it."""
+"""Allowed difference of a measured peak from the formula's, as a fraction of the latter."""
 RESIDENT_TOLERANCE = 0.01
-"""By which the peak with resident weights may exceed BF16's, as a fraction of it, beside the scales."""
+"""Allowed excess of the peak with resident weights over BF16's, without the scales, as a fraction of BF16's."""
 _LAYOUTS = ("TP1", "TP1+DO", "DP2+DO", "DP4+DO")
 
 
 @dataclass(frozen=True)
 class Peak:
-    """A measured peak of one rank beside the formula's, in bytes.
+    """A measured peak of memory and the formula's, in bytes of one rank.
 
     Attributes:
-        layout: of the job.
-        mode: ``bf16``, or where the quantized weights are.
-        measured: the most of any rank.
-        expected: by the formula.
-        baseline: measured of BF16.
-        scales: of the quantized weights that are resident, by the formula.
+        layout: the layout of the job.
+        mode: ``bf16``, or the place of the quantized weights.
+        measured: the largest measured peak of any rank.
+        expected: the peak by the formula.
+        baseline: the measured peak of BF16.
+        scales: the formula's bytes for quantized weights; with resident weights, these are only their scales.
     """
 
     layout: str
@@ -62,7 +62,7 @@ class Peak:
     scales: float
 
     def mistake(self) -> str | None:
-        """What is wrong with it, or None."""
+        """Returns a description of what is wrong with the peak, or None."""
         off = self.measured / self.expected - 1
         if abs(off) > TOLERANCE:
             return f"{self.layout} {self.mode}: the peak is {off:+.1%} off the formula, {TOLERANCE:.0%} are allowed"
@@ -76,7 +76,7 @@ class Peak:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table; returns the exit status."""
+    """Prints the table that the command line asks for, and returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ranks = cli.Whole(1, 2**16)
     parser.add_argument("--model", choices=presets.names(), default="minicpm4-8b")
@@ -114,15 +114,22 @@ def _estimate(args: argparse.Namespace) -> None:
 
 
 def state_of(need: Estimate) -> float:
-    """Bytes that stay from step to step."""
+    """Returns the bytes that stay allocated from step to step."""
     return need.weights + need.quantized + need.gradients + need.optimizer
 
 
 def needed(model: str, tokens: int, tp: int, dp: int, mode: str) -> Estimate:
-    """What a rank of a preset needs by the formula, with fused kernels and full recomputation.
+    """Returns the formula's memory of one rank of a preset, with fused kernels and full recomputation.
+
+    Args:
+        model: the name of the preset.
+        tokens: the tokens of a micro-batch on one data-parallel rank.
+        tp: the tensor-parallel size.
+        dp: the data-parallel size.
+        mode: ``bf16``, or the place of the quantized weights.
 
     Raises:
-        ValueError: sizes that the model cannot be cut into.
+        ValueError: if the model cannot be divided by the sizes.
     """
     options = Options(
         bf16=True,
@@ -133,7 +140,7 @@ def needed(model: str, tokens: int, tp: int, dp: int, mode: str) -> Estimate:
         recompute_method="uniform",
         flash_attention=True,
         fused=True,
-        # Whatever quantizes in one pass: ascendc and triton need no scratch either.
+        # ascendc stands for all backends that quantize in one pass; like triton, it needs no scratch memory.
         ternary_backend="ascendc",
     )
     if mode != BASELINE:
@@ -155,7 +162,7 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def measured_job(layout: Layout) -> Job:
-    """A model of 11 million parameters in a layout: every mode's memory is measured, and no time."""
+    """Returns a job that measures the memory of every mode, but no times, for a model of 11 million parameters."""
     flags = {"num-layers": 4, "hidden-size": 512, "ffn-hidden-size": 1024, "num-attention-heads": 8}
     line = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     line += "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope".split()
@@ -165,10 +172,10 @@ def measured_job(layout: Layout) -> Job:
 
 
 def measured(job: Job) -> Iterator[Peak]:
-    """The peaks of a job's variants, BF16's first.
+    """Runs a job and yields the peaks of its variants, BF16's first.
 
     Raises:
-        FailedError: it failed.
+        FailedError: if the job fails.
     """
     costs = throughput.run(job)["costs"]
     for mode, found in costs.items():
@@ -179,7 +186,7 @@ def measured(job: Job) -> Iterator[Peak]:
 
 
 def expected(job: Job, variant: str) -> Estimate:
-    """What a rank of a job of our own training loop on a CPU needs by the formula."""
+    """Returns the formula's memory of one rank of a job of our own training loop on a CPU."""
     args = parse_args([*job.arguments(), *job.flags_of(variant)], job.layout.processes)
     file = job_files.Job(job.model, Path(), "", job_files.Host(), None, {}, job_files.Cluster())
     layout = shapes.layout_of(file, args, job.layout.processes, args.vocab_size)

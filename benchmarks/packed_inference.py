@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed inference against dense bf16: memory, one layer, and a whole model of random ternary weights.
+"""Benchmark of packed inference against dense bf16: memory, one layer, and a whole model with random ternary weights.
 
     python benchmarks/packed_inference.py --model minicpm4-0.5b
 
-- memory: of a process of its own, above what it has after its imports, when the packed model has generated some tokens;
-- logits of the packed and of the dense model over the same tokens, one by one through the cache; greedy choices;
-- a 4096 x 4096 layer: one token against ``torch.nn.functional.linear`` in bf16, and many tokens against that and one
-  unpacking together;
-- tokens per second of whole models, beside Transformers in bf16 and, where ``llama_cpp`` can be imported, llama.cpp.
+- memory that a process of its own needs, beyond its imports, to generate some tokens with the packed model;
+- logits of the packed and the dense model over the same tokens, one by one through the cache, and greedy choices;
+- a 4096 x 4096 layer: one token against ``torch.nn.functional.linear`` in bf16, many against that plus one unpacking;
+- tokens per second of whole models, against Transformers in bf16 and, if ``llama_cpp`` can be imported, llama.cpp.
 
-What is compared is timed in turn, so that other work on the machine slows all of it; ratios are medians of rounds.
-Writes ``packed-inference.csv`` and ``packed-inference.png``, and prints a Markdown table. Needs free disk space of
-about twice the model's, and memory for the dense model and the packed one.
+Compared calls are timed in turn, so that other work on the machine slows all of them; ratios are medians over rounds.
+The benchmark writes ``packed-inference.csv`` and ``packed-inference.png``, and prints a Markdown table. It needs free
+disk space of about twice the model's size, and memory for the dense and the packed model.
 
 Exit status: 0 done, 1 failed or beyond its bound of memory, 2 bad arguments.
 """
@@ -58,14 +57,14 @@ MB = 10**6
 LAYER = 4096
 MANY_TOKENS = (33, 128, 512)
 ALLOWED = 1.1
-"""Of the packed bytes, in memory."""
+"""Largest allowed memory of the packed model, in units of its packed bytes."""
 _CONFIG = QuantizerConfig()
 _GENERATED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison: medians of rounds, and the median of the rounds' ratios; None for what cannot be measured here."""
+    """One comparison: medians over rounds, and the median of the rounds' ratios; None if not measurable here."""
 
     what: str
     unit: str
@@ -77,7 +76,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures as the command line says; returns the exit status."""
+    """Runs the measurements that the command line describes, and returns the exit status."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=names(), default="minicpm4-0.5b", help="shape of the model")
     parser.add_argument("--tokens", type=cli.Whole(1, 4096), default=64, help="generated before memory is looked at")
@@ -111,7 +110,7 @@ def _measure(args: argparse.Namespace, command: str) -> int:
 
 
 def make_model(a: Architecture, work: Path) -> tuple[Path, Path, Path | None]:
-    """Random ternary weights as a packed and a dense directory, and as a GGUF file where its writer is installed."""
+    """Writes random ternary weights as a packed and a dense directory, and as GGUF if its writer is installed."""
     dense, modules = work / "dense", {}
     dense.mkdir()
     infos, quantizable = {}, set()
@@ -148,7 +147,7 @@ def make_model(a: Architecture, work: Path) -> tuple[Path, Path, Path | None]:
 
 
 def memory_row(packed: Path, tokens: int) -> Row:
-    """Resident memory above the imports after some generated tokens, against the packed bytes and the cache."""
+    """Compares the resident memory after some generated tokens, without the imports, with packed bytes plus cache."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         held, peak, stored, cache = pool.apply(resident, (packed, tokens))
     allowed = (ALLOWED * stored + cache) / MB
@@ -157,16 +156,18 @@ def memory_row(packed: Path, tokens: int) -> Row:
 
 
 def resident(packed: Path, tokens: int) -> tuple[int, int, int, int]:
-    """Of this process, above what it has after its imports: resident bytes now and at most; bytes of the model's
-    tensors and of its cache."""
+    """Generates tokens with the packed model in this process, and returns the bytes that it takes.
+
+    They are the resident bytes at the end and at the peak, both beyond the imports, and those of tensors and cache.
+    """
     config = json.loads((packed / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
     importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     for name in ("accelerate", "safetensors", "transformers.generation.utils"):
         importlib.import_module(name)
     transformers = importlib.import_module("transformers")
-    # Names are imported when they are asked for, and the pages of libraries come in when their code first runs: a model
-    # of nothing, which generates, brings in what no model's size has a part in.
+    # Some modules are imported only when they are used, and the pages of libraries are loaded when their code first
+    # runs. A tiny model generates first, so that memory that does not depend on the model's size is not counted.
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
     sizes |= dict(num_attention_heads=2, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     nothing = transformers.AutoModelForCausalLM.from_config(
@@ -203,7 +204,7 @@ def _memory() -> tuple[int, int]:
 
 
 def model_rows(packed: Path, dense: Path, gguf: Path | None, compared: int, rounds: int) -> list[Row]:
-    """Logits, greedy choices and tokens per second."""
+    """Compares whole models: logits, greedy choices and tokens per second."""
     from transformers import AutoModelForCausalLM
 
     models = {
@@ -230,7 +231,7 @@ def model_rows(packed: Path, dense: Path, gguf: Path | None, compared: int, roun
 
 
 def logit_rows(models: Mapping[str, Any], count: int) -> list[Row]:
-    """The largest difference of logits over the same tokens, one by one; and how many greedy choices agree."""
+    """Compares the logits of two models over the same tokens: the largest difference, and agreeing greedy choices."""
     from transformers import DynamicCache
 
     sizes = models["dense"].config.vocab_size
@@ -263,7 +264,7 @@ def _part(certain: Sequence[bool]) -> float | None:
 
 
 def stepper(model: Any) -> Callable[[], object]:
-    """Generates some tokens with a cache of its own, greedily, behind a short prompt that is not timed."""
+    """Returns a function that greedily generates the next tokens of a model, with a cache of its own."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -278,7 +279,7 @@ def stepper(model: Any) -> Callable[[], object]:
 
 
 def llama_stepper(gguf: Path, steps: int) -> Callable[[], object] | None:
-    """The same in llama.cpp, with as many threads as torch, for so many steps; None where it is not installed."""
+    """Returns a function that generates tokens in llama.cpp, for ``steps`` calls; None if it is not installed."""
     if importlib.util.find_spec("llama_cpp") is None:
         return None
     from llama_cpp import Llama
@@ -298,7 +299,7 @@ def llama_stepper(gguf: Path, steps: int) -> Callable[[], object] | None:
 
 
 def layer_rows(size: int, many: Sequence[int], rounds: int) -> list[Row]:
-    """A square layer: one token and a few against the dense product, many against it and one unpacking."""
+    """Compares a square layer with the dense product for few tokens, and with that plus one unpacking for many."""
     g = torch.Generator().manual_seed(0)
     weight = torch.empty(size, size, dtype=torch.bfloat16).normal_(0, 0.02, generator=g)
     codes, scales = quantize(weight, _CONFIG)
@@ -326,7 +327,7 @@ def layer_rows(size: int, many: Sequence[int], rounds: int) -> list[Row]:
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, in which all of them run in turn; a first round is not counted."""
+    """Runs all calls in turn in every round, and returns the seconds of each by round, without a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -345,7 +346,10 @@ def compare(
     inverse: bool = False,
     goal: str = "",
 ) -> Row:
-    """A row of two series; its ratio says how many times faster the packed one is."""
+    """Returns the row of two series by round; its ratio says how many times faster the packed one is.
+
+    ``inverse`` is for times, of which the smaller is better, instead of speeds.
+    """
     ratios = [b / a if inverse else a / b for a, b in zip(packed, other, strict=True)]
     medians = (statistics.median(series) for series in (packed, other, ratios))
     mine, theirs, ratio = medians
@@ -356,7 +360,7 @@ def compare(
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """How many times faster the layer is, and tokens per second."""
+    """Draws how many times faster the layer is, and the tokens per second of whole models."""
     with picture(path, 11, 4, panels=2) as (left, right):
         layers = [row for row in rows if row.unit == "ms"]
         ratios = {row.what.split(", ")[1].replace(" tokens", "").replace(" token", ""): row.ratio for row in layers}
@@ -371,7 +375,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def table(rows: Sequence[Row], args: argparse.Namespace, command: str) -> str:
-    """The rows as Markdown, with what they were measured on."""
+    """Returns the rows as a Markdown table, with a description of the machine, the versions and the command."""
     import transformers
 
     found = (

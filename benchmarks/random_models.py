@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llamas of random weights and any size, and the ternary checkpoints that a run would leave of them."""
+"""Llamas of any size with random weights, and the ternary checkpoints that a run would save of them."""
 
 import json
 import shutil
@@ -30,12 +30,12 @@ _OVERHEAD = 2**30
 
 @dataclass(frozen=True)
 class Model:
-    """The synthetic model.
+    """A synthetic model with random weights.
 
     Attributes:
-        architecture: of it.
-        dtype: of its weights.
-        directory: where it lies.
+        architecture: the architecture of the model.
+        dtype: the dtype of its weights.
+        directory: the directory in which it is stored.
     """
 
     architecture: Architecture
@@ -44,12 +44,12 @@ class Model:
 
     @property
     def tensors(self) -> list[MegatronTensor]:
-        """What it is in Megatron."""
+        """The Megatron tensors of the model."""
         return megatron_tensors(self.architecture)
 
     @property
     def plan(self) -> dict[str, TensorInfo]:
-        """Its tensors."""
+        """The shape and dtype of every Hugging Face tensor, by name."""
         return {
             name: TensorInfo((rows, *t.shape[1:]), self.dtype)
             for t in self.tensors
@@ -58,16 +58,16 @@ class Model:
 
     @property
     def memory_bound(self) -> int:
-        """Bytes of anonymous memory that a conversion may take."""
+        """The bytes of anonymous memory that a conversion may use: twice the largest tensor of a layer plus 1 GiB."""
         largest = max(info.nbytes for name, info in self.plan.items() if ".layers." in name)
         return 2 * largest + _OVERHEAD
 
 
 def shape(nbytes: int, layers: int, vocab_size: int, itemsize: int) -> Architecture:
-    """A Llama of about as many bytes: heads of 128, about four query heads per key/value head, ffn 2.75 x hidden.
+    """Returns a Llama of about ``nbytes``: heads of 128, about four query heads per key/value head, ffn 2.75 x hidden.
 
     Raises:
-        ConversionError: too small for that.
+        ConversionError: if ``nbytes`` is too small for the layers and the vocabulary.
     """
 
     def of(hidden: int, ffn: int) -> Architecture:
@@ -100,7 +100,7 @@ def shape(nbytes: int, layers: int, vocab_size: int, itemsize: int) -> Architect
 
 
 def write_model(model: Model) -> None:
-    """Random weights, block by block."""
+    """Writes a Hugging Face model directory with random weights, block by block."""
     model.directory.mkdir()
     generator = torch.Generator().manual_seed(1)
     with SafetensorsWriter(model.directory, model.plan) as writer:
@@ -113,8 +113,15 @@ def write_model(model: Model) -> None:
 
 
 def write_ternary(model: Model, plain: Path, target: Path) -> None:
-    """The checkpoint that a ternary run of one tensor-parallel rank would leave of these weights: with the quantizer
-    record and the scales beside the weights."""
+    """Writes the checkpoint that a ternary run on one tensor-parallel rank would save of a model's weights.
+
+    It contains the quantizer record, and the scales in addition to the weights.
+
+    Args:
+        model: the model.
+        plain: the model's ``torch_dist`` checkpoint without a quantizer.
+        target: the new checkpoint directory.
+    """
     source, release = plain / RELEASE, target / RELEASE
     rewritten = shutil.ignore_patterns("*.distcp", ".metadata", "common.pt", "metadata.json", DIGESTS)
     shutil.copytree(plain, target, ignore=rewritten)

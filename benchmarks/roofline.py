@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ternary pretraining should take beside BF16, in time, memory and communication; predicted, not measured.
+"""Predicts time, memory and communication of ternary pretraining compared with BF16; nothing of it is measured.
 
     python benchmarks/roofline.py                              # models x machines: table, roofline.csv, roofline.png
     python benchmarks/roofline.py --machines 910B H100         # without calibrating the CPU that this runs on
     python benchmarks/roofline.py --validate throughput.csv    # predicted next to measured
 
-``cost/model.py`` says how. With --validate the machine is the one at hand: its rates are measured in a few seconds at
-the shapes of the measured runs; of a device that is not here the published numbers are taken. `ratio` in the file is
-step time over BF16's.
+The formulas are in ``cost/model.py``. With --validate, predictions are for the machine at hand: its rates are measured
+in a few seconds at the shapes of the measured runs. For a device that is not present, published numbers are used.
+`ratio` in the file is the step time divided by that of BF16.
 
 Exit status: 0 done, 1 failed, 2 bad input or arguments.
 """
@@ -35,7 +35,7 @@ Line = dict[str, str | int | float]
 
 
 def line(machine: Machine, workload: Workload) -> Line:
-    """A prediction in the units of the table; ``once_per_micro_batch_percent`` is the overhead without the cache."""
+    """Returns a prediction in the table's units; ``once_per_micro_batch_percent`` is the overhead without a cache."""
     p, shape = predict(machine, workload), workload.layout
     uncached = predict(machine, replace(workload, cache="none"))
     return {
@@ -79,13 +79,13 @@ _DRAWN_TOKENS = tuple(2**i for i in range(9, 17))
 def draw(
     machines: Sequence[Machine], make: Callable[[int, int], Workload], micro_batches: Sequence[int], path: Path
 ) -> None:
-    """Overhead against tokens per micro-batch, a line per machine and number of micro-batches.
+    """Draws the overhead over the tokens per micro-batch, one line per machine and number of micro-batches.
 
     Args:
-        machines: one colour each.
-        make: the workload of T and n.
-        micro_batches: one line style each.
-        path: of the PNG.
+        machines: the machines, which have one color each.
+        make: a function that returns the workload, given the tokens per micro-batch and the number of micro-batches.
+        micro_batches: the numbers of micro-batches, which have one line style each.
+        path: the path of the PNG.
     """
     with picture(path, 7, 4.5) as (axes,):
         for i, machine in enumerate(machines):
@@ -104,7 +104,7 @@ def draw(
 
 
 def main(argv: Sequence[str] | None = None, calibrator: Calibrate = calibrate) -> int:
-    """Predicts as the command line says; returns the exit status."""
+    """Runs the prediction or validation that the command line describes, and returns the exit status."""
     args = _parse(argv)
     return cli.run(lambda: _validate(args.validate, calibrator) if args.validate else _predict(args, calibrator))
 
@@ -133,7 +133,7 @@ def _predict(args: argparse.Namespace, calibrator: Calibrate) -> int:
         chosen = preset(model, tokens, n, args.tp, args.pp, args.dp)
         return replace(chosen, quantizer=args.quantizer)
 
-    # On a CPU rates hardly depend on the shapes of models so large: the smallest one's are measured.
+    # On a CPU, the rates hardly depend on the shapes of models of this size, so those of the first one are measured.
     machines = [
         calibrator(make(args.models[0], 512, 1), "cpu") if name == "cpu" else MACHINES[name] for name in args.machines
     ]

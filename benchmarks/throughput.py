@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of ternary training against BF16: the same model, layout and data, steps interleaved in one job.
+"""Benchmark of ternary training against BF16: time and memory, with the steps of both interleaved in one job.
 
     python benchmarks/throughput.py                               # on a CPU: the standard comparison, 20 to 30 minutes
     python benchmarks/throughput.py --model minicpm4-0.5b --layouts TP1 TP2xDP4 --seq-length 4096 --micro-batches 1 8
     python benchmarks/throughput.py --peers                       # other quantizers inside the same linear layers
     python benchmarks/throughput.py --host megatron-lm --megatron-path DIR [--mindspeed-path DIR] ...
 
-``--host`` measures an unmodified ``pretrain_gpt.py`` (which is also the way to an NPU): BF16 and ternary jobs in turn,
-by the times per iteration that they log.
+All variants have the same model, layout and data. ``--host`` measures an unmodified ``pretrain_gpt.py``, which is also
+the way to measure an NPU: BF16 and ternary jobs run in turn, and log their times per iteration.
 
-Ratios are medians over pairs of steps, with a 95 % interval for whatever distribution, the pairs of one job taken as
-independent. Writes ``throughput.csv``, ``throughput.png`` and ``throughput.md``, and prints the tables.
+Ratios are medians over pairs of steps, with a 95 % interval that is valid for every distribution if the pairs of a job
+are independent. The benchmark writes ``throughput.csv``, ``throughput.png`` and ``throughput.md``, and prints the
+tables.
 
 Exit status: 0 done, 1 a job failed, 2 bad arguments.
 """
@@ -40,16 +41,16 @@ from bitcpm_megatron.ops import backends
 from bitcpm_megatron.ternary_flags import GroupSize
 from bitcpm_megatron.training.flags import parse_args
 
-# glibc gives freed memory back to the system and takes fresh pages for the next tensor, now in one variant and now in
-# the other, up to a fifth of a step. All variants keep what they have.
+# By default glibc returns freed memory to the system and maps fresh pages for the next tensor, irregularly and in any
+# variant, which takes up to a fifth of a step. With these settings all variants keep their memory.
 STEADY_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 JOB = Path(__file__).with_name("throughput_job.py")
-# Processes that share a core: more of them measure nothing but the scheduler.
+# Largest number of processes that share a core: with more, only the scheduler would be measured.
 _PER_CORE = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures as the command line says; returns the exit status."""
+    """Runs the measurements that the command line describes, and returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
     return cli.run(lambda: _measure(args, command_line("throughput", argv)))
@@ -62,7 +63,7 @@ def _measure(args: argparse.Namespace, command: str) -> None:
     else:
         jobs = jobs_of(args)
         for job in jobs:
-            # What does not go together is told here, once, and not by every rank of a job hours from now.
+            # Contradictory flags are reported here, once, instead of by every rank of a job hours later.
             for variant in job.variants:
                 parse_args([*job.arguments(), *job.flags_of(variant)], job.layout.processes)
         rows = measure(jobs, args.peak_tflops)
@@ -113,10 +114,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """The jobs that the command line asks for; without anything asked for on a CPU, the standard comparison.
+    """Returns the jobs that the command line asks for; on a CPU without any flags, the standard comparison.
 
     Raises:
-        ValueError: variants that cannot be compared, or a layout that this machine has no devices for.
+        ValueError: if variants cannot be compared, or this machine has too few devices for a layout.
     """
     shaping = ("model", "num_layers", "vocab_size", "layouts", "seq_length", "micro_batch_size", "micro_batches")
     shaping += ("variants", "recompute", "pairs", "context_parallel_size")
@@ -165,13 +166,17 @@ def _peers(tensor_parallel: int) -> tuple[str, ...]:
 
 
 def measure(jobs: Sequence[Job], peak_tflops: float | None = None) -> list[report.Row]:
-    """Runs the jobs one after the other.
+    """Runs the jobs one after another, and returns their rows.
+
+    Args:
+        jobs: the jobs.
+        peak_tflops: the peak of one device in TFLOP/s, for the utilization; None to take it from the device's name.
 
     Raises:
-        FailedError: one failed.
+        FailedError: if a job fails.
     """
     rows = []
-    # In tokens, of which all layouts take about equally long on one machine.
+    # Progress is counted in tokens, because on one machine all layouts take about the same time per token.
     total = sum(job.micro_batches * job.tokens for job in jobs)
     with tqdm(total=total, unit="token", unit_scale=True) as progress:
         for job in jobs:
@@ -182,14 +187,15 @@ def measure(jobs: Sequence[Job], peak_tflops: float | None = None) -> list[repor
 
 
 def run(job: Job, on_step: Callable[[int], object] = lambda micro_batches: None) -> dict:
-    """Starts a job's processes and returns what they measured.
+    """Runs a job's processes and returns the results that ``throughput_job.py`` writes.
 
     Args:
-        job: to run.
-        on_step: called with the micro-batches of every step when it is over; those of all are ``job.micro_batches``.
+        job: the job.
+        on_step: a function that is called after every step with the number of its micro-batches, whose sum is
+            ``job.micro_batches``.
 
     Raises:
-        FailedError: with the end of what they printed.
+        FailedError: if the job fails; the message contains the end of its output.
     """
     plan = {
         "flags": {name: [*job.arguments(), *job.flags_of(name)] for name in job.variants},

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layout of the throughput benchmark: all its variants in one job, their steps interleaved.
+"""One job of the throughput benchmark: all variants at one layout, with their steps interleaved.
 
-Started by ``throughput.py`` under torchrun, with a plan (JSON) and a place for the results. Every variant has a model,
-an optimizer and the same data of its own; a round runs one step of each, in an order that changes, so that a machine
-that gets slower slows all of them.
+``throughput.py`` starts it under torchrun, with a plan (JSON) and a path for the results. Every variant has its own
+model and optimizer, and its own copy of the same data. A round runs one step of each variant, in an order that changes,
+so that a slowdown of the machine affects all of them.
 """
 
 import argparse
@@ -42,7 +42,14 @@ _QUANTIZER_ROUNDS = 7
 
 @dataclass
 class Subject:
-    """A variant with a model of its own."""
+    """A variant with its own model, optimizer and data.
+
+    Attributes:
+        variant: the variant.
+        args: the arguments of our training loop.
+        run: the model and the optimizer.
+        data: an endless iterator of micro-batches.
+    """
 
     variant: Variant
     args: argparse.Namespace
@@ -50,22 +57,22 @@ class Subject:
     data: Iterator[Batch]
 
     def step(self, micro_batches: int) -> None:
-        """One optimizer step, and a word of it."""
+        """Runs one optimizer step, and reports it as progress."""
         self.silent_step(micro_batches)
         tell(micro_batches)
 
     def silent_step(self, micro_batches: int) -> None:
-        """One optimizer step."""
+        """Runs one optimizer step without reporting it."""
         self.args.num_microbatches = micro_batches
         self.args.global_batch_size = micro_batches * self.args.micro_batch_size * self.args.data_parallel_size
         train_step(self.run, self.data)
 
 
 def build(name: str, flags: Sequence[str]) -> Subject:
-    """The model, optimizer and data of a variant with these flags.
+    """Builds the model, optimizer and data of a variant with the given flags.
 
     Raises:
-        RuntimeError: a peer that is not in the forward, or a BF16 model with something of ours in it.
+        RuntimeError: if a peer's quantizer is not used in the forward pass, or a forward of the BF16 model is wrapped.
     """
     variant = VARIANTS[name]
     args = parse_args(flags, world_size())
@@ -81,7 +88,7 @@ def build(name: str, flags: Sequence[str]) -> Subject:
 
 
 def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[Batch]:
-    """Random tokens, for ever; a few micro-batches in turn, made beforehand."""
+    """Returns an endless iterator over four micro-batches of random tokens, which are created in advance."""
     g = torch.Generator().manual_seed(args.seed)
     shape = (args.micro_batch_size, args.seq_length)
     position = torch.arange(args.seq_length).expand(shape).contiguous()
@@ -97,7 +104,7 @@ def _batches(args: argparse.Namespace, vocabulary: int) -> Iterator[Batch]:
 
 
 def _divide(batch: dict[str, torch.Tensor]) -> None:
-    """Makes the sequences of a batch documents one behind the other."""
+    """Divides the sequences of a batch into consecutive documents, with the shares in :data:`DOCUMENTS`."""
     length = batch["tokens"].shape[1]
     ends = torch.tensor(DOCUMENTS).cumsum(0).mul(length).long()
     batch[STARTS] = torch.zeros_like(batch["tokens"], dtype=torch.bool)
@@ -107,12 +114,12 @@ def _divide(batch: dict[str, torch.Tensor]) -> None:
 
 
 def costs(name: str, flags: Sequence[str], micro_batches: int) -> dict:
-    """Memory of a variant, from a model that is alone on the machine; the most of any rank."""
+    """Measures the memory of a variant, whose model is the only one in the job; the largest value of any rank."""
     with memory(device()) as found:
         subject = build(name, flags)
         for _ in range(COST_STEPS - 1):
             subject.step(micro_batches)
-    # Under the saved-tensor hooks that watch them there are no int8 input gradients.
+    # Copies are not watched with int8 input gradients, which do not work under saved-tensor hooks.
     watched = subject.run.model.states and subject.args.ternary_gemm_backward == "bf16"
     with live_copies() if watched else contextlib.nullcontext() as copies:
         subject.step(micro_batches)
@@ -140,7 +147,7 @@ def _most(value: int | None) -> int | None:
 
 
 def interleave(subjects: list[Subject], micro_batches: int, rounds: int) -> list[list[float]]:
-    """Seconds per step, of the slowest rank: ``[subjects][rounds]``."""
+    """Times interleaved steps, and returns the seconds of the slowest rank for each step, ``[subjects][rounds]``."""
     taken = torch.zeros(len(subjects), rounds, dtype=torch.float64)
     for subject in subjects:
         for _ in range(WARM_UP):
@@ -160,8 +167,11 @@ def interleave(subjects: list[Subject], micro_batches: int, rounds: int) -> list
 
 
 def order(count: int, turn: int) -> list[int]:
-    """Who steps when in a round: over ``count`` rounds everybody takes every place once, and (for an even number)
-    follows everybody else equally often (a Williams square)."""
+    """Returns the order in which ``count`` subjects step in round ``turn``, a row of a Williams square.
+
+    Over ``count`` rounds each subject takes every place once, and, if ``count`` is even, follows every other subject
+    equally often.
+    """
     first = [0, *(x for i in range(1, count) for x in (i, count - i))][:count]
     return [(place + turn) % count for place in first]
 
@@ -176,7 +186,7 @@ def _timed(function) -> float:  # noqa: ANN001 - any callable
 
 
 def counted(subject: Subject, micro_batches: int) -> dict:
-    """What a step does, of the rank that does most: the payload of its collectives, and the quantizer's work."""
+    """Counts the work of a step: the payload of its collectives, and the quantizer's work; the most of any rank."""
     modules = ternary_modules(subject.run.model.bare)
     before = sum(state.count for state, _ in modules)
     with CollectiveBytes() as collectives, quantizer_work() as work:
@@ -191,7 +201,7 @@ def counted(subject: Subject, micro_batches: int) -> dict:
 
 
 def quantizer_seconds(subject: Subject) -> float:
-    """That it takes to quantize every weight of this rank once, one after the other and beside it."""
+    """Returns the median seconds to quantize every weight of this rank once, one after another, into new tensors."""
     modules = ternary_modules(subject.run.model.bare)
 
     def once() -> None:
@@ -203,7 +213,7 @@ def quantizer_seconds(subject: Subject) -> float:
 
 
 def gemms(subject: Subject) -> dict:
-    """Milliseconds of one forward through every quantized linear of this rank alone, as its weights are and in int8."""
+    """Returns the milliseconds of a forward pass through only this rank's quantized linears, as stored and in int8."""
     tokens = subject.args.seq_length * subject.args.micro_batch_size
     weights = [module.weight for _, module in ternary_modules(subject.run.model.bare)]
     times = {weight.shape: time_gemms(weight, tokens) for weight in weights}
@@ -216,18 +226,19 @@ def gemms(subject: Subject) -> dict:
 
 
 def work(plan: dict) -> dict:
-    """Carries out a plan.
+    """Carries out a plan and returns the results.
 
     Args:
-        plan: ``flags`` of our training loop by variant; ``costs``: variants whose memory is measured, in steps of
-            ``cost_micro_batches``; ``sessions``: each ``variants``, ``micro_batches``, ``rounds``.
+        plan: ``flags``, the flags of our training loop by variant; ``costs``, the variants whose memory is measured, in
+            steps of ``cost_micro_batches``; and ``sessions``, each with ``variants``, ``micro_batches`` and ``rounds``.
 
     Returns:
-        ``costs`` by variant, and ``sessions`` with ``seconds`` ``[variants][rounds]``, and by variant ``counted``.
+        ``costs`` by variant; ``sessions``, each with ``seconds`` ``[variants][rounds]`` and ``counted`` by variant;
+        ``cost_micro_batches``; ``notes`` of the models by variant; ``device``; and ``threads``.
     """
     flags = plan["flags"]
     for name in plan["costs"]:
-        # Once for nothing: what a process allocates only once (imports, kernels) is not a variant's memory.
+        # A first step is not measured, because one-time allocations (imports, kernels) do not belong to a variant.
         build(name, flags[name]).step(plan["cost_micro_batches"])
     results = {"costs": {name: costs(name, flags[name], plan["cost_micro_batches"]) for name in plan["costs"]}}
     names = dict.fromkeys(name for session in plan["sessions"] for name in session["variants"])
@@ -238,10 +249,10 @@ def work(plan: dict) -> dict:
         seconds = interleave(chosen, session["micro_batches"], session["rounds"])
         results["sessions"].append({**session, "seconds": seconds})
         _say(f"{session['micro_batches']} micro-batches, {session['rounds']} rounds: done")
-    # After all timing: what torch.compile made is interpreted from its first call under a dispatch mode on.
+    # Counting follows all timing: after its first call under a dispatch mode, code of torch.compile is interpreted.
     for session in results["sessions"]:
         session["counted"] = {n: counted(subjects[n], session["micro_batches"]) for n in session["variants"]}
-    # Alike for all of them, and in all sessions.
+    # Times of the linears alone are the same for all int8 variants and in all sessions, so they are measured once.
     integers = [n for n, s in subjects.items() if s.variant.ternary and s.args.ternary_gemm == "int8"]
     alone = gemms(subjects[integers[0]]) if integers else {}
     for session in results["sessions"]:
@@ -257,7 +268,7 @@ def _device_name() -> str:
 
 
 def tell(micro_batches: int) -> None:
-    """Says that a step is over."""
+    """Reports on rank 0 that a step of so many micro-batches is over."""
     _say(f"{PROGRESS}{micro_batches}")
 
 
@@ -267,7 +278,7 @@ def _say(text: str) -> None:
 
 
 def _keep_to_own_cores(rank: int, ranks: int) -> None:
-    """Two ranks on two cores push each other around; bound, their steps vary a third as much."""
+    """Binds a rank to its own cores: on two cores, the step times of two ranks then vary only a third as much."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // ranks)
     first = rank * share % len(cores)
@@ -275,7 +286,7 @@ def _keep_to_own_cores(rank: int, ranks: int) -> None:
 
 
 def main() -> int:
-    """Reads the plan, writes the results; returns the exit status."""
+    """Reads the plan, carries it out, writes the results, and returns the exit status."""
     if len(sys.argv) != 3:
         cli.complain("throughput_job.py is started by throughput.py, with a plan and a place for the results")
         return cli.BAD_INPUT

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured numbers as tables, intervals and pictures."""
+"""Reports of measured numbers: tables, confidence intervals and pictures."""

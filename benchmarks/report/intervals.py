@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Confidence interval of a median, whatever the distribution of the measurements."""
+"""Confidence interval of a median for measurements of any distribution."""
 
 import math
 import statistics
@@ -7,25 +7,26 @@ from collections.abc import Sequence
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """The median, and the order statistics that enclose the true one with at least this confidence.
+    """Returns the median, and the order statistics that enclose the true median with at least this confidence.
 
     The number of values below the true median is binomial with p = 1/2 (David and Nagaraja, Order Statistics, 7.1).
 
     Args:
         values: independent measurements.
-        confidence: of the interval.
+        confidence: the confidence of the interval.
 
     Returns:
-        ``(median, low, high)``; fewer than 6 values have no such interval at 95 %, and the bounds are infinite.
+        ``(median, low, high)``. Fewer than 6 values have no such interval at 95 %; the bounds are then infinite.
 
     Raises:
-        ValueError: no values.
+        ValueError: if there are no values.
     """
     if not values:
         raise ValueError("no values: there is no median")
     ordered, n = sorted(values), len(values)
     tail, below = 0.0, 0
-    # The largest k for which fewer than k values lie below the median in at most half of the allowed cases.
+    # Finds the largest k such that fewer than k values are below the true median with at most half of the allowed
+    # probability of error.
     while below < n and tail + math.comb(n, below) / 2**n <= (1 - confidence) / 2:
         tail += math.comb(n, below) / 2**n
         below += 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bars and lines as a PNG.
+"""Bar charts and lines as PNG files.
 
-Matplotlib is imported when something is drawn: a command refuses its arguments and measures without it.
+Matplotlib is imported only when something is drawn, so that commands check their arguments and measure without it.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ from typing import Any
 
 @contextlib.contextmanager
 def picture(path: Path, width: float, height: float, panels: int = 1, title: str | None = None) -> Iterator[list[Any]]:
-    """Gives the axes of panels side by side to draw on, and writes them at the end of the ``with``.
+    """Yields the axes of panels side by side, and writes the picture if the ``with`` block succeeds.
 
     Args:
-        path: of the PNG; its directory is made.
-        width: of all panels, in inches.
-        height: in inches.
-        panels: how many.
-        title: above all of them.
+        path: the path of the PNG; its directory is created.
+        width: the width of all panels together, in inches.
+        height: the height in inches.
+        panels: the number of panels.
+        title: a title above all panels, or None.
     """
     import matplotlib
 
@@ -45,15 +45,15 @@ def bars(
     color: str | None = None,
     **ticks: Any,
 ) -> None:
-    """Bars over labels, those of one label side by side.
+    """Draws bars over labels, with the bars of one label side by side.
 
     Args:
-        axes: to draw on.
+        axes: the axes to draw on.
         series: name in the legend -> label -> height.
-        texts: on the bars, or the format of their heights.
-        fontsize: of the texts.
-        color: of the bars; by default one for each series.
-        ticks: how the labels look, in matplotlib's words.
+        texts: the texts on the bars, or the format of their heights.
+        fontsize: the font size of the texts.
+        color: the color of the bars; None for one color per series.
+        ticks: matplotlib's text properties of the labels.
     """
     labels = list(dict.fromkeys(label for heights in series.values() for label in heights))
     width = 0.8 / len(series)
@@ -66,6 +66,6 @@ def bars(
 
 
 def level(axes: Any, height: float, label: str, is_limit: bool = False) -> None:
-    """A horizontal line to compare with: what is normal, or a limit."""
+    """Draws a horizontal line to compare with: a reference, or with ``is_limit`` a dashed red limit."""
     style = {"color": "#c44e52", "linestyle": "--"} if is_limit else {"color": "black"}
     axes.axhline(height, linewidth=1, label=label, **style)

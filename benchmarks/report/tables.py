@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of numbers as a CSV file and as a Markdown table."""
+"""Tables of numbers as CSV files and in Markdown."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, fractions: str) -> None:
-    """A line per row, in the columns of the first; an empty cell where a value is None.
+    """Writes rows to a CSV file with the columns of the first row; None becomes an empty cell.
 
     Args:
-        rows: one at least.
-        path: of the file; its directory is made.
-        fractions: how a float is written, as ``format`` takes it.
+        rows: the rows, at least one.
+        path: the path of the file; its directory is created.
+        fractions: the format of floats, as for ``format``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -24,11 +24,11 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path, fractions: str) -> 
 
 
 def markdown(head: str, rows: Iterable[str]) -> str:
-    """A table; its head and rows come without the outer bars, as ``a | b``."""
+    """Returns a Markdown table; its head and rows are given without the outer bars, as ``a | b``."""
     rule = "|" + "---|" * (head.count("|") + 1)
     return "\n".join([f"| {head} |", rule, *(f"| {row} |" for row in rows)])
 
 
 def number(value: float | None, digits: int = 1, unit: str = "", scale: float = 1.0, missing: str = "") -> str:
-    """A number of a table: times ``scale``, with its unit; ``missing`` where there is none."""
+    """Returns a number as a table shows it, multiplied by ``scale`` and with its unit; ``missing`` if it is None."""
     return missing if value is None else f"{value * scale:.{digits}f}{unit}"
