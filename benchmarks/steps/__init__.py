@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of a training step: layouts, variants, meters and jobs."""
+"""Measurements of training steps: layouts, variants, meters, jobs and reports."""

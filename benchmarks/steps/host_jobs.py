@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BF16 against ternary under an unmodified Megatron-LM, with or without MindSpeed: whole jobs in turn.
+"""Comparison of BF16 and ternary under an unmodified Megatron-LM, with or without MindSpeed, by whole jobs in turn.
 
-A host's process holds one model, so that steps cannot be interleaved: jobs are, and each gives the median of its
-iterations after the first few. A ratio needs two jobs next to each other in time.
+A process of the host holds only one model, so that steps cannot be interleaved. Instead, jobs run in turn, and each
+yields the median of its iterations after the first few. A ratio is formed from two consecutive jobs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from steps.report import Row, rows_of
 _SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "pretrain_gpt.py"
 ITERATIONS, WARM_UP = 15, 5
 _PATTERN = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
-# Its fused kernels, communicators and data need CUDA; docs/hosts.md.
+# Megatron-LM's fused kernels, communicators and data need CUDA, see docs/hosts.md; these flags replace them on a CPU.
 _ON_CPU = """
     --distributed-backend gloo --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion
     --no-bias-dropout-fusion --no-rope-fusion --no-gradient-accumulation-fusion --transformer-impl local
@@ -34,15 +34,15 @@ _LOGGING = f"""
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """Runs the jobs that the command line of ``throughput.py`` asks for.
+    """Runs the jobs that the command line of ``throughput.py`` asks for, and returns their rows.
 
     Raises:
-        FailedError: a job failed.
-        ValueError: something that hosts are not measured with.
+        FailedError: if a job fails.
+        ValueError: if a flag cannot be combined with ``--host``, or its checkout is missing.
     """
     accelerator = best_device() != "cpu"
     args.model = args.model or ("minicpm4-0.5b" if accelerator else "0.5b-layers")
-    # Megatron-LM's mock data counts up to 4,096, whatever the vocabulary.
+    # The ids in Megatron-LM's mock data go up to 4,096 for every vocabulary.
     vocabulary = args.vocab_size or (8192 if args.model == "0.5b-layers" else None)
     if vocabulary is not None and vocabulary <= 4096:
         raise ValueError(f"--vocab-size {vocabulary}: the hosts' mock data needs more than 4096")
@@ -82,7 +82,7 @@ def _results(job: Job, seconds: dict[str, list[float]]) -> dict:
 
 
 def command(args: argparse.Namespace, job: Job, variant: str, accelerator: bool) -> list[str]:
-    """The torchrun command of one job."""
+    """Returns the torchrun command of one job."""
     return processes.command(job.layout.processes, _SCRIPT, _arguments(args, job, variant, accelerator))
 
 
@@ -91,7 +91,7 @@ def _arguments(args: argparse.Namespace, job: Job, variant: str, accelerator: bo
     batch = session.micro_batches * job.micro_batch_size * job.layout.data
     line = ["--megatron-path", args.megatron_path]
     line += ["--mindspeed-path", args.mindspeed_path] if args.mindspeed_path else []
-    # Megatron-LM has the names of our loop, and of a flag that is given twice the last one counts.
+    # The flags have the same names in Megatron-LM as in our loop, and the last value of a repeated flag takes effect.
     line += [*job.arguments(), "--global-batch-size", str(batch), *_LOGGING, *([] if accelerator else _ON_CPU)]
     return [*line, *job.flags_of(variant), *args.host_flags.split()]
 

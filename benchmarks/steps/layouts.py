@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parallel layouts as the benchmarks write them: ``TP2xDP2+SP``."""
+"""Parallel layouts in the notation of the benchmarks, such as ``TP2xDP2+SP``."""
 
 import re
 from dataclasses import dataclass
@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes of a job.
+    """Parallel layout of a job.
 
     Attributes:
-        tensor, pipeline, context, data: sizes.
-        sequence_parallel: activations between the linears are split, too.
-        distributed_optimizer: optimizer state is split over the data-parallel ranks.
+        tensor: the tensor-parallel size.
+        pipeline: the pipeline-parallel size.
+        data: the data-parallel size.
+        sequence_parallel: whether the activations between the linears are split, too.
+        distributed_optimizer: whether the optimizer state is split over the data-parallel ranks.
+        context: the context-parallel size.
     """
 
     tensor: int = 1
@@ -24,10 +27,10 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
-        """A layout from its name.
+        """Returns the layout with a given name, such as ``TP2xDP2+SP``.
 
         Raises:
-            ValueError: it is not one.
+            ValueError: if the text is not the name of a layout.
         """
         sizes, *options = text.upper().split("+")
         found = dict(re.findall(r"(TP|PP|CP|DP)(\d{1,5})", sizes))
@@ -40,11 +43,11 @@ class Layout:
 
     @property
     def processes(self) -> int:
-        """Processes of the whole job, one per device."""
+        """Number of processes of the whole job, one per device."""
         return self.tensor * self.pipeline * self.context * self.data
 
     def flags(self) -> list[str]:
-        """For our training loop, and for Megatron-LM."""
+        """Returns the flags of the layout, for our training loop and for Megatron-LM."""
         line = ["--tensor-model-parallel-size", str(self.tensor)]
         line += ["--pipeline-model-parallel-size", str(self.pipeline)]
         line += ["--context-parallel-size", str(self.context)] if self.context > 1 else []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step costs besides time: peak memory, bytes handed to collectives, quantized weights alive at once."""
+"""Meters of what a step costs besides time: peak memory, payload of collectives, live copies of quantized weights."""
 
 import contextlib
 import ctypes
@@ -19,11 +19,11 @@ _NO_DATA = ("barrier", "monitored_barrier_")
 
 @dataclass
 class Memory:
-    """Bytes beyond what was there when the measurement began; None where this machine has no way to tell.
+    """Allocated bytes beyond those at the start of a measurement; None if this machine cannot measure them.
 
     Attributes:
-        peak: the most at any moment.
-        resident: at the end.
+        peak: the largest number of bytes at any moment.
+        resident: the number of bytes at the end.
     """
 
     peak: int | None = None
@@ -32,9 +32,10 @@ class Memory:
 
 @contextlib.contextmanager
 def memory(device: torch.device) -> Iterator[Memory]:
-    """Memory of everything done inside: of a device by its allocator, of the CPU by the C library's.
+    """Measures the memory that the block allocates: on a device by its allocator, on the CPU by the C library's.
 
-    On the CPU it is looked at after every operation of torch: what an operation needs for itself alone is not seen.
+    On the CPU, memory is read after every operation of torch, so that temporary memory within an operation is not seen.
+    The yielded object is filled in when the block ends.
     """
     found = Memory()
     gc.collect()
@@ -78,7 +79,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def _heap() -> Callable[[], int] | None:
-    """What returns the bytes that this process has from ``malloc``, in all threads; None without glibc 2.33."""
+    """Returns a function that reads the bytes which all threads have from ``malloc``; None without glibc 2.33."""
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except AttributeError:
@@ -93,14 +94,15 @@ def _heap() -> Callable[[], int] | None:
 
 
 class CollectiveBytes(TorchDispatchMode):
-    """Counts the payload of every collective and point-to-point operation inside.
+    """Counter of the payload of all collective and point-to-point operations within a ``with`` block.
 
-    The payload is the larger of what a rank puts in and takes out, not what an algorithm moves over wires for it; of a
-    gather that is the whole, of a reduce-scatter too. Groups of one rank count as well, though nothing moves there.
+    The payload is the larger of a rank's input and output, not the bytes that an algorithm sends over links for it; for
+    a gather and for a reduce-scatter this is the whole tensor. Groups of one rank are counted, too, although nothing is
+    sent in them.
 
     Attributes:
-        total: bytes.
-        by_operation: the same by name of the operation.
+        total: the payload of all operations in bytes.
+        by_operation: the payload in bytes by name of the operation.
     """
 
     def __init__(self) -> None:
@@ -129,7 +131,10 @@ def _bytes(argument: object) -> int:
 
 @contextlib.contextmanager
 def quantizer_work() -> Iterator[Counts]:
-    """What the quantizer does inside, of one weight at a time and of many together."""
+    """Counts the quantizer's work in the block, for single weights and for many weights together.
+
+    The yielded counts are filled in when the block ends.
+    """
     before, found = replace(counts), Counts()
     try:
         yield found
@@ -140,10 +145,10 @@ def quantizer_work() -> Iterator[Counts]:
 
 @dataclass
 class LiveCopies:
-    """How many quantized copies of one weight a rank holds beside its parameter, cache and autograd together.
+    """Number of quantized copies of one weight that a rank holds in addition to its parameter, in cache and autograd.
 
     Attributes:
-        most: over all weights and moments.
+        most: the largest number over all weights and moments.
     """
 
     most: int = 0
@@ -163,7 +168,7 @@ class LiveCopies:
     def _released(self, address: int) -> None:
         self._saved[address] -= 1
         if not self._saved[address]:
-            # Its memory may now serve something else.
+            # The memory at this address may be reused for another tensor.
             self._owners.pop(address, None)
 
     def _pack(self, tensor: torch.Tensor) -> "_Saved":
@@ -175,7 +180,7 @@ class LiveCopies:
 
 
 class _Saved:
-    """A tensor that autograd saved; counted for as long as the graph holds it."""
+    """A tensor that autograd saved, which is counted as long as the graph holds it."""
 
     def __init__(self, copies: LiveCopies, tensor: torch.Tensor, address: int | None) -> None:
         self.copies, self.tensor, self.address = copies, tensor, address
@@ -193,7 +198,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def live_copies() -> Iterator[LiveCopies]:
-    """Watches, by saved-tensor hooks, which quantized weights the graphs of a step keep alive."""
+    """Counts, with saved-tensor hooks, the quantized weights that the graphs of a step keep alive in the block."""
     copies = LiveCopies()
     original = TernaryState.weight
 

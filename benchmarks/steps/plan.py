@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the throughput benchmark runs: models, layouts, and which steps are interleaved."""
+"""Plan of the throughput benchmark: its models, its layouts, and the steps that are interleaved."""
 
 import argparse
 from collections.abc import Callable
@@ -14,16 +14,17 @@ from steps.variants import A8, CACHES, INT8, INT8_BACKWARD, PACKED, PACKED_GATHE
 BASELINE, OURS = "bf16", "ternary"
 RESIDENT, STEP = "resident", "step"
 MODES = (BASELINE, *CACHES)
-"""BF16 and ternary training, its quantized weights in each of the places that there are."""
+"""Variants that compare BF16 with ternary training, for each place of its quantized weights."""
 WARM_UP = 3
-"""Steps of each variant before those that are timed."""
+"""Number of steps of each variant before the timed ones."""
 COST_STEPS = 3
-"""Steps in which the memory of a variant is measured."""
+"""Number of steps in which the memory of a variant is measured."""
 PROGRESS = "micro-batches done: "
-"""Begins the line with which rank 0 tells, outside of what is timed, that a step is over."""
+"""Beginning of the line with which rank 0 reports, outside of the timed code, that a step is over."""
 
-# Layers of MiniCPM4-0.5B in a model without its multipliers, which need hooks: BF16 is to be megatron-core's own. The
-# vocabulary is small, for the output layer is not quantized and would hide what the layers cost.
+# Layers of MiniCPM4-0.5B in a model without MiniCPM's multipliers, which need hooks: the BF16 variant has to be
+# megatron-core's own model. The vocabulary is small, because the output layer is not quantized and would hide the cost
+# of the layers.
 LAYERS_05B = {
     "num-layers": 2,
     "hidden-size": 1024,
@@ -40,7 +41,7 @@ LAYERS_05B = {
     "hidden-dropout": 0,
 }
 DOCUMENTS = (1 / 2, 1 / 4, 1 / 8, 1 / 8)
-"""Of a packed sequence, the shares that its documents have."""
+"""Lengths of the documents in a packed sequence, as fractions of the sequence."""
 RECOMPUTE = {
     "none": (),
     "selective": ("--recompute-granularity", "selective"),
@@ -50,12 +51,12 @@ RECOMPUTE = {
 
 @dataclass(frozen=True)
 class Session:
-    """Steps that are interleaved.
+    """Variants whose steps are interleaved.
 
     Attributes:
-        variants: BF16 first.
-        micro_batches: per step and data-parallel rank.
-        rounds: steps of each.
+        variants: the names of the variants, BF16 first.
+        micro_batches: the number of micro-batches per step and data-parallel rank.
+        rounds: the number of timed steps of each variant.
     """
 
     variants: tuple[str, ...]
@@ -65,19 +66,19 @@ class Session:
 
 @dataclass(frozen=True)
 class Job:
-    """One layout of one model.
+    """A job that measures one model at one layout.
 
     Attributes:
-        model: name in the table.
-        flags: of the model, for our training loop.
-        layout: parallel sizes.
-        seq_length: tokens of a sequence.
-        micro_batch_size: sequences of a micro-batch.
-        recompute: a key of :data:`RECOMPUTE`.
-        sessions: what is timed, one after the other.
-        costs: variants whose memory is measured.
-        ternary: flags of the ternary variants alone, beside ``--ternary``.
-        packed: whether sequences are documents one behind the other, of the shares of it in :data:`DOCUMENTS`.
+        model: the name of the model in the table.
+        flags: the model's flags of our training loop.
+        layout: the parallel layout.
+        seq_length: the tokens per sequence.
+        micro_batch_size: the sequences per micro-batch.
+        recompute: the recomputation, a key of :data:`RECOMPUTE`.
+        sessions: the sessions to time, one after another.
+        costs: the variants whose memory is measured.
+        ternary: the flags of only the ternary variants, in addition to ``--ternary``.
+        packed: whether sequences consist of consecutive documents, with the lengths in :data:`DOCUMENTS`.
     """
 
     model: str
@@ -93,40 +94,40 @@ class Job:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """All that it runs."""
+        """Names of all variants that the job runs."""
         return tuple(dict.fromkeys([*self.costs, *(name for session in self.sessions for name in session.variants)]))
 
     def flags_of(self, variant: str) -> list[str]:
-        """Flags of our training loop that a variant has beside those of :meth:`arguments`."""
+        """Returns the flags of our training loop that a variant has in addition to those of :meth:`arguments`."""
         chosen = VARIANTS[variant]
         return [*chosen.flags, *(self.ternary if chosen.ternary else ())]
 
     @property
     def cost_micro_batches(self) -> int:
-        """Micro-batches of a step whose memory is measured."""
+        """Number of micro-batches in a step whose memory is measured."""
         return max(2, self.layout.pipeline)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of all steps: every variant's, timed or not."""
+        """Number of micro-batches in all steps of all variants, timed or not."""
         found = self.cost_micro_batches * len(self.costs) * (1 + COST_STEPS)
         for session in self.sessions:
-            # One more of each, of which everything but the time is counted.
+            # Each variant runs one more step, in which everything except for the time is counted.
             found += session.micro_batches * len(session.variants) * (WARM_UP + session.rounds + 1)
         return found
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, over all data-parallel ranks."""
+        """Number of tokens in a micro-batch, over all data-parallel ranks."""
         return self.seq_length * self.micro_batch_size * self.layout.data
 
     def _fusion(self) -> list[str]:
-        # Peers return their gradients; with the fused weight-gradient GEMM the others would have an advantage.
+        # Peers return their gradients to autograd; with the fused weight-gradient GEMM, others would have an advantage.
         peers = any(VARIANTS[name].make_quantizer for name in self.variants)
         return ["--no-gradient-accumulation-fusion"] if peers else []
 
     def arguments(self) -> list[str]:
-        """All flags of our training loop that the variants share."""
+        """Returns the flags of our training loop that all variants share."""
         return [
             *self.flags,
             *self.layout.flags(),
@@ -140,10 +141,10 @@ class Job:
 
 
 def standard(peers: tuple[str, ...]) -> list[Job]:
-    """What ``make bench`` runs on a CPU.
+    """Returns the jobs of the standard comparison, which ``make bench`` runs on a CPU.
 
     Args:
-        peers: those that are installed.
+        peers: the names of the peers that are installed.
     """
     flags, pair = model_flags("0.5b-layers", None, None), (BASELINE, RESIDENT)
     job = Job("0.5b-layers", flags, Layout(), 256, 1, "none", (), MODES)
@@ -158,7 +159,7 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
         replace(job, recompute="full", sessions=(Session(pair, 8, 6),)),
         replace(job, layout=Layout(pipeline=2), sessions=(Session(pair, 8, 6),)),
         replace(job, layout=shared, sessions=(Session(gathered, 8, 6), Session(gathered, 1, 24)), costs=gathered),
-        # Only for what is alive at once; four processes share two cores.
+        # This job only measures what is alive at once; its times mean nothing, as four processes share two cores.
         replace(job, flags=model_flags("0.5b-layers", 4, None), layout=Layout(pipeline=4), seq_length=32),
     ]
 
@@ -166,16 +167,16 @@ def standard(peers: tuple[str, ...]) -> list[Job]:
 def asked(
     args: argparse.Namespace, flags: tuple[str, ...], variants: Callable[[Layout], tuple[str, ...]], rounds: int
 ) -> list[Job]:
-    """A job for every layout, micro-batch size and recomputation of the command line of ``throughput.py``.
+    """Returns a job for every layout, micro-batch size and recomputation on the command line of ``throughput.py``.
 
     Args:
-        args: of it, with a model.
-        flags: of the model.
-        variants: of a layout, BF16 first.
-        rounds: unless the command line says how many.
+        args: the parsed arguments, in which a model is set.
+        flags: the flags of the model.
+        variants: a function that returns the variants of a layout, BF16 first.
+        rounds: the number of rounds if the command line does not set it.
 
     Raises:
-        ValueError: no layout, or two sizes of its context parallelism.
+        ValueError: if a text is not a layout, or two context-parallel sizes are given.
     """
     jobs = []
     for layout in map(Layout.parse, args.layouts or ["TP1"]):
@@ -195,20 +196,24 @@ def asked(
 
 
 def ternary_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """What the command line says of the quantizer."""
+    """Returns the flags of the quantizer that the command line sets."""
     return ("--ternary-group-size", str(args.group_size), "--ternary-backend", args.backend)
 
 
 def model_flags(model: str, num_layers: int | None, vocab_size: int | None) -> tuple[str, ...]:
-    """The model's flags for our training loop."""
+    """Returns a model's flags for our training loop.
+
+    Raises:
+        ValueError: if the model has no SwiGLU, for which alone FLOPs are counted, or is not a valid preset.
+    """
     if model == "0.5b-layers":
         flags, vocabulary = LAYERS_05B, 2048
     else:
-        presets.architecture(model)  # refuses flags that are none, and what is no Llama
+        presets.architecture(model)  # refuses unknown flags and unsupported architectures
         flags, vocabulary = presets.read(model).flags, presets.vocab_size(model)
     if not flags.get("swiglu"):
         raise ValueError(f"--model {model}: FLOPs are counted for SwiGLU models only")
     if num_layers is not None:
         flags = {**flags, "num-layers": num_layers}
-    # The sequence's own length follows in Job.arguments(), and counts.
+    # Job.arguments() appends the length of the sequences, which overrides the preset's.
     return ("--vocab-size", str(vocab_size or vocabulary), *presets.arguments(flags))

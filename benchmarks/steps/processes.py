@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a distributed job on this machine and waits for it."""
+"""Start of a distributed job on this machine, and its output."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ _AGENT = Path(__file__).resolve().parents[2] / "launch" / "agent.py"
 
 
 def command(processes: int, script: Path, arguments: Sequence[str]) -> list[str]:
-    """The command of a job, by the agent that tells a failure in one line where torchrun prints a traceback."""
+    """Returns the command of a job, started by an agent that reports a failure in one line, not in a traceback."""
     torchrun = [sys.executable, str(_AGENT), "--standalone", "--nproc_per_node", str(processes)]
     return [*torchrun, str(script), *arguments]
 
@@ -23,14 +23,15 @@ def run(
     variables: Mapping[str, str],
     on_line: Callable[[str], None] = lambda line: None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a job; its stdout holds stderr, too.
+    """Runs a job and returns its status and output; the stdout of the result contains stderr, too.
 
     Args:
-        processes: one per device; on a CPU they share the cores.
-        script: that each process runs.
-        arguments: of the script.
-        variables: of the environment. What the user exported stands, here and in the defaults.
-        on_line: called with every line, when it is printed.
+        processes: the number of processes, one per device; on a CPU they share the cores.
+        script: the script that each process runs.
+        arguments: the arguments of the script.
+        variables: environment variables of the job. Variables of the user's environment override these and the
+            defaults.
+        on_line: a function that is called with every line when it is printed.
     """
     defaults = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From measured steps to rows, and from rows to a CSV file, a picture and Markdown tables."""
+"""Report of measured steps: rows of results, written as a CSV file, a picture and Markdown tables."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,35 +18,41 @@ from steps.plan import BASELINE, DOCUMENTS, RESIDENT, STEP, Job
 from steps.variants import INT8, PEERS, VARIANTS
 
 MIB = 2**20
-# Dense bf16, as NVIDIA's data sheets give it.
+# Peak of dense bf16 in TFLOP/s by device name, from NVIDIA's data sheets.
 PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.0, "H200": 989.0}
 
 
 @dataclass
 class Row:
-    """One variant at one layout, number of tokens and number of micro-batches; what was not measured is None.
+    """Results of one variant at one layout, number of tokens and number of micro-batches; None if not measured.
+
+    Attributes that are not listed are sizes and settings of the job.
 
     Attributes:
-        tokens: per micro-batch and data-parallel rank, over all its context-parallel ranks.
-        packed: whether a sequence is documents.
-        micro_batches: per step.
-        ratio: median over pairs of this variant's step time and BF16's, with a 95 % interval.
-        of_step: the same of this variant's and that of the cache ``step``, where both were interleaved.
-        tflops_per_device: by Megatron-LM's formula for the model, whatever a variant does beside it.
-        peak_bytes: of tensors on one rank, building and stepping included.
-        resident_bytes: of tensors on one rank after a step.
-        quantized_weights: elements of quantized weights on one rank.
-        quantizer_ms: per step on one rank, measured alone.
-        quantizations: of weights, or of a rank's shards of them, per step on one rank.
-        launches: of the quantizer's kernels, likewise.
-        collective_bytes: handed to collectives in a step by one rank.
-        live_copies: of one quantized weight at once beside its parameter, cache and autograd together.
+        tokens: the tokens per micro-batch and data-parallel rank, over all its context-parallel ranks.
+        packed: whether a sequence consists of several documents.
+        micro_batches: the number of micro-batches per step.
+        pairs: the number of timed steps.
+        ratio: the median ratio of this variant's step time to BF16's over pairs of steps, with a 95 % interval.
+        of_step: the same ratio to the step time of the cache ``step``, if both were interleaved.
+        tflops_per_device: by Megatron-LM's formula for the model, without the additional work of a variant.
+        mfu: ``tflops_per_device`` as a fraction of the device's peak.
+        peak_bytes: the peak of tensors on one rank, from building the model to the end of the steps.
+        resident_bytes: the bytes of tensors on one rank after a step.
+        quantized_weights: the number of elements of quantized weights on one rank.
+        quantizer_ms: the milliseconds of the quantizer per step on one rank, measured separately.
+        quantizations: the number of quantizations of weights, or of a rank's shards of them, per step on one rank.
+        launches: the number of launches of the quantizer's kernels per step on one rank.
+        collective_bytes: the payload that one rank hands to collectives in a step.
+        live_copies: the largest number of copies of one quantized weight in addition to its parameter, in cache and
+            autograd together.
         peak_ratio: ``peak_bytes`` in units of BF16's.
-        gathered_per_weight: bytes per quantized weight in which the distributed optimizer's ranks hand it out, whatever
-            else ternary training sends included.
-        gemm_ms: of one forward through all quantized linears of a rank, their GEMMs alone, as their weights are stored.
-        int8_gemm_ms: the same in int8, with the scaling of the sums.
-        int8_forward_ms: the same with the quantization of the activations, too.
+        gathered_per_weight: the bytes per quantized weight that the distributed optimizer gathers, including everything
+            else that ternary training sends in addition to BF16.
+        gemm_ms: the milliseconds of only the GEMMs of one forward pass through all quantized linears of a rank, with
+            weights in their stored dtype.
+        int8_gemm_ms: the same for int8 GEMMs, including the scaling of the sums.
+        int8_forward_ms: the same for int8 GEMMs, including the quantization of the activations, too.
     """
 
     layout: str
@@ -98,12 +104,12 @@ class Row:
 
 
 def rows_of(job: Job, results: dict, peak_tflops: float | None = None) -> list[Row]:
-    """The rows of one job.
+    """Returns the rows of one job.
 
     Args:
-        job: what was run.
-        results: what ``throughput_job.py`` wrote.
-        peak_tflops: of one device, or None for what its name says.
+        job: the job.
+        results: the results that ``throughput_job.py`` wrote.
+        peak_tflops: the peak of one device in TFLOP/s, or None to take it from the device's name.
     """
     rows = []
     for session in results["sessions"]:
@@ -153,14 +159,14 @@ def _row(job: Job, results: dict, name: str, micro_batches: int, pairs: int) -> 
 
 
 def _gathered(row: Row, job: Job, baseline: int | None) -> None:
-    """BF16 hands a weight out in 2 bytes: ternary in as many more or less as its collectives have."""
+    """Fills in the gathered bytes per weight: BF16's 2 bytes plus the difference of payloads over the weights."""
     weights = row.quantized_weights
     if job.layout.distributed_optimizer and job.layout.data > 1 and weights and None not in (row.launches, baseline):
         row.gathered_per_weight = 2 + (row.collective_bytes - baseline) / weights
 
 
 def _timed(row: Row, taken: Mapping[str, Sequence[float]], peak_tflops: float | None) -> None:
-    """Fills in what follows from the seconds of a session's steps, by variant."""
+    """Fills in the values of a row that follow from the seconds of a session's steps, ``taken``, by variant."""
     seconds = taken[row.variant]
     row.step_ms = 1e3 * statistics.median(seconds)
     if row.variant != BASELINE:
@@ -169,7 +175,7 @@ def _timed(row: Row, taken: Mapping[str, Sequence[float]], peak_tflops: float | 
         row.of_step, row.of_step_low, row.of_step_high = _of_pairs(seconds, taken[STEP])
     devices = row.tp * row.pp * row.cp * row.dp
     row.tokens_per_second_per_device = row.tokens * row.micro_batches * row.dp / (row.step_ms / 1e3) / devices
-    # A token attends within its document.
+    # Tokens attend only within their document.
     attended = int(row.seq_length * sum(share**2 for share in DOCUMENTS)) if row.packed else row.seq_length
     flops = flops_per_token(layout_of({**vars(row), "seq_length": attended}, tied=True))
     row.tflops_per_device = row.tokens_per_second_per_device * flops / 1e12
@@ -182,7 +188,7 @@ def _of_pairs(seconds: Sequence[float], others: Sequence[float]) -> tuple[float,
 
 
 def last_line(rows: Sequence[Row]) -> str | None:
-    """The numbers of ``make bench``, where they were measured."""
+    """Returns the line that ``make bench`` prints at the end, or None if its numbers were not measured."""
     resident = [row for row in rows if row.variant == RESIDENT and row.recompute == "none"]
     times = (row.ratio for row in resident if (row.layout, row.micro_batches) == ("TP2", 8))
     peaks = (row.peak_ratio for row in resident if row.layout == "TP1")
@@ -196,7 +202,7 @@ def last_line(rows: Sequence[Row]) -> str | None:
 
 
 def write(rows: Sequence[Row], directory: Path, name: str, command: str) -> None:
-    """Writes ``name.csv``, ``name.png`` and ``name.md``, and prints the last."""
+    """Writes ``name.csv``, ``name.png`` and ``name.md``, and prints the content of the last."""
     write_csv([asdict(row) for row in rows], directory / f"{name}.csv", ".6g")
     draw(rows, directory / f"{name}.png")
     text = tables(rows, command)
@@ -205,7 +211,7 @@ def write(rows: Sequence[Row], directory: Path, name: str, command: str) -> None
 
 
 def tables(rows: Sequence[Row], command: str) -> str:
-    """Steps, peers and memory as Markdown, with what they were measured on."""
+    """Returns tables of steps, peers and memory in Markdown, with a description of the machine and the versions."""
     parts = [_step_table([r for r in rows if r.step_ms is not None and r.variant not in PEERS])]
     beside_step = [r for r in rows if r.of_step is not None and r.variant not in PEERS]
     if beside_step:
@@ -270,7 +276,7 @@ def _with_interval(ratio: float, low: float, high: float, emphasis: str) -> str:
 
 
 def _sessions_with_peers(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of the sessions that hold peers, by name. A session's rows follow one another."""
+    """Returns the rows of the sessions that contain peers, by session name; the rows of a session are consecutive."""
     sessions: list[list[Row]] = []
     for row in (r for r in rows if r.step_ms is not None):
         if row.variant == BASELINE or not sessions:
@@ -333,7 +339,7 @@ def _device(row: Row) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Step times in units of BF16's: ours by layout and micro-batches, and the peers beside ours."""
+    """Draws step times in units of BF16's: our variants by layout and micro-batches, and the peers with ours."""
     peers = _sessions_with_peers(rows)
     beside = {id(r) for session in peers.values() for r in session}
     ours = [r for r in rows if r.ratio is not None and id(r) not in beside]
@@ -346,7 +352,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     height = max(5, 0.3 * max((len(shown) for _, _, shown in panels), default=0))
     with picture(path, 5.5 * len(panels), height, len(panels), title) as all_axes:
         for axes, (heading, labels, shown) in zip(all_axes, panels, strict=True):
-            # With too few pairs there is no interval.
+            # With too few pairs, the interval is infinite and no error bar is drawn.
             finite = [r.ratio_high < float("inf") for r in shown]
             low = [r.ratio - r.ratio_low if ok else 0.0 for r, ok in zip(shown, finite, strict=True)]
             high = [r.ratio_high - r.ratio if ok else 0.0 for r, ok in zip(shown, finite, strict=True)]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared: BF16, ternary, and other people's quantizers inside the very same linear layers.
+"""Variants that are compared: BF16, ternary, and the quantizers of other projects in the same linear layers.
 
-A peer gets what the ternary path gets: the module's ``forward`` is wrapped, and the linear multiplies with what the
-peer makes of the latent weight. It quantizes in every forward, as its own code does; none of them has a cache.
+A peer is used in the same way as our quantizer: the ``forward`` of a module is wrapped, and the linear multiplies by
+the weight that the peer computes from the latent weight. It quantizes in every forward pass, as its own code does; no
+peer has a cache.
 """
 
 import functools
@@ -21,15 +22,18 @@ CACHES = {
     "step": "quantized once per optimizer step, beside the latent weight",
     "resident": "quantized behind the optimizer, in the parameter itself",
 }
-"""Where ``--ternary-cache`` keeps quantized weights: the variants of these names, and what each does."""
+"""Values of ``--ternary-cache``, the place of the quantized weights, which name variants -> a note on each."""
 PACKED_GATHER, PACKED = "packed-gather", "packed"
-"""What else there is with the distributed optimizer."""
+"""Further variants, which need the distributed optimizer."""
 A8, INT8, INT8_BACKWARD = "a8", "int8", "int8-backward"
-"""W1.58A8: with bf16 GEMMs, with an int8 GEMM in the forward, and with one for the input gradient, too."""
+"""Variants with int8 activations (W1.58A8): bf16 GEMMs, int8 in the forward, and int8 for input gradients, too."""
 _A8 = ("--ternary", "--ternary-activation-bits", "8")
 _INT8 = (*_A8, "--ternary-gemm", "int8")
 Quantizer = Callable[[torch.Tensor], torch.Tensor]
-"""Latent weight ``[out, in]`` -> the differentiable weight to multiply with."""
+"""Function from a latent weight ``[out, in]`` (output and input features) to the differentiable weight of the GEMM.
+
+The quantizer of a variant with ``whole_linear`` takes an input and a latent weight, and returns the linear's output.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,12 @@ class Variant:
     """A way to train the same model.
 
     Attributes:
-        name: in tables.
-        flags: of our training loop.
-        make_quantizer: makes a peer's quantizer; None for BF16 and our own.
-        whole_linear: the peer replaces the GEMM as well (and so knows no tensor parallelism).
-        package: that must be installed.
-        note: what is special about it.
+        name: the name of the variant in tables.
+        flags: the variant's flags of our training loop.
+        make_quantizer: a function that creates a peer's quantizer; None for BF16 and our own variants.
+        whole_linear: whether the peer replaces the GEMM as well, and so does not support tensor parallelism.
+        package: the package that must be installed, or None.
+        note: a note on the variant for tables.
     """
 
     name: str
@@ -54,11 +58,11 @@ class Variant:
 
     @property
     def ternary(self) -> bool:
-        """Whether it is ours."""
+        """Whether the variant is our own ternary training."""
         return "--ternary" in self.flags
 
     def unavailable(self, tensor_parallel: int) -> str | None:
-        """Why it cannot run here, or None."""
+        """Returns the reason why the variant cannot run here, or None."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed: pip install 'bitcpm_megatron[peers]'"
         if self.whole_linear and tensor_parallel > 1:
@@ -67,7 +71,7 @@ class Variant:
 
 
 def _bitcpm_residual() -> Quantizer:
-    """The BitCPM-CANN report's formula as its fake quantizer is written: ``W + stopgrad(Wq - W)``, a scale per row."""
+    """Creates the fake quantizer of the BitCPM-CANN report as written: ``W + stopgrad(Wq - W)``, one scale per row."""
 
     def quantize(weight: torch.Tensor) -> torch.Tensor:
         scale = weight.abs().mean(dim=-1, keepdim=True).clamp(min=1e-5)
@@ -78,21 +82,24 @@ def _bitcpm_residual() -> Quantizer:
 
 
 def _transformers() -> Quantizer:
-    """``transformers.integrations.bitnet.WeightQuant``, compiled by its authors; one scale per tensor."""
+    """Returns ``transformers.integrations.bitnet.WeightQuant``, which its authors compile; one scale per tensor."""
     from transformers.integrations.bitnet import WeightQuant
 
     return WeightQuant.apply
 
 
 def _transformers_linear() -> Quantizer:
-    """``transformers.integrations.bitnet.AutoBitLinear``'s training: ``WeightQuant``, ``ActQuant`` and a BF16 GEMM."""
+    """Creates the training forward of ``transformers.integrations.bitnet.AutoBitLinear``.
+
+    It consists of ``WeightQuant``, ``ActQuant`` and a BF16 GEMM.
+    """
     from transformers.integrations.bitnet import ActQuant, WeightQuant
 
     return lambda x, weight: F.linear(ActQuant.apply(x), WeightQuant.apply(weight))
 
 
 def _torchao() -> Quantizer:
-    """The weight quantizer of torchao's BitNet training, one scale per tensor, cast back for a BF16 GEMM."""
+    """Creates the weight quantizer of torchao's BitNet training: one scale per tensor, cast back for a BF16 GEMM."""
     from torchao.prototype.quantized_training.bitnet import get_bitnet_scale, quantize_bitnet_weight
 
     def quantize(weight: torch.Tensor) -> torch.Tensor:
@@ -103,11 +110,11 @@ def _torchao() -> Quantizer:
 
 
 def _torchao_linear() -> Quantizer:
-    """torchao's whole BitNet training linear: weight and int8 activations quantized, int8 GEMM."""
+    """Creates torchao's whole BitNet training linear: quantized weight, int8 activations and an int8 GEMM."""
     from torchao.prototype.quantized_training.bitnet import BitNetTrainingLinearWeight, _BitNetTrainingLinear
 
     class Linear(torch.autograd.Function):
-        """Hands torchao the plain latent parameter in its own wrapper, and its gradient back."""
+        """Adapter that gives torchao the plain latent parameter in torchao's wrapper, and returns its gradient."""
 
         @staticmethod
         def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:  # noqa: ANN001
@@ -121,7 +128,7 @@ def _torchao_linear() -> Quantizer:
 
 
 def _compiled() -> Quantizer:
-    """torch.compile of the definition, a scale per row, without a cache."""
+    """Creates the definition of our quantizer compiled by torch.compile, with one scale per row and without a cache."""
 
     @torch.compile
     def quantize(weight: torch.Tensor) -> torch.Tensor:
@@ -176,14 +183,17 @@ PEERS = tuple(name for name, variant in VARIANTS.items() if variant.make_quantiz
 
 
 def install_peer(variant: Variant, chunk: torch.nn.Module) -> int:
-    """Puts a peer into every linear that ours would quantize.
+    """Installs a peer's quantizer in every linear that our ternary training would quantize.
 
     Args:
-        variant: a peer.
+        variant: the variant of the peer.
         chunk: a bare model chunk.
 
     Returns:
-        How many linears it is in.
+        The number of linears in which it is installed.
+
+    Raises:
+        RuntimeError: if the peer does not support the tensor parallelism, or gradient accumulation is fused.
     """
     quantizer = variant.make_quantizer()
     if variant.whole_linear and parallel_state.get_tensor_model_parallel_world_size() > 1:
@@ -211,10 +221,10 @@ def _whole_forward(module: torch.nn.Module, linear: Callable, x: torch.Tensor, *
 
 
 def check_peers_use_their_weight(chunk: torch.nn.Module) -> None:
-    """Raises where a linear that ought to be quantized computes with its latent weight.
+    """Checks that no linear that has to be quantized computes with its latent weight.
 
     Raises:
-        RuntimeError: such a linear.
+        RuntimeError: if a linear does.
     """
     for candidate in candidates(chunk):
         if candidate.kind not in ("column", "row"):
