@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device at hand does per second: its rates for the model of cost, measured in a few seconds."""
+"""Calibration of the cost model: the rates of the device at hand, measured in a few seconds."""
 
 import os
 import statistics
@@ -18,17 +18,21 @@ from bitcpm_megatron.quantization import QuantizerConfig, effective_group
 from cost.model import Collective
 from cost.workload import ADAM_BYTES, BYTES, Machine, Workload
 
-# A layer of a large model would take seconds on a CPU: beyond this many FLOP it gets fewer tokens.
+# Largest FLOP of a linear's GEMMs, which are measured with fewer tokens beyond it: a layer of a large model would take
+# seconds on a CPU.
 _FLOP_LIMIT = 1.5e11
 _ELEMENTS_LIMIT = 2**22
 _RING_BYTES = 2**28
 
 
 def calibrate(workload: Workload, device: str = "cpu") -> Machine:
-    """Measures the device at hand, for a few seconds, at the shapes of a workload and alone.
+    """Measures the rates of the device at hand, in a few seconds, at the shapes of a workload.
 
-    On a CPU with as many threads as each of the workload's ranks would have. What several ranks do to each other
-    (memory bandwidth that they share) is not in it.
+    On a CPU, it uses as many threads as each of the workload's ranks would have. It runs alone, so that effects of
+    ranks on each other, such as sharing the memory bandwidth, are not included.
+
+    Raises:
+        FailedError: if gloo cannot connect two ranks on this machine.
     """
     ranks = workload.layout.world
     before = torch.get_num_threads()
@@ -53,7 +57,10 @@ def calibrate(workload: Workload, device: str = "cpu") -> Machine:
 
 
 def _gemm_rate(workload: Workload, device: str) -> float:
-    """FLOP/s over all GEMMs of a step: forward, input gradient, weight gradient and its addition to the fp32 buffer."""
+    """Returns the FLOP/s of all GEMMs of a step.
+
+    These are forward, input gradient and weight gradient with its addition to the fp32 buffer.
+    """
     seconds = flops = 0.0
     head = Linear("output_layer", workload.vocabulary, workload.layout.hidden, False)
     for linear, count in [*((x, workload.layers) for x in workload.layout.linears(0)), (head, 1)]:
@@ -82,9 +89,13 @@ def _linear_seconds(tokens: int, rows: int, columns: int, device: str) -> tuple[
 
 
 def _copy_and_quantizer(workload: Workload, device: str) -> tuple[float, float, float]:
-    """Bytes/s of a copy, the backend's time in copies of the same bytes, and its seconds for a tiny weight.
+    """Measures the copy and the quantizer.
 
-    Each goes over a ring of weights that is larger than the caches, and gets new memory for its results, which stay.
+    Each processes a ring of weights that is larger than the caches, and allocates memory for its results, which stay.
+
+    Returns:
+        The bytes/s of a copy, read and written; the quantizer's time in units of that of a copy of the same bytes; and
+        the quantizer's seconds for a tiny weight.
     """
     kernel = active_backend(device).backend.kernel
     config = QuantizerConfig(group_size=workload.group_size)
@@ -110,7 +121,7 @@ def _copy_and_quantizer(workload: Workload, device: str) -> tuple[float, float, 
 
 
 def _optimizer_rate(device: str) -> float:
-    """Bytes/s, at :data:`ADAM_BYTES` per parameter, of AdamW as megatron-core takes it where there is no fused one."""
+    """Returns the bytes/s, at :data:`ADAM_BYTES` per parameter, of megatron-core's AdamW if it has no fused one."""
     master = torch.nn.Parameter(torch.randn(_ELEMENTS_LIMIT, device=device))
     master.grad = torch.randn_like(master)
     parameter = torch.empty(_ELEMENTS_LIMIT, dtype=torch.bfloat16, device=device)
@@ -127,7 +138,7 @@ def _optimizer_rate(device: str) -> float:
 
 
 def _saved_rate(workload: Workload, device: str) -> float:
-    """Bytes/s of a norm, SwiGLU and softmax, each step by step, by what they save; forward and backward together."""
+    """Returns the saved bytes per second of unfused norm, SwiGLU and softmax, forward and backward together."""
     shape = workload.layout
     tokens = max(16, min(workload.tokens, _ELEMENTS_LIMIT // (2 * shape.ffn)))
     sequence = min(shape.sequence, 1024)
@@ -156,7 +167,13 @@ def _saved_rate(workload: Workload, device: str) -> float:
 
 
 def _link_rate() -> float:
-    """Bytes/s of gloo between two ranks, which are threads here; of an all-reduce, which sends its payload once."""
+    """Returns the bytes/s of gloo between two ranks, which are threads here, in an all-reduce.
+
+    Between two ranks, an all-reduce sends its payload once.
+
+    Raises:
+        FailedError: if gloo cannot connect them.
+    """
     import torch.distributed as dist
 
     store, seconds = dist.HashStore(), [0.0, 0.0]
@@ -190,7 +207,10 @@ def _seconds(function: Callable[[], object], device: str, rounds: int = 3) -> fl
 
 
 def _medians(functions: Sequence[Callable[[], object]], device: str, rounds: int) -> list[float]:
-    """Median seconds of each, in turn, so that a busy machine slows all of them; a first round is not counted."""
+    """Returns the median seconds of each function; all run in turn, and the first round is not counted.
+
+    In turn, a busy machine slows all of them.
+    """
     taken: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 1):
         for function, times in zip(functions, taken, strict=True):

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ternary pretraining should take beside BF16, by formula: time, memory and communication of a step.
+"""Cost model of ternary pretraining compared with BF16: time, memory and communication of a step by formula.
 
-The quantizer is bound by memory and the GEMMs by arithmetic. One quantization of `Q` weights moves `B Q` bytes (fused:
-4 + 2 per scale), a micro-batch of `T` tokens takes `6 T Q` FLOP in the same linears, so that the quantizer takes
-`B F / (6 T BW)` of their time: whatever the model's size, and whatever TP (but for the scales of rows that it cuts).
-Quantized once per optimizer step, it is divided by the number of micro-batches. Around this a step has attention,
-output layer, optimizer and communication.
-Each rank takes the scales of its own shard: nothing is sent for them (docs/quantizer.md).
+The quantizer is bound by memory, the GEMMs by arithmetic. One quantization of `Q` weights moves `B Q` bytes, where `B`
+is the number of bytes per weight (fused: 4, plus 2 per scale). A micro-batch of `T` tokens takes `6 T Q` FLOP in the
+same linears. With `F` FLOP/s and a memory bandwidth of `BW` bytes/s, the quantizer takes the fraction `B F / (6 T BW)`
+of their time. It does not depend on the size of the model, nor on the tensor-parallel size (except for the scales of
+rows that tensor parallelism cuts). If weights are quantized once per optimizer step, the fraction is divided by the
+number `n` of micro-batches. In addition, a step has attention, output layer, optimizer and communication.
+Each rank computes the scales of its own shard, so that nothing is sent for them (docs/quantizer.md).
 
-What is added up does not overlap in the model: the step is an upper bound of its time, and `overhead` (of the whole
-step) a lower bound beside `of_gemms` (of the ternary linears alone), an upper one.
+The model adds up times as if nothing overlapped: the predicted step time is an upper bound. `overhead`, relative to the
+whole step, is thus a lower bound; `of_gemms`, relative to only the ternary linears, is an upper bound.
 """
 
 from dataclasses import dataclass, replace
@@ -21,14 +22,14 @@ from cost.workload import ADAM_BYTES, BYTES, PAD_TO, QUANTIZER_BYTES, Machine, W
 
 @dataclass(frozen=True)
 class Collective:
-    """Exchanges of one kind in a step of one rank.
+    """Communication of one kind in a step of one rank.
 
     Attributes:
-        purpose: in words.
+        purpose: a description of the purpose.
         operation: ``all-reduce``, ``reduce-scatter``, ``all-gather`` or ``exchange`` (one send or one receive).
-        ranks: of the group; a group of one is counted where Megatron hands its tensor over all the same.
-        payload: bytes of the tensor, of a gather and of a scatter the whole one.
-        count: per step.
+        ranks: the size of the group; groups of one are counted if Megatron calls the collective for them, too.
+        payload: the bytes of the tensor; for a gather and a scatter those of the whole tensor.
+        count: the number of operations per step.
     """
 
     purpose: str
@@ -39,35 +40,41 @@ class Collective:
 
     @property
     def bytes(self) -> float:
-        """Payload per step."""
+        """Payload per step in bytes."""
         return self.payload * self.count
 
     @property
     def wire_bytes(self) -> float:
-        """What a rank sends over its link in a step: with a ring, (t - 1) / t of the payload, twice for all-reduce."""
+        """Bytes that a rank sends over its link in a step, with ring algorithms in groups of t ranks.
+
+        They are (t - 1) / t of the payload, twice that for an all-reduce, and half of the payload for an exchange.
+        """
         if self.operation == "exchange":
-            return self.bytes / 2  # a receive goes the other way at the same time
+            return self.bytes / 2  # half of the exchanges are receives, which use the other direction at the same time
         return self.bytes * (self.ranks - 1) / self.ranks * (2 if self.operation == "all-reduce" else 1)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One step of the rank that has most to do.
+    """Predicted cost of one step of the rank that has the most work.
 
     Attributes:
-        gemm_seconds: of the ternary linears, forward and backward, all micro-batches, without the pipeline's bubble.
-        compute_seconds: these, attention, output layer, recomputation and everything elementwise, with the bubble.
-        optimizer_seconds: of one optimizer step.
-        communication_seconds: as if nothing of it overlapped.
-        quantizer_seconds: of all quantizations, without the bubble.
-        quantizer_step_seconds: by which a step gets longer: stages quantize one after the other when they first run.
-        quantizations: of each weight.
-        memory: of the ternary run, formula parts only (no communicator buffers, no runtime); ``quantized`` is what
-            stays: the quantized weights that are alive at once, and their scales.
-        scale_bytes: of ``memory.quantized``, the scales.
-        communication_bytes: payload handed to collectives per step, BF16 and ternary alike.
-        wire_bytes: what of that a rank sends over its link; nothing in a group of one.
-        model_flops: per rank (the mean of all) and step, as Megatron-LM counts them.
+        gemm_seconds: the time of the ternary linears, forward and backward, for all micro-batches, without the pipeline
+            bubble.
+        compute_seconds: the time of these, attention, output layer, recomputation and elementwise operations, with the
+            pipeline bubble.
+        optimizer_seconds: the time of one optimizer step.
+        communication_seconds: the time of the communication if nothing overlaps it.
+        quantizer_seconds: the time of all quantizations, without the pipeline bubble.
+        quantizer_step_seconds: the time that quantization adds to a step: pipeline stages quantize one after another,
+            when they first run.
+        quantizations: the number of quantizations of each weight.
+        memory: the memory of the ternary run by formula (without communicator buffers and runtime); its ``quantized``
+            counts the quantized weights that are alive at once, and their scales.
+        scale_bytes: the bytes of the scales within ``memory.quantized``.
+        communication_bytes: the payload handed to collectives per step, the same for BF16 and ternary.
+        wire_bytes: the bytes of it that a rank sends over its link; none for a group of one.
+        model_flops: the FLOP per rank (mean over all ranks) and step, as Megatron-LM counts them.
     """
 
     gemm_seconds: float
@@ -85,12 +92,12 @@ class Prediction:
 
     @property
     def bf16_seconds(self) -> float:
-        """Of a BF16 step."""
+        """Time of a BF16 step."""
         return self.compute_seconds + self.optimizer_seconds + self.communication_seconds
 
     @property
     def ternary_seconds(self) -> float:
-        """Of a ternary step."""
+        """Time of a ternary step."""
         return self.bf16_seconds + self.quantizer_step_seconds
 
     @property
@@ -100,19 +107,19 @@ class Prediction:
 
     @property
     def of_gemms(self) -> float:
-        """Quantizer over the GEMMs of the linears that it quantizes: B F / (6 T BW), divided by n if cached."""
+        """Time of the quantizer divided by that of the quantized linears' GEMMs: B F / (6 T BW), over n if cached."""
         return self.quantizer_seconds / self.gemm_seconds
 
     @property
     def extra_bytes(self) -> float:
-        """Memory that a ternary run needs more than a BF16 run."""
+        """Bytes of memory that a ternary run needs in addition to those of a BF16 run."""
         return self.memory.quantized
 
 
 def predict(machine: Machine, workload: Workload) -> Prediction:
-    """What a step of a workload should cost on a machine."""
+    """Predicts the cost of a step of a workload on a machine."""
     n, pp = workload.micro_batches, workload.layout.pp
-    slots = (n + pp - 1) / n  # of one-forward-one-backward, fill and drain included
+    slots = (n + pp - 1) / n  # slots of the one-forward-one-backward schedule per micro-batch, with fill and drain
     exchanges = collectives(workload)
     wire = sum(c.wire_bytes for c in exchanges)
     once = _quantization_seconds(machine, workload)
@@ -129,8 +136,8 @@ def predict(machine: Machine, workload: Workload) -> Prediction:
         optimizer_seconds=optimizer / (machine.optimizer_bandwidth or machine.memory_bandwidth),
         communication_seconds=wire / machine.link_bandwidth,
         quantizer_seconds=passes * once,
-        # Cached or not, a stage quantizes when its first micro-batch arrives, which waited for the stages before.
-        # Resident weights are quantized behind the optimizer, by all stages at once.
+        # With cache step or none, a stage quantizes when its first micro-batch arrives, which has waited for the
+        # quantization of the stages before. Resident weights are quantized after the optimizer, by all stages at once.
         quantizer_step_seconds=(passes + (pp - 1) * {"step": passes, "none": passes / n}.get(workload.cache, 0)) * once,
         quantizations=passes,
         memory=memory,
@@ -142,26 +149,28 @@ def predict(machine: Machine, workload: Workload) -> Prediction:
 
 
 def _replicas(workload: Workload) -> int:
-    """Ranks that share what belongs to the optimizer."""
+    """Returns the number of ranks over which the optimizer's state is divided."""
     return workload.layout.dp if workload.distributed_optimizer else 1
 
 
 def collectives(workload: Workload) -> list[Collective]:
-    """What a rank of the last pipeline stage hands to collectives in a step; of more than two stages, an upper bound.
+    """Returns the communication in a step of a rank of the last pipeline stage.
 
-    Tensor parallelism, per layer and micro-batch: two all-reduces of the activations forward (after proj and fc2) and
-    two backward (before qkv and fc1). With sequence parallelism each is a reduce-scatter and an all-gather instead, and
-    the inputs of qkv and fc1 are gathered once more for their weight gradients. Full recomputation repeats the forward.
+    For more than two stages it is an upper bound. Tensor parallelism has, per layer and micro-batch, two all-reduces of
+    the activations in the forward pass (after proj and fc2) and two in the backward pass (before qkv and fc1). With
+    sequence parallelism each is a reduce-scatter and an all-gather instead, and the inputs of qkv and fc1 are gathered
+    once more for their weight gradients. Full recomputation repeats the forward pass.
     """
     shape, n, t, pp = workload.layout, workload.micro_batches, workload.layout.tp, workload.layout.pp
     activation = workload.tokens * shape.hidden * BYTES
-    # Megatron hands the loss's three reductions of fp32 numbers per token over in a group of one, too.
+    # The loss has three reductions of one fp32 number per token, which Megatron also calls in a group of one.
     found = [Collective("loss", "all-reduce", t, 4.0 * workload.tokens, 3 * n)]
     forward = 2 * workload.layers * (2 if workload.recompute == "full" else 1)
     backward = 2 * workload.layers
-    embedding = 1 if pp == 1 else 0  # else it is on another stage than the output layer
+    embedding = 1 if pp == 1 else 0  # with more stages, it is on another stage than the output layer
     if t > 1 and workload.sequence_parallel:
-        # Embedding: scattered forward, gathered backward. Output layer: gathered twice, scattered backward.
+        # The embedding is scattered forward and gathered backward; the output layer's input is gathered twice, and its
+        # gradient is scattered.
         scatters, gathers = n * (forward + backward + 1 + embedding), n * (forward + 2 * backward + 2 + embedding)
         found.append(Collective("tensor parallel", "reduce-scatter", t, activation, scatters))
         found.append(Collective("tensor parallel", "all-gather", t, activation, gathers))
@@ -173,7 +182,7 @@ def collectives(workload: Workload) -> list[Collective]:
         )
     if pp > 1:
         sharded = t if workload.sequence_parallel else 1
-        # An activation and a gradient per boundary, sent here and received there.
+        # Each boundary between stages has an activation and a gradient; a rank sends one and receives the other.
         boundaries = 1 if pp == 2 else 2
         found.append(Collective("pipeline", "exchange", 2, activation / sharded, 2 * boundaries * n))
         if shape.tied:
@@ -183,7 +192,10 @@ def collectives(workload: Workload) -> list[Collective]:
 
 
 def _data_parallel(workload: Workload) -> list[Collective]:
-    """Gradients are reduced in fp32, and with the distributed optimizer parameters gathered in their own dtype."""
+    """Returns the data-parallel communication of a step.
+
+    Gradients are reduced in fp32, and with the distributed optimizer parameters are gathered in bf16.
+    """
     parameters = _memory(workload).gradients / 4
     dp = workload.layout.dp
     if not workload.distributed_optimizer:
@@ -195,9 +207,10 @@ def _data_parallel(workload: Workload) -> list[Collective]:
 
 
 def _flops(workload: Workload) -> tuple[float, float]:
-    """FLOP of a micro-batch on a rank of the largest stage: ternary linears; all else, and what is recomputed.
+    """Returns the FLOP of a micro-batch on a rank of the largest stage: ternary linears, and everything else.
 
-    Causal attention is half of the square of scores, but kernels that are not fused compute the whole square.
+    The latter includes recomputation. Causal attention needs half of the square of scores, but kernels that are not
+    fused compute the whole square.
     """
     shape, tokens = workload.layout, workload.tokens
     linear = 6.0 * tokens * workload.quantized_weights
@@ -210,9 +223,12 @@ def _flops(workload: Workload) -> tuple[float, float]:
 
 
 def _quantization_seconds(machine: Machine, workload: Workload) -> float:
-    """One quantization of all weights of a rank, or of its shard; a small weight takes as long as its launch."""
+    """Returns the seconds of one quantization of a rank's weights (resident: of its data-parallel shard of them).
+
+    A small weight takes as long as its launch.
+    """
     total = 0.0
-    # Layers are alike: one of them, as often as there are.
+    # All layers have the same shapes, so one of them is computed and multiplied.
     for linear in workload.layout.linears(0):
         moved = linear.weights / workload.layout.tp * QUANTIZER_BYTES[workload.quantizer]
         moved += BYTES * _scales(workload, linear)
@@ -224,7 +240,10 @@ def _quantization_seconds(machine: Machine, workload: Workload) -> float:
 
 
 def _scales(workload: Workload, linear: Linear) -> float:
-    """Of a rank's shard. A whole row is a group; tensor parallelism cuts the rows of row-parallel weights."""
+    """Returns the number of scales of a rank's shard; without a group size, one for each row of the shard.
+
+    Tensor parallelism cuts the rows of row-parallel weights.
+    """
     tp = workload.layout.tp
     row = linear.in_features / (tp if linear.row_parallel else 1)
     return linear.weights / tp / (workload.group_size if workload.group_size > 0 else row)
@@ -236,10 +255,11 @@ def _scale_bytes(workload: Workload) -> float:
 
 
 def _memory(workload: Workload) -> Estimate:
-    """The launcher's estimate, with the quantized weights that are alive at once in place of its own.
+    """Returns the launcher's memory estimate, with the quantized weights that are alive at once instead of its own.
 
-    That one counts the scratch of the torch backend, and one weight only where nothing is cached. But autograd keeps
-    what a linear multiplied with until its backward: uncached, one copy of every weight per micro-batch in flight.
+    The launcher counts the scratch memory of the torch backend, and only one weight if nothing is cached. But autograd
+    keeps the weight of a linear until its backward pass: without a cache, these are one copy of every weight per
+    micro-batch in flight.
     """
     _, found = estimate(workload.layout, _options(workload))
     copies = 0.0 if workload.cache == "resident" else 1.0
@@ -265,7 +285,7 @@ def _options(workload: Workload) -> Options:
 
 
 def _saved_bytes(workload: Workload) -> float:
-    """Bytes that a micro-batch saves for its backward, which is what elementwise work is measured by."""
+    """Returns the bytes that a micro-batch saves for its backward pass, to which elementwise work is proportional."""
     options = replace(_options(workload), recompute_granularity=None)
     _, found = estimate(workload.layout, options)
     return workload.layers * layer_activations(workload.layout, options) + found.logits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted next to measured: the model of cost against what ``throughput.py`` wrote."""
+"""Validation of the cost model: its predictions next to the measurements that ``throughput.py`` wrote."""
 
 import csv
 import math
@@ -18,7 +18,7 @@ from cost.calibration import calibrate
 from cost.model import Prediction, predict
 from cost.workload import MACHINES, BadInput, Machine, Workload, layout_of
 
-# What files of earlier versions call the caches stands behind.
+# Variant -> cache; the last two are the names that files of earlier versions use.
 _VARIANTS = {"bf16": "step", **{cache: cache for cache in CACHES}, "ternary": "step", "ternary-no-cache": "none"}
 _SIZES = ("tp", "pp", "dp", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _WHOLE = (*_SIZES, "kv_channels", "vocab_size", "seq_length", "micro_batch_size", "tokens", "micro_batches")
@@ -33,14 +33,14 @@ Calibrate = Callable[[Workload, str], Machine]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measured row beside its prediction.
+    """A measured row next to its prediction.
 
     Attributes:
-        row: of the file.
-        workload: that was measured.
-        prediction: for it.
-        measured: the numbers of the row by column, None where there is none; ``more_peak_bytes`` and
-            ``more_resident_bytes`` are those beyond BF16's.
+        row: the row of the file.
+        workload: the workload that was measured.
+        prediction: the prediction for the workload.
+        measured: the numbers of the row by column, None for an empty cell; ``more_peak_bytes`` and
+            ``more_resident_bytes`` are the differences from BF16's.
     """
 
     row: Row
@@ -50,16 +50,16 @@ class Comparison:
 
     @property
     def step_ms(self) -> float:
-        """Predicted, of this variant."""
+        """Predicted step time of the row's variant in milliseconds."""
         ternary = self.row["variant"] != "bf16"
         return 1e3 * (self.prediction.ternary_seconds if ternary else self.prediction.bf16_seconds)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a throughput file.
+    """Reads the rows of a throughput file.
 
     Raises:
-        BadInput: not there, not CSV with these columns, or empty.
+        BadInput: if the file cannot be read, is not CSV with the columns :data:`COLUMNS`, or has no rows.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -79,13 +79,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def workload_of(row: Row) -> Workload:
-    """The workload of a measured row; what the file does not say is what our training loop does by default.
+    """Returns the workload of a measured row; settings that the file lacks have the defaults of our training loop.
 
-    The layout's name says whether there is sequence parallelism and a distributed optimizer (``TP2xDP2+SP+DO``), the
-    model's flags whether embeddings are tied.
+    The layout's name says whether sequence parallelism and the distributed optimizer are used (``TP2xDP2+SP+DO``); the
+    model's flags say whether embeddings are tied.
 
     Raises:
-        BadInput: a cell that is not a number, or numbers that contradict each other.
+        BadInput: if a cell is not a number, or numbers contradict each other.
     """
     size = {name: _number(row, name, int) for name in _WHOLE}
     empty = [name for name, value in size.items() if value is None]
@@ -119,13 +119,14 @@ def validate(path: Path, calibrator: Calibrate = calibrate) -> tuple[list[Compar
 
     Args:
         path: the file.
-        calibrator: makes the machine of a workload and a device type.
+        calibrator: a function that returns the machine for a workload and a device type.
 
     Returns:
-        Comparisons in the file's order; notes on what was left out or does not fit; the machines that were measured.
+        The comparisons in the order of the file; notes on rows that are left out or contradict the model; the machines
+        of the predictions.
 
     Raises:
-        BadInput: a file that cannot be used, or a device that is neither here nor among :data:`MACHINES`.
+        BadInput: if the file cannot be used, or a device is neither present nor among :data:`MACHINES`.
     """
     rows = read_rows(path)
     left = dict.fromkeys(row["variant"] for row in rows if row["variant"] not in _VARIANTS)
@@ -135,7 +136,7 @@ def validate(path: Path, calibrator: Calibrate = calibrate) -> tuple[list[Compar
     found = []
     for row in rows:
         workload = workload_of(row)
-        # Rates depend on shapes and ranks, not on the number of micro-batches nor on the cache.
+        # The rates depend on shapes and ranks, not on the number of micro-batches, the cache or recomputation.
         key = (row["device"], replace(workload, micro_batches=1, cache="step", recompute=None))
         if key not in machines:
             machines[key] = _machine_of(row["device"], workload, calibrator)
@@ -168,7 +169,7 @@ def _measured(row: Row, baseline: Row | None) -> dict[str, float | None]:
 
 
 def _contradictions(row: Row, workload: Workload, prediction: Prediction) -> list[str]:
-    """Where the file counts other weights or quantizations than the model, so that its numbers mean something else."""
+    """Returns notes on contradictions: another backend, or other numbers of weights or quantizations than predicted."""
     if row["variant"] == "bf16":
         return []
     notes = []
@@ -209,7 +210,7 @@ def _label(row: Row) -> str:
 
 
 def validation_table(comparisons: Sequence[Comparison]) -> str:
-    """Predicted / measured, as Markdown."""
+    """Returns a Markdown table of predicted / measured numbers."""
     head = (
         "model | layout | device | T | n | variant | step, ms: predicted / measured "
         "| overhead, %: predicted / measured (interval) | more memory, MB: predicted / measured at peak / staying "

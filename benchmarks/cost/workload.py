@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is predicted: a machine's rates, and a training job's shapes."""
+"""Inputs of the cost model: the rates of a machine, and the shapes of a training job."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,44 +12,47 @@ from bitcpm_megatron.models.architecture import divisors
 PRESETS = ("minicpm4-0.5b", "bitcpm-cann-1b", "bitcpm-cann-3b", "minicpm4-8b")
 
 
-# Megatron's default: the vocabulary is padded to a multiple of this times TP.
+# Megatron's default: the vocabulary is padded to a multiple of this number times the tensor-parallel size.
 PAD_TO = 128
 
 
-BYTES = 2  # of bf16: weights, activations, scales
+BYTES = 2  # bytes of a bf16 value: of a weight, an activation or a scale
 
 
-# Per weight and quantization, without the scales. "fused" reads a weight once and writes it once. "torch" is the
-# fallback backend on a device (docs/kernels.md). "residual" is W + stopgrad(Wq - W) operation by operation: 28 to 68
-# bytes counted by hand, depending on what a compiler fuses and in which dtype; the worst is taken.
+# Bytes moved per weight and quantization, without the scales. "fused" reads a weight once and writes it once. "torch"
+# is the fallback backend on an accelerator (docs/kernels.md). "residual" computes W + stopgrad(Wq - W) operation by
+# operation: 28 to 68 bytes, counted by hand, depending on the dtype and on the operations that a compiler fuses; the
+# largest number is used.
 QUANTIZER_BYTES = {"fused": 4.0, "torch": 70.0, "residual": 68.0}
 
 
-# Adam on fp32 master weights, per parameter: gradient read for the norm (4), read again (4) and cleared (4), master
-# weight and both moments read and written (24), bf16 parameter written (2).
+# Bytes per parameter moved by Adam on fp32 master weights: gradient read for the norm (4), read again (4) and cleared
+# (4), master weight and both moments read and written (24), bf16 parameter written (2).
 ADAM_BYTES = 38.0
 
 
 class BadInput(ValueError):
-    """A file or an argument that cannot be used, and why."""
+    """Error of a file or an argument that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device does per second.
+    """Rates of a device.
 
     Attributes:
-        name: in tables.
-        peak_flops: bf16, dense, FLOP/s, for the utilization alone. Of a calibrated machine its GEMM rate.
-        achieved_flops: FLOP/s that training reaches; of a calibrated machine, its GEMMs at these shapes.
-        memory_bandwidth: bytes/s, reads and writes together.
-        link_bandwidth: bytes/s that a rank sends, and at the same time receives.
-        launch_us: least microseconds from one quantization to the next.
-        quantizer_copies: time of a fused quantization in units of a copy of the same bytes.
-        optimizer_bandwidth: bytes/s of the optimizer at :data:`ADAM_BYTES` per parameter; None: the memory's.
-        saved_bandwidth: bytes/s at which all that is neither GEMM nor quantizer (norms, SwiGLU, softmax, loss) makes,
-            by the bytes that it saves for the backward, forward and backward together. None where ``achieved_flops``
-            is of whole steps and has it in it.
+        name: the name of the machine in tables.
+        peak_flops: the FLOP/s of dense bf16, used only for the utilization; for a calibrated machine its GEMM rate.
+        achieved_flops: the FLOP/s that training reaches; for a calibrated machine those of its GEMMs at the given
+            shapes.
+        memory_bandwidth: the bytes/s of reads and writes together.
+        link_bandwidth: the bytes/s that a rank sends, and at the same time receives.
+        launch_us: the least time from one quantization to the next, in microseconds.
+        quantizer_copies: the time of a fused quantization in units of a copy of the same bytes.
+        optimizer_bandwidth: the bytes/s of the optimizer at :data:`ADAM_BYTES` per parameter; None to use the memory
+            bandwidth.
+        saved_bandwidth: the rate of everything that is neither GEMM nor quantizer (norms, SwiGLU, softmax, loss): the
+            bytes saved for the backward pass per second of forward and backward together. None if
+            ``achieved_flops`` is for whole steps and so includes it.
     """
 
     name: str
@@ -76,39 +79,41 @@ class Machine:
         return f"{self.name}: {', '.join(parts)}"
 
 
-# The achieved rates are taken to count FLOPs as Megatron-LM does; the BitCPM-CANN report's count is an assumption.
+# The achieved rates are assumed to count FLOPs as Megatron-LM does; for the BitCPM-CANN report this is not confirmed.
 MACHINES = {
-    # Measured by others: achieved, the BitCPM-CANN report's BF16 baseline, 155 TFLOP/s per NPU (148 with its
-    # quantization). Assumptions, for no data sheet was at hand: the peak (313 TFLOP/s, said of a 910B3), HBM
-    # (1.6 TB/s), HCCS (392 GB/s, taken as both directions together) and the launch.
+    # The achieved rate was measured by others: the BitCPM-CANN report's BF16 baseline has 155 TFLOP/s per NPU (148 with
+    # its quantization). Without a data sheet, these are assumptions: the peak (313 TFLOP/s, reported for a 910B3), HBM
+    # (1.6 TB/s), HCCS (392 GB/s, taken as the sum of both directions) and the launch.
     "910B": Machine("910B", 313e12, 155e12, 1.6e12, 196e9, launch_us=10),
     # NVIDIA's data sheet of the SXM module: 989 TFLOP/s dense bf16, 3.35 TB/s, NVLink 900 GB/s for both directions.
-    # Measured by others: achieved, 41 % of the peak, the smallest model of the scaling study in Megatron-LM's README.
-    # Assumption: the launch.
+    # The achieved rate was measured by others: 41 % of the peak, for the smallest model of the scaling study in
+    # Megatron-LM's README. The launch is an assumption.
     "H100": Machine("H100", 989e12, 0.41 * 989e12, 3.35e12, 450e9, launch_us=4),
 }
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A training job.
+    """A training job whose cost is predicted.
 
     Attributes:
-        model: name, in tables.
-        layout: shapes and parallel sizes; a micro-batch has ``layout.sequence * layout.micro_batch`` tokens on each
+        model: the name of the model in tables.
+        layout: the shapes and parallel sizes; a micro-batch has ``layout.sequence * layout.micro_batch`` tokens on each
             data-parallel rank.
-        micro_batches: per optimizer step.
-        cache: ``step`` quantizes once per optimizer step, ``resident`` likewise and in the parameters themselves, each
-            data-parallel rank its shard; ``none`` in every forward.
-        group_size: weights per scale, -1 for a row.
-        quantizer: of :data:`QUANTIZER_BYTES`.
-        sequence_parallel: only with TP.
-        recompute: None, ``selective`` or ``full``.
-        distributed_optimizer: optimizer states divided over the data-parallel ranks.
-        fused_kernels: flash attention, norms and SwiGLU as single kernels; our own loop on a CPU has none of them.
+        micro_batches: the number of micro-batches per optimizer step.
+        cache: the time and place of quantization: ``step`` quantizes once per optimizer step; ``resident`` does the
+            same in the parameters themselves, where each data-parallel rank quantizes its shard; ``none`` quantizes in
+            every forward pass.
+        group_size: the number of weights per scale, -1 for a whole row.
+        quantizer: the implementation of the quantizer, a key of :data:`QUANTIZER_BYTES`.
+        sequence_parallel: whether activations are split along the sequence, which only applies to tensor parallelism.
+        recompute: the recomputation of activations: None, ``selective`` or ``full``.
+        distributed_optimizer: whether the optimizer state is divided over the data-parallel ranks.
+        fused_kernels: whether flash attention, norms and SwiGLU are single kernels; our own loop on a CPU has none of
+            them.
 
     Raises:
-        BadInput: a size that is not positive, or a word that is none of the above.
+        BadInput: if a size is not positive, or a setting is none of the values above.
     """
 
     model: str
@@ -139,32 +144,32 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """T: per micro-batch and data-parallel rank."""
+        """Number T of tokens per micro-batch and data-parallel rank."""
         return self.layout.sequence * self.layout.micro_batch
 
     @property
     def layers(self) -> int:
-        """Of the largest pipeline stage."""
+        """Number of layers of the largest pipeline stage."""
         return -(-self.layout.layers // self.layout.pp)
 
     @property
     def linears(self) -> list[Linear]:
-        """Ternary linears of the largest stage, over all tensor-parallel shards."""
+        """Ternary linears of the largest pipeline stage, with the shapes over all tensor-parallel shards."""
         return [linear for layer in range(self.layers) for linear in self.layout.linears(layer)]
 
     @property
     def quantized_weights(self) -> float:
-        """Elements that a rank of the largest stage holds."""
+        """Number of quantized weights that a rank of the largest pipeline stage holds."""
         return sum(linear.weights for linear in self.linears) / self.layout.tp
 
     @property
     def vocabulary(self) -> int:
-        """Padded, all shards."""
+        """Size of the padded vocabulary over all tensor-parallel shards."""
         return padded_vocab_size(self.layout.vocab_size, PAD_TO, self.layout.tp)
 
     @property
     def quantizations(self) -> int:
-        """How often a rank quantizes each of its weights in a step. Full recomputation runs every forward twice."""
+        """Number of times a rank quantizes each of its weights in a step; full recomputation runs forwards twice."""
         if self.cache != "none":
             return 1
         return self.micro_batches * (2 if self.recompute == "full" else 1)
@@ -173,21 +178,21 @@ class Workload:
 def preset(
     model: str, tokens: int, micro_batches: int, tp: int = 1, pp: int = 1, dp: int = 1, sequence: int = 4096
 ) -> Workload:
-    """A workload from a preset of ``launch/models``, fused and cached.
+    """Returns the workload of a preset of ``launch/models``, with a fused quantizer and the cache ``step``.
 
     Args:
-        model: the preset's name.
-        tokens: of a micro-batch on one data-parallel rank.
-        micro_batches: per optimizer step.
-        tp: tensor-parallel ranks.
-        pp: pipeline stages.
-        dp: data-parallel ranks.
-        sequence: tokens of a sequence; where a micro-batch has fewer, all of them are one.
+        model: the name of the preset.
+        tokens: the number of tokens of a micro-batch on one data-parallel rank.
+        micro_batches: the number of micro-batches per optimizer step.
+        tp: the tensor-parallel size.
+        pp: the number of pipeline stages.
+        dp: the data-parallel size.
+        sequence: the tokens per sequence; a micro-batch with fewer tokens is one sequence.
 
     Raises:
-        BadInput: sizes that the model cannot be cut into.
+        BadInput: if the model cannot be divided by the sizes.
     """
-    presets.architecture(model)  # refuses flags that are none
+    presets.architecture(model)  # refuses unknown flags
     flags, sequence = presets.read(model).flags, min(tokens, sequence)
     if sequence < 1 or tokens % sequence:
         raise BadInput(f"{tokens} tokens are no whole number of sequences of {sequence}")
@@ -204,7 +209,10 @@ def preset(
 
 
 def layout_of(sizes: Mapping[str, int], tied: bool) -> Layout:
-    """A dense model with SwiGLU, neither virtual stages nor context parallelism; sizes in the words of Megatron-LM."""
+    """Returns the layout of a dense SwiGLU model without virtual stages and context parallelism.
+
+    ``sizes`` has Megatron-LM's names.
+    """
     return Layout(
         layers=sizes["num_layers"],
         hidden=sizes["hidden_size"],
@@ -223,10 +231,10 @@ def layout_of(sizes: Mapping[str, int], tied: bool) -> Layout:
 
 
 def flops_per_token(layout: Layout) -> float:
-    """Of the whole model, forward and backward: Megatron-LM's ``num_floating_point_operations`` (core_v0.16.1).
+    """Returns the FLOP per token of a whole SwiGLU model, forward and backward, as Megatron-LM counts them.
 
-    GEMMs three times (forward, dgrad, wgrad), two operations per multiply-add; causal attention counts half, the
-    vocabulary without padding. For SwiGLU models.
+    The formula is that of ``num_floating_point_operations`` (core_v0.16.1): every GEMM is counted three times (forward,
+    dgrad, wgrad), with two operations per multiply-add; causal attention counts half, and the vocabulary is not padded.
     """
     layer = sum(x.weights for x in layout.linears(0)) + layout.heads * layout.head_dim * layout.sequence
     return 6.0 * (layout.layers * layer + layout.hidden * layout.vocab_size)
