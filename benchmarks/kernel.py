@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark of the quantizer's backends against a copy of the same bytes, for the layer shapes of real models.
 
-    python benchmarks/kernel.py                                 # this machine's device; on a CPU a short selection
+    python benchmarks/kernel.py                                 # the device that is there; on a CPU a short selection
     python benchmarks/kernel.py --device cuda --models minicpm4-0.5b bitcpm-cann-1b bitcpm-cann-3b minicpm4-8b
 
 A fused quantizer reads a weight once and writes it once, so that it cannot be faster than `weight.clone()`, which is

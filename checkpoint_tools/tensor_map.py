@@ -29,7 +29,7 @@ from ..quantization.record import QuantizerRecord
 from .storage.reader import ConversionError
 
 Kind = Literal["vocab", "qkv", "gated", "row", "replicated"]
-"""How a tensor is composed and sharded over tensor-parallel ranks.
+"""Composition of a tensor, and its sharding over tensor-parallel ranks.
 
 ``vocab``: cut by rows, which are padded. ``qkv``: cut by rows, which alternate between q, k and v per key/value head.
 ``gated``: cut by rows within gate and within up. ``row``: cut by columns (row-parallel). ``replicated``: not cut.
@@ -76,7 +76,7 @@ class MegatronTensor:
 
     @property
     def quantizable(self) -> bool:
-        """Whether the tensor is the weight of one of a layer's linears."""
+        """True if the tensor is the weight of one of a layer's linears."""
         return self.layer is not None and self.kind != "replicated"
 
     @property

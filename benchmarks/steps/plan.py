@@ -204,7 +204,7 @@ def model_flags(model: str, num_layers: int | None, vocab_size: int | None) -> t
     """Returns a model's flags for our training loop.
 
     Raises:
-        ValueError: if the model has no SwiGLU, for which alone FLOPs are counted, or is not a valid preset.
+        ValueError: if the model is not a valid preset, or has no SwiGLU; FLOPs are counted only for SwiGLU models.
     """
     if model == "0.5b-layers":
         flags, vocabulary = LAYERS_05B, 2048

@@ -58,7 +58,7 @@ class Variant:
 
     @property
     def ternary(self) -> bool:
-        """Whether the variant is our own ternary training."""
+        """True if the variant is our own ternary training."""
         return "--ternary" in self.flags
 
     def unavailable(self, tensor_parallel: int) -> str | None:

@@ -95,7 +95,7 @@ class Inspection:
 
     @property
     def of_megatron(self) -> bool:
-        """Whether it is a Megatron checkpoint."""
+        """True if the inspected checkpoint is a Megatron checkpoint."""
         return self.format in ("torch_dist", "legacy")
 
     @property

@@ -8,7 +8,7 @@ import torch
 from ...quantization import SPACES, QuantizerConfig, effective_group, fused_group_size, fused_space, quantize_dequantize
 from ..storage.reader import ConversionError, TensorInfo, TensorReader, check_finite
 
-# 1 MB in fp32: larger blocks are returned to the system when they are freed, and would be mapped anew each time.
+# 1 MB in fp32: larger blocks are returned to the system when they are freed, and would be mapped again each time.
 _BLOCK_ELEMENTS = 1 << 18
 
 
