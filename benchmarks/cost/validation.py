@@ -18,7 +18,7 @@ from cost.calibration import calibrate
 from cost.model import Prediction, predict
 from cost.workload import MACHINES, BadInput, Machine, Workload, layout_of
 
-# Variant -> cache; the last two are the names that files of earlier versions use.
+# Variant -> cache. "ternary" is the variant of --host; it and the last one are also names in files of earlier versions.
 _VARIANTS = {"bf16": "step", **{cache: cache for cache in CACHES}, "ternary": "step", "ternary-no-cache": "none"}
 _SIZES = ("tp", "pp", "dp", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _WHOLE = (*_SIZES, "kv_channels", "vocab_size", "seq_length", "micro_batch_size", "tokens", "micro_batches")
