@@ -18,7 +18,7 @@ MODES = (BASELINE, *CACHES)
 WARM_UP = 3
 """Number of steps of each variant before the timed ones."""
 COST_STEPS = 3
-"""Number of steps in which the memory of a variant is measured."""
+"""Number of steps that measure a variant's memory: peak and resident bytes, and in the last one live copies."""
 PROGRESS = "micro-batches done: "
 """Beginning of the line with which rank 0 reports, outside of the timed code, that a step is over."""
 
