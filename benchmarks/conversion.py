@@ -5,12 +5,10 @@
 
 Each conversion runs in a process of its own, with the command line that a user would type, directly after a copy of its
 source directory, which is synced to disk as the converters sync their output. Sources are in the page cache in both
-cases. A pause precedes both, because a virtual machine that returns freed memory to its host has to get it again, and a
-copy that starts at once would be spared this cost.
+cases. A pause precedes both, because a virtual machine that returns freed memory to its host has to get it again.
 The goal concerns CPU time: per byte, at most three times that of the copy. The CPU time of a conversion before it
 processes any bytes is measured separately, with the same conversion of a model of 2 MiB; so is the CPU time of the
-quantization in a conversion that fuses.
-The models converted back from Megatron are compared with the original model, tensor by tensor.
+quantization in a conversion that fuses. What is converted back from Megatron is compared with the original model.
 
 The benchmark writes ``conversion.csv`` (every run) and ``conversion.png``, and prints a Markdown table of the medians.
 It needs free disk space of about six times the size.

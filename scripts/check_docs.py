@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks that the documentation agrees with the tree: ``python scripts/check_docs.py [--write]``.
 
-Every link to a file or heading in a Markdown file must lead somewhere. ``docs/verification.md`` must list the claims of
-the tests' markers, ``@pytest.mark.verifies(topic, claim)``, and the table of results in README must have the figures of
-the data files that it names. ``--write`` writes both; without it they are compared. Exit status: 0 good, 1 not, with a
-line for everything that is wrong.
+Every link to a file or heading in a Markdown file must lead somewhere. Every block of commands must be complete, so
+that ``tests/integration/test_documented_commands.py`` can run it, or say in its first line what it needs.
+``docs/verification.md`` must list the claims of the tests' markers, ``@pytest.mark.verifies(topic, claim)``, and the
+table of results in README must have the figures of the data files that it names. ``--write`` writes both; without it
+they are compared. Exit status: 0 good, 1 not, with a line for everything that is wrong.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -29,7 +31,12 @@ TOPICS = {
 }
 PLACES = {"cpu": "yes", "cuda": "not run", "npu": "not run"}
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")
-_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = ("sh", "python")
+LANGUAGES = (*COMMANDS, "yaml", "text")
+_NEEDS = re.compile(r"# needs (\S.*)")
+_FILE = re.compile(r"# ([\w/]+\.(?:py|yaml))")
+_GAP = re.compile(r"(?<![\w.])\.\.\.|\[--|\bDIR\b|\bPATH\b")
 _MARKED = re.compile(r"(?<=<!-- written by scripts/check_docs.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -59,6 +66,51 @@ def broken_links(path: Path) -> Iterator[str]:
             yield f"{path}: {link}: there is no such file"
         elif fragment and (target.suffix != ".md" or fragment not in anchors(target.read_text(encoding="utf-8"))):
             yield f"{path}: {link}: there is no such heading"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a Markdown page.
+
+    Attributes:
+        line: the number of its first line in the page, from 1.
+        language: one of :data:`LANGUAGES`, or something else, which is a mistake.
+        text: the lines between the fences.
+    """
+
+    line: int
+    language: str
+    text: str
+
+    @property
+    def needs(self) -> str | None:
+        """What the commands need that is not there in a test, from a first line ``# needs ...``."""
+        found = _NEEDS.match(self.text)
+        return found and found[1]
+
+    @property
+    def file(self) -> str | None:
+        """The name of the file that the block is, from a first line ``# NAME.py`` or ``# NAME.yaml``; else None."""
+        found = _FILE.fullmatch(self.text.partition("\n")[0])
+        return found and found[1]
+
+
+def blocks(path: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    text = path.read_text(encoding="utf-8")
+    return [Block(text.count("\n", 0, m.start()) + 2, m[1], m[2]) for m in _FENCE.finditer(text)]
+
+
+def unclear_blocks(path: Path) -> Iterator[str]:
+    """Blocks of a page whose language is unknown, and commands that can't be run as they are and do not say so."""
+    for block in blocks(path):
+        if block.language not in LANGUAGES:
+            yield f"{path}:{block.line}: a block is one of {', '.join(LANGUAGES)}, not {block.language or 'nothing'}"
+        elif block.language in COMMANDS and not block.needs and (gap := _GAP.search(block.text)):
+            yield f"{path}:{block.line}: {gap[0]} can't be run: write the whole command, or '# needs ...' above it"
+    text = _FENCE.sub(lambda found: "\n" * found[0].count("\n"), path.read_text(encoding="utf-8"))
+    for found in re.finditer(r"(?<=\n\n) {4}\S", text):
+        yield f"{path}:{text.count(chr(10), 0, found.start()) + 1}: an indented block: put it between fences"
 
 
 def claims() -> Iterator[tuple[str, str, dict[str, str], str]]:
@@ -116,45 +168,40 @@ def _loss(run: str) -> float:
 def _sizes(preset: str) -> str:
     page = (CHECKOUT / "docs" / "packed.md").read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| {preset} \|.*", page, re.MULTILINE)
-    return " and ".join(re.findall(r"\((\d+\.\d+)\)", row)[:2])
+    return ", ".join(re.findall(r"\((\d+\.\d+)\)", row)[:2])
 
 
 def results() -> str:
     """Returns README's table of results; every figure comes from the data file that its last column links to."""
     time, memory = _step("resident", 256, 32)
+    forward, backward = (_step(variant, 1024, 10)[0] for variant in ("int8", "int8-backward"))
     (speed,) = (row["ratio"] for row in _rows("packed-inference") if row["beside"] == "Transformers, bf16")
     throughput, packed = "[data](docs/benchmarks/throughput.csv)", "[data](docs/benchmarks/packed-inference.csv)"
-    int8, taught = (f"[data](docs/studies/{study}.json)" for study in ("int8_quality", "distillation_stages"))
-    of_int8, of_taught = (
-        _gap("int8_quality", "int8 GEMMs - bf16 GEMMs"),
-        _gap("distillation_stages", "taught from the start"),
-    )
     rows = [
-        ("a ternary step, in units of BF16's (95 %)", time, "`make bench`", throughput),
-        ("its peak memory, likewise", memory, "`make bench`", throughput),
-        ("a step with int8 GEMMs, 1,024 tokens", _step("int8", 1024, 10)[0], "`make bench`", throughput),
-        ("with int8 input gradients, too", _step("int8-backward", 1024, 10)[0], "`make bench`", throughput),
-        ("loss of int8 GEMMs above bf16 GEMMs, 5 seeds", of_int8, "`make study-int8`", int8),
+        ("time of a ternary training step / a BF16 step (95 % interval)", time, "`make bench`", throughput),
+        ("peak memory of a ternary training step / a BF16 step", memory, "`make bench`", throughput),
+        ("time likewise, with `--ternary-gemm int8`, 1,024 tokens", forward, "`make bench`", throughput),
+        ("with `--ternary-gemm-backward int8` in addition", backward, "`make bench`", throughput),
         (
-            "validation loss of the demo, BF16 and ternary",
+            "validation loss of the demo's BF16 and ternary model, nats",
             f"{_loss('bf16'):.3f}, {_loss('ternary'):.3f}",
             "`make demo`",
             "[data](docs/demo)",
         ),
         (
-            "loss of a student that is taught from the start, above training alone",
-            of_taught,
+            "validation loss when a teacher is there from the start, minus without one",
+            _gap("distillation_stages", "taught from the start"),
             "`make demo-distill DISTILL='--seeds 3'`",
-            taught,
+            "[data](docs/studies/distillation_stages.json)",
         ),
         (
-            "a GGUF file of MiniCPM4-8B's shape, times smaller than BF16: embeddings in F16 and in Q8_0",
+            "size of MiniCPM4-8B in BF16 / as a GGUF file with embeddings in F16, in Q8_0",
             _sizes("minicpm4-8b"),
             "`export_packed.py`",
             "[packed](docs/packed.md#sizes)",
         ),
         (
-            "tokens/s of a packed model of MiniCPM4-0.5B's shape, in units of Transformers' in bf16",
+            "tokens/s of a packed MiniCPM4-0.5B / of Transformers in bf16",
             f"{float(speed):.2f}",
             "`python benchmarks/packed_inference.py`",
             packed,
@@ -188,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             path.write_text(expected, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != expected:
             found.append(f"{path}: its generated part is of another state: python scripts/check_docs.py --write")
-    found += [line for path in pages() for line in broken_links(path)]
+    found += [line for path in pages() for line in (*broken_links(path), *unclear_blocks(path))]
     for line in found:
         print(line.replace(f"{CHECKOUT}/", ""))
     if not found:

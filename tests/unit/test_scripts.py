@@ -104,7 +104,7 @@ def test_a_claim_that_was_changed_is_found(tmp_path: Path, monkeypatch, capsys) 
 
 def test_a_figure_that_its_data_does_not_have_is_found(tmp_path: Path, monkeypatch, capsys) -> None:
     text = check_docs.README.read_text(encoding="utf-8")
-    ratio = next(line for line in text.splitlines() if line.startswith("| a ternary step")).split("**")[1]
+    ratio = next(line for line in text.splitlines() if line.startswith("| time of a ternary")).split("**")[1]
     monkeypatch.setattr(check_docs, "README", tmp_path / "README.md")
     check_docs.README.write_text(text, encoding="utf-8")
     assert check_docs.main([]) == 0

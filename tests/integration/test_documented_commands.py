@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands and programs of README and docs, run as they stand with smaller numbers: ``make test-docs``.
+
+A page's blocks run in order, in a directory that has the checkout's commands, the results of README's blocks, a corpus,
+conversations, and a tiny model under the name of a published one. A block that says ``# needs ...`` is not run.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import check_docs
+import pytest
+from support.chat import CHATML, chat_tokenizer
+from support.launcher import CHECKOUT, environment
+
+from bitcpm_megatron.launch.chat_demo.dialogues import dialogues
+
+README = "README.md"
+PAGES = {page.relative_to(CHECKOUT).as_posix(): page for page in check_docs.pages()}
+SMALLER = {
+    **{
+        "num-layers": "2",
+        "hidden-size": "64",
+        "vocab-size": "400",
+        "seq-length": "64",
+        "max-position-embeddings": "64",
+    },
+    **{"train-iters": "4", "lr-warmup-iters": "1", "lr-wsd-decay-iters": "1", "save-interval": "2"},
+    **{"micro-batch-size": "1", "global-batch-size": "4", "block_size": "64", "max_steps": "2"},
+}
+"""Flags whose numbers are replaced, so that a command takes seconds."""
+_SECONDS = 300
+
+pytestmark = pytest.mark.slow
+
+
+def runnable(page: Path) -> list[check_docs.Block]:
+    """The blocks of a page that run, and the files that it writes for them."""
+    known = [block for block in check_docs.blocks(page) if not block.needs]
+    commands = [block for block in known if block.language in check_docs.COMMANDS and not block.file]
+    return [block for block in known if block in commands or block.file] if commands else []
+
+
+def smaller(text: str) -> str:
+    """A text with the numbers of :data:`SMALLER`."""
+    return re.sub(r"--([\w-]+) \d+", lambda m: f"--{m[1]} {SMALLER[m[1]]}" if m[1] in SMALLER else m[0], text)
+
+
+def run(page: Path, directory: Path) -> None:
+    """Runs a page's blocks in a directory; one that fails ends the test with all that it printed."""
+    paths = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    around = {**environment(), "PATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    for block in runnable(page):
+        if block.file:
+            (directory / block.file).write_text(block.text)
+            continue
+        shell = ["bash", "-euo", "pipefail", "-c"] if block.language == "sh" else [sys.executable, "-c"]
+        done = subprocess.run(
+            [*shell, smaller(block.text)], cwd=directory, env=around, capture_output=True, text=True, timeout=_SECONDS
+        )
+        assert done.returncode == 0, f"{page}:{block.line} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which README's blocks were run."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("pages")
+    for folder in ("launch", "checkpoint_tools", "examples", "studies"):
+        (root / folder).symlink_to(CHECKOUT / folder)
+    told = list(dialogues(200))
+    (root / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in told))
+    texts = [" ".join(message["content"] for message in messages) for messages in told]
+    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text * 4}) + "\n" for text in texts))
+    (root / "held-out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:3]))
+    chat_tokenizer(root / "SmolLM2-135M", CHATML, 300)
+    shape = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    config = LlamaConfig(
+        **shape, num_key_value_heads=2, vocab_size=300, max_position_embeddings=256, bos_token_id=0, eos_token_id=1
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "SmolLM2-135M")
+    run(PAGES[README], root)
+    return root
+
+
+@pytest.mark.parametrize("name", [name for name, page in PAGES.items() if name != README and runnable(page)])
+def test_a_page(name: str, after_readme: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "here"
+    shutil.copytree(after_readme, directory, symlinks=True)
+    run(PAGES[name], directory)
+
+
+def test_readme(after_readme: Path) -> None:
+    """What its blocks leave: a run, ordinary weights, and a packed file."""
+    assert (after_readme / "runs" / "one" / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert (after_readme / "model" / "model.safetensors").is_file()
+    assert (after_readme / "small" / "model.gguf").read_bytes()[:4] == b"GGUF"
