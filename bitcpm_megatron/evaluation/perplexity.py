@@ -83,10 +83,8 @@ def score_texts(model: Any, texts: Sequence[str], overlap: int) -> TextScores:
     nats = [0.0] * len(texts)
     for owner, (value, _) in zip(owners, model._loglikelihood_tokens(requests), strict=True):
         nats[owner] -= value
-    documents = [
-        [total, len(ids), len(text.encode())] for total, ids, text in zip(nats, encoded, texts, strict=True) if ids
-    ]
-    if not documents:
+    documents = [[total, len(ids), len(text.encode())] for total, ids, text in zip(nats, encoded, texts, strict=True)]
+    if not any(encoded):
         raise FileError("the tokenizer makes no token of the text")
     content = xxhash.xxh3_128_hexdigest("\0".join(texts).encode())
     tokens = key_of("text", model.prefix_token_id, encoded)

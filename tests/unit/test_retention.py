@@ -132,6 +132,15 @@ def test_documents_count_by_their_size():
     assert comparison.interval == (pytest.approx(0), pytest.approx(1))
 
 
+def test_a_document_without_tokens_for_one_tokenizer_counts_for_neither():
+    base = TextScores(data="d", tokens="t", window=8, overlap=4, documents=[[3.0, 4, 9], [5.0, 2, 4], [2.0, 3, 8]])
+    other = base.model_copy(update={"documents": [[6.0, 4, 9], [0.0, 0, 4], [2.0, 3, 8]]})
+    row = table_of([_model("a", {}, {"w": base}), _model("b", {}, {"w": other})]).of("b", "w")
+    assert row.items == 2
+    assert row.comparison.base == pytest.approx(5.0 / np.log(2) / 17)
+    assert row.comparison.score == pytest.approx(8.0 / np.log(2) / 17)
+
+
 def test_scores_below_chance_or_the_majority_are_flagged():
     values = [1.0] * 4 + [0.0] * 6
     for chance, majority, words in (

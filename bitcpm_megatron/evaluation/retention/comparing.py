@@ -133,9 +133,12 @@ def _text(name: str, first: str, model: str, base: TextScores, other: TextScores
 
 
 def _documents(base: TextScores, other: TextScores) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bits ``[documents, 2]`` of the base and the other model, and the bytes ``[documents]``."""
-    bits = [(one[0], two[0]) for one, two in zip(base.documents, other.documents, strict=True)]
-    return np.array(bits) / np.log(2), np.array([document[2] for document in base.documents])
+    """Returns the bits ``[documents, 2]`` of the base and the other model, and the bytes ``[documents]``.
+
+    Documents of which one of the tokenizers makes no token are left out for both models.
+    """
+    pairs = [(one, two) for one, two in zip(base.documents, other.documents, strict=True) if one[1] and two[1]]
+    return np.array([(one[0], two[0]) for one, two in pairs]) / np.log(2), np.array([one[2] for one, _ in pairs])
 
 
 def _metric(text: TextScores) -> str:
