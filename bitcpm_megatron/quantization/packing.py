@@ -15,8 +15,6 @@ import torch
 
 from .spaces import TERNARY, Space
 
-BLOCK_CODES = 128
-"""The number of 2-bit codes in a block."""
 BLOCK_BYTES = 32
 
 

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny_gpt
-from support.grouped import LATENTS, Latent, check_together
+from support.grouped import LATENTS, Latent, check_together, same_bits
 from support.integers import activations, check_products, check_quantize
 
 from bitcpm_megatron import QuantizerConfig, fake_quantize
@@ -34,7 +34,6 @@ from bitcpm_megatron.quantization import (
     quantize,
     quantize_activations,
     quantize_dequantize,
-    unpack,
 )
 
 launch = pytest.importorskip("bitcpm_megatron.ops.triton.launch", reason="triton is not installed")
@@ -80,19 +79,8 @@ def run(
     config = QuantizerConfig(group_size=group, eps=eps)
     q, s = launch.fake_quantize(weight.to(DEVICE), config, given_scales, **options)
     assert (q.dtype, s.dtype) == (weight.dtype, torch.bfloat16) and q.is_contiguous() and s.is_contiguous()
-    assert bits_equal(weight, before), "input changed"
+    assert same_bits(weight, before), "input changed"
     return q.cpu(), s.cpu()
-
-
-def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal including the sign of zeros; any NaN is equal to any."""
-    nan = a.isnan()
-    same = torch.where(nan, torch.zeros_like(a), a), torch.where(nan, torch.zeros_like(b), b)
-    return a.dtype == b.dtype and torch.equal(nan, b.isnan()) and torch.equal(*same) and torch.equal(*map(sign, same))
-
-
-def sign(x: torch.Tensor) -> torch.Tensor:
-    return torch.signbit(x)
 
 
 def mean_in_order(weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -120,11 +108,11 @@ def check(weight: torch.Tensor, group: int, eps: float = EPS, **options) -> None
     w, s64 = weight.double().numpy().reshape(-1, size), s.double().numpy().reshape(-1, 1)
     codes = np.sign(w) * (np.abs(w) > s64 / 2)
     expected = torch.from_numpy(codes * s64).reshape(weight.shape).to(weight.dtype) + 0.0
-    assert bits_equal(q, expected)
+    assert same_bits(q, expected)
 
     reference, _ = quantize_dequantize(weight, QuantizerConfig(group_size=group, eps=eps), s)
     q, copied = run(weight, group, eps, s, **options)
-    assert bits_equal(q, reference) and torch.equal(copied, s)
+    assert same_bits(q, reference) and torch.equal(copied, s)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,7 +133,7 @@ def test_other_spaces(space: str, statistic: str) -> None:
         weight[1], weight[2, 5], weight[3, 7], weight[4] = 0.0, torch.nan, torch.inf, 1e-6
         expected, scales = quantize_dequantize(weight, config)
         q, s = (x.cpu() for x in launch.fake_quantize(weight.to(DEVICE), config, **options))
-        assert bits_equal(q, expected) and bits_equal(s, scales)
+        assert same_bits(q, expected) and same_bits(s, scales)
         # At a threshold of each group, and one step of the dtype to either side.
         given = scales.nan_to_num(1.0, 1.0)
         thresholds = torch.tensor(SPACES[space].thresholds).repeat(320)[:320]
@@ -154,7 +142,7 @@ def test_other_spaces(space: str, statistic: str) -> None:
         words += (torch.arange(8)[:, None] % 3 - 1).to(words.dtype) * (weight != 0)
         given[0], given[1] = torch.inf, 2.0**-130
         q, _ = (x.cpu() for x in launch.fake_quantize(weight.to(DEVICE), config, given.to(DEVICE), **options))
-        assert bits_equal(q, quantize_dequantize(weight, config, given)[0])
+        assert same_bits(q, quantize_dequantize(weight, config, given)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,7 +221,7 @@ def test_tuning_tries_the_tiles_that_fit(columns: int, tiles: set[int], monkeypa
     q, s = run(weight, -1)
     assert tried == tiles and run_as[-1] == max(tiles)
     expected = run(weight, -1, tile=1)
-    assert bits_equal(q, expected[0]) and torch.equal(s, expected[1])
+    assert same_bits(q, expected[0]) and torch.equal(s, expected[1])
 
 
 @pytest.mark.slow
@@ -279,8 +267,8 @@ def test_every_16_bit_weight_under_a_given_scale(dtype: torch.dtype, scale: floa
     weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(64, 1024)
     scales = torch.full((64, 1), scale, dtype=torch.float64).to(torch.bfloat16)
     q, s = run(weight, -1, EPS, scales)
-    assert bits_equal(q, quantize_dequantize(weight, QuantizerConfig(), scales)[0]) and torch.equal(s, scales)
-    assert bits_equal(run(weight.reshape(1, -1), -1, EPS, scales[:1])[0].reshape(64, -1), q)
+    assert same_bits(q, quantize_dequantize(weight, QuantizerConfig(), scales)[0]) and torch.equal(s, scales)
+    assert same_bits(run(weight.reshape(1, -1), -1, EPS, scales[:1])[0].reshape(64, -1), q)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -295,10 +283,10 @@ def test_a_non_finite_weight_poisons_its_own_group(dtype: torch.dtype, bad: floa
     poisoned[2, slice(None) if group == -1 else slice(32, 64)] = True
     assert torch.equal(q.isnan(), poisoned)
     assert torch.equal(~s.isfinite(), poisoned.reshape(3, s.shape[1], -1).all(-1))
-    assert bits_equal(q, quantize_dequantize(weight, QuantizerConfig(group_size=group), s)[0])
+    assert same_bits(q, quantize_dequantize(weight, QuantizerConfig(group_size=group), s)[0])
     finite = torch.ones_like(s)
     q, _ = run(weight, group, EPS, finite, resident=resident)
-    assert bits_equal(q, quantize_dequantize(weight, QuantizerConfig(group_size=group), finite)[0])
+    assert same_bits(q, quantize_dequantize(weight, QuantizerConfig(group_size=group), finite)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -342,9 +330,9 @@ def test_the_layout_in_memory_does_not_matter() -> None:
     for view in (weight.t(), weight[::2], weight[:, 32:64], weight.repeat_interleave(2, 1)[:, ::2]):
         q, s = run(view, -1)
         expected = run(view.contiguous(), -1)
-        assert bits_equal(q, expected[0]) and torch.equal(s, expected[1])
+        assert same_bits(q, expected[0]) and torch.equal(s, expected[1])
     scales = torch.ones(64, 6, dtype=torch.bfloat16)[:, ::2]
-    assert bits_equal(
+    assert same_bits(
         run(weight, 32, EPS, scales)[0], quantize_dequantize(weight, QuantizerConfig(group_size=32), scales)[0]
     )
     # An address that 16 does not divide.
@@ -354,10 +342,7 @@ def test_the_layout_in_memory_does_not_matter() -> None:
 
 def test_results_do_not_alias_the_arguments() -> None:
     weight, scales = torch.ones(2, 32, device=DEVICE), torch.ones(2, 1, dtype=torch.bfloat16, device=DEVICE)
-    for out in (
-        *launch.fake_quantize(weight, QuantizerConfig(), scales),
-        launch.quantize_packed(weight, -1, EPS, scales)[1],
-    ):
+    for out in launch.fake_quantize(weight, QuantizerConfig(), scales):
         out.zero_()
         assert (weight == 1).all() and (scales == 1).all()
 
@@ -367,41 +352,22 @@ def test_results_do_not_alias_the_arguments() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES[:10:2], (5, 192, 96), (4, 256, 64), (40, 130, -1), (3, 4224, 32)], ids=str)
-def test_packed_codes_and_counts(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_unpacked_weights(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     rows, columns, group = shape
     config = QuantizerConfig(group_size=group)
-    weight = gaussian(rows, columns, dtype, columns)
-    weight[0, : columns // 2] = 0.0
-    packed, scales, counts = (x.cpu() for x in launch.quantize_packed(weight.to(DEVICE), group, EPS))
-    assert torch.equal(scales, run(weight, group)[1])
-    codes, _ = quantize(weight, config, scales)
-    assert torch.equal(packed, pack(codes))
-    assert counts.dtype == torch.int64 and counts.tolist() == [(codes != 0).sum(), 0]
-    unpacked = launch.unpack_weight(packed.to(DEVICE), scales.to(DEVICE), columns, group, dtype).cpu()
-    assert bits_equal(unpacked, dequantize(codes, scales, config, dtype))
-
-    later = (weight.float() * 1.1 - 0.1).to(dtype)
-    again, _, counts = (
-        x.cpu() for x in launch.quantize_packed(later.to(DEVICE), group, EPS, scales.to(DEVICE), packed.to(DEVICE))
-    )
-    new = quantize(later, config, scales)[0]
-    assert torch.equal(again, pack(new))
-    assert counts.tolist() == [(new != 0).sum(), (new != codes).sum()]
+    codes, scales = quantize(gaussian(rows, columns, dtype, columns), config)
+    codes[0, : columns // 2] = 0
+    unpacked = launch.unpack_weight(pack(codes).to(DEVICE), scales.to(DEVICE), columns, group, dtype).cpu()
+    assert same_bits(unpacked, dequantize(codes, scales, config, dtype))
 
 
-def test_packed_codes_of_a_poisoned_group_are_zero() -> None:
-    weight = torch.ones(2, 64, device=DEVICE)
-    weight[0, 3] = float("inf")
-    packed, scales, counts = launch.quantize_packed(weight, 32, EPS)
-    codes = unpack(packed.cpu(), 64)
-    assert not codes[0, :32].any() and codes[0, 32:].all() and codes[1].all() and counts.tolist() == [96, 0]
-    assert scales.isinf().tolist() == [[True, False], [False, False]]
+def test_unpacked_groups_of_a_scale_that_is_not_finite_are_nan() -> None:
+    codes = torch.ones(2, 64, dtype=torch.int8)
+    codes[0, :16] = 0
+    scales = torch.tensor([[float("inf"), 1.0], [float("nan"), 1.0]], dtype=torch.bfloat16)
     for dtype in DTYPES:
-        values = launch.unpack_weight(packed, scales, 64, 32, dtype)
-        assert values[0, :32].isnan().all() and values[0, 32:].eq(1).all() and values[1].eq(1).all()
-    # Codes other than 0 under a scale that is not finite do not come from here, and are NaN as well.
-    values = launch.unpack_weight(pack(torch.ones(2, 64, dtype=torch.int8)).to(DEVICE), scales, 64, 32, torch.float16)
-    assert values[0, :32].isnan().all() and values[1].eq(1).all()
+        values = launch.unpack_weight(pack(codes).to(DEVICE), scales.to(DEVICE), 64, 32, dtype)
+        assert values[:, :32].isnan().all() and values[:, 32:].eq(1).all()
 
 
 # ------------------------------------------------------------------------------------------------------ many weights
@@ -432,7 +398,7 @@ def test_many_weights_together(dtype: torch.dtype, options: dict, launches: int)
         scales = [torch.empty_like(s, device=DEVICE) for _, s in expected]
         assert launch.fake_quantize_all(ours, targets, scales, groups, QuantizerConfig(), **options) == launches
         for q, s, (values, theirs) in zip(targets, scales, expected, strict=True):
-            assert bits_equal(q.cpu(), values) and torch.equal(s.cpu(), theirs)
+            assert same_bits(q.cpu(), values) and torch.equal(s.cpu(), theirs)
 
 
 @pytest.mark.slow
@@ -442,10 +408,10 @@ def test_weights_of_one_shape_need_one_launch(monkeypatch: pytest.MonkeyPatch) -
     scales = [torch.empty(2, 1, dtype=torch.bfloat16, device=DEVICE) for _ in weights]
     again = [w.clone() for w in weights]
     assert launch.fake_quantize_all(weights, weights, scales, [-1] * 37, QuantizerConfig()) == 1
-    assert all(bits_equal(w.cpu(), q) for w, q in zip(weights, expected, strict=True))
+    assert all(same_bits(w.cpu(), q) for w, q in zip(weights, expected, strict=True))
     monkeypatch.setattr(launch, "GROUPED_WEIGHTS", 16)
     assert launch.fake_quantize_all(again, again, scales, [-1] * 37, QuantizerConfig()) == 3
-    assert all(bits_equal(w.cpu(), q) for w, q in zip(again, expected, strict=True))
+    assert all(same_bits(w.cpu(), q) for w, q in zip(again, expected, strict=True))
 
 
 @pytest.mark.slow
@@ -463,14 +429,10 @@ def test_together_as_each_alone(latents: list[Latent]) -> None:
 def test_bad_input() -> None:
     weight = torch.zeros(2, 96, device=DEVICE)
     ones = torch.ones(2, 3, device=DEVICE)
-    for function in (run, launch.quantize_packed):
-        with pytest.raises(ValueError, match=r"group_size=64.*96.*use -1 or one of"):
-            function(weight, 64, EPS)
-        with pytest.raises(ValueError, match=r"pass bfloat16 of shape \(2, 3\)"):
-            function(weight, 32, EPS, ones)
-    for previous in (torch.zeros(2, 24, dtype=torch.uint8), torch.zeros(2, 32, dtype=torch.int8)):
-        with pytest.raises(ValueError, match=r"previous codes.*pass uint8 \(2, 32\)"):
-            launch.quantize_packed(weight, 32, EPS, None, previous)
+    with pytest.raises(ValueError, match=r"group_size=64.*96.*use -1 or one of"):
+        run(weight, 64, EPS)
+    with pytest.raises(ValueError, match=r"pass bfloat16 of shape \(2, 3\)"):
+        run(weight, 32, EPS, ones)
     scales = torch.ones(2, 3, dtype=torch.bfloat16)
     for packed in (torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(2, 32), torch.zeros(32, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"rows of 96: pass uint8 \[out, 32\]"):
@@ -510,9 +472,9 @@ def test_the_gradient_passes_unchanged(active: None) -> None:
     upstream = torch.randn(8, 64, device=DEVICE).to(torch.bfloat16)
     upstream[2, :3] = torch.tensor([-0.0, float("inf"), 0.0])
     quantized = fake_quantize(weight, QuantizerConfig(group_size=32))
-    assert bits_equal(quantized.detach().cpu(), run(weight.detach().cpu(), 32)[0])
+    assert same_bits(quantized.detach().cpu(), run(weight.detach().cpu(), 32)[0])
     quantized.backward(upstream)
-    assert bits_equal(weight.grad, upstream)
+    assert same_bits(weight.grad, upstream)
 
 
 @pytest.mark.slow
@@ -564,7 +526,7 @@ from bitcpm_megatron.ops.triton.grouped import quantize_grouped
 from bitcpm_megatron.ops.triton.launch import space_number
 from bitcpm_megatron.ops.triton.resident import quantize_resident
 from bitcpm_megatron.ops.triton.streamed import quantize_streamed
-from bitcpm_megatron.ops.triton.packed import pack_codes, unpack_weight
+from bitcpm_megatron.ops.triton.packed import unpack_weight
 
 def compile(kernel, capability, pointers, numbers, **constants):
     names = kernel.arg_names
@@ -596,7 +558,6 @@ compile(quantize_resident, 90, ["*i16"] * 3, ["i32", "i32", "fp32", "fp32"],
         ABSMAX=True, SPACE=space_number("five-value"), GIVEN=False, BF16=True, SIZE=4096, LEVELS=12, TILE=4096)
 compile(quantize_streamed, 100, ["*fp32", "*fp32", "*i16"], ["i32", "i32", "fp32", "fp32"],
         ABSMAX=False, SPACE=0, GIVEN=False, BF16=False, SIZE=4096, LEVELS=12, PIECES=16, PIECE_LEVELS=4)
-compile(pack_codes, 80, ["*i16", "*i16", "*u8", "*u8", "*i32"], ["i32"] * 5, BF16=True, COMPARE=True, BLOCKS=32)
 compile(unpack_weight, 80, ["*u8", "*i16", "*fp16"], ["i32"] * 5, BF16=False, BLOCKS=32)
 compile(packed_product, 90, ["*i16", "*u8", "*i16", "*fp32"], ["i32"] * 5, BF16=True, ROWS=8)
 print("compiled")
@@ -625,12 +586,12 @@ def test_the_kernels_compile_for_gpus(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(launch.INTERPRETED, reason="needs a GPU")
 def test_nothing_waits_for_the_device() -> None:
     weight = torch.randn(1024, 1024, device=DEVICE)
-    packed, scales, _ = launch.quantize_packed(weight, -1, EPS)  # tunes
+    scales = launch.fake_quantize(weight, QuantizerConfig())[1]  # tunes
+    packed = pack(quantize(weight.cpu(), QuantizerConfig())[0]).to(DEVICE)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         launch.fake_quantize(weight, QuantizerConfig())
-        packed = launch.quantize_packed(weight, -1, EPS, scales, packed)[0]
         launch.unpack_weight(packed, scales, 1024, -1, weight.dtype)
         launch.fake_quantize_all([weight], [weight], [scales], [-1], QuantizerConfig())
     finally:

@@ -14,7 +14,6 @@ import triton.language as tl
 from ...quantization import SPACES, QuantizerConfig, check_weight, packed_size
 from ...quantization.packing import BLOCK_BYTES
 from .grouped import TABLE_ROWS, quantize_grouped
-from .packed import pack_codes
 from .packed import unpack_weight as unpack_weight_kernel
 from .resident import quantize_resident
 from .streamed import quantize_streamed
@@ -246,68 +245,6 @@ def _launch_grouped(
             WEIGHTS=width,
             num_warps=_warps(tile),
         )
-
-
-def quantize_packed(
-    weight: torch.Tensor,
-    group_size: int,
-    eps: float,
-    scales: torch.Tensor | None = None,
-    previous: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the ternary codes of a weight in 2 bits, its scales, and statistics of the codes.
-
-    Nothing waits for the device. With given scales a weight is read once; without, it is quantized first.
-
-    Args:
-        weight: the latent weight, ``[out, in]`` in fp32, bf16 or fp16; it is copied first if it is not contiguous.
-        group_size: the elements per scale, -1 for the row.
-        eps: the lower bound of the scales, which are absmeans.
-        scales: given bf16 scales ``[out, groups]``, or None for the weight's own.
-        previous: earlier packed codes to compare with, in the form of the result; None for none.
-
-    Returns:
-        - packed codes, uint8 ``[out, ceil(in / 128) * 32]``, as from :func:`bitcpm_megatron.quantization.pack`;
-        - bf16 scales ``[out, groups]``; the codes of a group whose scale is not finite are 0;
-        - int64 ``[2]`` on the device: codes that are not zero, codes that differ from ``previous`` (0 without it).
-
-    Raises:
-        ValueError: if :func:`~bitcpm_megatron.quantization.check_weight` refuses the weight, or the previous codes have
-            another shape or dtype.
-    """
-    group = check_weight(weight, group_size, scales)
-    weight = weight.detach().contiguous()
-    rows, columns = weight.shape
-    width = packed_size(columns)
-    if previous is not None and (tuple(previous.shape) != (rows, width) or previous.dtype != torch.uint8):
-        raise ValueError(
-            f"previous codes of shape {tuple(previous.shape)}, {previous.dtype} do not fit a weight of shape "
-            f"{tuple(weight.shape)}: pass uint8 {(rows, width)}"
-        )
-    own = fake_quantize(weight, QuantizerConfig(group_size=group_size, eps=eps))[1] if scales is None else scales
-    own = own.clone(memory_format=torch.contiguous_format)
-    packed = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
-    before = packed if previous is None else previous.contiguous()
-    blocks = width // BLOCK_BYTES
-    programs = _programs(triton.cdiv(rows * blocks, PACKED_BLOCKS), weight.device)
-    counts = torch.empty(programs, 2, dtype=torch.int32, device=weight.device)
-    with _on(weight.device):
-        pack_codes[(programs,)](
-            _stored(weight),
-            _stored(own),
-            packed,
-            before,
-            counts,
-            rows,
-            columns,
-            blocks,
-            own.shape[1],
-            group,
-            BF16=weight.dtype == torch.bfloat16,
-            COMPARE=previous is not None,
-            BLOCKS=PACKED_BLOCKS,
-        )
-    return packed, own, counts.sum(0)
 
 
 def unpack_weight(
