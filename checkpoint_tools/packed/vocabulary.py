@@ -22,7 +22,7 @@ from .source import Source
 
 SENTENCE_PIECE = "tokenizer.model"
 # Values of llama.cpp's llama_token_type, which are the same as SentencePiece's.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 _SPACE = "\u2581"
 _UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
 _IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}

@@ -97,7 +97,7 @@ class PackedGather:
             data = bucket.param_data
             size = data.numel() * data.element_size()
             send: Callable[[], Outgoing] = functools.partial(send_plain, group, bucket)
-            traffic = Traffic(packed=size, plain=size, raw=size)
+            traffic = Traffic(packed=size, plain=size)
             if id(bucket) in weights:
                 placed = weights[id(bucket)]
                 packing = Packing([weight for weight, _ in placed], data.numel(), ranks, data.device)

@@ -120,22 +120,15 @@ class Traffic:
     Attributes:
         packed: the bytes of the messages.
         plain: the bytes of the ordinary gather.
-        raw: the bytes of values that are not quantized, in the ordinary gather.
         weights: the number of quantized weights.
     """
 
     packed: int = 0
     plain: int = 0
-    raw: int = 0
     weights: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
-
-    @property
-    def per_weight(self) -> float:
-        """The bytes per quantized weight, without the raw values."""
-        return (self.packed - self.raw) / self.weights
 
 
 class Packing:
@@ -181,7 +174,7 @@ class Packing:
             for a, b in itertools.pairwise(edges)
         ]
         quantized = sum(weight.count for weight in weights)
-        self.traffic = Traffic(self.message * ranks, 2 * length, 2 * (length - quantized), quantized)
+        self.traffic = Traffic(self.message * ranks, 2 * length, quantized)
         self._place_scales(device)
 
     @property
