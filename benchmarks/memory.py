@@ -15,7 +15,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import throughput
 from cost.workload import PAD_TO, preset
@@ -27,7 +26,6 @@ from steps.variants import PACKED
 from bitcpm_megatron import cli
 from bitcpm_megatron.launch.estimates import shapes
 from bitcpm_megatron.launch.estimates.memory import GIB, Estimate, Options, estimate, options_of
-from bitcpm_megatron.launch.launcher import job as job_files
 from bitcpm_megatron.launch.launcher import presets
 from bitcpm_megatron.quantization import QuantizerConfig
 from bitcpm_megatron.quantization.recipe import Recipe
@@ -188,8 +186,7 @@ def measured(job: Job) -> Iterator[Peak]:
 def expected(job: Job, variant: str) -> Estimate:
     """Returns the formula's memory of one rank of a job of our own training loop on a CPU."""
     args = parse_args([*job.arguments(), *job.flags_of(variant)], job.layout.processes)
-    file = job_files.Job(job.model, Path(), "", job_files.Host(), None, {}, job_files.Cluster())
-    layout = shapes.layout_of(file, args, job.layout.processes, args.vocab_size)
+    layout = shapes.layout_of(args, job.layout.processes, args.vocab_size)
     recipe = shapes.recipe_of(args) if args.ternary else None
     return estimate(layout, options_of(args, recipe=recipe, cpu=True))[1]
 

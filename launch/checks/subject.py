@@ -64,7 +64,7 @@ class Subject:
                 self.interface_mistake = str(error)
         self.args, self.profile = job.arguments(), read_profile(cluster.profile)
         self.nodes = self.place.nodes if self.place else cluster.nodes or len(cluster.hosts) or 1
-        self.layout = layout_of(job, self.args, self.nodes * cluster.devices_per_node, job.vocab_size())
+        self.layout = layout_of(self.args, self.nodes * cluster.devices_per_node, job.vocab_size())
         # The environment variables that the processes of the job would see.
         self.settings = resolve(self.profile, cluster, self.environ, self.interface)
 
@@ -83,7 +83,7 @@ class Subject:
     def teacher(self) -> Teacher | None:
         """The teacher that the job names; None if it is missing or unusable, which the teacher check reports."""
         with contextlib.suppress(ValueError, OSError):
-            return teacher_of(self.job, self.args, self.layout)
+            return teacher_of(self.args, self.layout)
         return None
 
     def checkpoint(self) -> Path | None:

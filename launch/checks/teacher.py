@@ -22,7 +22,7 @@ def check(subject: Subject) -> list[Finding]:
     if directory is None:
         return []
     try:
-        teacher = teacher_of(job, args, subject.layout)
+        teacher = teacher_of(args, subject.layout)
     except (OSError, ValueError) as error:
         return [failed("teacher", str(error), "give the --save directory of a run of ours that this layout can split")]
     if teacher is None:

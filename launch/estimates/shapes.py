@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ...quantization.recipe import Recipe
 from ...ternary_flags import ternary_settings
 from ...training.mistakes import ffn_channels
-from ..launcher.job import Job
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ class Layout:
         return [linear for layer in range(self.layers) for linear in self.linears(layer)]
 
 
-def layout_of(job: Job, args: argparse.Namespace, world: int, vocab_size: int | None) -> Layout:
-    """Returns the layout of a job with the arguments of :meth:`Job.arguments` on ``world`` processes."""
+def layout_of(args: argparse.Namespace, world: int, vocab_size: int | None) -> Layout:
+    """Returns the layout of a job with the arguments of :meth:`.Job.arguments` on ``world`` processes."""
     heads, experts = args.num_attention_heads, args.num_experts or 0
     return Layout(
         layers=args.num_layers,

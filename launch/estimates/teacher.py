@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from ...checkpoints.directory import latest
 from ...quantization.recipe import Recipe
 from ...training.flags import arguments_of
-from ..launcher.job import Job
 from .shapes import Layout, layout_of
 
 # The divergence is computed for this many logits at a time, in at most this many fp32 tensors.
@@ -60,11 +59,10 @@ class Teacher:
         return total + _KEPT * self.layout.tokens * self.top_k * self.micro_batches + max(heard, size) * logits
 
 
-def teacher_of(job: Job, args: argparse.Namespace, student: Layout) -> Teacher | None:
+def teacher_of(args: argparse.Namespace, student: Layout) -> Teacher | None:
     """Returns the teacher that a job names; None if it names none, or there is no checkpoint yet.
 
     Args:
-        job: the job of the student.
         args: the arguments of the student.
         student: the layout of the student.
 
@@ -76,7 +74,7 @@ def teacher_of(job: Job, args: argparse.Namespace, student: Layout) -> Teacher |
         return None
     own = arguments_of(found, student.tp)
     own.micro_batch_size, own.seq_length = student.micro_batch, student.sequence
-    layout = layout_of(job, own, student.world, own.vocab_size)
+    layout = layout_of(own, student.world, own.vocab_size)
     layout = replace(layout, pp=student.pp, cp=student.cp, ep=student.ep if layout.experts else 1)
     batch = args.global_batch_size or student.micro_batch * student.dp
     # With pipeline stages the teacher processes all micro-batches of a step before the student begins.

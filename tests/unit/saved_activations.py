@@ -6,7 +6,6 @@ python tests/unit/saved_activations.py FLAGS OF launch/pretrain.py
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 
@@ -14,7 +13,6 @@ from bitcpm_megatron.data.vocabulary import padded_vocab_size
 from bitcpm_megatron.launch.estimates.memory import estimate, options_of
 from bitcpm_megatron.launch.estimates.shapes import layout_of, recipe_of
 from bitcpm_megatron.launch.launcher import presets
-from bitcpm_megatron.launch.launcher.job import Cluster, Host, Job
 from bitcpm_megatron.training.flags import parse_args
 from bitcpm_megatron.training.initialize import initialize
 from bitcpm_megatron.training.model import build_model
@@ -40,8 +38,7 @@ def main() -> None:
     positions = torch.arange(args.seq_length).expand_as(tokens)
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         model.chunks[0](tokens, positions, None, labels=tokens)
-    job = Job("measured", Path(), "", Host(), None, {}, Cluster())
-    layout = layout_of(job, args, 1, args.vocab_size)
+    layout = layout_of(args, 1, args.vocab_size)
     options = options_of(args, cpu=True, recipe=recipe_of(args) if args.ternary else None)
     _, need = estimate(layout, options)
     # The quantized weights are saved for the backward; of the logits only those in fp32 are.
