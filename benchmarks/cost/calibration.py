@@ -202,8 +202,8 @@ def _random(*shape: int, device: str) -> torch.Tensor:
     return torch.randn(*shape, device=device).mul_(0.02).to(torch.bfloat16)
 
 
-def _seconds(function: Callable[[], object], device: str, rounds: int = 3) -> float:
-    return _medians([function], device, rounds)[0]
+def _seconds(function: Callable[[], object], device: str) -> float:
+    return _medians([function], device, rounds=3)[0]
 
 
 def _medians(functions: Sequence[Callable[[], object]], device: str, rounds: int) -> list[float]:

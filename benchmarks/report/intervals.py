@@ -5,15 +5,16 @@ import math
 import statistics
 from collections.abc import Sequence
 
+_CONFIDENCE = 0.95
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Returns the median, and the order statistics that enclose the true median with at least this confidence.
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the median, and the order statistics that enclose the true median with at least 95 % confidence.
 
     The number of values below the true median is binomial with p = 1/2 (David and Nagaraja, Order Statistics, 7.1).
 
     Args:
         values: independent measurements.
-        confidence: the confidence of the interval.
 
     Returns:
         ``(median, low, high)``. Fewer than 6 values have no such interval at 95 %; the bounds are then infinite.
@@ -27,7 +28,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     tail, below = 0.0, 0
     # Finds the largest k such that fewer than k values are below the true median with at most half of the allowed
     # probability of error.
-    while below < n and tail + math.comb(n, below) / 2**n <= (1 - confidence) / 2:
+    while below < n and tail + math.comb(n, below) / 2**n <= (1 - _CONFIDENCE) / 2:
         tail += math.comb(n, below) / 2**n
         below += 1
     middle = statistics.median(ordered)

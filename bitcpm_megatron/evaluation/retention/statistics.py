@@ -11,6 +11,8 @@ RESAMPLES = 10_000
 LEAST_ITEMS = 10
 _ENDS = (0.025, 0.975)
 _AT_ONCE = 2**24
+_SEED = 0
+"""The seed of the resamples: the same scores give the same interval on every machine."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Comparison:
     significant: bool
 
 
-def compare(tasks: Sequence[np.ndarray], seed: int = 0) -> Comparison:
+def compare(tasks: Sequence[np.ndarray]) -> Comparison:
     """Compares two models by the mean over tasks of their mean scores.
 
     The paired bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 8; Koehn 2004) draws the items
@@ -46,31 +48,31 @@ def compare(tasks: Sequence[np.ndarray], seed: int = 0) -> Comparison:
 
     Args:
         tasks: the scores of each task, ``[items, 2]``: of the base model and of the other one.
-        seed: the seed of the resamples; the same seed gives the same interval on every machine.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(_SEED)
     base, score = np.mean([task.mean(0) for task in tasks], 0)
     drawn = np.mean([_resampled(task, np.ones(len(task)), generator) for task in tasks], 0)
     return _comparison(base, score, drawn, sum(map(len, tasks)))
 
 
-def compare_rates(totals: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Comparison:
+def compare_rates(totals: np.ndarray, sizes: np.ndarray) -> Comparison:
     """Compares two models by a sum over documents divided by the documents' total size, such as nats per byte.
+
+    Resamples draw whole documents.
 
     Args:
         totals: the totals of the documents, ``[documents, 2]``: of the base model and of the other one.
         sizes: the sizes of the documents, ``[documents]``.
-        seed: the seed of the resamples, which draw whole documents.
     """
     base, score = totals.sum(0) / sizes.sum()
-    drawn = _resampled(totals, sizes, np.random.default_rng(seed))
+    drawn = _resampled(totals, sizes, np.random.default_rng(_SEED))
     return _comparison(base, score, drawn, len(totals))
 
 
-def interval(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def interval(scores: np.ndarray) -> tuple[float, float]:
     """Returns the 95 % interval of the mean of one model's scores ``[items]``, by the same bootstrap."""
     both = np.stack([scores, scores], 1)
-    return _ends(_resampled(both, np.ones(len(scores)), np.random.default_rng(seed))[:, 0])
+    return _ends(_resampled(both, np.ones(len(scores)), np.random.default_rng(_SEED))[:, 0])
 
 
 def _comparison(base: float, score: float, drawn: np.ndarray, count: int) -> Comparison:

@@ -31,14 +31,17 @@ class GemmTimes:
     quantization: float
 
 
+_REPEATS = 5
+"""The number of rounds of measurements; the shortest time of each GEMM counts."""
+
+
 @torch.no_grad()
-def time_gemms(weight: torch.Tensor, tokens: int = 256, repeats: int = 5) -> GemmTimes:
+def time_gemms(weight: torch.Tensor, tokens: int = 256) -> GemmTimes:
     """Measures the GEMMs of a weight in turns, after one round that does not count.
 
     Args:
         weight: the weight, ``[out, in]``; its values do not matter.
         tokens: the number of tokens of the input.
-        repeats: the number of rounds; the shortest time of each GEMM counts.
     """
     weight = weight.detach()
     x = torch.ones(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -52,7 +55,7 @@ def time_gemms(weight: torch.Tensor, tokens: int = 256, repeats: int = 5) -> Gem
     )
     wait = getattr(getattr(torch, weight.device.type), "synchronize", lambda: None)
     times: list[list[float]] = [[] for _ in work]
-    for _ in range(repeats + 1):
+    for _ in range(_REPEATS + 1):
         for each, taken in zip(work, times, strict=True):
             wait()
             start = time.perf_counter()
