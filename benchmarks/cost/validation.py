@@ -18,8 +18,9 @@ from cost.calibration import calibrate
 from cost.model import Prediction, predict
 from cost.workload import MACHINES, BadInput, Machine, Workload, layout_of
 
-# Variant -> cache. "ternary" is the variant of --host; it and the last one are also names in files of earlier versions.
-_VARIANTS = {"bf16": "step", **{cache: cache for cache in CACHES}, "ternary": "step", "ternary-no-cache": "none"}
+# Variant -> cache. "ternary" names no cache: --ternary by itself takes resident weights, which a BF16 model with fp32
+# masters can always have.
+_VARIANTS = {"bf16": "step", **{cache: cache for cache in CACHES}, "ternary": "resident"}
 _SIZES = ("tp", "pp", "dp", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _WHOLE = (*_SIZES, "kv_channels", "vocab_size", "seq_length", "micro_batch_size", "tokens", "micro_batches")
 _WORDS = ("layout", "device", "model", "recompute", "variant")
@@ -130,7 +131,7 @@ def validate(path: Path, calibrator: Calibrate = calibrate) -> tuple[list[Compar
     """
     rows = read_rows(path)
     left = dict.fromkeys(row["variant"] for row in rows if row["variant"] not in _VARIANTS)
-    notes = [f"Not predicted: {', '.join(left)}: other people's quantizers."] if left else []
+    notes = [f"Not predicted: {', '.join(left)}."] if left else []
     rows = [row for row in rows if row["variant"] in _VARIANTS]
     machines: dict[tuple, Machine] = {}
     found = []

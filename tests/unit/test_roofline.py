@@ -286,14 +286,14 @@ def machine_for_tests(workload, device: str):
 
 BF16 = {"variant": "bf16", "step_ms": 5.0, "ratio": 1.0, "peak_bytes": 1_000_000, "resident_bytes": 500_000}
 TERNARY = {
-    "variant": "ternary", "step_ms": 6.0, "ratio": 1.1, "ratio_low": 1.05, "ratio_high": 1.25, "peak_bytes": 1_200_000,
+    "variant": "step", "step_ms": 6.0, "ratio": 1.1, "ratio_low": 1.05, "ratio_high": 1.25, "peak_bytes": 1_200_000,
     "resident_bytes": 650_000, "quantized_weights": 73_728, "quantizations": 8, "collective_bytes": 374_000,
 }  # fmt: skip
 
 
 def test_predicted_next_to_measured(tmp_path: Path) -> None:
     peer = {"variant": "torchao", "step_ms": 9.0}
-    path = write(tmp_path / "t.csv", BF16, TERNARY, peer, {**TERNARY, "variant": "ternary-no-cache", "ratio": ""})
+    path = write(tmp_path / "t.csv", BF16, TERNARY, peer, {**TERNARY, "variant": "none", "ratio": ""})
     (bf16, ternary, uncached), notes, machines = validation.validate(path, machine_for_tests)
     assert len(machines) == 1
     # Our loop has no fused kernels, so that attention is the whole square; scales are one per row: 4 x 512 bytes.
@@ -312,7 +312,7 @@ def test_predicted_next_to_measured(tmp_path: Path) -> None:
     assert uncached.measured["ratio"] == pytest.approx(1.2)
     assert "torchao" in notes[0]
     # The file's 8 quantizations are 2 layers x 4 weights once; uncached it should have been four times as many.
-    assert notes[1:] == ["TP1, T=256, n=4, ternary-no-cache: 8 quantizations, the model has 32."]
+    assert notes[1:] == ["TP1, T=256, n=4, none: 8 quantizations, the model has 32."]
 
 
 def test_another_backend_is_noted(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_too_few_pairs_have_no_interval(tmp_path: Path) -> None:
     assert ternary.measured["ratio_low"] is None and "..." not in validation.validation_table([ternary])
 
 
-def test_the_layouts_name_is_understood(tmp_path: Path) -> None:
+def test_layouts_and_variants_are_understood(tmp_path: Path) -> None:
     rows = [
         {**BF16, "layout": "TP2+SP", "tp": 2},
         {**BF16, "layout": "DP2+DO", "dp": 2},
@@ -339,6 +339,9 @@ def test_the_layouts_name_is_understood(tmp_path: Path) -> None:
         (False, True, None, True),
         (False, False, "full", False),
     ]
+    rows = [{**TERNARY, "variant": variant} for variant in ("bf16", "ternary", "none", "step", "resident")]
+    caches = [validation.workload_of(row).cache for row in validation.read_rows(write(tmp_path / "t.csv", *rows))]
+    assert caches == ["step", "resident", "none", "step", "resident"]
 
 
 def test_a_published_machine_stands_in_for_a_device_that_is_not_here(tmp_path: Path) -> None:
@@ -352,7 +355,7 @@ def test_validation_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert roofline.main(["--validate", str(path)], machine_for_tests) == 0
     printed = capsys.readouterr().out
     assert "| 0.5b-layers | TP1 | cpu | 256 | 4 | bf16 | 4.2 / 5.0 | - | - | 0.37 / - |" in printed
-    assert "| ternary | 4.5 / 6.0 | 7.0" in printed
+    assert "| step | 4.5 / 6.0 | 7.0" in printed
     assert " / 10.00 (5.00 ... 25.00) | 0.15 / 0.20 / 0.15 | 0.37 / 0.37 |" in printed
     assert "- round: 1 TFLOP/s" in printed
 
