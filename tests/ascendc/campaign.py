@@ -101,8 +101,7 @@ def verdict(emulator: Emulator, expected: Iterable[Expected]) -> str:
 class MutantRun:
     """Mutants of one build, each in a process of its own: it may crash, or never end."""
 
-    def __init__(self, expected: list[Expected], loud: bool = False) -> None:
-        self.loud = loud
+    def __init__(self, expected: list[Expected]) -> None:
         with tempfile.TemporaryDirectory() as work:
             self.mutants, self.fixed = generate(SOURCES, Path(work))
             self._emulator = Emulator(build(Path(work), MUTANT_FLAGS))
@@ -136,8 +135,6 @@ class MutantRun:
             if os.WIFSIGNALED(status):
                 said = "timeout" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else "crash"
             found[mutant] = said
-            if not said and self.loud:
-                print(f"  survives: {mutant.key}", flush=True)
         return found
 
     def _child(self, mutant: Mutant, writer: int) -> None:
@@ -165,7 +162,6 @@ def main() -> int:
     parser.add_argument("--mutants", type=int, default=0, help="only so many, chosen at random (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--list-survivors", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -176,7 +172,7 @@ def main() -> int:
     print(f"{quantizers} ok on {fewest:,} values each, {ties:,} or more of them on a threshold", flush=True)
     order = random.Random(args.seed)
     order.shuffle(expected)
-    run = MutantRun(expected, args.list_survivors)
+    run = MutantRun(expected)
     mutants = run.mutants
     if args.mutants:
         mutants = order.sample(mutants, args.mutants)

@@ -92,12 +92,6 @@ FILE_DAMAGE: dict[str, Callable[[Path], None]] = {
 DIRECTORY_DAMAGE: dict[str, Callable[[Path], None]] = {f.__name__: f for f in (missing, file, fifo, loop)}
 
 
-def empty_directory(path: Path) -> None:
-    """A directory that holds nothing."""
-    _remove(path)
-    path.mkdir()
-
-
 def flip(path: Path) -> None:
     """One bit in the last quarter of the file, where data and not the header lies."""
     content = bytearray(path.read_bytes())

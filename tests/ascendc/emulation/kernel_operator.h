@@ -147,7 +147,6 @@ public:
     uint32_t Buffer() const { return buffer_; }
     uint32_t Generation() const { return generation_; }
     uint32_t Begin() const { return begin_; }
-    T* Data() const { return reinterpret_cast<T*>(Machine::Get().ub + begin_); }
 
 private:
     uint32_t buffer_ = 0xFFFFFFFF;
@@ -670,7 +669,6 @@ inline void Abs(const LocalTensor<T>& dst, const LocalTensor<T>& src, int32_t co
     }
 EMULATED_SCALAR(Adds, Plus)
 EMULATED_SCALAR(Muls, Times)
-EMULATED_SCALAR(Maxs, Larger)
 EMULATED_SCALAR(Mins, Smaller)
 #undef EMULATED_SCALAR
 
