@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.grouped import LATENTS, Latent, check_together
+from support.grouped import LATENTS, Latent, check_together, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 
@@ -37,11 +37,6 @@ ALL = torch.ops.bitcpm.fake_quantize_all
 
 def gaussian(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal including the sign of zeros."""
-    return a.dtype == b.dtype and torch.equal(a, b) and torch.equal(torch.signbit(a), torch.signbit(b))
 
 
 def quantizer(group: int, eps: float = QuantizerConfig.eps) -> tuple[str, int, float, str, float]:
@@ -85,17 +80,17 @@ def test_values_are_those_of_the_reference(dtype: torch.dtype, group: int, trans
     codes, scales = quantize(weight, config)
     expected = dequantize(codes, scales, config, dtype)
     assert len(codes.unique()) == 3
-    assert bits_equal(fake_quantize(weight, config), expected)
+    assert same_bits(fake_quantize(weight, config), expected)
     quantized, found = OP(weight, *quantizer(group, config.eps), None)
-    assert bits_equal(quantized, expected) and torch.equal(found, scales)
+    assert same_bits(quantized, expected) and torch.equal(found, scales)
 
     double = scales * 2
     quantized, found = OP(weight, *quantizer(group, config.eps), double)
-    assert bits_equal(quantized, dequantize(*quantize(weight, config, double), config, dtype))
+    assert same_bits(quantized, dequantize(*quantize(weight, config, double), config, dtype))
     assert not torch.equal(quantized, expected)
     assert torch.equal(found, double)
     assert found.untyped_storage().data_ptr() != double.untyped_storage().data_ptr()
-    assert bits_equal(weight, before)
+    assert same_bits(weight, before)
 
 
 def test_the_config_reaches_the_op() -> None:
@@ -179,7 +174,7 @@ def test_a_weight_that_is_quantized_in_place_is_a_slice_of_something(serving: Ba
     pieces = [buffer[7 : 7 + 5 * 33].view(5, 33), buffer[1001 : 1001 + 640].view(10, 64)]
     expected = [quantize_dequantize(piece, QuantizerConfig())[0].flatten() for piece in pieces]
     quantize_in_place(pieces, QuantizerConfig())
-    assert bits_equal(buffer, torch.cat([before[:7], expected[0], before[172:1001], expected[1], before[1641:]]))
+    assert same_bits(buffer, torch.cat([before[:7], expected[0], before[172:1001], expected[1], before[1641:]]))
 
 
 def test_how_often_the_kernel_was_launched(serving: Backend) -> None:
@@ -198,7 +193,7 @@ def test_calls_and_launches_are_counted(serving: Backend) -> None:
     assert counts.launches - before.launches == (2 if serving.name == "cpu" else 3), "one for each dtype, or weight"
     for weight, size, *made in zip(weights, sizes, quantized, scales, strict=True):
         alone = quantize_weight(weight.detach(), QuantizerConfig(group_size=size, eps=0.5))
-        assert all(bits_equal(m, a) and not m.requires_grad for m, a in zip(made, alone, strict=True))
+        assert all(same_bits(m, a) and not m.requires_grad for m, a in zip(made, alone, strict=True))
     assert (counts.calls - before.calls, quantize_all([], QuantizerConfig())) == (1 + 3, ([], []))
 
 
@@ -244,7 +239,7 @@ def test_a_parameter_that_was_quantized_in_place_is_known_to_have_changed() -> N
         (lambda weights, quantized, scales: weights.append(weights.pop().double()), "float64"),
     ],
 )
-def test_lists_that_do_not_fit_are_refused_by_the_kernel_and_by_its_fake(change, cure: str) -> None:  # noqa: ANN001
+def test_lists_that_do_not_fit_are_refused_by_the_kernel_and_by_its_fake(change, cure: str) -> None:
     lists = in_lists(in_place=False)
     change(*lists)
     with pytest.raises(ValueError, match=cure):
@@ -260,7 +255,7 @@ def test_in_place_the_cure_comes_before_anything_is_written() -> None:
         quantize_in_place(weights, QuantizerConfig())
     with pytest.raises(ValueError, match="group_size=128 does not divide a row of 64"):
         quantize_in_place(weights[:1], QuantizerConfig(group_size=128))
-    assert all(bits_equal(w, b) for w, b in zip(weights, before, strict=True))
+    assert all(same_bits(w, b) for w, b in zip(weights, before, strict=True))
     assert quantize_in_place([], QuantizerConfig()) == []
 
 
@@ -303,7 +298,7 @@ def test_the_gradient_passes_unchanged(dtype: torch.dtype, with_scale: bool) -> 
     upstream[2, :3] = torch.tensor([-0.0, float("inf"), 0.0])
     quantized, scales = OP(weight, *quantizer(32), scale)
     quantized.backward(upstream)
-    assert bits_equal(weight.grad, upstream)
+    assert same_bits(weight.grad, upstream)
     assert not scales.requires_grad and scales.grad_fn is None
 
 
@@ -311,7 +306,7 @@ def test_gradients_of_a_transposed_weight_and_of_a_sum() -> None:
     weight = gaussian(64, 8, seed=4).requires_grad_()
     upstream = gaussian(64, 8, seed=5).t()
     fake_quantize(weight.t(), QuantizerConfig()).backward(upstream)
-    assert bits_equal(weight.grad, upstream.t().contiguous())
+    assert same_bits(weight.grad, upstream.t().contiguous())
     weight.grad = None
     fake_quantize(weight.t(), QuantizerConfig()).sum().backward()
     assert (weight.grad == 1).all()
@@ -370,13 +365,13 @@ def test_compiled_linear_equals_eager(dtype: torch.dtype, dynamic: bool) -> None
             out = function(x, weight)
             out.backward()
             results.append((out.detach(), x.grad, weight.grad))
-        assert all(bits_equal(a, b) for a, b in zip(*results, strict=True))
+        assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
         # The straight-through weight gradient by hand, so that both are not wrong alike.
         wq = dequantize(*quantize(gaussian(rows, columns, dtype, 10), config), config, dtype)
         x = gaussian(16, columns, dtype, 9)
         wq.requires_grad_()
         torch.nn.functional.linear(x, wq).square().sum().backward()
-        assert bits_equal(results[1][2], wq.grad)
+        assert same_bits(results[1][2], wq.grad)
     torch._dynamo.reset()
 
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.grouped import same_bits
 
 from bitcpm_megatron import QuantizerConfig, dequantize, fake_quantize, quantize
 from bitcpm_megatron.ops import backends, registry
@@ -68,12 +69,6 @@ def given_scales(groups: int, seed: int) -> torch.Tensor:
     return (torch.randn(ROWS, groups, generator=generator).abs() + 0.01).to(torch.bfloat16)
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every bit; any NaN is one."""
-    equal = (a == b) & (torch.signbit(a) == torch.signbit(b)) | a.isnan() & b.isnan()
-    return a.dtype == b.dtype and a.shape == b.shape and bool(equal.all())
-
-
 @pytest.mark.parametrize("group", [-1, 32, 64])
 @pytest.mark.parametrize("space", SPACES)
 def test_codes_and_values_are_those_of_the_closed_form(space: str, group: int) -> None:
@@ -88,7 +83,7 @@ def test_codes_and_values_are_those_of_the_closed_form(space: str, group: int) -
             found = np.array(table.levels)[codes.numpy() - table.lowest_code]
             assert np.array_equal(found, levels)
             product = torch.from_numpy(levels * s).to(dtype) + 0.0
-            assert same(dequantize(codes, used, config, dtype), product)
+            assert same_bits(dequantize(codes, used, config, dtype), product)
         assert set(np.unique(levels)) == set(table.levels), "the weights at thresholds take every level"
 
 
@@ -109,16 +104,16 @@ def test_backends_are_the_reference(space: str, scale: str, name: str) -> None:
             codes, scales = quantize(weight, config)
             expected = dequantize(codes, scales, config, dtype)
             values, own = backend.kernel(weight, config, None)
-            assert same(own.float(), scales.float()) and same(values, expected)
+            assert same_bits(own.float(), scales.float()) and same_bits(values, expected)
             together, made = weight.clone(), torch.empty_like(scales)
             backend.together([together], [together], [made], [group], config)
-            assert same(together, expected) and same(made.float(), scales.float())
+            assert same_bits(together, expected) and same_bits(made.float(), scales.float())
 
             given = given_scales(scales.shape[1], 4)
             weight = at_thresholds(space, given, dtype, 5)
             expected = dequantize(*quantize(weight, config, given), config, dtype)
             values, copied = backend.kernel(weight, config, given)
-            assert same(values, expected) and torch.equal(copied, given)
+            assert same_bits(values, expected) and torch.equal(copied, given)
 
 
 @pytest.mark.skipif(CPU.unavailable("cpu") is not None, reason="no cc")
@@ -131,7 +126,7 @@ def test_scales_that_training_never_makes(space: str, scale: float) -> None:
         weight[0, :4] = torch.tensor([math.nan, math.inf, -math.inf, torch.finfo(dtype).max])
         given = torch.full((ROWS, 1), scale, dtype=torch.bfloat16)
         expected, _ = quantize_dequantize(weight, config, given)
-        assert same(CPU.kernel(weight, config, given)[0], expected)
+        assert same_bits(CPU.kernel(weight, config, given)[0], expected)
         assert expected[0, 0].isnan() and (math.isfinite(scale) or expected.isnan().all())
 
 
@@ -200,11 +195,11 @@ def test_shards_are_slices_of_the_whole(space: str) -> None:
     weight, config = latent(torch.bfloat16, 8), QuantizerConfig(space)
     whole, scales = quantize_dequantize(weight, config)
     for rows in (slice(0, 20), slice(20, 40)):  # column-parallel
-        assert same(quantize_dequantize(weight[rows], config)[0], whole[rows])
+        assert same_bits(quantize_dequantize(weight[rows], config)[0], whole[rows])
     halves, scales = quantize_dequantize(weight, QuantizerConfig(space, COLUMNS // 2))
     for i, columns in enumerate((slice(0, 96), slice(96, 192))):  # row-parallel, group size -1 in two shards
         part, own = quantize_dequantize(weight[:, columns].contiguous(), config)
-        assert same(part, halves[:, columns]) and same(own[:, 0], scales[:, i])
+        assert same_bits(part, halves[:, columns]) and same_bits(own[:, 0], scales[:, i])
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -283,7 +278,7 @@ def test_a_backend_that_does_not_know_a_space_or_a_scale_refuses_it(monkeypatch:
     monkeypatch.setattr(registry, "_choices", {})
     registry.register_backend(Backend("narrow", quantize_dequantize, lambda device_type: None, priority=99))
     weight = latent(torch.float32, 13)
-    assert same(fake_quantize(weight, QuantizerConfig()), quantize_dequantize(weight, QuantizerConfig())[0])
+    assert same_bits(fake_quantize(weight, QuantizerConfig()), quantize_dequantize(weight, QuantizerConfig())[0])
     cure = r"use --ternary-backend (cpu or )?torch( or triton)?$"
     with pytest.raises(ValueError, match=rf"backend narrow quantizes to ternary, not to 'integer-4': {cure}"):
         fake_quantize(weight, QuantizerConfig("integer-4"))
