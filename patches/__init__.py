@@ -60,7 +60,7 @@ def around(replacement: Replacement) -> Callable[[Callable], Callable]:
 
     def around_wrapper(original: Callable) -> Callable:
         @functools.wraps(original)
-        def replaced(*args, **kwargs):  # noqa: ANN202
+        def replaced(*args, **kwargs):
             return replacement(original, *args, **kwargs)
 
         setattr(replaced, ORIGINAL, original)

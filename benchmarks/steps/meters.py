@@ -65,7 +65,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.heap, self.peak = heap, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001
         result = function(*args, **(kwargs or {}))
         self.peak = max(self.peak, self.heap())
         return result
@@ -113,7 +113,7 @@ class CollectiveBytes(TorchDispatchMode):
     def total(self) -> int:
         return sum(self.by_operation.values())
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001
         if function.namespace == "c10d":
             name = function._schema.name.partition("::")[2]
             if name not in _NO_DATA:

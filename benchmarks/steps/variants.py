@@ -207,7 +207,7 @@ def install_peer(variant: Variant, chunk: torch.nn.Module) -> int:
     return len(linears)
 
 
-def _peer_forward(module: torch.nn.Module, quantizer: Quantizer, *args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+def _peer_forward(module: torch.nn.Module, quantizer: Quantizer, *args, **kwargs):
     quantized = quantizer(module.weight)
     module.__dict__["weight"] = quantized
     try:
@@ -216,7 +216,7 @@ def _peer_forward(module: torch.nn.Module, quantizer: Quantizer, *args, **kwargs
         del module.__dict__["weight"]
 
 
-def _whole_forward(module: torch.nn.Module, linear: Callable, x: torch.Tensor, *args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+def _whole_forward(module: torch.nn.Module, linear: Callable, x: torch.Tensor, *args, **kwargs):
     return linear(x, module.weight), None
 
 

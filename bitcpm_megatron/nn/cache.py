@@ -83,7 +83,7 @@ def find_epoch(model: torch.nn.Module) -> CacheEpoch | None:
     return find_attached(model, _ATTRIBUTE)
 
 
-def find_attached(model: torch.nn.Module, attribute: str) -> Any:  # noqa: ANN401
+def find_attached(model: torch.nn.Module, attribute: str) -> Any:
     """Returns an entry of a chunk's instance dictionary, looking through wrappers; None if there is none.
 
     Wrappers (DDP, Float16Module) hold the chunk as ``module``.

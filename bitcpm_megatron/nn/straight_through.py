@@ -14,7 +14,7 @@ from .int8 import Int8Product, as_int8
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: ANN205
+    def forward(
         ctx,  # noqa: ANN001
         weight: torch.Tensor,
         quantized: torch.Tensor,

@@ -98,7 +98,7 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - the autograd 
     ctx.mark_non_differentiable(output[1])
 
 
-def _straight_through(ctx, grad_quantized, grad_scale):  # noqa: ANN001, ANN202
+def _straight_through(ctx, grad_quantized, grad_scale):  # noqa: ANN001
     """Returns the gradient unchanged: the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432)."""
     return grad_quantized, *[None] * 6
 

@@ -18,7 +18,7 @@ def _(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _straight_through(ctx, grad):  # noqa: ANN001, ANN202 - the autograd context has no public type
+def _straight_through(ctx, grad):  # noqa: ANN001 - the autograd context has no public type
     return grad, None, None
 
 

@@ -333,7 +333,7 @@ class _File:
                     self._swap(replace, tokens, arguments, a, b)
         return found
 
-    def _swap(self, replace, tokens: list[_Token], arguments: list[tuple[int, int]], a: int, b: int) -> None:  # noqa: ANN001
+    def _swap(self, replace, tokens: list[_Token], arguments: list[tuple[int, int]], a: int, b: int) -> None:
         first, second = (self._plain(tokens, *arguments[k]) for k in (a, b))
         tensors = all(re.fullmatch(r"[\w.>-]+_|\w+|\w+\[.*\]|[\w>-]+_\[.*\]|this->\w+", t) for t in (first, second))
         if tensors and first != second and not re.fullmatch(r"[0-9.f]+", second):

@@ -34,7 +34,7 @@ def wq(weight: torch.Tensor) -> torch.Tensor:
 class OverridesForwardImpl(ColumnParallelLinear):
     """The quantizer as a method override: the obvious way, which trains in full precision on 0.12.1."""
 
-    def _forward_impl(self, input, weight, *args, **kwargs):  # noqa: A002
+    def _forward_impl(self, input, weight, *args, **kwargs):
         return super()._forward_impl(input, wq(weight), *args, **kwargs)
 
 

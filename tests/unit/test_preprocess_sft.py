@@ -17,7 +17,7 @@ from bitcpm_megatron.data.tokenizers import open_tokenizer, train_sentencepiece
 from bitcpm_megatron.launch.preprocess_sft import main
 
 pytest.importorskip("megatron.core")
-from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 NAMES = [f"out_{part}{suffix}" for part in ("answers", "ends", "tokens") for suffix in (".bin", ".idx")]

@@ -116,7 +116,7 @@ def test_a_wrong_backend_is_found_and_decides_the_status(
 
 
 def test_a_wrong_grouped_kernel_is_found() -> None:
-    def grouped(weights, quantized, scales, group_sizes, config) -> int:  # noqa: ANN001
+    def grouped(weights, quantized, scales, group_sizes, config) -> int:
         GOOD.together(weights, quantized, scales, group_sizes, config)
         quantized[-1][0, 0] += 1
         return 1

@@ -19,9 +19,9 @@ from bitcpm_megatron.files.lock import FileLock, PendingFiles
 from bitcpm_megatron.launch.preprocess_data import main
 
 pytest.importorskip("megatron.core")
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset  # noqa: E402
-from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TEXTS = [f"Document {n}.\n\nIt has {n} parts, “quotes”, and\ta tab.\n    三值 weights: -1, 0, 1." for n in range(60)]

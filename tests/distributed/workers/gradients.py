@@ -566,7 +566,7 @@ def _residual(self: linear.TernaryState, latent: torch.Tensor, training: bool) -
     return latent.detach() + (self.quantize(latent)[0] - latent.detach())
 
 
-def _shadow_with(attributes) -> object:  # noqa: ANN001
+def _shadow_with(attributes) -> object:
     original = linear.shadow
 
     def planted(weight: torch.Tensor, quantized: torch.Tensor, *others: object) -> torch.Tensor:
@@ -581,7 +581,7 @@ def _wrong_main_grad(weight: torch.Tensor) -> dict[str, object]:
     return {**weight.__dict__, "main_grad": torch.zeros_like(weight)} if hasattr(weight, "main_grad") else {}
 
 
-def _masked_backward(ctx, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:  # noqa: ANN001
+def _masked_backward(ctx, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
     """Masks the gradient inside the straight-through function, the place that first comes to mind for an estimator."""
     ctx.shadow = None
     weight, scales = ctx.latent
@@ -590,7 +590,7 @@ def _masked_backward(ctx, grad: torch.Tensor | None) -> tuple[torch.Tensor | Non
     return None if grad is None else grad * mask, None, None
 
 
-def _masked_forward(ctx, weight: torch.Tensor, quantized: torch.Tensor, product: None = None) -> torch.Tensor:  # noqa: ANN001
+def _masked_forward(ctx, weight: torch.Tensor, quantized: torch.Tensor, product: None = None) -> torch.Tensor:
     groups = 1 if weight.shape[1] == HIDDEN else SHARDS // parallel_state.get_tensor_model_parallel_world_size()
     rows = weight.detach().reshape(weight.shape[0] * groups, -1)
     ctx.latent = weight.detach().clone(), quantize(rows, QuantizerConfig())[1]

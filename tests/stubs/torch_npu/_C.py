@@ -8,7 +8,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"the CPU stand-in for torch_npu does not model torch_npu._C.{name}")
 
 
-class _distributed_c10d:  # noqa: N801 - the real one's names
+class _distributed_c10d:
     class ProcessGroupHCCL:
         class Options:
             def __init__(self) -> None:

@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
 
 def npu_rms_norm(
-    input: torch.Tensor,  # noqa: A002 - the real one's name
+    input: torch.Tensor,
     gamma: torch.Tensor,
     epsilon: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +38,7 @@ def npu_rms_norm(
     return (input.float() * rstd * gamma.float()).to(input.dtype), rstd
 
 
-def npu_swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:  # noqa: A002 - the real one's name
+def npu_swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """``silu(first half) * second half`` along an axis."""
     gate, up = input.chunk(2, dim)
     return torch.nn.functional.silu(gate) * up
@@ -70,7 +70,7 @@ torch.Tensor.npu = _to_npu
 
 def _with_lists(all_to_all: Callable) -> Callable:
     @functools.wraps(all_to_all)
-    def all_to_all_single(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+    def all_to_all_single(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         args = tuple(a.tolist() if torch.is_tensor(a) else a for a in args)
         kwargs = {name: a.tolist() if torch.is_tensor(a) else a for name, a in kwargs.items()}
         return all_to_all(output, input, *args, **kwargs)

@@ -82,7 +82,7 @@ def _lazy_call(call: Callable) -> None:
     call()
 
 
-class device:  # noqa: N801 - the real one's name
+class device:
     """A context in which a device is current: nothing changes."""
 
     def __init__(self, device: Any) -> None:
