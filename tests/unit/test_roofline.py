@@ -190,7 +190,7 @@ def test_published_estimates(model: str) -> None:
     once = replace(preset(model, 4096, 1), group_size=128)
     # 4 + 2/128 bytes: 4.015625 x 155e12 / (6 x 4096 x 1.6e12) = 1.583 %, of any model.
     assert cost_model.predict(NO_LAUNCH, once).of_gemms == pytest.approx(0.015829, rel=1e-3)
-    # Half the peak in place of 155: 190e12 gives 1.940 %, docs/kernels.md's number.
+    # Half the peak in place of 155: 190e12 gives 1.940 %.
     assert cost_model.predict(replace(NO_LAUNCH, achieved_flops=190e12), once).of_gemms == pytest.approx(
         0.0194, rel=1e-2
     )
