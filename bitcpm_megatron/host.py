@@ -240,14 +240,14 @@ def trains_with(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], opt
 def _hold(args: argparse.Namespace, chunks: Sequence[torch.nn.Module], optimizer: Any) -> str | None:
     from .parallel.resident import ResidentError, hold_in_parameters
 
-    names = [name for name in _OTHER_MASTERS if getattr(args, name, False)]
+    flags = [f"--{name.replace('_', '-')}" for name in _OTHER_MASTERS if getattr(args, name, False)]
     if getattr(args, "optimizer_selection", None) == "fused_ema_adamw":
-        names.append("optimizer_selection fused_ema_adamw")
-    why = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        flags.append("--optimizer-selection fused_ema_adamw")
+    why = ", ".join(flags)
     try:
-        if names and args.ternary_cache == "resident":
+        if flags and args.ternary_cache == "resident":
             raise ResidentError(f"{why} keeps or writes masters in a way of its own: use --ternary-cache step")
-        if names and args.ternary_cache == "auto":
+        if flags and args.ternary_cache == "auto":
             return f"cache: step, a quantized weight beside each latent one (not resident: {why})"
         return hold_in_parameters(chunks, optimizer, args.ternary_cache)
     except ResidentError as error:

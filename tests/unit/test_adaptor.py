@@ -137,6 +137,15 @@ def test_a_job_trains_ternary_after_one_import(megatron) -> None:
     assert job.printed[-1].startswith("cache: step, a quantized weight beside each latent one (not resident: ")
 
 
+def test_an_optimizer_with_masters_of_its_own_is_named_by_flags_that_can_be_given() -> None:
+    args = argparse.Namespace(optimizer_selection="fused_ema_adamw", reuse_fp32_param=True, ternary_cache="auto")
+    flags = "--reuse-fp32-param, --optimizer-selection fused_ema_adamw"
+    assert host._hold(args, [], None).endswith(f"(not resident: {flags})")
+    args.ternary_cache = "resident"
+    with pytest.raises(host.HostError, match=f"^--ternary-cache resident: {flags} keeps .*use --ternary-cache step"):
+        host._hold(args, [], None)
+
+
 def test_an_optimizer_that_would_not_take_the_gradients_of_an_estimator_is_refused(megatron) -> None:
     job = megatron()
     adapt()
