@@ -43,15 +43,15 @@ def check_quantize(kernels: Int8Kernels, x: torch.Tensor) -> None:
     """Checks a kernel's codes, scales and values of activations, and of gradients times row scales, bit for bit."""
     factors = torch.linspace(0.01, 2.0, x.shape[-1]).to(x)
     for eps, by in ((1e-5, None), (1.2e-38, factors)):
-        found = kernels.quantize(x, eps, by, by is None)
         codes, scales = integer_activations(x, eps, by)
-        assert torch.equal(found.codes, codes) and torch.equal(found.scales, scales)
-        assert (found.shape, found.dtype) == (x.shape, x.dtype)
-        if by is None:
-            expected = quantize_activations(x, 1, eps)
-            assert torch.equal(found.values, expected) and not found.values[expected == 0].signbit().any()
-        else:
-            assert found.values is None
+        expected = (codes.float() * scales.unsqueeze(-1) / 127).to(x.dtype)
+        for values in (True, False):
+            found = kernels.quantize(x, eps, by, values)
+            assert torch.equal(found.codes, codes) and torch.equal(found.scales, scales)
+            assert (found.shape, found.dtype, found.values is not None) == (x.shape, x.dtype, values)
+            if values:
+                assert torch.equal(found.values, expected) and not found.values[expected == 0].signbit().any()
+        assert by is not None or torch.equal(expected, quantize_activations(x, 1, eps))
 
 
 def check_products(kernels: Int8Kernels, dtype: torch.dtype, device: str = "cpu") -> None:

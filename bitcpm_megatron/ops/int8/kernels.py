@@ -16,7 +16,8 @@ class QuantizedTokens:
         dtype: its dtype, which is also the dtype of results computed with it.
         codes: the codes, int8 ``[tokens, features]``.
         scales: the scales, fp32 ``[tokens]``; the code 127 represents one scale.
-        values: the values that codes and scales represent, ``[..., features]``; None if they were not requested.
+        values: the values that codes and scales represent, ``[..., features]``; None if they were not requested. If
+            the tensor was multiplied by factors first, the values include them.
     """
 
     shape: torch.Size

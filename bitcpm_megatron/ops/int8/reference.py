@@ -52,7 +52,10 @@ def integer_product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _quantize(x: torch.Tensor, eps: float, factors: torch.Tensor | None, values: bool) -> QuantizedTokens:
     codes, scales = integer_activations(x.reshape(-1, x.shape[-1]), eps, factors)
-    return QuantizedTokens(x.shape, x.dtype, codes, scales, quantize_activations(x, 1, eps) if values else None)
+    if not values:
+        return QuantizedTokens(x.shape, x.dtype, codes, scales)
+    multiplied = x if factors is None else x.float() * factors.float()
+    return QuantizedTokens(x.shape, x.dtype, codes, scales, quantize_activations(multiplied, 1, eps).to(x.dtype))
 
 
 def _product(tokens: QuantizedTokens, weight: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
