@@ -197,15 +197,21 @@ def test_any_finite_weight(
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="on a GPU the tuning is the usual way")
-@pytest.mark.parametrize(("columns", "tiles"), [(64, {2048, 4096, 8192}), (5000, {8192}), (20000, {32768})])
-def test_tuning_tries_the_tiles_that_fit(columns: int, tiles: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way that large weights go on a GPU, with a clock that prefers the largest tile."""
+@pytest.mark.parametrize(
+    ("columns", "resident", "tiles"),
+    [(64, None, {2048, 4096, 8192}), (5000, None, {8192}), (20000, None, {32768}), (40000, 65536, set())],
+)
+def test_tuning_tries_the_tiles_that_fit(
+    columns: int, resident: int | None, tiles: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that large weights go on a GPU, with a clock that prefers the largest tile. A group that is longer than
+    all tiles, and resident by demand, has its own, and nothing to try."""
     run_as: list[int] = []
     tried = set()
     original = type(launch.quantize_resident).run
 
     def recorded(self, *args, **kwargs):
-        run_as.append(kwargs["TILE"])
+        run_as.append(kwargs.get("TILE"))  # the streamed kernel has none
         return original(self, *args, **kwargs)
 
     def bench(call, quantiles) -> list[float]:
@@ -217,9 +223,10 @@ def test_tuning_tries_the_tiles_that_fit(columns: int, tiles: set[int], monkeypa
     monkeypatch.setitem(launch._tuned.__dict__, "do_bench", bench)  # a cached property
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "TUNED_ELEMENTS", 0)
+    monkeypatch.setattr(launch, "_UNTUNED_ELEMENTS", 4096)
     weight = gaussian(3, columns, torch.bfloat16, columns)
-    q, s = run(weight, -1)
-    assert tried == tiles and run_as[-1] == max(tiles)
+    q, s = run(weight, -1, resident=resident)
+    assert tried == tiles and run_as[-1] == max(tiles, default=resident)
     expected = run(weight, -1, tile=1)
     assert same_bits(q, expected[0]) and torch.equal(s, expected[1])
 

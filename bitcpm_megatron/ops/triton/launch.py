@@ -201,7 +201,8 @@ def _quantize(
             quantize_streamed[(_programs(units, weight.device),)](*arguments, **constants, num_warps=8)
             return
         constants |= {"SIZE": size, "LEVELS": size.bit_length() - 1}
-        if tile is None and (INTERPRETED or kind == "npu" or weight.numel() < TUNED_ELEMENTS):
+        untuned = INTERPRETED or kind == "npu" or weight.numel() < TUNED_ELEMENTS
+        if tile is None and (untuned or size > _CONFIGS[-1].kwargs["TILE"]):
             tile = _UNTUNED_ELEMENTS
         grid = _grid(units, size, weight.device)
         if tile is None:
