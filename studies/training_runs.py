@@ -137,7 +137,6 @@ def carry_out(runs: Sequence[Run], at_once: int) -> float:
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=total, unit="step") as progress:
         for run in runs:
             pending[run] = pool.submit(in_turn, run)
-        going = True
         failed, going = False, True
         while going and not failed:
             done, waiting = wait(pending.values(), timeout=2, return_when=FIRST_EXCEPTION)
