@@ -249,7 +249,7 @@ format: $(READY)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo runs/demo-chat runs/demo-eval
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs/demo runs/demo-chat runs/demo-distill runs/demo-eval
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The AscendC kernels and their binding; requires CANN and torch_npu.
