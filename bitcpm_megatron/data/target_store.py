@@ -139,7 +139,7 @@ def read_description(directory: Path) -> Description:
         found = validated(Description, read_json(path), str(path))
     except FileError as error:
         raise StoreError(str(error)) from None
-    if found.samples // found.samples_per_shard > _MAX_SHARDS:
+    if found.samples > _MAX_SHARDS * found.samples_per_shard:
         raise StoreError(f"{path}: {found.samples:,} samples in shards of {found.samples_per_shard} cannot be")
     if found.kind == SAMPLED and found.width > MAX_DRAWS:
         raise StoreError(f"{path}: {found.width} draws are more than {MAX_DRAWS}")

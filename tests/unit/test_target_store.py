@@ -119,6 +119,16 @@ def test_shards_are_neither_many_nor_large() -> None:
     assert samples_per_shard(2_400_000, 2**22) == 1
 
 
+def test_one_shard_more_than_the_most_is_refused(store: Path) -> None:
+    for samples, good in ((4 * 2**20, True), (4 * 2**20 + 1, False)):
+        edit(store, parts=[{"name": "a", "digest": "1", "samples": samples}])
+        if good:
+            assert len(read_description(store).shards) == 2**20
+        else:
+            with pytest.raises(StoreError, match="4,194,305 samples in shards of 4 cannot be"):
+                read_description(store)
+
+
 @pytest.mark.parametrize("shard", range(3))
 def test_a_flipped_bit_is_found_wherever_it_is(shard: int, store: Path) -> None:
     path = shard_path(store, shard)
