@@ -48,7 +48,7 @@ class MetricsLog:
         resumed_from: the iteration that training goes on from.
 
     Raises:
-        ImportError: if a directory is given and the package tensorboard is not installed.
+        ImportError: if a directory is given, and a package that it needs (:func:`missing_packages`) is not installed.
     """
 
     def __init__(self, directory: str | Path | None, resumed_from: int = 0) -> None:
@@ -56,6 +56,8 @@ class MetricsLog:
         self._events: Any = None
         if self._directory is None:
             return
+        if missing := missing_packages():
+            raise ImportError(f"a log needs {' and '.join(missing)}: pip install 'bitcpm_megatron[plot]'")
         from torch.utils.tensorboard import SummaryWriter
 
         self._directory.mkdir(parents=True, exist_ok=True)

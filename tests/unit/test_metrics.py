@@ -3,6 +3,7 @@
 
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,17 @@ def test_a_last_line_without_an_end_is_none_and_nan_is_read(tmp_path: Path) -> N
     (tmp_path / METRICS).write_text('{"kind": "valid", "iteration": 1, "lm_loss": NaN}\n{"kind": "tr')
     (record,) = read_metrics(tmp_path)
     assert record["iteration"] == 1 and math.isnan(record["lm_loss"])
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "tensorboard"])
+def test_a_package_that_is_not_there_is_missed_before_the_run(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"a log needs {package}: pip install 'bitcpm_megatron\[plot\]'"):
+        MetricsLog(tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+    MetricsLog(None).close()
 
 
 def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
