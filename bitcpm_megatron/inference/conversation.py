@@ -78,6 +78,7 @@ class Conversation:
             self._generator,
             self._ends,
         )
+        self.full = False
         return self._answer(text, drawn, full=count == room)
 
     def _answer(self, text: str, drawn: Iterator[int], full: bool) -> Generator[str, None, None]:

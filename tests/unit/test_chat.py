@@ -98,6 +98,13 @@ def test_a_conversation_beyond_the_context_is_refused_and_stays(model: TextModel
     used = len(open_questioner(model).ask("", conversation.messages))
     assert "".join(conversation.say("x" * (CONTEXT - used - 1))) == "A"
     assert conversation.full
+    # Of the next answer nothing is known until it ends.
+    conversation.messages.clear()
+    answer = conversation.say("Hi!")
+    assert not conversation.full
+    next(answer)
+    answer.close()
+    assert not conversation.full
 
 
 def test_a_template_that_refuses_is_found_before_anything_is_said(tmp_path: Path) -> None:
