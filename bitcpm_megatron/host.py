@@ -86,8 +86,8 @@ _WEIGHT_SHARDS = {
     "expert_tensor_parallel_num_weight_shards": "expert_gtp_weight_remat_size",
 }
 _LOSES_LONGROPE = "--reset-attention-mask: packed samples would lose MindSpeed-LLM's LongRoPE: leave one of the two out"
-_UNINITIALISED = (
-    "--init-model-with-meta-device without a checkpoint to load leaves the weights uninitialised: give --load"
+_UNINITIALIZED = (
+    "--init-model-with-meta-device without a checkpoint to load leaves the weights uninitialized: give --load"
 )
 
 
@@ -113,7 +113,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     found += [f"--{name.replace('_', '-')} {getattr(args, name)}: {why}" for name, why in impossible]
     empty = getattr(args, "init_model_with_meta_device", False)
     if args.ternary and empty and not (args.load or args.pretrained_checkpoint):
-        found.append(_UNINITIALISED)
+        found.append(_UNINITIALIZED)
     found += [*ternary_mistakes(args), *distillation_mistakes(args)]
     if found:
         raise HostError("these arguments cannot go together:\n  " + "\n  ".join(dict.fromkeys(found)))
@@ -334,7 +334,7 @@ def _quantize(
     def fill(weights: Sequence[torch.nn.Parameter]) -> None:
         """Gives weights from the meta device, which have no values before loading, random ones for the probe."""
         if checkpoint is None:
-            raise HostError(_UNINITIALISED)
+            raise HostError(_UNINITIALIZED)
         for weight in weights:
             torch.nn.init.normal_(weight, std=args.init_method_std)
 

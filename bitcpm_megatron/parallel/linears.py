@@ -220,7 +220,7 @@ def activation_groups(candidate: Candidate, row_parallel_shards: int) -> int:
     registered = registered_linear(candidate.module)
     if registered is not None and registered.norm_methods:
         raise ValueError(
-            f"{candidate.path}: a {type(candidate.module).__name__} normalises its input itself, so that it cannot be "
+            f"{candidate.path}: a {type(candidate.module).__name__} normalizes its input itself, so that it cannot be "
             "quantized to 8 bits after the norm: use --transformer-impl local, or --ternary-activation-bits 16"
         )
     if candidate.kind != "row":

@@ -107,7 +107,7 @@ def plot_losses(runs: Mapping[str, str | Path], picture: str | Path, levels: Map
             if points:
                 axes.plot(*zip(*points, strict=True), color=f"C{index}", label=f"{name} {kind}".strip(), **style)
     for name, value in (levels or {}).items():
-        axes.axhline(value, color="grey", linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
+        axes.axhline(value, color="gray", linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -60,7 +60,7 @@ def write_card(
         losses: the measured losses of the embeddings, by type.
         evaluation: the paragraphs of the section on evaluation.
     """
-    named, text = _licence(source.files)
+    named, text = _license(source.files)
     if text is not None:
         shutil.copyfile(text, directory / text.name)
     record = source.record
@@ -95,7 +95,7 @@ def write_card(
     lines += [
         "## Evaluation",
         *evaluation,
-        "## Licence",
+        "## License",
         f"{named}." if text is None else f"{named}; see `{text.name}`.",
     ]
     write_text(directory / FILE_NAME, "\n\n".join(lines) + "\n")
@@ -112,7 +112,7 @@ def _tensors(plan: Plan, losses: Mapping[str, Loss]) -> str:
     return "\n".join(lines)
 
 
-def _licence(directory: Path | None) -> tuple[str, Path | None]:
+def _license(directory: Path | None) -> tuple[str, Path | None]:
     """Returns the license that the source names, and its license file or None."""
     if directory is None:
         return _UNKNOWN, None

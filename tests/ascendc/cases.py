@@ -213,7 +213,7 @@ def make_values(case: Case, generator: torch.Generator) -> torch.Tensor:
 
 
 def beside(w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each value, or one of its two neighbours in its dtype; beside zero lie +-2**-20."""
+    """Each value, or one of its two neighbors in its dtype; beside zero lie +-2**-20."""
     integer = torch.int32 if w.dtype == torch.float32 else torch.int16
     steps = torch.randint(-1, 2, w.shape, generator=generator).to(integer)
     return torch.where(w == 0, steps.to(w.dtype) * 2.0**-20, (w.view(integer) + steps).view(w.dtype))

@@ -5,7 +5,7 @@ import torch
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sums the last dimension in fp32 as one binary tree of neighbours over a row padded with zeros."""
+    """Sums the last dimension in fp32 as one binary tree of neighbors over a row padded with zeros."""
     while x.shape[-1] > 1:
         if x.shape[-1] % 2:
             x = torch.nn.functional.pad(x, (0, 1))

@@ -13,10 +13,10 @@ from kills.campaign import Campaign, subjects
 @pytest.mark.parametrize(("what", "kills"), [("train", 3), ("convert", 2), ("preprocess", 2), ("targets", 1)])
 @pytest.mark.verifies(
     "trust",
-    "what is killed, asked to stop, or meets a full disk ends with the artefact of an undisturbed run (`make "
+    "what is killed, asked to stop, or meets a full disk ends with the artifact of an undisturbed run (`make "
     "test-kill`)",
 )
-def test_what_is_disturbed_ends_with_the_artefact_of_an_undisturbed_run(what: str, kills: int, tmp_path: Path) -> None:
+def test_what_is_disturbed_ends_with_the_artifact_of_an_undisturbed_run(what: str, kills: int, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     # At most one disturbance of each subject, beginning with SIGKILL: 10 steps leave room for more.

@@ -38,7 +38,7 @@ MULTIPLIERS = dict(embedding_multiplier=12.0, residual_multiplier=1.4 / math.sqr
 _NO_TYPE = 0  # GGML_TYPE_F32, of the keys and values that are kept
 MODELS = Path(os.environ.get("CHAT_TEMPLATES_PATH", "nowhere"))
 TOLERANCE = {"F32": 1e-4, "BF16": 1e-2}
-"""Of the largest logit. Sums in another order send some inputs of BF16 linears to the neighbouring bf16 value."""
+"""Of the largest logit. Sums in another order send some inputs of BF16 linears to the neighboring bf16 value."""
 
 
 def model(kind: str, longrope: bool) -> Architecture:

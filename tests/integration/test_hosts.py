@@ -149,7 +149,7 @@ def test_clipped_gradients_are_the_same_wherever_quantized_weights_are(name: str
     assert straight.losses[0] == resident.losses[0] and float(straight.norms[0]) > float(resident.norms[0])
 
 
-# Transformer Engine's layers normalise their input themselves: 8-bit activations are refused there.
+# Transformer Engine's layers normalize their input themselves: 8-bit activations are refused there.
 @pytest.mark.parametrize("name", [name for name in HOSTS if not name.endswith(", TE")])
 def test_int8_gemms_take_the_place_of_its_own(name: str, material: Material, ours) -> None:
     host = host_named(name)
@@ -279,7 +279,7 @@ REFUSALS = {
         "--distill-teacher teacher --swap-layer-input": "--swap-layer-input True: it changes the layers of every model",
     },
     "core_v0.12.1 + MindSpeed, TE": {
-        "--ternary --ternary-activation-bits 8": "normalises its input itself",
+        "--ternary --ternary-activation-bits 8": "normalizes its input itself",
     },
     LLM_HOST: {
         "--ternary --reset-attention-mask --use-flash-attn --rope-scaling-type longrope --short-factor 1 "

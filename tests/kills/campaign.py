@@ -179,7 +179,7 @@ class Campaign:
         by_what = [f"{name} {sum(n for (other, _), n in self.good.items() if other == name)}" for name in names]
         by_how = [f"{how} {sum(n for (_, other), n in self.good.items() if other == how)}" for how in HOWS]
         return (
-            f"kills: {self.good.total()} of {self._kills} ended with the artefact of an undisturbed run "
+            f"kills: {self.good.total()} of {self._kills} ended with the artifact of an undisturbed run "
             f"({', '.join(by_what)}; {', '.join(by_how)})"
         )
 

@@ -98,7 +98,7 @@ class Command(Subject):
         self._place = place
         if line.old is not None:
             self._succeed(self._start(line.old, place))
-            demand(files(place) == self._whole.old, "the artefact that is to be replaced differs from run to run")
+            demand(files(place) == self._whole.old, "the artifact that is to be replaced differs from run to run")
 
     def disturb(self, how: str, rng: random.Random, disk: Disk | None) -> str:
         before = files(self._place)

@@ -449,7 +449,7 @@ class TestMindSpeed:
     def test_activations_cannot_be_quantized_before_a_norm(self, mindspeed_host) -> None:
         job = mindspeed_host(LayerNormLinear)
         adapt()
-        with pytest.raises(host.HostError, match="normalises its input itself.*--transformer-impl local"):
+        with pytest.raises(host.HostError, match="normalizes its input itself.*--transformer-impl local"):
             job.run(["--ternary", "--ternary-activation-bits", "8"])
 
     def test_swapped_attention_leaves_quantized_weights_where_they_are(self, monkeypatch, mindspeed_host) -> None:

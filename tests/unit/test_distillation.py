@@ -195,7 +195,7 @@ def of_draws(student: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, tor
     return found.mean(0), found.std(0) / len(found) ** 0.5
 
 
-def test_the_mean_over_draws_is_the_dense_loss_and_that_of_a_renormalised_top_k_is_not() -> None:
+def test_the_mean_over_draws_is_the_dense_loss_and_that_of_a_renormalized_top_k_is_not() -> None:
     student, teacher = draw(2, 1, 1, V, seed=3, scale=1.5)
     dense, slope = with_gradient(student, DenseTargets(teacher), Divergence(V))
     p = teacher.double().softmax(-1)

@@ -243,7 +243,7 @@ def test_a_card_has_the_scores_of_the_very_model(
     assert "is no evaluation of" in refused(capsys, copy, "gguf", "--evaluation", str(tmp_path / "asked"))
 
 
-def test_a_card_names_the_quantizer_the_licence_and_no_evaluation(copy: Path, tmp_path: Path) -> None:
+def test_a_card_names_the_quantizer_the_license_and_no_evaluation(copy: Path, tmp_path: Path) -> None:
     assert export(copy, tmp_path / "one") == 0
     card = (tmp_path / "one" / "README.md").read_text()
     assert card.startswith("---\nlicense: unknown\n") and "## Evaluation\n\nNone yet." in card
@@ -252,7 +252,7 @@ def test_a_card_names_the_quantizer_the_licence_and_no_evaluation(copy: Path, tm
     (copy / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     assert export(copy, tmp_path / "two", "compressed-tensors") == 0
     card = (tmp_path / "two" / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n") and "apache-2.0; see `LICENSE`." in card
+    assert card.startswith("---\nlicense: apache-2.0\n") and "## License\n\napache-2.0; see `LICENSE`." in card
     assert (tmp_path / "two" / "LICENSE").read_text() == "as you like" and check_digests(tmp_path / "two")
 
 

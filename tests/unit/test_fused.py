@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognising fused weights, against an oracle that counts the distinct magnitudes of every group in numpy."""
+"""Recognizing fused weights, against an oracle that counts the distinct magnitudes of every group in numpy."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_every_group_size_is_found(dtype, rows, columns, pick, seed) -> None:
     fused = quantize_dequantize(w, QuantizerConfig(group_size=group))[0]
     found = fused_group_size(fused)
     assert found == oracle(fused)
-    # Neighbouring groups may share a scale, and then a larger group fits, too.
+    # Neighboring groups may share a scale, and then a larger group fits, too.
     assert found == -1 or (group != -1 and found % group == 0)
     assert fused_group_size(w) is None
     assert fused_group_size(-fused.t().contiguous().t()) == found, "layout and sign do not matter"

@@ -231,7 +231,7 @@ MODELARTS = {"MA_NUM_HOSTS": "2", "MA_NUM_GPUS": "8", "VC_TASK_INDEX": "1", "VC_
         ({"VC_WORKER_HOSTS": "a,b", "VC_WORKER_NUM": "2", "VK_TASK_INDEX": "0"}, ("ModelArts", 2, 0, "a", 29500)),
     ],
 )
-def test_schedulers_are_recognised(environ: dict[str, str], expected: tuple) -> None:
+def test_schedulers_are_recognized(environ: dict[str, str], expected: tuple) -> None:
     place = detect(Cluster(devices_per_node=8), environ)
     assert (place.source, place.nodes, place.node_rank, place.master_addr, place.master_port) == expected
 

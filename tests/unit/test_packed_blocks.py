@@ -91,6 +91,6 @@ def test_weights_with_two_magnitudes_in_a_group_are_refused() -> None:
         split_ternary("w", weight, 64)
 
 
-def test_rotary_pairs_become_neighbours() -> None:
+def test_rotary_pairs_become_neighbors() -> None:
     rows = torch.arange(12).unsqueeze(1)
     assert interleave(rows, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]

@@ -59,13 +59,13 @@ def to_dtype(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 def assert_scales(weight: np.ndarray, scales: np.ndarray, eps: float) -> int:
-    """``scales`` are bf16(max(mean, eps)), or the neighbour where the mean is at the midpoint. Returns how many are."""
+    """``scales`` are bf16(max(mean, eps)), or the neighbor where the mean is at the midpoint. Returns how many are."""
     mean = np.maximum(np.abs(weight).mean(-1), eps)
     expected = bf16_nearest(mean)
     off = np.flatnonzero(scales != expected)
     midpoint = (scales[off] + expected[off]) / 2
-    neighbour_step = np.ldexp(1.0, np.frexp(np.minimum(scales[off], expected[off]))[1] - 8)
-    assert (np.abs(scales[off] - expected[off]) <= neighbour_step).all(), "a scale is not even a neighbour"
+    neighbor_step = np.ldexp(1.0, np.frexp(np.minimum(scales[off], expected[off]))[1] - 8)
+    assert (np.abs(scales[off] - expected[off]) <= neighbor_step).all(), "a scale is not even a neighbor"
     fp32_ulp = np.ldexp(1.0, np.frexp(midpoint)[1] - 24)
     assert (np.abs(mean[off] - midpoint) <= ROUNDING_ULPS * fp32_ulp).all(), "a scale is off away from a midpoint"
     return len(off)
@@ -170,7 +170,7 @@ def on_boundary(shape: tuple[int, int], seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.verifies(
     "quantizer",
-    "codes, scales and weights are exact on more than 10 million values, ties and their neighbours among them",
+    "codes, scales and weights are exact on more than 10 million values, ties and their neighbors among them",
 )
 def test_ten_million_random_and_tie_adjacent_values(dtype: torch.dtype) -> None:
     checked = 0

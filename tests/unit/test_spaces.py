@@ -256,7 +256,7 @@ def test_a_pattern_that_is_no_code_of_five_is_damage() -> None:
 
 @pytest.mark.parametrize("group", [-1, 32, 96])
 @pytest.mark.parametrize("space", SPACES)
-def test_fused_weights_are_recognised(space: str, group: int) -> None:
+def test_fused_weights_are_recognized(space: str, group: int) -> None:
     config = QuantizerConfig(space, group, statistic="absmean", scale_multiplier=1.1)
     for dtype in WEIGHT_DTYPES:
         weight = latent(dtype, 12, smallest=-2.0)

@@ -162,7 +162,7 @@ def test_existing_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer: S
 
 
 def build(kind: type[GPTDataset], tokenizer: object, prefix: Path | None) -> GPTDataset:
-    """Build 40 training samples as Megatron-LM does; torch.distributed is not initialised."""
+    """Build 40 training samples as Megatron-LM does; torch.distributed is not initialized."""
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=16,

@@ -84,7 +84,7 @@ def run(
 
 
 def mean_in_order(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """fp32 means ``[out, groups]``: neighbours first, then pairs, padded with zeros to a power of two."""
+    """fp32 means ``[out, groups]``: neighbors first, then pairs, padded with zeros to a power of two."""
     group = weight.shape[1] if group == -1 else group
     x = weight.float().abs().reshape(-1, group)
     x = torch.nn.functional.pad(x, (0, (1 << (group - 1).bit_length()) - group))

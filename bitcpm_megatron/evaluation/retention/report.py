@@ -205,15 +205,15 @@ def draw(table: Table, path: Path) -> None:
             height, ends = _height(table.of(model.name, task))
             axes.bar(place + number * width, 100 * (height or 0.0), width, color=f"C{number}")
             if height is None:
-                axes.text(place + number * width, 0, "none", ha="center", va="bottom", color="grey", fontsize="small")
+                axes.text(place + number * width, 0, "none", ha="center", va="bottom", color="gray", fontsize="small")
             if height is not None and ends is not None:
                 errors = [[100 * abs(end - height)] for end in ends]
                 axes.errorbar(place + number * width, 100 * height, errors, color="black", capsize=3)
             if task == MEAN:
-                axes.axvline(place - 0.6, color="grey", linewidth=0.8)
+                axes.axvline(place - 0.6, color="gray", linewidth=0.8)
         axes.bar(0, 0, color=f"C{number}", label=model.name)
     if others:
-        axes.axhline(100, color="grey", linestyle="--", linewidth=1)
+        axes.axhline(100, color="gray", linestyle="--", linewidth=1)
     axes.set_ylabel(f"% of {base.name}'s score" if others else "score")
     axes.set_xticks([place + width * (max(1, len(others)) - 1) / 2 for place in range(len(names))], names, rotation=30)
     axes.legend(fontsize="small")

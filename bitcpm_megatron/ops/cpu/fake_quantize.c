@@ -63,14 +63,14 @@ static uint16_t to_fp16(float value, int down) {
 #define MAGNITUDE_FP32(bits) as_float((bits) & 0x7fffffffu)
 
 // Computes one level of the tree: sums of neighbors, and the last element itself if n is odd.
-static inline void add_neighbours(const float *restrict x, float *restrict sums, int64_t n) {
+static inline void add_neighbors(const float *restrict x, float *restrict sums, int64_t n) {
     for (int64_t i = 0; i < n / 2; i++) sums[i] = x[2 * i] + x[2 * i + 1];
     if (n % 2) sums[n / 2] = x[n - 1];
 }
 
 static inline float tree(float *x, float *y, int64_t n) {
     while (n > 1) {
-        add_neighbours(x, y, n);
+        add_neighbors(x, y, n);
         n = (n + 1) / 2;
         float *sums = y;
         y = x, x = sums;

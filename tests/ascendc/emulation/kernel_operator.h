@@ -94,7 +94,7 @@ inline int64_t GetBlockNum() { return Machine::Get().cores; }
 template <pipe_t pipe>
 inline void PipeBarrier()
 {
-    static_assert(pipe != PIPE_MTE2 && pipe != PIPE_MTE3, "not modelled");
+    static_assert(pipe != PIPE_MTE2 && pipe != PIPE_MTE3, "not modeled");
     Machine::Get().Barrier();
     if (pipe == PIPE_ALL) {
         Machine::Get().SettleAll();
@@ -574,7 +574,7 @@ template <typename T>
 inline void DataCopyPad(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const DataCopyExtParams& params,
                         const DataCopyPadExtParams<T>& pad)
 {
-    Require(params.blockCount == 1 && params.srcStride == 0 && params.dstStride == 0, "limits", "not modelled");
+    Require(params.blockCount == 1 && params.srcStride == 0 && params.dstStride == 0, "limits", "not modeled");
     Require(params.rsv == 0, "limits", "a reserved parameter is set");
     Require(params.blockLen > 0 && params.blockLen % sizeof(T) == 0, "limits", "blockLen is no multiple of the type");
     Require(pad.isPad || pad.rightPadding == 0, "limits", "padding with undefined values");
@@ -596,7 +596,7 @@ inline void DataCopyPad(const LocalTensor<T>& dst, const GlobalTensor<T>& src, c
 template <typename T>
 inline void DataCopyPad(const GlobalTensor<T>& dst, const LocalTensor<T>& src, const DataCopyExtParams& params)
 {
-    Require(params.blockCount == 1 && params.srcStride == 0 && params.dstStride == 0, "limits", "not modelled");
+    Require(params.blockCount == 1 && params.srcStride == 0 && params.dstStride == 0, "limits", "not modeled");
     Require(params.rsv == 0, "limits", "a reserved parameter is set");
     Require(params.blockLen > 0 && params.blockLen % sizeof(T) == 0, "limits", "blockLen is no multiple of the type");
     Require(src.Begin() % emulation::kBlockBytes == 0, "alignment", "DMA out of UB is not aligned");
@@ -771,7 +771,7 @@ inline void Select(const LocalTensor<T>& dst, const LocalTensor<uint8_t>& mask, 
                    const LocalTensor<T>& src1, SELMODE mode, uint32_t count)
 {
     static_assert(emulation::kOneOf<T, half, float>, "type");
-    Require(mode == SELMODE::VSEL_TENSOR_TENSOR_MODE, "limits", "mode 0 is not modelled");
+    Require(mode == SELMODE::VSEL_TENSOR_TENSOR_MODE, "limits", "mode 0 is not modeled");
     emulation::CheckCount(count);
     emulation::Operand result = emulation::Operand::Of(dst);
     emulation::Operand bits = emulation::Operand::Of(mask);
@@ -789,7 +789,7 @@ inline void Select(const LocalTensor<T>& dst, const LocalTensor<uint8_t>& mask, 
     }
 }
 
-// Sums the active elements of every iteration by a binary tree of neighbours, one result each.
+// Sums the active elements of every iteration by a binary tree of neighbors, one result each.
 template <typename T>
 inline void WholeReduceSum(const LocalTensor<T>& dst, const LocalTensor<T>& src, Field<128> mask, Field<255> repeats,
                            Field<65535> dstRepStride, Field<65535> srcBlkStride, Field<65535> srcRepStride)
@@ -829,7 +829,7 @@ inline void WholeReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src,
                            ReduceOrder order = ReduceOrder::ORDER_VALUE_INDEX)
 {
     static_assert(emulation::kOneOf<T, half, float>, "type");
-    Require(order == ReduceOrder::ORDER_ONLY_VALUE, "limits", "results with an index are not modelled");
+    Require(order == ReduceOrder::ORDER_ONLY_VALUE, "limits", "results with an index are not modeled");
     emulation::CheckMask(mask, repeats, sizeof(T));
     emulation::Operand result = emulation::Operand::Of(dst, 2 * sizeof(T));
     emulation::Operand source = emulation::Operand::Of(src).Strides(srcBlkStride, srcRepStride);

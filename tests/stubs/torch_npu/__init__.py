@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A strict CPU stand-in for ``torch_npu``: what MindSpeed 26.1.0_core_r0.12.1 needs to train small models.
 
-It proves plumbing, not an NPU. Whatever is not modelled here raises and says what was asked for. Modelled operators
+It proves plumbing, not an NPU. Whatever is not modeled here raises and says what was asked for. Modeled operators
 compute what their documentation says, with plain torch. ``device="npu"`` is the CPU.
 """
 
@@ -33,7 +33,7 @@ def npu_rms_norm(
     gamma: torch.Tensor,
     epsilon: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm over the last axis in fp32: the normalised input, and the reciprocal root."""
+    """RMSNorm over the last axis in fp32: the normalized input, and the reciprocal root."""
     rstd = torch.rsqrt(input.float().pow(2).mean(-1, keepdim=True) + epsilon)
     return (input.float() * rstd * gamma.float()).to(input.dtype), rstd
 

@@ -34,7 +34,7 @@ def current_device() -> torch.device:
 
 
 def get_device_name(device: Any = None) -> str:
-    """MindSpeed takes operators that fit a generation by this name: those of the 910B are modelled."""
+    """MindSpeed takes operators that fit a generation by this name: those of the 910B are modeled."""
     return "Ascend910B (CPU stand-in)"
 
 
@@ -54,7 +54,7 @@ def stream(stream: "Stream") -> contextlib.AbstractContextManager:
 
 
 def init() -> None:
-    """Nothing to initialise."""
+    """Nothing to initialize."""
 
 
 def synchronize(device: Any = None) -> None:

@@ -24,7 +24,7 @@ def npu_quant_matmul(
         scale: ``[1]`` or ``[n]``.
         offset: of an int8 output alone.
         pertoken_scale: float32 ``[m]``.
-        bias: not modelled.
+        bias: not modeled.
         output_dtype: bfloat16, with a scale in float32 or bfloat16; float16, with one in float32.
     """
     (m, k), (rows, n) = x1.shape, x2.shape
