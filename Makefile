@@ -226,6 +226,7 @@ bench-kernel: $(READY)
 lint: contracts types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib
 	$(PY) scripts/check_shape.py
 	$(PY) scripts/check_docs.py
 

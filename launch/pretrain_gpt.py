@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs Megatron-LM's own pretrain_gpt.py, unmodified, with the ternary plugin installed.
 
-
     torchrun ... launch/pretrain_gpt.py --megatron-path CHECKOUT [--mindspeed-path CHECKOUT] ...its flags... --ternary
 
 ``bitcpm_megatron.adaptor`` is imported before the script runs. Without CUDA and without an NPU the job runs on the CPU

@@ -89,6 +89,9 @@ class CoreAttention(MegatronModule):
             key: the keys, shaped likewise with the heads of key and value; for rows also those of the tokens before the
                 queries, if megatron-core's inference context kept them.
             value: the values, shaped like ``key``.
+            attention_mask: None, for attention is causal.
+            attn_mask_type: the kind of mask, which changes nothing.
+            attention_bias: None.
             packed_seq_params: the result of :func:`~bitcpm_megatron.attention.documents.packed_seq_params`, or None.
 
         Returns:

@@ -28,6 +28,7 @@ def over_heads(
         key: the keys ``[T / N, groups, d]`` of this rank; if N does not divide the groups, their heads are repeated, so
             that each rank has its own.
         value: the values, shaped like ``key``.
+        group: the ranks that share the tokens of the row.
 
     Returns:
         The weighted values ``[T / N, heads, d]``.

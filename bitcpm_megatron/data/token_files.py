@@ -74,6 +74,9 @@ def write_corpus(
         output_prefix: the leading part of the file names.
         tokenizer: the tokenizer; its ``tokenize_batch``, ``eod`` and ``vocab_size`` are used.
         pending: the files that :func:`outputs` names, and others that are ready by the end of this call.
+        keys: the keys of the texts that are written, each into a pair of its own.
+        append_eod: whether every document ends with ``tokenizer.eod``.
+        threads: the number of native threads of the tokenizer.
 
     Raises:
         ValueError: if there is no document to write for a key.
