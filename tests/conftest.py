@@ -10,7 +10,8 @@ from support.fast_tests import FastTests
 from support.process_groups import leave_model_parallel
 
 # Transformers copies modeling files that it is told to trust into its cache: not into the user's.
-os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf-"))
+_hf_home = tempfile.TemporaryDirectory(prefix="hf-")
+os.environ.setdefault("HF_HOME", _hf_home.name)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Read when triton is imported, by whatever test comes first. With 0, tests/unit/test_triton.py runs on the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
