@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared parts of all commands: the parser, flags that are numbers, one handler for errors, and the exit codes.
+"""Shared parts of all commands: the parser, flags that are numbers, one handler for errors, exit codes, quick imports.
 
 Nothing here imports torch, so that a wrong command line is refused before anything slow is loaded.
 """
@@ -7,6 +7,7 @@ Nothing here imports torch, so that a wrong command line is refused before anyth
 import argparse
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -38,6 +40,51 @@ _BAD_PATH = {
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
 }
 _WHOLE = re.compile(r"[+-]?[0-9]{1,25}")
+
+
+def is_command() -> bool:
+    """Returns whether this process is one of our commands.
+
+    A program that imports this package is none, and neither is a helper process of multiprocessing.
+    """
+    main = sys.modules.get("__main__")
+    script = getattr(main, "__file__", None)
+    # A helper process has a command's file as well, under the name __mp_main__, and does not get to run().
+    if script is None or getattr(main, "__name__", None) != "__main__":
+        return False
+    room = Path(script).resolve().parent
+    roots = [Path(root).resolve() for root in sys.modules[__package__].__path__]
+    return room.name in ("launch", "checkpoint_tools") and room.parent in roots
+
+
+def begin_imports() -> None:
+    """Disables the garbage collector until :func:`end_imports`, if this process is one of our commands.
+
+    During imports the collector visits the objects of modules again and again, although they live as long as the
+    process. The collector of other programs is left as it is.
+    """
+    if is_command():
+        gc.disable()
+
+
+def end_imports() -> None:
+    """Enables the garbage collector again, except for the objects that imports created, even when the process ends.
+
+    It does nothing if :func:`begin_imports` did nothing. :func:`run` calls it.
+    """
+    if is_command() and not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
+@contextlib.contextmanager
+def late_imports() -> Iterator[None]:
+    """Returns a context for imports that a command makes late, when it knows that they are needed."""
+    begin_imports()
+    try:
+        yield
+    finally:
+        end_imports()
 
 
 class FailedError(RuntimeError):
@@ -77,6 +124,7 @@ def run(work: Callable[[], int | None]) -> int:
     interruption are 1. Anything else is a fault of the program and keeps its traceback. The exit code is what `work`
     returns; None stands for 0.
     """
+    end_imports()
     try:
         return work() or DONE
     except (Exception, KeyboardInterrupt) as error:

@@ -4,7 +4,6 @@
 import argparse
 import contextlib
 import ctypes
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,6 @@ def run(work: Callable[[], None]) -> int:
     SIGTERM interrupts the command.
     """
     return_freed_memory()
-    # The objects that imports created live as long as the process, so the garbage collector need not visit them again.
-    gc.freeze()
     with one_thread():
         return cli.run(cli.interrupted_by_sigterm()(work))
 

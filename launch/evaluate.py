@@ -124,10 +124,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.data is not None or args.suite == SAMPLE_3:
         # All items are in files: no network is needed. These packages read the variables when they are imported.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    import torch
+    with cli.late_imports():
+        import torch
 
-    from bitcpm_megatron.evaluation.opening import find_model, require_contexts
-    from bitcpm_megatron.training.initialize import shutdown, world_size
+        from bitcpm_megatron.evaluation.opening import find_model, require_contexts
+        from bitcpm_megatron.training.initialize import shutdown, world_size
 
     ranks, joined = world_size(), torch.distributed.is_initialized()
     subjects = [find_model(name, path) for name, path in args.models.items()]

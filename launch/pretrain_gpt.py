@@ -73,7 +73,7 @@ def main() -> int:
 
     Refusals of the plugin are reported, with their exit status, by the hook that the adaptor installs.
     """
-    from bitcpm_megatron.cli import BAD_INPUT, DONE, complain
+    from bitcpm_megatron.cli import BAD_INPUT, DONE, complain, end_imports
 
     ours, rest = build_parser().parse_known_args()
     try:
@@ -83,6 +83,7 @@ def main() -> int:
         return BAD_INPUT
     sys.argv = [str(script), *rest]
     prepare(ours, script)
+    end_imports()  # the script does not run under cli.run(), which would do so
     # The script runs in this module's namespace and not with runpy, because the checkpoint writer's helper process
     # imports __main__ again.
     exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), sys.modules["__main__"].__dict__)

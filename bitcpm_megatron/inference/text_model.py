@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.directory import HF_DIRECTORY, RELEASE, TRACKER, latest
+from ..cli import late_imports
 from ..data.sft.chat_template import open_chat_template, require_chat_tokenizer
 from ..data.sft.questions import Questioner
 from ..data.tokenizers import Tokenizer, open_tokenizer
@@ -107,8 +108,9 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _of_run(checkpoint: Path, fp32: bool, tokenizer: str | None, kind: str | None) -> TextModel:
     # These are imported only when needed, because exports open without megatron-core.
-    from ..training.initialize import shutdown
-    from .megatron_run import MegatronNextToken, context_of, load_for_inference, tokenizer_of
+    with late_imports():
+        from ..training.initialize import shutdown
+        from .megatron_run import MegatronNextToken, context_of, load_for_inference, tokenizer_of
 
     run, model = load_for_inference(checkpoint, fp32)
     own = tokenizer_of(run, checkpoint, tokenizer, kind)

@@ -3,10 +3,16 @@
 
 import argparse
 import errno
+import json
 import math
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from support.launcher import CHECKOUT, environment
 from tqdm import tqdm
 
 from bitcpm_megatron import cli
@@ -158,3 +164,53 @@ def test_number_types_name_their_bounds():
     assert str(cli.Whole(0, 3)) == "0 to 3"
     with pytest.raises(argparse.ArgumentTypeError):
         cli.Whole(0, 3)("4")
+
+
+# Printed when the process ends, whatever it was.
+WATCH = """
+import atexit, gc, json, sys
+atexit.register(lambda: print(json.dumps([gc.isenabled(), gc.get_freeze_count() > 0]), file=sys.stderr))
+"""
+
+
+def collector_after(command: list[str], directory: Path) -> tuple[bool, bool]:
+    """Whether the garbage collector works when a process ends, and whether something has been taken out of it."""
+    (directory / "sitecustomize.py").write_text(WATCH)
+    env = environment()
+    env["PYTHONPATH"] = os.pathsep.join([str(directory), env["PYTHONPATH"]])
+    done = subprocess.run([sys.executable, *command], env=env, cwd=CHECKOUT, capture_output=True, text=True)
+    enabled, frozen = json.loads(done.stderr.splitlines()[-1])
+    return enabled, frozen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [["launch/presets.py"], ["checkpoint_tools/inspect_checkpoint.py", "there is none"]],
+    ids=lambda command: command[0],
+)
+def test_a_command_works_with_the_collector_on_and_without_what_it_imported(command, tmp_path):
+    assert collector_after(command, tmp_path) == (True, True)
+
+
+@pytest.mark.slow
+def test_the_collector_rests_while_a_command_imports(tmp_path):
+    """--help ends before there is work."""
+    assert collector_after(["launch/presets.py", "--help"], tmp_path) == (False, False)
+
+
+@pytest.mark.slow
+def test_the_collector_of_a_program_that_uses_the_package_is_its_own(tmp_path):
+    program = tmp_path / "launch" / "program.py"
+    program.parent.mkdir()
+    program.write_text("import bitcpm_megatron.launch.generate\nfrom bitcpm_megatron import cli\ncli.run(lambda: 0)\n")
+    assert collector_after([str(program)], tmp_path) == (True, False)
+
+
+@pytest.mark.parametrize("room", ["launch", "checkpoint_tools"])
+def test_every_command_ends_its_imports(room):
+    """One that did not would never collect anything."""
+    scripts = [path for path in (CHECKOUT / room).glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    ends = re.compile(r"\bcli\.run\(|\bcli import run as handled|\bcommand import .*\brun\b|\bend_imports\(\)")
+    assert len(scripts) > 4
+    assert [path.name for path in scripts if not ends.search(path.read_text())] == []

@@ -9,6 +9,7 @@ An empty batch is the last. When rank R has finished a batch, it creates ``DIREC
 its starter, the process PID, does not exist any more.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -32,8 +33,13 @@ def batch(path: Path, starter: int) -> dict:
 
 
 def main(directory: Path, starter: int) -> None:
+    # As in a command (cli.begin_imports), whose script this is not.
+    gc.disable()
     from bitcpm_megatron import cli
 
+    importlib.import_module("bitcpm_megatron.training.loop")
+    gc.freeze()
+    gc.enable()
     # For this time a failed rank waits for rank 0 to report the error, until the agent ends it. Here nobody ends it.
     cli._SECONDS_FOR_RANK_0 = 0.0
     # Each batch has a process group of its own with a new store: the agent's store would hold the addresses of the

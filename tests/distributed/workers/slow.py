@@ -7,6 +7,7 @@ a number of seconds, or until a file exists in ``DIRECTORY``: ``{"step": {"2": 3
 ``DIRECTORY/moments`` lists the moments that have begun.
 """
 
+import gc
 import json
 import sys
 import time
@@ -50,11 +51,14 @@ def train(argv: list[str], directory: Path) -> None:
 
 
 def main() -> int:
+    gc.disable()  # as in a command (cli.begin_imports), whose script this is not
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from bitcpm_megatron import cli
-    from bitcpm_megatron.training import checkpoint
+    from bitcpm_megatron.training import checkpoint, loop  # noqa: F401
 
+    gc.freeze()
+    gc.enable()
     directory = Path(sys.argv[1])
     checkpoint.publish_checkpoint = slowed(checkpoint.publish_checkpoint, "save", directory)
     write = slowed(FileSystemWriterAsync.write_preloaded_data, "write", directory)
