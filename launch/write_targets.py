@@ -31,7 +31,6 @@ from bitcpm_megatron.data.blends import blend_of
 from bitcpm_megatron.data.target_records import MAX_DRAWS
 from bitcpm_megatron.data.vocabulary import MAX_TOP_K
 from bitcpm_megatron.files import directory_mistake
-from bitcpm_megatron.training.distillation.writing import write_targets
 from bitcpm_megatron.training.flags import add_flags_of_runs, defaults
 from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
 from bitcpm_megatron.training.mistakes import data_mistakes, has_cuda
@@ -48,15 +47,17 @@ _LAYOUT = (
 
 def main(argv: list[str] | None = None) -> int:
     """Writes a store, or the missing part of one; returns the exit status."""
+    # This import is not at the top: training.initialize has to come before megatron-core.
+    from bitcpm_megatron.training.distillation.writing import write_targets
+
+    def write() -> None:
+        args = parse_args(argv, world_size())
+        initialize(args)
+        write_targets(args)
+        shutdown()
+
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    return cli.run(lambda: _write(argv))
-
-
-def _write(argv: list[str] | None) -> None:
-    args = parse_args(argv, world_size())
-    initialize(args)
-    write_targets(args)
-    shutdown()
+    return cli.run(write)
 
 
 def parse_args(argv: Sequence[str] | None, ranks: int) -> argparse.Namespace:

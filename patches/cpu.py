@@ -129,6 +129,25 @@ def accelerator() -> bool:
     return torch_npu.npu.is_available()
 
 
+def leave_uncompiled() -> None:
+    """Lets megatron-core be imported without torch's compiler.
+
+    Displaces ``torch.compile``, which ``megatron.core.jit.jit_fuser`` is from torch 2.2 on: as the decorator of some
+    forty functions it imports dynamo and inductor, which takes about as long as importing torch, and there is no
+    variable that spares it (``TORCH_COMPILE_DISABLE`` is read by dynamo). Of those functions our loop calls one alone,
+    of the router of experts, and that one computes nothing without an expert bias. Does nothing where megatron-core has
+    been imported, as in a host, or where there is CUDA or an NPU.
+    """
+    if not torch.cuda.is_available() and not {"torch_npu", "megatron.core"} & sys.modules.keys():
+        replace("torch.compile", _as_it_is_in_megatron)
+
+
+def _as_it_is_in_megatron(original: Callable, model: Any = None, **options: Any) -> Any:
+    if isinstance(model, types.FunctionType) and model.__module__.startswith("megatron."):
+        return model
+    return original(model, **options)
+
+
 def install() -> None:
     """Applies every patch that megatron-core needs.
 

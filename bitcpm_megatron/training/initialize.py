@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Set-up of a process of the job: its patches, process groups and seeds, and the signals that ask it to stop."""
+"""Set-up of a process of the job: its patches, process groups and seeds, and the signals that ask it to stop.
+
+Imported before megatron-core, this module spares a process without CUDA the import of torch's compiler.
+"""
 
 import argparse
 import contextlib
@@ -12,11 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state, tensor_parallel
 
 from ..cli import Whole, from_environment
 from ..patches import cpu
-from ..patches.megatron_core import checkpointing, without_te
+
+cpu.leave_uncompiled()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+from ..patches.megatron_core import checkpointing, without_te  # noqa: E402
 
 # Schedulers preempt and end a job with SIGTERM; SLURM can be told to send SIGUSR1 before that (--signal=USR1@600).
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

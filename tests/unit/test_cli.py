@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.launcher import CHECKOUT, environment
 from tqdm import tqdm
 
@@ -169,18 +170,21 @@ def test_number_types_name_their_bounds():
 # Printed when the process ends, whatever it was.
 WATCH = """
 import atexit, gc, json, sys
-atexit.register(lambda: print(json.dumps([gc.isenabled(), gc.get_freeze_count() > 0]), file=sys.stderr))
+def report():
+    print(json.dumps([gc.isenabled(), gc.get_freeze_count() > 0, sorted(sys.modules)]), file=sys.stderr)
+atexit.register(report)
 """
 
 
-def collector_after(command: list[str], directory: Path) -> tuple[bool, bool]:
-    """Whether the garbage collector works when a process ends, and whether something has been taken out of it."""
+def at_the_end(command: list[str], directory: Path) -> tuple[bool, bool, set[str]]:
+    """Whether the garbage collector works when a process ends, whether something has been taken out of it, and what the
+    process has imported."""
     (directory / "sitecustomize.py").write_text(WATCH)
     env = environment()
     env["PYTHONPATH"] = os.pathsep.join([str(directory), env["PYTHONPATH"]])
     done = subprocess.run([sys.executable, *command], env=env, cwd=CHECKOUT, capture_output=True, text=True)
-    enabled, frozen = json.loads(done.stderr.splitlines()[-1])
-    return enabled, frozen
+    enabled, frozen, imported = json.loads(done.stderr.splitlines()[-1])
+    return enabled, frozen, set(imported)
 
 
 @pytest.mark.slow
@@ -190,13 +194,13 @@ def collector_after(command: list[str], directory: Path) -> tuple[bool, bool]:
     ids=lambda command: command[0],
 )
 def test_a_command_works_with_the_collector_on_and_without_what_it_imported(command, tmp_path):
-    assert collector_after(command, tmp_path) == (True, True)
+    assert at_the_end(command, tmp_path)[:2] == (True, True)
 
 
 @pytest.mark.slow
 def test_the_collector_rests_while_a_command_imports(tmp_path):
     """--help ends before there is work."""
-    assert collector_after(["launch/presets.py", "--help"], tmp_path) == (False, False)
+    assert at_the_end(["launch/presets.py", "--help"], tmp_path)[:2] == (False, False)
 
 
 @pytest.mark.slow
@@ -204,7 +208,15 @@ def test_the_collector_of_a_program_that_uses_the_package_is_its_own(tmp_path):
     program = tmp_path / "launch" / "program.py"
     program.parent.mkdir()
     program.write_text("import bitcpm_megatron.launch.generate\nfrom bitcpm_megatron import cli\ncli.run(lambda: 0)\n")
-    assert collector_after([str(program)], tmp_path) == (True, False)
+    assert at_the_end([str(program)], tmp_path)[:2] == (True, False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA megatron-core compiles functions when it is imported")
+@pytest.mark.parametrize("command", ["launch/pretrain.py", "launch/write_targets.py"])
+def test_megatron_core_is_imported_without_the_compiler_of_torch(command, tmp_path):
+    _, _, imported = at_the_end([command, "--help"], tmp_path)
+    assert "megatron.core.models.gpt" in imported and "torch._dynamo" not in imported
 
 
 @pytest.mark.parametrize("room", ["launch", "checkpoint_tools"])

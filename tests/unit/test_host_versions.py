@@ -7,7 +7,10 @@ First of all why the module instance's forward is wrapped: on 0.12.1 an override
 import signal
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from megatron.core.transformer import TransformerConfig
 
 from bitcpm_megatron import QuantizerConfig, apply_recipe, dequantize, quantize
 from bitcpm_megatron.parallel import probe
+from bitcpm_megatron.patches import cpu
 from bitcpm_megatron.patches.megatron_core import checkpointing, without_te
 
 pytestmark = pytest.mark.usefixtures("single_rank")
@@ -74,6 +78,40 @@ def test_ours_does_not(kind: type, requires_grad: bool) -> None:
 def test_gradients_that_wait_for_a_stream_find_one_on_the_cpu() -> None:
     # As start_grad_sync of 0.19 does it, whatever version is installed here.
     torch.cuda.current_stream().wait_event(torch.cuda.current_stream())
+
+
+def of(package: str) -> Callable:
+    """A function that a module of that package defines."""
+
+    def function() -> None: ...
+
+    function.__module__ = f"{package}.module"
+    return function
+
+
+@pytest.mark.parametrize(
+    ("loaded", "cuda", "as_it_is"),
+    [((), False, True), ((), True, False), (("torch_npu",), False, False), (("megatron.core",), False, False)],
+    ids=["CPU", "CUDA", "NPU", "host"],
+)
+def test_what_megatron_core_would_compile_at_import(
+    loaded: tuple[str, ...], cuda: bool, as_it_is: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_it(model: Callable | None = None, **options: Any) -> tuple:
+        return "compiled", model, options
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.delitem(sys.modules, "megatron.core")
+    for name in loaded:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    cpu.leave_uncompiled()
+    function, other = of("megatron.core"), of("megatron_user")
+    assert torch.compile(function) == (function if as_it_is else ("compiled", function, {}))
+    assert torch.compile(other, dynamic=True) == ("compiled", other, {"dynamic": True})
+    assert torch.compile(backend="eager") == ("compiled", None, {"backend": "eager"})
+    module = type("Layer", (torch.nn.Module,), {"__module__": "megatron.core.module"})()  # a user's own wish
+    assert torch.compile(module) == ("compiled", module, {})
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ def main(directory: Path, starter: int) -> None:
     gc.disable()
     from bitcpm_megatron import cli
 
-    importlib.import_module("bitcpm_megatron.training.loop")
+    for name in ("initialize", "loop"):  # in this order: patches come before megatron-core
+        importlib.import_module(f"bitcpm_megatron.training.{name}")
     gc.freeze()
     gc.enable()
     # For this time a failed rank waits for rank 0 to report the error, until the agent ends it. Here nobody ends it.

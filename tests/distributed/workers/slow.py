@@ -8,6 +8,7 @@ a number of seconds, or until a file exists in ``DIRECTORY``: ``{"step": {"2": 3
 """
 
 import gc
+import importlib
 import json
 import sys
 import time
@@ -52,6 +53,7 @@ def train(argv: list[str], directory: Path) -> None:
 
 def main() -> int:
     gc.disable()  # as in a command (cli.begin_imports), whose script this is not
+    importlib.import_module("bitcpm_megatron.training.initialize")  # patches come before megatron-core
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from bitcpm_megatron import cli
