@@ -130,13 +130,13 @@ def accelerator() -> bool:
 
 
 def leave_uncompiled() -> None:
-    """Lets megatron-core be imported without torch's compiler.
+    """Replaces ``torch.compile`` for megatron-core's functions, so that its import does not load torch's compiler.
 
-    Displaces ``torch.compile``, which ``megatron.core.jit.jit_fuser`` is from torch 2.2 on: as the decorator of some
-    forty functions it imports dynamo and inductor, which takes about as long as importing torch, and there is no
-    variable that spares it (``TORCH_COMPILE_DISABLE`` is read by dynamo). Of those functions our loop calls one alone,
-    of the router of experts, and that one computes nothing without an expert bias. Does nothing where megatron-core has
-    been imported, as in a host, or where there is CUDA or an NPU.
+    From torch 2.2 on ``megatron.core.jit.jit_fuser`` is ``torch.compile``. As the decorator of some forty functions it
+    imports dynamo and inductor, which takes about as long as importing torch, and no variable prevents it
+    (``TORCH_COMPILE_DISABLE`` is read by dynamo). Our loop calls only one of these functions, of the router of experts,
+    which computes nothing without an expert bias. The patch does nothing if megatron-core has been imported already, as
+    in a host, or if there is CUDA or an NPU.
     """
     if not torch.cuda.is_available() and not {"torch_npu", "megatron.core"} & sys.modules.keys():
         replace("torch.compile", _as_it_is_in_megatron)
