@@ -5,7 +5,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 
 from ..checkpoints.directory import check_ends, kept_tokenizer
 from ..data.tokenizers import Tokenizer
@@ -65,6 +64,9 @@ class MegatronNextToken(NextToken):
     def __init__(self, model: Model, context: int) -> None:
         rope = getattr(model.bare[0], "rotary_pos_emb", None)
         super().__init__(getattr(getattr(rope, "rope", rope), "original_length", None))
+        # Not at the top: megatron-core must be imported after bitcpm_megatron.training, which prepares its import.
+        from megatron.core.inference.contexts import StaticInferenceContext
+
         self._chunk = model.chunks[0]
         self._cache = StaticInferenceContext(1, context)
 
