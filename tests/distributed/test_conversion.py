@@ -156,7 +156,8 @@ def where(launch_runs, shared_ranks: Callable[[int], Ranks], tmp_path_factory: p
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.verifies(
     "checkpoints",
-    "logits are those of Transformers (1e-5 of the range, fp32), ternary and not, LongRoPE beyond its original length",
+    "logits of converted checkpoints equal those of Transformers (1e-5 of their range, fp32), for full-precision and"
+    " ternary models, and with LongRoPE beyond the original context length",
     cpu="yes²",
 )
 def test_megatron_computes_what_hugging_face_does(
@@ -181,7 +182,7 @@ def test_longrope_and_its_two_lists_matter(where: dict) -> None:
 @pytest.mark.parametrize("name", TERNARY)
 @pytest.mark.verifies(
     "checkpoints",
-    "fused exports hold the weights of the training forward bit for bit and load in stock Transformers",
+    "fused exports contain the weights of the training forward pass bit for bit, and load in stock Transformers",
     cpu="yes²",
 )
 def test_the_fused_export_is_what_the_training_forward_used(name: str, where: dict) -> None:

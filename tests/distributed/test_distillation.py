@@ -192,8 +192,8 @@ def _in_checkpoint(name: str) -> str:
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.verifies(
     "training",
-    "distillation: loss and every weight gradient are those of whole logits on one rank (1e-5, fp32), over a "
-    "pairwise cover of layouts and settings",
+    "distillation: the loss and every weight gradient equal those computed from the full logits on one rank (1e-5, "
+    "fp32), in a pairwise cover of layouts and settings",
 )
 def test_the_step_of_every_setting_is_that_of_whole_logits_on_one_rank(setting: Setting, steps: Callable) -> None:
     entropy, divergence, moments, expected = steps(setting)

@@ -107,8 +107,8 @@ def _margin(model: Any) -> float:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.verifies(
     "checkpoints",
-    "evaluation: a run's log-likelihoods are those of its export (1e-4, fp32) at TP1, TP2 and PP2, and its "
-    "answers, too",
+    "evaluation: the log-likelihoods and answers of a training checkpoint at TP1, TP2 and PP2 equal those of its "
+    "export (log-likelihoods: 1e-4, fp32)",
 )
 def test_log_likelihoods_and_answers_are_those_of_the_export(layout: str, said: dict, export: dict) -> None:
     # Three continuations of the longest context, two of the second longest, and the longest prompt do not fit.

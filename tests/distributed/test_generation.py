@@ -60,8 +60,8 @@ def found(
 @pytest.mark.parametrize("name", [*CASES, SAVED])
 @pytest.mark.verifies(
     "checkpoints",
-    "logits with a key-value cache are those of the whole forward (1e-5 of the largest, fp32), at TP1 and TP2, "
-    "with LongRoPE, windows, experts",
+    "logits computed with a key-value cache equal those of the whole forward pass (1e-5 of the largest, fp32), at "
+    "TP1 and TP2, with LongRoPE, sliding windows and experts",
 )
 def test_the_cache_changes_no_logit(name: str, found: dict) -> None:
     case = found[name]

@@ -42,8 +42,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.verifies(
     "training",
-    "weight gradients are those of a straight-through reference (1e-5): fusion x SP x overlap x distributed "
-    "optimizer at TP1, TP2, DP2",
+    "weight gradients equal those of a straight-through reference (1e-5) at TP1, TP2 and DP2, in all combinations of"
+    " gradient accumulation fusion, SP (at TP2), communication overlap and distributed optimizer",
     cpu="yes¹",
 )
 def test_weight_gradients_equal_the_straight_through_reference(case: str, results: dict[str, list]) -> None:
@@ -91,7 +91,8 @@ def test_weights_that_live_in_the_parameters_change_no_bit(layout: str, case: st
 @pytest.mark.parametrize("case", [f"fusion={f} overlap={o} do={d}" for f in (0, 1) for o in (0, 1) for d in (0, 1)])
 @pytest.mark.verifies(
     "training",
-    "gradients of `--ternary-estimator clipped` are those of clamped weights (1e-5), wherever gradients are added up",
+    "with `--ternary-estimator clipped`, gradients equal those of clamped weights (1e-5) at TP1, TP2 and DP2, "
+    "wherever gradients are accumulated",
     cpu="yes¹",
 )
 def test_clipped_gradients_equal_those_of_clamped_weights(layout: str, case: str, results: dict[str, list]) -> None:

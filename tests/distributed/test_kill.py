@@ -13,8 +13,8 @@ from kills.campaign import Campaign, subjects
 @pytest.mark.parametrize(("what", "kills"), [("train", 3), ("convert", 2), ("preprocess", 2), ("targets", 1)])
 @pytest.mark.verifies(
     "trust",
-    "what is killed, asked to stop, or meets a full disk ends with the artifact of an undisturbed run (`make "
-    "test-kill`)",
+    "a command that is killed, asked to stop, or stopped by a full disk, and then run again, ends with the artifact "
+    "of an undisturbed run (`make test-kill`)",
 )
 def test_what_is_disturbed_ends_with_the_artifact_of_an_undisturbed_run(what: str, kills: int, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)

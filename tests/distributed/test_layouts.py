@@ -258,9 +258,9 @@ def assert_one_step_alike(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.verifies(
     "training",
-    "TP1, TP2, TP2+SP, PP2, PP2+VPP2, DP2, TP2xPP2, TP2xDP2, CP2, CP4, TP2xCP2, CP2xDP2 take the same step "
-    "from one checkpoint: equal quantized weights, loss and every gradient to within rounding (fp32); packed "
-    "documents and conversations, too",
+    "from one checkpoint, TP1, TP2, TP2+SP, PP2, PP2+VPP2, DP2, TP2xPP2, TP2xDP2, CP2, CP4, TP2xCP2 and CP2xDP2 take"
+    " the same step: the quantized weights are equal, the loss and every gradient agree to within rounding (fp32); "
+    "likewise with packed documents and with conversations",
 )
 def test_every_layout_takes_the_step_of_one_rank(layout: str, runs: dict) -> None:
     assert_one_step_alike(layout, "TP1", LAYOUTS[layout][0], runs)
@@ -268,7 +268,11 @@ def test_every_layout_takes_the_step_of_one_rank(layout: str, runs: dict) -> Non
 
 
 @pytest.mark.parametrize(("variant", "layout"), [(v, name) for v, (_, names) in VARIANTS.items() for name in names])
-@pytest.mark.verifies("training", "so do int8 activations, experts (EP2), untied embeddings")
+@pytest.mark.verifies(
+    "training",
+    "models with int8 activations (to within one quantization level), experts (EP2) or untied embeddings also take "
+    "the same step at every layout tested",
+)
 def test_variants_of_the_model_take_the_step_of_one_rank(variant: str, layout: str, runs: dict) -> None:
     name, reference = f"{variant} {layout}", f"{variant} TP1"
     bounds = {"int8": (ONE_LEVEL / 128, ONE_LEVEL), "packed": (PROMISED, PACKED_GRADIENTS)}.get(variant, ())
@@ -336,7 +340,10 @@ def test_the_cache_changes_no_bit(case: str, runs: dict) -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), RESHARDINGS)
-@pytest.mark.verifies("training", "a run that resumes at another layout takes over master weights and moments exactly")
+@pytest.mark.verifies(
+    "training",
+    "a run that resumes at a different layout takes over master weights and optimizer moments exactly",
+)
 def test_another_layout_takes_over(source: str, target: str, runs: dict) -> None:
     name, where = f"{source} to {target}", runs["where"]
     succeeded(runs[f"saved {source}"][0], f"saved {source}", f"whole {source}")

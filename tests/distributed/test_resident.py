@@ -31,8 +31,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.verifies(
     "training",
-    "quantized weights in the parameters, packed in 2 bits, cached, or made in every forward: the same losses, "
-    "masters, weights and checkpoint bytes",
+    "storing quantized weights in the parameters, packed in 2 bits, or in a cache, or computing them in every "
+    "forward pass makes no difference: losses, master weights, quantized weights and checkpoint bytes are equal",
 )
 def test_every_mode_takes_the_same_steps(setting: Setting, steps: int, launch_runs, tmp_path: Path) -> None:
     half = steps // 2

@@ -103,7 +103,7 @@ def two_ranks(launch_runs, base: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize("cache", ["step", "none"])
-@pytest.mark.verifies("training", "stopped and resumed is uninterrupted, bit for bit")
+@pytest.mark.verifies("training", "a run that is stopped and resumed equals an uninterrupted run bit for bit")
 def test_a_stopped_and_resumed_run_goes_on_bit_identically(cache: str, two_ranks: tuple) -> None:
     report, _, logs = two_ranks
     succeeded(report, *(f"{name} {cache}" for name in ("whole", "stopped", "resumed")))

@@ -76,7 +76,10 @@ class Job:
         assert 4 <= int(latest(self.save / stage).name.removeprefix("iter_")) < STEPS, "that came too late"
 
 
-@pytest.mark.verifies("training", "two stages that are interrupted end as those that are not")
+@pytest.mark.verifies(
+    "training",
+    "a job of two stages that is interrupted in both ends with the same checkpoints as an uninterrupted one",
+)
 def test_two_stages_that_are_interrupted_end_as_those_that_are_not(launch_runs: Callable, tmp_path: Path) -> None:
     whole, job = Job(tmp_path, "whole"), Job(tmp_path, "interrupted")
     stages = {str(stage.stage): host_argv(stage)[1:] for stage in read_stages(str(whole.path))}

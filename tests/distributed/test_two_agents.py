@@ -64,7 +64,11 @@ def iterations(log: Path) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address of Linux' loopback interface alone")
-@pytest.mark.verifies("training", "of two `torchrun` agents one is killed, and the job resumes with the same losses")
+@pytest.mark.verifies(
+    "training",
+    "after one of two `torchrun` agents is killed and restarted, the job resumes from its checkpoint with the same "
+    "losses",
+)
 def test_a_killed_agent_comes_back_and_the_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     whole = write_job(tmp_path, "whole", 1, "rendezvous: static")
     job = write_job(tmp_path, "killed", 2, ELASTIC)

@@ -100,7 +100,8 @@ def sequence(length: int) -> list[int]:
 @pytest.mark.parametrize("types", ["F32", "BF16"])
 @pytest.mark.verifies(
     "checkpoints",
-    "llama.cpp computes the logits of Transformers from them, and makes the same ids (`make test-clients`)",
+    "llama.cpp computes the same logits from packed exports as Transformers from the same weights, and generates the"
+    " same token ids (`make test-clients`)",
     cuda="-",
     npu="-",
 )

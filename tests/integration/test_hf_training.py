@@ -116,7 +116,11 @@ def assert_convertible(latent: Path, fused: Path) -> None:
     assert texts[0] == texts[1] and texts[0].startswith("the quick") and len(texts[0]) > len("the quick")
 
 
-@pytest.mark.verifies("checkpoints", "latent exports train with Hugging Face's Trainer and are fused", cpu="yes²")
+@pytest.mark.verifies(
+    "checkpoints",
+    "latent exports can be trained with Hugging Face's Trainer and then fused",
+    cpu="yes²",
+)
 def test_continued_pretraining_then_fusing(trained, tmp_path: Path) -> None:
     latent, output = trained
     curve = losses(output)

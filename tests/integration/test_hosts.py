@@ -68,8 +68,8 @@ def succeeded(result, steps: int):
 @pytest.mark.parametrize("name, case", CASES)
 @pytest.mark.verifies(
     "hosts",
-    "unmodified `pretrain_gpt.py` of Megatron-LM 0.16.1, 0.12.1 and 0.19.0, under MindSpeed behind a stand-in "
-    "for torch_npu, and MindSpeed-LLM (`make test-hosts`, needs the checkouts)",
+    "unmodified `pretrain_gpt.py` scripts train ternary models: Megatron-LM 0.16.1, 0.12.1 and 0.19.0, Megatron-LM "
+    "under MindSpeed (with a stand-in for torch_npu), and MindSpeed-LLM (`make test-hosts`, needs their checkouts)",
     cpu="yes¹",
 )
 def test_it_trains_ternary_at_every_layout(name: str, case: str, material: Material, ours) -> None:

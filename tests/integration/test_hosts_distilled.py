@@ -52,7 +52,7 @@ def taught(name: str, layout: str, material: Material, teacher: Path, *flags: st
 @pytest.mark.parametrize("name", TEACHING)
 @pytest.mark.verifies(
     "hosts",
-    "a teacher in those hosts: loss and divergence of our own loop (1e-4) (`make test-hosts`)",
+    "distillation in these hosts: loss and divergence equal those of our own training loop (1e-4) (`make test-hosts`)",
     cpu="yes¹",
 )
 def test_a_host_learns_what_our_own_loop_learns(

@@ -48,7 +48,8 @@ def first_steps(name: str, layout: str, flags: list[str], packed: Packed) -> flo
 @pytest.mark.parametrize("name", PACKING)
 @pytest.mark.verifies(
     "hosts",
-    "packed documents and conversations in those hosts, at CP2, too (`make test-hosts`)",
+    "packed documents and conversations train correctly in these hosts under MindSpeed, also at CP2 (`make "
+    "test-hosts`)",
     cpu="yes¹",
 )
 def test_packed_documents_are_computed_apart(name: str, layout: str, packed: Packed) -> None:

@@ -64,8 +64,8 @@ def test_there_are_enough_cases() -> None:
 @pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
 @pytest.mark.verifies(
     "quantizer",
-    "the AscendC kernels, in a strict emulation, are the reference bit for bit, and bugs that are planted in "
-    "them are caught ([kernels](kernels.md))",
+    "the AscendC kernels, run in a strict emulator, equal the reference bit for bit, and the tests catch bugs "
+    "planted in the kernels ([kernels](kernels.md))",
     cpu="yes, emulated",
     cuda="-",
 )

@@ -55,7 +55,8 @@ def talk(model: TextModel, **options: object) -> Conversation:
 
 @pytest.mark.verifies(
     "checkpoints",
-    "a chat asks every turn with all before it, and an answer that is stopped stays as far as it came",
+    "chat: every turn is answered in the context of all previous turns, and an answer that is stopped is kept up to "
+    "that point",
 )
 def test_a_turn_is_asked_with_all_before_it(model: TextModel) -> None:
     conversation = talk(model, system="Be brief.")

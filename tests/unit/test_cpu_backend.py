@@ -79,7 +79,7 @@ def test_every_scale_that_bf16_has(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.verifies(
     "quantizer",
-    "the C kernel is the reference bit for bit, over every bf16 and fp16 weight and every scale",
+    "the C kernel equals the reference bit for bit, for every bf16 and fp16 weight and for every bf16 scale",
     cuda="-",
     npu="-",
 )

@@ -53,7 +53,7 @@ def all_forms(teacher: torch.Tensor, temperature: float = 1.0) -> list[tuple[str
     chunk=st.sampled_from([1, 700, 1 << 23]),
     seed=st.integers(0, 2**20),
 )
-@pytest.mark.verifies("training", "the KL divergence and its gradient are those of float64 `kl_div`")
+@pytest.mark.verifies("training", "the KL divergence and its gradient equal those of PyTorch's `kl_div` in float64")
 def test_losses_and_gradients_are_those_of_the_definition(
     tokens: tuple[int, int], vocab_size: int, padding: int, temperature: float, scale: float, chunk: int, seed: int
 ) -> None:

@@ -49,8 +49,8 @@ def layer(kind: type, **more) -> torch.nn.Module:
 
 @pytest.mark.verifies(
     "hosts",
-    "megatron-core 0.12.1 and 0.19.2: layers, gradients, recipe, probe, record (`make test-mcore-0.12`, `make "
-    "test-mcore-0.19`)",
+    "megatron-core 0.12.1 and 0.19.2: layers, gradients, recipes, the start-up probe and the quantizer record work "
+    "as with 0.16.1 (`make test-mcore-0.12`, `make test-mcore-0.19`)",
     cpu="yes¹",
 )
 def test_an_override_of_forward_impl_depends_on_the_version() -> None:

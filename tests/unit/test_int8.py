@@ -129,7 +129,8 @@ def preset_shapes() -> list[tuple[int, int]]:
 @pytest.mark.parametrize(("rows", "columns"), preset_shapes())
 @pytest.mark.verifies(
     "quantizer",
-    "an int8 GEMM is the fp32 GEMM of the same integers bit for bit, for the rows of all presets",
+    "an int8 GEMM equals the fp32 GEMM of the same integers bit for bit, for rows as long as those of every model "
+    "preset",
 )
 def test_int8_is_the_fp32_gemm_of_the_same_integers_for_all_preset_shapes(rows: int, columns: int) -> None:
     # Of few rows, but of the last ones of the shape's own number: a sum is as long as the row, whatever their number.

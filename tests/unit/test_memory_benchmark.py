@@ -13,7 +13,8 @@ CHECKOUT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.verifies(
     "trust",
-    "the preflight's memory formula is within 2 % of what two ranks need, wherever quantized weights are",
+    "the memory formula of the preflight check is within 2 % of what two training ranks need, wherever quantized "
+    "weights are stored",
 )
 def test_the_formula_is_what_two_ranks_need() -> None:
     """Every mode within 2 % of the formula; resident weights within 1 % and their scales of BF16."""

@@ -58,7 +58,10 @@ def test_schema() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_scale", [False, True])
 @pytest.mark.parametrize("group", [-1, 32])
-@pytest.mark.verifies("quantizer", "the registered op passes `opcheck`, and `torch.compile` traces a layer")
+@pytest.mark.verifies(
+    "quantizer",
+    "the registered op passes PyTorch's `opcheck`, and `torch.compile` traces a layer that uses it",
+)
 def test_opcheck(dtype: torch.dtype, with_scale: bool, group: int) -> None:
     weight = gaussian(6, 64, dtype).requires_grad_()
     scale = quantize(weight, QuantizerConfig(group_size=group))[1] * 2 if with_scale else None

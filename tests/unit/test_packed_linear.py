@@ -104,8 +104,8 @@ def test_scales_of_zero_and_below() -> None:
 @pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
 @pytest.mark.verifies(
     "checkpoints",
-    "products with packed weights lie within the rounding of fp32 sums, and what is unpacked is the weight of "
-    "the training forward",
+    "products with packed weights are exact to within the rounding of fp32 sums, and unpacked weights equal those of"
+    " the training forward pass",
     cuda="not run (Triton interpreted)",
     npu="not run (stand-in)",
 )

@@ -129,7 +129,8 @@ def rounding(model: "transformers.PreTrainedModel", places: list[tuple[int, int]
 @pytest.mark.slow
 @pytest.mark.verifies(
     "checkpoints",
-    "a packed model in Transformers: logits and greedy choices are those of the dense one, within a bound",
+    "a packed model in Transformers has the logits and greedy choices of the unpacked model, within a derived "
+    "rounding bound",
 )
 def test_logits_of_single_tokens_and_greedy_choices(exports) -> None:
     packed, dense = exports()

@@ -95,7 +95,8 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 @pytest.mark.parametrize("micro_batch", [1, 2])
 @pytest.mark.verifies(
     "training",
-    "packed documents are what they are one by one: loss and gradients (1e-6, fp32), positions, LongRoPE, windows",
+    "documents packed into one row give the same loss and gradients as separate documents (1e-6, fp32): with RoPE, "
+    "LongRoPE, learned positions and sliding windows",
     cuda="kernels not run",
     npu="kernels not run",
 )

@@ -655,7 +655,7 @@ PLANTED: dict[str, tuple[list[str], Plant, str, str, str]] = {
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.verifies(
     "trust",
-    "the preflight finds more than a hundred planted mistakes, each with its cure",
+    "the preflight check finds more than a hundred planted mistakes and suggests a remedy for each",
     cuda="-",
     npu="-",
 )

@@ -170,7 +170,8 @@ def on_boundary(shape: tuple[int, int], seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.verifies(
     "quantizer",
-    "codes, scales and weights are exact on more than 10 million values, ties and their neighbors among them",
+    "codes, scales and quantized weights are exact for more than 10 million weights, including ties and their "
+    "neighbors",
 )
 def test_ten_million_random_and_tie_adjacent_values(dtype: torch.dtype) -> None:
     checked = 0

@@ -138,7 +138,8 @@ def loaded(directory: Path) -> dict[str, torch.Tensor]:
 )
 @pytest.mark.verifies(
     "checkpoints",
-    "Hugging Face to Megatron and back: every tensor is equal, at TP1 and 2 x PP1 and 2, both formats, tied and untied",
+    "a conversion from Hugging Face to Megatron and back returns every tensor unchanged, at TP1 and TP2, each with "
+    "PP1 and PP2, in both Megatron checkpoint formats, with tied and untied embeddings",
     cpu="yes²",
 )
 def test_tensors_and_meaning_come_back(

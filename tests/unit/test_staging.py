@@ -95,7 +95,12 @@ def test_free_space_is_checked_first(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.verifies("trust", "a conversion leaves a whole directory or none", cuda="-", npu="-")
+@pytest.mark.verifies(
+    "trust",
+    "a conversion that is killed leaves no partial directory: the output appears completely or not at all",
+    cuda="-",
+    npu="-",
+)
 def test_kill(tmp_path):
     """A run that is killed while it writes leaves no directory, and the next one succeeds."""
     code = f"""

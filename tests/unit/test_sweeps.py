@@ -314,7 +314,12 @@ def test_the_best_value_at_the_border_is_marked(
     )
 
 
-@pytest.mark.verifies("trust", "a sweep's table is made of its logs alone, and shows what failed", cuda="-", npu="-")
+@pytest.mark.verifies(
+    "trust",
+    "the results table of a sweep is computed from its logs only, and lists the runs that failed",
+    cuda="-",
+    npu="-",
+)
 def test_the_report_is_made_of_the_logs_alone(runs: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     found = runs(arms=ARMS, baseline="BF16", optimum="lr")
     for number, run in enumerate(found):

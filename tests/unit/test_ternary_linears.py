@@ -80,8 +80,8 @@ def everything() -> Recipe:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.verifies(
     "training",
-    "a layer multiplies with its quantized weight and is quantized once per optimizer step; at start-up a "
-    "probe proves it",
+    "a layer multiplies by its quantized weight and is quantized once per optimizer step; a probe at start-up proves"
+    " the former for every layer",
 )
 def test_a_forward_multiplies_with_the_quantized_weight(dtype: torch.dtype) -> None:
     model = Linears(params_dtype=dtype)

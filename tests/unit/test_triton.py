@@ -176,7 +176,7 @@ def test_rows_that_do_not_fit_into_a_tile(resident: int, dtype: torch.dtype) -> 
 )
 @pytest.mark.verifies(
     "quantizer",
-    "the Triton kernels are the reference bit for bit; they compile for compute capability 8.0, 9.0 and 10.0",
+    "the Triton kernels equal the reference bit for bit, and compile for compute capability 8.0, 9.0 and 10.0",
     cpu="yes, interpreted",
 )
 def test_any_finite_weight(
