@@ -9,11 +9,11 @@ import torch
 from support.fast_tests import FastTests
 from support.process_groups import leave_model_parallel
 
-# Transformers copies modeling files that it is told to trust into its cache: not into the user's.
+# Transformers copies trusted modeling files into its cache; tests must not write into the user's cache.
 _hf_home = tempfile.TemporaryDirectory(prefix="hf-")
 os.environ.setdefault("HF_HOME", _hf_home.name)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Read when triton is imported, by whatever test comes first. With 0, tests/unit/test_triton.py runs on the GPU.
+# Triton reads this when the first test imports it. With 0, tests/unit/test_triton.py runs on the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of several processes of tests: a file stays in one, and so do all the files whose tests share their ranks."""
+    """Distributes tests over processes: each file stays in one, as do all files whose tests share their ranks."""
     from xdist.scheduler import LoadFileScheduling
 
     class SharedRanks(LoadFileScheduling):
@@ -46,7 +46,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_report_header() -> str:
-    """Which megatron-core is under test: an overlay on PYTHONPATH may stand in front of the installed one."""
+    """Returns the versions under test: an overlay on PYTHONPATH may hide the installed megatron-core."""
     from megatron.core import package_info
 
     return f"torch {torch.__version__}, megatron-core {package_info.__version__}"
@@ -54,7 +54,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="session")
 def _process_group() -> Iterator[None]:
-    """One process that is a whole job."""
+    """Initializes a process group of one rank."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
@@ -63,7 +63,7 @@ def _process_group() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def _model_parallel(_process_group: None) -> Iterator[None]:
-    """megatron-core's groups at TP1: to make and destroy them takes longer than most tests."""
+    """Creates megatron-core's groups at TP1, once per module: creating them takes longer than most tests."""
     from megatron.core import parallel_state
 
     from bitcpm_megatron.patches import cpu
@@ -79,7 +79,7 @@ def _model_parallel(_process_group: None) -> Iterator[None]:
 
 @pytest.fixture
 def single_rank(_model_parallel: None) -> None:
-    """megatron-core's parallel state at TP1, on the CPU, seeded."""
+    """Provides megatron-core's parallel state at TP1, with its random numbers seeded."""
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(1)

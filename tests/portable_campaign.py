@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the numeric and distributed tests as other processors would: one factor at a time from the default.
+"""Runs the numeric and distributed tests as other processors would, varying one factor at a time from the default.
 
     python tests/portable_campaign.py [--sample] [--settings WORD ...] [--jobs N]
 
-The factors: the instructions that torch's own kernels use, those that oneDNN uses, the number of threads, and those
-that the C kernel is compiled for. Before any test runs, processes of each setting say what they really use, both as a
-test and as a rank that a test launches; a setting that is not in force is a failure, one that this processor lacks is
-not offered. Exit status: 0 all settings passed, 1 some did not.
+The factors are the instructions that torch's own kernels use, those that oneDNN uses, those that the C kernel is
+compiled for, and the number of threads. Before any test runs, processes of each setting report what they really use,
+both as a test and as a rank that a test launches. A setting that is not in force is a failure; a setting that this
+processor lacks is not offered. Exit status: 0 all settings passed, 1 some did not.
 
-``--sample`` runs all settings on the files that depend on the processor most in the least time: the C kernel and its
-reference, packed and fused weights, activations, telemetry, and the layer's gradients on two ranks.
+``--sample`` runs all settings on a few fast files that depend on the processor most: the C kernel and its reference,
+packed and fused weights, activations, telemetry, and the layer's gradients on two ranks.
 """
 
 import itertools
@@ -32,7 +32,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 from bitcpm_megatron import cli
 
-# Run with the default and with each setting's variables instead of these; nobody else's value gets in.
+# Tests run with the variables of DEFAULT and those of their setting; values of CLEARED from outside are removed.
 DEFAULT = {"OMP_NUM_THREADS": "1"}
 CLEARED = (
     *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"),
@@ -46,7 +46,7 @@ CLEARED = (
     ),
 )
 AVX512 = r"Intel AVX-512 .*|Intel AVX10.*"
-"""How oneDNN names this and everything beyond."""
+"""A regular expression for oneDNN's names of AVX-512 and everything beyond it."""
 GROUPS = {
     "unit": [
         f"tests/unit/test_{name}.py"
@@ -69,18 +69,18 @@ SAMPLE = {
     ]
 }
 LONGEST = 3600.0
-"""Seconds for one group of files, beyond which it counts as failed."""
+"""The number of seconds after which a group of files counts as failed."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One factor that is not as usual.
+    """A setting that differs from the default in one factor.
 
     Args:
-        name: for people.
-        variables: of the environment.
-        expected: what processes must then say of themselves, by fact: a regular expression for the whole of it.
-        needs: what they must say without the setting, for this processor to offer it.
+        name: the name that is printed.
+        variables: the environment variables that make the setting.
+        expected: by fact, a regular expression that must match all of what processes then report.
+        needs: by fact, a regular expression for what processes report without the setting if this processor has it.
     """
 
     name: str
@@ -89,17 +89,17 @@ class Setting:
     needs: Mapping[str, str] = field(default_factory=dict)
 
     def complaint(self, facts: Mapping[str, str]) -> str:
-        """Why a process of this setting is not what it should be; empty where it is."""
+        """Returns why the setting is not in force in a process that reports these facts; empty if it is."""
         wrong = [f"{k} is {facts[k]!r}, not {v!r}" for k, v in self.expected.items() if not re.fullmatch(v, facts[k])]
         return "; ".join(wrong)
 
     def lacking(self, facts: Mapping[str, str]) -> str:
-        """What this processor lacks, given what a process says without the setting; empty where it lacks nothing."""
+        """Returns what this processor lacks, from the facts of a process without the setting; empty if nothing."""
         return "; ".join(f"{k} is {facts[k]!r}" for k, v in self.needs.items() if not re.fullmatch(v, facts[k]))
 
 
 def _native() -> str:
-    """The widest instructions that -march=native means here; anything where that is not known."""
+    """Returns the widest instructions of -march=native here, or an expression that matches any if they are unknown."""
     if platform.machine() != "x86_64":
         return ".*"
     flags = set(Path("/proc/cpuinfo").read_text().split())
@@ -128,7 +128,7 @@ SETTINGS = [
 
 
 def observe() -> dict[str, str]:
-    """What this process uses. oneDNN says it itself, on standard output, where ``ONEDNN_VERBOSE=1``."""
+    """Returns what this process uses; oneDNN prints its part to standard output if ``ONEDNN_VERBOSE=1``."""
     import torch
 
     from bitcpm_megatron.ops import cpu
@@ -146,7 +146,7 @@ def observe() -> dict[str, str]:
 
 
 def _instructions(library: str) -> str:
-    """The widest instructions in a compiled library."""
+    """Returns the widest instructions in a compiled library."""
     code = subprocess.run(["objdump", "--disassemble", library], capture_output=True, text=True, check=True).stdout
     if "%zmm" in code:
         return "AVX-512"
@@ -154,10 +154,10 @@ def _instructions(library: str) -> str:
 
 
 def observed(variables: Mapping[str, str], cache: Path, as_rank: bool = False) -> dict[str, str]:
-    """What a process with these variables uses, as a test or as a rank that a test launches.
+    """Returns what a process with these variables uses, as a test or as a rank that a test launches.
 
     Raises:
-        FailedError: it does not say.
+        FailedError: if the process does not report it.
     """
     command = [sys.executable, __file__, "--observe", "rank" if as_rank else "test"]
     more = {"ONEDNN_VERBOSE": "1"}
@@ -172,13 +172,13 @@ def observed(variables: Mapping[str, str], cache: Path, as_rank: bool = False) -
 
 
 def environment(variables: Mapping[str, str], cache: Path) -> dict[str, str]:
-    """For the processes of a setting; what they compile goes into a folder of their own."""
+    """Returns the environment of a setting's processes, which store what they compile in a folder of their own."""
     kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
     return kept | DEFAULT | {"BITCPM_CACHE_DIR": str(cache)} | dict(variables)
 
 
 def proof(setting: Setting, cache: Path) -> tuple[str, dict[str, str]]:
-    """What is wrong with the processes of a setting, empty if nothing, and what a test of it uses."""
+    """Returns what is wrong with the processes of a setting (empty if nothing), and what a test in it uses."""
     facts = observed(setting.variables, cache)
     complaints = {
         "of a test": setting.complaint(facts),
@@ -188,12 +188,12 @@ def proof(setting: Setting, cache: Path) -> tuple[str, dict[str, str]]:
 
 
 class Campaign:
-    """Settings, each on groups of files.
+    """A campaign: every setting runs the tests of several groups of files.
 
     Args:
-        groups: name -> files, or anything that pytest takes.
-        jobs: groups that run at the same time.
-        scratch: an empty directory, for compiled code and for what the tests print.
+        groups: the files of each group by its name, or other arguments of pytest.
+        jobs: the number of groups that run at the same time.
+        scratch: an empty directory for compiled code and the output of tests.
     """
 
     def __init__(self, groups: Mapping[str, Sequence[str]], jobs: int, scratch: Path) -> None:
@@ -205,7 +205,7 @@ class Campaign:
         self.failed: set[str] = set()
 
     def run(self, settings: Sequence[Setting]) -> bool:
-        """Runs it, and prints the last line; returns whether all settings that are offered passed."""
+        """Runs the campaign and prints its last line; returns whether all settings that are offered passed."""
         usual = observed({}, self._cache("usual"))
         self._say("this processor, by default: " + ", ".join(f"{k}: {v}" for k, v in usual.items()))
         offered = []
@@ -218,7 +218,7 @@ class Campaign:
         pool = ThreadPoolExecutor(self._jobs)
         try:
             good = list(pool.map(self._prove, offered))
-            # The groups of most ranks first: at the end no process should work alone.
+            # Groups with the most ranks run first, so that no process works alone at the end.
             proved = itertools.compress(offered, good)
             wait([pool.submit(self._guarded, s, group) for s in proved for group in reversed(self._groups)])
         finally:
@@ -244,7 +244,7 @@ class Campaign:
         return True
 
     def _guarded(self, setting: Setting, group: str) -> None:
-        """A fault of the campaign itself fails the setting: the pool would keep it to itself."""
+        """Runs a group; a fault of the campaign itself fails the setting, because the pool would not report it."""
         try:
             self._test(setting, group)
         except Exception as error:
@@ -286,7 +286,7 @@ class Campaign:
             self._say(f"    everything it printed: {log}")
 
     def _remaining(self) -> str:
-        """A guess: a group takes what it took in other settings, one that never ran the mean of the others."""
+        """Returns the estimated time left: a group takes its mean time in other settings, or the mean of all groups."""
         with self._lock:
             known = [seconds for many in self._seconds.values() for seconds in many]
             mean = {group: sum(many) / len(many) for group, many in self._seconds.items() if many}
@@ -307,7 +307,7 @@ def _word(name: str) -> str:
 def campaign(
     settings: Sequence[Setting], groups: Mapping[str, Sequence[str]], jobs: int, scratch: Path | None = None
 ) -> int:
-    """Runs a campaign; returns the exit code. What the tests printed is kept where one fails."""
+    """Runs a campaign and returns the exit status; the tests' output is kept if one fails."""
     directory = Path(tempfile.mkdtemp(prefix="portable-", dir=scratch))
     good = Campaign(groups, jobs, directory).run(settings)
     if good:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The binding of the AscendC kernels on a CPU: its own source, on a stand-in for CANN and torch_npu (``standin/``).
+"""The PyTorch binding of the AscendC kernels on a CPU, compiled against a stand-in for CANN and torch_npu.
 
-The stand-in registers a device with torch for good: load it in a child process only, see :func:`in_a_child`.
+The binding's own sources are used; the stand-in is in ``standin/``. It registers a device with torch, which cannot be
+undone: load it only in a child process, with :func:`in_a_child`.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ STANDIN = Path(__file__).parent / "standin"
 FLAGS = "-std=c++17 -O0 -fPIC -Wall -Wextra -Wno-unused-parameter".split()
 UNITS = (SOURCES / "binding/torch_binding.cpp", SOURCES / "op_host/tiling.cpp", STANDIN / "device.cpp")
 KERNELS = [f"ternary_{kernel}_{dtype}" for kernel in ("tile", "rows") for dtype in ("bf16", "fp16", "fp32")]
-# As the toolkit makes it of a kernel.
+# The header that the CANN toolkit generates for a kernel.
 LAUNCH_HEADER = """#pragma once
 #include <cstdint>
 #define ACLRT_LAUNCH_KERNEL(kernel) aclrtlaunch_##kernel
@@ -38,7 +39,7 @@ extern "C" uint32_t aclrtlaunch_{kernel}(uint32_t blocks, void* stream, void* ta
 
 
 class Counts(ctypes.Structure):
-    """What the device was asked to do, as StandinCounts in standin/device.h."""
+    """Counts of what the device was asked to do: the structure ``StandinCounts`` in standin/device.h."""
 
     _fields_ = [
         (name, ctypes.c_uint64)
@@ -47,7 +48,7 @@ class Counts(ctypes.Structure):
 
 
 class Device:
-    """The stand-in, loaded as the library of ``bitcpm_megatron.ops.ascendc``; its tensors live on "npu"."""
+    """The stand-in, loaded as the library of ``bitcpm_megatron.ops.ascendc``; its tensors are on the device "npu"."""
 
     def __init__(self, library: Path) -> None:
         torch.utils.rename_privateuse1_backend("npu")
@@ -64,15 +65,15 @@ class Device:
         return counts
 
     def set_stream(self, stream: int) -> None:
-        """Makes it the current stream of the current device."""
+        """Makes a stream the current one of the current device."""
         self._library.standin_set_stream(stream)
 
     def set_capture(self, capturing: bool, status: int = 0) -> None:
-        """What the runtime answers from now on: is a graph being captured, with which aclError?"""
+        """Sets whether the runtime reports that a graph is being captured, and the aclError of that answer."""
         self._library.standin_set_capture(status, int(capturing))
 
     def set_launches(self, status: int = 0, compute: bool = True) -> None:
-        """What launches return from now on, and whether they compute anything."""
+        """Sets the status that launches return, and whether they compute anything."""
         self._library.standin_set_launches(ctypes.c_uint32(status), int(compute))
 
 
@@ -80,7 +81,7 @@ def build() -> Path:
     """Compiles the binding with the stand-in, once per content of the sources.
 
     Raises:
-        subprocess.CalledProcessError: a compiler error; ``stderr`` says which.
+        subprocess.CalledProcessError: if the compiler fails; ``stderr`` has its message.
     """
     emulation = emulator.build()
     digest = hashlib.sha256(f"{FLAGS} {LAUNCH_HEADER} {torch.__version__} {emulation}".encode())
@@ -115,16 +116,17 @@ def build() -> Path:
 
 
 def in_a_child(check: Callable[[Device], None], library: Path) -> None:
-    """Runs a check in a process of its own, in which alone the device exists.
+    """Runs a check in a child process, the only process in which the device exists.
 
     Args:
-        check: by its module and name.
-        library: the binding.
+        check: the check, which must be a function of a module, so that it can be sent to the child by its name.
+        library: the path of the compiled binding.
 
     Raises:
-        AssertionError: the check failed, or the child ended otherwise than by its end; with the child's traceback.
+        AssertionError: if the check fails (with the child's traceback), or the child exits abnormally.
     """
-    # Not a fork of this process: in it, objects of torch wait at their end for threads that only the original has.
+    # The child must not be a fork of this process: objects of torch would wait, when they are destroyed, for threads
+    # that only the original process has.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", __name__])
     receiver, sender = context.Pipe(duplex=False)
@@ -149,7 +151,7 @@ def _run(check: Callable[[Device], None], library: Path, sender: Connection) -> 
     else:
         sender.send("")
     sender.close()
-    # Unlike the end of a forked process, this destroys static objects, as the end of training does.
+    # Unlike the exit of a forked process, this destroys static objects, as the exit of a training process does.
     ctypes.CDLL(None).exit(0)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make kernel-test``: every case on the emulated kernels, then every mutant on every case until one catches it.
+"""``make kernel-test``: runs every case on the emulated kernels, then every mutant until a case catches it.
 
-Between them come all quantizers on many values each (``values.py``). Ends with "kernel: N cases ok, M/K mutants
-caught". Fails if a case does, if fewer than 95 % are caught, or if a survivor has no reason in survivors.txt.
+In between, all quantizers are run on many values each (``values.py``). The last line is "kernel: N cases ok, M/K
+mutants caught". The command fails if a case fails, if fewer than 95 % of the mutants are caught, or if
+survivors.txt gives no reason for a survivor.
 """
 
 import argparse
@@ -32,7 +33,7 @@ KINDS = "planted barrier queue call constant arithmetic comparison condition rou
 
 @dataclass
 class Expected:
-    """A launch whose results are known."""
+    """A launch and its expected results, as (index of the weight, name of the tensor, bytes)."""
 
     weights: list[Weight]
     cores: int
@@ -42,10 +43,10 @@ class Expected:
 
 
 def run_cases(emulator: Emulator, chosen: Iterable[list[cases.Case]]) -> list[Expected]:
-    """Runs launches of one or several weights and checks them against torch.
+    """Runs launches of one or several weights, checks them against torch, and returns their results.
 
     Raises:
-        AssertionError: a case failed.
+        AssertionError: if a case fails.
     """
     done = []
     for group in chosen:
@@ -73,7 +74,7 @@ def _kept(counters: Counters) -> tuple[int, ...]:
 
 
 def all_launches() -> list[list[cases.Case]]:
-    """Every case, and the grouped ones."""
+    """Returns every launch: each case by itself, then the grouped cases."""
     return [*([case] for case in cases.all_cases()), *cases.grouped_cases()]
 
 
@@ -83,7 +84,7 @@ def _raw(tensor: torch.Tensor) -> ctypes.Array:
 
 
 def verdict(emulator: Emulator, expected: Iterable[Expected]) -> str:
-    """Which check catches the chosen mutant, or "" if none does."""
+    """Returns the name of the check that catches the chosen mutant, or "" if none does."""
     for item in expected:
         for i, name, content in item.results:
             ctypes.memset(getattr(item.weights[i], name).data_ptr(), 0xEE, len(content))  # run() clears the statistics
@@ -99,7 +100,7 @@ def verdict(emulator: Emulator, expected: Iterable[Expected]) -> str:
 
 
 class MutantRun:
-    """Mutants of one build, each in a process of its own: it may crash, or never end."""
+    """The mutants of one build, each run in a process of its own because it may crash or never end."""
 
     def __init__(self, expected: list[Expected]) -> None:
         with tempfile.TemporaryDirectory() as work:
@@ -115,7 +116,7 @@ class MutantRun:
         return verdict(self._emulator, self._expected)
 
     def run(self, mutants: list[Mutant], jobs: int) -> dict[Mutant, str]:
-        """Which check catches each mutant; "" for survivors."""
+        """Returns the name of the check that catches each mutant; "" for survivors."""
         found: dict[Mutant, str] = {}
         running: dict[int, tuple[Mutant, int]] = {}
         waiting = list(reversed(mutants))
@@ -147,7 +148,10 @@ class MutantRun:
 
 
 def reasons() -> dict[str, str]:
-    """Why known survivors survive, by the mutant's key: lines "reason" in brackets, then one key per line."""
+    """Reads why known survivors survive, by the mutant's key.
+
+    In the file, a line with a reason in brackets is followed by the keys that it explains, one per line.
+    """
     known, reason = {}, ""
     for line in SURVIVORS.read_text().splitlines():
         if line.startswith("["):
@@ -198,7 +202,7 @@ def main() -> int:
 
 
 def report(found: dict[Mutant, str]) -> None:
-    """Who was caught by which check, as a table."""
+    """Prints a table of how many mutants of each kind each check caught."""
     checks = [c for c, _ in Tally(v for v in found.values() if v).most_common()]
     print(f"{'':12s}{'all':>6s}{'caught':>8s}  " + "  ".join(checks))
     for kind in KINDS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases that the AscendC kernels are tried on, and what has to hold in each of them."""
+"""The test cases of the AscendC kernels, and the checks that must hold in each of them."""
 
 import itertools
 import random
@@ -16,7 +16,7 @@ EPS = 1e-5
 OTHER_EPS = 3e-3
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STATISTICS_BYTES = 512
-# (rows, columns, group): groups side by side, groups along, single rows, tails of every kind.
+# (rows, columns, group): several groups per tile, groups that span tiles, single rows, tails of every kind.
 SHAPES = (
     (1, 32, 32),
     (1, 128, 128),
@@ -49,7 +49,7 @@ SHAPES = (
     (1, 4513, 4513),
 )
 LARGE = ((1, 32768, 32768), (1, 33001, 33001), (2, 70016, 70016))
-# More than 64 ** 3 elements: their partial sums are folded three times.
+# The row has more than 64 ** 3 elements, so that its partial sums are folded three times.
 LONGEST = (1, 300_001, 300_001)
 MODES = (
     {},
@@ -76,13 +76,27 @@ VALUES = (
 )
 CORES = (1, 3, 40)
 OTHER_SPACES = tuple(name for name in SPACES if name != "ternary")
-# Statistic and multiplier; the first are the space's own.
+# (statistic, multiplier); None stands for the space's own.
 SCALES = ((None, None), ("absmean", 1.25), ("absmean", 2.0), ("absmax", 1.0), ("absmax", 0.4))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One launch of one weight."""
+    """One launch of one weight.
+
+    Attributes:
+        shape: the rows and columns of the weight.
+        group: the number of elements per scale.
+        dtype: the dtype of the weight.
+        mode: what the launch does in addition to quantizing, or instead of it: keys of one of :data:`MODES`.
+        values: the kind of values of the weight, one of :data:`VALUES` or "infinite".
+        cores: the number of emulated cores.
+        late: whether emulated copies (DMA) take place as late as possible.
+        seed: the seed of the values.
+        eps: the lower bound of scales.
+        space: the quantization space.
+        scale: the statistic and the multiplier of scales; None stands for the space's own.
+    """
 
     shape: tuple[int, int]
     group: int
@@ -98,13 +112,13 @@ class Case:
 
     @property
     def config(self) -> QuantizerConfig:
-        """The quantizer; rows that are no multiple of 32 are groups as rows alone."""
+        """The quantizer; a row of a length that is not a multiple of 32 can be a group only as a whole row (-1)."""
         group = -1 if self.group == self.shape[1] else self.group
         return QuantizerConfig(self.space, group, self.eps, *self.scale)
 
 
 def all_cases() -> Iterator[Case]:
-    """Every shape, dtype and mode, each of them with two choices of values, cores and DMA timing."""
+    """Yields every shape, dtype and mode, each with two choices of values, cores and DMA timing."""
     turn = itertools.count()
     for (rows, columns, group), dtype, mode, _ in itertools.product(SHAPES, DTYPES, MODES, range(2)):
         i = next(turn)
@@ -120,7 +134,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def _other_quantizers(turn: Iterator[int]) -> Iterator[Case]:
-    """Every shape and dtype in another space than ternary, and in ternary with other scales than the mean."""
+    """Yields every shape and dtype in spaces other than ternary, and in ternary with scales other than the mean."""
     chance = random.Random(0)
 
     def case(shape: tuple[int, int, int], dtype: torch.dtype, space: str, mode: tuple[str, ...], values: str) -> Case:
@@ -138,9 +152,10 @@ def _other_quantizers(turn: Iterator[int]) -> Iterator[Case]:
 
 
 def grouped_cases() -> Iterator[list[Case]]:
-    """Launches over several weights: small and large ones, of both kernels, in several modes, of several scales.
+    """Yields launches over several weights, small and large, for both kernels, with several modes and scales.
 
-    Each of them begins with another weight, so that the first is now a power of two and now is not, in both kernels.
+    Each launch begins with a different weight, so that the size of the first one is sometimes a power of two and
+    sometimes not, in both kernels.
     """
     shapes = (
         (3, 96, 96),
@@ -173,12 +188,12 @@ def grouped_cases() -> Iterator[list[Case]]:
 
 
 def make_values(case: Case, generator: torch.Generator) -> torch.Tensor:
-    """The latent weight of a case."""
+    """Returns the latent weight of a case."""
     rows, columns = case.shape
     w = torch.randn(rows, columns, generator=generator)
     largest = 60000.0 if case.dtype == torch.float16 else 1e30
     if case.values == "ties":
-        # Given scales of 1: half of the magnitudes lie on s/2 or next to it, on either side.
+        # With given scales s of 1, half of the magnitudes are equal to s/2 or next to it, on either side.
         near = torch.tensor([0.5, -0.5, 1.0, -1.0] if case.space == "ternary" else SPACES[case.space].thresholds)
         picked = near[torch.randint(0, len(near), case.shape, generator=generator)]
         return beside(picked.to(case.dtype), generator)
@@ -187,7 +202,7 @@ def make_values(case: Case, generator: torch.Generator) -> torch.Tensor:
     elif case.values == "tiny":
         w *= 1e-40 if case.dtype == torch.float32 else 1e-7
     elif case.values == "below eps":
-        # The mean lies below the bound, and some of the values above the half of it, or next to that.
+        # The mean is below the bound eps, and some of the values are above eps / 2, or next to it.
         steps = torch.tensor([0.0, 0.2, 0.4997, 0.5003, 0.7])
         w = torch.sign(w) * steps[torch.randint(0, len(steps), case.shape, generator=generator)] * case.eps
     elif case.values == "small":
@@ -213,14 +228,14 @@ def make_values(case: Case, generator: torch.Generator) -> torch.Tensor:
 
 
 def beside(w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each value, or one of its two neighbors in its dtype; beside zero lie +-2**-20."""
+    """Returns each value or one of its two neighbors in its dtype; the neighbors of zero are taken to be +-2**-20."""
     integer = torch.int32 if w.dtype == torch.float32 else torch.int16
     steps = torch.randint(-1, 2, w.shape, generator=generator).to(integer)
     return torch.where(w == 0, steps.to(w.dtype) * 2.0**-20, (w.view(integer) + steps).view(w.dtype))
 
 
 def make_weight(case: Case) -> Weight:
-    """The weight of a case with everything that its mode asks for."""
+    """Returns the weight of a case, with everything that its mode asks for."""
     generator = torch.Generator().manual_seed(case.seed)
     rows, columns = case.shape
     latent = make_values(case, generator)
@@ -231,10 +246,10 @@ def make_weight(case: Case) -> Weight:
         if case.values == "ties":
             scales = torch.ones_like(scales)
         if case.values == "infinite":
-            # One and a half of the largest scale is beyond fp32: an infinite weight lies on an infinite threshold.
+            # 1.5 times the largest scale overflows fp32, so that an infinite weight is equal to an infinite threshold.
             scales = torch.where(scales > 1, 3e38, 1.0)
         if case.values == "tiny":
-            # Between two fp16 values, among the subnormal ones.
+            # These scales are halfway between two subnormal fp16 values.
             scales = (2 * torch.randint(0, 16, scales.shape, generator=generator) + 1) * 2.0**-25
         scales = scales.to(torch.bfloat16)
         if case.values == "not finite":
@@ -248,10 +263,10 @@ def make_weight(case: Case) -> Weight:
 
 
 def check(case: Case, weight: Weight) -> None:
-    """What is promised of the results.
+    """Checks the results of a case.
 
     Raises:
-        AssertionError: which promise was broken.
+        AssertionError: if a result is wrong; it names the result.
     """
     columns = case.shape[1]
     if weight.latent is None:
@@ -283,10 +298,10 @@ def check(case: Case, weight: Weight) -> None:
 
 
 def check_bytes(case: Case, weight: Weight, counters: Counters) -> None:
-    """Everything is read once and written once; but for rows that do not fit, which are read twice.
+    """Checks that everything is read once and written once, except for rows that do not fit, which are read twice.
 
     Raises:
-        AssertionError: which promise was broken.
+        AssertionError: if a number of bytes is wrong; it names the number.
     """
     rows, columns = case.shape
     element = weight.quantized.element_size()
@@ -311,7 +326,7 @@ def check_bytes(case: Case, weight: Weight, counters: Counters) -> None:
 
 
 def check_scales(weight: Weight, case: Case) -> None:
-    """The kernel's scales are the reference quantizer's, its means those of torch's own order of addition, nearly."""
+    """Checks that the scales equal the reference quantizer's, and means torch's own, which adds in another order."""
     rows, columns = case.shape
     expected = quantize_dequantize(weight.latent, case.config)[1]
     assert golden.same_bits(weight.scales, expected), "the reference quantizer's scales"

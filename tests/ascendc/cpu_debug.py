@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make kernel-cpu-debug``: the cases of the emulation in the CANN toolkit's own CPU-debug mode."""
+"""``make kernel-cpu-debug``: runs the cases of the emulation in the CANN toolkit's own CPU-debug mode."""
 
 import argparse
 import os
@@ -16,11 +16,11 @@ from ascendc.emulator import DTYPES, LANES, SOURCES, Space, Weight
 
 BUILD = SOURCES.parents[1] / "build" / "ascendc-cpu"
 WEIGHT, SCALES, PACKED, PREVIOUS, STATISTICS = 1, 2, 4, 8, 16
-"""Tensors, as in tests/ascendc/emulation/cpu_debug.cpp."""
+"""The bit of each tensor, as in tests/ascendc/emulation/cpu_debug.cpp."""
 
 
 def missing() -> str | None:
-    """Why it cannot run here, or None."""
+    """Returns why the command cannot run here, or None if it can."""
     if not os.environ.get("ASCEND_HOME_PATH"):
         return "there is no CANN toolkit (ASCEND_HOME_PATH is not set: source its set_env.sh)"
     for tool in ("cmake", "g++"):
@@ -30,10 +30,10 @@ def missing() -> str | None:
 
 
 def build() -> Path:
-    """The program, built with the toolkit.
+    """Builds the program with the toolkit and returns its path.
 
     Raises:
-        subprocess.CalledProcessError: cmake or the compiler failed; they have said why.
+        subprocess.CalledProcessError: if cmake or the compiler fails; they have printed why.
     """
     subprocess.run(["cmake", "-S", str(SOURCES), "-B", str(BUILD), "-DRUN_MODE=cpu"], check=True)
     subprocess.run(["cmake", "--build", str(BUILD), "--target", "ternary_cpu_debug", "-j"], check=True)
@@ -41,7 +41,7 @@ def build() -> Path:
 
 
 def encode(case: cases.Case, weight: Weight) -> bytes:
-    """One case for the program."""
+    """Encodes one case as input of the program."""
     wanted = (PACKED if weight.pack else 0) | (STATISTICS if _counts(weight) else 0)
     given = (WEIGHT if weight.latent is not None else 0) | (SCALES if weight.given else 0)
     given |= PREVIOUS if weight.previous is not None else 0
@@ -53,7 +53,7 @@ def encode(case: cases.Case, weight: Weight) -> bytes:
 
 
 def decode(case: cases.Case, weight: Weight, results: memoryview) -> int:
-    """Fills the results of a weight. Returns how many bytes they were."""
+    """Fills the results of a weight from the program's output, and returns their number of bytes."""
     if _counts(weight):
         weight.statistics = torch.zeros(case.cores, 2 * LANES, dtype=torch.int32)
     at = 0

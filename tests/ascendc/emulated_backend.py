@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AscendC kernels as a backend of ``bitcpm::fake_quantize`` on a CPU: slow, never chosen but by name."""
+"""A backend of ``bitcpm::fake_quantize`` that emulates the AscendC kernels on a CPU: slow, chosen only by name."""
 
 import functools
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def _emulator() -> Emulator:
 def kernel(
     weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`bitcpm_megatron.quantization.quantize_dequantize`."""
+    """Quantizes one weight like :func:`bitcpm_megatron.quantization.quantize_dequantize`."""
     group = check_weight(weight, config.group_size, scales)
     given = None if scales is None else scales.contiguous().clone()
     item = Weight(weight.detach().contiguous(), group, given, config)
@@ -37,7 +37,7 @@ def grouped(
     group_sizes: Sequence[int],
     config: QuantizerConfig,
 ) -> int:
-    """As :meth:`bitcpm_megatron.ops.Backend.together`."""
+    """Quantizes several weights like :meth:`bitcpm_megatron.ops.Backend.together`; returns the number of launches."""
     items = []
     for weight, out, own, group_size in zip(weights, quantized, scales, group_sizes, strict=True):
         item = Weight(weight.detach().contiguous(), check_weight(weight, group_size, own), config=config)
@@ -47,7 +47,7 @@ def grouped(
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why it cannot run there, or None."""
+    """Returns why the backend cannot run on a type of device, or None if it can."""
     return None if device_type == "cpu" else "emulates on a CPU only"
 
 

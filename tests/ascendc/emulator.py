@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AscendC kernels on a CPU: builds csrc/ascendc against the header of the emulation, and calls it."""
+"""Emulation of the AscendC kernels on a CPU: compiles csrc/ascendc against the emulation's header, and calls it."""
 
 import ctypes
 import hashlib
@@ -21,14 +21,14 @@ EMULATION = Path(__file__).parent / "emulation"
 CACHE = Path(sys.prefix) / "ascendc-emulation"
 FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -Wall -Wextra".split()
 UNITS = {"machine.cpp": ["-O3"], "tile_entries.cpp": [], "rows_entries.cpp": [], "library.cpp": []}
-"""What is compiled of the emulation, with flags of its own; and the tiling of the sources."""
+"""The sources of the emulation that are compiled, with their own flags; the kernels' tiling is compiled, too."""
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 LANES = 64
-"""int32 partial counts per core and kind, as kStatisticsLanes in op_host/table.h."""
+"""The number of int32 partial counts per core and kind: ``kStatisticsLanes`` in op_host/table.h."""
 
 
 class EmulationError(RuntimeError):
-    """The kernel misused the chip, or the tiling refused; starts with the name of the check in brackets."""
+    """Raised if the kernel misuses the chip or the tiling refuses; begins with the name of the check in brackets."""
 
 
 class _Spec(ctypes.Structure):
@@ -45,7 +45,7 @@ THRESHOLDS = 4
 
 
 class Space(ctypes.Structure):
-    """A quantization space as ``ternary::Space`` in op_host/tiling.h."""
+    """A quantization space as the kernels take it: ``ternary::Space`` in op_host/tiling.h."""
 
     _fields_ = [
         ("thresholds", ctypes.c_uint32),
@@ -56,7 +56,7 @@ class Space(ctypes.Structure):
 
     @classmethod
     def of(cls, name: str) -> "Space":
-        """By the name of quantization/spaces.py."""
+        """Returns the space that has this name in quantization/spaces.py."""
         made = cls()
         if name != "ternary":
             space = SPACES[name]
@@ -68,7 +68,7 @@ class Space(ctypes.Structure):
 
 
 class Counters(ctypes.Structure):
-    """What the emulated cores did, all of them together; ``ub_bytes`` is the most that one of them allocated."""
+    """Totals over all emulated cores; ``ub_bytes`` is the most Unified Buffer memory that one core allocated."""
 
     _fields_ = [
         (name, ctypes.c_uint64)
@@ -78,18 +78,21 @@ class Counters(ctypes.Structure):
 
 @dataclass
 class Weight:
-    """One weight of a launch: tensors as the kernel sees them. Results are filled with a pattern before the run.
+    """One weight of a launch: its tensors as the kernel gets them; results hold a pattern before the run.
 
     Attributes:
-        latent: ``[rows, columns]``, or None to unpack.
-        group: elements per scale.
-        scales: given scales, bf16 ``[rows, groups]``.
-        config: how it is quantized, but for the group size. All weights of a launch have one space.
-        pack: also write packed codes.
-        count: also count codes that are not zero.
-        previous: packed codes to compare with, or to unpack.
-        shape: of the weight, where there is no latent one.
-        dtype: of the weight, where there is no latent one.
+        latent: the latent weight, ``[rows, columns]``, or None to unpack codes.
+        group: the number of elements per scale.
+        scales: the scales, bf16 ``[rows, columns / group]``: given ones, or a result if None is passed.
+        config: the quantizer, except for the group size. All weights of a launch have the same space.
+        pack: whether packed codes are written, too.
+        count: whether nonzero codes are counted, too.
+        previous: the packed codes to compare with, or to unpack.
+        shape: the rows and columns of the weight; must be passed if there is no latent weight.
+        dtype: the dtype of the weight; must be passed if there is no latent weight.
+        quantized: the quantized weight that the kernel writes, ``[rows, columns]``.
+        packed: the packed codes that the kernel writes, uint8 ``[rows, bytes of a packed row]``, or None.
+        statistics: the partial counts that the kernel writes, int32 ``[cores, 2 * LANES]``, or None.
     """
 
     latent: torch.Tensor | None
@@ -118,17 +121,17 @@ class Weight:
 
     @property
     def nonzeros(self) -> int:
-        """Codes that are not zero."""
+        """The number of codes that are not zero."""
         return int(self.statistics[:, :LANES].sum())
 
     @property
     def changes(self) -> int:
-        """Codes that differ from ``previous``."""
+        """The number of codes that differ from ``previous``."""
         return int(self.statistics[:, LANES:].sum())
 
 
 def library_name(sources: Path, flags: list[str]) -> str:
-    """Changes with every change of what is compiled."""
+    """Returns a file name that changes with every change of what is compiled."""
     digest = hashlib.sha256(f"{flags} {UNITS}".encode())
     for folder in (sources, EMULATION):
         for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cpp") and "binding" not in p.parts):
@@ -140,7 +143,7 @@ def build(sources: Path = SOURCES, flags: list[str] | None = None, cache: Path =
     """Compiles the kernels for the CPU, once per content of the sources.
 
     Raises:
-        subprocess.CalledProcessError: a compiler error; ``stderr`` says which.
+        subprocess.CalledProcessError: if the compiler fails; ``stderr`` has its message.
     """
     flags = FLAGS if flags is None else flags
     library = cache / library_name(sources, flags)
@@ -166,17 +169,17 @@ def build(sources: Path = SOURCES, flags: list[str] | None = None, cache: Path =
 
 
 class Emulator:
-    """The compiled kernels. ``run`` fills the results of the weights it is given."""
+    """The compiled kernels; :meth:`run` fills the results of the weights that it is given."""
 
     def __init__(self, library: Path | None = None) -> None:
         self._library = ctypes.CDLL(str(library or build()))
         self._library.ternary_plan.restype = ctypes.c_int64
 
     def run(self, weights: list[Weight], cores: int = 4, late: bool = False) -> Counters:
-        """One grouped launch over weights of one dtype.
+        """Runs one grouped launch over weights of one dtype and space.
 
         Raises:
-            EmulationError: see there.
+            EmulationError: if the kernel misuses the chip, or the tiling refuses the weights.
         """
         specs = self._specs(weights, cores)
         counters, error = Counters(), ctypes.create_string_buffer(400)
@@ -197,10 +200,10 @@ class Emulator:
         return counters
 
     def plan(self, weights: list[Weight], cores: int = 4) -> list[tuple[str, int, int, list[int]]]:
-        """The launches that the tiling makes: kernel, cores, bytes of UB, table.
+        """Returns the launches that the tiling plans, each as (kernel, cores, bytes of Unified Buffer, table).
 
         Raises:
-            EmulationError: the tiling refused.
+            EmulationError: if the tiling refuses the weights.
         """
         specs = self._specs(weights, cores)
         numbers, error = (ctypes.c_int64 * 100_000)(), ctypes.create_string_buffer(400)

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the AscendC kernels have to compute, in torch, with their order of summation."""
+"""The expected results of the AscendC kernels, computed in torch with the kernels' order of summation.
+
+Weights have the shape ``[rows, columns]``, scales ``[rows, groups]``; each row has ``groups`` groups of ``group``
+consecutive elements, one scale each.
+"""
 
 import torch
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sums the last dimension in fp32 as one binary tree of neighbors over a row padded with zeros."""
+    """Sums the last dimension in fp32 as one binary tree that adds neighbors, with rows padded by zeros."""
     while x.shape[-1] > 1:
         if x.shape[-1] % 2:
             x = torch.nn.functional.pad(x, (0, 1))
@@ -14,7 +18,7 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def means(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """fp32 means of magnitudes, ``[rows, groups]``."""
+    """Returns the means of magnitudes, fp32 ``[rows, groups]``."""
     rows, columns = weight.shape
     return tree_sum(weight.float().abs().reshape(rows, columns // group, group)) / group
 
@@ -22,14 +26,14 @@ def means(weight: torch.Tensor, group: int) -> torch.Tensor:
 def own_scales(
     weight: torch.Tensor, group: int, eps: float, statistic: str = "absmean", multiplier: float = 1.0
 ) -> torch.Tensor:
-    """bf16 scales ``[rows, groups]``; NaN stays NaN."""
+    """Returns the scales that the quantizer makes, bf16 ``[rows, groups]``; NaN stays NaN."""
     largest = weight.float().abs().reshape(weight.shape[0], -1, group).amax(-1)
     found = (largest if statistic == "absmax" else means(weight, group)) * torch.tensor(multiplier)
     return torch.where(found < eps, torch.tensor(eps, dtype=torch.float32), found).to(torch.bfloat16)
 
 
 def codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """int8 ``sign(w) * (|w| > s / 2)``; 0 where the scale is not finite."""
+    """Returns ternary codes, int8 ``sign(w) * (|w| > s / 2)``; NaN becomes 0."""
     rows, columns = weight.shape
     w = weight.float().reshape(rows, scales.shape[1], -1)
     s = scales.float().unsqueeze(-1)
@@ -37,20 +41,20 @@ def codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def values(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Codes times scales, rounded once, zeros +0.0."""
+    """Returns codes times scales, rounded once to a dtype; zeros are +0.0."""
     rows, columns = codes.shape
     c = codes.float().reshape(rows, scales.shape[1], -1)
     return ((c * scales.float().unsqueeze(-1)).to(dtype) + 0.0).reshape(rows, columns)
 
 
 def quantized(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The quantized weight; NaN where the weight is."""
+    """Returns the quantized weight, which is NaN where the weight is NaN."""
     result = values(codes(weight, scales), scales, weight.dtype)
     return torch.where(weight.isnan(), weight, result)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bit for bit, but for which NaN it is."""
+    """Returns whether two tensors are equal bit for bit; all NaNs count as equal."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():

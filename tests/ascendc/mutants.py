@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs made mechanically from the kernel sources.
+"""Mutants: bugs that are made mechanically from the kernel sources.
 
-All of them go into one build: every statement that can be mutated becomes a choice on a global number, so that a mutant
-is a number and not a compilation. What cannot be chosen at run time (constants of the language, template arguments) is
-left alone and counted.
+All of them are in one build: every statement that can be mutated becomes a choice that depends on a global number, so
+that a mutant needs only a number and not a compilation of its own. What cannot be chosen at run time (constants of
+the language, template arguments) is left unchanged and counted.
 """
 
 import re
@@ -35,9 +35,9 @@ MODES = {
 }
 BINARY = ("Sub", "Add", "Div", "And", "Or", "Mul", "Max")
 UNARY = ("Abs", "Muls", "Adds", "Mins", "SumRepeats", "LargestRepeats", "Select")
-# Bugs by hand that no rule makes: function, statement, the same with the bug.
+# Bugs written by hand that no rule makes: function, statement, the statement with the bug.
 PLANTED = (
-    # The lower bound is applied behind the rounding to bf16, so that it is not rounded itself.
+    # The lower bound is applied after the rounding to bf16, so that it is not rounded itself.
     (
         "OwnScales",
         "AscendC::Cast(scale_, own, RoundMode::CAST_NONE, padded)",
@@ -66,19 +66,19 @@ PLANTED = (
         "AscendC::Select(sum_, mask_, threshold_, sum_, AscendC::SELMODE::VSEL_TENSOR_TENSOR_MODE, segments)",
         "AscendC::Select(sum_, mask_, threshold_, threshold_, AscendC::SELMODE::VSEL_TENSOR_TENSOR_MODE, segments)",
     ),
-    # The thresholds are those of the statistic, which no rounding to bf16 has seen.
+    # The thresholds are computed from the statistic, before it is rounded to bf16.
     (
         "FindLevels",
         "AscendC::Muls(threshold_, scale_, numbers_.GetValue(kThreshold + k), scales)",
         "AscendC::Muls(threshold_, sum_, numbers_.GetValue(kThreshold + k), scales)",
     ),
-    # An infinite weight is beyond an infinite threshold.
+    # An infinite weight counts as greater than an infinite threshold.
     (
         "FindLevels",
         "AscendC::Not(maskWords, maskWords, padded / 16)",
         "CompareWith(mask_, magnitude_, 0.0f, AscendC::CMPMODE::LE, padded)",
     ),
-    # The partial sums of a row are folded twice at most: what is beyond 64 ** 3 elements is lost.
+    # The partial sums of a row are folded at most twice, so that everything beyond 64 ** 3 elements is lost.
     (
         "Sum",
         "sums = whole + (tail != 0 ? 1 : 0)",
@@ -92,11 +92,11 @@ class Mutant:
     """One bug.
 
     Attributes:
-        number: what chooses it in the build.
-        kind: the rule that made it.
-        file: of op_kernel.
-        function: it is in.
-        before: the code.
+        number: the number that chooses the bug in the build.
+        kind: the rule that made the bug.
+        file: the name of the file in op_kernel.
+        function: the name of the function that has the bug.
+        before: the original code.
         after: the code with the bug.
     """
 
@@ -109,7 +109,7 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        """Names it independently of numbers and lines."""
+        """A name that depends neither on the bug's number nor on line numbers."""
         file = Path(self.file).stem.removeprefix("ternary_")
         return f"{file}.{self.function}: {self.before} -> {self.after}"
 
@@ -123,10 +123,10 @@ class _Token:
 
 
 def generate(sources: Path, target: Path) -> tuple[list[Mutant], int]:
-    """Copies the sources to ``target`` with all bugs built in.
+    """Copies the sources to ``target``, with all bugs built in.
 
     Returns:
-        The mutants, and how many statements were left alone.
+        The mutants, and the number of statements that were left unchanged.
     """
     shutil.copytree(sources, target, dirs_exist_ok=True)
     mutants: list[Mutant] = []
@@ -149,7 +149,7 @@ def _without_comments(text: str) -> str:
 
 
 class _File:
-    """Finds the function bodies of one file and rewrites their statements."""
+    """A source file whose function bodies are found and whose statements are rewritten."""
 
     def __init__(self, name: str, text: str, first: int) -> None:
         self.name, self.text, self.next = name, text, first
@@ -168,7 +168,7 @@ class _File:
             self.function = tokens[opening - 1].text
             i = self._close(tokens, opening) + 1
             while tokens[i].text not in "{;":
-                # A constructor's initializers.
+                # These are a constructor's initializers.
                 i = self._close(tokens, i) + 1 if tokens[i].text == "(" else i + 1
             if tokens[i].text == "{":
                 end = self._close(tokens, i)

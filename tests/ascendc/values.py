@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every space, statistic and multiplier on some hundred thousand values, emulated, against the reference quantizer."""
+"""A comparison of the emulated kernels with the reference quantizer, on several hundred thousand values.
+
+It covers every space, statistic and multiplier. Shapes are (rows, columns, group), where ``group`` is the number of
+elements per scale.
+"""
 
 import itertools
 from dataclasses import replace
@@ -12,7 +16,7 @@ from ascendc.emulator import Emulator, Weight
 from bitcpm_megatron.quantization import SPACES, STATISTICS, QuantizerConfig, quantize_dequantize
 
 MULTIPLIERS = (1.0, 1 / 1.5, 1.55)
-# (rows, columns, group) of both kernels: side by side, along with and without a tail, rows alone.
+# These shapes reach both kernels: several groups per tile, groups that span tiles with and without a tail, whole rows.
 SHAPES = (
     (36, 512, 32),
     (24, 512, 128),
@@ -25,16 +29,17 @@ SHAPES = (
 
 
 def quantizers() -> list[QuantizerConfig]:
-    """All of them."""
+    """Returns a quantizer for every space, statistic and multiplier."""
     every = itertools.product(SPACES, STATISTICS, MULTIPLIERS)
     return [QuantizerConfig(space, -1, 1e-5, statistic, multiplier) for space, statistic, multiplier in every]
 
 
 def latent(shape: tuple[int, int, int], dtype: torch.dtype, config: QuantizerConfig, seed: int) -> torch.Tensor:
-    """Rows of very different magnitude, zeros of both signs; groups of zeros, of the size of eps, NaN and infinite.
+    """Returns a weight with rows of very different magnitude, zeros of both signs, and special groups.
 
-    One row in four has its mean and its largest magnitude at powers of two, and the rest on the thresholds of the scale
-    that one of the two makes of it, or one step beside them.
+    There are groups of zeros, of values as small as eps, and with NaN or an infinity. In one row in four, each group
+    begins with 1, and its other values are on the thresholds of the scale that the statistic 1 gives, or one step next
+    to them, clamped to [-1, 1].
     """
     rows, columns, group = shape
     g = torch.Generator().manual_seed(seed)
@@ -58,7 +63,7 @@ def latent(shape: tuple[int, int, int], dtype: torch.dtype, config: QuantizerCon
 
 
 def given_scales(rows: int, groups: int, seed: int) -> torch.Tensor:
-    """bf16 scales of few bits, so that one and a half of each is exact in every dtype; and one that is infinite."""
+    """Returns bf16 scales with few bits, so that 1.5 times each is exact in every dtype; the last may be infinite."""
     g = torch.Generator().manual_seed(seed)
     scales = torch.exp2(torch.randint(-8, 5, (rows, groups), generator=g).float())
     scales *= 1 + torch.randint(0, 16, scales.shape, generator=g) / 16
@@ -68,7 +73,7 @@ def given_scales(rows: int, groups: int, seed: int) -> torch.Tensor:
 
 
 def on_thresholds(shape: tuple[int, int, int], dtype: torch.dtype, scales: torch.Tensor, space: str) -> torch.Tensor:
-    """Two weights in three on a threshold of their group or a step beside it, the others anywhere; and one NaN."""
+    """Returns a weight of which two thirds are on a threshold of their group or a step next to it, and one is NaN."""
     rows, columns, group = shape
     g = torch.Generator().manual_seed(columns)
     thresholds = torch.tensor(SPACES[space].thresholds)
@@ -81,13 +86,13 @@ def on_thresholds(shape: tuple[int, int, int], dtype: torch.dtype, scales: torch
 
 
 def check(emulator: Emulator, config: QuantizerConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Quantizes all shapes, with scales of their own and with given ones.
+    """Quantizes all shapes, with scales of their own and with given ones, and compares them with the reference.
 
     Returns:
-        How many values there were, and how many of them lay exactly on a threshold of their scale.
+        The number of values, and the number of values that were exactly on a threshold of their scale.
 
     Raises:
-        AssertionError: a bit differs from the reference.
+        AssertionError: if a bit differs from the reference.
     """
     values = ties = 0
     for given in (False, True):
@@ -120,13 +125,13 @@ def _ties(weight: torch.Tensor, scales: torch.Tensor, space: str) -> int:
 
 
 def check_all(emulator: Emulator) -> tuple[int, int]:
-    """All quantizers in all dtypes.
+    """Checks all quantizers in all dtypes.
 
     Returns:
-        How many values each of them had, the fewest, and the fewest on a threshold.
+        The smallest number of values that a quantizer had, and the smallest number of values on a threshold.
 
     Raises:
-        AssertionError: see :func:`check`.
+        AssertionError: if a bit differs from the reference.
     """
     fewest, ties = 10**9, 10**9
     for config in quantizers():

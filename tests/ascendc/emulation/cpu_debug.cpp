@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels in the toolkit's own CPU-debug mode: `make kernel-cpu-debug`, which writes the cases that this reads
-// and checks the results that it writes (tests/ascendc/cpu_debug.py).
+// Runs the kernels in the toolkit's own CPU-debug mode. `make kernel-cpu-debug` (tests/ascendc/cpu_debug.py) writes the
+// cases that this program reads, and checks the results that it writes.
 //
 //     ternary_cpu_debug CASES RESULTS
 //
-// A case is 21 words (dtype, rows, columns, group, bits of eps, cores, wanted, given, bits of the multiplier, absmax, and
-// the space as ternary::Space) and the tensors that are given.
+// A case consists of 21 words (dtype, rows, columns, group, bits of eps, cores, wanted, given, bits of the multiplier,
+// absmax, and the space as a ternary::Space), followed by the tensors that are given.
 #include <tikicpulib.h>
 
 #include <cstdio>
@@ -42,14 +42,14 @@ struct Case {
     uint32_t group;
     float epsilon;
     uint32_t cores;
-    uint32_t wanted;   // results, as Tensor
-    uint32_t given;    // inputs, as Tensor
+    uint32_t wanted;   // the wanted results, as bits of Tensor
+    uint32_t given;    // the given inputs, as bits of Tensor
     float multiplier;
     uint32_t absmax;
     ternary::Space space;
 };
 
-// Global memory that the kernels' processes share.
+// A block of global memory that the kernels' processes share.
 struct Memory {
     uint8_t* data = nullptr;
     uint64_t bytes = 0;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the AscendC vector API that the kernels use, for g++ on a CPU, strict: see machine.h. Written from the
-// public documentation for NPU architecture 2201 (Atlas A2); names and parameters are the API's. Only what CANN 8.5.0
-// has, the oldest toolkit that CMakeLists.txt accepts: a newer name does not compile here.
+// A strict implementation, for g++ on a CPU, of the part of the AscendC vector API that the kernels use; machine.h
+// checks every access. Written from the public documentation for NPU architecture 2201 (Atlas A2); names and parameters
+// are the API's. It has only what CANN 8.5.0 has, the oldest toolkit that CMakeLists.txt accepts, so that a newer name
+// does not compile here.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +37,7 @@ enum class CMPMODE { LT, GT, EQ, LE, GE, NE };
 enum class ReduceOrder { ORDER_VALUE_INDEX, ORDER_INDEX_VALUE, ORDER_ONLY_VALUE, ORDER_ONLY_INDEX };
 enum class SELMODE { VSEL_CMPMASK_SPR, VSEL_TENSOR_SCALAR_MODE, VSEL_TENSOR_TENSOR_MODE };
 
-// An integer parameter with the range of the hardware's field: what does not fit is an error, not a silent wrap.
+// An integer parameter with the range of the hardware's field; a value that does not fit is an error and does not wrap.
 template <uint32_t kHighest>
 class Field {
 public:
@@ -115,7 +116,7 @@ public:
         return other;
     }
     T* Address() const { return address_; }
-    // The scalar unit reads through its own cache; table words only.
+    // The scalar unit reads through its own cache, and reads only words of tables.
     T GetValue(uint64_t offset) const
     {
         Machine::Get().CheckGlobal(reinterpret_cast<uintptr_t>(address_ + offset), sizeof(T), false);
@@ -160,7 +161,7 @@ namespace emulation {
 
 using AscendC::LocalTensor;
 
-// What an instruction touches through one operand.
+// The bytes that an instruction accesses through one operand.
 struct Operand {
     uint32_t buffer;
     uint32_t generation;
@@ -197,7 +198,7 @@ struct Operand {
         }
     }
     void Contiguous(uint32_t count) { Add(begin, count * elementBytes); }
-    // `lanes` active elements in each of `repeats` iterations.
+    // Adds `lanes` active elements in each of `repeats` iterations.
     void Iterate(uint32_t repeats, uint32_t lanes)
     {
         const uint32_t perBlock = kBlockBytes / elementBytes;
@@ -214,7 +215,7 @@ struct Operand {
     }
 };
 
-// Checks a whole instruction before it computes, and stamps its bytes.
+// Checks all accesses of an instruction before it computes, and stamps its bytes.
 template <std::size_t kSources>
 inline void Access(Operand& result, std::array<Operand*, kSources> sources, uint64_t repeats)
 {
@@ -358,7 +359,7 @@ inline void BinaryRepeat(const LocalTensor<T>& dst, const LocalTensor<T>& src0, 
     }
 }
 
-// Float arithmetic is done in float; half through double, which holds every exact result, and rounded once.
+// Float arithmetic is done in float; half arithmetic in double, which holds every exact result, and rounded once.
 template <typename T, typename Function>
 inline T Compute(T a, T b, Function function)
 {
@@ -385,8 +386,8 @@ struct Over {
     template <typename N>
     N operator()(N a, N b) const { return a / b; }
 };
-// With a NaN the hardware's choice is not documented: this returns the other operand, the worse case for a kernel that
-// wants to keep NaN.
+// What the hardware returns if one operand is NaN is not documented: this returns the other operand, which is the worse
+// case for a kernel that must keep NaN.
 struct Larger {
     template <typename N>
     N operator()(N a, N b) const { return std::isnan(static_cast<double>(a)) || a < b ? b : a; }
@@ -414,7 +415,7 @@ inline bool Holds(double a, double b, AscendC::CMPMODE mode)
     }
 }
 
-// The conversions of Atlas A2 and the rounding modes that each of them has.
+// Checks that Atlas A2 has a conversion, with this rounding mode.
 template <typename D, typename S>
 inline void CheckCast(RoundMode mode)
 {
@@ -456,7 +457,7 @@ public:
     {
         Machine& machine = Machine::Get();
         for (uint32_t i = 0; i < count_; ++i) {
-            // In turn, as a ring.
+            // Buffers are used in turn, as in a ring.
             const uint32_t index = first_ + (next_ + i) % count_;
             if (machine.buffers[index].state == State::Free) {
                 next_ = index - first_ + 1;
@@ -789,7 +790,7 @@ inline void Select(const LocalTensor<T>& dst, const LocalTensor<uint8_t>& mask, 
     }
 }
 
-// Sums the active elements of every iteration by a binary tree of neighbors, one result each.
+// Sums the active elements of every iteration with a binary tree that adds neighbors; one result per iteration.
 template <typename T>
 inline void WholeReduceSum(const LocalTensor<T>& dst, const LocalTensor<T>& src, Field<128> mask, Field<255> repeats,
                            Field<65535> dstRepStride, Field<65535> srcBlkStride, Field<65535> srcRepStride)
@@ -802,7 +803,7 @@ inline void WholeReduceSum(const LocalTensor<T>& dst, const LocalTensor<T>& src,
         result.Add(result.begin + r * dstRepStride * sizeof(T), sizeof(T));
     }
     source.Iterate(repeats, mask);
-    // A result has no block pattern: it may not share bytes with the source at all.
+    // A result has no block pattern, so that it must not share any byte with the source.
     result.Strides(0, 0);
     emulation::Access<1>(result, {&source}, repeats);
     for (uint32_t r = 0; r < repeats; ++r) {
@@ -821,8 +822,8 @@ inline void WholeReduceSum(const LocalTensor<T>& dst, const LocalTensor<T>& src,
     }
 }
 
-// The largest of the active elements of every iteration. The documentation wants results on twice their size, whatever
-// the order; of NaN it says nothing, so that the other number is taken where there is one.
+// Finds the largest active element of every iteration. The documentation requires results to be aligned to twice their
+// size, whatever `order` is. It does not mention NaN, so that a NaN is ignored if there is another number.
 template <typename T>
 inline void WholeReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src, Field<128> mask, Field<255> repeats,
                            Field<65535> dstRepStride, Field<65535> srcBlkStride, Field<65535> srcRepStride,
@@ -848,7 +849,7 @@ inline void WholeReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src,
     }
 }
 
-// Each of 8 elements per iteration fills one 32-byte block.
+// Broadcasts: in each iteration, each of 8 elements fills one 32-byte block.
 template <typename T>
 inline void Brcb(const LocalTensor<T>& dst, const LocalTensor<T>& src, Field<255> repeats,
                  const BrcbRepeatParams& params)
@@ -876,6 +877,6 @@ inline void Brcb(const LocalTensor<T>& dst, const LocalTensor<T>& src, Field<255
 }  // namespace AscendC
 
 #ifdef TERNARY_MUTANTS
-// Which of the bugs that tests/ascendc/mutants.py writes into the sources is on; -1 for none.
+// The number of the active bug, of those that tests/ascendc/mutants.py writes into the sources; -1 for none.
 extern "C" { inline int32_t ternary_mutant = -1; }
 #endif

@@ -36,7 +36,7 @@ void AddRegion(uint64_t address, uint64_t bytes, bool writable)
     }
 }
 
-// Exactly what each weight may read and write.
+// Adds exactly the memory that a weight's launch may read and write.
 void AddRegions(const WeightSpec& w, uint32_t elementBytes, uint32_t cores)
 {
     const uint64_t elements = static_cast<uint64_t>(w.rows) * w.columns;
@@ -73,7 +73,7 @@ void Reset(emulation::Timing timing)
     machine.regions.clear();
 }
 
-// The regions of a weight as its entry in a table has them.
+// Adds the regions of a weight from its entry in a table.
 void AddRegions(const uint32_t* entry, uint32_t elementBytes, uint32_t blocks)
 {
     auto address = [entry](uint32_t word) { return static_cast<uint64_t>(entry[word + 1]) << 32 | entry[word]; };

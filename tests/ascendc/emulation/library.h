@@ -8,7 +8,7 @@
 
 extern "C" {
 
-// As emulation::Counters.
+// The counters of emulation::Counters, and the number of launches.
 struct EmulatedCounters {
     uint64_t readBytes;
     uint64_t writtenBytes;
@@ -26,13 +26,13 @@ struct EmulatedCounters {
 int32_t ternary_emulate(const ternary::WeightSpec* weights, uint32_t count, const ternary::Space* space, uint32_t dtype,
                         uint32_t cores, uint32_t late, EmulatedCounters* counters, char* error, uint32_t errorBytes);
 
-// Runs one launch from its table alone, as a device does; kernel and dtype as ternary::Kernel and ternary::Dtype. The
-// results as of ternary_emulate, without counters.
+// Runs one launch from its table only, as a device does. `kernel` is a ternary::Kernel, `dtype` a ternary::Dtype.
+// Returns the same as ternary_emulate, but writes no counters.
 int32_t ternary_emulate_table(uint32_t kernel, uint32_t dtype, uint32_t blocks, const uint32_t* table, char* error,
                               uint32_t errorBytes);
 
-// The plan as numbers: launches, then kernel, blocks, UB bytes, table words and the table of each. Returns how many
-// numbers there are; writes at most `capacity`. -1 with the reason in `error`.
+// Writes the plan as numbers: the number of launches, then kernel, blocks, UB bytes, table words and the table of each.
+// Writes at most `capacity` numbers and returns how many there are, or -1 with the reason in `error`.
 int64_t ternary_plan(const ternary::WeightSpec* weights, uint32_t count, const ternary::Space* space, uint32_t dtype,
                      uint32_t cores, int64_t* numbers, int64_t capacity, char* error, uint32_t errorBytes);
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// In a unit of its own, which is compiled with all optimization: these loops over bytes are where the time goes.
+// This is a unit of its own that is compiled with full optimization, because its loops over bytes take most of the
+// time.
 #include "machine.h"
 
 #include <algorithm>
@@ -102,7 +103,7 @@ void Machine::Poison(const Buffer& buffer)
 {
     std::memset(ub + buffer.begin, 0xFF, buffer.bytes);
     std::memset(defined_ + buffer.begin, 0, buffer.bytes);
-    // A queue's events order this use of the buffer after the last one.
+    // The queue's events order this use of the buffer after the previous one.
     std::fill_n(wrote_ + buffer.begin, buffer.bytes, 0);
     std::fill_n(read_ + buffer.begin, buffer.bytes, 0);
 }

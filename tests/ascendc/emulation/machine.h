@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One vector core of a 910B as far as correctness goes: its unified buffer, who may touch which byte of it when, the
-// queues that say so, DMA in flight, and the global memory that was handed to the kernel. Any misuse ends the run with
-// an error that starts with the name of the check. Written from the public API documentation.
+// A model of one vector core of a 910B that checks correctness, not speed: its unified buffer (UB), which unit may
+// access which byte of it at which time, the queues that regulate this, DMA transfers in flight, and the global memory
+// that the kernel was given. Any misuse ends the run with an error that begins with the name of the check. Written from
+// the public API documentation.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,7 @@ constexpr uint32_t kMaxBuffers = 64;
 constexpr uint32_t kMaxQueueBuffersPerPosition = 8;
 constexpr uint64_t kRunaway = 200'000;
 
-enum class Timing { Eager, Late };   // when a DMA moves its bytes: at once, or at the last moment that is allowed
+enum class Timing { Eager, Late };   // when a DMA moves its bytes: at once, or as late as allowed
 
 struct Counters {
     uint64_t readBytes = 0;
@@ -53,8 +54,8 @@ struct Region {
     uintptr_t begin;
     uint64_t bytes;
     bool writable;
-    std::vector<uint16_t> writer;   // per byte: core + 1, so that two cores on one byte are noticed
-    std::vector<uint16_t> reader;   // likewise, of weights that are quantized where they stand
+    std::vector<uint16_t> writer;   // per byte: core + 1, to detect two cores on one byte
+    std::vector<uint16_t> reader;   // the same for reads, for weights that are quantized in place
 };
 
 constexpr uint16_t kSeveralCores = 0xFFFF;
@@ -73,13 +74,13 @@ struct Transfer {
     uint8_t* global;
     uint32_t local;
     uint32_t bytes;
-    uint32_t paddedBytes;        // written to UB; what lies beyond `bytes + padding` is undefined
+    uint32_t paddedBytes;        // written to UB; undefined beyond `bytes + padding`
     uint32_t padding;
     uint64_t paddingPattern;
     uint32_t elementBytes;
 };
 
-// One buffer of a queue, or a TBuf (always Dequeued, so to say: the vector unit may use it).
+// One buffer of a queue, or a TBuf (whose state is always Dequeued: the vector unit may use it).
 struct Buffer {
     uint32_t begin;
     uint32_t bytes;
@@ -118,13 +119,13 @@ public:
         pipeLive_ = true;
     }
 
-    // From a destructor, which must not throw: the error waits for FinishCore.
+    // Called from a destructor, which must not throw: FinishCore reports the error.
     void ClosePipe() noexcept;
 
     uint32_t AddBuffer(Position position, uint32_t bytes, bool queue);
     void Allocate(uint32_t index);
 
-    // Waits for the transfers of a buffer; with `storesOnly` a load that is still in flight is an error.
+    // Completes the transfers of a buffer; with `storesOnly`, a load that is still in flight is an error.
     void Settle(Buffer& buffer, bool storesOnly);
 
     void SettleAll()
@@ -148,7 +149,7 @@ public:
         Require(buffer.state == allowed, "queue", "the vector unit does not own this queue tensor now");
     }
 
-    // The start of a vector instruction: a new stamp for its own writes.
+    // Starts a vector instruction, with a new stamp for its own writes.
     void BeginInstruction(uint64_t repeats)
     {
         ++counters.vectorInstructions;
@@ -159,7 +160,7 @@ public:
     void CheckRead(Range range) const;
     void CheckWrite(Range range);
 
-    // Called after CheckWrite of all results: does this source share bytes with them?
+    // Returns whether this source shares bytes with the results; called after CheckWrite of all results.
     bool Overlaps(Range range) const;
     void MarkRead(Range range);
     void MarkWrite(Range range);

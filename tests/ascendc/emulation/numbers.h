@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// half and bfloat16_t as storage, and conversions with every rounding mode of the Cast instruction.
+// The storage types half and bfloat16_t, and conversions with every rounding mode of the Cast instruction.
 #pragma once
 
 #include <algorithm>
@@ -51,7 +51,8 @@ inline double RoundToInteger(double value, RoundMode mode)
     }
 }
 
-// A binary format with `mantissa` stored bits and the given exponent width, as its bit pattern.
+// Returns the bit pattern of a value in a binary format with `mantissa` stored mantissa bits and `exponentBits` bits of
+// exponent.
 inline uint16_t Encode(double value, int mantissa, int exponentBits, RoundMode mode)
 {
     const uint16_t sign = std::signbit(value) ? 0x8000u : 0u;
@@ -111,7 +112,7 @@ inline double DecodeHalf(uint16_t bits)
     return kValues[bits];
 }
 
-// Small integers, which is what codes and counts are, without the long way.
+// Encodes small integers, such as codes and counts, from a table, because Encode is slow.
 inline uint16_t EncodeHalf(double value, RoundMode mode)
 {
     static const std::vector<uint16_t> kIntegers = [] {
@@ -130,7 +131,7 @@ inline uint16_t EncodeHalf(double value, RoundMode mode)
 
 }  // namespace emulation
 
-// No arithmetic on purpose: a kernel that computes in these types does not compile.
+// These types have no arithmetic, so that a kernel that computes with them does not compile.
 struct half {
     uint16_t bits;
     half() = default;
@@ -147,7 +148,8 @@ struct bfloat16_t {
 
 namespace emulation {
 
-// Values as the vector unit sees them: a double holds every sum and product of two halves, and every float, exactly.
+// The values that the vector unit computes with: a double holds every sum and product of two halves, and every float,
+// exactly.
 inline double Value(float value) { return value; }
 inline double Value(half value) { return DecodeHalf(value.bits); }
 inline double Value(bfloat16_t value) { return value.Float(); }
@@ -156,7 +158,7 @@ inline double Value(int16_t value) { return value; }
 inline double Value(uint16_t value) { return value; }
 inline double Value(uint8_t value) { return value; }
 
-// Saturates, as documented for conversions to integers.
+// Converts to an integer and saturates, as is documented for conversions to integers.
 template <typename Integer>
 inline Integer ToInteger(double value, RoundMode mode)
 {

@@ -33,7 +33,7 @@ using c10::Stream;
 
 constexpr DeviceIndex kDevices = 2;
 constexpr int64_t kVectorCores = 4;
-constexpr std::size_t kArenaBytes = std::size_t{1} << 30;   // reserved, not used
+constexpr std::size_t kArenaBytes = std::size_t{1} << 30;   // address space that is reserved but not used
 
 struct {
     DeviceIndex device = 0;
@@ -51,7 +51,7 @@ Stream CurrentStream(DeviceIndex device)
     return Stream(Stream::UNSAFE, Device(DeviceType::PrivateUse1, device), state.streams[device]);
 }
 
-// A stream's handle says which it is.
+// Returns the handle of a stream, which encodes its device and its number.
 aclrtStream HandleOf(const Stream& stream)
 {
     return reinterpret_cast<aclrtStream>(1000 * (stream.device_index() + 1) + stream.id());
@@ -59,7 +59,7 @@ aclrtStream HandleOf(const Stream& stream)
 
 // ------------------------------------------------------------------------------------------------------------ memory
 
-// Hands out the lowest free block of a size, so that the same requests get the same addresses again.
+// Allocates the lowest free block of a size, so that the same sequence of requests gets the same addresses again.
 class Arena {
 public:
     void* Allocate(std::size_t bytes)
@@ -98,7 +98,7 @@ private:
     std::map<void*, std::size_t> sizes_;
 };
 
-// Never destroyed, as tensors may outlive every static object.
+// These are never destroyed, because tensors may outlive every static object.
 Arena* const arenas = new Arena[kDevices];
 Arena* const pinned = new Arena;
 
@@ -194,7 +194,7 @@ at::Tensor Empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std
                                      dtype.value_or(at::kFloat), format);
 }
 
-// An alias of device memory as a tensor of the host, for copies with strides and conversions.
+// Returns a host tensor that aliases device memory, for copies with strides and conversions.
 at::Tensor OnHost(const at::Tensor& tensor)
 {
     at::Tensor host = at::detail::empty_strided_cpu(tensor.sizes(), tensor.strides(), tensor.scalar_type());
@@ -247,7 +247,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m)
 
 uint32_t LaunchKernel(uint32_t kernel, uint32_t dtype, uint32_t blocks, aclrtStream stream, void* table)
 {
-    // The runtime ends before any static object is destroyed that was made up to the first launch.
+    // The runtime ends before any static object that was created before the first launch is destroyed.
     [[maybe_unused]] static const int ends = std::atexit([] { state.gone = true; });
     ++state.counts.launches;
     if (!arenas[state.device].Holds(table) || stream != HandleOf(CurrentStream(state.device))) {

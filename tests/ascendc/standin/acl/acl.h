@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the binding calls of CANN's runtime, for g++ on a CPU; device.cpp answers. Written from the public documentation.
+// The part of CANN's runtime that the binding calls, for g++ on a CPU. device.cpp implements it. Written from the
+// public documentation.
 #pragma once
 
 #include <cstdint>

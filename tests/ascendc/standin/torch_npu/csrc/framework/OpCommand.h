@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch_npu's way to run something in the order of its ops; see device.cpp.
+// The class with which torch_npu runs a function in the order of its ops. device.cpp implements it.
 #pragma once
 
 #include <functional>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch_npu's stream as far as the binding goes; see device.cpp.
+// The part of torch_npu's stream that the binding uses. device.cpp implements it.
 #pragma once
 
 #include <c10/core/Stream.h>
@@ -12,7 +12,8 @@ class NPUStream {
 public:
     explicit NPUStream(c10::Stream stream) : stream_(stream) {}
     c10::Stream unwrap() const { return stream_; }
-    // With `wait`, as without an argument, torch_npu waits until its task queue is empty.
+    // If `wait` is true, which is what torch_npu's overload without an argument does, torch_npu waits until its task
+    // queue is empty.
     aclrtStream stream(const bool wait) const;
 
 private:
