@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A strict stand-in for ``acl``, CANN's Python binding, which MindSpeed-LLM imports at start: it models nothing."""
+"""A strict stand-in for ``acl``, CANN's Python binding, that models nothing; MindSpeed-LLM imports it at its start."""
 
 from typing import Any
 

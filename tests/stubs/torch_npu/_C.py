@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch_npu._C`` of the stand-in: the type that says there are no HCCL options."""
+"""The stand-in for ``torch_npu._C``, with a type of HCCL options that cannot be created."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A strict CPU stand-in for ``torch_npu``: what MindSpeed 26.1.0_core_r0.12.1 needs to train small models.
+"""A strict CPU stand-in for ``torch_npu``, with what MindSpeed 26.1.0_core_r0.12.1 needs to train small models.
 
-It proves plumbing, not an NPU. Whatever is not modeled here raises and says what was asked for. Modeled operators
-compute what their documentation says, with plain torch. ``device="npu"`` is the CPU.
+It tests how operators are called, not an NPU. Whatever is not modeled here raises an error that names it. Modeled
+operators compute what their documentation says, with plain torch operations. ``device="npu"`` is the CPU.
 """
 
 import functools
@@ -20,7 +20,7 @@ import torch.utils.cpp_extension
 
 __version__ = "2.7.1.stand-in"
 
-# Dtypes that the device cannot hold: the CPU holds all.
+# The dtypes that the device does not support; the CPU supports all.
 unsupported_dtype: tuple[torch.dtype, ...] = ()
 
 
@@ -33,13 +33,13 @@ def npu_rms_norm(
     gamma: torch.Tensor,
     epsilon: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm over the last axis in fp32: the normalized input, and the reciprocal root."""
+    """Computes RMSNorm over the last axis in fp32; returns the normalized input and the reciprocal root."""
     rstd = torch.rsqrt(input.float().pow(2).mean(-1, keepdim=True) + epsilon)
     return (input.float() * rstd * gamma.float()).to(input.dtype), rstd
 
 
 def npu_swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """``silu(first half) * second half`` along an axis."""
+    """Computes ``silu(first half) * second half`` along an axis."""
     gate, up = input.chunk(2, dim)
     return torch.nn.functional.silu(gate) * up
 
@@ -49,14 +49,14 @@ def _on_cpu(factory: Callable) -> Callable:
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("npu"):
             kwargs["device"] = "cpu"
-        # It would need an accelerator, to copy from.
+        # Pinned memory would need an accelerator.
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return on_cpu
 
 
-torch.utils._device._device_constructors()  # of the originals, or `with torch.device(...)` passes the wrappers by
+torch.utils._device._device_constructors()  # caches the originals; `with torch.device(...)` would bypass wrappers
 for _name in ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros"):
     setattr(torch, _name, _on_cpu(getattr(torch, _name)))
 
@@ -78,26 +78,28 @@ def _with_lists(all_to_all: Callable) -> Callable:
     return all_to_all_single
 
 
-# Megatron-LM 0.12.1 passes the sizes as tensors, which the torch that it was written for takes, and newer ones do not.
+# Megatron-LM 0.12.1 passes the sizes as tensors, which the torch version that it was written for accepts and newer
+# versions do not.
 torch.distributed.all_to_all_single = _with_lists(torch.distributed.all_to_all_single)
 
-# MindSpeed compiles its own operators against CANN at first use.
+# MindSpeed compiles its own operators against CANN when they are first used, and looks for CANN in these directories.
 for _variable in ("ASCEND_HOME_PATH", "ATB_HOME_PATH"):
     os.environ.setdefault(_variable, str(Path(__file__).parent))
 
 
 def npu_matmul_add_fp32(grad_output: torch.Tensor, total_input: torch.Tensor, grad: torch.Tensor) -> None:
-    """MindSpeed's: ``grad += grad_output^T total_input``."""
+    """Computes ``grad += grad_output^T total_input``, like MindSpeed's operator of this name."""
     grad.add_(grad_output.t().to(grad.dtype) @ total_input.to(grad.dtype))
 
 
 def npu_rotary_position_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mode: int = 0) -> torch.Tensor:
-    """MindSpeed's: rotation of the two halves of the last axis, of what its documentation says that it takes."""
+    """Rotates the two halves of the last axis like MindSpeed's operator; refuses what its documentation excludes."""
     if mode != 0:
         raise NotImplementedError(f"the CPU stand-in for torch_npu rotates halves alone, not mode {mode}")
     if x.dim() != 4 or cos.dim() != 4 or cos.shape != sin.shape or not x.dtype == cos.dtype == sin.dtype:
         raise ValueError(f"npu_rotary_position_embedding: x {x.shape} {x.dtype}, cos {cos.shape} {cos.dtype}")
-    # Of x [S, B, N, D]: cos [S, 1 or B, 1, D] or [S, B, N, D]. MindSpeed rotates no other layout.
+    # x is [S, B, N, D] (sequence, batch, heads, channels per head); cos and sin are [S, 1 or B, 1, D] or [S, B, N, D].
+    # MindSpeed rotates no other layout.
     length, batch, heads, size = x.shape
     fits = [(length, 1, 1, size), (length, batch, 1, size), (length, batch, heads, size)]
     if tuple(cos.shape) not in fits or size % 2 or size >= 896 or batch >= 1000 or heads >= 1000:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch_npu.npu_fusion_attention`` of layouts SBH and TND, by its documentation; what that does not allow raises."""
+"""``torch_npu.npu_fusion_attention`` with layouts SBH and TND, as documented; what is not allowed raises an error."""
 
 import torch
 
-# In sparse modes 2, 3 and 4 the operator reads one upper triangle of this size, however long the sequences are.
+# In sparse modes 2, 3 and 4, the operator reads one upper triangle of this size, whatever the length of sequences is.
 _COMPRESSED = 2048
 
 
@@ -26,17 +26,18 @@ def npu_fusion_attention(
     actual_seq_qlen: list[int] | None = None,
     actual_seq_kvlen: list[int] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Attention over ``[sequence, batch, heads * size]`` (SBH) or packed ``[tokens, heads, size]`` (TND).
+    """Computes attention over ``[sequence, batch, heads * size]`` (SBH) or packed ``[tokens, heads, size]`` (TND).
 
-    Heads may be grouped. Sparse mode 0 takes the mask as it is (True hides); 2 and 3 are causal and 4 is the band from
-    ``pre_tockens`` before the diagonal to ``next_tockens`` behind it, here 0; these want the compressed mask. Of 3 and
-    4 the diagonal ends at the last query and the last key, also where there are fewer queries. In TND the tokens of
-    every sequence see their own sequence alone:
-    ``actual_seq_qlen`` and ``actual_seq_kvlen`` are where each one ends, with no 0 in front.
+    ``size`` is the number of channels per head, ``tokens`` the number of tokens of all packed sequences. Keys and
+    values may have fewer heads than queries (grouped queries). Sparse mode 0 takes the mask as it is (True hides).
+    Modes 2 and 3 are causal; mode 4 is the band from ``pre_tockens`` before the diagonal to ``next_tockens`` after it,
+    here 0. Modes 2 to 4 require the compressed mask. In modes 3 and 4, the diagonal ends at the last query and the last
+    key, even if there are fewer queries than keys. In TND, tokens attend only to their own sequence;
+    ``actual_seq_qlen`` and ``actual_seq_kvlen`` are the ends of the sequences, without a 0 in front.
 
     Returns:
-        The result, and the softmax's maximum and sum ``[batch, heads, sequence, 8]`` or ``[tokens, heads, 8]``, alike
-        along the last axis.
+        The result, and the softmax's maximum and sum ``[batch, heads, sequence, 8]`` or ``[tokens, heads, 8]``, both
+        constant along the last axis.
     """
     packed = input_layout == "TND"
     odd = {
@@ -85,7 +86,7 @@ def _lengths(ends: list[int]) -> list[int]:
 
 
 def _hidden(queries: int, keys: int, before: int | None) -> torch.Tensor:
-    """What is behind a token, and what is more than so many before it."""
+    """Returns a mask, True for keys after a query and for keys more than ``before`` positions before it."""
     everything = torch.ones(keys, keys, dtype=torch.bool)
     hidden = everything.triu(1) if before is None else everything.triu(1) | everything.tril(-min(before, keys) - 1)
     return hidden[keys - queries :]
@@ -94,7 +95,7 @@ def _hidden(queries: int, keys: int, before: int | None) -> torch.Tensor:
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of ``[..., heads, sequence, size]``: the result, and the softmax's maximum and sum."""
+    """Returns the result of attention over ``[..., heads, sequence, size]``, and the softmax's maximum and sum."""
     k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
     scores = (q @ k.transpose(-1, -2)).float() * scale
     if hidden is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch_npu.npu`` / ``torch.npu`` of the stand-in."""
+"""The stand-in for ``torch_npu.npu``, which is also ``torch.npu``: every device is the CPU, and all work is done."""
 
 import collections
 import contextlib
@@ -10,7 +10,7 @@ import torch
 
 
 class _Generators:
-    """Every device, by number or by name, draws from the CPU's generator."""
+    """A table of random generators that gives the CPU's generator for every device, by number or by name."""
 
     def __getitem__(self, device: Any) -> torch.Generator:
         return torch.default_generator
@@ -24,54 +24,54 @@ def __getattr__(name: str) -> Any:
 
 
 def is_available() -> bool:
-    """There is no NPU here."""
+    """Returns False: there is no NPU here."""
     return False
 
 
 def current_device() -> torch.device:
-    """The CPU."""
+    """Returns the CPU."""
     return torch.device("cpu")
 
 
 def get_device_name(device: Any = None) -> str:
-    """MindSpeed takes operators that fit a generation by this name: those of the 910B are modeled."""
+    """Returns a name by which MindSpeed chooses operators of a generation; those of the 910B are modeled."""
     return "Ascend910B (CPU stand-in)"
 
 
 def current_stream(device: Any = None) -> "Stream":
-    """Work is done when it is asked for: any stream will do."""
+    """Returns a new stream; all streams are equivalent, because work is done at once."""
     return Stream()
 
 
 def default_stream(device: Any = None) -> "Stream":
-    """Any stream will do."""
+    """Returns a new stream; all streams are equivalent."""
     return Stream()
 
 
 def stream(stream: "Stream") -> contextlib.AbstractContextManager:
-    """A context in which a stream is current: nothing changes."""
+    """Returns a context in which a stream is current; it changes nothing."""
     return contextlib.nullcontext()
 
 
 def init() -> None:
-    """Nothing to initialize."""
+    """Does nothing: there is nothing to initialize."""
 
 
 def synchronize(device: Any = None) -> None:
-    """Nothing to wait for."""
+    """Does nothing: there is nothing to wait for."""
 
 
 def empty_cache() -> None:
-    """Nothing is cached."""
+    """Does nothing: no memory is cached."""
 
 
 def memory_stats(device: Any = None) -> dict[str, int]:
-    """Nothing is counted."""
+    """Returns zeros: memory is not counted."""
     return collections.defaultdict(int)
 
 
 def memory_allocated(device: Any = None) -> int:
-    """Nothing is counted."""
+    """Returns zero: memory is not counted."""
     return 0
 
 
@@ -83,7 +83,7 @@ def _lazy_call(call: Callable) -> None:
 
 
 class device:
-    """A context in which a device is current: nothing changes."""
+    """A context in which a device is current; it changes nothing."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
@@ -96,32 +96,32 @@ class device:
 
 
 class Stream:
-    """A stream whose work is always done."""
+    """A stream whose work is always completed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def wait_stream(self, stream: "Stream") -> None:
-        """Nothing to wait for."""
+        """Does nothing: there is nothing to wait for."""
 
     def wait_event(self, event: "Event") -> None:
-        """Nothing to wait for."""
+        """Does nothing: there is nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Does nothing: there is nothing to wait for."""
 
 
 class Event:
-    """An event that has always happened."""
+    """An event that has always occurred."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def record(self, stream: Any = None) -> None:
-        """Nothing to record."""
+        """Does nothing: there is nothing to record."""
 
     def wait(self, stream: Any = None) -> None:
-        """Nothing to wait for."""
+        """Does nothing: there is nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Does nothing: there is nothing to wait for."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch_npu.npu_quant_matmul`` of int8 on an Atlas A2, by its documentation; what that does not allow raises."""
+"""``torch_npu.npu_quant_matmul`` of int8 on an Atlas A2, as documented; what is not allowed raises an error."""
 
 import torch
 
@@ -16,16 +16,18 @@ def npu_quant_matmul(
     bias: torch.Tensor | None = None,
     output_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``x1 x2 * scale * pertoken_scale`` of int8 matrices, with the sums in int32.
+    """Computes ``x1 x2 * scale * pertoken_scale`` of int8 matrices, with exact integer sums.
+
+    The product ``x1 x2`` has the shape ``[m, n]``; ``scale`` belongs to its columns, ``pertoken_scale`` to its rows.
 
     Args:
-        x1: int8 ``[m, k]``, contiguous.
-        x2: int8 ``[k, n]``, contiguous or the transpose of a contiguous one.
-        scale: ``[1]`` or ``[n]``.
-        offset: of an int8 output alone.
-        pertoken_scale: float32 ``[m]``.
-        bias: not modeled.
-        output_dtype: bfloat16, with a scale in float32 or bfloat16; float16, with one in float32.
+        x1: the first matrix, int8 ``[m, k]``, contiguous.
+        x2: the second matrix, int8 ``[k, n]``, contiguous or the transpose of a contiguous matrix.
+        scale: the scales of columns, ``[1]`` or ``[n]``.
+        offset: must be None: the operator takes an offset only for an int8 output.
+        pertoken_scale: the scales of rows, float32 ``[m]``; must not be None.
+        bias: must be None: a bias is not modeled.
+        output_dtype: bfloat16, with a scale in float32 or bfloat16; or float16, with a scale in float32.
     """
     (m, k), (rows, n) = x1.shape, x2.shape
     wrong = {

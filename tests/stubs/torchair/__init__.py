@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A strict stand-in for ``torchair``, the NPU's graph mode: MindSpeed registers converters with it, which never run."""
+"""A strict stand-in for ``torchair``, the NPU's graph mode; MindSpeed registers converters, which never run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register_fx_node_ge_converter(operator: object) -> Callable[[Callable], Callable]:
-    """Registers nothing: there is no graph mode here."""
+    """Returns a decorator that registers nothing, because there is no graph mode here."""
     return lambda converter: converter
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torchair.ge``: types that converters are annotated with."""
+"""The stand-in for ``torchair.ge``: types in the annotations of converters."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class Tensor:
 
 
 class TensorSpec:
-    """What is known of such a value."""
+    """The specification of a value in a graph."""
 
 
 class _DataTypes(type):
@@ -24,4 +24,4 @@ class _DataTypes(type):
 
 
 class DataType(metaclass=_DataTypes):
-    """Names of data types: ``DataType.DT_FLOAT16`` and so on."""
+    """The names of data types, such as ``DataType.DT_FLOAT16``."""

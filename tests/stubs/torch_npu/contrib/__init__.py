@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch_npu.contrib`` of the stand-in."""
+"""The stand-in for ``torch_npu.contrib``."""

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real one sends ``torch.cuda`` to ``torch.npu``; here ``bitcpm_megatron.patches.cpu`` answers its calls, and its
-tensor types, of which MindSpeed-LLM builds tensors, are the CPU's."""
+"""The stand-in for ``torch_npu.contrib.transfer_to_npu``, which redirects ``torch.cuda`` to ``torch.npu``.
+
+Here ``bitcpm_megatron.patches.cpu`` answers the calls of ``torch.cuda``. Its tensor types, with which MindSpeed-LLM
+makes tensors, are those of the CPU.
+"""
 
 import torch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch_npu.utils`` of the stand-in."""
+"""The stand-in for ``torch_npu.utils``."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch_npu.utils.collect_env`` of the stand-in."""
+"""The stand-in for ``torch_npu.utils.collect_env``."""
 
 
 def get_cann_version() -> str:
-    """As if CANN were installed: MindSpeed compares it with the versions it supports."""
+    """Returns a CANN version that MindSpeed, which compares it with those it supports, accepts."""
     return "8.5.0"
