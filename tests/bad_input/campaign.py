@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the cases, each in a process forked from this one, and judges how they ended.
+"""Runs the cases of bad input, each in a process forked from this one, and judges how they end.
 
     cd tests && python -m bad_input.campaign [--sample 200] [--only TEXT] [--jobs N] [--report FILE]
 
-A fault is: a traceback, a crash, a hang, memory beyond reason, a success where there is none, another exit code or more
-than one error, a message that does not name what is wrong, code that was run, or an input that was changed. Before the
-cases every good line is run, so that a refusal can only come from the mistake. Exit status: 0 no fault, 1 some.
+The following are faults: a traceback, a crash, a hang, excessive memory, a success despite bad input, an exit status
+other than the documented one, more than one error, a message that does not name what is wrong, the execution of code
+in a file, and a changed input. Every good command line is run first, so that a refusal can only be caused by the
+mistake of a case. Exit status: 0 no fault, 1 some.
 """
 
 import argparse
@@ -39,13 +40,20 @@ from .cases.case import Case
 from .commands import COMMANDS, scripts
 
 MEMORY = 3 * 2**30
-"""Peak resident bytes of a case; the parent, of whose pages it inherits, has about 0.7e9."""
+"""The most resident bytes that a case may need; the parent, whose pages it inherits, has about 0.7e9."""
 LONGEST_MESSAGE = 1200
 
 
 @dataclass
 class Outcome:
-    """How a process ended."""
+    """How a process ended.
+
+    Attributes:
+        status: the exit status, negative for a signal; None if the process did not end in time.
+        output: its standard output and standard error.
+        seconds: the time that it ran.
+        memory: its peak resident memory in bytes.
+    """
 
     status: int | None
     output: str
@@ -54,7 +62,7 @@ class Outcome:
 
 
 def warm() -> None:
-    """Imports everything slow before the first fork; no thread may be started."""
+    """Imports all slow modules before the first fork; this must not start a thread."""
     import torch
 
     torch.set_num_threads(1)
@@ -66,14 +74,14 @@ def warm() -> None:
 
 
 class Runner:
-    """Starts processes and waits for them; at most so many at once."""
+    """Starts processes of cases, waits for them, and kills those that run longer than ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.running: dict[int, tuple[Case, Path, float]] = {}
 
     def start(self, case: Case, folder: Path) -> None:
-        """Forks a process that carries out a case in a directory."""
+        """Forks a process that runs a case in a directory."""
         sys.stdout.flush()
         sys.stderr.flush()
         parent, pid = os.getpid(), os.fork()
@@ -82,7 +90,7 @@ class Runner:
         self.running[pid] = (case, folder, time.monotonic())
 
     def wait(self) -> tuple[Case, Path, Outcome]:
-        """The next case that ends, by itself or by force."""
+        """Waits until a case ends or is killed, and returns it with its directory and its outcome."""
         while True:
             for pid, (case, folder, began) in list(self.running.items()):
                 done, status, usage = os.wait4(pid, os.WNOHANG)
@@ -105,11 +113,11 @@ def _kill_group(pid: int) -> None:
 
 
 def _child(case: Case, folder: Path, parent: int) -> None:
-    """Carries out a case as the interpreter would, and ends this process."""
+    """Runs a case as the interpreter would, and exits from this process."""
     status = 70
     try:
         os.setsid()
-        end_with_parent(parent)  # a case that hangs ends with the campaign
+        end_with_parent(parent)  # a case that hangs must end when the campaign ends
         os.chdir(folder)
         for target, name in ((0, os.devnull), (1, None), (2, None)):
             path = name or str(folder.parent / f"{folder.name}.output")
@@ -118,7 +126,7 @@ def _child(case: Case, folder: Path, parent: int) -> None:
             os.environ.pop(variable, None)
         os.environ.update(case.environment)
         cli._SECONDS_FOR_RANK_0 = 0.0
-        tqdm._instances.clear()  # the campaign's bar, above which those of a command would be drawn
+        tqdm._instances.clear()  # a command's bars would be drawn above the campaign's
         status = _carry_out(case)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -145,7 +153,7 @@ def _carry_out(case: Case) -> int:
 
 
 def manifest(folder: Path) -> dict[str, object]:
-    """What is in a directory, by path."""
+    """Returns the digests of a directory's files and the targets of its links, by relative path."""
     found: dict[str, object] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -157,7 +165,7 @@ def manifest(folder: Path) -> dict[str, object]:
 
 
 def faults(case: Case, outcome: Outcome, before: dict[str, object], after: dict[str, object]) -> list[str]:
-    """Everything that is wrong with how a case ended."""
+    """Returns a description of everything that is wrong with how a case ended."""
     found = []
     text = outcome.output
     if damage.MARKER in after:
@@ -187,7 +195,7 @@ def _unclear(case: Case, outcome: Outcome) -> list[str]:
     lines = outcome.output.splitlines()
     errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     if outcome.status == 3 and case.command in ("preflight", "inspect_checkpoint") and len(errors) <= 1:
-        message = outcome.output  # a report, whose findings name what is wrong
+        message = outcome.output  # a report has findings that name what is wrong
     elif len(errors) != 1:
         return [f"{len(errors)} lines that begin with 'error: '"]
     else:
@@ -200,7 +208,7 @@ def _unclear(case: Case, outcome: Outcome) -> list[str]:
 
 
 class Campaign:
-    """The world, the cases, and what came of them."""
+    """A campaign: makes the world, runs cases in copies of it, and judges their outcomes."""
 
     def __init__(self, scratch: Path, jobs: int, seconds: float) -> None:
         self.scratch, self.jobs, self.seconds = scratch, jobs, seconds
@@ -212,7 +220,7 @@ class Campaign:
         """Makes the world and runs every good line in a copy of it.
 
         Raises:
-            SystemExit: one of them fails, so that nothing could be said about bad ones.
+            SystemExit: if a good line fails, because the outcomes of bad ones would prove nothing.
         """
         world.build(self.world, lambda name, argv: self._good(name, tuple(argv), self.world))
         for name, argv in good_lines():
@@ -223,7 +231,7 @@ class Campaign:
     def _good(self, name: str, argv: tuple[str, ...], folder: Path) -> None:
         self.runner.start(Case("good", f"{name} {' '.join(argv)}", name, argv), folder)
         case, _, outcome = self.runner.wait()
-        # The preflight has warnings and failures to tell on a machine like this; it must only not refuse the input.
+        # The preflight may report warnings and failures on this machine; it must only not refuse the input.
         if outcome.status != 0 and not (name == "preflight" and outcome.status == 3):
             raise SystemExit(f"a good line fails with {outcome.status}: {case.name}\n{outcome.output[-3000:]}")
         (folder.parent / f"{folder.name}.output").unlink()
@@ -233,11 +241,11 @@ class Campaign:
         return Path(shutil.copytree(self.world, self.scratch / f"case{self.number}", symlinks=True))
 
     def run(self, cases: list[Case]) -> dict[Case, tuple[list[str], Outcome]]:
-        """Carries out cases, several at once."""
+        """Runs cases, several at the same time; returns the faults and the outcome of each."""
         results: dict[Case, tuple[list[str], Outcome]] = {}
         waiting = list(reversed(cases))
         befores: dict[Path, dict[str, object]] = {}
-        tqdm.monitor_interval = 0  # a thread would not survive the fork
+        tqdm.monitor_interval = 0  # its thread would not survive the fork
         bar = tqdm(total=len(cases), unit="case", mininterval=0.5 if sys.stderr.isatty() else 20, miniters=1)
         bad = 0
         while waiting or self.runner.running:
@@ -264,7 +272,7 @@ class Campaign:
         return results
 
     def _alone(self, case: Case, folder: Path) -> None:
-        """The good run before the damage; in its own process, apart from those that run."""
+        """Runs a case's good command line before the damage, with a runner of its own."""
         apart = Runner(self.seconds)
         apart.start(Case("good", case.name, case.command, case.first), folder)
         _, _, outcome = apart.wait()
@@ -273,7 +281,7 @@ class Campaign:
 
 
 def sample(cases: list[Case], size: int, seed: int) -> list[Case]:
-    """About so many cases, of every kind at least three; a kind of a hundred times as many cases counts ten times."""
+    """Returns about ``size`` cases: of each kind at least three, and else in proportion to the root of its size."""
     rng = random.Random(seed)
     kinds: dict[str, list[Case]] = {}
     for case in cases:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command of the project, one good line of each, and its parser."""
+"""Every command of the project, with a good command line and its parser."""
 
 import argparse
 import importlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from .world import DATA, MODEL
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-# Where the interpreter would look for what these scripts import.
+# In these directories, the interpreter finds what these scripts import.
 sys.path += [str(CHECKOUT / room) for room in ("benchmarks", "studies", "examples/hf")]
 _WRAPPERS = ("bind_cores", "pretrain_gpt")
 _HUGGING_FACE = tuple("--model_name_or_path latent --train_files corpus.txt --output_dir out --report_to none".split())
@@ -23,13 +23,14 @@ _TRAIN = [*MODEL, *DATA, "--train-iters", "2", "--eval-iters", "1"]
 
 @dataclass(frozen=True)
 class Command:
-    """A command by the name of its script.
+    """A command, which is a script.
 
     Attributes:
-        room: folder of the script, from the checkout.
-        good: arguments that it accepts in the world; files stand as they are, outputs are called ``out``.
-        runs: whether the good line is run; others take minutes or need more than this machine has, and only their
-            arguments are attacked.
+        name: the name of the script, without ``.py``.
+        room: the folder of the script, relative to the checkout.
+        good: arguments that the command accepts in the world; outputs are called ``out``, other files exist there.
+        runs: whether the good line is run; other commands take minutes or need more than this machine has, so that
+            only their arguments are tested.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Command:
     runs: bool = True
 
     def main(self) -> Callable[..., int | None]:
-        """Its entry function."""
+        """Imports the command and returns its function ``main``."""
         if self.room.startswith(("launch", "checkpoint_tools")):
             return importlib.import_module(f"bitcpm_megatron.{self.room.replace('/', '.')}.{self.name}").main
         if self.room == "bitcpm_megatron":
@@ -51,17 +52,17 @@ class Command:
 
     @property
     def path(self) -> Path:
-        """The script."""
+        """The path of the script."""
         return CHECKOUT / self.room / f"{self.name}.py"
 
     def call(self, argv: list[str]) -> int | None:
-        """Runs it in this process, as the interpreter would."""
+        """Runs the command in this process, as the interpreter would."""
         main = self.main()
         sys.argv = [str(self.path), *argv]
         return main() if not inspect.signature(main).parameters else main(argv)
 
     def parser(self) -> argparse.ArgumentParser | None:
-        """The parser that it builds; None where it takes no arguments, or hands them on to another program."""
+        """Returns the parser of the command; None if it takes no arguments or passes them on to another program."""
         if self.name in _WRAPPERS:
             return None
         with _caught_parser() as caught:
@@ -144,7 +145,7 @@ COMMANDS = {
 
 
 def scripts() -> Iterator[str]:
-    """The names of all scripts that are commands, found on disk: one without a good line here is noticed."""
+    """Yields the names of all scripts on disk that are commands, so that one without a good line is noticed."""
     for room in ("launch", "checkpoint_tools", "benchmarks", "studies", "examples/hf"):
         for path in sorted((CHECKOUT / room).glob("*.py")):
             text = path.read_text(encoding="utf-8")
@@ -162,7 +163,7 @@ def _caught_parser() -> Iterator[list[argparse.ArgumentParser]]:
     original = argparse.ArgumentParser.parse_known_args
 
     def catch(self: argparse.ArgumentParser, *arguments: object, **named: object) -> object:
-        if not self.add_help:  # a helper that looks for one flag before the real parser
+        if not self.add_help:  # a helper that looks for one flag runs before the real parser
             return original(self, *arguments, **named)
         caught.append(self)
         raise _Caught

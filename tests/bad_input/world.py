@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Good input: one small world of text, tokens, checkpoints and job files, that every case damages in one place."""
+"""The world: a directory of small, good inputs (text, tokens, checkpoints, job files), of which cases damage copies."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ ternary: {ternary: true, ternary-recipe: recipe.yaml}
 checkpoint: {save: out, save-interval: 1}
 cluster: {profile: cpu, nodes: 1, devices-per-node: 1}
 """
-# What has run of it is nothing yet.
+# No run of this sweep has started yet.
 SWEEP = """
 description: a sweep of the campaign
 base: job.yaml
@@ -45,8 +45,8 @@ def build(directory: Path, run: Callable[[str, list[str]], None]) -> None:
     """Makes the world with the project's own commands.
 
     Args:
-        directory: to fill; it becomes the working directory of every command.
-        run: runs a command by name with arguments there, and raises where it fails.
+        directory: the directory to fill, which becomes the working directory of every command.
+        run: a function that runs a command there, given its name and arguments, and raises if the command fails.
     """
     directory.mkdir(parents=True)
     words = "the quick brown fox jumps over a lazy dog while seven wizards boil black quartz and mix pale ink".split()

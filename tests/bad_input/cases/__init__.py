@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases: one mistake each, as many as possible generated from the commands' own parsers and files."""
+"""The cases: one mistake each, most of them generated from the commands' own parsers and files."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from .case import Case
 
 
 def all_cases(world: Path) -> list[Case]:
-    """Every case, in a fixed order; names are unique."""
+    """Returns every case, in a fixed order and with unique names."""
     makers = (
         arguments.numbers,
         arguments.host_numbers,
@@ -37,5 +37,5 @@ def all_cases(world: Path) -> list[Case]:
 
 
 def good_lines() -> list[tuple[str, tuple[str, ...]]]:
-    """Commands and arguments that must succeed before the damage, or the cases would be refused for something else."""
+    """Returns commands and arguments that must succeed without damage, so that refusals are caused by the damage."""
     return list(dict.fromkeys([*paths.LINES, *((name, tuple(line.split())) for name, _, line in checkpoints.READERS)]))

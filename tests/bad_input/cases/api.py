@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the public API that must raise ValueError or TypeError, and say what is wrong."""
+"""Calls of the public API that must raise ValueError or TypeError with a clear message."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -83,6 +83,6 @@ CALLS: dict[str, Callable[[], object]] = {
 
 
 def api(world: Path) -> Iterator[Case]:
-    """Every call."""
+    """Yields a case for every call."""
     for name, call in CALLS.items():
         yield Case("api", f"api: {name}", call=call)

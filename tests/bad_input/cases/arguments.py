@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines and environments: numbers out of bounds, flags and choices that are none."""
+"""Bad command lines and environments: numbers out of bounds, and flags and choices that do not exist."""
 
 import argparse
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from .case import Case
 
 
 def options(command: Command) -> Iterator[tuple[str, argparse.Action]]:
-    """The long flags of a command, each with what its parser knows of it."""
+    """Yields the long flags of a command, each with its action in the parser."""
     parser = command.parser()
     for action in parser._actions if parser is not None else ():
         flag = next((s for s in action.option_strings if s.startswith("--")), None)
@@ -23,11 +23,11 @@ def options(command: Command) -> Iterator[tuple[str, argparse.Action]]:
 
 
 def numbers(world: Path) -> Iterator[Case]:
-    """Every numeric flag of every command gets zero, negative, NaN, infinite, huge and half numbers, and words."""
+    """Yields cases that give numeric flags zero, negative, NaN, infinite, huge and fractional numbers, and words."""
     for command in COMMANDS.values():
         for flag, action in options(command):
             if action.choices is None and action.type in (int, float):
-                # Accepted in silence, whatever it is: the cure is a Whole or a Number of cli.py.
+                # The flag would silently accept any number; it should have the type Whole or Number of cli.py.
                 yield Case("numbers", f"{command.name} {flag} has no bounds", call=lambda: None)
             for text, bad in _texts(action.type):
                 if bad or command.runs:
@@ -43,7 +43,7 @@ def numbers(world: Path) -> Iterator[Case]:
 
 
 def host_numbers(world: Path) -> Iterator[Case]:
-    """The same of the flags that a host's parser gets from us; how it refuses is the host's."""
+    """Yields the same cases for the flags that a host's parser gets from us; the host decides how it refuses them."""
     parser = _HostParser()
     add_arguments(parser)
     for action in parser._actions:
@@ -66,7 +66,7 @@ class _HostParser(argparse.ArgumentParser):
 
 
 def _texts(kind: object) -> list[tuple[str, bool]]:
-    """What a numeric flag is given, and whether it must refuse that."""
+    """Returns the texts that a numeric flag is given, each with whether the flag must refuse it."""
     if not isinstance(kind, Whole | Number):
         return []
     huge = str(10**30) if isinstance(kind, Whole) else "1e400"
@@ -84,7 +84,7 @@ def _refused(kind: Whole | Number, text: str) -> bool:
 
 
 def flags(world: Path) -> Iterator[Case]:
-    """Unknown, abbreviated and unfinished flags, and choices that are none."""
+    """Yields cases of unknown and abbreviated flags, stray words, and choices that do not exist."""
     for command in COMMANDS.values():
         known = dict(options(command))
         unknown = [("--no-such-flag", ("--no-such-flag=1",)), ("a stray word", ("stray",))]
@@ -116,16 +116,17 @@ def flags(world: Path) -> Iterator[Case]:
 
 
 def _last_flag(command: Command) -> tuple[str, ...]:
-    # So that the stray word does not become one more value of a flag that takes several.
+    # This flag takes no value, so that a stray word after it does not become one more value of the flag before.
     return next(((s,) for s, a in options(command) if a.nargs == 0), ())
 
 
 def environment(world: Path) -> Iterator[Case]:
-    """What torchrun sets, set to something else."""
+    """Yields cases in which variables that torchrun or a scheduler sets have bad values."""
     for command in ("pretrain", "generate"):
         for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
             for text in ("abc", "-1", "1.5", "²"):
-                # torchrun sets all of them; a process that has half of them is asked for the world's size first.
+                # torchrun sets all of these. If only some were set, the process would first be refused for the world
+                # size.
                 whole = {
                     "WORLD_SIZE": "1",
                     "RANK": "0",
@@ -133,7 +134,7 @@ def environment(world: Path) -> Iterator[Case]:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": "0",
                 }
-                # A rank other than 0 is told after those of rank 0, under its own name.
+                # Errors of a rank other than 0 are printed after those of rank 0, with the rank's name.
                 yield Case(
                     "environment",
                     f"{command} {variable}={text}",
@@ -154,7 +155,7 @@ def environment(world: Path) -> Iterator[Case]:
         for variable in (name for name, text in whole.items() if text.isdecimal() and name not in _PRESENT):
             for text in ("abc", "-1", "1.5", "²", "nan", str(10**30)):
                 if variable == "PET_NPROC_PER_NODE" and text.isalpha():
-                    continue  # torchrun takes words here
+                    continue  # torchrun accepts words here
                 yield Case(
                     "environment",
                     f"run under {scheduler}: {variable}={text[:10]}",
@@ -183,4 +184,4 @@ _SCHEDULERS = {
     },
     "Kubernetes": {"MASTER_ADDR": "localhost", "WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "29500"},
 }
-_PRESENT = ("SLURM_JOB_ID", "SLURM_STEP_ID")  # asked for, not read
+_PRESENT = ("SLURM_JOB_ID", "SLURM_STEP_ID")  # these are only tested for their presence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a case is."""
+"""The definition of a case of bad input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,18 +13,19 @@ class Case:
     """One bad input.
 
     Attributes:
-        kind: what is attacked, for samples and counts.
-        name: unique, for people.
-        command: by name; None for a call of the API.
-        argv: its arguments, in a copy of the world as the working directory.
-        first: arguments of a good run before the damage, such as one that fills a cache.
-        prepare: damages that copy.
-        environment: variables.
-        says: the message must hold one of these.
-        writes: what the command goes on with, such as a log; its files may change.
-        accepts: a success is right, too, as where a file is not needed; crashes, hangs and tracebacks never are.
-        status: the exit codes of a refusal.
-        call: of the API; it must raise ValueError or TypeError.
+        kind: the kind of the mistake, for samples and counts.
+        name: the unique name that is printed.
+        command: the name of the command; None for a call of the API.
+        argv: the arguments of the command, whose working directory is a copy of the world.
+        first: the arguments of a good run before the damage, such as one that fills a cache; empty for none.
+        prepare: a function that damages the copy of the world.
+        environment: additional environment variables.
+        says: words of which the message must contain at least one; empty if any message will do.
+        writes: beginnings of the paths that the command may change, such as a log that it continues.
+        accepts: whether a success is correct, too, such as if a file is not needed; crashes, hangs and tracebacks are
+            not.
+        status: the exit statuses of a refusal.
+        call: the call of the API, which must raise ValueError or TypeError.
     """
 
     kind: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints and exports with a file that is lost, damaged, contradictory, or would run code."""
+"""Cases of checkpoints and exports with a file that is missing, damaged or contradictory, or that would run code."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ READERS = (
 
 
 def contents(world: Path) -> Iterator[Case]:
-    """Each file of a checkpoint from elsewhere, without digests, is lost or damaged."""
+    """Yields cases in which a file of a checkpoint without digests is missing or damaged."""
     for command, root, line in READERS:
         for path in sorted((world / root).rglob("*")):
             if not path.is_file() or path.name in ("DIGESTS.json", "README.md", ".lock"):
@@ -57,23 +57,23 @@ def _foreign(root: str, word: str, function: Prepare) -> Prepare:
 
 
 def _vital(command: str, path: Path, way: str) -> bool:
-    """Whether a command must notice that a file is damaged, also where no digest tells."""
+    """Returns whether a command must notice that a file is damaged although there are no digests."""
     if path.parent.name == "hf" and way in ("missing", "directory", "fifo"):
-        return False  # kept for the way back, where it is there
+        return False  # the file is kept, if it exists, for the conversion back
     if path.name in ("latest_checkpointed_iteration.txt", ".metadata", "config.json", "model.safetensors.index.json"):
         return True
     if path.name == "metadata.json":
-        return way == "missing"  # of what it says nobody needs a word
+        return way == "missing"  # nothing reads its contents
     if path.suffix == ".safetensors":
         return True
     if path.name == "arguments.json" and any(path.parent.glob("mp_rank_*")):
-        return False  # the legacy format has them beside the weights, and this file is for people
-    # Weights may lie in one of several files, of which a reader opens what it needs.
+        return False  # legacy files hold the arguments; this one is for people
+    # Weights may be stored in one of several files, and a reader opens only those that it needs.
     return path.name in ("model_optim_rng.pt", "ternary_quantizer.json", "arguments.json") and way != "missing"
 
 
 def trackers(world: Path) -> Iterator[Case]:
-    """Trackers that name no iteration, or one that is not there; and the metrics of a run that goes on."""
+    """Yields cases of trackers that name no iteration or a missing one, and of damaged metrics of a resumed run."""
     for command, root, line in READERS:
         tracker = world / root / "latest_checkpointed_iteration.txt"
         if not tracker.exists():
@@ -103,11 +103,11 @@ def trackers(world: Path) -> Iterator[Case]:
 
 
 def flipped_bits(world: Path) -> Iterator[Case]:
-    """One bit in each file that a digest covers."""
+    """Yields cases with one flipped bit in a file that a digest covers."""
     for command, root, line in READERS:
         argv = tuple(line.split())
         if command == "generate" and root == "run":
-            continue  # has no flag for it
+            continue  # generate has no flag to verify digests
         if command == "pretrain":
             argv = (*argv, "--verify-digests")
         for path in sorted((world / root).rglob("*")):
@@ -129,7 +129,7 @@ def flipped_bits(world: Path) -> Iterator[Case]:
 
 
 def code(world: Path) -> Iterator[Case]:
-    """Files that would run code, wherever one is read."""
+    """Yields cases of files that would run code if they were unpickled."""
     metadata = next((world / "run").glob("iter_*/.metadata")).relative_to(world).as_posix()
     folder = metadata.rpartition("/")[0]
     attacks = {
@@ -155,7 +155,7 @@ def code(world: Path) -> Iterator[Case]:
             command,
             tuple(line.split()),
             prepare=_foreign("run", metadata, damage.evil_object_entry),
-            # Who reads tensors alone never opens it.
+            # Commands that read only tensors never open the object.
             status=(2, 3),
             accepts=command != "pretrain",
         )
@@ -208,7 +208,7 @@ def code(world: Path) -> Iterator[Case]:
                 (*COMMANDS["pretrain"].good, "--data-cache-path", "cache"),
                 first=(*COMMANDS["pretrain"].good, "--data-cache-path", "cache"),
                 prepare=_cache(index, way),
-                writes=("cache/",),  # what is damaged is built anew
+                writes=("cache/",),  # a damaged cache is built again
                 says=(index,),
                 accepts=True,
             )
@@ -230,7 +230,7 @@ def _cache(index: str, way: Prepare) -> Prepare:
         assert found, "the good run left no cache"
         for path in found:
             way(path)
-        # Where the good run saved, the bad one shall start anew.
+        # The outputs of the good run are removed, so that the bad run starts from the beginning.
         for name in ("out", "out2"):
             shutil.rmtree(root / name, ignore_errors=True)
 
@@ -238,7 +238,7 @@ def _cache(index: str, way: Prepare) -> Prepare:
 
 
 def records(world: Path) -> Iterator[Case]:
-    """Quantizer records that contradict themselves or hold what no quantizer has."""
+    """Yields cases of quantizer records that contradict themselves or have values that no quantizer has."""
     changes = {
         "version 99": {"version": 99},
         "version text": {"version": "x"},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token files, splits, corpora, tokenizers and the sample cache."""
+"""Cases of bad token files, splits, corpora, chat templates and tokenizers."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from .case import Case, Prepare
 
 
 def data(world: Path) -> Iterator[Case]:
-    """Token files, splits and corpora."""
+    """Yields cases of bad token files, splits, corpora, chat templates and tokenizers."""
     train = COMMANDS["pretrain"].good
     prefix = "data/corpus_text_document"
     for command, argv in (("pretrain", train), ("preflight", ("job.yaml",))):
@@ -164,7 +164,7 @@ def data(world: Path) -> Iterator[Case]:
             (*size, text),
             says=("vocab", "--vocab-size"),
         )
-    # A tokenizer that does not fit the model: of a run, and of a converted checkpoint, which names none.
+    # The tokenizer does not fit the model of a run, or of a converted checkpoint, which names no tokenizer.
     for root, pieces in (("run", 290), ("run", 301), ("start", 288), ("start", 301)):
         yield Case(
             "data",
@@ -173,12 +173,12 @@ def data(world: Path) -> Iterator[Case]:
             tuple(f"{root} --prompt fox --num-tokens 2 --tokenizer-model other.model".split()),
             prepare=_tokenizer(pieces),
             says=("tokenizer other.model", "another tokenizer than other.model"),
-            accepts=(root, pieces) == ("start", 288),  # within the padding of what was converted
+            accepts=(root, pieces) == ("start", 288),  # fits into the padding of the converted vocabulary
         )
 
 
 def _lines(command: str, flags: str, says: tuple[str, ...], texts: dict[str, str]) -> Iterator[Case]:
-    """Inputs of lines that are no documents of a command."""
+    """Yields cases of input files with lines that are not documents of a command."""
     for what, text in texts.items():
         prepare = _latin("x.jsonl", text)
         yield Case("data", f"{command} {what}", command, tuple(flags.split()), prepare=prepare, says=says)
@@ -195,12 +195,12 @@ def _tokenizer(pieces: int) -> Prepare:
 
 
 def _few(root: Path) -> None:
-    """Three documents instead of sixty."""
+    """Replaces the sixty documents of the token files with the first three."""
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     prefix = root / "data" / "corpus_text_document"
-    # Copied: an array into a map that is closed would end this process.
+    # The documents are copied, because access to a memory map that has been closed would crash this process.
     source = IndexedDataset(str(prefix))
     documents = [np.array(source[i]) for i in range(3)]
     del source

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face directories whose configuration, headers or index lie."""
+"""Cases of Hugging Face directories with a wrong configuration, header or index."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from .case import Case, Prepare
 
 
 def configs(world: Path) -> Iterator[Case]:
-    """Numbers of ``config.json`` that no model has."""
+    """Yields cases of ``config.json`` with numbers that no model has, or with invalid contents."""
     sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     values = {
         "zero": 0,
@@ -35,7 +35,7 @@ def configs(world: Path) -> Iterator[Case]:
                     tuple(line.split()),
                     prepare=_config(root, {key: value}),
                     says=("config.json", key),
-                    # Weights are fused one by one, whatever the model's shape.
+                    # qat_convert fuses weights one by one and does not need the model's shape.
                     accepts=command == "qat_convert",
                 )
         for text in ("[" * 100_000, "{}", "[]", "null", '{"architectures": []}', '{"a": 1, "a": 2}', "\xff"):
@@ -55,7 +55,7 @@ def configs(world: Path) -> Iterator[Case]:
                 "convert_hf_to_megatron",
                 tuple("--load-dir fused --save-dir out".split()),
                 prepare=_config("fused", {key: value}),
-                # 10**9 positions or a base of so much are odd and possible; so is an epsilon of 0.5.
+                # 10**9 positions, a base of 10**9 and an epsilon of 0.5 are unusual but possible.
                 accepts=value is None
                 or (key, name)
                 in (("max_position_embeddings", "huge"), ("rope_theta", "huge"), ("rms_norm_eps", "half")),
@@ -80,7 +80,7 @@ def _config_text(root: str, text: str) -> Prepare:
 
 
 def headers(world: Path) -> Iterator[Case]:
-    """Headers and indices of safetensors files that lie."""
+    """Yields cases of safetensors files with a wrong header or index."""
 
     def first(header: dict) -> dict:
         return next(entry for name, entry in header.items() if name != "__metadata__")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job and sweep files, recipes and presets that are no YAML, or not what they should be."""
+"""Cases of job and sweep files, recipes and presets that are invalid YAML or have invalid contents."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ _BAD_YAML = {
 
 
 def yaml(world: Path) -> Iterator[Case]:
-    """Job and sweep files, recipes and presets that are no YAML, or not what they should be."""
+    """Yields cases of job and sweep files, recipes and presets that are invalid YAML or have invalid contents."""
     train = COMMANDS["pretrain"].good
     for command, argv, name, key in (
         ("run", ("job.yaml", "--print"), "job.yaml", "model"),

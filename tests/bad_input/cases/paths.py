@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths that commands read or write, replaced by what they cannot be."""
+"""Cases in which paths that commands read or write are replaced by something that they must not be."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,19 +31,19 @@ LINES = (
     ("inspect_checkpoint", ("legacy",)),
     ("inspect_checkpoint", ("weights.bin",)),
 )
-"""Commands and arguments that succeed in the world, and what they read there."""
+"""Commands and arguments that succeed in the world; among the arguments are the files that the commands read."""
 _MADE = {("pretrain", "--load"), ("pretrain", "--data-path"), ("write_targets", "--data-path")}
-"""Flags of directories that a command makes where there are none."""
+"""Commands and flags of paths that may be missing, because the command then creates them or starts without."""
 
 
 def paths(world: Path) -> Iterator[Case]:
-    """Whatever a command reads is replaced: by nothing, nothing inside, garbage, a directory, a pipe, a loop."""
+    """Yields cases in which a file or directory that a command reads is removed, damaged or replaced."""
     seen = set()
     for name, argv in LINES:
         chosen = {flag for flag, action in options(COMMANDS[name]) if action.choices is not None}
         for before, word in zip(("", *argv), argv, strict=False):
             target = world / word
-            # ``--weights fused`` is no directory of that name.
+            # In ``--weights fused``, the word does not mean the directory of this name.
             if not target.exists() or before in chosen or word.startswith("-") or (name, word) in seen:
                 continue
             seen.add((name, word))
@@ -51,8 +51,8 @@ def paths(world: Path) -> Iterator[Case]:
             ways = {**ways, "socket": damage.unix_socket}
             for way, function in ways.items():
                 if way == "cut" and target.suffix in (".jsonl", ".txt"):
-                    continue  # half a text is a text
-                # An empty job file is a job of defaults, and is refused for what is missing.
+                    continue  # half of a text is a valid text
+                # An empty job file is a job with only defaults, and is refused for what it lacks.
                 yield Case(
                     "paths",
                     f"{name} {word}: {way}",
@@ -60,13 +60,13 @@ def paths(world: Path) -> Iterator[Case]:
                     argv,
                     prepare=damaging(word, function),
                     says=(target.name, before),
-                    # ``--load`` names where the run will be that starts now; a directory beside data, its cache.
+                    # ``--load`` may name a run that only starts now, and a directory next to data may be its cache.
                     accepts=way == "missing" and (name, before) in _MADE,
                 )
 
 
 def outputs(world: Path) -> Iterator[Case]:
-    """Whatever a command writes is impossible: a file, a pipe, a loop, below a file, where nothing can be made."""
+    """Yields cases of outputs that cannot be written: a file, pipe or loop, or a path that cannot be created."""
     for command in COMMANDS.values():
         if not command.runs:
             continue
@@ -95,7 +95,7 @@ def outputs(world: Path) -> Iterator[Case]:
 
 
 def overwriting(world: Path) -> Iterator[Case]:
-    """Outputs that are inputs, or hold something."""
+    """Yields cases of outputs that are inputs, or that already exist and are not empty."""
     tokens = "--tokenizer-model tokenizer.model --append-eod --input-format text --overwrite"
 
     def same(link: Callable[[Path, Path], None]) -> Prepare:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that contradict each other or the files."""
+"""Cases of arguments that contradict each other or the files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from .case import Case
 
 
 def requests(world: Path) -> Iterator[Case]:
-    """Requests that contradict each other or the files."""
+    """Yields cases of arguments that contradict each other or the files."""
     train = COMMANDS["pretrain"].good
     for more in (
         "--num-attention-heads 3",
@@ -111,7 +111,7 @@ def requests(world: Path) -> Iterator[Case]:
         ("pretrain_gpt", "--script data"),
     ):
         argv = tuple(line.split())
-        # A fused directory is fused already: done, and nothing is changed.
+        # A fused directory is accepted and left unchanged, because nothing remains to be done.
         yield Case(
             "requests", f"{command} {line}", command, argv, accepts="--input_bin fused" in line or command == "presets"
         )
