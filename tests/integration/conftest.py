@@ -7,7 +7,7 @@ from host_runs import HOSTS, HOW_TO, Material
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    """Token files and the checkpoint that all runs in hosts start from, where there is a host."""
+    """Makes the token files and checkpoints that all runs in hosts start from; skips the test if there is no host."""
     if all(host.missing() for host in HOSTS.values()):
         pytest.skip(f"no host is there: {HOW_TO}")
     return Material.make(tmp_path_factory.mktemp("hosts"))
@@ -15,10 +15,10 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """The last line of ``make test-clients``."""
+    """Prints the last line of ``make test-clients``, the number of passed checks."""
     yield
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None:  # one of several processes of tests
+    if reporter is None:  # this is a worker of several test processes
         return
     passed = [report for report in reporter.stats.get("passed", []) if "test_clients.py" in report.nodeid]
     if passed:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs ``$DUMP_SCRIPT`` as pretrain_gpt.py would be, and writes the quantized weights that its first step used.
+"""A script for ``launch/pretrain_gpt.py --script`` that writes the quantized weights of a run's first step.
 
-``$DUMP_TO/rank<N>.pt`` holds module path -> whole quantized weight ``[out, in]``, gate and up apart, for this pipeline
-stage. A script for ``launch/pretrain_gpt.py --script``.
+It runs ``$DUMP_SCRIPT`` in place of pretrain_gpt.py. ``$DUMP_TO/rank<N>.pt`` then contains, for the pipeline stage of
+rank N, a mapping from module paths to whole quantized weights ``[output features, input features]``, in which all
+rows of the gate projection come before those of the up projection.
 """
 
 import os
@@ -12,7 +13,7 @@ import torch
 
 
 def gathered(state, module) -> torch.Tensor:
-    """The whole quantized weight of a module."""
+    """Gathers the whole quantized weight of a module; collective over its tensor-parallel group."""
     from bitcpm_megatron.parallel.linears import parallel_kind, tensor_parallel_group
 
     group = tensor_parallel_group(module)
@@ -28,7 +29,7 @@ def gathered(state, module) -> torch.Tensor:
 
 
 def dump(chunks) -> None:
-    """Writes once what a schedule has trained with; the optimizer, and with it other weights, comes behind it."""
+    """Writes the weights that the first schedule has used, before the optimizer changes them."""
     from bitcpm_megatron.parallel import ternary_modules
 
     path = Path(os.environ["DUMP_TO"]) / f"rank{torch.distributed.get_rank()}.pt"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs ``$DUMP_SCRIPT`` as pretrain_gpt.py would be, and writes what its first forward pass under MindSpeed rotated by.
+"""A script for ``launch/pretrain_gpt.py --script`` that writes the rotary angles of a first forward under MindSpeed.
 
-``$DUMP_TO/rank<N>.pt`` holds the table of angles ``[sequence, 1, 1, kv_channels]`` that LongRoPE's module gave the
-model, the positions ``[sequence, batch]`` at which this rank reads it, and the module that the rotary forward comes
-from. A script for ``launch/pretrain_gpt.py --script``.
+It runs ``$DUMP_SCRIPT`` in place of pretrain_gpt.py. ``$DUMP_TO/rank<N>.pt`` then contains the table of angles
+``[sequence, 1, 1, kv_channels]`` that LongRoPE's module gave the model (``kv_channels`` per head), the positions
+``[sequence, batch]`` at which rank N reads the table, and the name of the module that defines the rotary forward.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 
 
 def dump(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-    """A forward hook of all modules; writes once."""
+    """Writes the angles in the first forward of LongRoPE's module; a forward hook of all modules."""
     from mindspeed.utils import get_position_ids
 
     from bitcpm_megatron.models.customize import LongRotaryEmbedding, RotaryEmbedding

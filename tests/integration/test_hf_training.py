@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way of a model after pretraining: latent export, the Hugging Face Trainer, ``qat_convert.py``, stock clients.
+"""Tests of a model after pretraining: latent export, the Hugging Face Trainer, ``qat_convert.py``, stock Transformers.
 
-The training scripts run as users run them, as processes of their own.
+The training scripts are run as users run them, as separate processes.
 """
 
 import importlib.util
@@ -72,7 +72,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data: Path) -> tuple[Path, Path]:
-    """A latent export with LongRoPE and bf16 latents, its continued pretraining, which holds fp32 masters."""
+    """Makes a latent export with LongRoPE and bf16 latent weights, and trains it further, with fp32 master weights."""
     directory = tmp_path_factory.mktemp("models")
     record = tiny_hf.record(latent_dtype="bfloat16")
     a = tiny_hf.llama(longrope=tiny_hf.longrope(64))
@@ -86,7 +86,7 @@ def trained(tmp_path_factory, data: Path) -> tuple[Path, Path]:
 
 
 def assert_convertible(latent: Path, fused: Path) -> None:
-    """``qat_convert.py`` makes a stock model of it that computes what the trained one computes."""
+    """Asserts that ``qat_convert.py`` makes a stock model that computes the same as the trained one."""
     assert qat_convert.main(["--input_bin", str(latent), "--output", str(fused), "--group_size", "-1"]) == 0
     record = read_record(latent)
     before, after = load_file(latent / "model.safetensors"), load_file(fused / "model.safetensors")
@@ -145,13 +145,13 @@ def test_fine_tuning_then_fusing(trained, data: Path, tmp_path: Path) -> None:
     assert len(curve) == STEPS and curve[-1] < 0.7 * curve[0]
     assert_convertible(tmp_path / "sft", tmp_path / "fused")
 
-    # Whoever prompts the fused model does it as it was trained.
+    # The fused model has the chat template that it was trained with.
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "fused")
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert text == "<s>Human: hi\nAssistant:"
 
 
-# -------------------------------------------------------------------------------------- the scripts from the inside
+# ------------------------------------------------------------------------------- the functions of the scripts
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +170,14 @@ def scripts() -> dict[str, ModuleType]:
 
 @pytest.fixture(scope="module")
 def teacher(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock model that knows more of the text than the latent export."""
+    """Makes a stock teacher that has learned more of the text than the latent export."""
     directory = tmp_path_factory.mktemp("teacher") / "fused"
     qat_convert.main(["--input_bin", str(trained[1]), "--output", str(directory)])
     return directory
 
 
 def test_a_teacher_is_asked_about_the_tokens_that_are_learned(trained, teacher: Path, scripts, tmp_path: Path) -> None:
-    """Loss and gradients are those of plain float64, of a step whose tokens lie in several micro-batches."""
+    """Loss and gradients equal plain float64 ones; the step has more learned tokens than this micro-batch."""
     distilling = scripts["distilling"]
     arguments = distilling.DistillationArguments(str(teacher), 0.5, 2.0)
     model, tokenizer = scripts["latent_model"].load(
@@ -249,7 +249,7 @@ def test_what_is_no_latent_export_is_refused(trained, scripts, tmp_path: Path, c
     (copy / "DIGESTS.json").unlink()
     (copy / "ternary_quantizer.json").unlink()
     assert "no latent export" in refused(copy)
-    # Fused weights under a record that calls them latent.
+    # The weights are fused, but the record says that they are latent.
     for name in ("config.json", "ternary_quantizer.json", "modeling_bitcpm.py"):
         (copy / name).write_text((latent / name).read_text())
     assert "is quantized already" in refused(copy)
@@ -348,7 +348,7 @@ def test_a_damaged_export_is_one_line(trained, scripts, damage: str, tmp_path: P
 @pytest.mark.parametrize("script", ["run.sh", "run_sft.sh"])
 def test_the_scripts_say_what_is_missing(script: str, tmp_path: Path) -> None:
     def refused(*arguments: str, **environment: str) -> str:
-        # No more of this environment: DeepSpeed may be there.
+        # The rest of the environment is not passed on, because it may have DeepSpeed.
         command = ["bash", str(EXAMPLES / script), *arguments]
         done = subprocess.run(command, env={"PATH": os.defpath, **environment}, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unmodified Megatron-LM and MindSpeed jobs on the CPU, through ``launch/pretrain_gpt.py``: ``make test-hosts``."""
+"""Tests of unmodified Megatron-LM and MindSpeed jobs on the CPU, by ``launch/pretrain_gpt.py``: ``make test-hosts``."""
 
 import functools
 import re
@@ -39,7 +39,7 @@ INT8 = ["--ternary", "--ternary-activation-bits", "8", "--ternary-gemm", "int8"]
 
 
 def host_named(name: str) -> Host:
-    """A host, or a skip that says how to bring it."""
+    """Returns a host, or skips the test with instructions to install it."""
     host = HOSTS[name]
     if host.missing():
         pytest.skip(f"{', '.join(host.missing())} not set: {HOW_TO}")
@@ -48,7 +48,7 @@ def host_named(name: str) -> Host:
 
 @pytest.fixture(scope="session")
 def ours(material: Material, tmp_path_factory: pytest.TempPathFactory):
-    """First-step loss of our own loop, by what it starts from and further flags."""
+    """Returns a function of starting flags and further flags that returns the first loss of our own loop."""
 
     @functools.cache
     def first_loss(start: tuple[str, ...], *flags: str) -> float:
@@ -59,7 +59,7 @@ def ours(material: Material, tmp_path_factory: pytest.TempPathFactory):
 
 
 def succeeded(result, steps: int):
-    """Asserts that a run ended well after so many steps."""
+    """Asserts that a run ended without an error after a number of steps, and returns its result."""
     assert result.status == 0, result.output[-6000:]
     assert len(result.losses) == steps, result.output[-6000:]
     return result
@@ -89,9 +89,9 @@ def test_it_trains_ternary_at_every_layout(name: str, case: str, material: Mater
 
 @pytest.mark.parametrize("name", [name for name in HOSTS if name != LLM_HOST])
 def test_a_minicpm_computes_as_in_our_loop(name: str, material: Material, ours) -> None:
-    """Multipliers and LongRoPE, with another loss than a Llama of the same weights; other numbers are refused.
+    """Multipliers and LongRoPE take effect: the loss is not that of a Llama, and other multipliers are refused.
 
-    Not in MindSpeed-LLM, which has its own.
+    MindSpeed-LLM is left out because it has its own implementation of both.
     """
     host = host_named(name)
     common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *TERNARY, "--exit-interval", "1"]
@@ -105,7 +105,7 @@ def test_a_minicpm_computes_as_in_our_loop(name: str, material: Material, ours) 
 @pytest.mark.parametrize("form", ["torch_dist", "torch"])
 @pytest.mark.parametrize("name", HOSTS)
 def test_its_checkpoints_resume_and_convert_exactly(name: str, form: str, material: Material, tmp_path: Path) -> None:
-    """The fused export holds the very weights that the resumed run's first forward used."""
+    """The fused export contains exactly the weights that the resumed run's first forward used."""
     host = host_named(name)
     start = material.start if form == "torch_dist" else ["--pretrained-checkpoint", str(legacy(host, material))]
     common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *SP, "--ternary", "--ckpt-format", form]
@@ -145,7 +145,7 @@ def test_clipped_gradients_are_the_same_wherever_quantized_weights_are(name: str
     step = succeeded(run(host, 2, [*clipped, "--ternary-cache", "step"]), 3)
     assert "estimator: clipped" in resident.output and "estimator:" not in straight.output
     assert resident.losses == step.losses and resident.norms == step.norms
-    # Before any weight has moved.
+    # This is the first step, before any weight has changed.
     assert straight.losses[0] == resident.losses[0] and float(straight.norms[0]) > float(resident.norms[0])
 
 
@@ -157,7 +157,7 @@ def test_int8_gemms_take_the_place_of_its_own(name: str, material: Material, our
     alone = succeeded(run(host, 1, common), 2)
     assert "int8 GEMM (" in alone.output and alone.proved == 16
     assert alone.losses[0] == pytest.approx(ours(tuple(material.start), *INT8), rel=1e-4)
-    # With two row-parallel shards in the place of one it is nearly the same model.
+    # With two row-parallel shards instead of one, the model is nearly the same.
     shared = succeeded(run(host, 2, [*common, *SP, "--ternary-gemm-backward", "int8"]), 2)
     assert shared.losses[0] == pytest.approx(alone.losses[0], rel=1e-2) and shared.losses[1] < shared.losses[0]
 
@@ -173,7 +173,7 @@ def test_mindspeed_runs_every_layer_of_other_shapes(case: str, material: Materia
 
 
 def test_swapped_attention_computes_what_it_does_without(material: Material) -> None:
-    """It frees what it takes for activations, and a quantized weight is in use until the last micro-batch of a step."""
+    """Swapping must not free quantized weights as if they were activations: micro-batches of a step still use them."""
     host = host_named("core_v0.12.1 + MindSpeed, local")
     common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *TERNARY, *LARGE, "--exit-interval", "1"]
     expected = succeeded(run(host, 2, common), 1).losses
@@ -181,7 +181,7 @@ def test_swapped_attention_computes_what_it_does_without(material: Material) -> 
 
 
 def dumping(host: Host, script: str, flags: list[str], directory: Path) -> Result:
-    """Two steps of a host's script on two processes, with the quantized weights of the first in ``rank<N>.pt``."""
+    """Runs two steps of a host's script on two processes, and writes the first one's quantized weights (rank<N>.pt)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DUMP_TO", str(directory))
         patch.setenv("DUMP_SCRIPT", str(host.script(script)))
@@ -190,7 +190,7 @@ def dumping(host: Host, script: str, flags: list[str], directory: Path) -> Resul
 
 
 def legacy(host: Host, material: Material) -> Path:
-    """The starting checkpoint in the legacy format, for two tensor-parallel ranks of this host."""
+    """Returns the starting checkpoint in the legacy format, for two tensor-parallel ranks of this host."""
     kind = host.flags[1]
     path = material.directory / f"start-{kind}"
     if not path.exists():
@@ -201,7 +201,7 @@ def legacy(host: Host, material: Material) -> Path:
 
 
 def assert_same_weights(hf: dict[str, torch.Tensor], quantized: dict[str, torch.Tensor]) -> None:
-    """Every quantized weight of a run against those of a Hugging Face model, bit for bit."""
+    """Asserts that every quantized weight of a run equals that of a Hugging Face model bit for bit."""
     assert len(quantized) == 16
     for path, weight in quantized.items():
         layer, module = re.fullmatch(r"decoder\.(layers\.\d+)\.\w+\.(\w+)", path).groups()
@@ -209,7 +209,7 @@ def assert_same_weights(hf: dict[str, torch.Tensor], quantized: dict[str, torch.
         if module == "linear_fc1":
             expected = torch.cat([hf[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up")])
         elif module == "linear_qkv":
-            # Per key/value group: its query heads, its key, its value.
+            # Each key/value group has its query heads, its key and its value, in this order.
             q, k, v = (hf[f"{prefix}.self_attn.{part}_proj.weight"].reshape(2, -1, 64) for part in "qkv")
             expected = torch.cat([q, k, v], 1).reshape(-1, 64)
         else:
@@ -220,9 +220,9 @@ def assert_same_weights(hf: dict[str, torch.Tensor], quantized: dict[str, torch.
 
 
 def test_mindspeed_llm_fine_tunes_ternary(material: Material, tmp_path: Path) -> None:
-    """All weights, and with adapters, which start at zero: then the first loss is the same, of the same weights.
+    """Trains all weights, or only adapters, which start at zero, so that the first losses and weights are the same.
 
-    Both from a legacy checkpoint, the only form that MindSpeed-LLM renames for PEFT.
+    Both start from a legacy checkpoint, the only format whose weights MindSpeed-LLM renames for PEFT.
     """
     host = host_named(LLM_HOST)
     start = ["--load", str(legacy(host, material)), "--ckpt-format", "torch", "--no-load-optim", "--no-load-rng"]
@@ -250,7 +250,7 @@ def test_mindspeed_llm_fine_tunes_ternary(material: Material, tmp_path: Path) ->
 
 
 def instruction_loss(weights: dict[str, torch.Tensor], material: Material) -> float:
-    """Mean loss of the samples, as plain Transformers computes it from the answers alone."""
+    """Returns the mean loss of the samples, which plain Transformers computes for the answers only."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(material.directory / "hf", torch_dtype=torch.bfloat16)
@@ -296,12 +296,12 @@ def test_what_cannot_be_done_is_refused_by_name(name: str, flags: str, material:
     result = run(host, 1, [*MODEL, *TRAINING, *UPSTREAM, *material.data, *flags.split()])
     assert result.status != 0 and not result.losses
     assert REFUSALS[name][flags] in result.output, result.output[-3000:]
-    # The one of torchrun, about us.
+    # The only traceback is torchrun's, which reports that our process failed.
     assert result.output.count("Traceback") == 1, result.output[-3000:]
 
 
 def test_coc_with_transformer_engine_is_refused_by_mindspeed(material: Material) -> None:
-    """Or it would be by the probe: COC's GEMMs stand below the wrapped forward."""
+    """If MindSpeed did not refuse it, the probe would: COC replaces GEMMs inside the forward that the plugin wraps."""
     host = host_named("core_v0.12.1 + MindSpeed, TE")
     flags = [*TP2, "--use-ascend-coc", "--ternary"]
     result = run(host, 2, [*MODEL, *TRAINING, *UPSTREAM, *material.data, *flags])

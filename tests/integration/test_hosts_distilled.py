@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students of unmodified hosts that learn from a teacher of ours: ``make test-hosts HOSTS='-k distilled'``."""
+"""Tests of students in unmodified hosts that learn from a teacher of ours: ``make test-hosts HOSTS='-k distilled'``."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 from host_runs import HOSTS, MODEL, TERNARY, TRAINING, UPSTREAM, Material, records_of_ours, run
 from test_hosts import LLM_HOST, host_named, succeeded
 
-# Of other depth, width and heads, without grouped queries, and with fewer rows of padding.
+# The teacher has another depth, width and number of heads, no grouped queries, and fewer rows of padding.
 TEACHER = """
     --num-layers 2 --hidden-size 96 --ffn-hidden-size 192 --num-attention-heads 6 --num-query-groups 6
     --init-method-std 0.1 --make-vocab-size-divisible-by 64 --train-iters 1 --lr 1e-9 --no-gradient-accumulation-fusion
@@ -21,7 +21,7 @@ TEACHING = [name for name in HOSTS if name != LLM_HOST]
 
 @pytest.fixture(scope="session")
 def teacher(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of our own loop that has learned nothing, with opinions of its own."""
+    """Makes a teacher: an untrained checkpoint of our own loop, whose outputs differ from the student's."""
     work = tmp_path_factory.mktemp("teacher")
     records_of_ours(1, [*MODEL, *TRAINING, *material.data, *TEACHER, "--save", str(work / "save")], work / "log")
     return work / "save"
@@ -29,7 +29,7 @@ def teacher(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def first_step(material: Material, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
-    """What our own loop logs of its first step, by further flags."""
+    """Returns a function of further flags that returns our own loop's record of its first step."""
 
     @functools.cache
     def found(*flags: str) -> dict:
@@ -41,7 +41,7 @@ def first_step(material: Material, teacher: Path, tmp_path_factory: pytest.TempP
 
 
 def taught(name: str, layout: str, material: Material, teacher: Path, *flags: str):
-    """The first step of a host's ternary student at a layout."""
+    """Runs the first step of a host's ternary student at a layout."""
     host = host_named(name)
     processes, of_layout = host.cases[layout]
     common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *material.start, *TERNARY, "--exit-interval", "1"]
@@ -62,7 +62,7 @@ def test_a_host_learns_what_our_own_loop_learns(
     assert f"teacher: {teacher}/iter_0000001, bf16" in found.output
     assert found.losses[0] == pytest.approx(ours["lm_loss"], rel=1e-4)
     assert found.divergences[0] == pytest.approx(ours["distill_loss"], rel=1e-4)
-    # Of bf16 gradients, printed with three digits.
+    # The norm is that of bf16 gradients, printed with three digits.
     assert float(found.norms[0]) == pytest.approx(ours["grad_norm"], rel=5e-3)
     assert abs(first_step("--distill-alpha", "0")["grad_norm"] / ours["grad_norm"] - 1) > 0.05
 
@@ -88,7 +88,7 @@ def test_likeliest_ids_may_stand_for_all(name: str, material: Material, teacher:
 
 @pytest.mark.parametrize("name", TEACHING)
 def test_a_teacher_of_no_weight_changes_nothing(name: str, material: Material, teacher: Path) -> None:
-    """Not even what dropout draws."""
+    """The teacher does not even change the random numbers of dropout."""
     host = host_named(name)
     common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *material.start, *TERNARY, "--exit-interval", "2"]
     common += "--hidden-dropout 0.1 --attention-dropout 0.1".split()
@@ -98,9 +98,10 @@ def test_a_teacher_of_no_weight_changes_nothing(name: str, material: Material, t
 
 
 def test_a_students_flags_are_none_of_its_teachers(material: Material, teacher: Path, first_step) -> None:
-    """MindSpeed fills in every model's configuration from the job's arguments; this flag our attention would refuse.
+    """The teacher does not get the student's flags, although MindSpeed fills all configurations with the job's flags.
 
-    The student's scores are the same with it, to within rounding.
+    The teacher's attention would refuse this flag. The student's attention scores are the same with it, to within
+    rounding.
     """
     scaled = [*MIXED, "--apply-query-key-layer-scaling"]
     found = taught("core_v0.12.1 + MindSpeed, local", "1 process", material, teacher, *scaled)
@@ -108,7 +109,7 @@ def test_a_students_flags_are_none_of_its_teachers(material: Material, teacher: 
 
 
 def test_another_teacher_is_refused_where_a_host_goes_on(material: Material, teacher: Path, tmp_path: Path) -> None:
-    """A converted model is a teacher, too."""
+    """The other teacher is a converted model."""
     host = host_named("core_v0.16.1, local")
     common = [*MODEL, *TRAINING, *UPSTREAM, *material.data, *TERNARY, "--save", str(tmp_path), "--save-interval", "1"]
     first = [*common, *material.start, "--exit-interval", "1"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed samples, Ulysses and packed instructions in unmodified MindSpeed and MindSpeed-LLM: ``make test-hosts``.
+"""Tests of packed samples and instructions, also with Ulysses, in unmodified MindSpeed and MindSpeed-LLM.
 
-Without the plugin the same hosts train from weights that are ternary already. That must be the same first step, in loss
-and gradient norm: nothing but the weights is the plugin's. That it is the right one Transformers says, which computes
-every document by itself.
+Run them with ``make test-hosts``. The same hosts also train without the plugin, from weights that are already ternary.
+Both must take the same first step, in loss and gradient norm, because the plugin changes only the weights.
+Transformers, which computes every document by itself, gives the expected loss.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from test_hosts import LLM_HOST, host_named, succeeded
 FLASH = ["--use-flash-attn"]
 ULYSSES = "--context-parallel-size 2 --context-parallel-algo ulysses_cp_algo --variable-seq-lengths".split()
 LAYOUTS = {"1 process": (1, FLASH), "TP2": (2, [*TP2, *FLASH]), "Ulysses CP2": (2, [*ULYSSES, *FLASH])}
-# Whose operator has a stand-in that takes what its documentation allows.
+# The operator of fused RoPE has a stand-in that accepts only what its documentation allows.
 FUSED_ROPE = {
     f"{name}, fused RoPE": (n, [*flags, "--use-fused-rotary-pos-emb"]) for name, (n, flags) in LAYOUTS.items()
 }
@@ -27,12 +27,12 @@ MINDSPEED = "core_v0.12.1 + MindSpeed, local"
 
 @pytest.fixture(scope="session")
 def packed(material: Material) -> Packed:
-    """Rows of several documents, and the checkpoint with ternary weights."""
+    """Makes rows of several documents, and the checkpoint with ternary weights."""
     return Packed.make(material)
 
 
 def first_steps(name: str, layout: str, flags: list[str], packed: Packed) -> float:
-    """The first loss of a ternary run, which is that of the host alone on ternary weights."""
+    """Returns the first loss of a ternary run, after comparing its step with that of the host on ternary weights."""
     host = host_named(name)
     processes, of_layout = {**LAYOUTS, **FUSED_ROPE}[layout]
     common = [*MODEL, *TRAINING, *UPSTREAM, *of_layout, *flags]
@@ -60,7 +60,7 @@ def test_packed_documents_are_computed_apart(name: str, layout: str, packed: Pac
 
 @pytest.mark.parametrize("name", PACKING)
 def test_documents_see_one_another_where_nothing_is_reset(name: str, packed: Packed) -> None:
-    """And then the loss is another one, by more than ten times of what is allowed above."""
+    """The loss then differs by more than ten times the tolerance of the test above."""
     found = first_steps(name, "1 process", [*packed.data, "--train-iters", "1"], packed)
     apart = [documents(row) for row in rows()]
     together = loss(packed.ternary, packed.material, [joined(row) for row in apart])
@@ -70,9 +70,9 @@ def test_documents_see_one_another_where_nothing_is_reset(name: str, packed: Pac
 
 @pytest.mark.parametrize("original, layout", [(ROW, "1 process"), (ROW // 2, "1 process"), (ROW // 2, "Ulysses CP2")])
 def test_longrope_rotates_packed_samples(original: int, layout: str, packed: Packed, tmp_path: Path) -> None:
-    """Under the rotary forward that MindSpeed puts in upstream's place, at positions that restart with each document.
+    """LongRoPE works with MindSpeed's replacement of the rotary forward, at positions that restart with each document.
 
-    The length that chooses the factors is that of the row.
+    The length of the row, not of documents, chooses the factors.
     """
     host = host_named(MINDSPEED)
     processes, flags = LAYOUTS[layout]
@@ -93,7 +93,7 @@ def test_longrope_rotates_packed_samples(original: int, layout: str, packed: Pac
 
 
 def longrope_angles(original: int) -> torch.Tensor:
-    """Of the positions of a row, as Transformers has LongRoPE: ``[ROW, 16]``."""
+    """Returns the angles of Transformers' LongRoPE at the positions of a row, ``[ROW, 16]`` (channels per head)."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -105,15 +105,15 @@ def longrope_angles(original: int) -> torch.Tensor:
 
 
 def restarting(row: list[int]) -> list[int]:
-    """The position of every token in its document."""
+    """Returns the position of every token in its document."""
     return [position for tokens, _ in documents(row) for position in range(len(tokens))]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_instructions_are_learned_apart(layout: str, packed: Packed) -> None:
-    """From samples that MindSpeed-LLM packed itself: every answer, from its own prompt alone.
+    """In samples that MindSpeed-LLM packed itself, every answer is learned from its own prompt only.
 
-    Under context parallelism MindSpeed-LLM learns no token that is the first of a rank's slice.
+    With context parallelism, MindSpeed-LLM does not learn a token that is the first of a rank's slice.
     """
     prefix = packed.instructions(host_named(LLM_HOST))
     micro_batches = instructions(prefix, cut=ROW // 2 - 1 if layout == "Ulysses CP2" else None)

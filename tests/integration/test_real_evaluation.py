@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real small model on real benchmark cases: `make test-real-evaluation`. SMOLLM2_PATH names its GGUF file.
+"""Tests with a real small model on real benchmark items: ``make test-real-evaluation``.
 
-Of every task of sample-3 the first REAL_ITEMS cases are asked, 10 by default: on 2 cores a case takes seconds.
+SMOLLM2_PATH names the model's GGUF file. Of every task of sample-3, the first REAL_ITEMS items are evaluated, 10 by
+default, because an item takes seconds on 2 cores.
 """
 
 import os
@@ -31,14 +32,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model as an ordinary Hugging Face directory, and the cases."""
+    """Writes the model as an ordinary Hugging Face directory, and the items."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     root, file = tmp_path_factory.mktemp("real"), Path(FILE)
     options = {"gguf_file": file.name, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-    # Its weights are ordinary ones by now.
+    # The weights have been dequantized, so that the model must no longer be saved as a quantized one.
     loaded.hf_quantizer = None
     del loaded.config.quantization_config
     loaded.save_pretrained(root / "model")
@@ -80,7 +81,7 @@ def test_a_checkpoint_of_it_says_the_same(where: Path) -> None:
         opened.close()
     assert len(said[0]) >= 4
     for (value, greedy), (expected, best) in zip(*said, strict=True):
-        # Sums over some tens of tokens behind 30 layers, which the two compute in other orders.
+        # These are sums over some tens of tokens, after 30 layers, which the two models compute in different orders.
         assert value == pytest.approx(expected, abs=1e-4, rel=1e-5) and greedy == best
 
 

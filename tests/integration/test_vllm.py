@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed exports in vLLM on a CPU: ``make test-vllm`` installs it and runs this."""
+"""Tests of packed exports in vLLM on a CPU: ``make test-vllm`` installs vLLM and runs them."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def packed(place: Path, bits: int) -> Path:
 
 
 def served(model: Path, place: Path) -> tuple[list[dict[int, float]], str]:
-    """Log-probabilities by position and id, none where vLLM does not serve the model, and what it printed."""
+    """Returns log-probabilities by position and id (none if vLLM cannot serve the model), and vLLM's output."""
     (place / "tokens.json").write_text(json.dumps(TOKENS))
     worker = Path(__file__).with_name("vllm_logprobs.py")
     command = [PYTHON, str(worker), str(model), str(place / "tokens.json"), str(place / "told.json")]
@@ -72,7 +72,7 @@ def test_vllm_serves_four_bits(multipliers: dict, group: int, shards: int, tmp_p
     off, allowed = furthest(told, exact), 2 * float((rounded - exact).abs().max())
     print(f"{off:.3f} from fp32; Transformers in bf16 {allowed / 2:.3f}")
     assert off < allowed
-    # The bound would see weights that are scaled otherwise in one row of each linear.
+    # The bound is small enough to detect wrong scales in half of the rows of each linear.
     tensors = load_file(model / "model.safetensors")
     for name in tensors:
         if name.endswith("weight_scale"):
@@ -82,7 +82,7 @@ def test_vllm_serves_four_bits(multipliers: dict, group: int, shards: int, tmp_p
 
 
 def test_vllm_refuses_two_bits_on_a_cpu(tmp_path: Path) -> None:
-    """As docs/packed.md and the model card say: 4 bits are for vLLM."""
+    """docs/packed.md and the model card say that vLLM on a CPU needs 4 bits."""
     latent_model(tmp_path / "latent", architecture(max_position_embeddings=256))
     told, said = served(packed(tmp_path, 2), tmp_path)
     assert not told

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM says of tokens: ``python vllm_logprobs.py MODEL TOKENS.json OUT.json``, in vLLM's own environment.
+"""Writes vLLM's log-probabilities of tokens: ``python vllm_logprobs.py MODEL TOKENS.json OUT.json``.
 
-Writes for every token but the first the five likeliest ids and its own, with their log-probabilities.
+It runs in vLLM's own environment. For every token except the first, it writes the five likeliest ids and the token's
+own id, with their log-probabilities.
 """
 
 import json
