@@ -260,7 +260,7 @@ def assert_one_step_alike(
     "training",
     "from one checkpoint, TP1, TP2, TP2+SP, PP2, PP2+VPP2, DP2, TP2xPP2, TP2xDP2, CP2, CP4, TP2xCP2 and CP2xDP2 take"
     " the same step: the quantized weights are equal, the loss and every gradient agree to within rounding (fp32); "
-    "likewise with packed documents and with conversations",
+    "likewise with packed documents and with conversations (`--sft`)",
 )
 def test_every_layout_takes_the_step_of_one_rank(layout: str, runs: dict) -> None:
     assert_one_step_alike(layout, "TP1", LAYOUTS[layout][0], runs)

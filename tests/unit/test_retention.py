@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The retention table: ratios of means, the paired bootstrap, flags, and its files."""
+"""Tests of the retention table: ratios of means, the paired bootstrap, flags, and its files."""
 
 import csv
 import math
@@ -12,7 +12,7 @@ from bitcpm_megatron.evaluation.retention.comparing import MEAN, table_of
 from bitcpm_megatron.evaluation.retention.scores import ModelScores, TaskScores, TextScores, read_scores
 from bitcpm_megatron.evaluation.retention.statistics import compare, compare_rates
 
-# The technical report's table, FP / ternary of each task: 8B, 3B, 1B, 0.5B.
+# The technical report's table: full-precision / ternary scores of each task for 8B, 3B, 1B and 0.5B.
 REPORTED = {
     "ARC-c": "87.46/86.10 80.34/78.98 64.41/67.12 51.86/50.51",
     "ARC-e": "95.06/93.47 92.77/88.36 79.89/79.01 71.78/65.08",
@@ -50,8 +50,8 @@ def _model(name, tasks, texts=()):
 @pytest.mark.parametrize("column, retention", [(0, "95.7"), (1, "97.2"), (2, "97.1"), (3, "90.1")])
 @pytest.mark.verifies(
     "checkpoints",
-    "retention: the scores in the BitCPM-CANN technical report give its retention figures of 95.7, 97.2, 97.1 and "
-    "90.1 %; a loss of one item in 100 is not significant, a loss of 30 is",
+    "retention (ternary relative to full-precision scores): the scores in the BitCPM-CANN technical report give its "
+    "figures of 95.7, 97.2, 97.1 and 90.1 %; a loss of one item in 100 is not significant, a loss of 30 is",
     cuda="-",
     npu="-",
 )
@@ -87,7 +87,7 @@ def test_one_item_of_a_hundred_is_not_significant_and_thirty_are():
 
 
 def test_items_are_drawn_in_pairs():
-    # Both models lose the same half of the items: unpaired, their difference would have an interval of 20 points.
+    # Both models fail on the same half of the items; unpaired, their difference would have an interval of 20 points.
     half = np.arange(200) % 2
     comparison = compare([np.stack([half, half], 1)])
     assert comparison.interval == (0, 0) and not comparison.significant
@@ -101,7 +101,7 @@ def test_the_interval_of_a_difference_is_that_of_its_variance():
     half = 1.96 * apart.std() / math.sqrt(len(apart))
     assert low == pytest.approx(apart.mean() - half, abs=0.1 * half)
     assert high == pytest.approx(apart.mean() + half, abs=0.1 * half)
-    # The mean of two tasks weighs them alike, whatever their sizes are.
+    # The mean of two tasks weights both equally, whatever their sizes are.
     both = compare([pair, np.tile([[0.0, 1.0]], (9, 1))])
     assert both.difference == pytest.approx((apart.mean() + 1) / 2)
     assert both.interval[1] - both.interval[0] == pytest.approx((high - low) / 2, rel=0.1)
@@ -118,7 +118,7 @@ def test_a_base_of_nothing_has_no_retention():
 
 
 def test_a_ratio_has_an_interval_unless_its_base_is_often_nothing():
-    # Of 34 items with 8 right about one resample in ten thousand has none right, of 20 with 1 right one in three.
+    # With 8 of 34 items right, about one resample in ten thousand has none right; with 1 of 20, one in three.
     often = compare([np.array([[1.0, 1.0]] * 8 + [[0.0, 1.0]] + [[0.0, 0.0]] * 25)])
     low, high = often.retention_interval
     assert low == pytest.approx(1.0) and 1.3 < high < 2.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps: what a file stands for, how runs are named, what their logs say together, and every refusal."""
+"""Tests of sweeps: the runs of a file, their names, the results from their logs, and every refusal."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ ARMS = {"BF16": {}, "fine": {"ternary": True, "ternary-group-size": 32}}
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Callable[..., list[Run]]:
-    """The runs of a sweep that has these keys in the place of those of ``SWEEP``; None takes one out."""
+    """Returns a function that returns the runs of ``SWEEP`` with changed keys; None removes a key."""
 
     def of(**changes: object) -> list[Run]:
         return runs_of(read_sweep(str(written(tmp_path, **changes))), tmp_path / "out", Inputs())
@@ -85,7 +85,7 @@ def test_a_base_by_name_and_in_the_file_are_the_same(runs: Callable) -> None:
     by_name, in_file = (names(runs(base=base, last_records=4)) for base in ("tiny-cpu", job))
     assert by_name == in_file
     command_line = running.command(runs(base="tiny-cpu", last_records=4)[0].job)
-    # Launches that go on at the same time meet at ports of their own.
+    # Launches that run at the same time use different ports.
     assert "--rdzv_endpoint 127.0.0.1:0" in " ".join(command_line) and "--nproc_per_node 2" in " ".join(command_line)
 
 
@@ -108,7 +108,7 @@ def test_names_are_of_the_content(runs: Callable) -> None:
     assert names(runs(base=turned, grid={"lr": [4e-3, 1e-3, 2e-3]}, seeds=[2, 1])) == before
     exported = [names(runs(base=based_on("cluster", environment=dict.fromkeys(order, "1")))) for order in ("AB", "BA")]
     assert exported[0] == exported[1]
-    # What is not the training's: where and how often it saves, what the sweep says of itself, a default in full.
+    # Names do not depend on where and how often runs save, on the sweep's own description, or on explicit defaults.
     assert names(runs(base=based_on("checkpoint", save="elsewhere", save_interval=3))) == before
     assert names(runs(base=based_on("training", lr=7e-3, seed=5), description="other", baseline="lr=0.001")) == before
     assert names(runs(base=based_on("training", weight_decay=0.01))) == before
@@ -137,7 +137,7 @@ def test_another_value_leaves_the_names_of_the_others(runs: Callable) -> None:
     before = names(runs())
     after = names(runs(grid={"lr": [5e-4, 1e-3, 2e-3, 4e-3]}, seeds=[1, 2, 3]))
     assert len(after) == 12 and {key: after[key] for key in before} == before
-    # And the same training has the same name under another one.
+    # The same training has the same name, whatever its arm is called.
     renamed = names(runs(grid=None, arms={"slow": {"lr": 1e-3}, "fast": {"lr": 4e-3}}))
     assert renamed["fast", 2] == before["lr=0.004", 2]
 
@@ -153,7 +153,7 @@ def test_names_are_of_the_content_of_files(runs: Callable, tmp_path: Path) -> No
 
 
 def reading(**paths: object) -> argparse.Namespace:
-    """As much of a run's arguments as says what it reads."""
+    """Returns those arguments of a run that say what it reads."""
     names = "data_path train_data_path valid_data_path tokenizer_model ternary_recipe pretrained_checkpoint".split()
     nothing = dict.fromkeys([*names, "distill_teacher", "distill_targets"])
     return argparse.Namespace(**{**nothing, "sft": False, "seq_length": 1, **paths})
@@ -198,7 +198,7 @@ def test_a_checkpoint_is_its_newest_iteration(tmp_path: Path) -> None:
 
 
 def logged(run: Run, loss: float, steps: int = STEPS, valid: float | None = None) -> None:
-    """Leaves what a run has logged up to a step: its last two records are around the loss."""
+    """Writes what a run has logged up to a step; the mean of its last two records is the loss."""
     run.directory.mkdir(parents=True, exist_ok=True)
     losses = {5: 9.0, 10: 8.0, 15: loss - 0.5, 20: loss + 0.5}
     records = [{"kind": "train", "iteration": i, "lm_loss": value} for i, value in losses.items() if i <= steps]
@@ -208,7 +208,7 @@ def logged(run: Run, loss: float, steps: int = STEPS, valid: float | None = None
 
 
 def finished(run: Run, loss: float, valid: float | None = None) -> None:
-    """Leaves a whole log, and that the process ended well."""
+    """Writes a complete log and the record of a successful end."""
     logged(run, loss, valid=valid)
     run.end("finished")
 
@@ -239,7 +239,7 @@ def test_arms_are_compared_with_the_one_that_is_like_them_otherwise(runs: Callab
     assert [row.reference and row.reference.name for row in rows[3:]] == [
         f"BF16, lr={lr}" for lr in (0.001, 0.002, 0.004)
     ]
-    # Of one seed there is a difference, and no interval.
+    # With one seed, there is a difference but no interval.
     assert [row.difference for row in rows] == [None] * 3 + [{"mean": pytest.approx(1.0)}] * 3
     sweep = read_sweep(str(written(tmp_path, arms=ARMS, seeds=[4], baseline={"arm": "BF16", "lr": 2e-3})))
     assert {sweep.reference(arm).name for arm in sweep.arms if sweep.reference(arm)} == {"BF16, lr=0.002"}
@@ -260,13 +260,13 @@ def test_what_failed_or_has_not_ended_stands_in_the_table(runs: Callable, tmp_pa
     assert [results.count(state) for state in (FINISHED, UNFINISHED, FAILED)] == [3, 2, 1]
     text = "\n".join(report.table(results))
     assert "6 runs: 3 finished, 2 unfinished, 1 failed." in text
-    # Of the seed that both have finished.
+    # The difference is that of the seed which both have finished.
     assert "| lr=0.001 | 1 of 2 | 3.5000 | 3.5000 | +0.5000 |  |" in text
     assert "| lr=0.004 | 0 of 2 | - | - | - | seed 1 failed: x: the loss is nan \\| diverged |" in text
     assert f"| {found['lr=0.001', 2].name} | lr=0.001 | 2 | unfinished | - | - | 10 of 20 steps |" in text
     assert f"| {found['lr=0.004', 1].name} | lr=0.004 | 1 | failed | - | - | x: the loss is nan \\| diverged |" in text
     assert str(tmp_path) not in text, "the same table wherever a sweep lies"
-    # The other way round, it is the baseline that lacks a seed.
+    # In the reverse case, the baseline lacks a seed.
     turned = results_of(replace(results.sweep, baseline={"lr": 1e-3}), list(found.values()))
     assert [row.difference for row in turned.rows] == [None, {"mean": pytest.approx(-0.5)}, None]
 
@@ -288,7 +288,7 @@ def test_a_log_that_lacks_the_last_validation_is_of_no_finished_run(runs: Callab
         ((3.0, 2.0, 2.5), None),
         ((2.0, 2.1, 2.5), "lr=0.001"),
         ((3.0, 2.5, 2.0), "lr=0.004"),
-        ((2.5, 2.0, None), None),  # what has failed beside the best one
+        ((2.5, 2.0, None), None),  # a run next to the best one has failed
         ((None, 2.0, 2.5), None),
         ((None, 2.5, 2.0), "lr=0.004"),
     ],
@@ -301,7 +301,7 @@ def test_the_best_value_at_the_border_is_marked(
     for run in found:
         loss = losses[sorted(order).index(run.job.flags["lr"])]
         if loss is not None or run.seed == 1:
-            finished(run, 1.0 if loss is None else loss)  # the seed that went well does not make it the best
+            finished(run, 1.0 if loss is None else loss)  # one good seed does not make a value the best
         else:
             run.directory.mkdir(parents=True)
             run.end("failed", "diverged")
@@ -316,7 +316,8 @@ def test_the_best_value_at_the_border_is_marked(
 
 @pytest.mark.verifies(
     "trust",
-    "the results table of a sweep is computed from its logs only, and lists the runs that failed",
+    "the results table of a sweep (a grid of training runs) is computed from its logs only, and lists the runs that "
+    "failed",
     cuda="-",
     npu="-",
 )
@@ -380,7 +381,7 @@ def test_why_a_process_ended(status: int, said: str, reason: str, killed: str) -
 
 
 class Processes:
-    """In the place of real ones: what each run logs, prints and ends with, by its title."""
+    """A double of processes that defines, by the title of a run, what it logs and prints and how it ends."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, runs: list[Run]) -> None:
         self._runs = {run.job.flags["save"]: run for run in runs}
@@ -447,7 +448,7 @@ def test_one_sweep_at_a_time_writes_into_a_directory(
     runs: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     runs()
-    # Of another process: a lock of our own would not keep us out.
+    # The lock belongs to another process, because a lock of this one would not exclude it.
     monkeypatch.setattr(FileLock, "_try", lambda self: setattr(self, "_file", _opened(tmp_path)) or False)
     monkeypatch.setattr("bitcpm_megatron.files.lock._PATIENCE_SECONDS", -1.0)
     assert command.main([str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "out")]) == 2
