@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints how many bytes our loop's model saves for its backward, and how many ``launch/estimates/memory.py`` expects.
+"""Prints the bytes that our loop's model saves for its backward, and what ``launch/estimates/memory.py`` expects.
 
-python tests/unit/saved_activations.py FLAGS OF launch/pretrain.py
+    python tests/unit/saved_activations.py FLAGS_OF_PRETRAIN
+
+The flags are those of ``launch/pretrain.py``.
 """
 
 import json
@@ -19,7 +21,7 @@ from bitcpm_megatron.training.model import build_model
 
 
 def main() -> None:
-    """Runs one forward in this process."""
+    """Runs one forward pass in this process, and prints both numbers."""
     args = parse_args(presets.expand(sys.argv[1:]), 1)
     initialize(args)
     padded = padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by)
@@ -30,7 +32,7 @@ def main() -> None:
     def remember(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            # Kept alive, or its address could be another tensor's later.
+            # The storage is kept alive, because another tensor could otherwise get its address later.
             saved[storage.data_ptr()] = storage
         return tensor
 
@@ -41,7 +43,8 @@ def main() -> None:
     layout = layout_of(args, 1, args.vocab_size)
     options = options_of(args, cpu=True, recipe=recipe_of(args) if args.ternary else None)
     _, need = estimate(layout, options)
-    # The quantized weights are saved for the backward; of the logits only those in fp32 are.
+    # The quantized weights are saved for the backward; the logits are saved only in fp32, not in the dtype of the
+    # model.
     expected = need.activations + need.logits + need.quantized - options.size * layout.tokens * padded
     print(json.dumps({"saved": sum(s.nbytes() for s in saved.values()), "expected": expected}))
 

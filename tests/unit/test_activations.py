@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Int8 fake quantization of activations: against a float64 formula, at the edges, and inside a ternary layer."""
+"""Tests of int8 fake quantization of activations: against a float64 formula, at limits, and in a ternary layer."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_every_value_is_a_level_of_its_token(dtype, tokens, groups, width, expon
     scale = np.maximum(np.abs(grouped).max(-1, keepdims=True), 1e-5)
     found = y.double().numpy().reshape(grouped.shape)
     levels = found / scale * 127
-    # One rounding to the input's dtype stands between a level and what comes back.
+    # A result differs from its level by one rounding to the input's dtype.
     slack = 127 * torch.finfo(dtype).eps + 127 * torch.finfo(dtype).smallest_normal / scale
     assert np.all(np.abs(levels - np.rint(levels)) <= slack)
     assert np.all(np.abs(np.rint(levels)) <= 127)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adaptor against doubles of its hosts: what it hooks, in which order, and what it refuses."""
+"""Tests of the adaptor with test doubles of its hosts: what it hooks, in which order, and what it refuses."""
 
 import argparse
 import importlib
@@ -28,10 +28,10 @@ from bitcpm_megatron.patches import megatron_lm, mindspeed
 from bitcpm_megatron.ternary_flags import add_arguments
 from bitcpm_megatron.training.flags import OF_DISTILLATION
 
-# The second is what the first does at once, without the host that the rest of it needs.
+# HOOK runs only the first part of IMPORT, which sets the exception hook; the rest would need a host.
 IMPORT = "import bitcpm_megatron.adaptor"
 HOOK = f"import contextlib\nwith contextlib.suppress(ValueError): {IMPORT}\n0"
-# torch's hook, which puts the rank in front of each line, stands around ours then.
+# With a process group, torch's exception hook, which prints the rank before each line, wraps ours.
 GROUP = "from torch import distributed as d; d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)"
 pytestmark = pytest.mark.usefixtures("single_rank", "fresh")
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ NOTHING = argparse.Namespace(ternary=False)
 
 
 class LayerNormLinear(torch.nn.Module):
-    """The contract of MindSpeed's emulated TELayerNormColumnParallelLinear."""
+    """A layer with the interface of MindSpeed's emulated TELayerNormColumnParallelLinear."""
 
     def __init__(self, config: TransformerConfig, rows: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class LayerNormLinear(torch.nn.Module):
 
 
 class Bypassing(LayerNormLinear):
-    """Keeps a reference of its own to the weight."""
+    """A layer that computes with its own reference to the weight, past the quantizer."""
 
     def __init__(self, config: TransformerConfig, rows: int) -> None:
         super().__init__(config, rows)
@@ -85,14 +85,14 @@ class Chunk(torch.nn.Module):
         self.decoder = torch.nn.ModuleDict({"linear_fc1": column, "linear_fc2": row})
 
     def sharded_state_dict(self) -> dict:
-        """As a GPTModel gives it."""
+        """Returns the sharded state dict like a GPTModel."""
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         return {k: v for n, m in self.decoder.items() for k, v in m.sharded_state_dict(f"{n}.", (), metadata).items()}
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No job yet, no host, no registered linear, and the adaptor not imported."""
+    """Resets the state: no job, no host, no registered linear, and the adaptor is not imported."""
     monkeypatch.setattr(host, "job", host.Job())
     monkeypatch.setattr(linears, "_registered", {})
     monkeypatch.setattr(mindspeed, "_applied", [])
@@ -103,7 +103,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def megatron(monkeypatch: pytest.MonkeyPatch) -> Callable[..., host_doubles.MegatronTraining]:
-    """A Megatron-LM whose modules can be imported, and are not yet."""
+    """Returns a function that makes a Megatron-LM double, whose modules can be imported but are not yet."""
 
     def make(linear: Callable | None = None, **more) -> host_doubles.MegatronTraining:
         double = host_doubles.MegatronTraining(monkeypatch, lambda: [Chunk(linear)], **more)
@@ -114,7 +114,7 @@ def megatron(monkeypatch: pytest.MonkeyPatch) -> Callable[..., host_doubles.Mega
 
 
 def python(script: str) -> subprocess.CompletedProcess:
-    """Runs a script in a process of its own, where megatron-core has no Megatron-LM around it."""
+    """Runs a script in a separate process, which has megatron-core but no Megatron-LM."""
     paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-W", "ignore", "-c", script]
@@ -122,7 +122,7 @@ def python(script: str) -> subprocess.CompletedProcess:
 
 
 def adapt() -> str:
-    """``import bitcpm_megatron.adaptor``; the host that it found."""
+    """Imports ``bitcpm_megatron.adaptor``, and returns the host that it found."""
     return importlib.import_module("bitcpm_megatron.adaptor").HOST
 
 
@@ -133,7 +133,7 @@ def test_a_job_trains_ternary_after_one_import(megatron) -> None:
     assert [s.name for s, _ in ternary_modules(chunk)] == ["decoder.linear_fc1", "decoder.linear_fc2"]
     assert "holds bit for bit in 2 layers" in "\n".join(job.printed)
     assert "ternary: 2 of 2 modules" in job.printed[-2]
-    # The double's optimizer is none of megatron-core's.
+    # The double's optimizer is not one of megatron-core's.
     assert job.printed[-1].startswith("cache: step, a quantized weight beside each latent one (not resident: ")
 
 
@@ -166,7 +166,7 @@ def test_a_ramp_is_for_our_own_loop(megatron, tmp_path: Path) -> None:
 
 
 def test_so_does_a_host_whose_builders_make_the_model(megatron) -> None:
-    """Megatron-LM from core_v0.18 on: without get_model, and with arguments become a configuration elsewhere."""
+    """Megatron-LM from core_v0.18 on has no get_model, and makes the configuration from arguments elsewhere."""
     job = megatron(builders=True)
     adapt()
     (chunk,) = job.run(["--ternary"])
@@ -174,7 +174,7 @@ def test_so_does_a_host_whose_builders_make_the_model(megatron) -> None:
 
 
 def test_adapters_train_in_full_precision_beside_ternary_layers(megatron, monkeypatch, tmp_path: Path) -> None:
-    """PEFT's names change neither what is quantized nor what it is called, so that a pretraining checkpoint fits."""
+    """PEFT's names change neither quantized layers nor their recorded names: a pretraining checkpoint still fits."""
     job = megatron()
     adapt()
     job.run(["--ternary", "--save", str(tmp_path)])
@@ -216,7 +216,7 @@ def test_importing_it_twice_changes_nothing_more(megatron) -> None:
 def test_the_record_goes_with_the_checkpoint_and_is_held_against_the_next_run(megatron, tmp_path, format) -> None:
     job = megatron()
     adapt()
-    # The double asserts that the record is there when the tracker is written.
+    # The double asserts that the record exists when the tracker is written.
     job.run(["--ternary", "--ternary-row-parallel-shards", "2", "--ckpt-format", format, "--save", str(tmp_path)])
     more = ["--ckpt-format", format, "--load", str(tmp_path)]
     job.run(["--ternary", *more])
@@ -284,7 +284,7 @@ def test_flags_without_ternary_are_refused(megatron) -> None:
 
 
 def check(**of_the_host: object) -> argparse.Namespace:
-    """Checks the arguments of a ternary job, and returns them."""
+    """Checks the arguments of a ternary job in a host, and returns them."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(["--ternary"])
@@ -351,7 +351,7 @@ def test_another_teacher_is_refused_where_a_host_goes_on(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("prefix", ["", "expert_"])
 def test_weights_sharded_beyond_tensor_parallelism_are_refused(prefix: str) -> None:
-    """Megatron-LM gives the number of shards a value in every job: here of a tensor-parallel size of 2."""
+    """Megatron-LM sets the number of shards in every job; the tensor-parallel size is 2 here."""
     shards, derived = f"{prefix}tensor_parallel_num_weight_shards", f"{prefix}gtp_weight_remat_size"
     with pytest.raises(host.HostError, match=f"--{shards.replace('_', '-')} 4"):
         check(**{shards: 4, derived: 2})
@@ -410,14 +410,14 @@ def test_a_missing_symbol_raises(megatron) -> None:
 
 
 class TestMindSpeed:
-    """Through MindSpeed's features."""
+    """Tests of the adaptor with MindSpeed, which applies patches as features."""
 
     @pytest.fixture
     def mindspeed_host(self, monkeypatch, megatron) -> Callable[..., host_doubles.MegatronTraining]:
         def make(linear: type) -> host_doubles.MegatronTraining:
             self.double = host_doubles.MindSpeed(monkeypatch, LayerNormLinear)
             monkeypatch.setattr(mindspeed, "available", lambda name: name == "mindspeed")
-            # The double's adaptor is imported when ours asks for it.
+            # The double's adaptor is imported when ours imports it.
             real = importlib.import_module
 
             def import_module(name: str, *args):
@@ -453,7 +453,7 @@ class TestMindSpeed:
             job.run(["--ternary", "--ternary-activation-bits", "8"])
 
     def test_swapped_attention_leaves_quantized_weights_where_they_are(self, monkeypatch, mindspeed_host) -> None:
-        """Two micro-batches in flight, and activations that are freed between their passes, as MindSpeed frees them."""
+        """Two micro-batches are in flight; their activations are freed between the passes, like in MindSpeed."""
         swap = host_doubles.SwapPrefetch
         host_doubles.module(monkeypatch, "mindspeed.core.memory.swap_attention.prefetch", SwapPrefetch=swap)
         monkeypatch.setattr(swap, "no_swap_tensor", staticmethod(swap.no_swap_tensor))
@@ -539,7 +539,7 @@ def test_errors_of_the_script_keep_their_traceback() -> None:
 
 
 def test_checkpoints_can_be_written_with_a_newer_torch(megatron, monkeypatch) -> None:
-    """megatron-core 0.12.1 hands torch's function no serialization format; so it must not need our launcher."""
+    """megatron-core 0.12.1 passes no serialization format to torch; the adaptor adds it, without our launcher."""
     megatron()
     written = []
 
@@ -553,7 +553,7 @@ def test_checkpoints_can_be_written_with_a_newer_torch(megatron, monkeypatch) ->
 
 
 def test_flags_that_the_host_has_are_the_hosts(megatron) -> None:
-    """MindSpeed-LLM carries out --scale-emb itself: twice would be wrong."""
+    """MindSpeed-LLM applies --scale-emb itself; applying it twice would be wrong."""
     job = megatron(theirs=("--scale-emb", "--rope-scaling-type"))
     adapt()
     job.run(["--scale-emb", "12"])
@@ -573,7 +573,7 @@ def test_a_mistake_on_the_hosts_command_line_is_one_line(monkeypatch, capsys) ->
             parser.parse_args(flags)
         said = capsys.readouterr().err
         assert leaving.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and flags[0] in said
-    # And on what launch/pretrain_gpt.py takes for itself.
+    # The same holds for the flags of launch/pretrain_gpt.py itself.
     with pytest.raises(SystemExit):
         pretrain_gpt.build_parser().parse_known_args(["--megatron-path"])
     said = capsys.readouterr().err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: unknown flags are errors, contradictions are named together, defaults follow Megatron-LM."""
+"""Tests of the command line: unknown flags are errors, all contradictions are named, defaults follow Megatron-LM."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AscendC backend's Python side, and training with its emulated kernels."""
+"""Tests of the AscendC backend's Python side, and of training with its emulated kernels."""
 
 import importlib.util
 import shutil

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The binding of the AscendC kernels: the source that is built for an NPU, on a CPU that poses as two of them."""
+"""Tests of the binding of the AscendC kernels: its source for NPUs runs on a CPU that stands in for two NPUs."""
 
 import itertools
 import shutil
@@ -17,7 +17,7 @@ from bitcpm_megatron.ops import ascendc, quantize_in_place, registry
 from bitcpm_megatron.quantization import SPACES, QuantizerConfig, pack, quantize_dequantize
 from bitcpm_megatron.quantization import quantize as quantize_to_codes
 
-# Each check is a process of its own.
+# Each check runs in a process of its own.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++"),
@@ -41,7 +41,7 @@ def small_weights(count: int, device: str = "npu:0") -> list[torch.Tensor]:
 
 
 def quantize(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """One launch each, as `bitcpm::fake_quantize` does."""
+    """Quantizes each weight with a launch of its own, like ``bitcpm::fake_quantize``."""
     return [ascendc.quantize_weights([w], [32], CONFIG).quantized[0] for w in weights]
 
 
@@ -76,12 +76,12 @@ def grouped_launch(device: Device) -> None:
 
 
 def in_place(device: Device) -> None:
-    """All weights of a step where they stand, through the op that training calls: two launches, and no copy of one."""
+    """The op of training quantizes all weights of a step in place, with two launches and no copy of a weight."""
     groups = [128, 32, -1, 96, -1, -1]
     shapes = [(9, 384), (4, 64), (3, 33), (2, 192), (5, 5000), (1, 4224)]
     latent = [gaussian(*shape, seed=i) for i, shape in enumerate(shapes)]
     weights = [w.to("npu") for w in latent]
-    # It asks for torch_npu, which is not here.
+    # The backend would require torch_npu, which is not installed.
     registry._choices["npu"] = registry.Choice(registry._BACKENDS["ascendc"], "the stand-in")
     blocks, uploads = device.counts.blocks, device.counts.uploads
     for step in range(3):
@@ -90,7 +90,8 @@ def in_place(device: Device) -> None:
         launches = device.counts.launches
         scales = quantize_in_place(weights, QuantizerConfig(eps=EPS), groups)
         assert device.counts.launches - launches == 2
-        # Scales and two tables, which are copied once: the weights are at the same addresses in every step.
+        # Blocks are scales and two tables. Tables are copied once, because the weights keep their addresses in every
+        # step.
         assert device.counts.blocks - blocks == len(weights) + 2
         assert device.counts.uploads - uploads == 2
         for weight, own, start, group in zip(weights, scales, latent, groups, strict=True):
@@ -100,9 +101,9 @@ def in_place(device: Device) -> None:
 
 
 def packed_layers(device: Device) -> None:
-    """Rows of packed layers are unpacked on the device, for every number of tokens; the product is the device's own.
+    """Rows of packed layers are unpacked on the device for every number of tokens; the device's own product is used.
 
-    The stand-in has no products and no views: that the pieces make the whole is shown on a CPU.
+    The stand-in has neither products nor views; tests on a CPU show that the pieces of a product make up the whole.
     """
     multiplied: list[torch.Tensor] = []
 
@@ -110,7 +111,7 @@ def packed_layers(device: Device) -> None:
         multiplied.append(weight.cpu())
         return torch.nn.functional.linear(x.cpu(), multiplied[-1]).to(weight.device)
 
-    ascendc.unavailable = lambda device_type: None  # it asks for torch_npu, which is not here
+    ascendc.unavailable = lambda device_type: None  # it would require torch_npu, which is not installed
     packed_linear.linear = product
     packed_linear._DECODED_ELEMENTS = 4 * 384
     for columns, group in ((384, 128), (384, 32), (33, -1)):
@@ -129,7 +130,7 @@ def packed_layers(device: Device) -> None:
 
 
 def other_quantizers(device: Device) -> None:
-    """Every space and scale, through the ops that training calls; and given scales."""
+    """The ops of training quantize with every space and scale, and with given scales."""
     registry._choices["npu"] = registry.Choice(registry._BACKENDS["ascendc"], "the stand-in")
     latent = [gaussian(9, 384), gaussian(3, 33, seed=1), gaussian(2, 4224, seed=2)]
     for space, (statistic, multiplier) in itertools.product(SPACES, ((None, None), ("absmean", 1.55), ("absmax", 0.4))):
@@ -173,7 +174,7 @@ def wrong_tensors(device: Device) -> None:
     for space in (([0.5], [0.0], 0), ([0.5] * 5, [0.0] * 6, 0), ([], [1.0], 0), ([0.5], [0.0, 1.0], 2), ([], [], -1)):
         with pytest.raises(RuntimeError, match="levels, . thresholds and the ties .* are no space"):
             op([w], [q], [one], [], [], [32], EPS, 1.0, False, *space, False, False)
-    # Beside the check of the Python side, which tells of the space.
+    # The Python side checks this, too, with a message that names the space.
     with pytest.raises(RuntimeError, match="packing, unpacking and counting know ternary codes alone"):
         op([w], [q], [one], [], [], [32], EPS, 1.0, False, [0.0], [-1.0, 1.0], 1, False, True)
     assert device.counts.launches == 0
@@ -203,7 +204,7 @@ def failing_launch(device: Device) -> None:
 def tables_over_steps(device: Device) -> None:
     weights = small_weights(200)
     for _step in range(3):
-        results = quantize(weights)  # all of them live until the end of the step
+        results = quantize(weights)  # all results exist until the end of the step
         assert device.counts.uploads == 200
         del results
     assert device.counts.launches == 600
@@ -229,7 +230,7 @@ def tables_are_dropped_at_last(device: Device) -> None:
     for i in range(most + 20):
         launch(i)
         quantize([used])
-    # The weights, the big tables but for the room of the small one, and that.
+    # The blocks are those of the two weights, of the large tables that fit, and of the small table.
     assert device.counts.blocks == 2 + most + 1
     assert device.counts.uploads == 2 + most + 20
     uploads = device.counts.uploads
@@ -250,7 +251,7 @@ def tables_of_streams_and_devices(device: Device) -> None:
     device.set_stream(0)
     quantize([weight])
     assert device.counts.uploads == 2
-    # The current device is the first one all the while.
+    # The current device remains the first one.
     other = weight.to("npu:1")
     scales = ascendc.quantize_weights([other], [32], CONFIG, pack=True)
     back = ascendc.unpack_weight(scales.packed[0], scales.scales[0], 64, 32, torch.bfloat16)
@@ -287,7 +288,7 @@ def a_captured_table_stays(device: Device) -> None:
     device.set_capture(False)
     device.set_launches(compute=False)
     many = [weight] * 2000
-    for i in range(120):  # more than all the room for tables
+    for i in range(120):  # more tables than the cache can hold
         ascendc.quantize_weights(many, [32] * len(many), QuantizerConfig(eps=EPS * (1 + i)))
     uploads = device.counts.uploads
     quantize([weight])

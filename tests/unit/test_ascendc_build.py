@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make kernel` asks the machine: which chip, which CANN; and which calls the kernels may use."""
+"""Tests of what ``make kernel`` detects (the chip and CANN's version), and of the calls that kernels may use."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ascendc.emulator import EMULATION, FLAGS, SOURCES
 
-# A script, CMake and a compiler are asked.
+# The tests start a script, CMake and a compiler.
 pytestmark = pytest.mark.slow
 
 HEADER = "NPU ID                         Chip ID                        Chip Logic ID                  Chip Name"
@@ -17,7 +17,7 @@ CMAKE = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake: p
 
 
 def soc_version(folder: Path, output: str | None) -> str:
-    """The answer where npu-smi prints this; None: there is no npu-smi."""
+    """Returns the script's answer if npu-smi prints ``output``; None stands for a machine without npu-smi."""
     if output is not None:
         table = folder / "table"
         table.write_text(output + "\n")
@@ -55,7 +55,7 @@ def test_without_npu_smi_the_chip_is_the_smallest_910b(tmp_path: Path) -> None:
 
 
 def run(*command: str, text: str = "") -> tuple[int, str]:
-    """Exit code and output of a command, in English and on one line: CMake breaks its messages."""
+    """Returns the exit status of a command and its output, in English and on one line, because CMake wraps messages."""
     done = subprocess.run(
         command,
         input=text,
@@ -123,7 +123,7 @@ def test_the_build_looks_at_the_toolkit_first(tmp_path: Path) -> None:
     assert "no ascendc.cmake under" in run(*command)[1]
 
 
-# Calls that toolkits newer than the oldest accepted one add (CANN 9.0: Compares; 9.1: ReduceRepeat).
+# Toolkits newer than the oldest accepted one add these calls (CANN 9.0: Compares; 9.1: ReduceRepeat).
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 @pytest.mark.parametrize(
     ("call", "missing"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AscendC kernels, emulated on a CPU: values against torch, strictness, tiling.
+"""Tests of the AscendC kernels, emulated on a CPU: values against torch, strictness of the emulator, tiling.
 
-The emulation, its cases and the mutation test are in ``tests/ascendc``; ``make kernel-test`` runs all mutants, here is
-a sample of them.
+The emulator, its cases and the mutation test are in ``tests/ascendc``. ``make kernel-test`` runs all mutants; the
+tests here run a sample.
 """
 
 import itertools
@@ -35,7 +35,7 @@ def emulator() -> Emulator:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Small tensors: a second thread only waits."""
+    """Uses one thread, because tensors are so small that a second thread would only wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -81,7 +81,7 @@ def test_every_mode_of_a_shape(emulator: Emulator, rows: int, columns: int, grou
 
 @pytest.mark.parametrize("group", [64, 1024, 2816, 5000])
 def test_a_scale_depends_on_its_segment_alone(emulator: Emulator, group: int) -> None:
-    # The sums sit at the midpoint of two bf16 values: any other order of adding would show.
+    # The sums are at the midpoint of two bf16 values, so that any other order of addition would be noticed.
     w = gaussian(8, group, torch.float32, 5).abs()
     target = torch.tensor(0x3F808000, dtype=torch.int32).view(torch.float32)
     w *= target / golden.means(w, group)
@@ -133,7 +133,7 @@ def test_one_grouped_launch_gives_what_single_ones_give(emulator: Emulator) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_weights_where_they_stand(emulator: Emulator, dtype: torch.dtype) -> None:
-    """Every shape at once. The emulation ends where a byte is read by another core, or after it was stored."""
+    """All shapes are quantized in place; the emulator fails if a byte is read by another core, or after a store."""
     shapes = [*cases.SHAPES, *cases.LARGE]
     for cores, late in itertools.product((1, 5, 40), (False, True)):
         latent = [gaussian(rows, columns, dtype, seed=i) for i, (rows, columns, _) in enumerate(shapes)]
@@ -154,7 +154,7 @@ def test_the_emulation_watches_weights_that_are_quantized_where_they_stand(emula
     in_place.quantized = latent
     with pytest.raises(EmulationError, match="a global byte is read after it was stored"):
         emulator.run([in_place, in_place], 1)
-    # The tile kernel runs first, and its only core reads the row that the second core of the row kernel stores.
+    # The tile kernel runs first, and its only core reads the row that the row kernel's second core stores.
     other = Weight(latent[1:].view(256, 32), 32)
     with pytest.raises(EmulationError, match="stored by another core than the one that reads it"):
         emulator.run([in_place, other], 2)
@@ -193,7 +193,7 @@ def test_every_quantizer_is_the_reference(emulator: Emulator) -> None:
 def test_a_table_of_the_ternary_levels_gives_the_ternary_weight(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """The two ways of the kernels, from the bits of the scale and by a product with it, meet in one weight."""
+    """The kernels' two methods, from the bits of the scale and by a product with it, give the same weight."""
     latent = gaussian(6, 2112, dtype, 11)
     latent[0, 0], latent[1, 7] = torch.inf, torch.nan
     for group, scale in itertools.product((32, 1056), (None, 0.75)):
@@ -211,7 +211,7 @@ def test_a_table_of_the_ternary_levels_gives_the_ternary_weight(
 
 
 def check_plan(weights: list[Weight], launches: list, cores: int) -> None:
-    """Every tile of every weight goes to exactly one core, in shares that differ by less than two tiles."""
+    """Asserts that every tile is assigned to exactly one core, in shares that differ by less than two tiles."""
     for kernel, blocks, ub_bytes, table in launches:
         assert 1 <= blocks <= cores and ub_bytes <= 192 * 1024 - 8 * 1024 - 256
         count = table[0]
@@ -313,7 +313,7 @@ def test_bytes_moved_are_in_and_out_and_scales(emulator: Emulator) -> None:
     ids=lambda given: given.space if isinstance(given, QuantizerConfig) else None,
 )
 def test_what_a_tile_costs(emulator: Emulator, config: QuantizerConfig, cost: tuple[int, int, int]) -> None:
-    """Instructions, steps and barriers of docs/kernels.md: what other quantizers need costs ternary nothing."""
+    """Instructions, steps and barriers are those of docs/kernels.md; other quantizers do not make ternary slower."""
     once, twice = (emulator.run([Weight(gaussian(8 * n, 1024), 128, config=config)], 1) for n in (1, 2))
     names = ("instructions", "repeats", "barriers")
     assert tuple(getattr(twice, name) - getattr(once, name) for name in names) == cost

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and pictures of the benchmarks."""
+"""Tests of the benchmarks' tables and pictures."""
 
 import csv
 import subprocess
@@ -24,7 +24,7 @@ def test_rows_are_written_with_what_was_not_measured_left_empty(tmp_path: Path) 
 
 def test_a_table_has_as_many_columns_as_its_head() -> None:
     assert markdown("a | b", ["1 | 2", "3 | "]) == "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 |  |"
-    # A last column without a heading.
+    # The last column has no heading.
     assert markdown("a |", []) == "| a | |\n|---|---|"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing conversations into samples."""
+"""Tests of packing conversations into samples."""
 
 import itertools
 import random
@@ -30,11 +30,11 @@ def test_every_item_is_in_one_bin_and_no_two_bins_fit_into_one(lengths: list[int
         ([], []),
         ([10], [[0]]),
         ([4, 4, 4], [[0, 1], [2]]),
-        # Long ones first: in the order of the input it would take three bins.
+        # Long conversations are packed first; in the order of the input, three bins would be needed.
         ([3, 3, 7, 7], [[0, 3], [1, 2]]),
-        # The fullest bin that has room: the last one fits into either, and the bin of 7 has less room than that of 6.
+        # The fullest bin with enough room is chosen: the last fits into both, and the bin of 7 has less room.
         ([6, 7, 3], [[0], [1, 2]]),
-        # Exactly full bins take nothing more.
+        # Nothing is added to bins that are exactly full.
         ([10, 1, 10, 1], [[0], [1, 3], [2]]),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint never holds a weight that is not finite."""
+"""Tests that a checkpoint never contains a weight that is not finite."""
 
 import math
 from types import SimpleNamespace

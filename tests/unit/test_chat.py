@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations: what is asked and kept of them, and the command that leads them."""
+"""Tests of conversations: what the model is asked, what is kept, and the command ``chat``."""
 
 import io
 import signal
@@ -20,13 +20,13 @@ CONTEXT = 200
 
 
 class Answers(Follows):
-    """Answers ``AB`` behind a line of the assistant's, and ``Hm`` to what ends with a question mark."""
+    """A model that answers ``AB`` after the start of an assistant's turn, and ``Hm`` to a question mark."""
 
     def __init__(self, directory: Path) -> None:
         tokenizer = open_tokenizer(directory)
         line, a, b, end, self.mark, h, m = tokenizer.tokenize("\nAB<|im_end|>?Hm")
         super().__init__({line: a, a: b, b: end, h: m, m: end}, tokenizer.vocab_size)
-        # What stands between the last word of the user and the answer.
+        # The number of tokens between the user's last word and the answer.
         self.between = len(tokenizer.tokenize("<|im_end|>\n<|im_start|>assistant\n"))
         self.question = h
         self.interrupt_behind: int | None = None
@@ -67,7 +67,8 @@ def test_a_turn_is_asked_with_all_before_it(model: TextModel) -> None:
         "<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>\n<|im_start|>user\nSo<|im_end|>\n<|im_start|>assistant\n",
     )]  # fmt: skip
-    # Of later turns what is new, from the end of the answer on: the model drew it, and was not asked behind it.
+    # Later turns compute only new tokens. These begin with the end of the answer, which the model drew but has not
+    # read.
     assert [tokens for tokens in model.tokens.computed if len(tokens) > 1] == asked
 
 
@@ -95,11 +96,11 @@ def test_a_conversation_beyond_the_context_is_refused_and_stays(model: TextModel
     assert conversation.messages == before
     assert "".join(conversation.say("Hi!")) == "AB"
     assert not conversation.full
-    # With room for one token of the answer.
+    # The context has room for one token of the answer.
     used = len(open_questioner(model).ask("", conversation.messages))
     assert "".join(conversation.say("x" * (CONTEXT - used - 1))) == "A"
     assert conversation.full
-    # Of the next answer nothing is known until it ends.
+    # Whether the context is full is not known until the next answer ends.
     conversation.messages.clear()
     answer = conversation.say("Hi!")
     assert not conversation.full
@@ -165,7 +166,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
         patched.setattr(Conversation, "say", say)
         assert chat("Hi!\nGo on\n") == 0
     written = capsys.readouterr()
-    # Asked behind A, the model wrote B, and was stopped there: it would have gone on for ever.
+    # The model wrote B after A and was stopped there; it would have continued forever.
     assert written.out == "AB\nAB\n"
     assert written.err == "(stopped)\n"
     assert asked == [[], ["Hi!", "AB"]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates: what they write is what Transformers writes; the answers in it are found exactly, or refused."""
+"""Tests of chat templates: output equal to Transformers', and answers that are located exactly or refused."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ def finder(source: str) -> AnswerFinder:
 
 
 def expected(pieces) -> tuple[str, list[tuple[int, int]]]:
-    """The text of pieces, and where those are that are answers."""
+    """Returns the text of pieces, and the positions of the pieces that are answers."""
     pieces = list(pieces)
     ends = list(itertools.accumulate(len(piece) for piece, _ in pieces))
     spans = [(end - len(piece), end) for end, (piece, answer) in zip(ends, pieces, strict=True) if answer]
@@ -152,7 +152,7 @@ CONTENT = st.lists(FRAGMENTS | st.text(max_size=3), min_size=1, max_size=5).map(
 @settings(max_examples=40, deadline=None)
 def test_no_content_confuses_it(data: st.DataObject, style: str, turns: int, system: bool) -> None:
     roles = ["system"] * (system and style != "gemma") + ["user", "assistant"] * turns
-    # Few contents, so that some are the same.
+    # There are few contents, so that some messages have the same.
     contents = data.draw(st.lists(CONTENT, min_size=1, max_size=3))
     messages = [{"role": role, "content": data.draw(st.sampled_from(contents))} for role in roles]
     source, pieces = STYLES[style]
@@ -188,10 +188,10 @@ def test_reasoning_is_learned_where_the_template_writes_it() -> None:
     text, spans = finder(THINKING).find([asked, thought, again, thought])
     assert [text[start:end] for start, end in spans] == ["It.<|im_end|>", "<think>\nhm\n</think>\n\nIt.<|im_end|>"]
     assert finder(THINKING).find([asked, THOUGHT, again, THOUGHT]) == (text, spans)
-    # Thoughts that nobody had are words of the template, and not of the answer.
+    # Empty thoughts that the template adds do not belong to the answer.
     text, spans = finder(THINKING).find([asked, {"role": "assistant", "content": "It."}])
     assert text.endswith("<think>\n\n</think>\n\nIt.<|im_end|>\n") and text[slice(*spans[0])] == "It.<|im_end|>"
-    # What it drops of an earlier turn it drops wherever the later ones have none.
+    # Thoughts of an earlier turn are dropped also if later turns have none.
     plain = {"role": "assistant", "content": "It."}
     without = finder(THINKING).find([asked, plain, again, plain])
     assert finder(THINKING).find([asked, THOUGHT, again, plain]) == without
@@ -309,7 +309,7 @@ BLOCKS = """{% if messages[0].role != 'user' %}{{ raise_exception('a user asks')
 {%- if m.role == 'assistant' %}{% generation %}{{ 'model: ' + m.content }}
     {%- if m.tool_calls %}{{ '[TOOL_CALLS]look[/TOOLS]' }}{% endif %}{{ inner }}{% endgeneration %}
 {%- else %}{{ m.content }}{% endif %}{{ outer }}{% endfor %}"""
-# Of the second turn and of the third, which says how its kind of message ends by itself.
+# The contents of the second turn, of the one with a call, and of one that writes its own end-of-turn token.
 SAID, CALLED, ENDING = "  It, twice: It \n", "[TOOL_CALLS]look[/TOOLS]", "Write <end>"
 
 
@@ -364,7 +364,7 @@ def test_the_tokens_of_answers_are_learned(tokenizer, style: str, messages: list
     source, pieces = STYLES[style]
     text, spans = finder(source).find(messages, tools)
     [(ids, offsets)] = tokenizer.tokenize_with_offsets([text])
-    # Without merges a text has the tokens of its pieces.
+    # The tokenizer has no merges, so that the tokens of a text are those of its pieces.
     of_pieces = [(tokenizer.tokenize(piece), answer) for piece, answer in pieces(messages, tools)]
     assert ids == [token for tokens, _ in of_pieces for token in tokens]
     mask = answer_mask(offsets, spans, len(text))

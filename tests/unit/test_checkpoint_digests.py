@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests are made by the process that writes, and shared out over the ranks where they are checked."""
+"""Tests of digests, which the writing process computes, and whose verification is divided among the ranks."""
 
 import errno
 import os

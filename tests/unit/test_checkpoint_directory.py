@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a directory of checkpoints is taken for, what of it is refused, and who may write into it."""
+"""Tests of checkpoint directories: how they are interpreted, what is refused, and which runs may write into them."""
 
 import errno
 import os
@@ -43,7 +43,7 @@ def checkpoint(path: Path, content: str = "{}") -> Path:
 
 
 def everything(directory: Path) -> list[tuple]:
-    """Names and inodes below a directory."""
+    """Returns the names and inodes of everything in a directory."""
     return sorted((str(path), path.lstat().st_ino) for path in directory.rglob("*"))
 
 
@@ -114,7 +114,7 @@ def test_a_kill_between_the_renames_of_a_first_checkpoint_loses_nothing(tmp_path
     assert latest(tmp_path) == iteration_directory(tmp_path, 2)
     recover(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", TRACKER]
-    # The tracker counts from now on, whatever its temporary file said.
+    # The tracker is valid afterwards, whatever its temporary file contained.
     assert (tmp_path / TRACKER).read_text() == "2"
 
 
@@ -129,7 +129,7 @@ def test_a_start_that_would_write_over_checkpoints_is_refused(tmp_path: Path) ->
         check_start(save, loaded, 3)
     with pytest.raises(CheckpointError, match="without --finetune"):
         check_start(save, iteration_directory(save, 4), 0)
-    check_start(save, iteration_directory(save, 2), 2)  # a step back
+    check_start(save, iteration_directory(save, 2), 2)  # a restart from an earlier checkpoint of the same directory
     check_start(save, loaded, 4)
     check_start(tmp_path / "new", None, 0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training reads from a checkpoint never runs code that the checkpoint names, and comes back whole."""
+"""Tests that training reads checkpoints completely, and never runs code that a checkpoint names."""
 
 import argparse
 import io
@@ -24,7 +24,7 @@ from test_torch_dist import Payload
 from bitcpm_megatron.checkpoints.reading import read
 from bitcpm_megatron.checkpoints.torch_dist import read_contents
 
-# megatron-core writes a checkpoint in processes of its own.
+# megatron-core writes checkpoints in separate processes.
 pytestmark = pytest.mark.slow
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -60,7 +60,7 @@ def test_honest_objects_come_back(single_rank: None, tmp_path: Path) -> None:
 
 
 def test_nobody_unpickles_the_metadata(single_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the safe reader took for harmless must not be read once more by one that runs it."""
+    """After the safe reader has accepted a file, no unsafe reader may read it again."""
     directory = save(tmp_path / "saved", None)
     monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("pickle.load"))
     assert torch.equal(load(directory)["weight"], WEIGHT)
@@ -91,7 +91,7 @@ def test_code_is_refused_and_not_run(part: str, function: Callable, single_rank:
 
 @pytest.mark.parametrize("part", ["common.pt", "extra", "weight"])
 def test_what_would_unfold_beyond_its_size_is_refused_unread(part: str, single_rank: None, tmp_path: Path) -> None:
-    """PyTorch stores what it saves; a deflated pickle of a megabyte can fill the memory."""
+    """PyTorch saves uncompressed archives; a compressed pickle of a megabyte could fill the memory."""
     directory = save(tmp_path / "saved", None)
     if part == "common.pt":
         path = directory / part
@@ -112,7 +112,7 @@ def test_what_would_unfold_beyond_its_size_is_refused_unread(part: str, single_r
 
 
 def deflated(archive: bytes) -> bytes:
-    """The same archive, compressed."""
+    """Returns the same archive in compressed form."""
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
@@ -160,7 +160,7 @@ def test_a_state_that_the_checkpoint_lacks(single_rank: None, tmp_path: Path) ->
 
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint", "generate"])
 def test_the_commands_refuse_with_one_line(flag: str, tmp_path: Path) -> None:
-    # Here, for they need Transformers, and the other tests run where it is not.
+    # These imports need Transformers; the other tests must run without it.
     from test_conversion_errors import CONFIG
     from test_round_trip import tensors, write
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One handler, one parser: exit codes, one line per mistake, numbers with bounds."""
+"""Tests of the common error handler and parser: exit statuses, one line per mistake, numbers with bounds."""
 
 import argparse
 import errno
@@ -59,7 +59,7 @@ def test_a_message_stands_on_a_line_of_its_own(capsys):
 
 def test_a_link_to_itself_is_bad_input(capsys, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
-    # Before Python 3.13 this raises no OSError; from then on, nothing, and the reader of the file meets it.
+    # Before Python 3.13, resolve() raises an error that is not an OSError; from 3.13 on, reading the file raises.
     assert cli.run(lambda: (tmp_path / "loop").resolve() and (tmp_path / "loop").read_text() and None) == 2
     assert str(tmp_path / "loop") in capsys.readouterr().err
 
@@ -149,7 +149,7 @@ def test_a_number_of_the_environment(monkeypatch):
 
 @pytest.mark.slow
 def test_a_reader_that_has_left_is_told_nothing(tmp_path):
-    # With a real pipe: the interpreter must not complain either, when it flushes at its end.
+    # The pipe is real, because the interpreter must not complain either when it flushes at its exit.
     script = tmp_path / "noisy.py"
     script.write_text(
         "import sys\nfrom bitcpm_megatron import cli\n"

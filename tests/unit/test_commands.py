@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every command: its parser, its numbers, and one line where it is used wrongly."""
+"""Tests that apply to every command: its parser, the bounds of its numbers, and one-line errors."""
 
 import argparse
 import importlib
@@ -15,24 +15,24 @@ from bitcpm_megatron import cli
 from bitcpm_megatron.ternary_flags import add_arguments
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-# Scripts that hand all their arguments on to another program, or get them from one of ours.
+# Scripts that pass all their arguments on to another program, or get them from one of ours.
 NO_PARSER = {"launch/agent", "launch/pretrain_gpt", "benchmarks/throughput_job"}
 
 
 def commands() -> list[str]:
-    """Every script with a ``main``, as ``room/name``."""
+    """Returns every script with a ``main``, as ``folder/name``."""
     found = (path for room in ("launch", "checkpoint_tools", "benchmarks") for path in (CHECKOUT / room).glob("*.py"))
     names = {f"{path.parent.name}/{path.stem}" for path in found if '__name__ == "__main__"' in path.read_text("utf-8")}
     return sorted(names - NO_PARSER)
 
 
 class Caught(Exception):
-    """Carries a parser out of the command that made it."""
+    """An exception that carries a parser out of the command that made it."""
 
 
 @pytest.fixture
 def main(monkeypatch, request):
-    """The ``main`` of a command."""
+    """Returns the function ``main`` of a command."""
     room, _, name = request.param.partition("/")
     if room == "benchmarks":
         monkeypatch.syspath_prepend(str(CHECKOUT / room))

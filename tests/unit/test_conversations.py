@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations out of JSON Lines, and the lines that are none."""
+"""Tests of reading conversations from JSON Lines, and of invalid lines."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ def test_messages_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
 
 
 def test_fields_with_nothing_in_them_are_none(tmp_path: Path) -> None:
-    """Tables write every field of every message."""
+    """Exports of tables have every field in every message."""
     full = [{**message, "tool_calls": None, "name": "", "reasoning_content": None} for message in (USER, ANSWER)]
     (found,) = read(tmp_path / "talk.jsonl", {"messages": full, "tools": None})
     assert found.messages == [USER, ANSWER] and found.tools is None

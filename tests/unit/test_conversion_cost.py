@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What conversions cost, as far as it can be counted: modules that they import, and bytes that they read and write."""
+"""Tests of the countable costs of conversions: the modules that they import, and the bytes that they read and write."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from bitcpm_megatron.files import digest, write_digests
 
 LAYERS = 3
 SMALL = 2**20
-"""Bytes of everything but weights: configurations, headers, records, digests, and the zip directory of each chunk."""
+"""The most bytes of everything except weights: configurations, headers, records, digests, zip directories of chunks."""
 CASES = {
     "legacy": (convert_hf_to_megatron, "source", ["--format", "legacy", "--target-tensor-parallel-size", "2"]),
     "latent": (convert_megatron_to_hf, "dist", ["--weights", "latent"]),
@@ -35,7 +35,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of 6 MB in each format that is converted, with digests."""
+    """Makes models of 6 MB in each format that is converted, with digests."""
     root = tmp_path_factory.mktemp("models")
     a = tiny_hf.llama(num_layers=LAYERS, hidden_size=256, ffn_hidden_size=512, vocab_size=1000)
     r = tiny_hf.record(LAYERS, modules={f"model.layers.0.{name}": {"group_size": -1} for name in tiny_hf.PROJECTIONS})
@@ -55,7 +55,7 @@ def command_of(case: str, root: Path, out: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_modules_that_commands_import(models: Path, tmp_path: Path) -> None:
-    """PyTorch's checkpoint package takes as long to import as half of PyTorch: it alone writes ``.metadata``."""
+    """PyTorch's checkpoint package takes half as long to import as PyTorch; only it can write ``.metadata``."""
     commands = []
     for case, (tool, *_) in CASES.items():
         (tmp_path / case).mkdir()
@@ -78,8 +78,10 @@ for name, command in json.loads(sys.argv[1]):
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not count what a process reads")
 @pytest.mark.parametrize("case", CASES)
 def test_every_byte_is_read_for_its_digest_and_written_once(case: str, models: Path, tmp_path: Path) -> None:
-    """Weights come of mapped files, which do not count as read: what is read is the input for its digest, and nothing
-    of the output."""
+    """Weights are read from memory maps, which are not counted, so that the count is the input for its digest only.
+
+    The output is not read.
+    """
     tool, source, _ = CASES[case]
     counts: Sequence[int] = (0, 0)
     for number in range(2):  # the first time also reads modules
@@ -96,7 +98,7 @@ def test_every_byte_is_read_for_its_digest_and_written_once(case: str, models: P
 
 
 def _transferred() -> list[int]:
-    """Bytes that this process has read from files and written into them so far, from the page cache or not."""
+    """Returns the bytes that this process has read from and written to files so far, including the page cache."""
     return [int(n) for n in re.findall(r"^[rw]char: (\d+)$", Path("/proc/self/io").read_text(), re.MULTILINE)]
 
 
@@ -107,7 +109,7 @@ def _size(path: Path) -> int:
 
 @pytest.mark.parametrize("largest", [0, 1000, 2**28])
 def test_tensors_saved_in_turn_are_the_file_that_torch_saves(largest: int, tmp_path: Path, monkeypatch) -> None:
-    """Every byte, checksums included: whatever lies in memory or on disk, and of whatever dtypes."""
+    """Every byte is equal, including checksums, for data in memory or on disk, and for all dtypes."""
     monkeypatch.setattr(torch_file, "_MAX_IN_MEMORY", largest)
     tensors = {
         f"{dtype}.{number}".removeprefix("torch."): torch.arange(number * 7 % 300 + 1).to(dtype).reshape(1, -1)
@@ -118,14 +120,14 @@ def test_tensors_saved_in_turn_are_the_file_that_torch_saves(largest: int, tmp_p
     plan = {("a", n): TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
     plan["b", "one"] = TensorInfo((3,), torch.float32)
     digester = save_in_turn(tmp_path / "ours", plan, lambda part, name: value[part][name], {"step": 3})
-    with open(tmp_path / "theirs", "wb") as stream:  # into a stream: of a path it takes the name into the file
+    with open(tmp_path / "theirs", "wb") as stream:  # given a path, torch would write its name into the file
         torch.save(value, stream)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert digester.entry() == digest(tmp_path / "theirs")
 
 
 def test_a_torch_save_of_another_order_is_refused(tmp_path: Path, monkeypatch) -> None:
-    """The memory of a tensor holds the next one as soon as it is written: what is written later would be wrong."""
+    """Tensors share memory, one after another, so that another order of writing would write wrong values."""
 
     def save_backwards(value, stream) -> None:
         for tensor in reversed(value.values()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input and accidents: a clear error with its exit status, and a target that is absent or complete."""
+"""Tests of bad input and failures: a clear error, its exit status, and a target that is absent or complete."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A model directory of two shards and an index."""
+    """Makes a model directory with two shards and an index."""
     directory = tmp_path / "source"
     weights = tensors(CONFIG, torch.bfloat16, 0)
     names = sorted(weights)
@@ -237,11 +237,11 @@ def test_a_target_that_holds_something_is_left_alone(source: Path, tmp_path: Pat
 
 @pytest.fixture
 def megatron(source: Path, tmp_path: Path) -> Path:
-    """A torch_dist checkpoint with a quantizer record and saved scales."""
+    """Makes a torch_dist checkpoint with a quantizer record and saved scales."""
     directory = tmp_path / "megatron"
     command = ["--load-dir", source, "--save-dir", directory, "--target-tensor-parallel-size", 2]
     assert convert_hf_to_megatron.main([str(c) for c in command]) == 0
-    # As of a tool that writes none: what the tests change must not be found by its digest.
+    # There are no digests, so that changes by tests must be found without them.
     (directory / "release" / DIGESTS).unlink()
     modules = {f"decoder.layers.{n}.{m}": {"group_size": -1} for n in (0, 1) for m in LINEARS}
     for n in (0, 1):
@@ -264,7 +264,7 @@ def scales_of(weights: dict[str, torch.Tensor], record: QuantizerRecord) -> dict
 
 
 def rewrite(directory: Path, edit: Callable[[dict], dict]) -> None:
-    """Writes a checkpoint's tensors anew after an edit."""
+    """Replaces the tensors of a checkpoint by what ``edit`` makes of them."""
     release = directory / "release"
     reader, common = TorchDistReader(release), read_common(release)
     content = edit({name: reader.read(name).clone() for name in reader.tensors()})
@@ -469,7 +469,7 @@ def test_a_missing_record_is_inferred_with_a_warning(how: str, megatron: Path, t
     (megatron / "release" / "ternary_quantizer.json").unlink()
     extra = []
     if how == "group size":
-        # Written at TP2: the chunks of the row-parallel weights show its two shards.
+        # The checkpoint is written at TP2, so that the chunks of row-parallel weights show two shards.
         release = megatron / "release"
         shutil.rmtree(megatron)
         command_back = ["--load-dir", str(tmp_path / "source"), "--save-dir", str(megatron)]

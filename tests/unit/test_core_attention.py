@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Core attention: equal to megatron-core's, within windows and documents, by every kernel, and never T x T."""
+"""Tests of core attention: equal to megatron-core's, with windows and documents, by every kernel, without T x T memory.
+
+T is the number of tokens.
+"""
 
 import runpy
 import sys
@@ -49,10 +52,10 @@ def with_gradients(attention, inputs: list[torch.Tensor], **options) -> list[tor
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("window", [None, (5, 0), (31, 0), (100, 0)])
 def test_it_is_megatron_cores_attention(scale: float | None, window: tuple | None, single_rank: None) -> None:
-    """Here windows are small enough to fit into a mask, which upstream's softmax makes."""
+    """The windows are small enough for the mask that upstream's softmax makes."""
     ours, theirs = (build(kind, scale, window_size=window) for kind in (CoreAttention, DotProductAttention))
     for mine, upstream in zip(*(with_gradients(a, qkv(32, 2)) for a in (ours, theirs)), strict=True):
-        # Some 32 terms twice, and a softmax; nothing is larger than a few units.
+        # The bound covers two sums of some 32 terms and a softmax; no value is larger than a few units.
         assert torch.allclose(mine, upstream, rtol=0, atol=32 * 2**-23 * float(upstream.abs().max()))
 
 
@@ -73,7 +76,7 @@ def test_a_token_beyond_the_window_has_no_gradient(
         out = attention(*inputs, None, **options)
         for gradient in torch.autograd.grad(out[token].square().sum(), inputs[1:]):
             touched = gradient.flatten(1).abs().sum(1).nonzero().flatten()
-            # With itself alone in sight the weight is 1, whatever the key.
+            # A token that attends only to itself has the weight 1, whatever its key is.
             assert torch.equal(touched, seen) or (len(seen) == 1 and len(touched) == 0)
 
 
@@ -122,7 +125,7 @@ LENGTHS = torch.tensor([0, 3, 4, 10, 24], dtype=torch.int32)
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_varlen_kernels_get_what_they_want(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's ``varlen_attn`` runs on CUDA alone; a stand-in with its signature computes by masks what it documents."""
+    """``varlen_attn`` of torch needs CUDA; a stand-in with its signature computes what is documented, with masks."""
     varlen = pytest.importorskip("torch.nn.attention.varlen", reason="needs torch 2.10: this torch has no varlen_attn")
     if not kernels._has_varlen():
         pytest.skip("this torch's varlen_attn has no grouped heads or no window; needs torch 2.12")
@@ -184,7 +187,7 @@ def test_the_fused_attention_of_an_npu_gets_what_it_wants(window: int | None, mo
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
+    """A mode that records the number of elements of the largest tensor that an operation makes."""
 
     elements = 0
 
@@ -199,7 +202,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, (1024, 0)])
 def test_32k_tokens_make_no_square(window: tuple | None, single_rank: None) -> None:
-    """Forward and backward of two documents and one row of 32,768 tokens."""
+    """Forward and backward run on two documents, and on one row, of 32,768 tokens."""
     tokens = 32768
     attention = build(window_size=window)
     for shape, packed in (((tokens,), torch.tensor([0, 20000, tokens], dtype=torch.int32)), ((tokens, 1), None)):
@@ -207,7 +210,7 @@ def test_32k_tokens_make_no_square(window: tuple | None, single_rank: None) -> N
         with Largest() as largest:
             inputs = qkv(*shape, dtype=torch.bfloat16)
             with_gradients(attention, inputs, **options)
-        # Nothing is larger than the queries.
+        # No tensor is larger than the queries.
         assert largest.elements <= tokens * HEADS * SIZE
     with Largest() as largest:
         with_gradients(build(DotProductAttention), qkv(2048, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of text and JSON Lines, the split into training and validation documents."""
+"""Tests of readers of text and JSON Lines, and of the split into training and validation documents."""
 
 import gzip
 import json
@@ -130,7 +130,7 @@ def test_a_text_without_separators_that_fills_memory_is_refused(
 
 
 def test_the_split_is_fixed_for_good() -> None:
-    """These sides are a promise: a change would put validation documents of old runs into new training data."""
+    """The split must never change: new training data would contain validation documents of old runs."""
     sides = [document_split(f"document {n}", 0.25) for n in range(16)]
     assert "".join(side[0] for side in sides) == "tttttttttttvtttv"
     rewrapped = [document_split(f" document\n\t{n} ", 0.25) for n in range(16)]

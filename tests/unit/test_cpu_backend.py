@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C kernel of the CPU backend: the reference's bits, whatever the shape, the scale or the number of threads."""
+"""Tests of the C kernel of the CPU backend: the reference's bits, for all shapes, scales and numbers of threads."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def kernel(weight, group, eps=EPS, scales=None):
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal bit for bit, but for which NaN it is."""
+    """Asserts that two tensors are equal bit for bit; all NaNs count as equal."""
     assert found.dtype == expected.dtype and found.shape == expected.shape
     integer = torch.int32 if found.dtype == torch.float32 else torch.int16
     same = (found.view(integer) == expected.view(integer)) | (found.isnan() & expected.isnan())
@@ -66,7 +66,7 @@ def test_any_weight(rows, groups, group, dtype, exponent, eps, seed, special) ->
 @needs_compiler
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_every_scale_that_bf16_has(dtype: torch.dtype) -> None:
-    """Each of the 65,536 patterns as a given scale: negative, subnormal, infinite and NaN ones too."""
+    """Each of the 65,536 bf16 patterns is a given scale, including negative, subnormal, infinite and NaN ones."""
     scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).reshape(-1, 1)
     half = scales.float() / 2
     near = torch.stack([half.to(dtype), torch.nextafter(half, torch.zeros(())).to(dtype)], 1).reshape(-1, 2)
@@ -108,7 +108,7 @@ def test_threads_and_layout_change_no_bit() -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_threads_share_out_many_weights_and_change_no_bit(dtype: torch.dtype) -> None:
-    """Weights between which, and in the midst of which, a thread's share ends."""
+    """The shares of threads end between weights and within weights."""
     shapes = [(3, 33, -1), (257, 1024, 128), (1, 70_001, -1), (1, 1, -1), (40, 4096, 32), (9, 100, -1)]
     latent = [(torch.randn(rows, columns) * 0.02).to(dtype) for rows, columns, _ in shapes]
     groups = [group for *_, group in shapes]
@@ -142,7 +142,7 @@ def test_auto_takes_it_and_the_op_agrees_with_quantize_and_dequantize() -> None:
 
 
 def load_elsewhere(**environment: str) -> subprocess.CompletedProcess:
-    """A fresh process: what it says of the backend, and which one would run."""
+    """Prints, in a new process, why the CPU backend is unavailable there, and which backend would run."""
     code = (
         "from bitcpm_megatron.ops import active_backend, cpu\n"
         "print(cpu.unavailable('cpu'), '|', active_backend('cpu').backend.name)"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chat demo: its dialogues, its tokenizer, the commands that it starts, and how it judges answers."""
+"""Tests of the chat demo: its dialogues, its tokenizer, the commands that it starts, and how it judges answers."""
 
 import random
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bit that flipped in any file of a checkpoint or export is found by whoever reads it, and the file is named."""
+"""Tests that readers detect a flipped bit in any file of a checkpoint or export, and name the file."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from bitcpm_megatron.files import DIGESTS, check_digests, read_digests
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What each converter writes: megatron, legacy, latent, fused, and a single file."""
+    """Makes the output of each converter: megatron, legacy, latent, fused, and a single file."""
     root = tmp_path_factory.mktemp("digests")
     tiny_hf.latent_export(root / "source", tiny_hf.architecture(), tiny_hf.record())
 
@@ -55,7 +55,7 @@ def test_every_file_that_is_written_is_recorded(kind: str, written: Path) -> Non
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle, which leaves the size, and as a rule the form, as they were."""
+    """Flips one bit in the middle of a file, which keeps its size and usually a valid format."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation losses and their gradients against their definitions in float64, on one rank."""
+"""Tests of distillation losses and their gradients against their definitions in float64, on one rank."""
 
 from dataclasses import replace
 from unittest import mock
@@ -16,7 +16,7 @@ from bitcpm_megatron.objectives import distillation as module
 from bitcpm_megatron.objectives.distillation import Divergence, distillation, divergence
 from bitcpm_megatron.objectives.targets import DenseTargets, SampledTargets, Targets, TopKTargets
 
-# fp32 has 2^-24 per rounding, and a sum of n of them some sqrt(n).
+# A rounding in fp32 is 2^-24, and in a sum of n roundings they grow by about sqrt(n).
 EXACT = 1e-5
 V, PADDED = 50, 64
 
@@ -34,7 +34,7 @@ def with_gradient(logits: torch.Tensor, targets: Targets, rule: Divergence) -> t
 
 
 def pair(seed: int = 0, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of a student and of a teacher, ``[5, 2, padded]``."""
+    """Returns the logits of a student and of a teacher, ``[5, 2, PADDED]`` (sequence, batch, padded vocabulary)."""
     both = draw(2, 5, 2, PADDED, seed=seed, scale=scale)
     return both[0], both[1]
 
@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_those_of_the_definition(
     tokens: tuple[int, int], vocab_size: int, padding: int, temperature: float, scale: float, chunk: int, seed: int
 ) -> None:
     student, teacher = draw(2, *tokens, vocab_size + padding, seed=seed, scale=scale)
-    # Of teachers that are sure of one id, what rounding leaves of the others is not the same in fp32 and float64.
+    # If a teacher is certain of one id, rounding leaves different probabilities of the others in fp32 and in float64.
     rule = Divergence(vocab_size, temperature)
     generator = torch.Generator().manual_seed(seed)
     for name, targets, asked in forms(teacher, rule, max(1, vocab_size // 7), generator):
@@ -66,7 +66,8 @@ def test_losses_and_gradients_are_those_of_the_definition(
             losses, gradient = with_gradient(student, targets, asked)
         expected, expected_gradient = by_definition(student, targets, asked)
         assert losses.dtype == torch.float32 and losses.shape == tokens
-        # Differences of probabilities, of terms near 1, and in the reverse gradient of terms as large as the loss.
+        # Losses and gradients are differences of terms near 1, and in the reverse gradient of terms as large as the
+        # loss.
         assert relative(losses, expected, 0.1 * temperature**2) < EXACT, name
         least = 0.1 * temperature + float(expected.max()) / 10 * asked.reverse
         assert relative(gradient[..., :vocab_size], expected_gradient, least) < EXACT, name
@@ -85,7 +86,7 @@ def test_sums_over_a_whole_vocabulary_stay_exact() -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(reverse: bool) -> None:
     student = draw(6, 2, PADDED)
-    # Equal up to a constant, and in another padding.
+    # These logits are equal except for a constant and the padding.
     shifted = student + 2.0
     shifted[..., V:] = 9.0
     for teacher, loss, slope in ((student, 0.0, 0.0), (shifted, 1e-6, 1e-6)):
@@ -96,7 +97,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(reverse: bool) -> No
 
 
 def test_equal_logits_give_equal_gradients() -> None:
-    """Where all are tied, the teacher's bucket of the rest is spread evenly, and the maximum is everybody's."""
+    """If all logits are tied, the teacher's remaining probability is divided evenly, and every id is the maximum."""
     student = torch.zeros(1, 1, PADDED)
     teacher = torch.full((1, 1, V), 3.0)
     for targets in (DenseTargets(torch.nn.functional.pad(teacher, (0, PADDED - V))), top_k(teacher, 5, 1.0)):
@@ -116,7 +117,7 @@ def test_padding_moves_nothing(padding: float) -> None:
 
 
 def test_what_remains_beside_k_ids_is_as_exact_as_they_are() -> None:
-    """The rest of the student is some 1e-26: nothing of it would survive in 1 minus the sum of the others."""
+    """The student's remaining probability, about 1e-26, would be lost if it were 1 minus the sum of the others."""
     student = torch.full((1, 1, V), -60.0)
     student[..., :3] = 0.0
     p = torch.tensor([0.5, 0.25, 0.125])
@@ -124,7 +125,7 @@ def test_what_remains_beside_k_ids_is_as_exact_as_they_are() -> None:
     losses, gradient = with_gradient(student, targets, Divergence(V))
     expected, expected_gradient = by_definition(student, targets, Divergence(V))
     assert relative(losses, expected, 1.0) < EXACT and relative(gradient, expected_gradient, 1e-3) < EXACT
-    # The missing eighth, spread over 47 ids.
+    # The remaining probability of 1/8 is distributed over 47 ids.
     assert torch.allclose(gradient[..., 3:], torch.tensor(-0.125 / (V - 3)))
 
 
@@ -151,7 +152,8 @@ def test_low_precision_costs_the_rounding_of_the_gradient_alone(dtype: torch.dty
         expected, slope = by_definition(student, targets, rule)
         assert losses.dtype == torch.float32 and relative(losses, expected, 0.4) < EXACT, name
         assert z.grad.dtype == dtype
-        # Saved and multiplied in bf16: two roundings. fp16 has one, also of what it could not hold without the scale.
+        # In bf16, the gradient is rounded when it is saved and when it is multiplied. In fp16, it is rounded once, and
+        # the scale preserves values that fp16 could not represent.
         rounding = 2**-8 if dtype == torch.bfloat16 else 2**-11
         difference = (z.grad[..., :V].double() / scale - slope).abs()
         assert bool((difference <= rounding * slope.abs() + 1e-6).all()), name
@@ -189,7 +191,7 @@ def test_logits_stay_what_they_are_and_a_graph_runs_backward_once() -> None:
 
 
 def of_draws(student: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard error over tokens with equal logits: of the loss and of each element of the gradient."""
+    """Returns the mean and the standard error, over tokens with equal logits, of the loss and each gradient element."""
     losses, gradient = with_gradient(student.expand(*targets.shape, V), targets, Divergence(V))
     found = torch.cat((losses.unsqueeze(-1), gradient), -1).double()[0]
     return found.mean(0), found.std(0) / len(found) ** 0.5
@@ -212,7 +214,7 @@ def test_the_mean_over_draws_is_the_dense_loss_and_that_of_a_renormalized_top_k_
 
 
 def test_the_cross_entropy_comes_from_the_same_logits_and_last() -> None:
-    """In fp32 megatron-core's writes its softmax over the logits."""
+    """The cross entropy must come last, because megatron-core's overwrites fp32 logits with its softmax."""
     student, teacher = pair()
     labels = torch.randint(0, V, (5, 2), generator=torch.Generator().manual_seed(2))
     z = student.double().requires_grad_()
@@ -236,7 +238,7 @@ def test_the_cross_entropy_comes_from_the_same_logits_and_last() -> None:
 def test_alpha_at_its_ends() -> None:
     student, _ = pair()
     labels = torch.randint(0, V, (5, 2), generator=torch.Generator().manual_seed(2))
-    # Of no use to a divergence.
+    # A divergence could not use this teacher.
     teacher = DenseTargets(torch.zeros(1, 1, 1))
     given = student.clone().requires_grad_()
     alone = vocab_parallel_cross_entropy(given * 1, labels)
@@ -330,5 +332,5 @@ def test_memory_beside_the_logits_is_at_most_two_copies_of_them(form: str) -> No
         losses = distillation(logits, labels, targets[form], Divergence(vocab_size), 1.0).total
         (gradient,) = torch.autograd.grad(losses.sum(), logits)
     assert losses.isfinite().all() and gradient.shape == logits.shape
-    # The gradient, in the dtype of the logits, and some chunks in fp32.
+    # Memory is needed for the gradient, in the dtype of the logits, and for some chunks in fp32.
     assert logits.nbytes < used.peak < 2 * logits.nbytes

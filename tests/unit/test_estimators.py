@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an estimator makes of a gradient, to the last bit, and where there is none to shape."""
+"""Tests of gradient estimators: their results bit for bit, and the cases in which there is nothing to clip."""
 
 import types
 from typing import get_args
@@ -23,7 +23,7 @@ DEFAULT = QuantizerConfig(group_size=32)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_bounds_are_exact_and_keep_their_gradient(dtype: torch.dtype) -> None:
-    # All significands of a bf16 scale; 1.5 times one of them has a bit more than bf16 holds.
+    # These are all significands of a bf16 scale; 1.5 times one of them may have one bit more than bf16 has.
     s = (torch.arange(128, 256) / 128).to(torch.bfloat16)
     bound = (s.float() * 1.5).to(dtype)
     assert bool((bound.float() == s.float() * 1.5).all()) == (dtype == torch.float32)
@@ -37,12 +37,12 @@ def test_the_bounds_are_exact_and_keep_their_gradient(dtype: torch.dtype) -> Non
 
 def test_the_mask_is_that_of_torchs_fake_quantization() -> None:
     w = torch.randn(64, 4096, generator=torch.Generator().manual_seed(3))
-    # Powers of two: torch multiplies by the reciprocal.
+    # Scales are powers of two, because torch multiplies by the reciprocal.
     s = torch.exp2(torch.arange(-16.0, 16.0).repeat(2) / 8).log2().round().exp2()
     leaf = w.clone().requires_grad_()
     torch.fake_quantize_per_channel_affine(leaf, s, torch.zeros(64, dtype=torch.int32), 0, -1, 1).sum().backward()
     mask = clipped(w.flatten(), s.repeat_interleave(4096), TERNARY).reshape(w.shape)
-    # It rounds half to even, so that it takes a bound for the level behind it.
+    # torch rounds half to even, so that it maps a bound to the next level outside.
     inside = w.abs() != s.unsqueeze(1) * 1.5
     assert torch.equal(mask[inside], leaf.grad.bool()[inside])
     assert 0.05 < float(mask.float().mean()) < 0.95
@@ -90,7 +90,7 @@ def test_the_flag_knows_the_estimators_that_there_are() -> None:
 
 
 class Optimizer:
-    """One whose ``step`` takes what it finds in ``main_grad``, as megatron-core's."""
+    """An optimizer whose ``step`` uses the gradient in ``main_grad``, like megatron-core's."""
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         self.weight = weight
@@ -138,7 +138,7 @@ def test_identity_leaves_the_optimizer_alone(chunk: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("space", [name for name in SPACES if name != "ternary"])
 def test_levels_that_reach_every_weight_leave_nothing_to_clip(chunk: torch.nn.Module, space: str) -> None:
-    """Those of the report's scales, which are made of the maximum, all do."""
+    """With the report's scales of the other spaces, which are made from the maximum, levels reach every weight."""
     state, weight = ternary_state(chunk[0]), chunk[0].weight
     state.config = QuantizerConfig(space, group_size=32)
     with pytest.raises(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/evaluate.py: the harness's own scores, resuming, offline items, texts, refusals."""
+"""Tests of launch/evaluate.py: the harness's own scores, resuming, offline items, texts, refusals."""
 
 import collections
 import importlib.util
@@ -30,7 +30,7 @@ from bitcpm_megatron.launch import evaluate
 
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, items and a text."""
+    """Makes two models, items and a text."""
     root = tmp_path_factory.mktemp("evaluation")
     write_items(root / "data")
     for seed, name in enumerate("ab"):
@@ -47,7 +47,7 @@ def arguments(where: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(where: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of an evaluation of both, on one thread: with more, sums have other last bits."""
+    """Evaluates both models, with one thread because several change the last bits of sums; returns the output."""
     output = tmp_path_factory.mktemp("output")
     with one_thread():
         assert evaluate.main(arguments(where, output)) == 0
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_harness_item_by_item(where: Path, done: Path, t
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # By the way that the harness documents: tasks of the same name that take JSON files.
+    # As the harness documents it, these tasks have the same names and read JSON files.
     root = Path(lm_eval.__file__).parent / "tasks"
     for task, file, split in (
         ("gsm8k", "gsm8k/gsm8k", "test"),
@@ -110,7 +110,7 @@ def test_a_model_that_was_asked_in_other_tokens_is_remarked(where: Path, done: P
     tiny_hf.write_tokenizer(tmp_path / "front", front="<s>")
     models = [f"--model={name}={path}" for name, path in (("a", where / "a"), ("front", tmp_path / "front"))]
     asked = ["--tasks", "gsm8k", "boolq", "--data", str(where / "data"), "--shots", "0", "--max-new-tokens", "2"]
-    # What is too long to be asked is compared, too.
+    # Items that are too long for the context are compared, too.
     assert evaluate.main([*models, *asked, "--context", "32", "--output", str(tmp_path / "out")]) == 0
     plain, front = (read_scores(tmp_path / "out", name) for name in ("a", "front"))
     table = table_of([plain, front])
@@ -128,7 +128,7 @@ def _answers(output: Path, name: str) -> set:
 def test_killed_at_any_write_it_ends_with_the_same_table_and_asks_nothing_twice(
     where: Path, done: Path, tmp_path: Path
 ) -> None:
-    # The first line of a store, four questions a write: 6 + 24 + 6 of the tasks and the windows of the text.
+    # Writes are the first line of a store and one per four requests: 6 + 24 + 6 of tasks, and the windows of the text.
     writes = sorted(random.Random(5).sample(range(1, 12), 5))
     line = arguments(where, tmp_path / "output")
     driver = [sys.executable, "-W", "ignore", "-m", "support.killed_evaluation", ",".join(map(str, writes))]
@@ -141,7 +141,7 @@ def test_killed_at_any_write_it_ends_with_the_same_table_and_asks_nothing_twice(
     assert read_scores(tmp_path / "output", "a").texts == read_scores(done, "a").texts
     times = collections.Counter((tmp_path / "asked").read_text().splitlines())
     assert len(times) == sum(len(_answers_by_key(done, name)) for name in "ab")
-    # A kill in the middle of a write takes the answers of that write along, and no others.
+    # A kill in the middle of a write loses only the answers of that write.
     again = sum(times.values()) - len(times)
     assert 0 < again <= 4 * len(writes), "what was answered is asked again"
 
@@ -190,7 +190,7 @@ def test_windows_score_every_token_once_behind_all_that_fits(count: int, overlap
     for number, (shown, scored) in enumerate(found):
         assert len(shown) + len(scored) - 1 <= context
         assert [1, *ids][done - len(shown) : done] == shown
-        # Nothing that would fit is left out, and what has to be there is.
+        # The context is as long as possible, and contains at least the overlap.
         assert len(shown) == done or len(shown) + len(scored) - 1 == context
         assert number == 0 or len(shown) > overlap
         done += len(scored)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed exports: what others read of them is the weight of the training forward, bit for bit."""
+"""Tests of packed exports: other readers decode the weights of the training forward bit for bit."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def export(source: Path, target: Path, form: str = "gguf", *more: str) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture[str], source: Path, *arguments: str) -> str:
-    """The one line of an export that ends with exit code 2 and leaves nothing."""
+    """Asserts that an export fails with exit status 2, one line and no output; returns the line."""
     target = source.parent / "refused"
     assert export(source, target, *arguments) == 2
     assert not target.exists() and not (source.parent / ".refused.incomplete").exists()
@@ -44,7 +44,7 @@ def refused(capsys: pytest.CaptureFixture[str], source: Path, *arguments: str) -
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """Latent models by group size and shards, each with the weights of its training forward; made once."""
+    """Returns a function that makes, once per group size and shards, a latent model and its quantized weights."""
     made: dict[tuple[int, int], Made] = {}
 
     def model(group: int = -1, shards: int = 1) -> Made:
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture
 def copy(models: Models, tmp_path: Path) -> Path:
-    """A model that may be damaged."""
+    """Makes a copy of a model that a test may damage."""
     return Path(shutil.copytree(models()[0], tmp_path / "model"))
 
 
@@ -132,7 +132,7 @@ def test_latent_weights_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_same_file_of_every_kind_of_source(models: Models, tmp_path: Path) -> None:
-    """A latent and a fused directory, the run that it becomes, and the same once more; the name of the source aside."""
+    """A latent and a fused directory, a checkpoint, and a repetition give the same file, except for its name."""
     source, _ = models(-1, 2)
     latent = Path(shutil.copytree(source, tmp_path / "a" / "model"))
     assert qat_convert.main(["--input_bin", str(latent), "--output", str(tmp_path / "b" / "model")]) == 0
@@ -199,7 +199,7 @@ def test_the_least_lossy_embeddings_and_what_they_lose(models: Models, tmp_path:
     tables = [forward[name].double() for name in ("model.embed_tokens.weight", "lm_head.weight")]
     read = decoded(open_gguf(tmp_path / "out" / "model.gguf"))
     errors = [read[n][1].double() - forward[n].double() for n in ("model.embed_tokens.weight", "lm_head.weight")]
-    # Half a step of 1/127 of the largest of 32 values, and the rounding of the step itself to fp16.
+    # The bound is half a step of 1/127 of the largest of 32 values, plus the rounding of the step to fp16.
     largest = values.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True).double()
     assert bool((errors[0].unflatten(1, (-1, 32)).abs() <= largest * (0.5 / 127 + 2**-10)).all())
     relative = (sum(float(e.square().sum()) for e in errors) / sum(float(t.square().sum()) for t in tables)) ** 0.5
@@ -229,14 +229,14 @@ def test_a_card_has_the_scores_of_the_very_model(
         scored[name] = ModelScores(name=name, model=about, settings={"lm-eval": "0.4.13"}, tasks=asked, texts={})
         scored[name].write(tmp_path / "asked")
     report.write(table_of(list(scored.values())), tmp_path / "asked")
-    # Rows of another model that had this name before are nobody's.
+    # Rows of another model that previously had this name are ignored.
     data = tmp_path / "asked" / report.DATA
     data.write_text(data.read_text().replace("0.760000", "0.990000"))
     assert export(copy, tmp_path / "out", "gguf", "--evaluation", str(tmp_path / "asked")) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| piqa | acc | 100 | 0 | 0.760000 | 0.800000 | 0.950000 |" in card and "lm-eval 0.4.13" in card
     assert "None yet" not in card
-    # Its own card does not make it another model; its weights do.
+    # The model's card does not change its digest; its configuration does.
     (copy / "README.md").write_text("# A model\n")
     assert export(copy, tmp_path / "same", "gguf", "--evaluation", str(tmp_path / "asked")) == 0
     with (copy / "config.json").open("a") as file:
@@ -333,7 +333,7 @@ def test_ordinary_weights_are_not_quantized(copy: Path, capsys: pytest.CaptureFi
 
 
 def test_weights_that_are_not_what_the_record_says_are_refused(copy: Path, monkeypatch, capsys) -> None:
-    """A reader that gives other values than those the plan was made of."""
+    """The reader returns other values than those that the plan was made from."""
     original = gguf_file._in_order
 
     def damaged(source):

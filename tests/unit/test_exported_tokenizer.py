@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An export carries the tokenizer of the run, and says which tokens end texts."""
+"""Tests that an export contains the tokenizer of the run, and names the tokens that end texts."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from bitcpm_megatron.files import DIGESTS
 
 @pytest.fixture
 def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Exports a checkpoint whose run says what is given here; returns the exit status."""
+    """Returns a function that exports a checkpoint with given arguments of its run, and returns the exit status."""
     recorded: dict[str, object] = {}
     write(tmp_path / "source", CONFIG, tensors(CONFIG, torch.bfloat16, 0))
     argv = ["--load-dir", str(tmp_path / "source"), "--save-dir", str(tmp_path / "run")]
@@ -50,7 +50,7 @@ def tokenizer(tmp_path: Path) -> Path:
 
 
 def of_run(directory: Path) -> dict[str, object]:
-    """What a run records of its tokenizer."""
+    """Returns what a run records about its tokenizer."""
     identity = dict(open_tokenizer(directory).unique_identifiers)
     return {"tokenizer_model": str(directory), "tokenizer_type": None, "tokenizer_identity": identity}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of a teacher's logits: draws that follow its softmax, and its likeliest ids, on one rank."""
+"""Tests of what is stored of a teacher's logits: draws from its softmax, and its likeliest ids, on one rank."""
 
 from unittest import mock
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("_model_parallel")
 
 @pytest.fixture
 def logits() -> torch.Tensor:
-    """``[3, 2, padded]``, with padding that would win, and one token that is sure."""
+    """Returns logits ``[3, 2, PADDED]`` (sequence, batch, vocabulary) with large padding and one certain token."""
     found = 2 * torch.randn(3, 2, PADDED, generator=torch.Generator().manual_seed(1))
     found[..., V:] = 30.0
     found[1, 0, 17] = 40.0
@@ -37,13 +37,13 @@ def test_the_mean_of_draws_is_within_three_standard_errors(
         ids = draws(logits, uniform(3, 2, DRAWS), V, temperature, torch.distributed.group.WORLD)
     assert ids.shape == (3, 2, DRAWS) and ids.dtype == torch.int32
     p = (logits[..., :V].double() / temperature).softmax(-1)
-    # Of what a student of other logits would lose.
+    # The draws estimate the cross entropy of a student with other logits.
     losses = -torch.randn(V, generator=torch.Generator().manual_seed(2)).double().log_softmax(-1)
     expected = (p * losses).sum(-1)
     error = ((p * losses**2).sum(-1) - expected**2).clamp(min=0).div(DRAWS).sqrt()
     assert ((losses[ids.long()].mean(-1) - expected).abs() <= 3 * error + 1e-12).all()
     found = torch.nn.functional.one_hot(ids.long(), V).double().mean(-2)
-    # Of 300 frequencies some are further away than three, and rare ids may come up once or twice.
+    # Of 300 frequencies, some deviate by more than three standard errors, and rare ids may be drawn once or twice.
     assert ((found - p).abs() <= 4.5 * (p * (1 - p) / DRAWS).sqrt() + 2 / DRAWS).all()
 
 
@@ -52,7 +52,7 @@ def test_every_number_finds_its_id_by_the_cumulative_sums(logits: torch.Tensor) 
     below = logits[..., :V].double().softmax(-1).cumsum(-1)
     wanted = torch.searchsorted(below, numbers.double(), right=True)
     found = draws(logits, numbers, V, 1.0, torch.distributed.group.WORLD)
-    # But for those that rounding takes over a border.
+    # Rounding may move a number across the border of an id.
     assert (found != wanted).sum() <= 1
 
 
@@ -91,6 +91,6 @@ def test_log_likelihoods_are_of_the_vocabulary_without_its_padding(chunk: int, l
         found, best = log_likelihoods(logits, ids, V, torch.distributed.group.WORLD)
     expected = logits[..., :V].double().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
-    # Of two equal ones the first is the likeliest, as for argmax.
+    # Of two equal logits, the first counts as the likeliest, as for argmax.
     assert best.tolist() == (logits[..., :V].argmax(-1) == ids).tolist()
     assert best[1, 0] and best[2, 0] and not best[2, 1]

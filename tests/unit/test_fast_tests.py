@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pytest --fast`` runs what is not slow, and finds every start of a process."""
+"""Tests that ``pytest --fast`` leaves out slow tests, and detects every start of a process."""
 
 import re
 import subprocess

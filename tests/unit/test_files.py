@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all."""
+"""Tests of files and directories that appear completely or not at all."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def crash(*_: object) -> None:
 
 
 def crash_at_call(number: int, function: Callable[..., object]) -> Callable[..., object]:
-    """Return `function` so that its call of this number, from 0, raises before it does anything."""
+    """Returns a function like ``function`` whose call ``number``, counted from 0, raises before it does anything."""
     calls = iter(range(number + 1))
 
     def limited(*args: object) -> object:
@@ -145,7 +145,7 @@ def test_a_directory_in_use_is_not_replaced(checkpoint: Path) -> None:
 def test_a_crash_while_a_directory_is_synced_leaves_no_final_name(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Five calls: four entries and the directory itself."""
+    """There are five calls, for four entries and the directory itself."""
     monkeypatch.setattr(os, "fsync", crash_at_call(number, os.fsync))
     with pytest.raises(OSError, match="went down"):
         publish(checkpoint, checkpoint.with_name("iter_7"))
@@ -156,7 +156,7 @@ def test_a_crash_while_a_directory_is_synced_leaves_no_final_name(
 def test_all_content_is_synced_before_the_rename_and_the_name_after(
     old: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """A rename that reaches the disk before the data would leave a name without content after a power failure."""
+    """If a rename reached the disk before the data, a power failure could leave a name without content."""
     temporary = old if kind == "file" else checkpoint
     inodes = {path.stat().st_ino: path.name for path in (temporary, *temporary.rglob("*"))}
     inodes[temporary.parent.stat().st_ino] = "parent"

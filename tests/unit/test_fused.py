@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognizing fused weights, against an oracle that counts the distinct magnitudes of every group in numpy."""
+"""Tests of recognizing fused weights, against an oracle in numpy that counts distinct magnitudes in every group."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_every_group_size_is_found(dtype, rows, columns, pick, seed) -> None:
     fused = quantize_dequantize(w, QuantizerConfig(group_size=group))[0]
     found = fused_group_size(fused)
     assert found == oracle(fused)
-    # Neighboring groups may share a scale, and then a larger group fits, too.
+    # If neighboring groups have the same scale, a larger group size fits, too.
     assert found == -1 or (group != -1 and found % group == 0)
     assert fused_group_size(w) is None
     assert fused_group_size(-fused.t().contiguous().t()) == found, "layout and sign do not matter"
@@ -67,7 +67,7 @@ def test_agrees_with_counting(dtype, codes, scales, odd) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", [(0, 0), (5, 77), (999, 1023)])
 def test_one_step_of_one_value_is_noticed(dtype, where) -> None:
-    """Anywhere, also in the last of several blocks of rows, and also where the difference is subnormal."""
+    """The value may be anywhere, such as in the last of several blocks of rows, and the difference may be subnormal."""
     for magnitude in (1.0, float(torch.finfo(dtype).smallest_normal)):
         w = torch.full((1000, 1024), magnitude, dtype=dtype)
         assert fused_group_size(w) == -1
@@ -104,7 +104,7 @@ def test_what_is_not_finite_is_not_fused(dtype, bad) -> None:
         w = torch.ones(1000, 1024, dtype=dtype)
         w[where, 3] = bad
         assert fused_space(w) is None
-    # Also in spaces where a whole group of them, or one beside zeros, looks like levels of one scale.
+    # This holds also in spaces in which a group of such values, or one next to zeros, looks like levels of one scale.
     beside = torch.zeros(2, 64, dtype=dtype)
     beside[1, 5] = bad
     assert fused_space(torch.full((2, 64), bad, dtype=dtype)) is None and fused_space(beside) is None

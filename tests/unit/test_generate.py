@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation: where it stops, and questions by a chat template. The model is a table of what follows what."""
+"""Tests of generation: where it stops, and prompts with a chat template. The model is a table of next tokens."""
 
 import argparse
 import json
@@ -39,11 +39,11 @@ def test_what_was_seen_is_not_computed_again() -> None:
     counts = Follows({i: i + 1 for i in range(20)}, 30)
     said(counts, [1, 2, 3], 3)
     assert counts.computed == [[1, 2, 3], [4], [5]]
-    # A longer text, another one from its middle on, the same again, and one that is all of it.
+    # The texts are a longer one, one that differs from the middle on, the same again, and a prefix of it.
     for tokens in ([1, 2, 3, 4, 5, 6, 7], [1, 2, 9], [1, 2, 9], [1]):
         counts.logits(tokens)
     assert counts.computed[3:] == [[6, 7], [9], [9], [1]]
-    # Beyond the context the oldest are dropped, and all others stand elsewhere.
+    # Beyond the context, the oldest tokens are dropped, and all others change their positions.
     assert said(counts, list(range(1, 9)), 2) == [9, 10]
     assert counts.computed[-2:] == [[2, 3, 4, 5, 6, 7, 8], [2, 3, 4, 5, 6, 7, 8, 9]]
 
@@ -71,7 +71,7 @@ def test_draws_are_those_of_the_seed_and_never_of_the_padding() -> None:
     drawn = said(even, [1], 400, temperature=1.0, generator=torch.Generator().manual_seed(1))
     assert drawn == said(even, [1], 400, temperature=1.0, generator=torch.Generator().manual_seed(1))
     assert drawn != said(even, [1], 400, temperature=1.0, generator=torch.Generator().manual_seed(2))
-    # 10 of 40 rows are padding, and have the largest logits.
+    # 10 of the 40 rows of logits are padding, which has the largest logits.
     assert max(drawn) < 30 and len(set(drawn)) == 30
 
 
@@ -111,7 +111,7 @@ def test_white_space_behind_the_end_of_a_generation_block(tokenizer) -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs the command with the chatml tokenizer, and a model that writes ``AB`` behind a line, ends, and goes on."""
+    """Runs the command with a ChatML tokenizer and a model that writes ``AB``, an end of turn, and the end token."""
     directory = chat_tokenizer(tmp_path / "tokenizer", STYLES["chatml"][0])
     opened = open_tokenizer(directory)
     line, a, b, end = opened.tokenize("\nAB<|im_end|>")
@@ -182,7 +182,7 @@ def test_a_chat_without_a_template_is_refused_with_the_cure(
 
 
 def test_a_tokenizer_with_other_tokens_is_refused_however_alike(asked, tmp_path: Path, capsys) -> None:
-    """Of the same size and ends: its content alone tells."""
+    """The other tokenizer has the same size and the same end tokens, so that only its contents differ."""
     asked.run.tokenizer_identity = dict(open_tokenizer(asked.directory).unique_identifiers)
     argv = ["run", "--prompt", "Hi!", "--tokenizer-model"]
     assert command.main([*argv, str(chat_tokenizer(tmp_path / "own"))]) == 0, "a copy elsewhere is the same"

@@ -39,7 +39,7 @@ def write(directory: Path, tensors: dict[str, torch.Tensor] = TENSORS, max_shard
 
 
 def sharded(directory: Path) -> Path:
-    """One tensor per shard."""
+    """Writes a model with one tensor per shard."""
     return write(directory, max_shard_size=1)
 
 
@@ -83,7 +83,7 @@ def test_what_was_written_is_read_back(tmp_path_factory, tensors, limit, block, 
     for name, tensor in content.items():
         for other in (loaded[name], reader.read(name)):
             assert (other.shape, other.dtype) == (tensor.shape, tensor.dtype)
-            # Bits, because some of them are no numbers.
+            # Bits are compared, because some values are NaN.
             assert torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
     for file in files:
         (length,) = struct.unpack("<Q", file.read_bytes()[:8])
@@ -124,7 +124,7 @@ def test_pieces_are_views_of_the_files(tmp_path):
 
 
 def test_unaligned_tensors_are_copied_right(tmp_path):
-    # By the letter of the format tensors may stand anywhere: here after 3 bytes.
+    # The format permits tensors at any offset; here they begin after 3 bytes.
     data = [torch.arange(3, dtype=torch.uint8), TENSORS["a"], TENSORS["c"]]
     header, end, blob = {}, 0, b""
     for name, dtype, tensor in zip("xac", ("U8", "F32", "BF16"), data, strict=True):
@@ -142,7 +142,7 @@ def test_unaligned_tensors_are_copied_right(tmp_path):
 
 
 def test_a_file_larger_than_memory(tmp_path):
-    """A hole of a file, of which one row stands on the disk."""
+    """The file is sparse, and only one row is stored on the disk."""
     rows = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
     header = {"a": {"dtype": "BF16", "shape": [rows, 2**19], "data_offsets": [0, rows * 2**20]}}
     path = tmp_path / "x.safetensors"
@@ -243,7 +243,7 @@ def test_index_that_is_none(tmp_path, text):
 
 @pytest.mark.parametrize("where", ["../outside.safetensors", "/outside.safetensors", "a/../../outside.safetensors", ""])
 def test_index_that_names_files_outside(tmp_path, where):
-    """A directory that was downloaded must not make a command read what lies beside it."""
+    """A downloaded directory must not make a command read files outside it."""
     directory = tmp_path / "model"
     directory.mkdir()
     safetensors.torch.save_file(TENSORS, tmp_path / "outside.safetensors")
@@ -302,7 +302,7 @@ def test_headers_that_lie(case, tmp_path):
 
 @pytest.mark.slow
 def test_what_unfolds_is_refused_before_it_does(tmp_path):
-    """500 MB of zeros in 500 KB; PyTorch never compresses."""
+    """The file has 500 MB of zeros in 500 KB; PyTorch itself never compresses files."""
     file = tmp_path / "pytorch_model.bin"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("archive/data.pkl", "w") as pickled:
         for _ in range(500):
@@ -340,7 +340,7 @@ def test_sharded_bin(tmp_path):
 
 
 class Payload:
-    """Makes a file, if it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -432,7 +432,7 @@ def test_no_sizes(text):
 
 @pytest.mark.slow
 def test_memory(tmp_path):
-    """160 MB in four tensors, written in blocks of 4 MB and read whole."""
+    """160 MB in four tensors are written in blocks of 4 MB, and read as whole tensors."""
     code = """
 plan = {f"t{i}": TensorInfo((10, 2**20), torch.float32) for i in range(4)}
 begin()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face tokenizers: the ids of Transformers, documents' ends, and what is refused."""
+"""Tests of Hugging Face tokenizers: ids equal to Transformers', ends of documents, and what is refused."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ TEXTS = [
 
 
 def byte_level(directory: Path) -> Path:
-    """As GPT-2's and Qwen's."""
+    """Makes a byte-level BPE tokenizer like those of GPT-2 and Qwen."""
     made = tokenizers.Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,7 +36,7 @@ def byte_level(directory: Path) -> Path:
 
 
 def byte_fallback(directory: Path) -> Path:
-    """As Llama's: spaces are a letter, and what the vocabulary lacks is spelled in bytes."""
+    """Makes a BPE tokenizer like Llama's: spaces are a letter, and unknown characters are spelled in bytes."""
     made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     made.decoder = decoders.Sequence(
@@ -47,7 +47,7 @@ def byte_fallback(directory: Path) -> Path:
 
 
 def saved(made: tokenizers.Tokenizer, trainer: trainers.BpeTrainer, directory: Path) -> Path:
-    """What Transformers writes, with tokens that were added later, one of them in the configuration alone."""
+    """Trains and saves a tokenizer like Transformers, with added tokens, one of them only in the configuration."""
     made.train_from_iterator(TEXTS, trainer)
     made.add_special_tokens([SPECIAL[2]])
     made.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
@@ -117,7 +117,7 @@ def test_what_a_path_holds_decides_and_a_type_may_say_it(directory: Path, tmp_pa
     assert isinstance(open_tokenizer(tmp_path, "GPTSentencePieceTokenizer"), SentencePieceTokenizer)
     assert both.unique_identifiers == open_tokenizer(directory).unique_identifiers
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    # What is padding is not learned, so that it matters, too.
+    # Padding is not learned, so that the padding token matters, too.
     for name in ("eos_token", "pad_token"):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, name: SPECIAL[1]}))
         assert open_tokenizer(tmp_path).unique_identifiers != both.unique_identifiers
@@ -140,7 +140,7 @@ def test_what_is_no_tokenizer_is_refused_with_the_cure(directory: Path, tmp_path
 
 
 def configure(directory: Path, **changed: object) -> Path:
-    """Changes its configuration."""
+    """Changes the configuration of a tokenizer, and returns its directory."""
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     return directory
@@ -174,7 +174,7 @@ def test_a_configuration_is_followed_as_by_transformers_or_refused(tmp_path: Pat
     texts = ["fox <new>", " a <think> b", *("".join(SPECIAL), "a b, c ."), *strings(100)]
     ordinary = open_tokenizer(directory).tokenize_batch(texts)
     configure(directory, **changed)
-    if isinstance(refused, dict):  # of one of the two, and what the other has
+    if isinstance(refused, dict):  # only one of the two tokenizers is refused
         refused = refused.get(make.__name__)
         if refused is None:
             assert open_tokenizer(directory).tokenize_batch(texts) == ordinary
@@ -211,7 +211,7 @@ DAMAGED = [
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
-    """A tokenizer, and functions that run what prepares data with it; nothing is written where it is damaged."""
+    """Makes a tokenizer, and functions that run the commands that prepare data with it."""
     root = tmp_path_factory.mktemp("damaged")
     messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
     (root / "in.jsonl").write_text(json.dumps({"text": "Hi", "messages": messages}))
@@ -250,7 +250,7 @@ def test_a_file_that_is_no_text_is_named(commands, capsys, name: str) -> None:
 
 
 def parts(value: object, *path: object) -> Iterator[tuple[object, ...]]:
-    """Where the first parts of a JSON value are."""
+    """Yields the paths of the first parts of a JSON value."""
     yield path
     for key in (
         [*value][:9] if isinstance(value, dict) else range(min(len(value), 2)) if isinstance(value, list) else []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher in a host: what a schedule of the host learns from it, through a forward step that knows nothing of it."""
+"""Tests of a teacher in a host: the host's schedule learns from it, with a forward step that does not know of it."""
 
 import argparse
 import functools
@@ -32,7 +32,7 @@ SHARED = """
 """.split()
 STUDENT = [*SHARED, *"--num-layers 1 --hidden-size 32 --num-attention-heads 2 --ternary".split()]
 LARGER = [*SHARED, *"--num-layers 3 --hidden-size 48 --num-attention-heads 4".split()]
-# What Megatron-LM's arguments have beside those of our loop, or otherwise.
+# Arguments that only Megatron-LM has, or that have other values there than in our loop.
 OF_HOSTS = {
     "padded_vocab_size": 104,
     "tokenizer_type": "NullTokenizer",
@@ -44,13 +44,13 @@ ALPHA, TEMPERATURE, COUNT = 0.5, 2.0, 3
 
 @pytest.fixture
 def teacher(single_rank: None, tmp_path: Path) -> Path:
-    """A run of a larger model that has learned nothing."""
+    """Makes an untrained checkpoint of a larger model."""
     pretrain(parse_args([*LARGER, "--save", str(tmp_path / "teacher")], 1))
     return tmp_path / "teacher"
 
 
 def arguments(teacher: Path, **changes: object) -> argparse.Namespace:
-    """Those of a host whose student learns from a teacher."""
+    """Returns the arguments of a host whose student learns from a teacher."""
     flags = [
         "--distill-teacher",
         str(teacher),
@@ -63,7 +63,7 @@ def arguments(teacher: Path, **changes: object) -> argparse.Namespace:
 
 
 def batches(count: int = COUNT) -> list[Batch]:
-    """Micro-batches with masks, the same at each call."""
+    """Returns micro-batches with loss masks, which are the same at each call."""
     drawn, found = torch.Generator().manual_seed(3), []
     for _ in range(count):
         tokens, labels = (torch.randint(100, (2, 16), generator=drawn) for _ in range(2))
@@ -74,14 +74,14 @@ def batches(count: int = COUNT) -> list[Batch]:
 
 
 def loss_func(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """As in pretrain_gpt.py of core_v0.16.1."""
+    """Computes the loss like pretrain_gpt.py of core_v0.16.1."""
     loss = torch.sum(output.view(-1).float() * mask.view(-1))
     tokens = mask.sum().int()
     return loss, tokens, {"lm loss": torch.stack((loss.detach(), tokens.float()))}
 
 
 def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-    """As there. Every model but the student gets the mask of a host's data loader, which our attention refuses."""
+    """Runs a forward step like pretrain_gpt.py; models other than students get a mask, which our attention refuses."""
     batch = next(data)
     mask = None if getattr(model, "takes_no_mask", False) else torch.ones(2, 1, 16, 16, dtype=torch.bool).triu(1)
     given = batch["tokens"], batch["position_ids"], mask
@@ -92,7 +92,7 @@ def forward_step(data: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.T
 def run(
     model: Model, data: Iterator[Batch] | None, step: Callable = forward_step, forward_only: bool = False
 ) -> list[dict[str, torch.Tensor]]:
-    """What a host's train_step calls; gives back what was reported of each micro-batch."""
+    """Runs what a host's train_step calls, and returns the report of each micro-batch."""
     return megatron_schedules.get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=data,
@@ -106,7 +106,7 @@ def run(
 
 
 def student() -> Model:
-    """Of the same weights at each call."""
+    """Makes a student, which has the same weights at each call."""
     torch.manual_seed(5)
     model = build_model(parse_args([*STUDENT, "--use-cpu-initialization"], 1), 104, with_ddp=False)
     model.bare[0].takes_no_mask = True
@@ -114,7 +114,7 @@ def student() -> Model:
 
 
 def expected(teacher: Path, k: int | None = None) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """Gradients, and what is reported, by the objective of our own loop and a teacher that was asked before."""
+    """Returns the gradients and reports of our own loop's objective with the teacher's outputs."""
     checkpoint = latest(teacher)
     said = trained_model(arguments_of(checkpoint, 1), checkpoint, 104).bare[0]
     model, reported = student(), []
@@ -138,7 +138,7 @@ def expected(teacher: Path, k: int | None = None) -> tuple[dict[str, torch.Tenso
 def test_a_hosts_schedule_learns_what_our_own_loop_learns(
     ahead: bool, k: int | None, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the teacher sees the whole step first, as beside pipeline stages. Evaluation asks for no teacher."""
+    """This holds also if the teacher runs ahead for the whole step, as with pipelines; evaluation uses no teacher."""
     gradients, reported = expected(teacher, k)
     monkeypatch.setattr(Teacher, "runs_ahead", ahead)
     model, args = student(), arguments(teacher, distill_top_k=k)
@@ -155,13 +155,13 @@ def test_a_hosts_schedule_learns_what_our_own_loop_learns(
     evaluated, alone = (run(each, iter(batches()), forward_only=True) for each in (model, plain))
     for one, wanted in zip(evaluated, alone, strict=True):
         assert one.keys() == {"lm loss"} and torch.equal(one["lm loss"], wanted["lm loss"])
-    # Another model of the process is trained as ever.
+    # Another model in the process is not affected.
     assert all(one.keys() == {"lm loss"} for one in run(plain, iter(batches())))
 
 
 @pytest.mark.slow
 def test_while_a_teacher_runs_the_hosts_arguments_describe_it(teacher: Path) -> None:
-    """MindSpeed asks them for what megatron-core asks of a model's own configuration."""
+    """MindSpeed reads from the arguments what megatron-core reads from a model's own configuration."""
     model, args = student(), arguments(teacher)
     before = dict(vars(args))
     hosts.learn_in_host(args, model.bare, 100)
@@ -179,7 +179,7 @@ def test_while_a_teacher_runs_the_hosts_arguments_describe_it(teacher: Path) -> 
 
 @pytest.mark.slow
 def test_ranks_that_read_nothing_hear_the_teacher_too(teacher: Path) -> None:
-    """In a host the first of the tensor-parallel ranks reads, and hands micro-batches on."""
+    """In a host, only the first tensor-parallel rank reads data, and passes micro-batches on to the others."""
     model, handed = student(), iter([batch for batch in batches() for _ in range(2)])
     hosts.learn_in_host(arguments(teacher), model.bare, 100)
 

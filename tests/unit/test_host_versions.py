@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between megatron-core's versions.
+"""Tests of what differs between megatron-core's versions.
 
-First of all why the module instance's forward is wrapped: on 0.12.1 an override of ``_forward_impl`` is ignored.
+One difference is the reason to wrap the forward of module instances: 0.12.1 ignores an override of ``_forward_impl``.
 """
 
 import signal
@@ -36,7 +36,7 @@ def wq(weight: torch.Tensor) -> torch.Tensor:
 
 
 class OverridesForwardImpl(ColumnParallelLinear):
-    """The quantizer as a method override: the obvious way, which trains in full precision on 0.12.1."""
+    """A layer that quantizes in an overridden method: the obvious way, which trains in full precision on 0.12.1."""
 
     def _forward_impl(self, input, weight, *args, **kwargs):
         return super()._forward_impl(input, wq(weight), *args, **kwargs)
@@ -76,7 +76,7 @@ def test_ours_does_not(kind: type, requires_grad: bool) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has streams of its own: run it with CUDA_VISIBLE_DEVICES=")
 def test_gradients_that_wait_for_a_stream_find_one_on_the_cpu() -> None:
-    # As start_grad_sync of 0.19 does it, whatever version is installed here.
+    # start_grad_sync of 0.19 does this; it must work with any installed version.
     torch.cuda.current_stream().wait_event(torch.cuda.current_stream())
 
 
@@ -116,7 +116,7 @@ def test_what_megatron_core_would_compile_at_import(
 
 @pytest.mark.slow
 def test_a_megatron_lm_without_legacy_modules_starts_on_the_cpu() -> None:
-    # As core_v0.18 and later; PyPI's megatron-core has none either.
+    # core_v0.18 and later versions have no legacy modules, and neither has PyPI's megatron-core.
     steps = (
         "from bitcpm_megatron.patches import ORIGINAL, megatron_lm",
         "megatron_lm.run_on_cpu()",
@@ -140,7 +140,7 @@ def test_a_step_that_a_cuda_graph_could_capture_is_refused() -> None:
 
 
 def distributed_optimizer(rate: float) -> MegatronOptimizer:
-    """A distributed optimizer over one layer."""
+    """Makes a distributed optimizer of one layer."""
     module = layer(ColumnParallelLinear)
     config = module.config
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), module)
@@ -150,7 +150,7 @@ def distributed_optimizer(rate: float) -> MegatronOptimizer:
 
 def test_optimizer_state_is_loaded_under_another_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (mixed_precision_optimizer, distrib_optimizer):
-        if hasattr(module, "param_group_identifier_keys"):  # 0.12.1 matches groups in another way
+        if hasattr(module, "param_group_identifier_keys"):  # 0.12.1 matches groups differently
             keys = dict.fromkeys(("max_lr", "min_lr", *module.param_group_identifier_keys))
             monkeypatch.setattr(module, "param_group_identifier_keys", tuple(keys))
     checkpointing.load_optimizer_under_other_rates()
@@ -162,7 +162,7 @@ def test_optimizer_state_is_loaded_under_another_learning_rate(monkeypatch: pyte
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_helpers_of_the_checkpoint_writers_are_not_asked_to_stop_while_they_start(tmp_path: Path) -> None:
-    # A scheduler signals every process of a job. What a process is started with holds while it still imports.
+    # A scheduler signals every process of a job. A process keeps the signal mask it is started with while it imports.
     script = tmp_path / "start.py"
     script.write_text(
         """
@@ -186,7 +186,7 @@ if __name__ == "__main__":
     run = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True)
     masks = [(pid, kind, int(mask, 16)) for pid, kind, mask in map(str.split, run.stdout.splitlines())]
     term, usr1 = (1 << (number - 1) for number in (signal.SIGTERM, signal.SIGUSR1))
-    # The tracker of resources ignores SIGTERM and does not block it: it does so before anything is started in its turn.
+    # The resource tracker ignores SIGTERM instead of blocking it, and does so before it starts anything itself.
     helpers = {pid for pid, _, _ in masks} - {"self"}
     blocked = {pid: mask for pid, kind, mask in masks if kind == "SigBlk:"}
     assert not blocked["self"] & (term | usr1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers are computed here from the plain definition, in fp64 and without the package's quantizer."""
+"""Tests of inspect_checkpoint, whose numbers are compared with the definition in fp64, without our quantizer."""
 
 import json
 import math
@@ -25,7 +25,7 @@ LINEARS = 2 * len(tiny_hf.PROJECTIONS)
 
 
 def definition(weight: torch.Tensor, groups: int) -> tuple[float, torch.Tensor]:
-    """Share of zeros, and scales."""
+    """Returns the share of zeros and the scales of a weight, by definition."""
     rows = weight.double().reshape(weight.shape[0] * groups, -1)
     scales = rows.abs().mean(1).clamp(min=1e-5).to(torch.bfloat16).double()
     return (rows.abs() <= scales[:, None] / 2).double().mean().item(), scales
@@ -53,7 +53,7 @@ def to_megatron(source: Path, out: Path, *flags: object) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A latent export, its fused form, and Megatron checkpoints of both."""
+    """Makes a latent export, its fused form, and Megatron checkpoints of both."""
     root = tmp_path_factory.mktemp("inspect")
     tiny_hf.latent_export(root / "latent", tiny_hf.architecture(), tiny_hf.record())
     assert qat_convert.main(["--input_bin", str(root / "latent"), "--output", str(root / "fused")]) == 0
@@ -69,14 +69,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def copy(made: dict[str, Path], tmp_path: Path):
-    # Without digests: what a test changes must not be found by them.
+    # Digests are left out, so that changes by tests must be found without them.
     return lambda name: Path(
         shutil.copytree(made[name], tmp_path / name, ignore=shutil.ignore_patterns("DIGESTS.json"))
     )
 
 
 def with_scales(directory: Path, change: float = 1.0, groups: int | None = None) -> Path:
-    """The same checkpoint with saved scales, as training leaves them."""
+    """Adds saved scales to a checkpoint, as training does; returns its directory."""
     release = directory / "release"
     reader, common = TorchDistReader(release), read_common(release)
     tensors = {name: reader.read(name).clone() for name in reader.tensors()}

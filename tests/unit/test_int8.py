@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Int8 GEMMs: the integers and what is made of them, bit for bit; and ternary layers that compute with them."""
+"""Tests of int8 GEMMs: the integers and the results, bit for bit, and ternary layers that compute with them."""
 
 import functools
 import gc
@@ -115,7 +115,7 @@ def test_an_npu_is_asked_by_the_documentation_of_its_op(monkeypatch: pytest.Monk
 
 
 def preset_shapes() -> list[tuple[int, int]]:
-    """Of the linears of all presets, ``(out, in)``."""
+    """Returns the shapes of the linears of all presets, as (output features, input features)."""
     found = set()
     for name in presets.names():
         flags = presets.read(name).flags
@@ -133,7 +133,7 @@ def preset_shapes() -> list[tuple[int, int]]:
     "preset",
 )
 def test_int8_is_the_fp32_gemm_of_the_same_integers_for_all_preset_shapes(rows: int, columns: int) -> None:
-    # Of few rows, but of the last ones of the shape's own number: a sum is as long as the row, whatever their number.
+    # Only some rows are tested: the length of a sum depends on the length of a row, not on the number of rows.
     weight = ternary_weight(min(rows, 520), columns, torch.bfloat16)
     codes, scales = codes_of(weight)
     assert columns <= LONGEST_SUM
@@ -145,7 +145,7 @@ def test_int8_is_the_fp32_gemm_of_the_same_integers_for_all_preset_shapes(rows: 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 400), st.floats(-3, 3), st.integers(0, 2**31))
 def test_the_difference_to_a_bf16_gemm_is_rounding(tokens, features, exponent, seed) -> None:
-    """docs/quantizer.md derives the bound."""
+    """The bound is derived in docs/quantizer.md."""
     x = (torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed)) * 10**exponent).bfloat16()
     weight = ternary_weight(24, features, torch.bfloat16, seed)
     values = fake_quantize_activations(x)
@@ -157,7 +157,7 @@ def test_the_difference_to_a_bf16_gemm_is_rounding(tokens, features, exponent, s
 
 
 def test_an_exported_model_computes_the_same() -> None:
-    """The layer of exports multiplies unrounded activations with the weight, in fp32: one rounding is between them."""
+    """The layer of exports multiplies unrounded activations by the weight in fp32, a difference of one rounding."""
     linear = torch.nn.Linear(96, 40, bias=False)
     x = activations(6, 96, torch.bfloat16, spread=1.0)
     weight = dequantize(*quantize(linear.weight.detach().bfloat16(), DEFAULT), DEFAULT, torch.bfloat16)
@@ -210,7 +210,7 @@ def test_a_layer_computes_the_integer_product_and_the_gradients_of_the_bf16_one(
         x.grad = None
         other = theirs(x)[0] if name != "dense" else theirs(x)
         other.backward(gradient)
-        # The default input gradient is today's, and the weight's is that of the straight-through estimator.
+        # The default input gradient is that of the bf16 GEMM, and the weight's that of the straight-through estimator.
         assert torch.equal(mine[0], x.grad) and torch.equal(mine[1], theirs.weight.grad)
         definition = gradient.double().flatten(0, 1).t() @ fake_quantize_activations(x.detach()).double().flatten(0, 1)
         assert torch.allclose(mine[1].double(), definition, rtol=2.0**-8, atol=1e-5 * definition.abs().max().item())
@@ -298,7 +298,7 @@ def test_recompute_and_frozen_weights_change_no_gradient(gemm_backward: str) -> 
         if reentrant or gemm_backward == "bf16":
             assert all(map(torch.equal, gradients(checkpointed), expected))
         else:
-            # torch hands a plain tensor of the saved weight's values to upstream's backward.
+            # torch passes a plain tensor with the values of the saved weight to upstream's backward.
             with pytest.raises(RuntimeError, match="non-reentrant recompute.*use --ternary-gemm-backward bf16"):
                 gradients(checkpointed)
     model.requires_grad_(False)
@@ -379,7 +379,7 @@ def test_no_tokens_give_none() -> None:
 def test_the_probe_is_given_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ternary(Linears(), "int8")
     assert probe(model) == 3
-    # One-hot inputs are exact in every way; a product that drops low bits of its input is found by integers alone.
+    # One-hot inputs are exact in any case; only integers reveal a product that drops low bits of its input.
     monkeypatch.setattr(reference, "integer_product", lambda q, w: torch._int_mm(q & -2 | (q.abs() == 127), w))
     with pytest.raises(ProbeError, match="fc1"):
         probe(model)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job files that come with the package: what they run, to the letter, and whether they fit.
+"""Tests of the job files in the package: their exact commands, and whether they fit into memory.
 
-``python tests/unit/test_job_files.py`` writes ``golden/`` anew; look at the difference before you commit it.
+``python tests/unit/test_job_files.py`` rewrites ``golden/``; look at the difference before you commit it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def printed(name: str) -> str:
-    """``run.py NAME --print`` on the last node of a SLURM job, without what is particular to this machine."""
+    """Returns the output of ``run.py NAME --print`` on the last node of a SLURM job, without this machine's paths."""
     nodes = read_stages(name)[0].cluster.nodes or 1
     environ = {
         "SLURM_JOB_ID": "7",
@@ -42,7 +42,7 @@ def printed(name: str) -> str:
         mock.patch.object(sys, "executable", "PYTHON"),
         contextlib.redirect_stdout(output),
     ):
-        # Where nothing was saved by an earlier run.
+        # In this directory, no earlier run has saved anything.
         os.chdir(directory)
         try:
             assert run.main([name, "--print"]) == 0

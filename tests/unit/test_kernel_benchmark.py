@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel benchmark runs, writes what it says, and refuses to time a wrong backend."""
+"""Tests that the kernel benchmark runs, writes its results, and refuses to time an incorrect backend."""
 
 import csv
 import importlib.util
@@ -20,7 +20,7 @@ from bitcpm_megatron.quantization import QuantizerConfig, quantize_dequantize
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module, with a registry that has the torch backend alone."""
+    """Imports the script as a module, with a registry that has only the torch backend."""
     path = Path(__file__).parents[2] / "benchmarks" / "kernel.py"
     monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("kernel_benchmark", path)
@@ -56,7 +56,7 @@ def test_it_measures_every_backend_and_writes_a_table(
         )
     assert (tmp_path / "kernel-cpu.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    # One weight in each of 2 layers.
+    # There is one weight in each of 2 layers.
     for dtype, group in itertools.product(("bf16", "fp32"), ("-1", "32")):
         assert f"| tiny-llama | {dtype} | {group} | 2 | also | 1 |\n" in printed
         assert f"| tiny-llama | {dtype} | {group} | 2 | torch | 2 |\n" in printed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job files, nodes, environment, cores: everything that the launcher decides before it starts anything."""
+"""Tests of what the launcher decides before it starts anything: job files, nodes, environment, cores."""
 
 import json
 import os
@@ -149,7 +149,7 @@ def test_the_megatron_host_gets_the_preset_in_full(tmp_path: Path) -> None:
     assert argv[1:5] == ["--megatron-path", "/opt/m", "--mindspeed-path", "/opt/s"]
     assert "--model" not in argv and "--disable-bias-linear" in argv
     assert argv[argv.index("--vocab-size") + 1] == "300"
-    # Upstream writes this flag with underscores.
+    # Upstream spells this flag with underscores.
     assert "--override-opt_param-scheduler" in argv and argv[-4:] == ["--use-flash-attn", "--x", "1", "2"]
     with pytest.raises(JobError, match="keeps every checkpoint"):
         host_argv(job(tmp_path, UPSTREAM + SMALL, "checkpoint.keep-last-n=2"))
@@ -221,7 +221,7 @@ MODELARTS = {"MA_NUM_HOSTS": "2", "MA_NUM_GPUS": "8", "VC_TASK_INDEX": "1", "VC_
         (SLURM | STEP, ("SLURM", 2, 1, "n1", 29500)),
         (PYTORCHJOB, ("Kubernetes (MASTER_ADDR, RANK)", 3, 2, "job-master-0", 23456)),
         (PET, ("Kubernetes (PET_*)", 2, 1, "t-0", 29400)),
-        # Kubeflow sets both: then WORLD_SIZE counts processes.
+        # Kubeflow sets both kinds of variables; WORLD_SIZE then counts processes.
         (PYTORCHJOB | PET | {"WORLD_SIZE": "16"}, ("Kubernetes (PET_*)", 2, 1, "t-0", 29400)),
         (
             {"PET_NNODES": "1:2", "PET_RDZV_ENDPOINT": "t-0:29401", "RANK": "1"},
@@ -300,7 +300,7 @@ def test_exported_variables_are_kept_unless_told_otherwise() -> None:
     assert "GLOO_SOCKET_IFNAME" not in of(None) and of(None)["HCCL_SOCKET_IFNAME"] == ("=bond0", "kept")
     assert of(None, environment={"TASK_QUEUE_ENABLE": "1", "X": "y"})["X"] == ("y", "job")
     assert of(None, bind_cores="numa")["CPU_AFFINITY_CONF"][0] == "0"
-    # A node that comes back to a c10d rendezvous would else wait for the address of the shared store.
+    # A node that returns to a c10d rendezvous would otherwise wait for the address of the shared store.
     assert of(None, rendezvous="c10d")["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == ("1", "launcher")
 
 

@@ -33,7 +33,7 @@ def rank_file(directory: Path, tp: int, pp: int, pipeline: int) -> Path:
 
 
 def save(directory: Path, tensor: int = 2, pipeline: int = 2, parts: tuple[str, ...] = ("model",), **arguments) -> Path:
-    """As Megatron-LM saves: each rank's tensors are told apart by their values."""
+    """Writes a checkpoint like Megatron-LM; the tensors of different ranks have different values."""
     for tp in range(tensor):
         for pp in range(pipeline):
             path = rank_file(directory, tp, pp, pipeline)
@@ -86,7 +86,7 @@ def test_missing_rank(tmp_path, rank):
 
 
 def test_missing_last_rank(tmp_path):
-    """Only the arguments tell that there was one."""
+    """Only the arguments show that there was another rank."""
     for tp in (0, 1):
         shutil.rmtree(rank_file(save(tmp_path) if tp == 0 else tmp_path, tp, 1, 2).parent)
     refused(tmp_path, "--pipeline-model-parallel-size 2")
@@ -118,7 +118,7 @@ def test_expert_parallelism(tmp_path):
 
 
 def test_expert_parallelism_without_pipeline(tmp_path):
-    """mp_rank_00_001 is then expert rank 1."""
+    """In this case, mp_rank_00_001 is expert rank 1."""
     save(tmp_path, 1, 2, expert_model_parallel_size=2)
     refused(tmp_path, "expert parallelism (2)")
 
@@ -154,7 +154,7 @@ def test_code_is_not_run(tmp_path, capsys):
 
 
 def test_files_of_older_torch_npu(tmp_path, monkeypatch):
-    """They name a function of torch_npu for every tensor."""
+    """These files refer to a function of torch_npu for every tensor."""
 
     def _rebuild_npu_tensor(storage, offset, size, stride, requires_grad, hooks, npu_format):
         raise AssertionError
@@ -169,7 +169,7 @@ def test_files_of_older_torch_npu(tmp_path, monkeypatch):
 
     class Saved:
         def __reduce__(self):
-            # As torch._utils does, without the public accessor's warning.
+            # torch._utils does the same; the public accessor would warn.
             storage = torch.storage.TypedStorage(
                 wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True
             )
@@ -193,7 +193,7 @@ def test_what_was_written_is_read_back(tmp_path):
     other = {"args": argparse.Namespace(tensor_model_parallel_size=1), "checkpoint_version": 3.0, "iteration": 7}
     write_rank(path, {"model0": PLAN, "model1": PLAN}, fill, other)
     assert [p.name for p in path.parent.iterdir()] == ["model_optim_rng.pt"]
-    # A context manager would take away what megatron-core has declared safe itself.
+    # A context manager would remove what megatron-core itself has declared safe.
     torch.serialization.add_safe_globals([argparse.Namespace])
     loaded = torch.load(path, weights_only=True)
     assert loaded["args"] == other["args"] and loaded["iteration"] == 7
@@ -240,7 +240,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_memory(tmp_path):
-    """160 MB in eight tensors."""
+    """160 MB in eight tensors are written and read."""
     code = """
 plan = {f"t{i}": TensorInfo((5, 2**20), torch.float32) for i in range(8)}
 begin()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is told of each optimizer step to those who watch a run."""
+"""Tests of what the loop reports to observers about each optimizer step."""
 
 import argparse
 import json

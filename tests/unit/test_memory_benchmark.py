@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory by where quantized weights are: the formula by itself, and against two ranks that train."""
+"""Tests of memory by storage of quantized weights: the formula, and its comparison with two training ranks."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ CHECKOUT = Path(__file__).parents[2]
     "weights are stored",
 )
 def test_the_formula_is_what_two_ranks_need() -> None:
-    """Every mode within 2 % of the formula; resident weights within 1 % and their scales of BF16."""
+    """Every mode is within 2 % of the formula, and resident weights within 1 %, plus their scales, of BF16."""
     peaks = {peak.mode: peak for peak in memory.measured(memory.measured_job(Layout.parse("DP2+DO")))}
     assert list(peaks) == ["bf16", "none", "step", "resident", "packed"]
     assert [peak.mistake() for peak in peaks.values()] == [None] * len(peaks)
-    # The comparison sees a copy of the quantized weights: it is more than what is allowed.
+    # The comparison would detect a copy of the quantized weights, which is larger than the tolerance.
     assert peaks["step"].measured > 1.08 * peaks["bf16"].measured
 
 
@@ -36,7 +36,7 @@ def test_a_peak_that_is_off_is_told() -> None:
 
 
 def test_eight_billion_parameters_by_formula() -> None:
-    """Bytes per parameter: 2 and 4 and 12 / DP, and 2 per cached quantized weight."""
+    """A parameter takes 2 bytes, its gradient 4, its optimizer state 12 / DP, and a cached quantized weight 2."""
     for dp in (8, 64):
         need = {mode: memory.needed("minicpm4-8b", 4096, 1, dp, mode) for mode in (*memory.MODES, memory.PACKED)}
         bf16 = need["bf16"]

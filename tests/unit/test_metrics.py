@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves to be looked at."""
+"""Tests of the metrics, plots and logs that a run writes."""
 
 import math
 import os

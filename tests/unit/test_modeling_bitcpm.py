@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modeling file that travels with latent exports: our quantizer bit for bit, in Transformers' Granite."""
+"""Tests of the modeling file in latent exports, which puts our quantizer, bit for bit, into Transformers' Granite."""
 
 import copy
 import json
@@ -78,8 +78,10 @@ def test_weights_are_quantized_as_in_training(rows, groups, group, dtype, expone
 
 
 def between_two_scales(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose mean is a midpoint of two bf16 values to within an ulp, so that another order of the sum is seen; and
-    these midpoints."""
+    """Returns rows whose mean is within an ulp of a midpoint of two bf16 values, and these midpoints.
+
+    Another order of the sum would therefore be noticed.
+    """
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5)).abs()
     s = w.double().mean(-1).to(torch.bfloat16)
     midpoint = (s.double() + (s.view(torch.int16) + 1).view(torch.bfloat16).double()) / 2
@@ -96,7 +98,7 @@ def test_scales_between_two_bf16_values_fall_on_the_same_side() -> None:
 
 
 def test_a_row_alone_is_quantized_as_among_others() -> None:
-    """With several threads a single long sum is cut in pieces."""
+    """With several threads, torch would divide a single long sum into pieces."""
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -131,7 +133,7 @@ def test_every_space_is_quantized_as_in_training(space, statistic) -> None:
         w[0], w[1, :64] = 0.0, 1e-6
         expected = dequantize(*quantize(w, config), config, dtype)
         assert same_bits(quantize_weight(w, 64, 1e-5, dtype, space, statistic, 1 / 1.5), expected)
-        # A wider master is quantized by its rounded copy, to values of the narrow dtype.
+        # A wider master weight is quantized from its rounded copy, to values of the narrow dtype.
         wide = quantize_weight(w.float(), 64, 1e-5, dtype, space, statistic, 1 / 1.5)
         assert same_bits(wide, expected.float())
 
@@ -148,7 +150,7 @@ def test_activations_are_quantized_as_in_training(dtype, groups) -> None:
 
 
 def plain(built: BitCPMForCausalLM, weights: dict[str, torch.Tensor]) -> GraniteForCausalLM:
-    """Transformers' Granite of the same configuration, with these weights."""
+    """Returns Transformers' Granite with the same configuration and with these weights."""
     keys = ("ternary_quantizer", "auto_map", "model_type", "architectures", "transformers_version")
     config = GraniteConfig(**{k: v for k, v in built.config.to_dict().items() if k not in keys})
     granite = tiny_hf.cast(GraniteForCausalLM(config), built.dtype)
@@ -196,7 +198,7 @@ def test_fused_weights_are_not_quantized_again() -> None:
 
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 def test_gradients_pass_straight_through(checkpointing) -> None:
-    """The latent weights get the gradients of the quantized ones, bit for bit, however activations are kept."""
+    """Latent weights get the gradients of the quantized ones bit for bit, with and without activation checkpointing."""
     record = tiny_hf.record()
     built = tiny_hf.model(tiny_hf.architecture(), record)
     granite = plain(built, quantized_state(built, record))
@@ -426,7 +428,7 @@ def test_minicpm_defaults_are_those_of_its_own_class() -> None:
 
 
 def test_longrope_switches_beyond_the_original_length() -> None:
-    """Against the formula, in a model that was configured as the exports are."""
+    """The angles equal the formula, in a model that is configured like exports."""
     rope = tiny_hf.longrope(16)
     a = tiny_hf.architecture(longrope=rope)
     built = tiny_hf.model(a, tiny_hf.record())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MiniCPM4 family: presets, flags, and what customize() refuses. Logits are in test_logits."""
+"""Tests of the MiniCPM4 family: presets, flags, and what customize() refuses."""
 
 import argparse
 import pickle
@@ -20,7 +20,7 @@ from bitcpm_megatron.training.flags import parse_args
 
 RUN = "--seq-length 32 --micro-batch-size 1 --train-iters 1 --lr 1 --mock-data --vocab-size 300 --eval-iters 0".split()
 LONG = LongRope(tuple(1.0 + i for i in range(8)), tuple(2.0 + i for i in range(8)), 32)
-# Published sizes: the model cards' 0.5B, 1B, 3B and 8B are rounded.
+# These are the exact sizes; the model cards' 0.5B, 1B, 3B and 8B are rounded.
 PARAMETERS = {
     "minicpm4-0.5b": 433_873_920,
     "bitcpm4-1b": 1_360_258_560,
@@ -205,7 +205,7 @@ def test_checkpoints_compare_multipliers_by_meaning(tmp_path) -> None:
     other = argparse.Namespace(**{**vars(args), "scale_emb": 1.0})
     with pytest.raises(CheckpointError, match="multipliers"):
         check_arguments(other, saved, tmp_path, with_optimizer=False)
-    # Tokenizers by content.
+    # Tokenizers are compared by their content.
     args.tokenizer_identity = {"sha256": "1"}
     check_arguments(args, saved, tmp_path, with_optimizer=False)
     check_arguments(args, {**saved, "tokenizer_identity": {"sha256": "1"}}, tmp_path, with_optimizer=False)
@@ -237,7 +237,7 @@ def test_longrope_changes_lists_after_its_original_length(single_rank: None) -> 
 def test_a_rotary_forward_that_a_host_replaced_rotates_by_longrope(
     single_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MindSpeed's for packed samples computes angles from ``inv_freq``, and asks no method for them."""
+    """MindSpeed's forward for packed samples computes angles from ``inv_freq`` and not by a method."""
 
     def forward(self, max_seq_len, offset=0, packed_seq=False):
         return torch.outer(torch.arange(max_seq_len) + offset, self.inv_freq)

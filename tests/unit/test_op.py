@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered op: schema, fake kernel, straight-through gradient, compilation, and the choice of a backend.
+"""Tests of the registered op: schema, fake kernel, straight-through gradient, compilation, choice of a backend.
 
-What the values are is tested in ``test_quantizer.py``; here the op must give those values through every door.
+``test_quantizer.py`` tests the values themselves; here the op must give the same values in every way it is called.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def gaussian(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: 
 
 
 def quantizer(group: int, eps: float = QuantizerConfig.eps) -> tuple[str, int, float, str, float]:
-    """A quantizer as the op takes it."""
+    """Returns the arguments of the op that describe a quantizer."""
     return "ternary", group, eps, "absmean", 1.0
 
 
@@ -107,7 +107,7 @@ def test_the_config_reaches_the_op() -> None:
 def test_a_space_that_the_op_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     five = Space("five", (-2.0, -1.0, 0.0, 1.0, 2.0), (-1.5, -0.5, 0.5, 1.5), ("lower", "upper") * 2)
     monkeypatch.setitem(SPACES, "five", five)
-    # Ternary values in place of the five that were asked for would be an answer to another question.
+    # The op must not silently quantize to ternary when another space was requested.
     with pytest.raises(ValueError, match="quantizes to ternary, .*, not to 'five': use quantize and dequantize"):
         fake_quantize(gaussian(2, 64), QuantizerConfig(space="five"))
 
@@ -152,7 +152,7 @@ def test_fake_tensors_have_the_layout_of_the_real_ones(dtype: torch.dtype, trans
 
 @pytest.fixture(scope="module", params=["torch", "cpu", "one by one"])
 def serving(request: pytest.FixtureRequest) -> Backend:
-    """A backend that serves the CPU for the module's tests: those of a CPU, and one without a grouped kernel."""
+    """Selects a backend for the CPU during the module's tests: those of a CPU, and one without a grouped kernel."""
     before, known = registry._requested, dict(registry._BACKENDS)
     register_backend(Backend("one by one", quantize_dequantize, lambda device: None, None))
     reason = {b.name: b for b in backends()}[request.param].unavailable("cpu")
@@ -171,7 +171,7 @@ def test_together_as_each_alone(serving: Backend, latents: list[Latent], eps: fl
 
 
 def test_a_weight_that_is_quantized_in_place_is_a_slice_of_something(serving: Backend) -> None:
-    """As in a buffer of parameters: at odd addresses, and what lies around it stays."""
+    """The weight is at an odd address, as in a buffer of parameters, and its surroundings are not changed."""
     buffer = gaussian(1, 4000, torch.bfloat16).flatten()
     before = buffer.clone()
     pieces = [buffer[7 : 7 + 5 * 33].view(5, 33), buffer[1001 : 1001 + 640].view(10, 64)]
@@ -188,7 +188,7 @@ def test_how_often_the_kernel_was_launched(serving: Backend) -> None:
 
 
 def test_calls_and_launches_are_counted(serving: Backend) -> None:
-    """And all together, outside any graph, are what each is alone."""
+    """Weights quantized together, outside any autograd graph, equal those quantized one by one."""
     weights = [gaussian(4, 64).requires_grad_(), gaussian(2, 96).t(), gaussian(3, 256, torch.bfloat16)]
     sizes, before = [32, -1, 128], replace(counts)
     quantized, scales = quantize_all(weights, QuantizerConfig(eps=0.5), sizes)
@@ -201,7 +201,7 @@ def test_calls_and_launches_are_counted(serving: Backend) -> None:
 
 
 def in_lists(in_place: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Two weights, where they go, and their scales."""
+    """Returns two weights, the tensors for the results, and the tensors for the scales."""
     weights = [gaussian(4, 64), gaussian(2, 96, torch.bfloat16)]
     scales = [torch.empty(4, 1, dtype=torch.bfloat16), torch.empty(2, 3, dtype=torch.bfloat16)]
     return ([], weights, scales) if in_place else (weights, [torch.empty_like(w) for w in weights], scales)
@@ -291,7 +291,7 @@ def test_weights_of_two_dtypes_share_no_launch(own_registry: None) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_scale", [False, True])
 def test_the_gradient_passes_unchanged(dtype: torch.dtype, with_scale: bool) -> None:
-    # Zeros, clamped values and codes 0 included; upstream values of every size, with signed zeros and an infinity.
+    # There are zeros, clamped values and codes 0; upstream gradients have all sizes, signed zeros and an infinity.
     weight = gaussian(8, 64, dtype, 2)
     weight[0] = 0.0
     weight[1] *= 100
@@ -369,7 +369,7 @@ def test_compiled_linear_equals_eager(dtype: torch.dtype, dynamic: bool) -> None
             out.backward()
             results.append((out.detach(), x.grad, weight.grad))
         assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
-        # The straight-through weight gradient by hand, so that both are not wrong alike.
+        # The straight-through weight gradient is also computed directly, in case both are wrong in the same way.
         wq = dequantize(*quantize(gaussian(rows, columns, dtype, 10), config), config, dtype)
         x = gaussian(16, columns, dtype, 9)
         wq.requires_grad_()
@@ -383,16 +383,16 @@ def test_compiled_linear_equals_eager(dtype: torch.dtype, dynamic: bool) -> None
 
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry with the torch backend alone, whose changes end with the test."""
+    """Provides a registry with only the torch backend; changes to it end with the test."""
     monkeypatch.setattr(registry, "_BACKENDS", {"torch": registry._BACKENDS["torch"]})
     monkeypatch.setattr(registry, "_requested", "auto")
     monkeypatch.setattr(registry, "_choices", {})
 
 
 def backend(name: str, priority: int | None, reason: str | None = None, only: str | None = None) -> Backend:
-    """A backend that fills the weight with its priority, so that values tell which one ran.
+    """Returns a backend that fills the weight with its priority, so that the values show which backend ran.
 
-    ``reason`` says why it cannot run on ``only`` (on any device type, if that is None).
+    ``reason`` is why it cannot run on the device type ``only``, or on any device type if ``only`` is None.
     """
 
     def kernel(
@@ -420,7 +420,7 @@ def test_auto_takes_the_highest_priority_that_can_run_and_says_why(own_registry:
     assert choice.backend.name == "fast"
     assert "best available" in choice.reason and "fastest: no such chip" in choice.reason
     assert (fake_quantize(weight, QuantizerConfig()) == 10).all()
-    # Another device type is another choice.
+    # Each device type has a choice of its own.
     assert active_backend("cuda").backend.name == "fastest" and "no such chip" not in active_backend("cuda").reason
     assert active_backend("cpu").backend.name == "fast"
     assert set_backend("auto", "cpu") == choice

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Micro-batches of packed pretraining and of --sft, as a model gets them: boundaries, positions, and who reads them."""
+"""Tests of micro-batches of packed pretraining and of --sft, as a model gets them: boundaries, positions, readers."""
 
 import json
 from itertools import islice
@@ -29,7 +29,7 @@ def place(tmp_path: Path, single_rank: None) -> Path:
 
 
 def stream(place: Path, kind: str, consumed: int = 0, workers: int = 0, steps: int = 6):
-    """Micro-batches of two samples of 12 tokens."""
+    """Returns an iterator over micro-batches of ROWS samples of LENGTH tokens."""
     argv = f"""--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length {LENGTH} --lr 1e-3 --eval-iters 0
     --max-position-embeddings {LENGTH} --micro-batch-size {ROWS} --train-iters {steps} --attention-dropout 0
     --tokenizer-model {place}/tokenizer --split 1,0,0 --data-path {place}/{kind} --num-workers {workers}""".split()
@@ -47,7 +47,7 @@ def test_documents_of_a_micro_batch_begin_at_position_0_behind_each_end(place: P
         assert bounds == [*begins, len(tokens)]
         parts = batch[CUMULATIVE].diff().tolist()
         assert batch["position_ids"][0].tolist() == [position for length in parts for position in range(length)]
-        # What would follow the end of a document is the first token of another one.
+        # The token after the end of a document is the first of another one, and is not learned.
         assert batch["loss_mask"][0].tolist() == [float(token != EOD) for token in tokens]
         assert all(value.numel() <= len(tokens) for value in batch.values()), "a mask would be larger"
         lengths |= set(parts)
@@ -55,7 +55,7 @@ def test_documents_of_a_micro_batch_begin_at_position_0_behind_each_end(place: P
 
 
 def test_ends_of_documents_are_seen_and_learned_where_padding_is_the_same_token(place: Path) -> None:
-    """As in many published models; GPTDataset looks for padding by its token, unless it is another special one, too."""
+    """Many published models pad with the end token; GPTDataset finds padding by its token if it has no other role."""
     described = json.loads((place / "tokenizer" / "tokenizer_config.json").read_text())
     plain = list(islice(stream(place, "documents"), 6))
     (place / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**described, "pad_token": "<eod>"}))

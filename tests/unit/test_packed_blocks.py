@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packers of block types against the packages of the formats themselves, for the rows of every preset."""
+"""Tests of the packers of block types against the formats' own packages, for the rows of every preset."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ def random_codes(rows: int, columns: int) -> torch.Tensor:
 
 
 def row_lengths() -> list[int]:
-    """Of all linears of all presets."""
+    """Returns the row lengths of all linears of all presets."""
     return sorted({w.info.shape[1] for preset in names() for w in weights(preset) if w.group is not None})
 
 
 @pytest.mark.parametrize("columns", row_lengths())
 @pytest.mark.parametrize("kind", ["TQ2_0", "TQ1_0", "Q4_0"])
 def test_what_is_packed_comes_back(kind: str, columns: int) -> None:
-    """For whole rows, 2, 4 and 8 row-parallel shards, and every group size that a block divides."""
+    """This holds for whole rows, 2, 4 and 8 row-parallel shards, and every group size that a block divides."""
     known, codes, tried = GGUF_TYPES[kind], random_codes(3, columns), 0
     for group in (columns, columns // 2, columns // 4, columns // 8, 256, 128, 64, 32):
         if columns % group or group % known.block:
@@ -50,7 +50,7 @@ def test_what_is_packed_comes_back(kind: str, columns: int) -> None:
 
 
 def test_a_block_of_q2_0_by_hand() -> None:
-    """By llama.cpp's ``block_q2_0``: fp16 d, then element j in byte j // 4 at bits 2 (j % 4), as code + 1."""
+    """llama.cpp's ``block_q2_0`` has an fp16 scale, then element j, as code + 1, in byte j // 4 at bits 2 (j % 4)."""
     codes = torch.zeros(1, 64, dtype=torch.int8)
     codes[0, 0], codes[0, 3], codes[0, 5] = 1, -1, 1
     packed = pack_blocks("w", Q2_0, codes, torch.tensor([[1.0]]))
@@ -69,7 +69,7 @@ def test_words_are_those_of_compressed_tensors(bits: int, columns: int) -> None:
 
 @pytest.mark.parametrize("bits", range(7, 16))
 def test_every_bf16_scale_that_fp16_holds_is_taken_and_no_other(bits: int) -> None:
-    """All bf16 values of an exponent, at both ends of what fp16 holds: exact, or refused."""
+    """All bf16 values with an exponent at either end of fp16's range are exact or refused."""
     for exponent in (-(bits + 10), bits):
         scales = (torch.arange(128, 256).float() * 2.0 ** (exponent - 7)).bfloat16().unsqueeze(1)
         codes, exact = torch.ones(128, 32, dtype=torch.int8), scales.half().float() == scales.float()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards that are packed and unpacked are the same bit for bit, and what travels is short."""
+"""Tests that shards that are packed, gathered and unpacked are equal bit for bit, and that messages are short."""
 
 import argparse
 import itertools
@@ -33,19 +33,19 @@ def bucket_of(
     seed: int,
     spaces: tuple[str, ...] = ("ternary",),
 ):
-    """A bucket of quantized weights with other values between them, where these weights lie, and all scales."""
+    """Returns a bucket with quantized weights and other values between them, the weights' places, and all scales."""
     generator = torch.Generator().manual_seed(seed)
     values, weights, scales, place = [], [], [torch.empty(0, dtype=torch.bfloat16)], 0
     for number, ((rows, (columns, group)), gap) in enumerate(zip(shapes, gaps, strict=True)):
         values.append(torch.randn(gap, generator=generator).to(torch.bfloat16))
         latent = (torch.randn(rows, columns, generator=generator) * 10.0 ** -(seed % 7)).to(torch.bfloat16)
-        # Zeros as far as a shard may be, and values of which one in a group survives.
+        # Some rows are zeros, as long as a shard may be, and in some groups only one value is not quantized to zero.
         latent[:: 2 + seed % 3] = 0.0
         latent[1::4, 0] = 2e-5
         if seed % 5 == 0:
             latent[-1, -1] = torch.inf if seed % 2 else torch.nan
         space = spaces[number % len(spaces)]
-        # Of a mean many values have the highest level alone, and of far more than it the lowest magnitude alone.
+        # With the mean as scale, many groups have only the highest level; with far more, only the lowest magnitude.
         config = QuantizerConfig(space, statistic="absmean", scale_multiplier=(1.0, 0.25, 5.0)[(seed + number) % 3])
         quantized, made = quantize_dequantize(latent.view(-1, group), config)
         values.append(quantized.flatten())
@@ -57,7 +57,7 @@ def bucket_of(
 
 
 def packed(packing: Packing, bucket: torch.Tensor, scales: torch.Tensor) -> list[torch.Tensor]:
-    """The messages of all ranks, each of which knows the scales of what it has a piece of."""
+    """Returns the messages of all ranks, each of which knows the scales of the groups that it has a part of."""
     rows = [piece for shard in packing.shards for piece in shard.rows]
     assert bool(rows) == bool(packing.weights)
     return [
@@ -67,7 +67,7 @@ def packed(packing: Packing, bucket: torch.Tensor, scales: torch.Tensor) -> list
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
-    """The bits of bf16 values; any NaN is one."""
+    """Returns the bits of bf16 values, with the same bits for all NaNs."""
     return values.masked_fill(values.isnan(), torch.nan).view(torch.int16)
 
 
@@ -134,7 +134,7 @@ def test_packing_waits_for_no_device() -> None:
         bucket, weights, _ = bucket_of([(16, (512, 512)), (9, (33, 33)), (16, (512, 512))], [0, 64, 3], 5, 3, 1, spaces)
         nowhere = bucket.to("meta")
         packing = Packing(weights, bucket.numel(), 3, nowhere.device)
-        # Without values, whatever asks for one fails.
+        # Tensors on the device "meta" have no values, so that any access to a value fails.
         own = torch.empty(packing.shards[1].scales, dtype=torch.bfloat16, device="meta")
         message = packing.pack(nowhere.view(3, -1)[1], 1, own)
         packing.unpack(torch.stack([message] * 3), nowhere)
@@ -160,14 +160,14 @@ def test_rows_cover_the_weights_and_know_their_groups(shapes, gaps, rest, ranks,
 
 
 class Wire:
-    """``all_gather_into_tensor`` over ranks that are played one after the other; counts what is handed to it."""
+    """A double of ``all_gather_into_tensor`` for ranks that are simulated one after another; counts gathered bytes."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks, self.calls = ranks, [[] for _ in range(ranks)]
         self.bytes = 0
 
     def gather(self, everything: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool) -> SimpleNamespace:
-        """Of the rank that the group is; what arrives lies there after the wait only."""
+        """Gathers for the rank of the group; the result is available only after ``wait``."""
         assert async_op and everything.numel() == self.ranks * own.numel() and everything.dtype == own.dtype
         calls = self.calls[group.rank]
         calls.append(own.clone())
@@ -177,7 +177,7 @@ class Wire:
 
 
 def chunk_of(rank: int, ranks: int, buckets: list[tuple[torch.Tensor, list[Weight]]], overlap: bool):
-    """A chunk as megatron-core wraps it, of one rank: each bucket has its own shard only. And its modules."""
+    """Returns one rank's chunk, wrapped as by megatron-core with only its own shard in each bucket, and its modules."""
     config = SimpleNamespace(use_distributed_optimizer=True, overlap_param_gather=overlap)
     modules, made, index, offset = [], [], {}, 0
     for number, (values, weights) in enumerate(buckets):
@@ -213,7 +213,7 @@ def chunk_of(rank: int, ranks: int, buckets: list[tuple[torch.Tensor, list[Weigh
 
 
 def played(monkeypatch: pytest.MonkeyPatch, ranks: int, buckets: list, overlap: bool):
-    """All ranks' chunks with a packed gather, what they hold, and the wire."""
+    """Returns all ranks' chunks, their packed gathers, the wire, and the double of resident weights."""
     wire, resident = Wire(ranks), SimpleNamespace(holds=True, gathers_packed=False)
     monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", wire.gather)
     chunks, gathers = [], []
@@ -226,7 +226,7 @@ def played(monkeypatch: pytest.MonkeyPatch, ranks: int, buckets: list, overlap: 
 
 
 def buckets_of(ranks: int) -> list[tuple[torch.Tensor, list[Weight]]]:
-    """One of weights that shards cut, with a norm; one that is an embedding; one of both."""
+    """Returns a bucket of weights that shards cut, with a norm; a bucket of an embedding; and a bucket of both."""
     wide, odd = (16, (512, 512)), (9, (33, 33))
     return [
         bucket_of([wide, odd, wide, wide], [0, 64, 3, 0], 5, ranks, 1)[:2],
@@ -243,7 +243,7 @@ def test_an_asynchronous_gather_unpacks_behind_its_wait(ranks: int, monkeypatch:
     for group in groups:
         group.start_param_sync()
         assert group.param_gather_dispatched and group.param_gather_handle is not None
-    # On its way: what the parameters hold does not say any more how it left.
+    # The gather is in flight; the current state of the parameters must not decide how messages are unpacked.
     resident.holds = False
     for rank, group in enumerate(groups):
         other = (rank + 1) % ranks
@@ -274,13 +274,13 @@ def test_bytes_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     for gather in gathers:
         assert gather.packed == gather.buckets == 1
         assert gather.traffic.weights == 6 * 32 * 512
-        # Three norms of 64 beside them.
+        # Three norms of 64 elements are in the same bucket.
         assert 0.25 < (gather.traffic.packed - 2 * 3 * 64) / gather.traffic.weights <= 0.27
         assert gather.traffic.packed < gather.traffic.plain / 7
 
 
 def test_a_bucket_without_gain_is_gathered_as_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The last of two shards is an embedding from end to end.
+    # The second of two shards consists only of an embedding.
     buckets = [bucket_of([(8, (32, 32))], [0], 600, 2, 1)[:2], bucket_of([], [], 64, 2, 1)[:2]]
     chunks, gathers, wire, _ = played(monkeypatch, 2, buckets, overlap=False)
     assert [gather.packed for gather in gathers] == [0, 0]

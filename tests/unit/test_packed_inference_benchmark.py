@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of packed inference: what it makes, compares and writes; not how fast anything is."""
+"""Tests of the benchmark of packed inference: what it makes, compares and writes, but not its times."""
 
 import argparse
 import csv

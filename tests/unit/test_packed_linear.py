@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linears that stay packed: the weight of the training forward, and products within the rounding of fp32 sums.
+"""Tests of packed linears: the weight of the training forward, and products to within the rounding of fp32 sums.
 
-A product of n terms that is summed in fp32, in whatever order and with whatever scale behind a group's sum, has at most
-n + 2 roundings in each term, so that it lies within ((1 + u)^(n + 2) - 1) sum |x| |w| of the exact one, u = 2^-24
-(Higham, Accuracy and Stability of Numerical Algorithms, 3.1). What is stored in bf16 is rounded once more, by 2^-8.
+A product of n terms that is summed in fp32, in any order and with any scale applied after the sum of a group, has at
+most n + 2 roundings in each term. It therefore differs from the exact one by at most
+((1 + u)^(n + 2) - 1) sum |x| |w|, u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). A result
+in bf16 is rounded once more, by at most 2^-8.
 """
 
 import logging
@@ -27,7 +28,7 @@ from bitcpm_megatron.quantization import pack
 
 DTYPES = (torch.bfloat16, torch.float32)
 TOKENS = (1, 3, 4, 5, 32, 33, 100)
-# Groups; row-parallel shards of whole rows, whose groups are any multiples of 32; and rows that fill no block.
+# Shapes have groups; row-parallel shards of whole rows, with groups of any multiple of 32; and rows of partial blocks.
 SHAPES = [(7, 1280, group) for group in (-1, 256, 128, 64, 32)]
 SHAPES += [(5, 1536, 1536 // shards) for shards in (2, 4, 8, 16)]
 SHAPES += [(3, 480, 160), (9, 96, 32), (1, 32, 32)]
@@ -39,7 +40,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def made(rows: int, columns: int, group: int) -> tuple[PackedTernaryLinear, torch.Tensor]:
-    """A packed layer, and the weight that training would have multiplied with, in fp32."""
+    """Returns a packed layer, and the fp32 weight that training would have multiplied by."""
     g = torch.Generator().manual_seed(rows * columns)
     latent = torch.randn(rows, columns, generator=g) * 10 ** torch.empty(rows, 1).uniform_(-3, 1, generator=g)
     latent[0, : columns // 2] = 0
@@ -53,7 +54,7 @@ def activations(tokens: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """See above."""
+    """Asserts that a product is within the bound of the module's docstring."""
     n, exact = weight.shape[1], x.double() @ weight.double().t()
     bound = ((1 + 2.0**-24) ** (n + 2) - 1) * (x.double().abs() @ weight.double().abs().t())
     if y.dtype == torch.bfloat16:
@@ -65,7 +66,7 @@ def check_product(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> Non
 
 @pytest.fixture
 def fallback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No C compiler."""
+    """Simulates a machine without a C compiler."""
     monkeypatch.setattr(cpu, "load", lambda: (None, "no C compiler (cc) on the PATH"))
     kernels_for.cache_clear()
     yield
@@ -88,7 +89,7 @@ def test_the_weight_is_that_of_the_training_forward(rows: int, columns: int, gro
 
 @needs_compiler
 def test_scales_of_zero_and_below() -> None:
-    """Training makes none; a zero still has no sign."""
+    """Training makes no such scales; with them, too, a zero has no sign."""
     codes = torch.tensor([[-1, 0, 1] * 32] * 3, dtype=torch.int8)
     layer = PackedTernaryLinear(pack(codes), torch.tensor([[0.0], [-0.0], [-2.0]], dtype=torch.bfloat16), 96)
     for dtype in DTYPES:
@@ -115,7 +116,7 @@ def test_products_lie_within_the_rounding_of_sums_in_fp32(rows: int, columns: in
         for tokens in TOKENS:
             x = activations(tokens, columns, dtype)
             y = layer(x)
-            if tokens > 32:  # the device's own product, of the same weight
+            if tokens > 32:  # this is the device's own product with the same weight
                 assert torch.equal(y, linear(x, weight.to(dtype)))
             else:
                 check_product(y, x, weight)
@@ -215,7 +216,7 @@ def test_a_kernel_that_is_wrong_is_not_used(
 
 
 def test_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted, or on a GPU with TRITON_INTERPRET=0."""
+    """The kernels run interpreted, or on a GPU with TRITON_INTERPRET=0."""
     launch = pytest.importorskip("bitcpm_megatron.ops.triton.launch", reason="triton is not installed")
     from bitcpm_megatron.inference.kernels import cuda
 

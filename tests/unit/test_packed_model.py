@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed models: the dense model of the training forward, with its memory and within the rounding of its products."""
+"""Tests of packed models: results equal the dense model's to within rounding, in the memory of the packed file."""
 
 import functools
 import json
@@ -42,7 +42,7 @@ _MINICPM = architecture(
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """Packed exports and the dense models of the same training forward, by architecture, group size and shards."""
+    """Returns a function that makes, once per setting, a packed export and the dense model of the same forward."""
     made: dict[tuple[Architecture, int, int], tuple[Path, Path]] = {}
 
     def export(a: Architecture = _LLAMA, group: int = -1, shards: int = 2) -> tuple[Path, Path]:
@@ -73,7 +73,7 @@ def dense_model(directory: Path, dtype: torch.dtype) -> "transformers.PreTrained
 
 
 def by_single_tokens(model: "transformers.PreTrainedModel") -> torch.Tensor:
-    """Logits ``[256, 320]`` of the tokens, one by one through Transformers' own cache."""
+    """Returns logits ``[256, 320]`` (tokens, vocabulary), computed token by token with Transformers' own cache."""
     cache, logits = transformers.DynamicCache(), []
     with torch.inference_mode():
         for token in TOKENS[0]:
@@ -91,7 +91,7 @@ def by_single_tokens(model: "transformers.PreTrainedModel") -> torch.Tensor:
 def test_logits_of_many_tokens_are_those_of_the_dense_model(
     a: Architecture, group: int, shards: int, dtype: torch.dtype, exports
 ) -> None:
-    """The same products of the same weights: LongRoPE beyond its original length, multipliers, a tied output layer."""
+    """Both compute the same products; models have LongRoPE beyond its original length, multipliers, tied embeddings."""
     packed, dense = exports(a, group, shards)
     ours, theirs = load_packed_model(packed, dtype=dtype), dense_model(dense, dtype)
     assert type(ours) is type(theirs) and not ours.training and ours.dtype == dtype
@@ -103,11 +103,12 @@ def test_logits_of_many_tokens_are_those_of_the_dense_model(
 
 
 def rounding(model: "transformers.PreTrainedModel", places: list[tuple[int, int]]) -> float:
-    """How far rounding in fp32 products moves the logits at (position, token): the largest standard deviation.
+    """Returns the largest standard deviation of logits, at places (position, token), from rounding in fp32 products.
 
-    Of n + 2 roundings in each of n terms, independent and of mean 0, a product has a standard deviation of at most
-    sqrt(n + 2) u sum |x| |w| (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019), and a
-    logit to first order the root of the sum of the squares of these times its derivatives, which a model in fp64 has.
+    With n + 2 independent roundings of mean 0 in each of n terms, a product has a standard deviation of at most
+    sqrt(n + 2) u sum |x| |w| (Higham and Mary, A New Approach to Probabilistic Rounding Error Analysis, 2019). To first
+    order, that of a logit is the root of the sum of the squares of these, each times the logit's derivative, which a
+    model in fp64 computes.
     """
     moves, bounds = [], []
 
@@ -138,9 +139,9 @@ def test_logits_of_single_tokens_and_greedy_choices(exports) -> None:
     theirs = by_single_tokens(dense_model(dense, torch.float32))
     largest = theirs.topk(2).values
     places = [(p, int(t)) for p in (255, 130, 31) for t in theirs[p].topk(2).indices]
-    # Eight standard deviations; of both models; and twice that, for what else rounds: sums of no more terms.
+    # Eight standard deviations, times 2 for two models, times 2 for other roundings, in sums of no more terms.
     bound = 8 * 4 * rounding(dense_model(dense, torch.float64), places)
-    # Without a compiler both are the same product.
+    # Without a compiler, both compute the same product.
     assert cpu.load()[0] is None or not torch.equal(ours, theirs)
     assert float((ours - theirs).abs().max()) <= bound < 0.01 * float(theirs.std())
     certain = largest[:, 0] - largest[:, 1] > 2 * bound
@@ -153,7 +154,7 @@ def test_what_is_generated_is_what_its_logits_choose(exports) -> None:
     with torch.inference_mode():
         found = model.generate(TOKENS[:, :40], max_new_tokens=24, do_sample=False, eos_token_id=None)[0]
         logits = model(found[None]).logits[0, 39:-1]
-    # Of the same model, by another order of sums: a choice between equals may fall otherwise.
+    # The logits are computed with another order of sums, so that a choice between equal ones may differ.
     assert found.shape == (64,)
     assert torch.equal(found[:40], TOKENS[0, :40])
     assert bool((logits.gather(1, found[40:, None])[:, 0] >= logits.amax(-1) - 1e-4).all())
@@ -175,7 +176,7 @@ def test_memory_is_that_of_the_packed_file(group: int, shards: int, exports) -> 
         assert not list(linear.parameters())
     held = sum(t.nbytes for t in model.state_dict().values())
     assert held == sum(t.nbytes for name, t in stored.items() if not name.endswith("_shape"))
-    # Nothing of it lies in the file.
+    # After loading, the model does not depend on the file.
     before = model(TOKENS[:, :8]).logits
     damaged = (packed / WEIGHTS).read_bytes()
     (packed / WEIGHTS).write_bytes(bytes(len(damaged)))
@@ -202,7 +203,7 @@ def test_shards_and_other_dtypes_of_latent_weights(tmp_path: Path) -> None:
 
 @pytest.fixture
 def copy(exports, tmp_path: Path) -> Path:
-    """An export that may be changed, without digests."""
+    """Makes a copy of an export, without digests, that a test may change."""
     target = Path(shutil.copytree(exports()[0], tmp_path / "export"))
     (target / "DIGESTS.json").unlink()
     return target
@@ -283,7 +284,7 @@ def test_damage_shows_in_the_digests(exports, tmp_path: Path) -> None:
     target = Path(shutil.copytree(exports()[0], tmp_path / "export"))
     content = bytearray((target / WEIGHTS).read_bytes())
     content[-1] ^= 1
-    # A card may be edited.
+    # The model card may be edited.
     (target / "README.md").write_text("ours")
     load_packed_model(target)
     (target / WEIGHTS).write_bytes(content)

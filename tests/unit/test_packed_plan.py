@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the planner of packed exports chooses, what it says of sizes, and what it refuses."""
+"""Tests of the planner of packed exports: its choices, the sizes that it reports, and what it refuses."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 
 
 def weights(preset: str, group_size: int = -1, shards: int = 1) -> list[Weight]:
-    """Those of a preset in bf16, as a run with these flags would record them."""
+    """Returns the weights of a preset in bf16, as a run with these flags would record them."""
     found = []
     for tensor in megatron_tensors(architecture(preset)):
         for name, shape in part_shapes([tensor]).items():
@@ -61,7 +61,7 @@ def test_whole_file_ratios_of_the_presets(preset: str, embeddings: str, ratio: f
 
 
 def test_bytes_of_the_8b_model_by_hand() -> None:
-    """4096 hidden, 16384 ffn, 32 heads and 2 key/value heads of 128, 32 layers, two vocabularies of 73,448 rows."""
+    """Hidden 4096, ffn 16384, 32 heads and 2 key/value heads of 128, 32 layers, two vocabularies of 73,448 rows."""
     linears = 32 * (2 * 4096 * 4096 + 2 * 256 * 4096 + 3 * 4096 * 16384)
     norms, vocabulary = 65 * 4096, 2 * 73448 * 4096
     plan = plan_gguf(weights("minicpm4-8b"))
@@ -84,7 +84,7 @@ def test_the_least_lossy_embeddings_that_reach_a_ratio() -> None:
     ("group", "shards", "column", "row"),
     [
         (-1, 1, "TQ2_0", "TQ2_0"),
-        (-1, 8, "TQ2_0", "Q2_0"),  # 0.5B: o_proj has 1024 / 8 = 128 per scale
+        (-1, 8, "TQ2_0", "Q2_0"),  # in the 0.5B model, o_proj has 1024 / 8 = 128 elements per scale
         (256, 1, "TQ2_0", "TQ2_0"),
         (128, 1, "Q2_0", "Q2_0"),
         (64, 1, "Q2_0", "Q2_0"),
@@ -95,7 +95,7 @@ def test_every_weight_gets_the_first_type_that_holds_it(group: int, shards: int,
     chosen = kinds(plan_gguf(weights("minicpm4-0.5b", group, shards)))
     assert {chosen[name] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")} == {column}
     assert chosen["o_proj"] == row and chosen["norm"] == "F32" and chosen["embed_tokens"] == "F16"
-    # ffn rows are 4096: at 8 shards 512 per scale.
+    # Rows of the ffn have 4096 elements, with 8 shards 512 per scale.
     assert chosen["down_proj"] == column
 
 
@@ -108,7 +108,7 @@ def test_groups_that_no_block_divides_stay_bf16() -> None:
     [
         ("TQ2_0", 1024, 128, "Q2_0"),
         ("TQ1_0", 1024, 128, "Q2_0"),
-        ("TQ2_0", 1152, 1152, "Q2_0"),  # the row is 4.5 blocks
+        ("TQ2_0", 1152, 1152, "Q2_0"),  # the row has 4.5 blocks
         ("Q2_0", 1024, 32, "Q4_0"),
         ("Q4_0", 80, 80, "BF16"),
     ],
@@ -144,7 +144,7 @@ def test_bytes_of_compressed_tensors(group: int, per_group: int | None) -> None:
             assert choice.nbytes == choice.weight.info.nbytes
         else:
             row = columns // 4 + 2 if per_group is None else columns // group * per_group
-            assert choice.nbytes == rows * row + 16  # and the shape, two int64
+            assert choice.nbytes == rows * row + 16  # the shape takes two int64, too
     assert plan_compressed_tensors(weights("minicpm4-0.5b", group), "4").linear_ratio < plan.linear_ratio
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed sequences: documents in one row are what they are alone, in attention, positions, losses and gradients."""
+"""Tests of packed sequences: documents in one row give the same attention, positions, losses and gradients as alone."""
 
 import copy
 
@@ -31,7 +31,7 @@ MODEL = """
     --train-iters 1 --lr 1 --eval-iters 0 --init-method-std 0.1 --ternary --reset-position-ids --reset-attention-mask
 """.split()
 ROPE = ["--position-embedding-type", "rope"]
-# 8 channels per head; from position 20 on the long factors count.
+# A head has 16 channels and 8 frequencies; the long factors apply from position 20 on.
 LONGROPE = [
     *ROPE,
     *"--rope-scaling-type longrope --rope-scaling-original-max-position-embeddings 20".split(),
@@ -39,19 +39,19 @@ LONGROPE = [
     *"--rope-scaling-long-factor 1 1.5 2 3 4 6 8 16".split(),
 ]
 LEARNED = ["--position-embedding-type", "learned_absolute"]
-# Documents of two rows of 64 tokens each.
+# The lengths of the documents in two rows of 64 tokens each.
 LENGTHS = [[16, 1, 30, 17], [1, 1, 62]]
 
 
 def model_of(*flags: str):
-    """A model with its gradients in ``.grad``, the same one every time."""
+    """Makes a model that has its gradients in ``.grad``, and the same weights every time."""
     model_parallel_cuda_manual_seed(3)
     torch.manual_seed(3)
     return build_model(parse_args([*MODEL, *flags], 1), 128, with_ddp=False).chunks[0]
 
 
 def rows(lengths: list[list[int]]) -> dict[str, torch.Tensor]:
-    """A micro-batch of documents of these lengths, of which some tokens do not count."""
+    """Returns a micro-batch of documents with these lengths, in which some tokens are not counted in the loss."""
     generator = torch.Generator().manual_seed(5)
     size = (len(lengths), sum(lengths[0]))
     starts = torch.tensor([[token == 0 for n in row for token in range(n)] for row in lengths])
@@ -66,7 +66,7 @@ def rows(lengths: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 def alone(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The documents of a micro-batch, each as a batch of one plain row."""
+    """Returns the documents of a micro-batch, each as a batch of one ordinary row."""
     ends = batch[STARTS].flatten().nonzero().flatten().tolist()[1:] + [batch[STARTS].numel()]
     starts = [0, *ends[:-1]]
     flat = {name: value.flatten() for name, value in batch.items() if name != STARTS}
@@ -74,7 +74,7 @@ def alone(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def loss_and_gradients(model, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean over the counted tokens of all batches."""
+    """Returns the mean loss over the counted tokens of all batches, and its gradients."""
     model.zero_grad()
     parts = []
     for batch in batches:
@@ -86,7 +86,7 @@ def loss_and_gradients(model, batches: list[dict[str, torch.Tensor]]) -> tuple[t
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Over all gradients, as norms: of the difference, relative to that of the gradient."""
+    """Returns the largest norm of a difference of gradients, relative to the norm of the gradient."""
     assert sorted(one) == sorted(other)
     return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in one)
 
@@ -106,7 +106,7 @@ def test_packed_documents_are_what_they_are_one_by_one(positions, micro_batch: i
     separate = loss_and_gradients(model, alone(batch))
     assert float(packed[0]) == pytest.approx(float(separate[0]), rel=1e-6)
     assert largest_difference(packed[1], separate[1]) < 1e-6
-    # Without the boundaries it is another loss with other gradients.
+    # Without the boundaries, the loss and the gradients differ.
     del batch[STARTS]
     joined = loss_and_gradients(model, [pack(batch)])
     assert abs(float(joined[0] - separate[0])) > 1e-3
@@ -136,7 +136,7 @@ def test_a_token_changes_no_bit_of_another_documents_logits(flags: list[str], si
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1), (4, 2)])
 @pytest.mark.parametrize("flags", [ROPE, LONGROPE])
 def test_every_document_starts_at_position_0(flags, ranks: int, rank: int, single_rank: None, monkeypatch) -> None:
-    """Seen in what megatron-core multiplies queries with, whatever ``max_seqlen`` says; no loss would tell."""
+    """The rotary angles of queries show it, whatever ``max_seqlen`` is; a loss would not, because RoPE is relative."""
     from megatron.core.models.common.embeddings import rope_utils
 
     rope = model_of(*flags).rotary_pos_emb
@@ -167,12 +167,12 @@ def test_every_document_starts_at_position_0(flags, ranks: int, rank: int, singl
 
 
 def test_nothing_in_a_step_of_the_model_is_a_square(single_rank: None) -> None:
-    """Nor what stands around attention: 32,768 tokens go through that in tests/unit/test_core_attention.py."""
+    """The whole model needs no T x T memory either; tests/unit/test_core_attention.py tests 32,768 tokens."""
     tokens = 2048
     model = model_of(*ROPE, "--seq-length", str(tokens), "--max-position-embeddings", str(tokens))
     with Largest() as largest:
         loss_and_gradients(model, [pack(rows([[1500, 1, tokens - 1501]]))])
-    # Gate and up are the widest of all.
+    # The largest tensor holds the gate and up projections.
     assert largest.elements == tokens * 2 * 96
 
 

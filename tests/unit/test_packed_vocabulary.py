@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers in GGUF files: what is written, and what llama.cpp would read differently and is refused."""
+"""Tests of tokenizers in GGUF files: what is written, and what is refused because llama.cpp reads it differently."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(weights: Path, tmp_path: Path) -> Path:
-    """A model without tokenizer, whose files may be changed."""
+    """Makes a model without a tokenizer; files may be added to it."""
     directory = tmp_path / "model"
     directory.mkdir()
     for path in weights.iterdir():
@@ -47,7 +47,7 @@ def export(model: Path, *more: str) -> int:
 
 
 def written(model: Path, *more: str) -> dict[str, object]:
-    """The tokenizer's metadata of an export."""
+    """Exports a model, and returns the metadata of its tokenizer."""
     assert export(model, *more) == 0
     file = open_gguf(model.parent / "out" / "model.gguf")
     return {key.removeprefix("tokenizer."): value(file, key) for key in file.fields if key.startswith("tokenizer.")}
@@ -80,7 +80,7 @@ def test_a_sentencepiece_model(model: Path) -> None:
 
 
 def write_both(model: Path) -> None:
-    """A SentencePiece model, and the ``tokenizer.json`` that Llama's class makes of it, with two more tokens."""
+    """Writes a SentencePiece model, and the ``tokenizer.json`` that Llama's class makes of it, with two more tokens."""
     write_sentence_piece(model)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
     vocab = {theirs.id_to_piece(n): n for n in range(theirs.get_piece_size())}
@@ -95,7 +95,7 @@ def write_both(model: Path) -> None:
 
 
 def test_a_sentencepiece_model_with_a_tokenizer_json(model: Path, capsys) -> None:
-    """The second says which tokens were added and whether a text begins with a space; on ids both must agree."""
+    """The JSON file says which tokens were added and whether texts begin with a space; ids must agree in both files."""
     write_both(model)
     changed = json.loads((model / "tokenizer.json").read_text())
     found = written(model, "--tokenizer", str(model))
@@ -130,7 +130,7 @@ def test_byte_level_bpe_with_a_chat_template(model: Path) -> None:
 
 @pytest.mark.parametrize("taking", [None, "lstrip", "rstrip", "single_word"])
 def test_a_token_that_the_configuration_alone_adds(taking: str | None, model: Path, capsys) -> None:
-    """Transformers adds it, and so does training."""
+    """Transformers adds such a token, and so does training."""
     chat_tokenizer(model, CHATML, vocab_size=300)
     path = model / "tokenizer_config.json"
     config = json.loads(path.read_text())
@@ -161,7 +161,7 @@ def test_several_templates_and_ends(model: Path) -> None:
 
 
 def test_known_hashes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vocabulary is known by the SHA-256 of the ids of one text, whatever it says of itself."""
+    """A vocabulary is identified by the SHA-256 of the ids of one text, whatever its files say."""
     from hashlib import sha256
 
     from tokenizers import Tokenizer

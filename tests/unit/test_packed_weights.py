@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are kept as codes and scales: nothing of a dense one stays, and nothing else changes."""
+"""Tests of weights that are stored as codes and scales: no dense weight remains, and nothing else changes."""
 
 import argparse
 import gc
@@ -25,7 +25,7 @@ OUT, IN = 48, 64
 
 
 class Accumulating(torch.autograd.Function):
-    """What megatron-core does with gradient-accumulation fusion."""
+    """A function that accumulates weight gradients like megatron-core with gradient accumulation fusion."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ class FusedLinear(torch.nn.Linear):
 
 
 def packed_layer(kind: type = torch.nn.Linear) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A layer whose parameter has no values, and its quantized weight."""
+    """Returns a layer whose parameter has no values, and its quantized weight."""
     layer = kind(IN, OUT, bias=False, dtype=torch.bfloat16)
     quantized, _ = quantize_dequantize(layer.weight.detach(), QuantizerConfig())
     state = TernaryState("layer", QuantizerConfig(), CacheEpoch(), resident=True)
@@ -59,11 +59,11 @@ def packed_layer(kind: type = torch.nn.Linear) -> tuple[torch.nn.Module, torch.T
 
 
 def dense_storages(but: torch.Tensor) -> list[torch.UntypedStorage]:
-    """Memory as large as the weight that a tensor or anybody in Python knows of."""
+    """Returns all storages of the weight's size that Python objects refer to, except for that of ``but``."""
     found = {}
     for thing in gc.get_objects():
-        # By type(), for isinstance() asks a weak proxy's object, which may be gone. Other kinds of tensors, such as a
-        # compiler's fake ones that some other test has left, have no memory.
+        # isinstance() would access the object of a weak proxy, which may be gone. Other kinds of tensors, such as fake
+        # ones that a compiler has left in another test, have no memory.
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.dtype == torch.bfloat16:
             thing = thing.untyped_storage()
         real = type(thing) is torch.UntypedStorage and thing.device.type != "meta"
@@ -83,7 +83,7 @@ def test_a_dense_weight_lives_while_its_layer_runs(kind: type) -> None:
     assert torch.equal(y, x @ quantized.t()) and len(dense_storages(quantized)) == others
     grad = torch.randn_like(y)
     y.backward(grad)
-    # The graph is still there; of the weight there is the gradient.
+    # The graph still exists, but the only tensor of the weight's size is its gradient.
     found = layer.weight.main_grad if kind is FusedLinear else layer.weight.grad
     assert torch.equal(x.grad, grad @ quantized) and torch.equal(found, grad.t() @ x)
     assert getattr(layer.weight, "grad_added_to_main_grad", False) == (kind is FusedLinear)

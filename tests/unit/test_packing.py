@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed codes: the layout, written out byte by byte, and an exact inverse."""
+"""Tests of packed codes: the layout, byte by byte, and exact unpacking."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from bitcpm_megatron.quantization import pack, packed_size, unpack
 
 
 def by_hand(codes: np.ndarray) -> np.ndarray:
-    """The layout of the module's docstring, one byte at a time."""
+    """Packs codes byte by byte, in the layout that the docstring of the packing module describes."""
     rows, columns = codes.shape
     blocks = -(-columns // 128)
     out = np.zeros((rows, blocks * 32), dtype=np.uint8)

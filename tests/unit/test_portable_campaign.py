@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The campaign over settings of the processor notices a setting that is not in force, and tells what fails in it."""
+"""Tests that the campaign over processor settings detects a setting that is not in force, and reports failures."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_every_factor_is_in_force_in_tests_and_in_ranks_and_misspelled_in_none(t
     for as_rank in (False, True):
         facts = observed(variables, tmp_path / "together", as_rank)
         assert [setting.complaint(facts) for setting in offered] == [""] * len(offered)
-    # A narrower processor may use by default what a setting asks for.
+    # A processor with fewer instructions may use by default what a setting requests.
     narrow = {"ATEN_CPU_CAPABILITY=default": usual["torch"] == "DEFAULT"}
     narrow["ONEDNN_MAX_CPU_ISA=AVX2"] = usual["oneDNN"] == "Intel AVX2"
     narrow["-march=x86-64-v2"] = usual["C kernel"] == "SSE"

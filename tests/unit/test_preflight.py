@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The preflight: a sane job passes, and every planted mistake is found by the check that is there for it."""
+"""Tests of the preflight: a sane job passes, and every planted mistake is found by its check."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ cluster: {{profile: cpu, nodes: 1, devices-per-node: 2, master-port: {port}}}
 
 @dataclass
 class Place:
-    """A directory with a sane job in it."""
+    """A directory that contains a sane job."""
 
     directory: Path
     monkeypatch: pytest.MonkeyPatch
@@ -72,7 +72,7 @@ def place(tmp_path: Path, tokenizer: bytes, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def write_tokens(prefix: Path, tokens: np.ndarray, code: int = 8, cut: int = 0, magic: bytes = b"MMIDIDX\0\0") -> None:
-    """A .bin / .idx pair of documents of 100 tokens, in Megatron's format."""
+    """Writes a .bin / .idx pair of documents with 100 tokens each, in Megatron's format."""
     tokens.tofile(f"{prefix}.bin")
     count = len(tokens) // 100
     head = magic + struct.pack("<QBQQ", 1, code, count, count + 1)
@@ -82,7 +82,7 @@ def write_tokens(prefix: Path, tokens: np.ndarray, code: int = 8, cut: int = 0, 
 
 
 def save_checkpoint(place: Place, iteration: int = 10, **changes: object) -> Path:
-    """What a run of the sane job leaves, as far as the preflight looks, with changed arguments or quantizer."""
+    """Writes what the preflight reads of a checkpoint of the sane job, with changed arguments or quantizer."""
     subject = Subject(read_job(str(place.directory / "job.yaml")), environ={})
     path = place.directory / "save" / f"iter_{iteration:07d}"
     path.mkdir(parents=True)
@@ -109,13 +109,13 @@ def test_a_sane_job_passes(place: Place, capsys: pytest.CaptureFixture[str]) -> 
     assert {"check", "status", "found", "cure"} == set(report["findings"][0])
 
 
-# What a login node has beside Python: PyYAML and pydantic, and what these bring along.
+# The packages of a login node: PyYAML, pydantic and their dependencies.
 ON_A_LOGIN_NODE = ("yaml", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection")
 
 
 @pytest.fixture(scope="module")
 def login_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a script of ``launch`` with these packages and no other."""
+    """Returns a function that runs a script of ``launch`` with only these packages."""
     packages = tmp_path_factory.mktemp("packages")
     for name in ON_A_LOGIN_NODE:
         found = Path(importlib.util.find_spec(name).origin)
@@ -125,7 +125,7 @@ def login_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpro
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
     def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        # -S: nothing of the environment that the tests run in.
+        # With -S, Python does not see the packages of the tests' environment.
         command = [sys.executable, "-S", str(Path(preflight.__file__).with_name(script)), *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, env=environment, timeout=120)
 
@@ -139,7 +139,7 @@ def test_a_login_node_needs_neither_megatron_nor_torch(job: str, login_node) -> 
     assert run.stderr == ""
     found = json.loads(run.stdout)["findings"]
     assert {"world-size", "heads-and-ffn", "device-memory", "quantizer", "resume"} <= {f["check"] for f in found}
-    # The built-in loop is megatron-core's; the other job names a checkout, which is looked for.
+    # The built-in loop needs megatron-core; the other job names a checkout, which is looked for.
     host = next(f for f in found if f["check"] == "host")
     assert ("needs megatron-core" if job == "tiny-cpu" else "/opt/Megatron-LM") in host["found"]
     assert host["cure"]
@@ -244,7 +244,7 @@ MATCHERS = "matchers: {{m: {{config: a, type: glob, pattern: '{}'}}}}"
 
 INT8 = ["ternary.ternary-activation-bits=8", "ternary.ternary-gemm=int8"]
 PLANTED: dict[str, tuple[list[str], Plant, str, str, str]] = {
-    # name: overrides, what is planted, the check that finds it, how bad it is, what it says
+    # name: (overrides, function that plants the mistake, the check that finds it, its status, words of the finding)
     "world size": (["cluster.devices-per-node=3"], no_plan, "world-size", "fail", "groups of 2"),
     "heads over TP": (
         ["parallelism.tensor-model-parallel-size=8", "cluster.devices-per-node=8"],
@@ -712,7 +712,8 @@ def test_activations_are_those_of_the_published_formula() -> None:
     sequence = replace(PLAIN, sequence_parallel=True)
     assert layer_activations(PAPER, sequence) == s * b * h / t * (34 + 5 * a * s / h)
     assert layer_activations(PAPER, replace(sequence, recompute_granularity="selective")) == s * b * h / t * 34
-    # Full recomputation keeps the input of every layer, and the layer at work; stage 0 has 8 micro-batches in flight.
+    # Full recomputation keeps the inputs of all layers and one layer's activations; stage 0 has 8 micro-batches in
+    # flight.
     undropped = replace(sequence, hidden_dropout=0.0, attention_dropout=0.0)
     full = replace(undropped, recompute_granularity="full", recompute_method="uniform")
     stage, need = estimate(PAPER, full)
@@ -733,16 +734,16 @@ def test_parameters_and_states_are_counted() -> None:
     assert need.weights == 2 * parameters and need.gradients == 4 * parameters and need.optimizer == 12 * parameters
     assert estimate(whole, replace(PLAIN, use_distributed_optimizer=True))[1].optimizer == 3 * parameters
     ternary = replace(PLAIN, recipe=Recipe.all_linears(QuantizerConfig()), ternary_cache="step")
-    # The quantized copy in bf16, its scales, and fp32 scratch of the largest weight.
+    # The memory is that of the quantized copy in bf16, its scales, and fp32 scratch for the largest weight.
     linears = whole.all_linears()
     scales = sum(x.out_features for x in linears) * 2
     copy, scratch = 96 * 12 * h * h * 2 + scales, 4 * 4 * h * h
     assert estimate(whole, ternary)[1].quantized == copy + scratch
-    # Packed, they are codes of 2 bits and scales, and no parameter; one is unpacked at a time.
+    # Packed weights are 2-bit codes and scales instead of parameters; one weight is unpacked at a time.
     packed = estimate(whole, replace(ternary, ternary_cache="packed"))[1]
     assert packed.quantized == 96 * 12 * h * h / 4 + scales + 3 * 4 * h * h
     assert packed.weights == 2 * (parameters - 96 * 12 * h * h)
-    # Without the cache the graphs of the micro-batches in flight hold copies: PP of them on the first of PP stages.
+    # Without the cache, the graphs of all micro-batches in flight have copies: PP of them on the first of PP stages.
     uncached = replace(ternary, ternary_cache="none")
     assert estimate(whole, uncached)[1].quantized == copy + scratch
     assert estimate(replace(whole, pp=4, world=16), uncached)[1].quantized == 4 * copy / 4 + scratch
@@ -765,7 +766,7 @@ def test_where_quantized_weights_are_decides_what_they_need() -> None:
     assert quantized(ternary_cache="auto") == quantized(ternary_cache="resident") == scales / 4
     assert quantized(ternary_cache="resident", use_distributed_optimizer=False) == scales
     assert quantized(ternary_cache="auto", bf16=False) == 2 * copy - scales
-    # What the torch backend needs is free behind the optimizer, where activations were.
+    # After the optimizer step, the torch backend can use the memory of the activations.
     assert quantized(ternary_cache="step", ternary_backend="torch") == copy + 4 * 4 * 12288**2
     assert quantized(ternary_cache="step", ternary_backend="torch", cpu=True) == copy
     assert quantized(ternary_cache="resident", ternary_backend="torch") == scales / 4
@@ -778,10 +779,10 @@ def test_gloo_copies_the_gradients_that_it_scatters() -> None:
     waiting = 2 * 51200 * 12288
     passing = need.activations + need.logits + need.backward
     assert need.communication == 0 and over_gloo.communication == need.gradients + waiting - passing
-    # In a group of one, too; an all-reduce is done in place.
+    # This holds in a group of one rank, too; an all-reduce works in place.
     assert estimate(replace(small, world=1), replace(bare, cpu=True))[1].communication == over_gloo.communication
     assert estimate(small, replace(bare, cpu=True, use_distributed_optimizer=False))[1].communication == 0
-    # At fc2 the gradients of its output, of its input and of its weight; the logits are gone.
+    # In the backward of fc2, there are the gradients of its output, input and weight, and no logits anymore.
     assert need.backward == waiting + 2 * (32 * (1 + 4) + 4 * 12288) * 12288 - need.logits
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command preprocess_sft: what is in its three files, what is left out, and what is refused."""
+"""Tests of the command preprocess_sft: its three files, what is left out, and what is refused."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ NAMES = [f"out_{part}{suffix}" for part in ("answers", "ends", "tokens") for suf
 
 
 def talk(number: int, words: int) -> list[dict]:
-    """A conversation of two turns."""
+    """Returns a conversation of two turns."""
     return [
         {"role": "user", "content": f"Question {number}"},
         {"role": "assistant", "content": f"Answer {number}"},
@@ -50,7 +50,7 @@ def command(tmp_path: Path, model: Path) -> list[str]:
 
 
 def written(prefix: Path) -> list[tuple[list[int], list[int], list[int]]]:
-    """Tokens, answers and ends of each sample."""
+    """Reads the tokens, answers and ends of each sample."""
     files = [IndexedDataset(path) for path in sft_prefixes(prefix).values()]
     assert [file.index.dtype for file in files] == [np.uint16, np.uint8, np.int32]
     assert all(file.document_indices.tolist() == list(range(len(file) + 1)) for file in files)
@@ -58,13 +58,13 @@ def written(prefix: Path) -> list[tuple[list[int], list[int], list[int]]]:
 
 
 def conversations(tokens: list[int], answers: list[int], ends: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Tokens and answers of each conversation of a sample."""
+    """Returns the tokens and answers of each conversation of a sample."""
     assert ends[-1] == len(tokens) == len(answers) and ends == sorted(set(ends))
     return [(tokens[start:end], answers[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def expected(model: Path, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """By hand: without merges a text has the tokens of its pieces."""
+    """Returns expected tokens and answers; the tokenizer has no merges, so that pieces can be tokenized separately."""
     pieces = [(open_tokenizer(model).tokenize(piece), answer) for piece, answer in chatml(messages)]
     tokens = [token for ids, _ in pieces for token in ids]
     return tokens, [int(answer) for ids, answer in pieces for _ in ids]
@@ -76,7 +76,7 @@ def test_every_conversation_is_there_with_its_answers(tmp_path: Path, model: Pat
     samples, wanted = written(tmp_path / "out"), [expected(model, talk) for talk in TALKS]
     assert sorted(one for sample in samples for one in conversations(*sample)) == sorted(wanted)
     assert any(len(ends) > 1 for _, _, ends in samples) and all(len(tokens) <= 512 for tokens, _, _ in samples)
-    # In a sample conversations keep their order, and samples have that of their first ones.
+    # Conversations keep their order within a sample, and samples are in the order of their first conversations.
     numbers = [[wanted.index(one) for one in conversations(*sample)] for sample in samples]
     assert numbers == sorted(sorted(of_sample) for of_sample in numbers)
     tokens, answers = (sum(len(ids) for ids, _ in wanted), sum(sum(mask) for _, mask in wanted))
@@ -101,7 +101,7 @@ def test_ends_of_turns_are_learned_where_padding_is_the_same_token(tmp_path: Pat
     tokenizer = open_tokenizer(model)
     assert tokenizer.pad == tokenizer.eod
     ones = [one for sample in written(tmp_path / "out") for one in conversations(*sample)]
-    # Of the three in each conversation one is a word of the user.
+    # Of the three end tokens in each conversation, one is a word of the user.
     marks = [[mark for token, mark in zip(*one, strict=True) if token == tokenizer.eod] for one in ones]
     assert marks == [[1, 0, 1]] * len(TALKS)
     assert all(ids[-1] == tokenizer.eod for ids, _ in ones), "no padding"
@@ -211,7 +211,7 @@ def test_the_reader_returns_what_each_file_says(tmp_path: Path, command) -> None
 
 @pytest.fixture
 def two_samples(tmp_path: Path, command) -> tuple[Path, list[int]]:
-    """The prefix of files with two samples of one conversation each, and the lengths of these."""
+    """Makes files with two samples of one conversation each; returns their prefix and the lengths of the samples."""
     talks = [talk(1, 2), talk(2, 3)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     assert main([*command, "--seq-length", "150"]) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prose from the documentation inside of CPython."""
+"""Tests of the built-in corpus, which is prose from the documentation in CPython."""
 
 import sys
 import sysconfig
@@ -29,7 +29,7 @@ FIRST_REST = f"""
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small standard library; its sources raise when they are imported."""
+    """Makes a small standard library, whose sources would raise if they were imported."""
     monkeypatch.setattr(
         "bitcpm_megatron.data.python_prose._pydoc_topics",
         lambda: {"b": f"Topic.b {LONG}", "a": f"Topic.a {LONG}", "0": "Short."},
@@ -67,7 +67,7 @@ def test_prose_comes_in_order_without_code_tests_and_copies(library: Path) -> No
 
 @pytest.mark.slow
 def test_no_paragraph_of_the_real_texts_stands_on_both_sides() -> None:
-    """pydoc's topics contain one another; one package stands for the library, which takes seconds to parse."""
+    """pydoc's topics contain each other; one package represents the library, which would take seconds to parse."""
     documents = list(python_prose(Path(sysconfig.get_path("stdlib"), "email")))
     assert sum(map(len, documents)) > 300_000
     assert min(map(len, documents)) >= 200

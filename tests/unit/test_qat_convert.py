@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``qat_convert.py``: which weights it fuses, in which groups, and what it refuses."""
+"""Tests of ``qat_convert.py``: which weights it fuses, in which groups, and what it refuses."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def expected(weights: dict[str, torch.Tensor], groups: Callable[[str], int] | di
 
 
 def trained_groups(name: str) -> int | None:
-    """Of :func:`tiny_hf.record`."""
+    """Returns the group size of a weight in :func:`tiny_hf.record`, or None if it is not quantized."""
     if name not in PROJECTIONS:
         return None
     return {"o_proj": 32, "down_proj": 96}.get(name.split(".")[-2], -1)
@@ -52,7 +52,7 @@ def whole_rows(name: str) -> int | None:
 
 
 def assert_same(directory: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Bit for bit, signs of zeros included, and not a tensor more or less."""
+    """Asserts that a model has exactly these weights, bit for bit, including the signs of zeros."""
     found: dict[str, torch.Tensor] = {}
     for file in [directory] if directory.is_file() else directory.glob("*.safetensors"):
         found |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
@@ -64,7 +64,7 @@ def assert_same(directory: Path, weights: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture
 def latent(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A latent export in bf16, and its weights."""
+    """Makes a latent export in bf16, and returns it with its weights."""
     return export(tmp_path / "latent")
 
 
@@ -152,7 +152,7 @@ def test_a_file_beside_a_record_obeys_it(latent, tmp_path: Path) -> None:
 
 
 def test_a_wider_master_is_fused_by_its_rounded_copy(tmp_path: Path) -> None:
-    """fp32 weights of which training quantized the bf16 copy."""
+    """The weights are fp32, and training quantized their bf16 copy."""
     directory, _ = export(tmp_path / "in", tiny_hf.record(latent_dtype="float32"))
     weights = load_file(directory / "model.safetensors")
     (directory / FILE_NAME).unlink()
@@ -168,7 +168,7 @@ def test_a_wider_master_is_fused_by_its_rounded_copy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [LLAMA, GRANITE, MINICPM])
 def test_other_models_keep_their_configuration(tmp_path: Path, kind) -> None:
-    """A model without record and without modeling file."""
+    """The model has neither a record nor a modeling file."""
     source, weights = export(tmp_path / "in")
     (source / FILE_NAME).unlink()
     config = config_for(kind, tiny_hf.llama() if kind == LLAMA else tiny_hf.architecture(), {"mine": 1}, "bfloat16")
@@ -181,7 +181,7 @@ def test_other_models_keep_their_configuration(tmp_path: Path, kind) -> None:
 
 
 def test_a_foreign_modeling_file_does_not_come_along(tmp_path: Path) -> None:
-    """It may hold a fake quantizer, which would quantize the fused weights again."""
+    """The file may contain a fake quantizer, which would quantize the fused weights again."""
     source, weights = export(tmp_path / "in")
     (source / FILE_NAME).unlink()
     config = config_for(MINICPM, tiny_hf.architecture(), {}, "bfloat16")
@@ -210,7 +210,7 @@ def test_fusing_twice_is_fusing_once(latent, tmp_path: Path, capsys) -> None:
     assert (tmp_path / "twice" / FILE_NAME).read_text() == (tmp_path / "once" / FILE_NAME).read_text()
     assert (tmp_path / "twice" / "config.json").read_text() == (tmp_path / "once" / "config.json").read_text()
 
-    # Without the record the weights themselves say it, and in which groups.
+    # Without the record, the weights themselves show that they are fused, and in which groups.
     (tmp_path / "twice" / FILE_NAME).unlink()
     (tmp_path / "twice" / DIGESTS).unlink()
     for number in (1, 2):
@@ -346,7 +346,7 @@ def test_a_scale_that_fp16_does_not_hold_is_refused(tmp_path: Path, capsys) -> N
 
 
 def broken(change: str, source: Path, weights: dict[str, torch.Tensor]) -> list[str]:
-    """Breaks one thing; returns what the error has to say."""
+    """Damages a model in one way, and returns the words that the error must contain."""
     if change == "missing":
         del weights[f"{O_PROJ}.weight"]
     elif change == "vector":
@@ -431,7 +431,7 @@ def test_what_was_written_wrong_is_not_published(latent, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("group", [-1, 96, 32])
 def test_blocks_do_not_change_a_bit(monkeypatch, rows, group) -> None:
-    """Also of rows whose scale depends on the order of the sum."""
+    """This holds also for rows whose scale depends on the order of the sum."""
     w = torch.randn(50, 960, generator=torch.Generator().manual_seed(9)).abs()
     s = w.double().mean(-1).to(torch.bfloat16)
     midpoint = (s.double() + (s.view(torch.int16) + 1).view(torch.bfloat16).double()) / 2
@@ -457,7 +457,7 @@ def test_given_scales_are_used_row_by_row(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_the_command_runs_from_a_checkout(latent, tmp_path: Path) -> None:
-    """And reads no more of the package than it needs: no megatron-core, no Transformers."""
+    """The command imports neither megatron-core nor Transformers."""
     import subprocess
     import sys
 

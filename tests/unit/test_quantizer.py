@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer against a float64 oracle in numpy that shares no code, no form and no precision with it.
+"""Tests of the quantizer against a float64 oracle in numpy that shares neither code, form nor precision with it.
 
-Rows "on a boundary" have an absmean within an fp32 rounding error of the midpoint of two bf16 values, so that a sum in
-another order gives another scale in about half of them. What must not depend on threads, blocks or shards is tried
-there.
+Rows "on a boundary" have an absmean within an fp32 rounding error of the midpoint of two bf16 values, so that a sum
+in another order gives another scale in about half of them. They are used to test independence of threads, blocks and
+shards.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGER_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 EPS = 1e-5
 BF16_EPS = 1.0013580322265625e-05  # bf16(1e-5), written out
-ROUNDING_ULPS = 8  # how far an fp32 mean may lie from the float64 one, in fp32 ulp, where it decides a scale
+ROUNDING_ULPS = 8  # bound of the error of an fp32 mean that decides a scale, in fp32 ulp
 
 
 @pytest.fixture
@@ -46,20 +46,20 @@ def threads() -> Iterator[None]:
 
 
 def bf16_nearest(x: np.ndarray) -> np.ndarray:
-    """Positive float64 values rounded half-even to 8 significant bits, as float64: bf16 in its normal range."""
+    """Rounds positive float64 values half to even to 8 significant bits, as float64: bf16 in its normal range."""
     mantissa, exponent = np.frexp(x)
     rounded = np.ldexp(np.rint(mantissa * 256.0), exponent - 8)
     return np.where(rounded >= 2.0**128, np.inf, rounded)
 
 
 def to_dtype(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Codes times scale in the weight's dtype, as float64. One bf16 value times -1, 0 or 1 is exact but in fp16."""
+    """Rounds codes times scale to the weight's dtype, as float64; -1, 0 or 1 times bf16 is inexact only in fp16."""
     with np.errstate(over="ignore"):
         return x.astype(np.float16).astype(np.float64) if dtype == torch.float16 else x
 
 
 def assert_scales(weight: np.ndarray, scales: np.ndarray, eps: float) -> int:
-    """``scales`` are bf16(max(mean, eps)), or the neighbor where the mean is at the midpoint. Returns how many are."""
+    """Asserts that scales are bf16(max(mean, eps)) or, at a midpoint, its neighbor; returns the number of neighbors."""
     mean = np.maximum(np.abs(weight).mean(-1), eps)
     expected = bf16_nearest(mean)
     off = np.flatnonzero(scales != expected)
@@ -72,7 +72,7 @@ def assert_scales(weight: np.ndarray, scales: np.ndarray, eps: float) -> int:
 
 
 def check(weight: torch.Tensor, config: QuantizerConfig, given_scales: torch.Tensor | None = None) -> int:
-    """Everything that is promised of one finite weight. Returns the number of values it has checked."""
+    """Checks everything that is promised about a finite weight, and returns the number of values."""
     before = weight.detach().clone()
     group = weight.shape[1] if config.group_size == -1 else config.group_size
     codes, scales = quantize(weight, config, given_scales)
@@ -109,7 +109,7 @@ def check(weight: torch.Tensor, config: QuantizerConfig, given_scales: torch.Ten
 
 
 def gaussian(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Rows of very different magnitude, with signed zeros in them."""
+    """Returns rows of very different magnitude that contain signed zeros."""
     g = torch.Generator().manual_seed(seed)
     magnitude = torch.empty(shape[0], 1).uniform_(-3.0, 3.0, generator=g)
     w = torch.randn(shape, generator=g) * 10**magnitude
@@ -118,13 +118,13 @@ def gaussian(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> torch.Ten
 
 
 def random_scales(shape: tuple[int, int], seed: int) -> torch.Tensor:
-    """bf16 scales of 2**-8 ... 2**8, whose halves and doubles are exact in all three dtypes."""
+    """Returns bf16 scales from 2**-8 to 2**8, whose halves and doubles are exact in all three dtypes."""
     g = torch.Generator().manual_seed(seed)
     return (2 ** torch.empty(shape).uniform_(-8.0, 8.0, generator=g)).to(torch.bfloat16)
 
 
 def near(magnitude: torch.Tensor, dtype: torch.dtype, ulps: torch.Tensor) -> torch.Tensor:
-    """``magnitude + ulps`` units in the last place of ``dtype``; positive magnitudes only."""
+    """Returns positive magnitudes plus ``ulps`` units in the last place of ``dtype``."""
     exact = magnitude.to(dtype)
     assert torch.equal(exact.double(), magnitude.double())
     return (exact.view(INTEGER_OF[dtype]) + ulps.to(INTEGER_OF[dtype])).view(dtype)
@@ -133,7 +133,10 @@ def near(magnitude: torch.Tensor, dtype: torch.dtype, ulps: torch.Tensor) -> tor
 def ties_of(
     scales: torch.Tensor, group: int, dtype: torch.dtype, thresholds: tuple[float, ...] = (0.5,)
 ) -> torch.Tensor:
-    """``[scales, group]`` of values within 3 ulp of plus or minus a threshold of their scale, evenly spread."""
+    """Returns ``[scales, group]`` values evenly distributed within 3 ulp of plus or minus a threshold of their scale.
+
+    There is one row of ``group`` values for each scale.
+    """
     column = torch.arange(group)
     ulps = ((column // 2) % 7 - 3).expand(scales.numel(), group)
     which = torch.tensor(thresholds)[(column // 14) % len(thresholds)]
@@ -142,9 +145,9 @@ def ties_of(
 
 
 def ties_of_own_scale(scales: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows that have these scales as their absmean, half of whose values are within 3 ulp of plus or minus s/2.
+    """Returns rows whose absmean is a given scale s and half of whose values are within 3 ulp of plus or minus s/2.
 
-    The other half is s and 2s in equal parts: the mean is then s, but for ulps that cancel in each run of 14.
+    The other half is s and 2s in equal parts. The mean is then s, because the ulps cancel in each run of 14 values.
     """
     half = group // 2
     ties = ties_of(scales, half, dtype)
@@ -153,7 +156,7 @@ def ties_of_own_scale(scales: torch.Tensor, group: int, dtype: torch.dtype) -> t
 
 
 def on_boundary(shape: tuple[int, int], seed: int) -> torch.Tensor:
-    """fp32 rows whose absmean is the midpoint of two bf16 values to within about half an fp32 ulp."""
+    """Returns fp32 rows whose absmean is within about half an fp32 ulp of the midpoint of two bf16 values."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(shape, generator=g)
     magnitude = w.abs().double()
@@ -184,7 +187,7 @@ def test_ten_million_random_and_tie_adjacent_values(dtype: torch.dtype) -> None:
         target = random_scales((802816 // 2 // group, 1), seed)
         weight = ties_of_own_scale(target, group, dtype)
         own = quantize(weight, QuantizerConfig())[1]
-        # Without this the values would be adjacent to nothing and the test would test less than it says.
+        # Otherwise the values would not be adjacent to a tie.
         assert (own == target).double().mean() > 0.95
         tie_adjacent += check(weight, QuantizerConfig())
     for seed, (rows, columns, group) in enumerate([(448, 1024, -1), (448, 896, 64), (1024, 96, 32)]):
@@ -235,7 +238,7 @@ def test_any_normal_given_scale(s: float, factors: list[float], dtype: torch.dty
 
 
 def test_a_mean_at_the_midpoint_of_two_bf16_values_goes_to_the_even_one() -> None:
-    # 9 and 16 significant bits: these sums are exact in fp32 in any order, so the scales are known exactly.
+    # Values have 9 and 16 significant bits, so that sums are exact in fp32 in any order and scales are known exactly.
     odd = torch.arange(128, 256, dtype=torch.float64) * 2 + 1
     for offset in (-(2.0**-7), 0.0, 2.0**-7):
         mean = (odd + offset) * 2.0**-9
@@ -252,7 +255,7 @@ def test_sum_is_not_accumulated_in_16_bits() -> None:
 
 
 def test_the_rounded_scale_is_the_threshold() -> None:
-    # mean = 1.00268 -> s = 1.0: 0.501 lies between the two thresholds s/2 = 0.5 and mean/2 = 0.50134.
+    # The mean 1.00268 gives s = 1.0; 0.501 is between the two possible thresholds s/2 = 0.5 and mean/2 = 0.50134.
     weight = torch.full((1, 96), 1.008)
     weight[0, 0] = 0.501
     codes, scales = quantize(weight, QuantizerConfig())
@@ -276,7 +279,7 @@ def test_zero_groups_take_the_bf16_of_eps(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_of_the_size_of_eps(dtype: torch.dtype) -> None:
-    """Below eps the scale stays, and only what lies beyond eps/2 survives."""
+    """A scale is never below eps, and only values beyond eps/2 are not quantized to zero."""
     factors = torch.tensor([0.0, 0.25, 0.49, 0.51, 1.0, 2.0, 30.0])
     weight = torch.zeros(7, 64)
     weight[:, 0] = factors * BF16_EPS
@@ -287,7 +290,7 @@ def test_groups_of_the_size_of_eps(dtype: torch.dtype) -> None:
     assert (scales == BF16_EPS).all()
     assert codes[:, 0].tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert codes[:, 1].tolist() == [0, 0, 0, -1, -1, -1, -1]
-    # 32 eps in one of 64 is an absmean of eps/2; 2 eps in all of them is one of 2 eps, and is not clamped.
+    # One value of 32 eps among 64 has an absmean of eps/2; if all are 2 eps, so is the absmean, which is not clamped.
     assert (quantize((torch.ones(1, 64) * 2 * BF16_EPS).to(dtype), QuantizerConfig())[1] == 2 * BF16_EPS).all()
 
 
@@ -325,7 +328,7 @@ def test_a_value_that_underflows_fp16_is_plus_zero(eps: float) -> None:
 def test_huge_weights(dtype: torch.dtype) -> None:
     weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)).clamp(-2, 2) * 2.0**120
     check(weight.to(dtype), QuantizerConfig())
-    # One value of 3e38 among zeros: the sum holds, and w / s = 32.
+    # With one value of 3e38 among zeros, the sum does not overflow, and w / s = 32.
     one = torch.zeros(1, 32, dtype=dtype)
     one[0, 5] = -3e38
     check(one, QuantizerConfig())
@@ -384,9 +387,9 @@ def test_scales_are_finite_finds_one_bad_scale(bad: float) -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    # A meta tensor has no values: whatever would read one for a decision on the host raises.
+    # A meta tensor has no values, so that reading one for a decision on the host raises.
     weight = torch.empty(6, 64, device="meta")
-    # Given scales, and codes, are checked, which waits; training does neither.
+    # Only functions that training does not use check given scales or codes, which waits for the device.
     _, scales = quantize(weight, QuantizerConfig(group_size=32))
     quantize_dequantize(weight, QuantizerConfig(group_size=32))
     quantize_dequantize(weight, QuantizerConfig(group_size=32), scales)
@@ -449,7 +452,7 @@ def test_arguments_of_another_type_are_refused_in_words(call) -> None:
 
 
 def test_fp16_overflow_of_the_value() -> None:
-    """bf16 holds the scale 65536 and fp16 does not; below 65408 the scale is 65280, which fp16 holds."""
+    """The scale 65536 is representable in bf16 but not in fp16; below 65408 the scale is 65280, which fp16 has."""
     weight = torch.tensor([[65376.0], [65408.0], [65504.0]], dtype=torch.float16).repeat(1, 64)
     weight[:, 1::2] *= -1
     config = QuantizerConfig()
@@ -533,7 +536,7 @@ def test_scales_do_not_depend_on_layout_where_the_sum_decides(columns: int) -> N
     ("rows", "columns", "group"), [(401, 1024, -1), (1000, 1000, -1), (333, 2048, 64), (3, 50000, -1)]
 )
 def test_matrices_of_several_blocks_with_a_ragged_tail(rows: int, columns: int, group: int, dtype: torch.dtype) -> None:
-    # As a whole against the oracle, and rows of the first and last blocks against the same rows alone.
+    # The whole is compared with the oracle, and rows of the first and last blocks with the same rows alone.
     weight = gaussian((rows, columns), dtype, 7)
     check(weight, QuantizerConfig(group_size=group))
     q, scales = quantize_dequantize(weight, QuantizerConfig(group_size=group))
@@ -603,7 +606,7 @@ def test_given_scales_are_used_and_copied(group: int, dtype: torch.dtype) -> Non
     weight = gaussian((6, 128), dtype, 10)
     config = QuantizerConfig(group_size=group)
     own = quantize(weight, config)[1]
-    # Also smaller than eps: given scales are used as they are.
+    # Given scales are used as they are, even if they are smaller than eps.
     for given_scales in (own * 4, own / 4, torch.full_like(own, 2.0**-20)):
         before = given_scales.clone()
         check(weight, config, given_scales)
@@ -619,7 +622,7 @@ def test_given_scales_are_used_and_copied(group: int, dtype: torch.dtype) -> Non
 
 
 def test_results_do_not_alias_the_weight() -> None:
-    weight = torch.ones(2, 32)  # codes, scale and quantized weight all have the weight's own values
+    weight = torch.ones(2, 32)  # codes, scales and quantized weights have the weight's values
     outputs = (*quantize(weight, QuantizerConfig()), *quantize_dequantize(weight, QuantizerConfig()))
     for out in outputs:
         assert out.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
@@ -628,7 +631,7 @@ def test_results_do_not_alias_the_weight() -> None:
 
 
 def test_quantizing_twice_keeps_the_codes_and_shrinks_the_scale() -> None:
-    """The quantizer is not idempotent: mean|Wq| is s times the share of non-zeros, about 0.69 for Gaussian weights."""
+    """The quantizer is not idempotent: mean|Wq| is s times the share of nonzeros, about 0.69 for Gaussian weights."""
     weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(11))
     codes, scales = quantize(weight, QuantizerConfig())
     again_codes, again_scales = quantize(dequantize(codes, scales, QuantizerConfig(), torch.float32), QuantizerConfig())
@@ -642,7 +645,7 @@ def test_quantizing_twice_keeps_the_codes_and_shrinks_the_scale() -> None:
 
 
 def rint_space(lowest: int, highest: int) -> Space:
-    """The integers from ``lowest`` to ``highest`` with the ties of round_half_even."""
+    """Returns the space of integers from ``lowest`` to ``highest``, with ties rounded half to even."""
     thresholds = [level + 0.5 for level in range(lowest, highest)]
     ties = tuple("upper" if np.rint(t) > t else "lower" for t in thresholds)
     return Space("hidden", tuple(map(float, range(lowest, highest + 1))), tuple(thresholds), ties)
@@ -654,7 +657,7 @@ def test_spaces_are_tables(lowest: int, highest: int, dtype: torch.dtype, monkey
     monkeypatch.setitem(SPACES, "hidden", rint_space(lowest, highest))
     config = QuantizerConfig(space="hidden", group_size=448)
     positive = tuple(level + 0.5 for level in range(max(-lowest, highest) + 1))
-    # 4 significant bits, so that 7.5 s is exact in bf16 too.
+    # Scales have 4 significant bits, so that 7.5 s is exact in bf16, too.
     scales = (random_scales((8, 2), 12).view(torch.int16) & ~0xF).view(torch.bfloat16)
     weight = ties_of(scales, 448, dtype, positive).reshape(8, 896)
     s = scales.double().numpy()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON, YAML and digests: whatever a file holds, a reader gives plain values or one clear error."""
+"""Tests of the readers of JSON, YAML and digests, which return plain values or raise one clear error for any file."""
 
 import os
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipe files: what is read, and what is refused with the place named."""
+"""Tests of recipe files: what is read, and what is refused with an error that names the place."""
 
 from pathlib import Path
 

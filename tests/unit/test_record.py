@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer record, and the checkpoint directory around it."""
+"""Tests of the quantizer record, and of the checkpoint directory that contains it."""
 
 import dataclasses
 import json
@@ -166,7 +166,7 @@ def test_the_latest_checkpoint_is_a_complete_one(tmp_path: Path) -> None:
 def test_only_older_checkpoints_are_deleted(keep, kept, tmp_path: Path) -> None:
     for iteration in (10, 20, 30, 90):
         (tmp_path / f"iter_{iteration:07d}").mkdir()
-    # 90 is of a run that was given up for one that went on from 30.
+    # Iteration 90 belongs to an abandoned run; another one continued from iteration 30.
     temporary = tmp_path / ".iter_0000040.incomplete"
     temporary.mkdir()
     (temporary / "metadata.json").write_text("{}")
@@ -179,7 +179,7 @@ def test_only_older_checkpoints_are_deleted(keep, kept, tmp_path: Path) -> None:
 def test_a_crash_while_a_checkpoint_is_replaced_loses_none(
     crash_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that starts anew saves an iteration that the tracker names already, and is killed at a rename."""
+    """A run that starts again saves an iteration that the tracker already names, and is killed at a rename."""
     final, temporary = tmp_path / "iter_0000002", tmp_path / ".iter_0000002.incomplete"
 
     def write(content: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bitcpm_megatron``: the report, and the self-test that decides its exit status."""
+"""Tests of ``python -m bitcpm_megatron``: the report, and the self-test that decides its exit status."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ GOOD = Backend("good", quantize_dequantize, lambda device: None, 5)
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry with the torch backend alone, on a CPU, whose changes end with the test."""
+    """Provides a registry with only the torch backend, on a CPU; changes to it end with the test."""
     monkeypatch.setattr(registry, "_BACKENDS", {"torch": registry._BACKENDS["torch"]})
     monkeypatch.setattr(registry, "_requested", "auto")
     monkeypatch.setattr(registry, "_choices", {})
@@ -27,7 +27,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def changed(change: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Results]) -> Backend:
-    """The reference, with something done to its results (weight, scales, given scales)."""
+    """Returns a backend that is the reference, with a change to its results (weight, scales, given scales)."""
 
     def kernel(weight: torch.Tensor, config: QuantizerConfig, scales: torch.Tensor | None) -> Results:
         return change(*quantize_dequantize(weight, config, scales), scales)

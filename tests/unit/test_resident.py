@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank quantizes what of a weight that is cut into shards, and what a weight tells of its scales."""
+"""Tests of resident weights: which rank quantizes which part of a sharded weight, and recovering scales from one."""
 
 import pytest
 import torch
@@ -47,13 +47,13 @@ def test_every_group_is_quantized_whole_by_whoever_holds_any_of_it(rows, columns
         for spans in share.cuts:
             own = [span for span in spans if span.rank == rank]
             assert len(own) == 1 and len(spans) > 1
-            # The pieces of a group follow each other, and make all of it.
+            # The pieces of a group are consecutive and make up the whole group.
             assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
             assert spans[0].start % size == 0 and spans[-1].end == spans[0].start + size
             for span in spans:
                 assert (first + span.start) // shard == (first + span.end - 1) // shard == span.rank
             covered |= set(range(own[0].start, own[0].end))
-        # All of the shard, and nothing else.
+        # Exactly the shard is covered.
         assert covered == set(range(share.start, share.end))
         for element in covered:
             held.setdefault(element, []).append((rank, share.start))
@@ -71,7 +71,7 @@ def test_a_quantized_weight_tells_its_scales(group: int) -> None:
     config = QuantizerConfig(group_size=group)
     weight = (torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
     weight[3] = 0.0
-    # Below eps, with one value that survives and with none.
+    # These groups are below eps, with and without a value that is not quantized to zero.
     weight[4], weight[4, ::32] = 0.0, 2e-5
     weight[5] = 1e-6
     weight[6, 5] = torch.inf
@@ -95,7 +95,7 @@ def test_a_quantized_weight_is_never_quantized_again() -> None:
 
 @pytest.mark.parametrize("begins", [False, True])
 def test_all_weights_of_a_step_are_quantized_together(begins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call of the backend for every weight, whatever their group sizes, where they stand."""
+    """The backend is called once for all weights, which may have different group sizes, and quantizes them in place."""
     calls = []
     original = Backend.together
 
@@ -114,7 +114,7 @@ def test_all_weights_of_a_step_are_quantized_together(begins: bool, monkeypatch:
         resident.begin()
         assert resident.holds and all(s.resident for s, _ in modules)
     else:
-        # An optimizer without shards: every rank has all of every weight.
+        # The optimizer has no shards, so that every rank has all of every weight.
         Shares(object(), [(s, m.weight) for s, m in modules]).quantize(
             lambda share: share.parameter.detach().view(-1)[share.start : share.end]
         )

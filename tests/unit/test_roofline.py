@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of cost against numbers worked out by hand, and what has to hold whatever the numbers."""
+"""Tests of the cost model: numbers computed by hand, and properties that hold for all numbers."""
 
 import csv
 from dataclasses import replace
@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from bitcpm_megatron.launch.estimates.shapes import Layout
 
-# Per layer qkv 128 x 64, proj 64 x 64, fc1 256 x 64, fc2 64 x 128: 8,192 + 4,096 + 16,384 + 8,192 = 36,864 weights.
+# A layer has qkv 128 x 64, proj 64 x 64, fc1 256 x 64, fc2 64 x 128: 8,192 + 4,096 + 16,384 + 8,192 = 36,864 weights.
 TINY = Layout(
     layers=2, hidden=64, ffn=128, heads=4, groups=2, head_dim=16, vocab_size=256, sequence=128, micro_batch=2,
     experts=0, topk=1, gated=True, tied=True, tp=1, pp=1, vpp=1, cp=1, ep=1, world=1,
 )  # fmt: skip
-# 1 TFLOP/s, 1 GB/s everywhere, launches free.
+# A machine with 1 TFLOP/s, 1 GB/s everywhere, and launches that take no time.
 ROUND = Machine("round", 2e12, 1e12, 1e9, 1e9)
 NO_LAUNCH = replace(MACHINES["910B"], launch_us=0.0)
 
@@ -37,7 +37,8 @@ def test_a_step_worked_out_by_hand() -> None:
     found = cost_model.predict(ROUND, tiny())
     # 73,728 weights x 6 x 256 tokens = 113,246,208 FLOP per micro-batch, 4 micro-batches, 1e12 FLOP/s.
     assert found.gemm_seconds == pytest.approx(452.984832e-6)
-    # Attention, half a square: 6 x 256 x 128 x 64 x 2 layers = 25,165,824; output layer 6 x 256 x 256 x 64 as much.
+    # Attention, half of a square: 6 x 256 x 128 x 64 x 2 layers = 25,165,824; output layer, the same: 6 x 256 x 256 x
+    # 64.
     assert found.compute_seconds == pytest.approx(4 * 163.577856e-6)
     # Parameters: 73,728 + embedding 256 x 64 = 16,384 + norms 5 x 64 = 320: 90,432, each 38 bytes at 1 GB/s.
     assert found.optimizer_seconds == pytest.approx(3436.416e-6)
@@ -53,8 +54,8 @@ def test_a_step_worked_out_by_hand() -> None:
 def test_model_flops_are_megatrons() -> None:
     # flops_per_token: 6 x (2 x (36,864 + 64 x 128) + 64 x 256) = 638,976; 256 tokens, 4 times.
     assert cost_model.predict(ROUND, tiny()).model_flops == 4 * 256 * 638_976
-    # Of each of four ranks a quarter; neither what is computed twice or beyond the diagonal, nor the padding of a
-    # vocabulary, 128 to 200: 6 x (2 x 45,056 + 64 x 200) = 617,472.
+    # Each of four ranks has a quarter. Recomputation, scores beyond the diagonal and the padding of a vocabulary (here
+    # of 200) are not counted: 6 x (2 x 45,056 + 64 x 200) = 617,472.
     shared = tiny(tp=2, pp=2, recompute="full", fused_kernels=False)
     assert cost_model.predict(ROUND, shared).model_flops == 256 * 638_976
     padded = replace(tiny(), layout=replace(TINY, vocab_size=200))
@@ -62,7 +63,7 @@ def test_model_flops_are_megatrons() -> None:
 
 
 def test_kernels_that_are_not_fused_compute_scores_beyond_the_diagonal() -> None:
-    # Another 25,165,824 FLOP.
+    # This is another 25,165,824 FLOP.
     whole = cost_model.predict(ROUND, tiny(fused_kernels=False))
     assert whole.compute_seconds == pytest.approx(4 * 188.74368e-6)
 
@@ -75,17 +76,17 @@ def test_memory_worked_out_by_hand() -> None:
     # 2 bytes per quantized weight, 2 per scale: 147,456 + 4,608.
     assert found.extra_bytes == 152_064 and found.scale_bytes == 4_608
     assert cost_model.predict(ROUND, tiny(tp=2)).extra_bytes == 76_032
-    # Without the cache every micro-batch in flight keeps its own: two on the first of two stages, of one layer each.
+    # Without the cache, every micro-batch in flight keeps its own copy: two on the first of two stages of one layer.
     staged = tiny(pp=2, cache="none")
     assert cost_model.predict(ROUND, staged).extra_bytes == 2 * 73_728 + 2_304
     assert cost_model.predict(ROUND, replace(staged, micro_batches=1)).extra_bytes == 73_728 + 2_304
-    # Recomputed, there is one layer's at a time.
+    # With recomputation, there is one layer's copy at a time.
     assert cost_model.predict(ROUND, tiny(cache="none", recompute="full")).extra_bytes == 73_728 + 4_608
 
 
 def test_scales_per_row() -> None:
-    # One per row: 128 + 64 + 256 + 64 = 512 per layer. At TP 2 column-parallel rows are shared out, 64 + 128; those
-    # of proj and fc2 are cut, and have one scale on each rank: 64 + 64.
+    # There is one scale per row: 128 + 64 + 256 + 64 = 512 per layer. At TP 2, the rows of column-parallel weights are
+    # divided, 64 + 128; the rows of proj and fc2 are cut, with one scale on each rank: 64 + 64.
     assert cost_model.predict(ROUND, tiny(group_size=-1)).scale_bytes == 2 * 2 * 512
     assert cost_model.predict(ROUND, tiny(group_size=-1, tp=2)).scale_bytes == 2 * 2 * 320
 
@@ -100,9 +101,9 @@ def test_what_is_handed_to_collectives() -> None:
     # 4 micro-batches x (2 layers x (2 forward + 2 backward) + embedding + output layer), and 45,376 parameters.
     activations = ("tensor parallel", "all-reduce")
     assert handed(tp=2) == {**loss, activations: 40 * 32_768, ("gradients", "all-reduce"): 181_504}
-    # Recomputed forward: 2 more per layer.
+    # The recomputed forward has 2 more per layer.
     assert handed(tp=2, recompute="full")[activations] == 56 * 32_768
-    # Scattered as often; gathered 2 + 2 + 2 times per layer, once for the embedding, twice for the output layer.
+    # There are as many scatters, and 2 + 2 + 2 gathers per layer, one for the embedding and two for the output layer.
     assert handed(tp=2, sequence_parallel=True) == {
         **loss,
         ("tensor parallel", "reduce-scatter"): 40 * 32_768,
@@ -115,7 +116,7 @@ def test_what_is_handed_to_collectives() -> None:
         ("gradients", "reduce-scatter"): 361_728,
         ("parameters", "all-gather"): 180_864,
     }
-    # A stage has one layer, the embedding or the output layer, and for the last one its norm: 53,440 parameters.
+    # A stage has one layer, the embedding or the output layer, and the last one has the final norm: 53,440 parameters.
     assert handed(pp=2) == {
         **loss,
         ("pipeline", "exchange"): 4 * 2 * 32_768,
@@ -136,15 +137,16 @@ def test_what_is_handed_to_collectives() -> None:
     ],
 )
 def test_payloads_are_those_of_megatron_core(measured: int, changes: dict) -> None:
-    # Counted in our training loop (megatron-core 0.16.1, gloo), a step of two micro-batches, the most of any rank. It
-    # has 28 bytes of single numbers more (norms, tokens, loss), and with the distributed optimizer 384 of padding.
+    # The bytes were counted in our training loop (megatron-core 0.16.1, gloo) in a step of two micro-batches, on the
+    # rank with the most. It has 28 more bytes of single numbers (norms, tokens, loss), and with the distributed
+    # optimizer 384 of padding.
     found = cost_model.predict(ROUND, tiny(micro_batches=2, **changes)).communication_bytes
     assert measured - found == (28 + 384 if "dp" in changes else 28)
 
 
 def test_what_is_sent() -> None:
-    # Over two ranks an all-reduce sends its payload once, scatter and gather half of it, a stage one of its two
-    # exchanges, a group of one nothing.
+    # Over two ranks, an all-reduce sends its payload once, scatter and gather send half of it, a stage sends one of its
+    # two exchanges, and a group of one rank sends nothing.
     assert cost_model.predict(ROUND, tiny()).wire_bytes == 0
     assert cost_model.predict(ROUND, tiny(tp=2)).wire_bytes == 12_288 + 40 * 32_768
     assert cost_model.predict(ROUND, tiny(dp=2, distributed_optimizer=True)).wire_bytes == 180_864 + 90_432
@@ -153,9 +155,9 @@ def test_what_is_sent() -> None:
 
 
 def test_a_pipeline_waits_for_its_first_quantizations() -> None:
-    # One layer per stage: 149.76 us for a quantization. Cached, stage 1 quantizes after stage 0.
+    # A stage has one layer, whose quantization takes 149.76 us. With the cache, stage 1 quantizes after stage 0.
     assert cost_model.predict(ROUND, tiny(pp=2)).quantizer_step_seconds == pytest.approx(2 * 149.76e-6)
-    # Uncached: four micro-batches and one to fill the pipeline; compute too: 5 x 94.37184 us.
+    # Without it, there are four micro-batches and one to fill the pipeline, also for compute: 5 x 94.37184 us.
     uncached = cost_model.predict(ROUND, tiny(pp=2, cache="none"))
     assert uncached.quantizer_step_seconds == pytest.approx(5 * 149.76e-6)
     assert uncached.compute_seconds == pytest.approx(471.8592e-6)
@@ -175,12 +177,12 @@ def test_rates_of_a_calibrated_machine() -> None:
     calibrated = replace(ROUND, quantizer_copies=1.5, optimizer_bandwidth=2e9, launch_us=100, saved_bandwidth=1e9)
     found = cost_model.predict(calibrated, tiny())
     assert found.optimizer_seconds == pytest.approx(1718.208e-6)
-    # The largest weight, fc1, has 66,560 bytes: 99.84 us at 1.5 copies. So all 8 take as long as a launch.
+    # The largest weight, fc1, has 66,560 bytes, 99.84 us at 1.5 copies, so that each of 8 takes as long as a launch.
     assert found.quantizer_seconds == pytest.approx(8 * 100e-6)
     free = cost_model.predict(replace(calibrated, launch_us=0.0), tiny())
     assert free.quantizer_seconds == pytest.approx(1.5 * 299.52e-6)
-    # Saved per token and layer: q, k, v and proj's input 2 (64 + 64 + 64), three of the ffn 2 x 3 x 128, whole 8 x 64:
-    # 1,664 bytes; twice 256 tokens: 851,968. Logits 256 x (6 x 256 + 4 x 64) = 458,752.
+    # Bytes saved per token and layer: q, k, v and proj's input 2 (64 + 64 + 64), three tensors of the ffn 2 x 3 x 128,
+    # hidden states 8 x 64: 1,664; 2 layers of 256 tokens: 851,968. Logits: 256 x (6 x 256 + 4 x 64) = 458,752.
     more = free.compute_seconds - cost_model.predict(replace(calibrated, saved_bandwidth=None), tiny()).compute_seconds
     assert more == pytest.approx(4 * 1310.72e-6)
 
@@ -188,17 +190,17 @@ def test_rates_of_a_calibrated_machine() -> None:
 @pytest.mark.parametrize("model", PRESETS)
 def test_published_estimates(model: str) -> None:
     once = replace(preset(model, 4096, 1), group_size=128)
-    # 4 + 2/128 bytes: 4.015625 x 155e12 / (6 x 4096 x 1.6e12) = 1.583 %, of any model.
+    # With 4 + 2/128 bytes per weight: 4.015625 x 155e12 / (6 x 4096 x 1.6e12) = 1.583 %, for any model.
     assert cost_model.predict(NO_LAUNCH, once).of_gemms == pytest.approx(0.015829, rel=1e-3)
-    # Half the peak in place of 155: 190e12 gives 1.940 %.
+    # Half of the peak instead of 155e12, which is 190e12, gives 1.940 %.
     assert cost_model.predict(replace(NO_LAUNCH, achieved_flops=190e12), once).of_gemms == pytest.approx(
         0.0194, rel=1e-2
     )
-    # Eight micro-batches: 0.198 % cached, 1.583 % uncached.
+    # With eight micro-batches: 0.198 % with the cache, 1.583 % without it.
     eight = replace(once, micro_batches=8)
     assert cost_model.predict(NO_LAUNCH, eight).of_gemms == pytest.approx(0.0019786, rel=1e-3)
     assert cost_model.predict(NO_LAUNCH, replace(eight, cache="none")).of_gemms == pytest.approx(0.015829, rel=1e-3)
-    # The residual form: 68.015625 bytes, 26.8 %; the torch fallback: 70.015625, 27.6 %.
+    # The residual form has 68.015625 bytes, 26.8 %; the torch fallback 70.015625, 27.6 %.
     assert cost_model.predict(NO_LAUNCH, replace(once, quantizer="residual")).of_gemms == pytest.approx(
         0.2681, rel=1e-3
     )
@@ -206,13 +208,13 @@ def test_published_estimates(model: str) -> None:
     # H100: 4.015625 x 405.49e12 / (6 x 4096 x 3.35e12) = 1.978 %.
     h100 = replace(MACHINES["H100"], launch_us=0.0)
     assert cost_model.predict(h100, once).of_gemms == pytest.approx(0.019778, rel=1e-3)
-    # Of the whole step it is less, and not by much.
+    # Relative to the whole step, it is less, but not much less.
     assert 0.3 < cost_model.predict(NO_LAUNCH, once).overhead / 0.015829 < 1
 
 
 def test_launches_show_in_the_smallest_model() -> None:
-    # Of 24 layers, in groups of 128: qkv 1280 x 1024 and proj 1024 x 1024 end before the next launch, 10 us; fc1
-    # 8192 x 1024 x 4.015625 bytes at 1.6 TB/s 21.05 us, fc2 10.53 us: 51.58 us per layer in place of 37.5 us.
+    # In each of 24 layers, with groups of 128: qkv 1280 x 1024 and proj 1024 x 1024 end before the next launch, 10 us;
+    # fc1 takes 8192 x 1024 x 4.015625 bytes at 1.6 TB/s, 21.05 us, fc2 10.53 us: 51.58 us per layer instead of 37.5 us.
     workload = replace(preset("minicpm4-0.5b", 4096, 1), group_size=128)
     found = cost_model.predict(MACHINES["910B"], workload)
     assert found.quantizer_seconds == pytest.approx(24 * 51.58e-6, rel=1e-3)
@@ -264,7 +266,7 @@ def test_tensor_parallelism_leaves_the_quantizers_share(machine, workload) -> No
 
 
 def write(path: Path, *rows: dict, without: str = "") -> Path:
-    """A throughput file of the tiny model; what a row does not say is empty."""
+    """Writes a throughput file of the tiny model; values that a row does not have are empty."""
     shape = {
         "layout": "TP1", "tp": 1, "pp": 1, "dp": 1, "device": "cpu", "model": "0.5b-layers", "num_layers": 2,
         "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16,
@@ -296,7 +298,7 @@ def test_predicted_next_to_measured(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", BF16, TERNARY, peer, {**TERNARY, "variant": "none", "ratio": ""})
     (bf16, ternary, uncached), notes, machines = validation.validate(path, machine_for_tests)
     assert len(machines) == 1
-    # Our loop has no fused kernels, so that attention is the whole square; scales are one per row: 4 x 512 bytes.
+    # Our loop has no fused kernels, so that attention is a whole square; there is one scale per row: 4 x 512 bytes.
     assert bf16.step_ms == pytest.approx(4.19139072) and bf16.measured["step_ms"] == 5.0
     # 294,912 + 2,048 bytes at 1 GB/s.
     assert ternary.step_ms == pytest.approx(4.19139072 + 0.29696)
@@ -305,13 +307,13 @@ def test_predicted_next_to_measured(tmp_path: Path) -> None:
     assert (measured["ratio"], measured["ratio_low"], measured["ratio_high"]) == (1.1, 1.05, 1.25)
     assert ternary.prediction.extra_bytes == 147_456 + 2_048
     assert (measured["more_peak_bytes"], measured["more_resident_bytes"]) == (200_000, 150_000)
-    # Loss and gradients, in groups of one.
+    # These are the bytes of the loss and the gradients, in groups of one rank.
     assert (ternary.prediction.communication_bytes, measured["collective_bytes"]) == (374_016, 374_000)
-    # Without a ratio, that of the step times.
+    # If there is no ratio, the ratio of the step times is used.
     assert uncached.prediction.overhead == pytest.approx(0.2834, rel=1e-4)
     assert uncached.measured["ratio"] == pytest.approx(1.2)
     assert "torchao" in notes[0]
-    # The file's 8 quantizations are 2 layers x 4 weights once; uncached it should have been four times as many.
+    # The file's 8 quantizations are 2 layers x 4 weights, once; without the cache, there should be four times as many.
     assert notes[1:] == ["TP1, T=256, n=4, none: 8 quantizations, the model has 32."]
 
 
@@ -401,7 +403,7 @@ def test_tokens_that_are_no_whole_sequences(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_an_accelerator_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU a file that names it is calibrated there; the name comes from torch's module of the device."""
+    """A file that names a GPU is calibrated on that GPU, whose name comes from torch's module of the device."""
     gpu = SimpleNamespace(is_available=lambda: True, get_device_name=lambda index: f"GPU {index}")
     monkeypatch.setattr(torch, "cuda", gpu)
     monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face -> Megatron -> Hugging Face gives back every tensor and what config.json means, at every layout."""
+"""Tests that Hugging Face -> Megatron -> Hugging Face restores every tensor and the configuration, at every layout."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def tensors(config: dict, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
-    """A model's tensors as Transformers' LlamaModel, GraniteModel and the MiniCPM remote code name and shape them."""
+    """Returns tensors with the names and shapes of Transformers' Llama and Granite and MiniCPM's remote code."""
     hidden, head = config["hidden_size"], config["head_dim"]
     q, kv, ffn = config["num_attention_heads"] * head, config["num_key_value_heads"] * head, config["intermediate_size"]
     shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
@@ -61,7 +61,7 @@ def configs(draw: st.DrawFn) -> dict:
         "model_type": kind,
         "architectures": [{"llama": "Llama", "granite": "Granite", "minicpm": "MiniCPM"}[kind] + "ForCausalLM"],
         "num_hidden_layers": draw(st.sampled_from([2, 4])),
-        # A multiple of the heads, which Transformers wants, and any size of them.
+        # Transformers requires a multiple of the number of heads; their size may be anything.
         "hidden_size": draw(st.integers(1, 12)) * heads,
         "intermediate_size": draw(st.integers(1, 8)) * 8,
         "num_attention_heads": heads,
@@ -94,7 +94,7 @@ def configs(draw: st.DrawFn) -> dict:
         if draw(st.booleans()):
             config["rope_scaling"]["attention_factor"] = draw(st.floats(0.5, 2, allow_nan=False))
     if draw(st.booleans()):
-        # As Transformers 5 writes it.
+        # Transformers 5 writes it in this form.
         rope = config.pop("rope_scaling", {"rope_type": "default"})
         config["rope_parameters"] = {**rope, "rope_theta": config.pop("rope_theta")}
     return config
@@ -109,7 +109,7 @@ def write(directory: Path, config: dict, weights: dict[str, torch.Tensor]) -> No
 def there_and_back(
     source: Path, work: Path, layout: str, tp: int, pp: int, *options: str, weights: str = "latent"
 ) -> Path:
-    """Converts to Megatron and back; returns the directory that came back."""
+    """Converts a model to Megatron and back, and returns the last directory."""
     megatron, back = work / f"{layout}{tp}{pp}", work / f"{layout}{tp}{pp} back"
     command = ["--load-dir", source, "--save-dir", megatron, "--format", layout, "--make-vocab-size-divisible-by", 16]
     command += ["--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp]
@@ -162,7 +162,7 @@ def test_tensors_and_meaning_come_back(
             assert new[key] == config[key], key
         if config["model_type"] != "minicpm":
             before, after = AutoConfig.from_pretrained(work / "source"), AutoConfig.from_pretrained(back)
-            before.rope_parameters.pop("type", None)  # the old name, kept beside the new one
+            before.rope_parameters.pop("type", None)  # the old name is kept next to the new one
             assert before.rope_parameters == after.rope_parameters
             assert before.tie_word_embeddings == after.tie_word_embeddings and before.head_dim == after.head_dim
 
@@ -213,11 +213,11 @@ def test_virtual_stages_hold_the_layers_that_megatron_gives_them(tmp_path: Path)
     command = ["--load-dir", tmp_path / "source", "--save-dir", tmp_path / "m", "--format", "legacy"]
     command += ["--target-pipeline-parallel-size", 2, "--target-virtual-pipeline-parallel-size", 2]
     assert convert_hf_to_megatron.main([str(c) for c in command]) == 0
-    # Megatron-LM: rank p holds, as its chunk v, the layers of stage v * ranks + p.
+    # In Megatron-LM, chunk v of rank p has the layers of stage v * ranks + p.
     layers = {(0, 0): (0, 1), (1, 0): (2, 3), (0, 1): (4, 5), (1, 1): (6, 7)}
     for (rank, chunk), numbers in layers.items():
         file = tmp_path / "m" / "release" / f"mp_rank_00_00{rank}" / "model_optim_rng.pt"
-        # A context manager would take away what megatron-core has declared safe itself.
+        # A context manager would remove what megatron-core itself has declared safe.
         torch.serialization.add_safe_globals([argparse.Namespace])
         part = torch.load(file, weights_only=True)[f"model{chunk}"]
         for local, number in enumerate(numbers):
@@ -235,7 +235,7 @@ def test_virtual_stages_hold_the_layers_that_megatron_gives_them(tmp_path: Path)
 def test_every_space_there_and_back(
     space: str, statistic: str, multiplier: float, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """At TP 2, latent and fused weights come back as they were, and all ways of fusing write the same bits."""
+    """At TP2, latent and fused weights return unchanged, and all ways of fusing write the same bits."""
     record = tiny_hf.record(space=space, statistic=statistic, scale_multiplier=multiplier, latent_dtype="bfloat16")
     tiny_hf.latent_export(tmp_path / "latent", tiny_hf.architecture(), record)
     latent = loaded(tmp_path / "latent")
@@ -264,7 +264,7 @@ def test_every_space_there_and_back(
     assert_holds(qat, fused, "fused")
     (tmp_path / "again").mkdir()
     assert_holds(there_and_back(qat, tmp_path / "again", *two, weights="fused"), fused, "fused")
-    # Once more changes nothing while the record is there; without it only the weights can tell, and they do.
+    # Fusing again changes nothing if the record exists; without it, the weights themselves show that they are fused.
     assert qat_convert.main(["--input_bin", str(qat), "--output", str(tmp_path / "twice")]) == 0
     assert_holds(tmp_path / "twice", fused, "fused")
     for name in (FILE_NAME, DIGESTS):

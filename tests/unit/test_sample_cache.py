@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of sample indices: damage, code and other data in it, kills while it is built; and unknown tokens."""
+"""Tests of the cache of sample indices (damage, code or other data in it, kills while it is built), and bad tokens."""
 
 import io
 import os
@@ -26,7 +26,7 @@ VOCAB = 290  # of the tokenizer
 
 
 class Evil:
-    """Leaves a file where it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -50,7 +50,7 @@ def place(tmp_path: Path, single_rank: None) -> Path:
 
 
 def samples(directory: Path, *more: str) -> tuple[list[list[int]], str | None]:
-    """The first batches, and what was said of the cache."""
+    """Returns the first batches, and the note about the cache."""
     args = arguments(directory, *more)
     tokenizer, _ = build_tokenizer(args)
     data = build_data(args, tokenizer, find_files(args, 2))
@@ -140,7 +140,7 @@ def test_a_kill_while_it_is_built_breaks_no_later_start(tmp_path: Path, single_r
 
         np.save = save
         setattr(module, {"digests": "write_digests"}.get(place, "publish"), lambda *_: os.kill(os.getpid(), 9))
-        module._ensure(tmp_path, "key", build)  # what rank 0 does
+        module._ensure(tmp_path, "key", build)  # rank 0 does this
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [".key.incomplete", ".key.lock"]
@@ -203,7 +203,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_in_the_step_that_reads_it(plac
     from bitcpm_megatron.training import loop
 
     write(place / "corpus", np.full(2600, 5000, np.uint16))
-    monkeypatch.setattr(TokenFile, "mistake", lambda *_: None)  # it lies between the blocks that were looked at
+    monkeypatch.setattr(TokenFile, "mistake", lambda *_: None)  # the token is between the blocks that are checked
     with pytest.raises(DataError, match=r"corpus\) hold token 5000, and the vocabulary ends at 289"):
         loop.pretrain(arguments(place))
 

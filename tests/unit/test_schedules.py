@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What changes from step to step: its values, and that a resumed run goes on with them."""
+"""Tests of settings that change from step to step: their values, and their continuation in a resumed run."""
 
 import argparse
 import dataclasses
@@ -30,7 +30,7 @@ FALLING = "--weight-decay-incr-style linear --start-weight-decay 8 --end-weight-
 
 
 def schedule(start: float, end: float, style: str, **more: Any) -> Schedule:
-    """Of ten steps of three samples, and two groups, of which one decays."""
+    """Makes a schedule of ten steps with three samples each, for two parameter groups, of which one decays."""
     groups = [{"wd_mult": 1.0}, {"wd_mult": 0.0}]
     settings = {"init_lr": 0.0, "max_lr": 1.0, "min_lr": 0.0, "lr_warmup_steps": 0, "lr_decay_steps": 30}
     settings |= {"lr_decay_style": "constant", "wd_incr_steps": 30, "use_checkpoint_opt_param_scheduler": False}
@@ -39,7 +39,7 @@ def schedule(start: float, end: float, style: str, **more: Any) -> Schedule:
 
 
 def decays(of: Schedule, steps: int) -> list[float]:
-    """That the next steps are taken with."""
+    """Returns the weight decay of each of the next steps."""
     found = []
     for _ in range(steps):
         decayed, other = of.optimizer.param_groups
@@ -54,7 +54,7 @@ def decays(of: Schedule, steps: int) -> list[float]:
     [
         (0.1, 0.0, "linear", [0.1, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01, 0.0, 0.0]),
         (0.0, 0.1, "linear", [0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.1]),
-        # 1 + cos(pi k / 10) over 2: cos of 36 and 72 degrees are (sqrt(5) +- 1) / 4.
+        # The values are (1 + cos(pi k / 10)) / 2; the cosines of 36 and 72 degrees are (sqrt(5) +- 1) / 4.
         (1.0, 0.0, "cosine", {0: 1.0, 2: (5 + 5**0.5) / 8, 4: (3 + 5**0.5) / 8, 5: 0.5, 10: 0.0, 11: 0.0}),
         (0.1, 0.1, "constant", [0.1] * 12),
     ],
@@ -88,7 +88,7 @@ def test_a_resumed_schedule_of_another_weight_decay_is_refused_or_chosen() -> No
         with pytest.raises(CheckpointError, match="weight decay.*--override-opt-param-scheduler"):
             resumed(state, other)
     theirs = schedule(0.5, 0.5, "constant", use_checkpoint_opt_param_scheduler=True)
-    # From the very next step on.
+    # The checkpoint's schedule applies from the next step on.
     assert resumed(state, theirs, use_checkpoint_opt_param_scheduler=True) == decays(stopped, 8)
     ours = schedule(0.5, 0.5, "constant", override_opt_param_scheduler=True)
     assert resumed(state, ours, override_opt_param_scheduler=True) == [0.5] * 8
@@ -96,7 +96,7 @@ def test_a_resumed_schedule_of_another_weight_decay_is_refused_or_chosen() -> No
 
 @dataclasses.dataclass
 class Taken:
-    """Of a step: its loss, the masters behind it, and the weight decay of the next."""
+    """The loss of a step, the master weights after it, and the weight decay of the next step."""
 
     loss: float
     masters: list[torch.Tensor]
@@ -104,7 +104,7 @@ class Taken:
 
 
 def taken(*flags: str, base: Sequence[str] = RUN) -> list[Taken]:
-    """The steps of a run."""
+    """Runs a training, and returns its steps."""
     steps: list[Taken] = []
 
     def watch(step: Step) -> None:
@@ -126,7 +126,7 @@ def equal(some: Taken, other: Taken) -> bool:
 def test_each_step_is_taken_with_the_weight_decay_of_its_moment(single_rank: None) -> None:
     falls, stays = taken(*FALLING), taken("--weight-decay", "8")
     assert [step.decay for step in falls] == [6, 4, 2, 0] and {step.decay for step in stays} == {8}
-    # The first step decays as the start says: the second is the first to see other weights.
+    # The first step uses the initial decay, so that weights differ only after the second step.
     assert all(torch.equal(a, b) for a, b in zip(falls[0].masters, stays[0].masters, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(falls[1].masters, stays[1].masters, strict=True) if a.dim() == 2)
 
@@ -162,6 +162,6 @@ def test_a_ramp_that_is_over_changes_no_bit(single_rank: None, tmp_path: Path) -
     saved = ["--save", str(tmp_path), "--exit-interval", "2"]
     taken("--ternary-ramp-iters", "2", *saved)
     over = ["--load", str(tmp_path), "--exit-interval", "4"]
-    # With the flag, whose cache is that of latent weights, and without it, where the parameters are quantized.
+    # With the flag, parameters hold latent weights and quantized ones are cached; without it, parameters are quantized.
     on_it, none = taken("--ternary-ramp-iters", "2", *over), taken(*over)
     assert len(on_it) == len(none) == 2 and all(equal(a, b) for a, b in zip(on_it, none, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``make lint`` and the proof of loss find, with mistakes planted."""
+"""Tests that the checks of ``make lint`` and the comparison of losses find planted mistakes."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_kernels_are_held_to_the_length_of_files(tmp_path: Path, monkeypatch, ca
 
 def test_what_is_written_twice_is_found() -> None:
     lines = [f"x{i} = {i}" for i in range(check_shape.EQUAL_LINES)]
-    # Imports, comments, blank lines and indentation are no difference.
+    # Imports, comments, blank lines and indentation are ignored.
     texts = {Path("a.py"): "\n".join(lines), Path("b.py"): "# a\n\n" + "\n\n".join(f"  {x}" for x in lines)}
     (line,) = check_shape.written_twice(texts)
     assert line.startswith("a.py:1 and b.py:3")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples that --sft trains on: what is asked of each token, the order, and what is refused."""
+"""Tests of the samples of --sft: which tokens are learned, their order, and what is refused."""
 
 import pickle
 from itertools import islice
@@ -37,7 +37,7 @@ def stream(args, consumed: int = 0):
 
 
 def test_answers_and_their_ends_are_asked_for_and_nothing_else(place: Path) -> None:
-    """Padding is the token that ends answers, as in many models: it is told by its place."""
+    """Padding is the token that ends answers, as in many models, so that its position must identify it."""
     sample = {"tokens": [1, 2, 3, EOD, 4, 5, 6, EOD], "answers": [0, 0, 1, 1, 1, 0, 1, 1], "ends": [4, 8]}
     write_samples(place / "one", [sample])
     (batch,) = islice(stream(arguments(place, "--data-path", f"{place}/one")), 1)
@@ -46,7 +46,7 @@ def test_answers_and_their_ends_are_asked_for_and_nothing_else(place: Path) -> N
         position: (int(batch["tokens"][0, position]), int(batch["labels"][0, position]))
         for position in batch["loss_mask"][0].nonzero().flatten().tolist()
     }
-    # Token 4 begins a conversation: what stands in front of it is another one's.
+    # Token 4 begins a conversation, so that the token before it belongs to another one.
     assert asked == {1: (2, 3), 2: (3, EOD), 5: (5, 6), 6: (6, EOD)}
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]]
     assert batch[CUMULATIVE].tolist() == [0, 4, 8, 10]
@@ -107,7 +107,7 @@ def test_a_step_or_an_evaluation_without_anything_to_learn_is_refused(place: Pat
 
 
 def test_a_dataset_goes_to_other_processes(place: Path) -> None:
-    """Where workers of a loader are started anew, it is pickled."""
+    """The dataset is pickled if workers of a loader are started as new processes."""
     args = arguments(place)
     tokenizer, _ = build_tokenizer(args)
     train = build_data(args, tokenizer, find_files(args, tokenizer.eod)).train

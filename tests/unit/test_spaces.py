@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The spaces beside ternary, against closed forms in double precision, and on every backend that runs here."""
+"""Tests of all spaces, against closed forms in double precision, and on every backend that runs here."""
 
 import argparse
 import math
@@ -30,7 +30,7 @@ ROWS, COLUMNS = 40, 192
 OTHERS = [name for name in SPACES if name != "ternary"]
 CPU = next(backend for backend in backends() if backend.name == "cpu")
 SERVING = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(CPU.unavailable("cpu") is not None, reason="no cc"))]
-# space -> the quotient w / s in double precision -> the level; not by thresholds.
+# The level of the quotient w / s in double precision, by space, computed without thresholds.
 CLOSED_FORMS = {
     "ternary": lambda q: np.clip(np.rint(q), -1, 1),
     "asymmetric-4": lambda q: np.clip(np.rint(q), -2, 1),
@@ -42,7 +42,7 @@ SCALES = {"own": (None, None), "mean": ("absmean", 1.25), "maximum": ("absmax", 
 
 
 def latent(dtype: torch.dtype, seed: int, smallest: float = -5.0) -> torch.Tensor:
-    """Rows of very different magnitude; zeros of both signs, an all-zero group, one of the size of eps."""
+    """Returns rows of very different magnitude, with zeros of both signs, an all-zero group, and values around eps."""
     generator = torch.Generator().manual_seed(seed)
     magnitudes = 10 ** torch.empty(ROWS, 1).uniform_(smallest, 3.0, generator=generator)
     w = torch.randn(ROWS, COLUMNS, generator=generator) * magnitudes
@@ -54,7 +54,7 @@ def latent(dtype: torch.dtype, seed: int, smallest: float = -5.0) -> torch.Tenso
 
 
 def at_thresholds(space: str, scales: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Weights at the thresholds of their groups, and one step of the dtype to either side; of zero, 2**-20."""
+    """Returns weights at thresholds of their groups, or one step of the dtype next to them; next to zero, +-2**-20."""
     generator = torch.Generator().manual_seed(seed)
     table = torch.tensor(SPACES[space].thresholds)
     picked = table[torch.randint(len(table), (ROWS, COLUMNS), generator=generator)]
@@ -134,7 +134,7 @@ def test_scales_that_training_never_makes(space: str, scale: float) -> None:
 @pytest.mark.parametrize("statistic", ["absmean", "absmax"])
 def test_the_multiplier_comes_before_the_rounding_of_the_scale(statistic: str) -> None:
     weight = latent(torch.float32, 7)
-    weight[4, :32] = 1.0  # no group of eps
+    weight[4, :32] = 1.0  # no group is below eps
     weight[3], weight[5] = 1.0, 2.0
     plain = QuantizerConfig("five-value", 32, 2.0**-100, statistic, 1.0)
     found = torch.from_numpy(weight.numpy().reshape(ROWS, -1, 32)).abs()
@@ -147,7 +147,7 @@ def test_the_multiplier_comes_before_the_rounding_of_the_scale(statistic: str) -
         if multiplier == 0.5:
             assert torch.equal(scales, quantize(weight, plain)[1] / 2)
         else:
-            # The mean is half an ulp of fp32 off in each of 5 additions, the quotient and the product.
+            # The mean has an error of half an fp32 ulp in each of 5 additions, the quotient and the product.
             mean = found.double().mean(-1) if exact is None else exact.double()
             assert ((scales.double() / (mean * multiplier) - 1).abs() <= 2**-8 + 8 * 2.0**-24).all()
 
@@ -179,7 +179,7 @@ def test_a_recipe_mixes_spaces() -> None:
 
 @pytest.mark.parametrize("space", SPACES)
 def test_zeros(space: str) -> None:
-    """Zero takes code 0: the level zero, or else the positive one nearest to it, in an all-zero group of eps."""
+    """A zero has code 0, which is level zero or else the smallest positive level; the scale of zeros is eps."""
     config = QuantizerConfig(space)
     weight = torch.zeros(2, 64)
     weight[1, 0], weight[1, 1] = 1.0, -0.0
@@ -212,7 +212,7 @@ def test_the_gradient_is_the_identity(space: str) -> None:
 
 
 def paretoq(w: np.ndarray, alpha: np.ndarray, bits: int) -> np.ndarray:
-    """ParetoQ's stretched elastic quantizer (arXiv:2502.02631, equation 4); 0 stands for 1.58 bits, as in its code."""
+    """Computes ParetoQ's stretched elastic quantizer (arXiv:2502.02631, equation 4); 0 bits stands for 1.58 bits."""
     levels, shift = (1.5, 0.0) if bits == 0 else (2.0 ** (bits - 1), 0.5)
     clip = 1 - 1e-2
     return (np.rint(np.clip(w / alpha, -clip, clip) * levels - shift) + shift) / levels * alpha
@@ -220,7 +220,7 @@ def paretoq(w: np.ndarray, alpha: np.ndarray, bits: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("space", "bits", "alpha"), [("ternary", 0, 1.5), ("half-integer-4", 2, 2.0)])
 def test_paretoq_is_a_table_and_a_scale(space: str, bits: int, alpha: float) -> None:
-    """Its 1.58 bits are ternary with s = 2 alpha / 3, its 2 bits half-integer-4 with s = alpha / 2."""
+    """ParetoQ's 1.58 bits are ternary with s = 2 alpha / 3, and its 2 bits half-integer-4 with s = alpha / 2."""
     generator = torch.Generator().manual_seed(11)
     scales = (torch.rand(1000, 1, generator=generator) + 0.5).to(torch.bfloat16)
     weight = torch.randn(1000, 1000, generator=generator) * 1.5
@@ -229,7 +229,7 @@ def test_paretoq_is_a_table_and_a_scale(space: str, bits: int, alpha: float) -> 
     codes, _ = quantize(weight, QuantizerConfig(space), scales)
     s = scales.double().numpy()
     levels = np.array(SPACES[space].levels)[codes.numpy() - SPACES[space].lowest_code]
-    # The quotients by 1.5 and by the number of levels are rounded.
+    # ParetoQ rounds its quotients by 1.5 and by the number of levels.
     assert np.abs(paretoq(weight.double().numpy(), alpha * s, bits) - levels * s).max() <= 4 * 2.0**-52
 
 
@@ -267,7 +267,7 @@ def test_fused_weights_are_recognized(space: str, group: int) -> None:
         assert fused_space(fused) == space and fused_group_size(fused, space) == group
         if dtype == torch.bfloat16:
             assert torch.equal(scales_of(fused, config), scales)
-            # Written in a wider dtype, where 1.5 s would have been exact.
+            # The weight is then stored in a wider dtype, in which 1.5 s would have been exact.
             assert fused_group_size(fused.float(), space) == group
         other = fused.clone()
         other[7, 40] = other[7].abs().max() * 1.0625

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs that train in stages: what each of them is, which one is next, how one follows another, and their preflight."""
+"""Tests of jobs that train in stages: each stage's job, the next stage, transitions, and the preflight of stages."""
 
 import json
 import os
@@ -43,13 +43,13 @@ stages:
     training: {{train-iters: 10, lr: 2.0e-3, lr-warmup-iters: 2}}
     distillation: {{distill-teacher: {d}/teacher, distill-alpha: 0.5}}
 """
-# What checkpoint directories look like from outside.
+# The file that names the latest iteration of a checkpoint directory.
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """The file of a sane job, whose first weights and whose teacher are there."""
+    """Writes the file of a sane job, its initial weights and its teacher; returns the file."""
     path = tmp_path / "job.yaml"
     path.write_text(JOB.format(d=tmp_path))
     qat = read_stages(str(path))[0]
@@ -59,7 +59,7 @@ def job(tmp_path: Path) -> Path:
 
 
 def save(directory: Path, name: int | str, of: Job, **changes: object) -> Path:
-    """A checkpoint of a full-precision run with the flags of a job, as far as the launcher looks."""
+    """Writes what the launcher reads of a checkpoint of a run with the flags of a job; returns its directory."""
     path = directory / (name if isinstance(name, str) else f"iter_{name:07d}")
     path.mkdir(parents=True)
     (path / "metadata.json").write_text("{}")
@@ -77,7 +77,7 @@ def test_a_stage_is_the_job_with_what_it_changes(job: Path) -> None:
     assert shared.items() <= qat.flags.items() and not any(flag.startswith("distill") for flag in qat.flags)
     own = {"lr": 2e-3, "seed": 7, "train-iters": 10, "min-lr": 1e-4, "distill-alpha": 0.5}
     assert own.items() <= distill.flags.items()
-    # In directories of its own, from the weights of the stage before and nothing else of it.
+    # A stage has directories of its own, and takes only the weights from the previous stage.
     for stage in (qat, distill):
         assert stage.flags["save"] == f"{at}/save/{stage.stage}" and stage.flags["log-dir"] == f"{at}/log/{stage.stage}"
         argv = host_argv(stage)
@@ -191,7 +191,7 @@ def test_trackers_say_which_stage_is_next(job: Path) -> None:
 
 
 class Agents:
-    """What stands in the place of agents: saves the checkpoints of a plan, and ends as it says."""
+    """A double of agents that saves the checkpoints of a plan, and exits as the plan says."""
 
     def __init__(self, job: Path, plan: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
         self.ran: list[str] = []
@@ -212,7 +212,7 @@ class Agents:
     ("plan", "asks", "ran", "status", "said"),
     [
         ([("qat", 20, 0), ("distill", 10, 0)], False, ["qat", "distill"], 0, "every stage has ended"),
-        # Asked to stop in a node of its own or in another one: that looks alike from here.
+        # Whether this node or another one was asked to stop makes no difference here.
         ([("qat", 19, 0)], False, ["qat"], 0, "stage qat has not ended"),
         ([("qat", 20, 0)], True, ["qat"], 0, "asked to stop"),
         ([("qat", 15, 1)], False, ["qat"], 1, "stage qat has not ended"),
@@ -250,7 +250,7 @@ time.sleep(60)
     with Supervisor() as supervisor:
         assert supervisor.run([sys.executable, "-c", script], os.environ) == 7
         assert supervisor.asked
-        # One that is started when the request is there already.
+        # This process is started after the request.
         assert supervisor.run([sys.executable, "-c", "import time; time.sleep(60)"], {}) == -signal.SIGTERM
 
 
@@ -276,7 +276,7 @@ for _ in range(600):
         children = [supervisor.start([sys.executable, "-c", script, name], os.environ, output) for name in "ab"]
         said(2)
         signal.raise_signal(signal.SIGINT)
-        # Each in a session of its own: the terminal asks this process alone.
+        # Each child has a session of its own, so that the terminal signals only this process.
         assert supervisor.asked and sorted(said(4)[2:]) == ["a True", "b True"]
         assert [child.poll() for child in children] == [None, None]
         signal.raise_signal(signal.SIGINT)
@@ -297,7 +297,7 @@ with Supervisor() as supervisor:
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip().isdecimal()
     process.kill()
-    # Until the child has closed its end of the pipe.
+    # This waits until the child has closed its end of the pipe.
     process.communicate(timeout=30)
 
 
@@ -308,9 +308,9 @@ def findings(job: Path, stage: int, *overrides: str) -> dict[str, Finding]:
 
 def test_a_sane_job_of_stages_passes(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in range(2):
-        # The optimizer is a fresh one, and the order of samples too: the seed may be another.
+        # The optimizer and the order of samples start anew, so that the seed and adam-beta2 may differ.
         found = findings(job, stage, "stages.distill.training.seed=5", "stages.distill.training.adam-beta2=0.95")
-        # What this machine is like is none of the job's business.
+        # Findings about this machine do not depend on the job.
         assert [f for f in found.values() if f.status != "pass" and f.check not in ("versions", "open-files")] == []
     assert found["resume"].found.startswith("starts from the weights that stage qat will leave in ")
     assert found["stages"].found == "qat -> distill" and found["stage-weights"].status == "pass"
@@ -330,12 +330,12 @@ def test_a_stage_that_has_ended_is_no_warning(job: Path) -> None:
     assert findings(job, 0)["resume"].found == "stage qat has ended at iteration 20"
     found = findings(job, 1, "stages.distill.training.seed=5", "stages.distill.training.adam-beta2=0.95")
     assert found["resume"].found.endswith(f"starts from the weights in {path.parent}")
-    # What is there is compared in the place of what was planned.
+    # The existing checkpoint is checked instead of the planned one.
     assert "stage-weights" not in found and found["checkpoint-model"].status == "pass"
 
 
 def damage(**changes: object) -> Callable[[Path], None]:
-    """Other arguments of the teacher's."""
+    """Returns a function that changes the arguments in the teacher's checkpoint."""
 
     def plant(job: Path) -> None:
         path = job.parent / "teacher" / "release" / "arguments.json"
@@ -361,7 +361,7 @@ IDENTITY = dict(NullTokenizer(299).unique_identifiers)
 PIPELINE = ["parallelism.pipeline-model-parallel-size=2"]
 TENSOR = ["parallelism.tensor-model-parallel-size=2", "parallelism.sequence-parallel=true"]
 PLANTED: dict[str, tuple[list[str], Callable[[Path], None], str, str, str]] = {
-    # name: overrides, what is planted, the check that finds it in stage distill, how bad it is, what it says
+    # name: (overrides, function that plants the mistake, check that finds it in stage distill, status, words of it)
     "no teacher": ([], no_teacher, "teacher", "fail", "teacher holds no checkpoint"),
     "nowhere": (["stages.distill.distillation.distill-teacher=/no/where"], nothing, "teacher", "fail", "no checkpoint"),
     "no teacher's memory": ([], no_teacher, "device-memory", "warn", "unknown until the checkpoint is there"),
@@ -440,7 +440,7 @@ def test_a_teacher_takes_its_weights_its_logits_and_the_buffers(job: Path, singl
     own = teacher.args
     model = build_model(own, 384, with_ddp=False)
     weights = sum(p.numel() for chunk in model.bare for p in chunk.parameters())
-    # bf16 weights; bf16 logits and their gradient, and five chunks of fp32, of 32 tokens.
+    # The memory holds bf16 weights, and for 32 tokens bf16 logits, their gradient and five fp32 chunks.
     expected = 2 * weights + 2 * 2 * 32 * 384 + 5 * 4 * 32 * 384
     assert teacher.nbytes(0, 384, 2) == expected
     options = options_of(subject.args, cpu=True)
@@ -463,7 +463,7 @@ def test_pipeline_stages_hear_all_of_a_step_before_the_student_begins(job: Path)
     first, last = (teacher.nbytes(stage, 384, 2) for stage in range(2))
     layer, embedding, norm, logits = first - 2 * 384 * 96, 2 * 384 * 96, 2 * 96, 32 * 384
     assert teacher.micro_batches == 4 and last == layer + embedding + norm + logits * (2 * 4 + 2 + 20)
-    # In place of four times all logits and a gradient: two micro-batches' logits, and four times 8 ids of 8 bytes.
+    # Instead of all logits of four micro-batches, there are logits of two, and for all four 8 ids of 8 bytes per token.
     distill = read_stages(str(job), [*PIPELINE, "stages.distill.distillation.distill-top-k=8"])[1]
     kept = Subject(distill, environ={}).teacher.nbytes(1, 384, 2)
     assert kept == layer + embedding + norm + logits * (2 * 2 + 20) + 4 * 32 * 8 * 8
@@ -482,6 +482,6 @@ def test_the_8b_teacher_of_the_job_that_comes_with_the_package(tmp_path: Path) -
     found = {f.check: f for f in preflight.findings(subject)}
     assert found["device-memory"].status == found["teacher"].status == "pass", found["device-memory"]
     assert "bf16, 7.88 billion weights per token: 7.1 times the FLOPs of a step" in found["teacher"].found
-    # Its weights, as they were counted elsewhere, and the logits and buffers of 4 x 4,096 tokens.
+    # The memory holds its weights, whose number is known, and the logits and buffers of 4 x 4,096 tokens.
     buffers = 4 * 4 * 4096 * 73472 + 20 * 2**23
     assert subject.teacher.nbytes(0, 73472, 2) - buffers == pytest.approx(16.4e9, rel=0.01)

@@ -102,7 +102,7 @@ def test_free_space_is_checked_first(tmp_path):
     npu="-",
 )
 def test_kill(tmp_path):
-    """A run that is killed while it writes leaves no directory, and the next one succeeds."""
+    """A process that is killed while it writes leaves no directory, and the next one succeeds."""
     code = f"""
 import sys, time
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stand-in for torch_npu's fused attention, by which hosts pack samples on a CPU."""
+"""Tests of the stand-in for torch_npu's fused attention, with which hosts train packed samples on a CPU."""
 
 import runpy
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_every_packed_sequence_attends_to_itself_alone(mode: dict) -> None:
 def test_a_band_ends_before_what_is_too_far_back() -> None:
     q, k, v = heads()
     near = attend(q, k, v, sparse_mode=4, pre_tockens=1, next_tockens=0)
-    # Token 7 is the last of five, and sees 6 and itself.
+    # Token 7 is the last of the second sequence, and attends to token 6 and itself.
     alone = scaled_dot_product_attention(
         *(t.transpose(0, 1) for t in (q[7:], k[6:], v[6:])), scale=0.5, enable_gqa=True
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students of a target store: they learn what the teacher itself would teach them, and a store serves nobody else."""
+"""Tests of students with a target store: they learn the same as from the teacher, and other stores are refused."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ MODEL = """
     --num-attention-heads 2 --global-batch-size 4
 """.split()
 LARGER = "--num-layers 2 --hidden-size 48 --num-attention-heads 4 --untie-embeddings-and-output-weights".split()
-# 46 samples of 16 tokens in a pass.
+# One pass over the data has 46 samples of 16 tokens.
 PLAIN = "--data-path {d}/text --split 1,0,0"
 KINDS = {
     "plain": PLAIN,
@@ -37,7 +37,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def place(_model_parallel: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, a tokenizer, and a teacher that has learned nothing."""
+    """Makes data, a tokenizer, and an untrained teacher."""
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     directory = tmp_path_factory.mktemp("targets")
     write_tokenizer(directory / "tokenizer")
@@ -50,7 +50,7 @@ def place(_model_parallel: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def shared(place: Path, kind: str, *more: str) -> list[str]:
-    """Flags that shape samples."""
+    """Returns the flags that determine samples."""
     data = KINDS[kind].format(d=place).split()
     return [*data, *f"--seq-length 16 --micro-batch-size 2 --tokenizer-model {place}/tokenizer".split(), *more]
 
@@ -85,7 +85,7 @@ def store(place: Path) -> Path:
 def test_who_keeps_almost_all_teaches_as_the_teacher_itself(
     kind: str, place: Path, tmp_path: Path, single_rank: None
 ) -> None:
-    """Top 299 of 300 ids, in fp16: every token has to meet what was said of it."""
+    """The store has the likeliest 299 of 300 ids in fp16, so that every token must meet its own targets."""
     store = write(place, tmp_path / "store", kind, *"--distill-top-k 299 --distill-temperature 2".split())
     online = steps(place, kind, *f"--distill-teacher {place}/teacher --distill-temperature 2".split())
     stored = steps(place, kind, "--distill-targets", str(store))
@@ -115,7 +115,7 @@ def test_every_sample_is_drawn_for_with_numbers_of_its_own(
     for name, seed in (("one", "1"), ("other", "2")):
         write(place, tmp_path / name, "plain", "--seed", seed, "--train-samples", "4", "--distill-draws", "3")
     numbers = torch.cat([uniform.flatten() for uniform in seen])
-    # Of so few fp32 numbers two may be equal by chance, in no more than some thousandth of all cases.
+    # Two of so few fp32 numbers are equal by chance in at most about one of a thousand cases.
     assert len(numbers) == 2 * 4 * 16 * 3 and len(numbers.unique()) >= len(numbers) - 1
 
 
@@ -232,7 +232,7 @@ def test_damage_is_told_before_it_is_trained_on(place: Path, tmp_path: Path, sin
     store, save = write(place, tmp_path / "store"), tmp_path / "save"
     path = shard_path(store, 0)
     whole = bytearray(path.read_bytes())
-    # In the middle: some samples come before.
+    # The damage is in the middle, so that some samples come before it.
     whole[len(whole) // 2] ^= 1
     path.write_bytes(whole)
     flags = ["--distill-targets", str(store), "--save", str(save), "--save-interval", "1"]
@@ -244,7 +244,7 @@ def test_damage_is_told_before_it_is_trained_on(place: Path, tmp_path: Path, sin
 
 @pytest.mark.slow
 def test_other_tokens_than_the_teacher_saw_are_told(place: Path, tmp_path: Path, single_rank, monkeypatch) -> None:
-    """Whatever else may take one sample for another."""
+    """This is checked whatever the reason is for taking one sample for another."""
     store = write(place, tmp_path / "store")
     from bitcpm_megatron.training.distillation import store as module
 
@@ -267,7 +267,7 @@ def test_another_store_is_refused_by_name_where_a_run_goes_on(
         steps(place, "plain", "--distill-targets", str(other), *going_on)
     with pytest.raises(CheckpointError, match=r"the targets .*store .*: .*teacher \(iter_0000001\) is another one"):
         steps(place, "plain", "--distill-teacher", f"{place}/teacher", *going_on)
-    # The same one goes on from wherever it lies, at the very next sample.
+    # The same store may be at another place, and continues with the next sample.
     moved = tmp_path / "moved"
     moved.mkdir()
     for name, data in content(store).items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text as tokens come: all of it, never half a character."""
+"""Tests of streaming text token by token: completely, and never with half a character."""
 
 import pytest
 from hypothesis import given
@@ -10,13 +10,13 @@ from bitcpm_megatron.data.tokenizers import SentencePieceTokenizer, Tokenizer, o
 from bitcpm_megatron.inference.streaming import TextStream
 
 TEXTS = ["Hi there! What is the answer? There is none.", "déjà vu, 你好, naïve 🙂 fox"]
-# Of one to four bytes, and what joins them.
+# Characters of one to four bytes, and characters that join others.
 CHARACTERS = st.sampled_from("ab é你🙂\u200d\u0301\n\ufffd")
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    """Pieces of single bytes and of whole words, by both libraries."""
+    """Makes tokenizers of both libraries, with pieces of single bytes and of whole words."""
     root = tmp_path_factory.mktemp("tokenizers")
     (root / "t.model").write_bytes(train_sentencepiece(TEXTS * 50, 320))
     return {

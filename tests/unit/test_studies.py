@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies: the runs that they would start, in which order, and what they make of losses."""
+"""Tests of studies: the runs that they would start, their order, and their evaluation of losses."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ from bitcpm_megatron.training.flags import parse_args
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """Where runs lie, with data as far as the parser of arguments looks."""
+    """Makes a directory for runs, with files of data that satisfy the parser of arguments."""
     for part in ("train", "valid"):
         for suffix in (".idx", ".bin"):
             (tmp_path / "data").mkdir(exist_ok=True)
@@ -41,7 +41,7 @@ def arguments(run: Run) -> argparse.Namespace:
 
 
 def ended(run: Run, losses: Mapping[int, float], distill: tuple[float, ...] = ()) -> Run:
-    """Leaves what a run that is over leaves."""
+    """Writes what a finished run leaves, and returns the run."""
     run.directory.mkdir(parents=True)
     records = [{"kind": "valid", "iteration": step, "lm_loss": loss} for step, loss in losses.items()]
     records += [{"kind": "train", "iteration": i, "distill_loss": value} for i, value in enumerate(distill, start=1)]
@@ -67,9 +67,9 @@ def test_a_gap_is_the_mean_over_seeds_with_students_interval(work: Path) -> None
         for kind, values in losses.items()
         for seed, loss in enumerate(values, start=1)
     ]
-    training_runs.carry_out(runs, 2)  # they are over: nothing is started
+    training_runs.carry_out(runs, 2)  # all have finished, so that none is started
     found = training_runs.gap(training_runs.last_losses(runs), *losses)
-    # Differences 0.02, -0.02, 0.03: deviation 0.02646, and 4.303 / sqrt(3) of it.
+    # The differences 0.02, -0.02, 0.03 have a deviation of 0.02646; the interval is 4.303 / sqrt(3) times that.
     assert found["mean"] == pytest.approx(0.01)
     assert found["high"] - found["mean"] == pytest.approx(0.0657, abs=1e-4)
     assert found["mean"] - found["low"] == pytest.approx(0.0657, abs=1e-4)
@@ -99,7 +99,7 @@ def test_students_see_equally_many_tokens_and_one_teacher(work: Path) -> None:
     assert not teacher.ternary and all(args.ternary for (kind, _), args in found.items() if kind != stages.TEACHER)
     assert second.lr == pytest.approx(qat.lr / 5) and teacher.hidden_size > qat.hidden_size
     assert all(args.seed == seed for (_, seed), args in found.items())
-    # Whoever waits does not keep those from beginning that it waits for.
+    # A run comes after those that it waits for, so that it cannot keep them from starting.
     assert all(runs.index(earlier) < runs.index(run) for run in runs for earlier in run.after)
 
 
@@ -172,7 +172,7 @@ def test_the_demo_is_ok_where_every_part_worked(
 @pytest.mark.parametrize("statistic", ["absmean", "absmax"])
 @pytest.mark.parametrize("space", SPACES)
 def test_errors_and_shares_are_those_of_the_nearest_levels(space: str, statistic: str) -> None:
-    """Over several weights of other widths, each of its own magnitude, recomputed by the nearest level."""
+    """The weights have several widths and magnitudes; errors are recomputed with the nearest level."""
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(n, columns, generator=generator) * n for n, columns in ((5, 64), (3, 96))]
     config = QuantizerConfig(space, 32, statistic=statistic, scale_multiplier=0.5)
@@ -206,7 +206,7 @@ def latent_model(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_weights_are_the_linears_of_a_model_however_it_is_kept(latent_model: Path, tmp_path: Path) -> None:
-    """In Megatron's checkpoints parts are joined: other rows in another order, and the same sums."""
+    """Megatron's checkpoints join linears, with rows in another order, but the sums are the same."""
     command = ["--load-dir", latent_model, "--save-dir", tmp_path / "megatron"]
     assert convert_hf_to_megatron.main([str(c) for c in command]) == 0
     everything = load_file(latent_model / "model.safetensors")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Target stores on disk: records that come back, their size, and every kind of damage by name."""
+"""Tests of target stores on disk: records that are restored, their size, and errors that name every kind of damage."""
 
 import json
 import shutil
@@ -46,14 +46,14 @@ def description(**changes: object) -> Description:
 
 
 def sample(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and draws."""
+    """Returns the tokens and draws of a sample."""
     drawn = np.random.default_rng(number)
     return drawn.integers(0, VOCABULARY, LENGTH), drawn.zipf(1.5, (LENGTH, DRAWS)).clip(1, VOCABULARY).astype(int) - 1
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """Nine samples in three shards."""
+    """Makes a store of nine samples in three shards."""
     about = description()
     begin(tmp_path / "store", about)
     for shard, numbers in enumerate(about.shards):
@@ -72,7 +72,7 @@ def store(tmp_path: Path) -> Path:
 )
 def test_draws_come_back_counted(length: int, draws: int, vocab_size: int, seed: int) -> None:
     drawn = np.random.default_rng(seed)
-    # Few ids and the last one, so that there are repetitions.
+    # There are few ids, so that some repeat, and the last one is among them.
     ids = (vocab_size - 1 - drawn.integers(0, min(vocab_size, draws), (length, draws))).astype(np.int32)
     tokens = drawn.integers(0, vocab_size, length)
     found, counts = decode_draws(encode_draws(tokens, ids, vocab_size), length, draws, vocab_size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that learn from a teacher: the gradients of the mixture, and a teacher that nothing of the run touches."""
+"""Tests of runs with a teacher: the gradients of the mixed loss, and a teacher that the run does not change."""
 
 import weakref
 from pathlib import Path
@@ -29,7 +29,7 @@ SHARED = """
     --position-embedding-type rope --swiglu --disable-bias-linear --log-interval 1 --init-method-std 0.1
 """.split()
 STUDENT = [*SHARED, *"--num-layers 1 --hidden-size 32 --num-attention-heads 2".split()]
-# Of other depth, width, heads, precision, and rows of the embedding (100 in place of 104).
+# The teacher has another depth, width, number of heads, precision, and number of rows of the embedding (100, not 104).
 LARGER = """
     --num-layers 3 --hidden-size 48 --num-attention-heads 4 --make-vocab-size-divisible-by 4 --bf16
     --untie-embeddings-and-output-weights
@@ -38,7 +38,7 @@ LARGER = """
 
 @pytest.fixture
 def teacher(single_rank: None, tmp_path: Path) -> Path:
-    """A run of a larger model that has learned nothing."""
+    """Makes an untrained checkpoint of a larger model."""
     pretrain(parse_args([*SHARED, *LARGER, "--train-iters", "1", "--save", str(tmp_path / "teacher")], 1))
     return tmp_path / "teacher"
 
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_plain_torch(
     q = (logits / temperature).log_softmax(-1)
     of, against = (q, p) if reverse else (p, q)
     apart = torch.nn.functional.kl_div(against, of, reduction="none", log_target=True).sum(-1) * temperature**2
-    # megatron-core's cross entropy is over the padded rows, too.
+    # megatron-core's cross entropy includes the padded rows.
     padded = chunk(tokens, batch["position_ids"], None).double()
     entropy = torch.nn.functional.cross_entropy(padded.flatten(0, 1), labels.flatten(), reduction="none").view(2, 16)
     expected = ((1 - alpha) * entropy + alpha * apart) * batch["loss_mask"]
@@ -79,7 +79,7 @@ def test_loss_and_gradients_are_those_of_plain_torch(
         assert reported["distill_loss"][0].item() == pytest.approx((apart * batch["loss_mask"]).sum().item(), rel=1e-5)
     for name, parameter in chunk.named_parameters():
         assert (parameter.grad - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
-    # Evaluation asks for no teacher.
+    # Evaluation uses no teacher.
     plain, _ = objective(batch, chunk)
     assert torch.allclose(plain.double(), entropy, rtol=1e-5)
 
@@ -121,7 +121,7 @@ def test_nothing_touches_a_teacher_and_nobody_hears_of_it(teacher: Path, tmp_pat
 
 @pytest.mark.slow
 def test_what_a_teacher_says_of_ids_that_are_padding_is_not_heard(teacher: Path) -> None:
-    """Its checkpoint has 100 rows, and the student's embedding 104."""
+    """The teacher's checkpoint has 100 rows, and the student's embedding 104."""
     found = []
     for loud in (False, True):
         steps: list[Step] = []
@@ -226,7 +226,7 @@ def test_where_the_likeliest_ids_are_kept_no_logits_stay(teacher: Path, monkeypa
     monkeypatch.setattr(module, "likeliest", watch)
     batch = {name: torch.arange(16).expand(2, -1) for name in ("tokens", "labels", "position_ids")}
     said = run.teacher.targets([{**batch, "loss_mask": torch.ones(2, 16)}] * 4)
-    # The schedule lets go of an output when it has the next one.
+    # The schedule releases an output when it has the next one.
     assert alive == [1, 2, 2, 2] and not any(ref() is not None for ref in seen)
     assert [targets.shape for targets in said] == [(16, 2)] * 4
     for kept in (tensor for targets in said for tensor in (targets.ids, targets.log_probabilities)):
@@ -241,7 +241,7 @@ def test_a_teacher_that_is_not_there_is_refused(single_rank: None, tmp_path: Pat
 
 @pytest.mark.slow
 def test_building_a_teacher_draws_nothing_of_the_students_random_numbers(teacher: Path) -> None:
-    """With dropout, that is: a run with a teacher of no weight is the run without one, bit for bit."""
+    """With dropout, a run with a teacher of weight 0 equals the run without a teacher bit for bit."""
     drops = "--hidden-dropout 0.3 --attention-dropout 0.3 --train-iters 3 --ternary".split()
     found = []
     for extra in ([], ["--distill-teacher", str(teacher), "--distill-alpha", "0"]):

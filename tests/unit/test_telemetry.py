@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telemetry counts exactly what happened to the codes."""
+"""Tests that telemetry counts exactly what happened to the codes."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ def model() -> torch.nn.Module:
     recipe = {"configs": {"q": {}}, "matchers": {"first": {"config": "q", "pattern": "0"}}}
     apply_recipe(chunk, Recipe.from_mapping(recipe, DEFAULT), default=DEFAULT)
     with torch.no_grad():
-        # Per group of 32: 8 zeros, 24 of magnitude 1, so that the scale is 0.75.
+        # A group of 32 has 8 zeros and 24 values of magnitude 1, so that the scale is 0.75.
         pattern = torch.tensor([0.0] * 8 + [1.0, -1.0] * 12).repeat(2)
         chunk[0].weight.copy_(pattern.expand(300, 64))
     return chunk
@@ -61,7 +61,8 @@ def test_every_level_is_counted() -> None:
     recipe = {"configs": {"q": {}}, "matchers": {"first": {"config": "q", "pattern": "0"}}}
     apply_recipe(chunk, Recipe.from_mapping(recipe, config), default=config)
     with torch.no_grad():
-        # The mean is 1.5: beyond it lie 16 and 8 of 64, on it 8, which the tie gives to the level below.
+        # The mean is 1.5. Of 64 values, 16 and 8 are beyond it, and 8 are equal to it, a tie that goes to the lower
+        # level.
         row = torch.tensor([1.0] * 16 + [-1.0] * 16 + [1.5] * 8 + [2.0] * 16 + [-2.5] * 8)
         chunk[0].weight.copy_(row.expand(300, 64))
     telemetry = Telemetry([chunk])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ternary linears in one process: what they compute, when the cache is valid, and what is refused."""
+"""Tests of ternary linears in one process: what they compute, when the cache is valid, and what is refused."""
 
 import copy
 import gc
@@ -48,7 +48,7 @@ def gpt(**changes) -> GPTModel:
 
 
 class Linears(torch.nn.Module):
-    """A column, a row and a dense linear under names that recipes match."""
+    """A model with a column-parallel, a row-parallel and a dense linear, with names that recipes match."""
 
     def __init__(self, **changes) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def wq(weight: torch.Tensor, config: QuantizerConfig = DEFAULT) -> torch.Tensor:
 
 
 def open_epoch(model: torch.nn.Module) -> None:
-    """What a schedule does at its first micro-batch."""
+    """Opens an epoch of the cache, like a schedule at its first micro-batch."""
     find_epoch(model).start()
     find_epoch(model).begin()
 
@@ -102,7 +102,7 @@ def test_on_a_ramp_a_forward_multiplies_with_the_blend(cache: str, ramp: float) 
     layers = (model.mlp.linear_fc1, model.mlp.linear_fc2, model.dense)
     with torch.no_grad():
         for layer in layers:
-            # In quarters up to 2, so that scales have a few bits and nothing is rounded.
+            # Weights are multiples of 1/4 up to 2, so that scales have few bits and nothing is rounded.
             layer.weight.copy_(torch.randint(-8, 9, layer.weight.shape) / 4)
     set_ramp([model], ramp)
     find_epoch(model).start(cohorts_of(model))
@@ -118,7 +118,7 @@ def test_on_a_ramp_a_forward_multiplies_with_the_blend(cache: str, ramp: float) 
             assert torch.equal(found, gradient.squeeze(1).t())
     for layer in layers:
         state = ternary_state(layer)
-        # What telemetry and estimators ask for is the quantizer's in any case.
+        # Telemetry and estimators always get the results of the quantizer.
         assert torch.equal(state.in_use(layer.weight)[0], wq(layer.weight))
         assert torch.equal(state.in_use(layer.weight)[1], quantize(layer.weight, DEFAULT)[1])
 
@@ -152,7 +152,7 @@ def test_the_scales_travel_in_the_sharded_state_dict() -> None:
     saved = state["decoder.layers.1.self_attention.linear_qkv.weight.ternary_scale"]
     assert saved.key == "decoder.layers.self_attention.linear_qkv.weight.ternary_scale"
     assert torch.equal(saved.data, quantize(layer.self_attention.linear_qkv.weight, DEFAULT)[1])
-    # Gate and up are separate shards of fc1's weight; their scales must be split alike.
+    # Gate and up are separate shards of fc1's weight; their scales must be split in the same way.
     gate, up = state["decoder.layers.1.mlp.linear_fc1.weight.ternary_scale"].build()
     assert torch.equal(torch.cat((gate.data, up.data)), quantize(layer.mlp.linear_fc1.weight, DEFAULT)[1])
 
@@ -271,7 +271,7 @@ MIXED = {
 
 
 def test_all_weights_of_a_schedule_are_quantized_together() -> None:
-    """One call of the op for each quantizer, whatever the group sizes, and every bit as if each were alone."""
+    """The op is called once per quantizer, for all group sizes, and gives the same bits as for each weight alone."""
     model = gpt()
     apply_recipe(model, Recipe.from_mapping(MIXED, DEFAULT), default=DEFAULT)
     model.model_type = None
@@ -299,7 +299,7 @@ def test_all_weights_of_a_schedule_are_quantized_together() -> None:
         modules[3][1].train(not modules[3][1].training)
         return result
 
-    # Twice anew, for itself: the others stay valid.
+    # This layer is quantized twice more, by itself; the others remain valid.
     assert calls(one_layer_evaluates) == 2 + 2
     assert [state.count for state, _ in modules] == [3, 3, 3, 5, 3, 3, 3, 3]
     before = counts.calls
@@ -341,7 +341,7 @@ def test_who_is_quantized_by_others_has_a_cache_and_no_weight_in_the_parameters(
 
 
 def test_of_an_unknown_wrapper_nothing_is_assumed() -> None:
-    """One may hold the weights elsewhere until their layer runs."""
+    """A wrapper may store weights elsewhere until their layer runs."""
 
     class Unknown(torch.nn.Module):
         def __init__(self, module: torch.nn.Module) -> None:
@@ -428,11 +428,14 @@ def test_a_frozen_weight_is_quantized_and_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_gemms_are_those_of_the_latent_weight(transposed: bool) -> None:
-    """A micro-batch of one sequence is [tokens, 1, features] with strides that torch.matmul folds into one GEMM only
-    for a weight that requires a gradient; else it multiplies token by token with copies of the weight."""
+    """The quantized weight must require a gradient, or torch.matmul would multiply token by token.
+
+    A micro-batch of one sequence is [tokens, 1, features], with strides that torch.matmul folds into one GEMM only for
+    a weight that requires a gradient; otherwise it multiplies each token by a copy of the weight.
+    """
 
     def gemms(model: Linears) -> list[str]:
-        # As with several tensor-parallel ranks, where the input goes into the GEMM as it is.
+        # With several tensor-parallel ranks, the input goes into the GEMM unchanged; this flag has the same effect.
         model.mlp.linear_fc1.allreduce_dgrad = True
         x = torch.randn(1, 8, 64).transpose(0, 1) if transposed else torch.randn(8, 1, 64)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -457,7 +460,7 @@ def test_inference_mode_then_training() -> None:
 
 
 def test_a_deep_copy_is_a_model_of_its_own() -> None:
-    # Dense linears alone: those of megatron-core hold a process group, which nobody can copy.
+    # The model has only dense linears, because megatron-core's hold a process group, which cannot be copied.
     model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
     apply_recipe(model, everything(), default=DEFAULT)
     twin = copy.deepcopy(model)
@@ -473,7 +476,7 @@ def test_a_pickled_model_comes_back_ternary(tmp_path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False))
     apply_recipe(model, everything(), default=DEFAULT)
     torch.save(model, tmp_path / "model.pt")
-    # The file is our own, made a line above.
+    # The file is trusted, because it was written in the line above.
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     x = torch.randn(3, 64)
     assert torch.equal(again(x), x @ wq(model[0].weight).t())
@@ -484,7 +487,7 @@ def test_a_pickled_model_comes_back_ternary(tmp_path) -> None:
 def test_torch_compile_traces_a_whole_ternary_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Linears()
     apply_recipe(model, everything(), default=DEFAULT)
-    # megatron-core's row-parallel forward warns of a default that it takes itself: the compiler would stop there.
+    # megatron-core's row-parallel forward warns about a default that it uses itself; the compiler would stop there.
     monkeypatch.setattr(layers, "get_tensor_model_parallel_group_if_none", lambda group, **_: group, raising=False)
     layer = {"dense": model.dense, "column": model.mlp.linear_fc1, "row": model.mlp.linear_fc2}[name]
     x = torch.randn(3, 2, layer.weight.shape[1])
@@ -706,7 +709,7 @@ def test_a_weight_that_lives_in_the_instance_is_put_back() -> None:
     apply_recipe(model, everything(), default=DEFAULT)
     weight = model.dense.weight.detach().clone()
     del model.dense._parameters["weight"]
-    model.dense.__dict__["weight"] = weight  # as FSDP1 does
+    model.dense.__dict__["weight"] = weight  # FSDP1 does the same
     for _ in range(2):
         assert torch.equal(model.dense(torch.eye(64)) - model.dense.bias, wq(weight).t() + 0 * model.dense.bias)
         assert model.dense.weight is weight

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What opens to be asked, and that its cache changes nothing of what it says; what does not open names the cure."""
+"""Tests of opening models for questions: caches do not change logits, and refused models get a remedy."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from bitcpm_megatron.inference.conversation import Conversation  # noqa: E402
 from bitcpm_megatron.inference.generate import NextToken  # noqa: E402
 from bitcpm_megatron.inference.text_model import open_questioner, open_text_model  # noqa: E402
 
-# Sums of at most 320 terms in another order, some 40 in a row.
+# There are some 40 sums in sequence, each of at most 320 terms, in different orders.
 ROUNDING = 1e-5
 TOKENS = torch.randint(3, 259, (30,), generator=torch.Generator().manual_seed(1)).tolist()
 LONGROPE = tiny_hf.longrope(original=16)
@@ -32,7 +32,7 @@ ARCHITECTURES = {
 
 
 def dense(directory: Path, name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """Writes an ordinary model; returns it."""
+    """Writes an ordinary model, and returns it."""
     kind, architecture = ARCHITECTURES[name]
     config = transformers.AutoConfig.for_model(**config_for(kind, architecture, {}, "float32"))
     torch.manual_seed(2)
@@ -46,7 +46,7 @@ def dense(directory: Path, name: str, dtype: torch.dtype = torch.float32) -> tor
 
 
 def agrees(tokens: NextToken, model: torch.nn.Module) -> None:
-    """At every length, of a text that grows, that turns elsewhere in the middle, and that becomes short again."""
+    """Asserts equal logits for a text of growing length, one that differs from the middle on, and one cut short."""
     turned = [*TOKENS[:12], *reversed(TOKENS[12:])]
     texts = [TOKENS[:end] for end in range(10, len(TOKENS) + 1)] + [turned, turned[:14], TOKENS]
     for text in texts:
@@ -79,7 +79,7 @@ def test_only_new_tokens_are_computed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [16, 8])
 def test_latent_weights_compute_as_their_own_class_does(bits: int, tmp_path: Path) -> None:
-    """Which is run by name here, as the converters wrote it."""
+    """Their own class is the modeling file that the converters wrote."""
     directory = tmp_path / "latent"
     record = tiny_hf.record(activation_bits=bits)
     theirs = tiny_hf.latent_export(directory, tiny_hf.architecture(longrope=LONGROPE), record).eval()
@@ -88,14 +88,14 @@ def test_latent_weights_compute_as_their_own_class_does(bits: int, tmp_path: Pat
     assert type(opened.tokens._model) is transformers.GraniteForCausalLM
     with torch.no_grad():
         expected = theirs(torch.tensor([TOKENS]), use_cache=False, logits_to_keep=1).logits[0, -1]
-    # The same kernels on the same inputs.
+    # Both run the same kernels on the same inputs.
     assert torch.equal(opened.tokens.logits(TOKENS), expected)
     if bits == 16:
         agrees(opened.tokens, theirs)
 
 
 def test_masters_are_rounded_to_what_training_quantized(tmp_path: Path) -> None:
-    """Stored in fp32, and quantized in training as bf16."""
+    """Master weights are stored in fp32, and training quantized them as bf16."""
     directory = tmp_path / "latent"
     record = tiny_hf.record(latent_dtype="bfloat16")
     tiny_hf.latent_export(directory, tiny_hf.llama(), record)
@@ -179,7 +179,7 @@ def test_what_holds_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_code_of_a_directory_is_not_run(tmp_path: Path) -> None:
-    """A model that no class of Transformers computes; with latent weights it is to be fused."""
+    """A model without a class in Transformers is refused; with latent weights, the message says to fuse it."""
     marker = tmp_path / "ran"
     dense(tmp_path, "granite")
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The throughput benchmark: its statistics, its meters, its plans and tables; one short job of it for real."""
+"""Tests of the throughput benchmark: its statistics, meters, plans and tables, and one short job that is really run."""
 
 import csv
 import random
@@ -32,7 +32,7 @@ from bitcpm_megatron.quantization import QuantizerConfig
 
 
 def test_the_interval_of_a_median_is_the_tabulated_one() -> None:
-    """Ranks from the binomial table: 6 -> 1 and 6, 10 -> 2 and 9, 30 -> 10 and 21, 40 -> 14 and 27."""
+    """The ranks equal the binomial table: 6 -> 1 and 6, 10 -> 2 and 9, 30 -> 10 and 21, 40 -> 14 and 27."""
     for n, low, high in ((6, 1, 6), (10, 2, 9), (30, 10, 21), (40, 14, 27)):
         values = list(range(1, n + 1))
         random.Random(n).shuffle(values)
@@ -90,7 +90,7 @@ def test_the_work_of_the_quantizer_is_counted() -> None:
 
 @pytest.mark.parametrize("cache, expected", [("step", 1), ("none", 3)])
 def test_live_copies_are_counted(cache: str, expected: int) -> None:
-    """Three micro-batches in flight, then their backward passes, twice."""
+    """Three micro-batches are in flight, then their backward passes run; this is done twice."""
     epoch = CacheEpoch()
     state = TernaryState("layer", QuantizerConfig(), epoch, cache)
     latent = torch.randn(32, 64, requires_grad=True)
@@ -137,7 +137,7 @@ def test_the_standard_comparison_is_what_is_promised() -> None:
 
 
 def test_what_shapes_a_run_is_never_ignored() -> None:
-    """Anything that changes what is run leads away from the standard comparison."""
+    """An argument that changes what is run replaces the standard comparison."""
     asked = throughput._parser().parse_args(["--recompute", "full", "--vocab-size", "4096"])
     (job,) = throughput.jobs_of(asked)
     assert job.recompute == "full" and job.flags[job.flags.index("--vocab-size") + 1] == "4096"
@@ -213,7 +213,10 @@ def test_an_npu_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_the_flops_are_megatrons() -> None:
-    """One token of Llama-2-7B at 4,096, by hand: a layer has 4 h^2 + h s + 3 h f multiply-adds, the logits 32000 h."""
+    """For a token of Llama-2-7B at s = 4,096, a layer has 4 h^2 + h s + 3 h f multiply-adds, the logits 32000 h.
+
+    h is the hidden size, s the sequence length, f the ffn size.
+    """
     row = _row("bf16", num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)
     row.num_query_groups, row.kv_channels, row.vocab_size, row.seq_length = 32, 128, 32000, 4096
     per_layer = 67_108_864 + 16_777_216 + 135_266_304
@@ -279,7 +282,7 @@ sys.exit(1)
 
 @pytest.mark.slow
 def test_a_short_job_measures_everything(tmp_path: Path) -> None:
-    """TP 2, with every variant that is there; the numbers that do not depend on time are exact."""
+    """The job runs at TP2 with every variant; numbers that do not depend on time are exact."""
     flags = """
         --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --swiglu --normalization RMSNorm
         --disable-bias-linear --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --vocab-size 128
@@ -294,26 +297,27 @@ def test_a_short_job_measures_everything(tmp_path: Path) -> None:
     rows = {row.variant: row for row in throughput_report.rows_of(job, results)}
     assert list(rows) == list(names)
 
-    local = (3 * 64 * 64 + 64 * 64 + 3 * 64 * 128) // 2 * 2  # qkv, proj, fc1 and fc2 of two layers, on one of two ranks
+    local = (3 * 64 * 64 + 64 * 64 + 3 * 64 * 128) // 2 * 2  # qkv, proj, fc1, fc2 of two layers on one of two ranks
     ours, cached, uncached = rows["resident"], rows["step"], rows["none"]
     assert ours.quantized_weights == cached.quantized_weights == uncached.quantized_weights == local
     assert (ours.quantizations, cached.quantizations, uncached.quantizations) == (8, 8, 24)
     assert (ours.launches, cached.launches, uncached.launches) == (1, 1, 24)
     assert (ours.live_copies, cached.live_copies, uncached.live_copies) == (0, 1, 1)
     assert ours.gathered_per_weight is None
-    # Its graph must not be watched, and it alone has int8 GEMMs to measure.
+    # The graph of this variant must not be watched, and only this one has int8 GEMMs to measure.
     integers = rows["int8-backward"]
     assert integers.live_copies is None and integers.peak_bytes > 0 and integers.quantizations == 8
     assert [row.variant for row in rows.values() if row.int8_gemm_ms is not None] == ["int8-backward"]
     assert len({row.collective_bytes for row in rows.values()}) == 1
-    # The forward of a micro-batch reduces the embedding and two outputs per layer, the backward two inputs per layer
-    # and the output layer's; then come the losses of tokens, the gradients in fp32 (the vocabulary is padded to 256)
-    # and some scalars.
+    # The forward of a micro-batch reduces the embedding and two outputs per layer, and the backward two inputs per
+    # layer and that of the output layer. Then the losses of tokens, the gradients in fp32 (the vocabulary is padded to
+    # 256) and some scalars are reduced.
     activations = 3 * (1 + 2 * 2 + 2 * 2 + 1) * 32 * 64 * 2
     gradients = 4 * (local + 256 // 2 * 64 + 5 * 64)
     assert 0 <= ours.collective_bytes - activations - gradients < 2048
     assert 0 < cached.peak_bytes - rows["bf16"].peak_bytes < 4 * local * 2
-    # What gloo holds for a moment outweighs the copy in so small a model: test_memory_benchmark.py has a larger one.
+    # In so small a model, temporary memory of gloo is larger than the copy; test_memory_benchmark.py has a larger
+    # model.
     assert ours.peak_ratio == ours.peak_bytes / rows["bf16"].peak_bytes
     assert ours.of_step > 0 and cached.of_step is None and rows["bf16"].of_step is None
     assert all(row.step_ms > 0 and row.ratio > 0 for row in rows.values() if row.variant != "bf16")
@@ -339,7 +343,7 @@ def test_the_last_line_has_a_time_and_a_peak() -> None:
 
 
 def test_what_is_gathered_is_told_per_quantized_weight() -> None:
-    """What ternary's collectives have less than BF16's, from the 2 bytes of a bf16 weight."""
+    """The number is 2 bytes of a bf16 weight minus the reduction of collective bytes relative to BF16."""
     session = plan.Session(("bf16", "step", "packed-gather"), 1, 1)
     flags = (*plan.model_flags("0.5b-layers", None, None), "--make-vocab-size-divisible-by", "1")
     job = plan.Job("m", flags, Layout(data=2, distributed_optimizer=True), 32, 1, "none", (session,), session.variants)
@@ -378,7 +382,7 @@ throughput_job.build("idle", sys.argv[1:])
 
 
 def test_the_committed_table_was_measured() -> None:
-    """The table and its data say the same; README's figures are ``scripts/check_docs.py``'s to check."""
+    """The table and its data agree; ``scripts/check_docs.py`` checks the figures in README."""
     directory = CHECKOUT / "docs" / "benchmarks"
     with open(directory / "throughput.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The .bin/.idx writer, what megatron-core makes of its files, and the preprocess_data command."""
+"""Tests of the .bin/.idx writer, of megatron-core's datasets of its files, and of the command preprocess_data."""
 
 import json
 import multiprocessing
@@ -77,7 +77,7 @@ def test_each_document_is_one_sequence_and_the_dtype_fits_the_vocabulary(
     assert small.document_indices.tolist() == [0, 1, 2]
     assert small.index.dtype == np.uint16
 
-    class Wide:  # real models of this size are megabytes
+    class Wide:  # a real model of this size has megabytes
         vocab_size, eod = 70_000, 69_999
 
         def tokenize_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
@@ -117,7 +117,7 @@ def test_nothing_to_write_is_an_error_without_output(
 
 def test_an_error_half_way_leaves_nothing(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     def documents() -> Iterator[dict[str, str]]:
-        yield from ({"text": text} for text in TEXTS * 20)  # more than a batch, so that tokens are on disk
+        yield from ({"text": text} for text in TEXTS * 20)  # more than a batch, so that tokens have been written
         raise ValueError("corpus.jsonl:1201: not valid JSON")
 
     with pytest.raises(ValueError, match="1201"):
@@ -133,7 +133,7 @@ def test_a_kill_half_way_leaves_no_output(tmp_path: Path, tokenizer: SentencePie
         os.kill(os.getpid(), signal.SIGKILL)
 
     output = tmp_path / "output"
-    # A fork has megatron-core imported, which takes a new interpreter seconds; it needs none of torch's threads.
+    # A fork has already imported megatron-core, which takes seconds, and does not need torch's threads.
     process = multiprocessing.get_context("fork").Process(
         target=write, args=(documents(), output / "corpus", tokenizer), daemon=True
     )
@@ -162,7 +162,7 @@ def test_existing_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer: S
 
 
 def build(kind: type[GPTDataset], tokenizer: object, prefix: Path | None) -> GPTDataset:
-    """Build 40 training samples as Megatron-LM does; torch.distributed is not initialized."""
+    """Builds 40 training samples like Megatron-LM; torch.distributed is not initialized."""
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=16,
@@ -262,7 +262,7 @@ def test_command_reports_bad_input_with_code_2_and_writes_nothing(
 
 
 def test_command_refuses_a_place_where_it_cannot_write(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = str(corpus_file / "tokenizer.model")  # a file where a folder must be
+    model = str(corpus_file / "tokenizer.model")  # a file is where a folder is needed
     assert main(command(corpus_file, "--train-tokenizer", model, "--vocab-size", "310")) == 2
     assert "error: " in capsys.readouterr().err
 
@@ -349,12 +349,12 @@ def test_command_names_no_output_twice_and_no_directory(corpus_file: Path, capsy
 def test_command_goes_again_after_a_kill(
     corpus_file: Path, monkeypatch: pytest.MonkeyPatch, after: int, place: str, more: tuple[str, ...]
 ) -> None:
-    """Killed while it tokenizes, and before its first, second or third file gets its name."""
+    """The command is killed while it tokenizes, or before its first, second or third file gets its name."""
     directory = corpus_file.parent
     monkeypatch.chdir(directory)
     argv = command(corpus_file, *TRAIN)
     if more:
-        assert main([*argv[:-2], "300", "--append-eod"]) == 0  # others, which are to be replaced
+        assert main([*argv[:-2], "300", "--append-eod"]) == 0  # other files, which will be replaced
     calls = []
 
     def die(*arguments: object) -> None:
@@ -387,7 +387,7 @@ def test_another_command_does_not_replace_what_a_killed_one_published(
     with PendingFiles(finals, command="one") as pending:
         for final, _ in finals:
             PendingFiles.temporary(final).write_bytes(b"precious")
-        monkeypatch.setattr(FileLock, "release", lambda lock, keep: os.close(lock._file))  # as a kill leaves it
+        monkeypatch.setattr(FileLock, "release", lambda lock, keep: os.close(lock._file))  # like a kill
         pending.publish()
     monkeypatch.undo()
     monkeypatch.chdir(corpus_file.parent)
@@ -433,7 +433,7 @@ def test_command_that_is_asked_to_stop_leaves_nothing(tmp_path: Path, moment: st
             text=True,
         )
 
-    # So long that it does not end before it is asked to.
+    # The corpus is so long that the command does not end before it is asked to stop.
     (tmp_path / "corpus.txt").write_text("\n\n".join(f"{n} {text}" for n in range(2000) for text in TEXTS))
     process = start("a")
     seen = ""

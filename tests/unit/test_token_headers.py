@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a .bin / .idx pair is taken for, what of it is refused, and what ``--split`` and ``--data-path`` mean."""
+"""Tests of reading .bin / .idx pairs, of what is refused, and of the meaning of ``--split`` and ``--data-path``."""
 
 import struct
 import subprocess
@@ -19,7 +19,7 @@ DOCUMENTS = 26
 
 
 def write(prefix: Path, tokens: np.ndarray, code: int = 8, documents: int = DOCUMENTS) -> str:
-    """A pair of documents of equal length."""
+    """Writes a .bin / .idx pair with documents of equal length, and returns its prefix."""
     tokens.tofile(f"{prefix}.bin")
     lengths = np.full(documents, len(tokens) // documents, np.int32)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
@@ -57,7 +57,7 @@ def test_a_pair_is_what_it_says(prefix: str) -> None:
         (at(18, "<Q", 2**63), "is cut off"),
         (at(26, "<Q", 28), "is cut off"),
         (at(26, "<Q", 26), "its header promises"),
-        (at(HEAD + 4 * 3, "<q", (300 << 32) + (2**32 - 100)), "sequence 3 has -100 tokens"),  # and the next one 300
+        (at(HEAD + 4 * 3, "<q", (300 << 32) + (2**32 - 100)), "sequence 3 has -100 tokens"),  # the next one has 300
         (at(HEAD + 4 * 25, "<i", 2**31 - 1), "its index counts 2147486147 tokens"),
         (at(HEAD + 4 * 3, "<i", -1), "its index counts 2499 tokens"),
         (at(HEAD + 4 * 3, "<i", 99), "its index counts 2599 tokens"),
@@ -72,7 +72,7 @@ def test_a_pair_is_what_it_says(prefix: str) -> None:
     ],
 )
 def test_a_damaged_index_is_one_line_that_names_it(prefix: str, change, said: str, monkeypatch) -> None:
-    monkeypatch.setattr(token_headers, "_ENTRIES", 4)  # so that parts meet
+    monkeypatch.setattr(token_headers, "_ENTRIES", 4)  # so that there are several parts
     content = bytearray(Path(f"{prefix}.idx").read_bytes())
     change(content)
     Path(f"{prefix}.idx").write_bytes(content)
@@ -93,7 +93,7 @@ def test_tokens_that_are_none_are_refused(tmp_path: Path) -> None:
 
 def test_other_tokens_and_other_documents_have_another_digest(prefix: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(token_headers, "_BLOCK_BYTES", 64)
-    monkeypatch.setattr(token_headers, "_BLOCKS", 8)  # a file of 5,200 bytes is looked at here and there
+    monkeypatch.setattr(token_headers, "_BLOCKS", 8)  # only parts of a file of 5,200 bytes are read
     first = read_token_file(prefix)
     assert first.looked_at == 8 * 32
     tokens = np.fromfile(f"{prefix}.bin", np.uint16)
@@ -104,9 +104,9 @@ def test_other_tokens_and_other_documents_have_another_digest(prefix: str, tmp_p
     assert read_token_file(write(tmp_path / "longer", tokens, documents=13)).digest != first.digest
     whole, pointers, ends = Path(f"{prefix}.idx").read_bytes(), HEAD + 4 * DOCUMENTS, HEAD + 12 * DOCUMENTS
     for offset, values in (
-        (HEAD + 4 * 3, struct.pack("<ii", 50, 150)),  # lengths alone: they overlap
-        (pointers + 8 * 3, struct.pack("<qq", 800, 600)),  # pointers alone: two sequences change places
-        (ends + 8 * 3, struct.pack("<q", 4)),  # boundaries alone: a document goes to the one before
+        (HEAD + 4 * 3, struct.pack("<ii", 50, 150)),  # only lengths: sequences overlap
+        (pointers + 8 * 3, struct.pack("<qq", 800, 600)),  # only pointers: two sequences are exchanged
+        (ends + 8 * 3, struct.pack("<q", 4)),  # only boundaries: a document is joined to the one before
     ):
         index = bytearray(whole)
         index[offset : offset + len(values)] = values
@@ -138,7 +138,7 @@ def test_a_part_that_gets_no_document_is_refused(prefix: str, tmp_path: Path) ->
     assert "leaves no validation data of the 3 documents" in split_mistake(few, "969,30,1", both, 32, False)
     assert split_mistake(few, "969,30,1", ("training",), 32, False) is None
     assert "leaves no validation data: " in split_mistake(files, "1,0,1", both, 32, False)
-    # Several files without weights give the samples that they have.
+    # Several files without weights give as many samples as they have.
     assert "100 tokens" in split_mistake([*files, *few], "2,1", both, 100, weighted=False)
     assert split_mistake([*files, *few], "2,1", both, 100, weighted=True) is None
 
@@ -155,6 +155,6 @@ def test_a_blend_is_what_megatron_core_takes_it_for() -> None:
 
 @pytest.mark.slow
 def test_the_reader_needs_no_megatron_core() -> None:
-    """A login node has none."""
+    """A login node has no megatron-core."""
     command = "import sys, bitcpm_megatron.data.token_headers; sys.exit('megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command]).returncode == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SentencePiece and null tokenizers, the training of a model, the padded vocabulary."""
+"""Tests of the SentencePiece and null tokenizers, the training of a model, and the padded vocabulary."""
 
 import argparse
 import pickle
@@ -51,7 +51,7 @@ def test_every_text_survives_the_round_trip(tokenizer: SentencePieceTokenizer, t
 
 
 def test_the_trained_vocabulary_compresses(tokenizer: SentencePieceTokenizer) -> None:
-    """Byte fallback alone would pass the round trip: words of the corpus must have become pieces."""
+    """Words of the corpus must have become pieces; byte fallback alone would also pass the round trip."""
     assert tokenizer.vocab_size == VOCAB
     assert len(tokenizer.tokenize("The weights of layer")) <= 5
 
@@ -61,7 +61,7 @@ def test_numbers_stay_single_digits(tokenizer: SentencePieceTokenizer) -> None:
 
 
 def test_pieces_can_be_written_one_by_one(tokenizer: SentencePieceTokenizer) -> None:
-    """Generation prints what comes: a dummy prefix would make the first space of each part vanish."""
+    """Generation prints pieces as they come; with a dummy prefix, the first space of each part would be lost."""
     assert "".join(tokenizer.detokenize([token]) for token in tokenizer.tokenize(TEXTS[0])) == TEXTS[0]
 
 
@@ -98,7 +98,7 @@ def test_a_tokenizer_travels_to_data_loader_processes(tokenizer: SentencePieceTo
 def test_identity_is_the_content_of_the_model(
     tokenizer: SentencePieceTokenizer, model_path: Path, tmp_path: Path
 ) -> None:
-    """megatron-core caches sample indices under this identity: a moved model keeps them, a retrained one must not."""
+    """megatron-core caches sample indices by this identity: a moved model keeps them, a retrained one must not."""
     moved = tmp_path / "moved.model"
     moved.write_bytes(model_path.read_bytes())
     assert SentencePieceTokenizer(moved).unique_identifiers == tokenizer.unique_identifiers
@@ -107,7 +107,7 @@ def test_identity_is_the_content_of_the_model(
 
 
 def test_training_is_deterministic_also_when_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which lines are sampled must not depend on a global seed that a caller may have moved."""
+    """The sampled lines must not depend on a global seed that a caller may have changed."""
     monkeypatch.setattr("bitcpm_megatron.data.tokenizers.sentence_piece._MAX_LINES", 101)
     generator = random.Random(0)
     texts = [" ".join(generator.choices("abcdefgh", k=30)).replace(" ", "", 20) for _ in range(1000)]
@@ -119,7 +119,7 @@ def test_training_is_deterministic_also_when_it_samples(monkeypatch: pytest.Monk
 
 
 def test_long_lines_are_used_not_dropped() -> None:
-    """The trainer skips sentences above a limit without a word: the end of one must still count."""
+    """The trainer silently skips sentences above a length limit; the end of such a line must still be used."""
     text = "- " * 5000 + "".join(f"layer{chr(97 + n % 26)} " for n in range(5000))
     tokenizer = trained([text], 300)
     assert len(tokenizer.tokenize("layera")) <= 3
@@ -245,7 +245,7 @@ def test_padded_vocab_size_refuses_zero() -> None:
         (VOCAB, "lost.model", True),
         (VOCAB + 1, "lost.model", False),
         (VOCAB - 1, "lost.model", False),
-        # A published model's rows are padded already, here to 384.
+        # A published model's rows are already padded, here to 384.
         (384, None, True),
         (385, None, False),
         (49_152, None, False),
@@ -253,7 +253,7 @@ def test_padded_vocab_size_refuses_zero() -> None:
     ],
 )
 def test_generation_takes_a_tokenizer_of_the_model_alone(model_path, trained, recorded, fits) -> None:
-    """With another one it would print noise."""
+    """With another tokenizer, generation would print noise."""
     from bitcpm_megatron.inference.megatron_run import tokenizer_of
 
     run = argparse.Namespace(

@@ -30,13 +30,13 @@ LAYERS = torch.arange(3 * 8 * 5).reshape(3, 8, 5).to(torch.bfloat16)
 
 
 class Color(enum.Enum):
-    """As megatron's enums in the arguments of a run."""
+    """An enum like those in the arguments of Megatron runs."""
 
     RED = 1
 
 
 def pieces(key: str, tensor: torch.Tensor, grid: tuple[int, ...]) -> list[Chunk]:
-    """A tensor as a grid of chunks."""
+    """Returns a tensor as a grid of chunks."""
     sizes = tuple(n // parts for n, parts in zip(tensor.shape, grid, strict=True))
     chunks = []
     for place in np.ndindex(*grid):
@@ -53,7 +53,7 @@ def write(directory: Path, chunks: list[Chunk], common: dict | None = None, **op
 
 
 def stacked(directory: Path) -> Path:
-    """Three layers of two tensor-parallel ranks, one layer per file, and a vector."""
+    """Writes three layers of two tensor-parallel ranks, one layer per file, and a vector."""
     vector = Chunk("vector", (7,), (0,), (7,), torch.float32, lambda: torch.arange(7.0))
     return write(directory, [*pieces("layers", LAYERS, (3, 2, 1)), vector], max_file_size=80)
 
@@ -129,7 +129,7 @@ def test_indices_that_a_tensor_does_not_have(tmp_path):
 
 
 def test_a_piece_of_one_chunk_is_a_view(tmp_path):
-    """Also where a whole stack is one chunk, as some tools save it."""
+    """This holds also if a whole stack of layers is one chunk, as some tools save it."""
     write(tmp_path, [Chunk("small", (1,), (0,), (1,), torch.int8, lambda: torch.ones(1, dtype=torch.int8))])
     write(tmp_path / "a", [*pieces("odd", torch.ones(3, dtype=torch.int8), (1,)), *pieces("t", LAYERS, (1, 1, 1))])
     reader = TorchDistReader(tmp_path / "a")
@@ -200,7 +200,7 @@ def test_megatron_core_loads_it(tmp_path, single_rank):
         assert torch.equal(loaded[f"layer{i}"], layer)
     assert torch.equal(loaded["vector"], vector)
     assert loaded["args"] == arguments and loaded["iteration"] == 5
-    # And byte for byte the description that megatron-core itself writes.
+    # The description equals megatron-core's own byte for byte.
     dist_checkpointing.save({"vector": state["vector"]}, str(_made(tmp_path / "theirs")))
     assert (tmp_path / "metadata.json").read_text() == (tmp_path / "theirs" / "metadata.json").read_text()
 
@@ -302,7 +302,7 @@ def test_compressed_chunk(tmp_path):
 
 
 def test_chunks_that_overlap(tmp_path):
-    """One chunk twice in place of another: as many elements as the tensor has, and some that nobody wrote."""
+    """One chunk replaces another: the number of elements is right, but some were never written."""
 
     def twice(metadata):
         chunks = metadata.state_dict_metadata["layers"].chunks
@@ -335,7 +335,7 @@ def test_damaged_metadata_is_never_a_crash(tmp_path_factory, data):
 
 
 class Payload:
-    """Makes a file, if it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, function, marker: Path) -> None:
         self.function, self.marker = function, marker
@@ -357,10 +357,10 @@ def test_metadata_with_code(tmp_path, function):
 def test_common_with_code(tmp_path, capsys):
     marker, path = tmp_path / "ran", tmp_path / "common.pt"
     torch.save({"args": Payload(exec, marker)}, path)
-    assert isinstance(read_common(tmp_path)["args"], StandIn)  # inert
+    assert isinstance(read_common(tmp_path)["args"], StandIn)  # an inert object
     torch.save({"args": Payload(os.system, marker)}, path)
     with pytest.raises(FileError, match="common.pt.*--allow-pickle"):
-        read_common(tmp_path)  # PyTorch refuses this module even by another name
+        read_common(tmp_path)  # PyTorch refuses this module under any name
     assert not marker.exists() and capsys.readouterr().err == ""
     read_common(tmp_path, allow_pickle=True)
     assert marker.exists() and "common.pt" in capsys.readouterr().err
@@ -401,7 +401,7 @@ def test_what_other_libraries_declared_safe_is_not_run(tmp_path):
 
 
 def test_common_as_an_entry(tmp_path):
-    """megatron-core 0.19 has no common.pt."""
+    """megatron-core 0.19 writes no common.pt."""
     args = argparse.Namespace(hidden_size=8, color=Color.RED)
     writer = TorchDistWriter(tmp_path, {})
     writer.write(pieces("t", LAYERS, (1, 1, 1)), {"common_state/shard_0_1": {"args": args, "iteration": 7}})
@@ -462,7 +462,7 @@ def test_errors_of_producers_come_through(tmp_path, error):
 
 
 class FullDisk(io.BytesIO):
-    """A file that has room for small records only."""
+    """A file that has room only for small records."""
 
     def write(self, data):
         if len(data) > 10_000:
@@ -471,7 +471,7 @@ class FullDisk(io.BytesIO):
 
 
 def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch):
-    """PyTorch makes a RuntimeError of it."""
+    """PyTorch itself raises a RuntimeError."""
     monkeypatch.setattr(torch_dist_writer, "open", lambda *_: FullDisk(), raising=False)
     with pytest.raises(OSError) as error:
         write(tmp_path, [Chunk("t", (9999,), (0,), (9999,), torch.float32, lambda: torch.ones(9999))])
@@ -486,7 +486,7 @@ def test_views_are_saved_without_the_rest_of_their_storage(tmp_path):
 
 
 def test_files_are_plain_zips(tmp_path):
-    """What a chunk's mapping relies on: elements stored as they are, at multiples of 64."""
+    """Memory maps of chunks require that elements are stored uncompressed, at multiples of 64 bytes."""
     file = write(tmp_path, pieces("t", LAYERS, (1, 1, 1))) / "__0_0.distcp"
     with zipfile.ZipFile(file) as archive:
         assert archive.testzip() is None
@@ -495,7 +495,7 @@ def test_files_are_plain_zips(tmp_path):
 
 @pytest.mark.slow
 def test_memory(tmp_path):
-    """160 MB: four tensors in chunks of 10 MB, each tensor read whole as one chunk is, by rows."""
+    """160 MB, four tensors in chunks of 10 MB, are written and read by rows of chunks."""
     code = """
 begin()
 def chunks():

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels, run by Triton's interpreter (or on a GPU: TRITON_INTERPRET=0 pytest tests/unit/test_triton.py).
+"""Tests of the Triton kernels, run by Triton's interpreter, or on a GPU with ``TRITON_INTERPRET=0``.
 
-The interpreter takes 20 ms per program and no time per element: so tiles are as large as they can be, but in the tests
-that are about tiles.
+    TRITON_INTERPRET=0 pytest tests/unit/test_triton.py
 
-Two oracles: numpy in float64 for what the codes must be under the scale that a kernel returned, and torch in fp32, in
-the kernels' order of summation, for the scale itself, bit for bit.
+The interpreter takes 20 ms per program and no time per element, so that tiles are as large as possible, except in
+tests of tiles. There are two oracles: numpy in float64 for the codes, given the scale that a kernel returned; and torch
+in fp32, in the kernels' order of summation, for the scale itself, bit for bit.
 """
 
 import subprocess
@@ -63,7 +63,7 @@ if not launch.INTERPRETED and not torch.cuda.is_available():
 
 
 def gaussian(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Rows of very different magnitude, with signed zeros in them."""
+    """Returns rows of very different magnitude that contain signed zeros."""
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, columns, generator=g) * 10 ** torch.empty(rows, 1).uniform_(-3.0, 3.0, generator=g)
     w[:, 3::17] *= 0.0
@@ -73,7 +73,7 @@ def gaussian(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torc
 def run(
     weight: torch.Tensor, group: int, eps: float = EPS, scales: torch.Tensor | None = None, **options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's results, on the CPU."""
+    """Runs the kernel, and returns its results on the CPU."""
     before = weight.clone()
     given_scales = None if scales is None else scales.to(DEVICE)
     config = QuantizerConfig(group_size=group, eps=eps)
@@ -84,24 +84,24 @@ def run(
 
 
 def mean_in_order(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """fp32 means ``[out, groups]``: neighbors first, then pairs, padded with zeros to a power of two."""
+    """Returns fp32 means ``[rows, groups]``, summed by neighbors, then pairs, padded with zeros to a power of two."""
     group = weight.shape[1] if group == -1 else group
     x = weight.float().abs().reshape(-1, group)
     x = torch.nn.functional.pad(x, (0, (1 << (group - 1).bit_length()) - group))
     while x.shape[1] > 1:
         x = x[:, 0::2] + x[:, 1::2]
-    # By a tensor: torch may multiply with the reciprocal of a number.
+    # The divisor is a tensor, because torch may multiply by the reciprocal of a number.
     return (x / torch.full_like(x, group)).reshape(weight.shape[0], -1)
 
 
 def check(weight: torch.Tensor, group: int, eps: float = EPS, **options) -> None:
-    """Everything that is promised of a finite weight."""
+    """Checks everything that is promised about a finite weight."""
     size = weight.shape[1] if group == -1 else group
     q, s = run(weight, group, eps, **options)
     mean = mean_in_order(weight, group)
     assert torch.equal(s, mean.clamp(min=eps).to(torch.bfloat16)), "a scale is not that of the documented order"
     theirs = weight.float().abs().reshape(-1, size).mean(-1).reshape(mean.shape)
-    # Whatever the order, each of fewer than `size` sums, none of which cancels, and the division are half an ulp off.
+    # In any order, each of fewer than `size` sums, none of which cancels, and the division have errors of half an ulp.
     assert ((mean - theirs).abs() <= 2 * size * 2.0**-24 * theirs + 2.0**-149).all()
     assert torch.equal(s, quantize_dequantize(weight, QuantizerConfig(group_size=group, eps=eps))[1])
 
@@ -134,7 +134,7 @@ def test_other_spaces(space: str, statistic: str) -> None:
         expected, scales = quantize_dequantize(weight, config)
         q, s = (x.cpu() for x in launch.fake_quantize(weight.to(DEVICE), config, **options))
         assert same_bits(q, expected) and same_bits(s, scales)
-        # At a threshold of each group, and one step of the dtype to either side.
+        # Weights are at a threshold of their group, or one step of the dtype to either side.
         given = scales.nan_to_num(1.0, 1.0)
         thresholds = torch.tensor(SPACES[space].thresholds).repeat(320)[:320]
         weight = (given.float().repeat_interleave(320 // given.shape[1], 1) * thresholds).to(dtype)
@@ -204,14 +204,16 @@ def test_any_finite_weight(
 def test_tuning_tries_the_tiles_that_fit(
     columns: int, resident: int | None, tiles: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way that large weights go on a GPU, with a clock that prefers the largest tile. A group that is longer than
-    all tiles, and resident by demand, has its own, and nothing to try."""
+    """Large weights are tuned like on a GPU, here with a clock that prefers the largest tile.
+
+    A group that is longer than all tiles but must be resident has a tile of its own, and there is nothing to try.
+    """
     run_as: list[int] = []
     tried = set()
     original = type(launch.quantize_resident).run
 
     def recorded(self, *args, **kwargs):
-        run_as.append(kwargs.get("TILE"))  # the streamed kernel has none
+        run_as.append(kwargs.get("TILE"))  # the streamed kernel has no tile
         return original(self, *args, **kwargs)
 
     def bench(call, quantiles) -> list[float]:
@@ -220,7 +222,7 @@ def test_tuning_tries_the_tiles_that_fit(
         return [1.0 / run_as[-1]] * 3
 
     monkeypatch.setattr(type(launch.quantize_resident), "run", recorded)
-    monkeypatch.setitem(launch._tuned.__dict__, "do_bench", bench)  # a cached property
+    monkeypatch.setitem(launch._tuned.__dict__, "do_bench", bench)  # do_bench is a cached property
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "TUNED_ELEMENTS", 0)
     monkeypatch.setattr(launch, "_UNTUNED_ELEMENTS", 4096)
@@ -233,7 +235,7 @@ def test_tuning_tries_the_tiles_that_fit(
 
 @pytest.mark.slow
 def test_a_scale_at_the_midpoint_does_not_follow_the_tile() -> None:
-    """Rows whose mean is within rounding errors of the midpoint of two bf16 values, where any other order shows."""
+    """The means are within rounding errors of the midpoint of two bf16 values, so that another order is noticed."""
     g = torch.Generator().manual_seed(1)
     weight = torch.randn(1000, 384, generator=g)
     magnitude = weight.abs().double()
@@ -251,7 +253,7 @@ def test_a_scale_at_the_midpoint_does_not_follow_the_tile() -> None:
 
 @pytest.mark.parametrize("columns", [3, 100, 384, 1000])
 def test_the_mean_is_a_quotient(columns: int) -> None:
-    """Equal weights in the middle between two bf16 values: sums and quotients are exact, products with 1/n are not."""
+    """Equal weights halfway between two bf16 values have exact sums and quotients, but inexact products with 1/n."""
     middle = (torch.arange(128, 256) * 2 + 1) * 2.0**-9
     expected = middle.to(torch.bfloat16)  # half to even
     for weight in (middle, -middle):
@@ -342,7 +344,7 @@ def test_the_layout_in_memory_does_not_matter() -> None:
     assert same_bits(
         run(weight, 32, EPS, scales)[0], quantize_dequantize(weight, QuantizerConfig(group_size=32), scales)[0]
     )
-    # An address that 16 does not divide.
+    # This address is not a multiple of 16.
     odd = torch.cat([torch.zeros(1), weight.flatten()])[1:].reshape(64, 96)
     assert torch.equal(run(odd, -1)[1], run(weight, -1)[1])
 
@@ -388,10 +390,11 @@ MIXED = [(3, 33, -1), (40, 256, 32), (1, 4096, -1), (7, 1024, 128), (9, 300, -1)
 @pytest.mark.parametrize(
     ("options", "launches"),
     [
-        # Groups up to 64 at addresses of 16 and not, 32, 4096, 128, 512.
+        # Launches: groups up to 64, at addresses that are multiples of 16 and others, and groups up to 32, 4096, 128,
+        # 512.
         ({}, 6),
         ({"tile": 256}, 6),
-        # Those of 4096 and of 300 elements do not fit: a launch each, read twice.
+        # Groups of 4096 and of 300 elements do not fit, so that each has a launch of its own and is read twice.
         ({"resident": 128}, 6),
     ],
     ids=str,
@@ -456,7 +459,7 @@ def test_bad_input() -> None:
 
 @pytest.fixture
 def active() -> Iterator[None]:
-    """Triton serves the op."""
+    """Selects Triton as the backend of the op."""
     before = registry._requested
     assert set_backend("triton", DEVICE).backend.name == "triton"
     yield
@@ -521,7 +524,7 @@ assert "TRITON_INTERPRET=1" in unavailable("cpu")
 print({b.name: b.priority for b in backends()}["triton"], active_backend("cpu").backend.name, "triton" in sys.modules)
 """
 
-# What a GPU machine would compile, in a process without the interpreter; ptxas is part of the wheel.
+# The kernels are compiled as on a GPU machine, in a process without the interpreter; ptxas is part of the wheel.
 _COMPILE = """
 import re
 import triton

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What upstream says at every start does not bury our lines, and nothing else is dropped."""
+"""Tests that upstream's warnings at every start are suppressed, and no other lines."""
 
 import logging
 import subprocess
@@ -18,7 +18,7 @@ JOB = """
     --global-batch-size 1 --lr 1e-3 --mock-data --vocab-size 64 --eval-iters 0 --bf16 --ternary
     --use-distributed-optimizer --override-opt-param-scheduler
 """.split()
-# Almost one that is dropped, said before and after everything was imported.
+# This is almost a suppressed warning, and is issued before and after all imports.
 OURS = "Apex is not installed. Falling back to Torch Norm, and this is another warning"
 SPEAK = f"""
 import runpy, sys, warnings
@@ -31,7 +31,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_a_job_says_none_of_it(tmp_path: Path) -> None:
-    for iterations in (1, 2):  # a start, and one from a checkpoint
+    for iterations in (1, 2):  # a new start, and one from a checkpoint
         command = [sys.executable, "-c", SPEAK, str(Path(pretrain.__file__)), *JOB, "--train-iters", str(iterations)]
         command += ["--save", str(tmp_path), "--load", str(tmp_path)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
@@ -39,7 +39,7 @@ def test_a_job_says_none_of_it(tmp_path: Path) -> None:
         said = run.stdout + run.stderr
         assert [m for m in upstream_warnings.WARNINGS if f"{m}\n" in said] == []
         assert [line for line in said.splitlines() if "Warning" in line and OURS not in line] == []
-        # Once: Python 3.13 prints the line of the program, too.
+        # The warning appears once; Python 3.13 also prints the line of the program.
         assert said.count(f"UserWarning: {OURS}") == 1
         assert "megatron.core" not in said, "a log record of megatron-core"
         assert f"saved {tmp_path}/iter_000000{iterations}" in said

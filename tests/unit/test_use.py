@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof of use: a quantized layer that the first training step never runs raises, whatever else runs well."""
+"""Tests of the proof of use: a quantized layer that the first training step never runs is an error."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ LAYERS = [f"decoder.layers.{layer}.mlp.linear_fc{i}" for layer in (0, 1) for i i
 
 
 def watched(experts: int | None = None, **changes) -> GPTModel:
-    """A ternary model whose probe is content and whose first step is to be watched."""
+    """Makes a ternary model that has passed the probe, and whose first step will be watched."""
     config = TransformerConfig(
         num_layers=2,
         hidden_size=64,
@@ -47,7 +47,7 @@ def watched(experts: int | None = None, **changes) -> GPTModel:
 
 
 def run(model: GPTModel, micro_batches: int = 2, forward_only: bool = False) -> None:
-    """megatron-core's schedule over micro-batches of one sequence of four tokens."""
+    """Runs megatron-core's schedule over micro-batches of one sequence of four tokens."""
 
     def step(data, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         tokens = torch.arange(4).unsqueeze(0)
@@ -66,7 +66,7 @@ def run(model: GPTModel, micro_batches: int = 2, forward_only: bool = False) -> 
 
 
 def fused_mlp(self: MLP, hidden: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
-    """What fused kernels do: they read the weights of linears that they never call."""
+    """Computes an MLP like a fused kernel, which reads the weights of linears that it never calls."""
     gate, up = torch.nn.functional.linear(hidden, self.linear_fc1.weight).chunk(2, -1)
     return torch.nn.functional.linear(torch.nn.functional.gelu(gate) * up, self.linear_fc2.weight), None
 
@@ -90,7 +90,7 @@ def test_a_fused_mlp_is_found_in_the_first_step(recompute: dict, monkeypatch: py
 
 
 def test_recompute_alone_is_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused kernel in the forward pass, the linears in the backward pass."""
+    """The forward pass uses the fused kernel, and only the recomputation in the backward pass calls the linears."""
     model = watched(**FULL_RECOMPUTE)
     original = MLP.forward
 
@@ -125,7 +125,7 @@ def test_one_micro_batch_that_runs_a_layer_is_enough(monkeypatch: pytest.MonkeyP
 
 
 class TestExperts:
-    """16 experts for four tokens: at least 12 receive none, in each of two layers."""
+    """Tests with 16 experts for four tokens, so that at least 12 experts receive none in each of two layers."""
 
     def test_those_without_a_token_are_exempt_and_named(self, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
         received: dict[SequentialMLP, list[int]] = {}
@@ -149,7 +149,7 @@ class TestExperts:
 
     @pytest.mark.parametrize("bypassed", [MLP, SequentialMLP, MoELayer])
     def test_those_with_tokens_are_not(self, bypassed: type, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Whether the host bypasses the experts, what hands them their tokens, or also what says how many."""
+        """The host bypasses the experts, the code that passes tokens to them, or also the code that counts these."""
         model = watched(experts=16)
         replacement = fused_mlp if bypassed is MLP else lambda self, hidden, *args, **kwargs: (hidden, None)
         monkeypatch.setattr(bypassed, "forward", replacement)
