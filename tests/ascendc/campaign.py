@@ -87,7 +87,7 @@ def verdict(emulator: Emulator, expected: Iterable[Expected]) -> str:
     """Returns the name of the check that catches the chosen mutant, or "" if none does."""
     for item in expected:
         for i, name, content in item.results:
-            ctypes.memset(getattr(item.weights[i], name).data_ptr(), 0xEE, len(content))  # run() clears the statistics
+            ctypes.memset(getattr(item.weights[i], name).data_ptr(), 0xEE, len(content))  # run() clears statistics
         try:
             counters = emulator.run(item.weights, item.cores, item.late)
         except EmulationError as error:

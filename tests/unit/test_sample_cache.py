@@ -22,7 +22,7 @@ from bitcpm_megatron.training import data
 from bitcpm_megatron.training.data import DataError, batches, build_data, build_tokenizer, find_files
 from bitcpm_megatron.training.flags import parse_args
 
-VOCAB = 290  # of the tokenizer
+VOCAB = 290  # the size of the tokenizer
 
 
 class Evil:

@@ -222,7 +222,7 @@ def test_means_differences_and_intervals(runs: Callable, tmp_path: Path) -> None
     base, fine = results.rows
     assert results.judged == "validation" and base.reference is None and fine.reference is base.arm
     assert base.training == {"mean": pytest.approx(4.0), "low": pytest.approx(4.0), "high": pytest.approx(4.0)}
-    # Differences 0.02, -0.02, 0.03: deviation 0.02646, and 4.303 / sqrt(3) of it.
+    # The differences 0.02, -0.02, 0.03 have a deviation of 0.02646; the interval is 4.303 / sqrt(3) times that.
     assert fine.difference["mean"] == pytest.approx(0.01)
     assert fine.difference["high"] - 0.01 == pytest.approx(0.0657, abs=1e-4)
     assert 0.01 - fine.difference["low"] == pytest.approx(0.0657, abs=1e-4)
@@ -342,7 +342,7 @@ def test_the_report_is_made_of_the_logs_alone(runs: Callable, tmp_path: Path, ca
 def test_a_run_that_was_killed_behind_its_last_record_is_reported_as_it_is_run_again(
     runs: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(report, "draw", lambda *_: None)  # what takes most of the time
+    monkeypatch.setattr(report, "draw", lambda *_: None)  # drawing takes most of the time
     found = runs(grid=None, seeds=[1, 2, 3])
     for run in found[:2]:
         finished(run, 3.0)
@@ -412,7 +412,7 @@ def test_what_has_finished_is_not_run_again_and_what_has_failed_only_if_asked(
     runs: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(report, "draw", lambda *_: None)  # what takes most of the time
+    monkeypatch.setattr(report, "draw", lambda *_: None)  # drawing takes most of the time
     found = runs()
     processes = Processes(monkeypatch, found)
     argv = [str(tmp_path / "sweep.yaml"), "--output", str(tmp_path / "out"), "--parallel", "4"]
