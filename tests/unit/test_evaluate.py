@@ -57,8 +57,8 @@ def done(where: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.verifies(
     "checkpoints",
-    "evaluation: scores equal those of lm-evaluation-harness item by item, and an evaluation that was killed and "
-    "restarted repeats no request that was answered",
+    "evaluation: scores equal those of lm-evaluation-harness item by item, and an evaluation that is killed and "
+    "restarted repeats only the requests whose answers were being written",
 )
 def test_scores_are_those_of_the_harness_item_by_item(where: Path, done: Path, tmp_path: Path) -> None:
     import lm_eval
