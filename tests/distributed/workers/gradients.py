@@ -18,6 +18,31 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.enums import ModelType
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from support.integers import by_definition
+
+from bitcpm_megatron import QuantizerConfig, dequantize, quantize
+from bitcpm_megatron.nn import cache, linear, straight_through
+from bitcpm_megatron.ops import counts, fake_quantize_activations
+from bitcpm_megatron.parallel import ProbeError, Recipe, apply_recipe, cohorts, probe, ternary_modules
+from bitcpm_megatron.parallel.estimators import shape_gradients
+from bitcpm_megatron.parallel.packed.weights import pack_weights
+from bitcpm_megatron.parallel.resident import find_resident, hold_in_parameters, latents
+from bitcpm_megatron.patches import cpu
+from bitcpm_megatron.patches.megatron_core import without_te
+from bitcpm_megatron.quantization import SPACES, quantize_dequantize
+from bitcpm_megatron.quantization.spaces import STATISTICS
 
 
 def _install_fusion_stand_in() -> None:
@@ -27,35 +52,11 @@ def _install_fusion_stand_in() -> None:
     module = types.ModuleType("fused_weight_gradient_mlp_cuda")
     module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate
     sys.modules[module.__name__] = module
+    # Where megatron-core was imported before, it has looked for the module already.
+    layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = module, True
 
 
-_install_fusion_stand_in()  # must happen before megatron.core.tensor_parallel looks for the module
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
-from support.integers import by_definition  # noqa: E402
-
-from bitcpm_megatron import QuantizerConfig, dequantize, quantize  # noqa: E402
-from bitcpm_megatron.nn import cache, linear, straight_through  # noqa: E402
-from bitcpm_megatron.ops import counts, fake_quantize_activations  # noqa: E402
-from bitcpm_megatron.parallel import ProbeError, Recipe, apply_recipe, cohorts, probe, ternary_modules  # noqa: E402
-from bitcpm_megatron.parallel.estimators import shape_gradients  # noqa: E402
-from bitcpm_megatron.parallel.packed.weights import pack_weights  # noqa: E402
-from bitcpm_megatron.parallel.resident import find_resident, hold_in_parameters, latents  # noqa: E402
-from bitcpm_megatron.patches import cpu  # noqa: E402
-from bitcpm_megatron.patches.megatron_core import without_te  # noqa: E402
-from bitcpm_megatron.quantization import SPACES, quantize_dequantize  # noqa: E402
-from bitcpm_megatron.quantization.spaces import STATISTICS  # noqa: E402
+_install_fusion_stand_in()
 
 HIDDEN, INNER, SEQUENCE, BATCH = 64, 128, 8, 2
 MICRO_BATCHES, STEPS, SHARDS = 3, 3, 2
