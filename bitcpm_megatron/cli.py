@@ -40,6 +40,9 @@ _BAD_PATH = {
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
 }
 _WHOLE = re.compile(r"[+-]?[0-9]{1,25}")
+_USUALLY = gc.get_threshold()[0]
+_RARELY = 10**6
+"""Objects of imports that exist before the garbage collector visits them."""
 
 
 def is_command() -> bool:
@@ -58,23 +61,23 @@ def is_command() -> bool:
 
 
 def begin_imports() -> None:
-    """Disables the garbage collector until :func:`end_imports`, if this process is one of our commands.
+    """Makes the garbage collector run rarely until :func:`end_imports`, if this process is one of our commands.
 
     During imports the collector visits the objects of modules again and again, although they live as long as the
     process. The collector of other programs is left as it is.
     """
     if is_command():
-        gc.disable()
+        gc.set_threshold(_RARELY)
 
 
 def end_imports() -> None:
-    """Enables the garbage collector again, except for the objects that imports created, even when the process ends.
+    """Makes the garbage collector run as usual again, except on the objects that exist now, even when the process ends.
 
     It does nothing if :func:`begin_imports` did nothing. :func:`run` calls it.
     """
-    if is_command() and not gc.isenabled():
+    if is_command() and gc.get_threshold()[0] == _RARELY:
         gc.freeze()
-        gc.enable()
+        gc.set_threshold(_USUALLY)
 
 
 @contextlib.contextmanager

@@ -15,22 +15,27 @@ if __package__ in (None, ""):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one training job in this process; returns the exit status."""
-    # These imports are not at the top of the file: at each save megatron-core's checkpoint writer starts a helper
-    # process that imports this file again, and it would spend seconds on importing megatron.
+    # Imports are not at the top of the file: at each save megatron-core's checkpoint writer starts a helper process
+    # that imports this file again, and it would spend seconds on importing megatron.
     from bitcpm_megatron import cli
-    from bitcpm_megatron.launch.launcher import presets
-    from bitcpm_megatron.training.flags import parse_args
-    from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
-    from bitcpm_megatron.training.loop import pretrain
-
-    def train() -> None:
-        args = parse_args(presets.expand(sys.argv[1:] if argv is None else argv), world_size())
-        initialize(args)
-        pretrain(args)
-        shutdown()
 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    return cli.run(train)
+    return cli.run(lambda: _train(sys.argv[1:] if argv is None else argv))
+
+
+def _train(argv: list[str]) -> None:
+    from bitcpm_megatron.cli import late_imports
+
+    with late_imports():
+        from bitcpm_megatron.launch.launcher import presets
+        from bitcpm_megatron.training.flags import parse_args
+        from bitcpm_megatron.training.initialize import initialize, shutdown, world_size
+        from bitcpm_megatron.training.loop import pretrain
+
+    args = parse_args(presets.expand(argv), world_size())
+    initialize(args)
+    pretrain(args)
+    shutdown()
 
 
 # Without the guard the helper process of the checkpoint writer would train as well, and hang.

@@ -47,17 +47,19 @@ _LAYOUT = (
 
 def main(argv: list[str] | None = None) -> int:
     """Writes a store, or the missing part of one; returns the exit status."""
-    # This import is not at the top: training.initialize has to come before megatron-core.
-    from bitcpm_megatron.training.distillation.writing import write_targets
-
-    def write() -> None:
-        args = parse_args(argv, world_size())
-        initialize(args)
-        write_targets(args)
-        shutdown()
-
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    return cli.run(write)
+    return cli.run(lambda: _write(argv))
+
+
+def _write(argv: list[str] | None) -> None:
+    # This import is not at the top, because training.initialize has to be imported before megatron-core.
+    with cli.late_imports():
+        from bitcpm_megatron.training.distillation.writing import write_targets
+
+    args = parse_args(argv, world_size())
+    initialize(args)
+    write_targets(args)
+    shutdown()
 
 
 def parse_args(argv: Sequence[str] | None, ranks: int) -> argparse.Namespace:

@@ -7,10 +7,11 @@ says what fails without it. Nothing is patched if CUDA is present.
 """
 
 import contextlib
+import functools
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -129,21 +130,30 @@ def accelerator() -> bool:
     return torch_npu.npu.is_available()
 
 
-def leave_uncompiled() -> None:
-    """Replaces ``torch.compile`` for megatron-core's functions, so that its import does not load torch's compiler.
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Returns a context for the import of megatron-core that does not load torch's compiler.
 
-    From torch 2.2 on ``megatron.core.jit.jit_fuser`` is ``torch.compile``. As the decorator of some forty functions it
-    imports dynamo and inductor, which takes about as long as importing torch, and no variable prevents it
-    (``TORCH_COMPILE_DISABLE`` is read by dynamo). Our loop calls only one of these functions, of the router of experts,
-    which computes nothing without an expert bias. The patch does nothing if megatron-core has been imported already, as
-    in a host, or if there is CUDA or an NPU.
+    From torch 2.2 on ``megatron.core.jit.jit_fuser`` is ``torch.compile``, and decorates some forty functions. As a
+    decorator it imports dynamo and inductor, which takes about as long as importing torch, and no variable prevents it
+    (``TORCH_COMPILE_DISABLE`` is read by dynamo). Inside the context ``torch.compile`` returns megatron-core's
+    functions as they are; ``jit_fuser`` keeps doing so. Our loop calls only one of these functions, of the router of
+    experts, which computes nothing without an expert bias. The context does nothing if megatron-core has been imported
+    already, as in a host, or if there is CUDA or an NPU.
     """
-    if not torch.cuda.is_available() and not {"torch_npu", "megatron.core"} & sys.modules.keys():
-        replace("torch.compile", _as_it_is_in_megatron)
+    if torch.cuda.is_available() or {"torch_npu", "megatron.core"} & sys.modules.keys():
+        yield
+        return
+    original = torch.compile
+    torch.compile = functools.partial(_unless_of_megatron, original)
+    try:
+        yield
+    finally:
+        torch.compile = original
 
 
-def _as_it_is_in_megatron(original: Callable, model: Any = None, **options: Any) -> Any:
-    if isinstance(model, types.FunctionType) and model.__module__.startswith("megatron."):
+def _unless_of_megatron(original: Callable, model: Any = None, **options: Any) -> Any:
+    if isinstance(model, types.FunctionType) and (model.__module__ or "").startswith("megatron."):
         return model
     return original(model, **options)
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Set-up of a process of the job: its patches, process groups and seeds, and the signals that ask it to stop.
 
-Imported before megatron-core, this module spares a process without CUDA the import of torch's compiler.
+If this module is imported before megatron-core, a process without CUDA does not load torch's compiler with it; torch's
+optimizers load a part of it in their first step.
 """
 
 import argparse
@@ -19,9 +20,8 @@ import torch
 from ..cli import Whole, from_environment
 from ..patches import cpu
 
-cpu.leave_uncompiled()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+with cpu.uncompiled():
+    from megatron.core import parallel_state, tensor_parallel
 
 from ..patches.megatron_core import checkpointing, without_te  # noqa: E402
 

@@ -80,12 +80,12 @@ def test_gradients_that_wait_for_a_stream_find_one_on_the_cpu() -> None:
     torch.cuda.current_stream().wait_event(torch.cuda.current_stream())
 
 
-def of(package: str) -> Callable:
-    """A function that a module of that package defines."""
+def of(package: str | None) -> Callable:
+    """A function that a module of that package defines, or code that names no module."""
 
     def function() -> None: ...
 
-    function.__module__ = f"{package}.module"
+    function.__module__ = package and f"{package}.module"
     return function
 
 
@@ -105,13 +105,18 @@ def test_what_megatron_core_would_compile_at_import(
     monkeypatch.delitem(sys.modules, "megatron.core")
     for name in loaded:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    cpu.leave_uncompiled()
-    function, other = of("megatron.core"), of("megatron_user")
-    assert torch.compile(function) == (function if as_it_is else ("compiled", function, {}))
-    assert torch.compile(other, dynamic=True) == ("compiled", other, {"dynamic": True})
-    assert torch.compile(backend="eager") == ("compiled", None, {"backend": "eager"})
-    module = type("Layer", (torch.nn.Module,), {"__module__": "megatron.core.module"})()  # a user's own wish
-    assert torch.compile(module) == ("compiled", module, {})
+    with cpu.uncompiled():
+        kept_by_jit = torch.compile
+        for function, plain in ((of("megatron.core"), as_it_is), (of("megatron_user"), False), (of(None), False)):
+            assert torch.compile(function, dynamic=True) == (
+                function if plain else ("compiled", function, {"dynamic": True})
+            )
+        assert torch.compile(backend="eager") == ("compiled", None, {"backend": "eager"})
+        module = type("Layer", (torch.nn.Module,), {"__module__": "megatron.core.module"})()  # a user's own wish
+        assert torch.compile(module) == ("compiled", module, {})
+    assert torch.compile is compile_it
+    late = of("megatron.core")
+    assert kept_by_jit(late) == (late if as_it_is else ("compiled", late, {}))
 
 
 @pytest.mark.slow

@@ -136,9 +136,16 @@ def test_a_document_without_tokens_for_one_tokenizer_counts_for_neither():
     base = TextScores(data="d", tokens="t", window=8, overlap=4, documents=[[3.0, 4, 9], [5.0, 2, 4], [2.0, 3, 8]])
     other = base.model_copy(update={"documents": [[6.0, 4, 9], [0.0, 0, 4], [2.0, 3, 8]]})
     row = table_of([_model("a", {}, {"w": base}), _model("b", {}, {"w": other})]).of("b", "w")
-    assert row.items == 2
+    assert row.items == 2 and row.remarks == ("without 1 documents of which a tokenizer makes no token",)
+    assert row.metric.endswith("over 7 tokens")
     assert row.comparison.base == pytest.approx(5.0 / np.log(2) / 17)
     assert row.comparison.score == pytest.approx(8.0 / np.log(2) / 17)
+    none = base.model_copy(update={"documents": [[0.0, 0, 9], [0.0, 0, 4], [0.0, 0, 8]]})
+    with pytest.raises(ValueError, match="w: every document is one of which a tokenizer makes no token"):
+        table_of([_model("a", {}, {"w": base}), _model("b", {}, {"w": none})])
+    short = base.model_copy(update={"documents": base.documents[:2]})
+    with pytest.raises(ValueError, match="number of documents differ: 3 and 2; evaluate both alike"):
+        table_of([_model("a", {}, {"w": base}), _model("b", {}, {"w": short})])
 
 
 def test_scores_below_chance_or_the_majority_are_flagged():

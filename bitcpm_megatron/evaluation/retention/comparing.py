@@ -90,9 +90,8 @@ def _alone(base: ModelScores) -> tuple[list[Row], list[Row]]:
     mean = compare(arrays) if arrays else None
     texts = []
     for name, text in base.texts.items():
-        totals, sizes = _documents(text, text)
-        both = compare_rates(totals, sizes)
-        texts.append(Row(base.name, name, _metric(text), len(sizes), 0, both.base))
+        pairs = _documents(name, text, text)
+        texts.append(Row(base.name, name, _metric(pairs[:, 0]), len(pairs), 0, _rates(pairs).base))
     return [*tasks, *_mean(base.name, tasks, mean, alone=True)], texts
 
 
@@ -121,28 +120,40 @@ def _mean(model: str, rows: Sequence[Row], comparison: Comparison | None, alone:
 
 
 def _text(name: str, first: str, model: str, base: TextScores, other: TextScores) -> Row:
-    totals, sizes = _documents(base, other)
-    comparison = compare_rates(totals, sizes)
+    pairs = _documents(name, base, other)
+    comparison = _rates(pairs)
     remarks = _other_tokens(first, base, other)
+    if left := len(base.documents) - len(pairs):
+        remarks += (f"without {left} documents of which a tokenizer makes no token",)
     if (base.window, base.overlap) != (other.window, other.overlap):
         remarks += (
             f"windows of {other.window} tokens that overlap by {other.overlap}, of {first} {base.window} by "
             f"{base.overlap}",
         )
-    return Row(model, name, _metric(other), len(sizes), 0, comparison.score, None, comparison, remarks=remarks)
+    return Row(model, name, _metric(pairs[:, 1]), len(pairs), 0, comparison.score, None, comparison, remarks=remarks)
 
 
-def _documents(base: TextScores, other: TextScores) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bits ``[documents, 2]`` of the base and the other model, and the bytes ``[documents]``.
+def _documents(name: str, base: TextScores, other: TextScores) -> np.ndarray:
+    """Returns the documents in the rows of :class:`TextScores`, ``[documents, 2 models, 3]``.
 
     Documents of which one of the tokenizers makes no token are left out for both models.
+
+    Raises:
+        ValueError: if no document is left.
     """
-    pairs = [(one, two) for one, two in zip(base.documents, other.documents, strict=True) if one[1] and two[1]]
-    return np.array([(one[0], two[0]) for one, two in pairs]) / np.log(2), np.array([one[2] for one, _ in pairs])
+    pairs = np.array([base.documents, other.documents]).swapaxes(0, 1)
+    pairs = pairs[(pairs[:, :, 1] > 0).all(1)]
+    if not len(pairs):
+        raise ValueError(f"{name}: every document is one of which a tokenizer makes no token; give another text")
+    return pairs
 
 
-def _metric(text: TextScores) -> str:
-    nats, tokens, _ = (sum(column) for column in zip(*text.documents, strict=True))
+def _rates(pairs: np.ndarray) -> Comparison:
+    return compare_rates(pairs[:, :, 0] / np.log(2), pairs[:, 0, 2])
+
+
+def _metric(documents: np.ndarray) -> str:
+    nats, tokens, _ = documents.sum(0)
     return f"bits per byte; perplexity {np.exp(nats / tokens):.2f} over {int(tokens):,} tokens"
 
 

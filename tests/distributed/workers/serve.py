@@ -33,7 +33,7 @@ def batch(path: Path, starter: int) -> dict:
 
 
 def main(directory: Path, starter: int) -> None:
-    # As in a command (cli.begin_imports), whose script this is not.
+    # As cli.begin_imports and cli.end_imports do in a command, which this script is not.
     gc.disable()
     from bitcpm_megatron import cli
 
