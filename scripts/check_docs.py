@@ -14,9 +14,11 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 VERIFICATION = CHECKOUT / "docs" / "verification.md"
@@ -37,6 +39,8 @@ LANGUAGES = (*COMMANDS, "yaml", "text")
 _NEEDS = re.compile(r"# needs (\S.*)")
 _FILE = re.compile(r"# ([\w/]+\.(?:py|yaml))")
 _GAP = re.compile(r"(?<![\w.])\.\.\.|\[--|\bDIR\b|\bPATH\b")
+_COMMAND = re.compile(r"^(?:\$ )?(?:python3?|torchrun|make|pip|bash|\S+\.(?:py|sh))\s", re.MULTILINE)
+_FLAG = re.compile(r"(?<=[\s'\"])--[a-z][\w-]+")
 _MARKED = re.compile(r"(?<=<!-- written by scripts/check_docs.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -101,16 +105,47 @@ def blocks(path: Path) -> list[Block]:
     return [Block(text.count("\n", 0, m.start()) + 2, m[1], m[2]) for m in _FENCE.finditer(text)]
 
 
-def unclear_blocks(path: Path) -> Iterator[str]:
-    """Blocks of a page whose language is unknown, and commands that can't be run as they are and do not say so."""
+def unclear_blocks(path: Path, flags: Container[str]) -> Iterator[str]:
+    """Finds the mistakes in a page's blocks: each is one that the test of commands would pass over, or could not run.
+
+    Args:
+        path: the page.
+        flags: the flags that some command knows.
+    """
     for block in blocks(path):
+        where = f"{path}:{block.line}:"
         if block.language not in LANGUAGES:
-            yield f"{path}:{block.line}: a block is one of {', '.join(LANGUAGES)}, not {block.language or 'nothing'}"
-        elif block.language in COMMANDS and not block.needs and (gap := _GAP.search(block.text)):
-            yield f"{path}:{block.line}: {gap[0]} can't be run: write the whole command, or '# needs ...' above it"
+            yield f"{where} a block is one of {', '.join(LANGUAGES)}, not {block.language or 'nothing'}"
+        elif block.language == "text" and (found := _COMMAND.search(block.text)):
+            yield f"{where} {found[0].strip()} begins a command: write it in a block of sh"
+        elif block.language == "yaml":
+            try:
+                yaml.safe_load(block.text)
+            except yaml.YAMLError as error:
+                yield f"{where} not YAML: {error}"
+        elif block.language == "sh" and not block.needs and (gap := _GAP.search(block.text)):
+            yield f"{where} {gap[0]} can't be run: write the whole command, or '# needs ...' above it"
+        if block.language == "sh":
+            for flag in sorted({found for found in _FLAG.findall(block.text) if found not in flags}):
+                yield f"{where} no command has a flag {flag}"
     text = _FENCE.sub(lambda found: "\n" * found[0].count("\n"), path.read_text(encoding="utf-8"))
-    for found in re.finditer(r"(?<=\n\n) {4}\S", text):
-        yield f"{path}:{text.count(chr(10), 0, found.start()) + 1}: an indented block: put it between fences"
+    for found in re.finditer(r"^[ >]*(?:```|~~~)|(?<=\n\n) {4}\S", text, re.MULTILINE):
+        line = text.count("\n", 0, found.start()) + 1
+        yield f"{path}:{line}: not a fenced block: write it between ```LANGUAGE and ```, at the beginning of the line"
+    lines = [line for line in _FENCE.sub("x\n", path.read_text(encoding="utf-8")).splitlines() if line.strip()]
+    levels = [len(line) - len(line.lstrip("#")) if re.match("#+ ", line) else 0 for line in lines]
+    for line, level, following in zip(lines, levels, [*levels[1:], 1], strict=True):
+        if level and 0 < following <= level:
+            yield f"{path}: {line}: nothing follows this heading"
+
+
+def known_flags() -> set[str]:
+    """Returns every flag that the sources of commands, or their words on others' flags, name."""
+    folders = ("bitcpm_megatron", "benchmarks", "checkpoint_tools", "examples", "launch", "patches", "studies", "tests")
+    sources = [path for folder in folders for path in (CHECKOUT / folder).rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in [*sources, *CHECKOUT.glob("scripts/*.py")])
+    named = {f"--{word.replace('_', '-')}" for word in re.findall(r'"([a-z]\w+)"', text)}
+    return {*re.findall(r"--[a-z][\w-]+", text), *named}
 
 
 def claims() -> Iterator[tuple[str, str, dict[str, str], str]]:
@@ -228,14 +263,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="bring the generated parts up to date first")
     args = parser.parse_args(argv)
-    found = []
+    found, flags = [], known_flags()
     for path, part in ((VERIFICATION, verification()), (README, results())):
         expected = rewritten(path, part)
         if args.write:
             path.write_text(expected, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != expected:
             found.append(f"{path}: its generated part is of another state: python scripts/check_docs.py --write")
-    found += [line for path in pages() for line in (*broken_links(path), *unclear_blocks(path))]
+    found += [line for path in pages() for line in (*broken_links(path), *unclear_blocks(path, flags))]
     for line in found:
         print(line.replace(f"{CHECKOUT}/", ""))
     if not found:

@@ -55,12 +55,13 @@ def command(language: str, text: str) -> list[str]:
     return ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
 
 
-def execute(words: list[str], directory: Path) -> None:
-    """Runs a command in a directory; if it fails, so does the test, with everything that it printed."""
+def execute(words: list[str], directory: Path, what: str, seconds: int = 300) -> None:
+    """Runs a command in a directory; if it fails, the test does, with the name ``what`` and all that was printed."""
     paths = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     around = {**environment(), "PATH": paths, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(words, cwd=directory, env=around, capture_output=True, text=True)
-    assert done.returncode == 0, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    still = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": seconds}
+    done = subprocess.run(words, cwd=directory, env=around, **still)
+    assert done.returncode == 0, f"{what} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
 def run(page: Path, directory: Path) -> None:
@@ -69,7 +70,7 @@ def run(page: Path, directory: Path) -> None:
         if block.file:
             (directory / block.file).write_text(block.text)
         else:
-            execute(command(block.language, smaller(block.text)), directory)
+            execute(command(block.language, smaller(block.text)), directory, f"{page}:{block.line}")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     root = tmp_path_factory.mktemp("pages")
-    for folder in ("launch", "checkpoint_tools", "examples", "studies"):
+    for folder in ("launch", "checkpoint_tools", "examples", "studies", "benchmarks"):
         (root / folder).symlink_to(CHECKOUT / folder)
     told = list(dialogues(200))
     (root / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in told))
@@ -118,15 +119,14 @@ def test_a_published_model_chats(tmp_path: Path) -> None:
     page = PAGES["docs/first_model.md"]
     first, *rest = check_docs.blocks(page)
     (tmp_path / first.file).write_text(first.text)
-    execute([sys.executable, first.file], tmp_path)
+    execute([sys.executable, first.file], tmp_path, first.file)
     for block in rest:
         if not block.needs:
-            execute(command(block.language, block.text), tmp_path)
+            execute(command(block.language, block.text), tmp_path, f"{page}:{block.line}", 4 * 3600)
     questions = held_out()
     prompts = [question.prompt for question in questions]
-    execute(
-        [sys.executable, "launch/generate.py", "packed", "--chat", "--output", "said", "--prompt", *prompts], tmp_path
-    )
+    asking = [sys.executable, "launch/generate.py", "packed", "--chat", "--output", "said", "--prompt", *prompts]
+    execute(asking, tmp_path, "the questions", 3600)
     said = [json.loads(line)["text"] for line in (tmp_path / "said").read_text().splitlines()]
     exact = sum(text.strip() == question.answer for text, question in zip(said, questions, strict=True))
     form = sum(question.is_answer(text.strip()) for text, question in zip(said, questions, strict=True))

@@ -78,6 +78,42 @@ def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:
     assert [line.rpartition(": ")[2] for line in headings] == ["there is no such heading"] * 2
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```sh\nmake test\n```\n", None),
+        ("```sh\n# needs a cluster\ntorchrun ... job.py\n```\n", None),
+        ("```python\n# loop.py\nx = [...]\n```\n", None),
+        ("```yaml\na: {b: 1}\n```\n", None),
+        ("```\nmake test\n```\n", "page.md:2: a block is one of sh, python, yaml, text, not nothing"),
+        ("```sh\npython a.py ... --known\n```\n", "page.md:2: ... can't be run"),
+        ("```sh\npython a.py PATH\n```\n", "PATH can't be run"),
+        ("```text\nmake test\n```\n", "make begins a command"),
+        ("```yaml\na: {b\n```\n", "not YAML"),
+        ("```sh\n# needs a cluster\npython a.py --knwon\n```\n", "no command has a flag --knwon"),
+        ("```sh \nmake test\n```\n", "page.md:1: not a fenced block"),
+        ("- a\n\n  ```sh\n  make test\n  ```\n", "page.md:3: not a fenced block"),
+        ("~~~sh\nmake test\n~~~\n", "page.md:1: not a fenced block"),
+        ("Run\n\n    make test\n", "page.md:3: not a fenced block"),
+        ("# A\n\n## B\n\n## C\n\ntext\n", "page.md: ## B: nothing follows this heading"),
+        ("# A\n\n## B\n", "page.md: ## B: nothing follows this heading"),
+    ],
+)
+def test_blocks_that_no_test_would_run_are_found(text: str, said: str | None, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    found = list(check_docs.unclear_blocks(page, {"--known"}))
+    assert found == [] if said is None else said in found[0]
+
+
+def test_blocks_are_read_with_what_they_need_and_the_files_that_they_are(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("A\n\n```sh\n# needs an NPU\nmake kernel\n```\n\n```yaml\n# job.yaml\na: 1\n```\n")
+    first, second = check_docs.blocks(page)
+    assert (first.line, first.language, first.needs, first.file) == (4, "sh", "an NPU", None)
+    assert (second.line, second.needs, second.file, second.text) == (9, None, "job.yaml", "# job.yaml\na: 1\n")
+
+
 def test_a_claim_that_was_changed_is_found(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(check_docs, "CHECKOUT", tmp_path)
     monkeypatch.setattr(check_docs, "VERIFICATION", tmp_path / "docs" / "verification.md")
