@@ -103,6 +103,15 @@ def test_a_page(name: str, after_readme: Path, tmp_path: Path) -> None:
     run(PAGES[name], directory)
 
 
+def test_the_sweep_of_its_page_can_be_started(tmp_path: Path) -> None:
+    """Its trainings would take long; asked for a report, the command reads the file, and finds that nothing has run."""
+    (block,) = [block for block in check_docs.blocks(PAGES["docs/sweeps.md"]) if block.file]
+    (tmp_path / block.file).write_text(block.text)
+    command = [sys.executable, str(CHECKOUT / "launch" / "sweep.py"), block.file, "--report-only"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "nothing of this sweep has run there" in done.stderr, done.stderr
+
+
 def test_readme(after_readme: Path) -> None:
     """The blocks of README produce a run, a model with ordinary weights, and a packed file."""
     assert (after_readme / "runs" / "one" / "latest_checkpointed_iteration.txt").read_text() == "4"
