@@ -88,7 +88,7 @@ class Block:
 
     @property
     def needs(self) -> str | None:
-        """What the commands need that is not there in a test, from a first line ``# needs ...``."""
+        """The requirement that a test does not meet, from a first line ``# needs ...``; None if there is none."""
         found = _NEEDS.match(self.text)
         return found and found[1]
 
@@ -100,7 +100,7 @@ class Block:
 
 
 def blocks(path: Path) -> list[Block]:
-    """The fenced blocks of a page, in order."""
+    """Returns the fenced blocks of a page, in order."""
     text = path.read_text(encoding="utf-8")
     return [Block(text.count("\n", 0, m.start()) + 2, m[1], m[2]) for m in _FENCE.finditer(text)]
 
@@ -128,11 +128,12 @@ def unclear_blocks(path: Path, flags: Container[str]) -> Iterator[str]:
         if block.language == "sh":
             for flag in sorted({found for found in _FLAG.findall(block.text) if found not in flags}):
                 yield f"{where} no command has a flag {flag}"
-    text = _FENCE.sub(lambda found: "\n" * found[0].count("\n"), path.read_text(encoding="utf-8"))
+    whole = path.read_text(encoding="utf-8")
+    text = _FENCE.sub(lambda found: "\n" * found[0].count("\n"), whole)
     for found in re.finditer(r"^[ >]*(?:```|~~~)|(?<=\n\n) {4}\S", text, re.MULTILINE):
         line = text.count("\n", 0, found.start()) + 1
         yield f"{path}:{line}: not a fenced block: write it between ```LANGUAGE and ```, at the beginning of the line"
-    lines = [line for line in _FENCE.sub("x\n", path.read_text(encoding="utf-8")).splitlines() if line.strip()]
+    lines = [line for line in _FENCE.sub("x\n", whole).splitlines() if line.strip()]
     levels = [len(line) - len(line.lstrip("#")) if re.match("#+ ", line) else 0 for line in lines]
     for line, level, following in zip(lines, levels, [*levels[1:], 1], strict=True):
         if level and 0 < following <= level:

@@ -23,15 +23,19 @@ from bitcpm_megatron.launch.chat_demo.dialogues import dialogues, held_out
 README = "README.md"
 PAGES = {page.relative_to(CHECKOUT).as_posix(): page for page in check_docs.pages()}
 SMALLER = {
-    **{
-        "num-layers": "2",
-        "hidden-size": "64",
-        "vocab-size": "400",
-        "seq-length": "64",
-        "max-position-embeddings": "64",
-    },
-    **{"train-iters": "4", "lr-warmup-iters": "1", "lr-wsd-decay-iters": "1", "save-interval": "2"},
-    **{"micro-batch-size": "1", "global-batch-size": "4", "block_size": "64", "max_steps": "2"},
+    "num-layers": 2,
+    "hidden-size": 64,
+    "vocab-size": 400,
+    "seq-length": 64,
+    "max-position-embeddings": 64,
+    "train-iters": 4,
+    "lr-warmup-iters": 1,
+    "lr-wsd-decay-iters": 1,
+    "save-interval": 2,
+    "micro-batch-size": 1,
+    "global-batch-size": 4,
+    "block_size": 64,
+    "max_steps": 2,
 }
 """Flags whose numbers are replaced, so that a command takes seconds."""
 
@@ -107,8 +111,8 @@ def test_the_sweep_of_its_page_can_be_started(tmp_path: Path) -> None:
     """Its trainings would take long; asked for a report, the command reads the file, and finds that nothing has run."""
     (block,) = [block for block in check_docs.blocks(PAGES["docs/sweeps.md"]) if block.file]
     (tmp_path / block.file).write_text(block.text)
-    command = [sys.executable, str(CHECKOUT / "launch" / "sweep.py"), block.file, "--report-only"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    words = [sys.executable, str(CHECKOUT / "launch" / "sweep.py"), block.file, "--report-only"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and "nothing of this sweep has run there" in done.stderr, done.stderr
 
 

@@ -130,9 +130,9 @@ def check_alike(base: ModelScores, other: ModelScores) -> None:
                 f"{name} of {base.name} and {other.name}", what, getattr(task, what), getattr(other.tasks[name], what)
             )
     for name, text in base.texts.items():
-        for what in ("data", "number of documents"):
-            one, two = ((t.data if what == "data" else len(t.documents)) for t in (text, other.texts[name]))
-            _same(f"{name} of {base.name} and {other.name}", what, one, two)
+        where, theirs = f"{name} of {base.name} and {other.name}", other.texts[name]
+        _same(where, "data", text.data, theirs.data)
+        _same(where, "number of documents", len(text.documents), len(theirs.documents))
     # The seed matters only if examples are drawn.
     drawn = ("seed",) if any(task.shots for task in base.tasks.values()) else ()
     for what in ("template", "max_new_tokens", *drawn):
